@@ -75,9 +75,23 @@ struct RmsNormParams {
   bool round_before_weight;  // rounding="hf": R(R(z * rstd) * w); else R(z * rstd * (w + offset))
 };
 
+// y = R(R(silu(gate)) * up) or R(silu(gate) * up).
+struct SiluMulParams {
+  const void* gate;
+  Rows gate_rows;
+  const void* up;
+  Rows up_rows;
+  void* y;      // contiguous [rows, I]
+  DType dtype;  // of gate, up and y
+  int64_t columns;
+  bool round_before_up;  // rounding="hf"
+};
+
 // Every CPU kernel: X(name, Params). Each is `Status name(const Params&, const ThreadPool&)`, compiled once per ISA
 // level; cpu::name() calls the level chosen at load.
-#define QOPS_FOR_EACH_CPU_KERNEL(X) X(rms_norm, RmsNormParams)
+#define QOPS_FOR_EACH_CPU_KERNEL(X) \
+  X(rms_norm, RmsNormParams)        \
+  X(silu_mul, SiluMulParams)
 
 namespace cpu {
 

@@ -1,3 +1,4 @@
 from qops.ops.rms_norm import add_rms_norm, rms_norm
+from qops.ops.silu_mul import silu_mul
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm", "silu_mul"]
