@@ -3,11 +3,11 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info
-from qops.ops import add_rms_norm, rms_norm, silu_mul
+from qops.ops import add_rms_norm, rms_norm, rotary, rotary_, silu_mul
 
 try:
     __version__ = version("qops")
 except PackageNotFoundError:  # the tree is on sys.path without being installed
     __version__ = build_info()["version"]
 
-__all__ = ["__version__", "add_rms_norm", "build_info", "rms_norm", "silu_mul"]
+__all__ = ["__version__", "add_rms_norm", "build_info", "rms_norm", "rotary", "rotary_", "silu_mul"]
