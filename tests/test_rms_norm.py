@@ -38,7 +38,9 @@ def tree_sum_of_squares(z: torch.Tensor) -> torch.Tensor:
 
 def rms_norm_exact(x, weight, eps, weight_offset=0.0, rounding="hf"):
     """The contract in float32 torch operations: must agree with the kernel bit for bit."""
-    rstd = 1.0 / torch.sqrt(tree_sum_of_squares(x) / x.shape[-1] + eps)
+    variance = tree_sum_of_squares(x) / x.shape[-1] + eps
+    # Through float64, where rounding twice is harmless: torch.sqrt of float32 goes to MKL and misses the last bit.
+    rstd = 1.0 / torch.sqrt(variance.double()).float()
     normed = x.float() * rstd[..., None]
     if rounding == "hf":
         return (normed.to(x.dtype).float() * weight.float()).to(x.dtype)
