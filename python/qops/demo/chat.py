@@ -54,7 +54,7 @@ class ChatTokenizer:
         for name in ("config.json", "generation_config.json"):
             ids = _read_json(folder / name).get("eos_token_id")
             stops.update(ids if isinstance(ids, list) else [ids])
-        return cls(tokenizer, template, special, frozenset(stops - {None}))
+        return cls(tokenizer, template, special, frozenset(index for index in stops if index is not None))
 
     @classmethod
     def from_gguf(cls, path: Path) -> ChatTokenizer:
@@ -97,8 +97,13 @@ class ChatTokenizer:
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, ids["bos_token"])]
             )
-        stops = frozenset(ids[name] for name in ("eos_token", "eot_token") if ids[name] is not None)
-        return cls(tokenizer, metadata.get("tokenizer.chat_template"), special_tokens, stops)
+        stops = (ids["eos_token"], ids["eot_token"])
+        return cls(
+            tokenizer,
+            metadata.get("tokenizer.chat_template"),
+            special_tokens,
+            frozenset(index for index in stops if index is not None),
+        )
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, such that `from_folder` gives this tokenizer back."""

@@ -228,7 +228,8 @@ def accuracy_table(dtype: str, result: Accuracy) -> str:
     """The accuracy half of the report."""
 
     def share(count: int) -> str:
-        return f"{count} of {result.tokens} ({100 * count / result.tokens:.2f} %)"
+        # Rounded down: one disagreement in 100,000 must not read as 100.00 %.
+        return f"{count} of {result.tokens} ({math.floor(1e4 * count / result.tokens) / 100:.2f} %)"
 
     rows = [
         ["perplexity", f"{result.perplexity_ours:.4f}", f"{result.perplexity_dense:.4f}"],

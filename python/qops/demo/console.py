@@ -54,7 +54,7 @@ def seconds_since_process_start() -> float:
 class Progress:
     """Progress of a known number of bytes: one line that updates on a terminal, ten quiet dots anywhere else.
 
-    Use as a context manager; `update(done)` takes the total so far.
+    Use as a context manager; `update(done)` takes the total so far and never goes back.
     """
 
     _DOTS = 10
@@ -65,6 +65,7 @@ class Progress:
         self.total = max(total, 1)
         self.stream = sys.stderr if stream is None else stream
         self.is_tty = self.stream.isatty()
+        self._done = 0
         self._dots = 0
         self._last_drawn = float("-inf")
 
@@ -75,27 +76,26 @@ class Progress:
         return self
 
     def __exit__(self, error_type: object, *_: object) -> None:
-        if error_type is None:
-            self.update(self.total)
-            self._write(self._line(self.total) + "\n" if self.is_tty else " done\n")
-        else:
+        if error_type is not None:
             self._write("\n")
+        elif self.is_tty:
+            self._write(f"\r\033[K{self.label}, {megabytes(self.total)}: done\n")
+        else:
+            self.update(self.total)
+            self._write(" done\n")
 
     def update(self, done: int) -> None:
-        done = min(done, self.total)
+        self._done = min(max(done, self._done), self.total)
         if self.is_tty:
             now = time.monotonic()
             if now - self._last_drawn >= self._MIN_INTERVAL_S:
                 self._last_drawn = now
-                self._write(self._line(done))
+                percent = 100 * self._done // self.total
+                self._write(f"\r\033[K{self.label}, {megabytes(self.total)}: {percent} %")
         else:
-            dots = done * self._DOTS // self.total
-            if dots > self._dots:
-                self._write("." * (dots - self._dots))
-                self._dots = dots
-
-    def _line(self, done: int) -> str:
-        return f"\r\033[K{self.label} {100 * done // self.total:3d} %  ({megabytes(done)} of {megabytes(self.total)})"
+            dots = self._done * self._DOTS // self.total
+            self._write("." * (dots - self._dots))
+            self._dots = dots
 
     def _write(self, text: str) -> None:
         self.stream.write(text)
