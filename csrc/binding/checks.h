@@ -1,0 +1,75 @@
+// What every binding needs: argument checks with one wording, and the way from stable tensors to kernel parameters.
+//
+// Messages read "qops.<op>: <argument> must <requirement>, got <actual>". Values that are wrong throw
+// std::invalid_argument, which Python sees as ValueError; a dtype or layout without a kernel throws std::runtime_error.
+// (STD_TORCH_CHECK would put the path of a source file on the build machine into the text.)
+// The fake kernels in python/qops/ops raise the same words; tests compare the two.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels.h"
+
+namespace qops::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The op that is being called; every check starts from it.
+class Checker {
+ public:
+  explicit constexpr Checker(const char* op) : op_(op) {}
+
+  [[noreturn]] void fail(const std::string& what) const { throw std::invalid_argument(prefix() + what); }
+  [[noreturn]] void unsupported(const std::string& what) const { throw std::runtime_error(prefix() + what); }
+
+  void require(bool ok, const char* arg, const std::string& requirement, const std::string& actual) const {
+    if (!ok) fail(std::string(arg) + " must " + requirement + ", got " + actual);
+  }
+
+  // x is float32, float16 or bfloat16.
+  DType float_dtype(const Tensor& t, const char* arg) const;
+  void same_dtype(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
+  void dtype(const Tensor& t, const char* arg, ScalarType expected) const;
+  void cpu(const Tensor& t, const char* arg) const;
+  // Exactly this shape; `letters` names it, e.g. "[N, K]".
+  void shape(const Tensor& t, const char* arg, const char* letters, std::initializer_list<int64_t> expected) const;
+  void same_shape(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
+  void at_least_1d(const Tensor& t, const char* arg) const;
+  // Stride 1 in the last dimension (a dimension of size 0 or 1 has any stride).
+  void dense_last_dim(const Tensor& t, const char* arg) const;
+  void contiguous(const Tensor& t, const char* arg) const;
+  // "hf" -> true, "fp32" -> false.
+  bool rounding_is_hf(std::string_view rounding) const;
+  // Leading dimensions, merged where the strides allow.
+  Rows rows(const Tensor& t, const char* arg, int trailing_dims = 1) const;
+  void ok(Status status) const;
+
+ private:
+  std::string prefix() const { return std::string("qops.") + op_ + ": "; }
+
+  const char* op_;
+};
+
+std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef sizes);
+std::string dtype_name(ScalarType dtype);
+
+// torch's intra-op threads.
+ThreadPool thread_pool();
+
+// Uninitialised contiguous tensor on the device of `like`.
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
+inline Tensor contiguous_like(const Tensor& like) {
+  return new_tensor(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
+}
+
+}  // namespace qops::binding

@@ -1,0 +1,36 @@
+// The full list of schemas, their CPU kernels, and the module that Python imports.
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+
+#include "binding/ops.h"
+
+STABLE_TORCH_LIBRARY(qops, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\") -> Tensor");
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
+      "str rounding=\"hf\") -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&qops::binding::rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&qops::binding::add_rms_norm));
+}
+
+namespace {
+
+PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:z}", "version", QOPS_VERSION, "compiler", QOPS_COMPILER,
+                       "built_with_torch", QOPS_BUILT_WITH_TORCH, "isa", qops::cpu::isa_level(), "isa_available",
+                       qops::cpu::isa_levels_available(), "isa_error", qops::cpu::isa_error());
+}
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "What this module was built with and which ISA level it chose."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

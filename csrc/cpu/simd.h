@@ -1,0 +1,92 @@
+// The vector types that CPU kernels are written in: 16 float32 or int32 lanes at every ISA level.
+//
+// A kernel is one source, compiled once per level (CMake sets QOPS_ISA_NS and QOPS_ISA_<LEVEL>). The logical width is
+// fixed at 16, so the order of every sum is part of the source and not of the level: one __m512 (AVX-512), two __m256
+// (AVX2) or a float[16] (scalar) hold the same lanes. Everything lives in the level's own namespace, because an inline
+// function that two levels shared would be emitted once, with the instructions of whichever level the linker kept.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace qops::cpu::QOPS_ISA_NS {
+
+// Storage of 16-bit floating-point elements; arithmetic happens in float32.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Calls f with a null pointer of the element type that dtype names.
+template <class F>
+inline Status with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(static_cast<float*>(nullptr));
+    case DType::kFloat16: return f(static_cast<Half*>(nullptr));
+    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
+  }
+  return Status::kUnsupported;
+}
+
+}  // namespace qops::cpu::QOPS_ISA_NS
+
+#if defined(QOPS_ISA_AVX512)
+#include "cpu/simd_avx512.h"
+#elif defined(QOPS_ISA_AVX2)
+#include "cpu/simd_avx2.h"
+#else
+#include "cpu/simd_scalar.h"
+#endif
+
+namespace qops::cpu::QOPS_ISA_NS {
+
+inline constexpr int kLanes = 16;
+
+// R(): round to nearest even in the element type T, back in float32.
+template <class T>
+inline F32x16 round_to(F32x16 v);
+template <>
+inline F32x16 round_to<float>(F32x16 v) {
+  return v;
+}
+template <>
+inline F32x16 round_to<Half>(F32x16 v) {
+  return widen_half(narrow_half(v));
+}
+template <>
+inline F32x16 round_to<BFloat16>(F32x16 v) {
+  return widen_bfloat16(narrow_bfloat16(v));
+}
+
+// Loads n <= 16 elements and zeros the rest; reads nothing behind the n-th.
+template <class T>
+inline F32x16 load_n(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+inline void store_n(T* p, F32x16 v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  T buffer[kLanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+}  // namespace qops::cpu::QOPS_ISA_NS

@@ -1,0 +1,98 @@
+// AVX-512 (F, BW, VL, DQ, VNNI, BF16): included by simd.h.
+#pragma once
+
+#include <immintrin.h>
+
+namespace qops::cpu::QOPS_ISA_NS {
+
+struct F32x16 {
+  __m512 v;
+};
+struct I32x16 {
+  __m512i v;
+};
+struct U16x16 {
+  __m256i v;
+};
+
+inline F32x16 set1(float x) { return {_mm512_set1_ps(x)}; }
+inline I32x16 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+
+inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32x16 operator/(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+inline I32x16 operator+(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I32x16 operator-(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline I32x16 operator*(I32x16 a, I32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline I32x16 operator&(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+template <int kBits>
+inline I32x16 shift_left(I32x16 a) {
+  return {_mm512_slli_epi32(a.v, kBits)};
+}
+
+inline F32x16 to_float(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// Round to nearest even; the value must fit int32.
+inline I32x16 to_int(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline I32x16 as_int(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
+inline F32x16 as_float(I32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+
+inline F32x16 widen_half(U16x16 h) { return {_mm512_cvtph_ps(h.v)}; }
+inline U16x16 narrow_half(F32x16 a) { return {_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F32x16 widen_bfloat16(U16x16 b) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b.v), 16))};
+}
+// Integer rounding: vcvtneps2bf16 would flush subnormals, which the contracts forbid.
+inline U16x16 narrow_bfloat16(F32x16 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return {_mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fff)))};
+}
+
+inline F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline U16x16 load_u16(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+inline F32x16 load(const Half* p) { return widen_half(load_u16(p)); }
+inline F32x16 load(const BFloat16* p) { return widen_bfloat16(load_u16(p)); }
+inline I32x16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline I32x16 load(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+
+inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
+inline void store_u16(void* p, U16x16 a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }
+inline void store(Half* p, F32x16 a) { store_u16(p, narrow_half(a)); }
+inline void store(BFloat16* p, F32x16 a) { store_u16(p, narrow_bfloat16(a)); }
+inline void store(int32_t* p, I32x16 a) { _mm512_storeu_si512(p, a.v); }
+
+// ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).
+inline float sum_lanes(F32x16 a) {
+  const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+  return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
+}
+
+// Lane g of the result is the sum of the g-th group of 8 consecutive lanes of v[0..8), added at strides 4, 2, 1.
+inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
+  __m512 s4[4];  // s4[i]: groups 4i .. 4i+3, four lanes each
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = v[2 * i].v, b = v[2 * i + 1].v;
+    s4[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  __m512 s2[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = s4[2 * i], b = s4[2 * i + 1];
+    s2[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  const __m512 s1 = _mm512_add_ps(_mm512_shuffle_ps(s2[0], s2[1], 0x88), _mm512_shuffle_ps(s2[0], s2[1], 0xdd));
+  // Lane 4l + j of s1 holds group 4j + l.
+  return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), s1)};
+}
+
+}  // namespace qops::cpu::QOPS_ISA_NS

@@ -1,0 +1,160 @@
+// Portable C++: the meaning of every operation in simd.h, lane by lane. Included by simd.h.
+#pragma once
+
+namespace qops::cpu::QOPS_ISA_NS {
+
+struct F32x16 {
+  float v[16];
+};
+struct I32x16 {
+  int32_t v[16];
+};
+struct U16x16 {
+  uint16_t v[16];
+};
+
+template <class R, class F>
+inline R lanes(const F& f) {
+  R r;
+  for (int i = 0; i < 16; ++i) r.v[i] = f(i);
+  return r;
+}
+
+inline F32x16 set1(float x) {
+  return lanes<F32x16>([&](int) { return x; });
+}
+inline I32x16 set1(int32_t x) {
+  return lanes<I32x16>([&](int) { return x; });
+}
+
+inline F32x16 operator+(const F32x16& a, const F32x16& b) {
+  return lanes<F32x16>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F32x16 operator-(const F32x16& a, const F32x16& b) {
+  return lanes<F32x16>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F32x16 operator*(const F32x16& a, const F32x16& b) {
+  return lanes<F32x16>([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline F32x16 operator/(const F32x16& a, const F32x16& b) {
+  return lanes<F32x16>([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline F32x16 fma(const F32x16& a, const F32x16& b, const F32x16& c) {
+  return lanes<F32x16>([&](int i) { return std::fmaf(a.v[i], b.v[i], c.v[i]); });
+}
+
+// Integer lanes wrap, as vector instructions do; the detour through uint32 keeps that defined.
+inline I32x16 operator+(const I32x16& a, const I32x16& b) {
+  return lanes<I32x16>([&](int i) { return static_cast<int32_t>(uint32_t(a.v[i]) + uint32_t(b.v[i])); });
+}
+inline I32x16 operator-(const I32x16& a, const I32x16& b) {
+  return lanes<I32x16>([&](int i) { return static_cast<int32_t>(uint32_t(a.v[i]) - uint32_t(b.v[i])); });
+}
+inline I32x16 operator*(const I32x16& a, const I32x16& b) {
+  return lanes<I32x16>([&](int i) { return static_cast<int32_t>(uint32_t(a.v[i]) * uint32_t(b.v[i])); });
+}
+inline I32x16 operator&(const I32x16& a, const I32x16& b) {
+  return lanes<I32x16>([&](int i) { return a.v[i] & b.v[i]; });
+}
+inline I32x16 max(const I32x16& a, const I32x16& b) {
+  return lanes<I32x16>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+template <int kBits>
+inline I32x16 shift_left(const I32x16& a) {
+  return lanes<I32x16>([&](int i) { return static_cast<int32_t>(uint32_t(a.v[i]) << kBits); });
+}
+
+inline F32x16 to_float(const I32x16& a) {
+  return lanes<F32x16>([&](int i) { return static_cast<float>(a.v[i]); });
+}
+// Round to nearest even; the value must fit int32.
+inline I32x16 to_int(const F32x16& a) {
+  return lanes<I32x16>([&](int i) { return static_cast<int32_t>(std::nearbyintf(a.v[i])); });
+}
+inline I32x16 as_int(const F32x16& a) { return bit_cast<I32x16>(a); }
+inline F32x16 as_float(const I32x16& a) { return bit_cast<F32x16>(a); }
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = (h >> 10) & 0x1f, mantissa = h & 0x3ff;
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24 is exact
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return bit_cast<float>(bit_cast<uint32_t>(magnitude) | sign);
+  }
+  const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
+  return bit_cast<float>(sign | (wide << 23) | (mantissa << 13));
+}
+
+inline uint16_t float_to_half(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u;   // NaN
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {                        // below 2^-14: a multiple of 2^-24; the sum rounds to even
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+inline uint16_t float_to_bfloat16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline F32x16 widen_half(const U16x16& h) {
+  return lanes<F32x16>([&](int i) { return half_to_float(h.v[i]); });
+}
+inline U16x16 narrow_half(const F32x16& a) {
+  return lanes<U16x16>([&](int i) { return float_to_half(a.v[i]); });
+}
+inline F32x16 widen_bfloat16(const U16x16& b) {
+  return lanes<F32x16>([&](int i) { return bit_cast<float>(uint32_t(b.v[i]) << 16); });
+}
+inline U16x16 narrow_bfloat16(const F32x16& a) {
+  return lanes<U16x16>([&](int i) { return float_to_bfloat16(a.v[i]); });
+}
+
+template <class V>
+inline V load_bytes(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline F32x16 load(const float* p) { return load_bytes<F32x16>(p); }
+inline F32x16 load(const Half* p) { return widen_half(load_bytes<U16x16>(p)); }
+inline F32x16 load(const BFloat16* p) { return widen_bfloat16(load_bytes<U16x16>(p)); }
+inline I32x16 load(const int32_t* p) { return load_bytes<I32x16>(p); }
+inline I32x16 load(const uint8_t* p) {
+  return lanes<I32x16>([&](int i) { return int32_t{p[i]}; });
+}
+
+inline void store(float* p, const F32x16& a) { std::memcpy(p, &a, sizeof(a)); }
+inline void store(Half* p, const F32x16& a) {
+  const U16x16 h = narrow_half(a);
+  std::memcpy(p, &h, sizeof(h));
+}
+inline void store(BFloat16* p, const F32x16& a) {
+  const U16x16 b = narrow_bfloat16(a);
+  std::memcpy(p, &b, sizeof(b));
+}
+inline void store(int32_t* p, const I32x16& a) { std::memcpy(p, &a, sizeof(a)); }
+
+// ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).
+inline float sum_lanes(F32x16 a) {
+  for (int stride = 8; stride > 0; stride /= 2) {
+    for (int i = 0; i < stride; ++i) a.v[i] += a.v[i + stride];
+  }
+  return a.v[0];
+}
+
+// Lane g of the result is the sum of the g-th group of 8 consecutive lanes of v[0..8), added at strides 4, 2, 1.
+inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
+  return lanes<F32x16>([&](int g) {
+    const float* p = v[g / 2].v + 8 * (g % 2);
+    return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
+  });
+}
+
+}  // namespace qops::cpu::QOPS_ISA_NS

@@ -1,0 +1,95 @@
+// The whole C++ API of qops on one page: what crosses from the binding to the kernels.
+// Plain structs of pointers, sizes and strides. Strides count elements; names ending in _bytes count bytes.
+#pragma once
+
+#include <cstdint>
+
+// For functions in headers that several ISA levels include: an out-of-line copy would be shared by all of them and run
+// with the instructions of whichever level the linker kept.
+#define QOPS_ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace qops {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+enum class Status : int32_t {
+  kOk,
+  kUnsupported,      // no kernel for this combination; the binding should have refused it
+  kIndexOutOfRange,  // a position lies outside its table; nothing was written
+};
+
+// Rows of a tensor [..., H]: its leading dimensions, merged where their strides allow it. The row r = (i0, i1, ...)
+// starts at element i0 * stride[0] + i1 * stride[1] + ...
+struct Rows {
+  static constexpr int kMaxDims = 4;
+  int64_t count = 1;
+  int dims = 0;
+  int64_t size[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};
+
+  QOPS_ALWAYS_INLINE int64_t offset(int64_t row) const {
+    if (dims == 1) return row * stride[0];
+    int64_t offset = 0;
+    for (int d = dims - 1; d >= 0; --d) {
+      offset += row % size[d] * stride[d];
+      row /= size[d];
+    }
+    return offset;
+  }
+};
+
+// The caller's thread pool. run() calls body(arg, begin, end) over disjoint ranges that cover [0, n), each of at least
+// `grain` items where n allows, and returns when all are done. The body must not throw.
+struct ThreadPool {
+  using Body = void (*)(void* arg, int64_t begin, int64_t end);
+  void (*run)(int64_t n, int64_t grain, Body body, void* arg);
+  int threads;
+};
+
+template <class F>
+QOPS_ALWAYS_INLINE void parallel_for(const ThreadPool& pool, int64_t n, int64_t grain, const F& f) {
+  if (pool.threads == 1 || n <= grain) {
+    if (n > 0) f(int64_t{0}, n);
+    return;
+  }
+  pool.run(
+      n, grain,
+      [](void* arg, int64_t begin, int64_t end) { (*static_cast<const F*>(arg))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// y = rms_norm(z) * weight with z = x, or z = R(x + residual), which is then stored to residual_out.
+struct RmsNormParams {
+  const void* x;
+  Rows x_rows;
+  const void* residual;  // null: plain rms_norm
+  Rows residual_rows;
+  void* y;             // contiguous [rows, H]
+  void* residual_out;  // contiguous [rows, H]; null when residual is
+  const void* weight;  // [H], stride 1
+  DType dtype;         // of x, residual, y and residual_out
+  DType weight_dtype;
+  int64_t h;
+  float eps;
+  float weight_offset;
+  bool round_before_weight;  // rounding="hf": R(R(z * rstd) * w); else R(z * rstd * (w + offset))
+};
+
+// Every CPU kernel: X(name, Params). Each is `Status name(const Params&, const ThreadPool&)`, compiled once per ISA
+// level; cpu::name() calls the level chosen at load.
+#define QOPS_FOR_EACH_CPU_KERNEL(X) X(rms_norm, RmsNormParams)
+
+namespace cpu {
+
+#define QOPS_DECLARE(name, Params) Status name(const Params& params, const ThreadPool& pool);
+QOPS_FOR_EACH_CPU_KERNEL(QOPS_DECLARE)
+#undef QOPS_DECLARE
+
+// Name of the ISA level in use ("scalar", "avx2", "avx512"), and all that this build holds and this CPU can run.
+const char* isa_level();
+const char* isa_levels_available();
+// Null, or what is wrong with the environment variable QOPS_ISA.
+const char* isa_error();
+
+}  // namespace cpu
+}  // namespace qops

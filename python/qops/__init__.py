@@ -1,0 +1,13 @@
+"""Fused quantised operators for LLM inference in PyTorch."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from qops._native import build_info
+from qops.ops import add_rms_norm, rms_norm
+
+try:
+    __version__ = version("qops")
+except PackageNotFoundError:  # the tree is on sys.path without being installed
+    __version__ = build_info()["version"]
+
+__all__ = ["__version__", "add_rms_norm", "build_info", "rms_norm"]

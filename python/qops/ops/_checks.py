@@ -1,0 +1,74 @@
+"""Checks of the fake kernels, in the words of csrc/binding/checks.h (tests compare the two)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return "[" + ", ".join(str(size) for size in sizes) + "]"
+
+
+class Checker:
+    """Raises ``qops.<op>: <argument> must <requirement>, got <actual>``."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def require(self, ok: bool | torch.SymBool, arg: str, requirement: str, actual: Callable[[], str]) -> None:
+        """ValueError unless ok."""
+        torch._check_value(ok, lambda: f"qops.{self.op}: {arg} must {requirement}, got {actual()}")
+
+    def supported(self, ok: bool, arg: str, requirement: str, actual: str) -> None:
+        """RuntimeError unless ok: a dtype or device without a kernel."""
+        if not ok:
+            raise RuntimeError(f"qops.{self.op}: {arg} must {requirement}, got {actual}")
+
+    def float_dtype(self, t: Tensor, arg: str) -> None:
+        self.supported(t.dtype in FLOAT_DTYPES, arg, "have dtype float32, float16 or bfloat16", _name(t.dtype))
+
+    def dtype(self, t: Tensor, arg: str, expected: torch.dtype) -> None:
+        self.supported(t.dtype == expected, arg, f"have dtype {_name(expected)}", _name(t.dtype))
+
+    def same_dtype(self, t: Tensor, arg: str, other: Tensor, other_arg: str) -> None:
+        requirement = f"have the dtype of {other_arg} = {_name(other.dtype)}"
+        self.supported(t.dtype == other.dtype, arg, requirement, _name(t.dtype))
+
+    def shape(self, t: Tensor, arg: str, letters: str, expected: Sequence[int]) -> None:
+        ok = t.dim() == len(expected) and all(a == b for a, b in zip(t.shape, expected, strict=True))
+        self.require(ok, arg, f"have shape {letters} = {_shape(expected)}", lambda: _shape(t.shape))
+
+    def same_shape(self, t: Tensor, arg: str, other: Tensor, other_arg: str) -> None:
+        ok = t.dim() == other.dim() and all(a == b for a, b in zip(t.shape, other.shape, strict=True))
+        self.require(ok, arg, f"have the shape of {other_arg} = {_shape(other.shape)}", lambda: _shape(t.shape))
+
+    def at_least_1d(self, t: Tensor, arg: str) -> None:
+        self.require(t.dim() >= 1, arg, "have at least 1 dimension", lambda: "0")
+
+    def dense_last_dim(self, t: Tensor, arg: str) -> None:
+        ok = t.stride(-1) == 1 or t.shape[-1] <= 1 or t.numel() == 0
+        self.require(ok, arg, "have stride 1 in its last dimension", lambda: str(t.stride(-1)))
+
+    def contiguous(self, t: Tensor, arg: str) -> None:
+        self.require(t.is_contiguous(), arg, "be contiguous", lambda: f"strides {_shape(t.stride())}")
+
+    def rounding(self, rounding: str) -> None:
+        self.require(rounding in ("hf", "fp32"), "rounding", 'be "hf" or "fp32"', lambda: f'"{rounding}"')
+
+
+def refuse_grad(op: str, *tensors: Tensor | None) -> None:
+    """The ops are inference-only: a silent loss of gradients would be worse than this error."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"qops.{op}: an input requires grad, and qops has no autograd kernels; "
+            "call it under torch.no_grad() or torch.inference_mode()"
+        )

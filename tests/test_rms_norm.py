@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qops
+from qops.ops.rms_norm import rms_norm_ref
+from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise, random_activations, strided_rows
+
+# Around the vector width (16), the partials of a warp (256) and the thread counts of the reduction tree (1024, 8192).
+H_SIZES = (1, 2, 7, 8, 15, 16, 17, 64, 127, 256, 257, 576, 1024, 1025, 1536, 4096, 8191, 8192, 8200, 16384)
+EPS = 1e-5
+
+
+def tree_sum_of_squares(z: torch.Tensor) -> torch.Tensor:
+    """The reduction that the docstring promises, element by element in float32, independent of the kernel's code."""
+    z = z.float()
+    h = z.shape[-1]
+    threads = 32 if h <= 1024 else 128 if h <= 8192 else 512
+    lanes = 8 * threads
+    padded = F.pad(z * z, (0, -h % lanes)).view(*z.shape[:-1], -1, lanes)
+    partials = padded[..., 0, :]
+    for i in range(1, padded.shape[-2]):
+        partials = partials + padded[..., i, :]
+
+    def halve(t: torch.Tensor) -> torch.Tensor:
+        while t.shape[-1] > 1:
+            t = t[..., : t.shape[-1] // 2] + t[..., t.shape[-1] // 2 :]
+        return t[..., 0]
+
+    per_thread = halve(partials.view(*z.shape[:-1], threads, 8))
+    per_warp = halve(per_thread.view(*z.shape[:-1], threads // 32, 32))
+    return halve(per_warp)
+
+
+def rms_norm_exact(x, weight, eps, weight_offset=0.0, rounding="hf"):
+    """The contract in float32 torch operations: must agree with the kernel bit for bit."""
+    variance = tree_sum_of_squares(x) / x.shape[-1] + eps
+    # Through float64, where rounding twice is harmless: torch.sqrt of float32 goes to MKL and misses the last bit.
+    rstd = 1.0 / torch.sqrt(variance.double()).float()
+    normed = x.float() * rstd[..., None]
+    if rounding == "hf":
+        return (normed.to(x.dtype).float() * weight.float()).to(x.dtype)
+    return (normed * (weight.float() + weight_offset)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("h", H_SIZES)
+def test_bits_follow_the_contract(h, dtype):
+    for seed, (rows, weight_dtype, rounding) in enumerate(
+        itertools.product((1, 3), FLOAT_DTYPES, ("hf", "fp32")), start=h
+    ):
+        x = random_activations(rows, h, dtype=dtype, seed=seed)
+        weight = random_activations(h, dtype=weight_dtype, seed=seed + 1, outliers=False)
+        offset = 1.0 if rounding == "fp32" else 0.0
+        got = qops.rms_norm(x, weight, EPS, weight_offset=offset, rounding=rounding)
+        assert_bitwise(got, rms_norm_exact(x, weight, EPS, offset, rounding), f"{rows}x{h} {weight_dtype} {rounding}")
+
+
+@pytest.mark.parametrize("rounding", ("hf", "fp32"))
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("rows", (0, 1, 2, 3, 17))
+def test_accuracy_against_float64(rows, dtype, rounding):
+    for h in (64, 576, 4097):
+        x = random_activations(rows, h, dtype=dtype, seed=h)
+        weight = random_activations(h, dtype=dtype, seed=h + 1, outliers=False)
+        variance = x.float().square().mean(-1, keepdim=True)
+        baseline = (x.float() * torch.rsqrt(variance + EPS)).to(dtype) * weight
+        ref = rms_norm_ref(x, weight, EPS, rounding="fp32")
+        assert_accurate(qops.rms_norm(x, weight, EPS, rounding=rounding), ref, baseline, f"{rows}x{h}")
+
+
+def test_matches_transformers_to_one_ulp():
+    x = random_activations(64, 576, dtype=torch.bfloat16, seed=0)
+    weight = random_activations(576, dtype=torch.bfloat16, seed=1, outliers=False)
+    variance = x.float().square().mean(-1, keepdim=True)
+    hf = weight * (x.float() * torch.rsqrt(variance + EPS)).to(x.dtype)
+    differing = (qops.rms_norm(x, weight, EPS) != hf).float().mean().item()
+    assert differing < 1e-3  # rsqrt and another order of the sum move rstd by an ulp of float32, seldom one of bfloat16
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("rounding", ("hf", "fp32"))
+def test_fused_equals_unfused(dtype, rounding):
+    for h in (16, 63, 576, 4096):
+        x = random_activations(5, h, dtype=dtype, seed=h)
+        residual = random_activations(5, h, dtype=dtype, seed=h + 1)
+        weight = random_activations(h, dtype=torch.float32, seed=h + 2, outliers=False)
+        y, z = qops.add_rms_norm(strided_rows(x), strided_rows(residual, 6), weight, EPS, rounding=rounding)
+        assert_bitwise(z, x + residual, "sum")
+        assert_bitwise(y, qops.rms_norm(x + residual, weight, EPS, rounding=rounding), "norm")
+
+
+def test_strides_and_leading_dimensions():
+    base = random_activations(2, 9, 5, 48, dtype=torch.bfloat16, seed=0)
+    weight = torch.ones(48)
+    expected = qops.rms_norm(base.reshape(-1, 48), weight, EPS).view_as(base)
+    views = {
+        "sliced": (base[:, 2:7], expected[:, 2:7]),
+        "transposed leading dimensions": (base.transpose(0, 2), expected.transpose(0, 2)),
+        "row stride": (strided_rows(base), expected),
+        "broadcast": (base[:1].expand(3, -1, -1, -1), expected[:1].expand(3, -1, -1, -1)),
+        "one row": (base[0, 0, 0], expected[0, 0, 0]),
+        "odd offset": (strided_rows(base, 2), expected),
+    }
+    for name, (view, want) in views.items():
+        got = qops.rms_norm(view, weight, EPS)
+        assert got.is_contiguous(), name
+        assert_bitwise(got, want.contiguous(), name)
+
+
+def test_rows_do_not_depend_on_batch_or_threads(threads):
+    x = random_activations(257, 576, dtype=torch.bfloat16, seed=3)
+    weight = torch.ones(576)
+    threads(1)
+    one = qops.rms_norm(x, weight, EPS)
+    threads(2)
+    assert_bitwise(qops.rms_norm(x, weight, EPS), one, "threads")
+    for row in (0, 100, 256):
+        assert_bitwise(qops.rms_norm(x[row], weight, EPS), one[row], "row alone")
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_special_values(dtype):
+    weight = torch.full((40,), 2.0)
+    x = torch.ones(6, 40, dtype=dtype)
+    x[1] = 0.0
+    x[2, 39] = float("nan")
+    x[3, 0] = float("inf")
+    x[4] = torch.finfo(dtype).tiny / 4  # subnormal: must not be flushed
+    y = qops.rms_norm(x, weight, 0.0 if dtype != torch.float16 else 1e-12)
+    assert torch.isnan(y[2]).all()
+    assert torch.isnan(y[3, 0]) and not torch.isfinite(y[3, 0])
+    assert_bitwise(qops.rms_norm(x[1], weight, EPS), torch.zeros(40, dtype=dtype), "zero row")
+    assert_bitwise(y[0], y[5], "rows beside special rows")
+    if dtype == torch.float16:  # 2^-16 squared is a normal float32
+        assert (y[4] > 0).all()
+
+
+def test_empty():
+    assert qops.rms_norm(torch.empty(0, 64), torch.ones(64), EPS).shape == (0, 64)
+    assert qops.rms_norm(torch.empty(3, 0), torch.ones(0), EPS).shape == (3, 0)
+    y, z = qops.add_rms_norm(torch.empty(0, 64), torch.empty(0, 64), torch.ones(64), EPS)
+    assert y.shape == z.shape == (0, 64)
+
+
+X = torch.ones(2, 32, dtype=torch.bfloat16)
+W = torch.ones(32)
+ERRORS = {
+    "dtype": ((X.long(), W), {}, RuntimeError, r"x must have dtype float32, float16 or bfloat16, got int64"),
+    "weight dtype": ((X, W.double()), {}, RuntimeError, r"weight must have dtype float32, .* got float64"),
+    "scalar": ((torch.tensor(1.0), W), {}, ValueError, r"x must have at least 1 dimension, got 0"),
+    "weight shape": ((X, W[:31]), {}, ValueError, r"weight must have shape \[H\] = \[32\], got \[31\]"),
+    "weight rank": ((X, W[None]), {}, ValueError, r"weight must have shape \[H\] = \[32\], got \[1, 32\]"),
+    "stride": ((X.t(), W[:2]), {}, ValueError, r"x must have stride 1 in its last dimension, got 32"),
+    "rounding": ((X, W), {"rounding": "up"}, ValueError, r'rounding must be "hf" or "fp32", got "up"'),
+    "offset": ((X, W), {"weight_offset": 1.0}, ValueError, r'rounding must be "fp32" with a non-zero weight_offset'),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.parametrize("op", ("rms_norm", "add_rms_norm"))
+def test_errors_are_the_same_with_fake_tensors(op, case):
+    args, kwargs, error, text = ERRORS[case]
+    if op == "add_rms_norm":
+        args = (args[0], args[0], args[1])
+    call = getattr(qops, op)
+    messages = []
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=rf"^qops\.{op}: {text}") as caught:
+            call(*(a.to(device) for a in args), EPS, **kwargs)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_residual_errors():
+    for device in ("cpu", "meta"):
+        x, w = X.to(device), W.to(device)
+        with pytest.raises(ValueError, match=r"residual must have the shape of x = \[2, 32\], got \[1, 32\]"):
+            qops.add_rms_norm(x, x[:1], w, EPS)
+        with pytest.raises(RuntimeError, match=r"residual must have the dtype of x = bfloat16, got float32"):
+            qops.add_rms_norm(x, x.float(), w, EPS)
+
+
+def test_grad_is_refused():
+    with torch.inference_mode(False), torch.enable_grad():
+        weight = torch.ones(8, requires_grad=True)
+        with pytest.raises(RuntimeError, match=r"qops\.rms_norm: an input requires grad"):
+            qops.rms_norm(torch.ones(1, 8), weight, EPS)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_opcheck(dtype):
+    with torch.inference_mode(False), torch.no_grad():
+        x = random_activations(3, 4, 40, dtype=dtype, seed=0)[:, 1:]
+        weight = torch.ones(40)
+        torch.library.opcheck(torch.ops.qops.rms_norm.default, (x, weight, EPS))
+        torch.library.opcheck(torch.ops.qops.add_rms_norm.default, (x, x, weight, EPS, 1.0, "fp32"))
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compile(backend):
+    torch._dynamo.reset()
+    x, residual = random_activations(2, 3, 64, dtype=torch.bfloat16, seed=0).unbind(0)
+    weight = torch.ones(64)
+
+    def block(x, residual):
+        y, z = qops.add_rms_norm(x, residual, weight, EPS)
+        return qops.rms_norm(y, weight, EPS) + z
+
+    torch.use_deterministic_algorithms(False)  # inductor does not know the poisoned torch.empty
+    compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=True)
+    for rows in (3, 2):
+        assert_bitwise(compiled(x[:rows], residual[:rows]), block(x[:rows], residual[:rows]), f"{rows} rows")
