@@ -14,6 +14,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +22,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from qops.demo import artefact, cli, compare, console
+from qops.demo import artefact, chat, cli, compare, console
 from qops.demo.artefact import Artefact, Cache
-from qops.demo.chat import ChatTokenizer
 from qops.demo.console import DemoError, Progress
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTENT = bytes(range(256)) * 700
 WHEEL = "qops_fake_model-1.0-py3-none-any.whl"
@@ -500,147 +501,53 @@ def test_interrupting_a_download_ends_pip_and_leaves_nothing(tmp_path):
 # Tokenizer
 
 
-def byte_level_metadata(split: str = "smollm") -> dict[str, object]:
-    alphabet = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ", "Ã", "©", "ð", "Ł", "Ļ", "Ĥ"]
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "12", "he", "Ġhe", "<think>"]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": split,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3, 3, *[1] * len(alphabet), 1, 1, 1, 4],
-        "tokenizer.ggml.merges": ["1 2", "h e", "Ġ he"],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": (
-            "{% for message in messages %}\n"
-            "{{'<|im_start|>' + message['role'] + ' ' + message['content'] + '<|im_end|>'}}"
-            "{% endfor %}\n{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
-        ),
-    }
-
-
-def pieces(tokenizer: ChatTokenizer, ids: list[int]) -> list[str | None]:
-    return [tokenizer.tokenizer.id_to_token(index) for index in ids]
-
-
-def test_smollm_splits_digits_and_gpt2_does_not():
-    for split, expected in (("smollm", ["1", "2", "Ġhe"]), ("gpt-2", ["12", "Ġhe"])):
-        tokenizer = ChatTokenizer.from_gguf_metadata(byte_level_metadata(split))
-        assert pieces(tokenizer, tokenizer.text_ids("12 he")) == expected
-
-
-def test_chat_template_and_special_tokens():
-    tokenizer = ChatTokenizer.from_gguf_metadata(byte_level_metadata())
-    expected = ["<|im_start|>", "u", "s", "e", "r", "Ġhe", "<|im_end|>", "<|im_start|>"]
-    assert pieces(tokenizer, tokenizer.prompt_ids("he")) == expected
-    assert tokenizer.stop_ids == {2}
-    assert tokenizer.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    # Control tokens vanish from an answer, tokens of the user's own stay.
-    assert "".join(tokenizer.stream(tokenizer.text_ids("<|im_start|>he<think>"))) == "he<think>"
-
-
-def test_stream_holds_a_character_back_until_it_is_whole():
-    tokenizer = ChatTokenizer.from_gguf_metadata(byte_level_metadata())
-    streamed = list(tokenizer.stream(tokenizer.text_ids("é🙂")))
-    assert streamed == ["", "é", "", "", "", "🙂"]
-
-
-def test_a_saved_tokenizer_comes_back(tmp_path):
-    tokenizer = ChatTokenizer.from_gguf_metadata(byte_level_metadata())
-    tokenizer.save(tmp_path)
-    again = ChatTokenizer.from_folder(tmp_path)
-    assert again.prompt_ids("12 he! <think>") == tokenizer.prompt_ids("12 he! <think>")
-    assert (again.stop_ids, again.special_tokens) == (tokenizer.stop_ids, tokenizer.special_tokens)
-    assert again.chat_template == tokenizer.chat_template
-
-
-def test_bos_is_added_to_text_but_not_twice_to_a_chat():
-    metadata = byte_level_metadata() | {"tokenizer.ggml.add_bos_token": True}
-    tokenizer = ChatTokenizer.from_gguf_metadata(metadata)
-    assert pieces(tokenizer, tokenizer.text_ids("he")) == ["<|im_start|>", "he"]
-    assert pieces(tokenizer, tokenizer.prompt_ids("he"))[:2] == ["<|im_start|>", "u"]
-
-
-def test_without_a_template_the_prompt_is_plain_text():
-    metadata = byte_level_metadata()
-    del metadata["tokenizer.chat_template"]
-    tokenizer = ChatTokenizer.from_gguf_metadata(metadata)
-    assert pieces(tokenizer, tokenizer.prompt_ids("he")) == ["he"]
-
-
-def test_a_folder_keeps_its_templates_and_stop_ids(tmp_path):
-    ChatTokenizer.from_gguf_metadata(byte_level_metadata()).save(tmp_path)
-    config = {
-        "eos_token": {"content": "<|im_end|>", "lstrip": False},
-        "chat_template": [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "he"}],
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
-    tokenizer = ChatTokenizer.from_folder(tmp_path)
-    assert tokenizer.stop_ids == {0, 2, 5}
-    assert pieces(tokenizer, tokenizer.prompt_ids("12")) == ["he"]
-    (tmp_path / "chat_template.jinja").write_text("12")
-    assert pieces(ChatTokenizer.from_folder(tmp_path), tokenizer.text_ids("12")) == ["1", "2"]
-    assert ChatTokenizer.from_folder(tmp_path).prompt_ids("he") == tokenizer.text_ids("12")
-
-
-def test_a_template_cannot_reach_python():
-    from jinja2.exceptions import SecurityError
-
-    template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    tokenizer = ChatTokenizer.from_gguf_metadata(byte_level_metadata() | {"tokenizer.chat_template": template})
-    with pytest.raises(SecurityError):
-        tokenizer.prompt_ids("he")
-
-
-def test_sentencepiece_merges_follow_the_scores():
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    words = ["▁", "a", "b", "c", "ab", "bc", "abc", "▁a"]
-    scores = [-9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0, -4.0]
-    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *words]
-    tokenizer = ChatTokenizer.from_gguf_metadata(
-        {
-            "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.scores": [0.0] * 259 + scores,
-            "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(words)],
-            "tokenizer.ggml.bos_token_id": 1,
-            "tokenizer.ggml.eos_token_id": 2,
-        }
+@pytest.fixture
+def tokenizer():
+    """Byte-level BPE over ASCII with one merge, in the class a saved GGUF tokenizer comes back as."""
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, [("h", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        chat_template="{% for m in messages %}{{ bos_token + m['role'] + ' ' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ bos_token }}{% endif %}",
     )
-    # bc joins before ab, and then ▁a before abc would need ▁abc: the result is not the longest-match split ab + c.
-    assert pieces(tokenizer, tokenizer.text_ids("xab abc")) == ["<s>", "▁", "<0x78>", "ab", "▁", "abc"]
-    ids = tokenizer.text_ids("abcé a")
-    assert pieces(tokenizer, ids) == ["<s>", "▁", "abc", "<0xC3>", "<0xA9>", "▁a"]
-    assert tokenizer.tokenizer.decode(ids) == "abcé a"
-    assert "".join(tokenizer.stream(ids)).strip() == "abcé a"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tokenizer.ggml.pre": "tekken"}, "splits text as 'tekken'"),
-        ({"tokenizer.ggml.model": "bert"}, "of kind 'bert'"),
-        ({"tokenizer.ggml.tokens": []}, "holds no tokenizer"),
-    ],
-)
-def test_an_unknown_tokenizer_is_refused(change, message):
-    with pytest.raises(DemoError, match=message):
-        ChatTokenizer.from_gguf_metadata(byte_level_metadata() | change)
+def test_the_prompt_goes_through_the_chat_template(tokenizer):
+    ids = chat.prompt_ids(tokenizer, "he?")
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "<|im_start|>", "u", "s", "e", "r", "Ġ", "he", "?", "<|im_end|>", "<|im_start|>"
+    ]  # fmt: skip
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(DemoError, match=r"no tokenizer\.json"):
-        ChatTokenizer.from_folder(tmp_path)
+def test_without_a_template_the_prompt_is_plain_text(tokenizer):
+    tokenizer.chat_template = None
+    assert tokenizer.convert_ids_to_tokens(chat.prompt_ids(tokenizer, "he?")) == ["he", "?"]
+
+
+def test_stream_holds_a_character_back_until_it_is_whole(tokenizer):
+    ids = chat.text_ids(tokenizer, "é<|im_start|>🙂")
+    assert list(chat.stream(tokenizer, ids)) == ["", "é", "", "", "", "", "🙂"]
+
+
+def test_every_declared_end_of_text_stops(tokenizer):
+    model = SimpleNamespace(
+        config=SimpleNamespace(eos_token_id=7), generation_config=SimpleNamespace(eos_token_id=[0, 8])
+    )
+    assert chat.stop_ids(tokenizer, model) == {2, 7, 0, 8}
+    bare = SimpleNamespace(config=SimpleNamespace(eos_token_id=None), generation_config=None)
+    assert chat.stop_ids(tokenizer, bare) == {2}
 
 
 # Measurements
 
 
 @pytest.fixture(scope="module")
-def models():
+def pair():
     """Two tiny random models that differ a little, as a quantised and a dense one would."""
     config = LlamaConfig(
         vocab_size=97,
@@ -665,8 +572,8 @@ def random_ids(count: int) -> list[int]:
     return torch.randint(0, 97, (count,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def test_generate_equals_full_forwards(models):
-    model = models[0]
+def test_generate_equals_full_forwards(pair):
+    model = pair[0]
     ids = random_ids(7)
     stream = compare.generate(model, ids)
     for _ in range(12):
@@ -675,9 +582,9 @@ def test_generate_equals_full_forwards(models):
         ids.append(expected)
 
 
-def test_generate_leaves_inference_mode_alone(models):
+def test_generate_leaves_inference_mode_alone(pair):
     with torch.inference_mode(False):
-        stream = compare.generate(models[0], random_ids(3))
+        stream = compare.generate(pair[0], random_ids(3))
         next(stream)
         assert not torch.is_inference_mode_enabled()
 
@@ -696,14 +603,14 @@ def test_sampler_is_greedy_at_zero_and_reproducible_above():
 
 
 @pytest.mark.parametrize("tokens", [2, 64, 65, 66, 200])
-def test_accuracy_equals_a_direct_computation(models, tokens):
-    ours, dense = models
+def test_accuracy_equals_a_direct_computation(pair, tokens):
+    ours, dense = pair
     ids = random_ids(tokens)
     half_top = (torch.full((tokens,), -1), dense(input_ids=torch.tensor([ids])).logits[0].argmax(-1))
     half_top[1][0] += 1
     result = compare.accuracy(ids, lambda: ours, lambda: dense, half_top)
 
-    a, b = (model(input_ids=torch.tensor([ids])).logits[0].double() for model in models)
+    a, b = (model(input_ids=torch.tensor([ids])).logits[0].double() for model in pair)
     for logits, shown in ((a, result.perplexity_ours), (b, result.perplexity_dense)):
         likelihoods = [torch.softmax(logits[t], -1)[ids[t + 1]].item() for t in range(tokens - 1)]
         assert shown == pytest.approx(math.prod(p ** (-1 / (tokens - 1)) for p in likelihoods), rel=1e-9)
@@ -719,8 +626,8 @@ def test_a_nan_logit_shows():
     assert math.isnan(compare.largest_difference(broken, torch.zeros(130, 5)))
 
 
-def test_float32_has_no_flips(models):
-    result = compare.accuracy(random_ids(5), lambda: models[0], lambda: models[1], None)
+def test_float32_has_no_flips(pair):
+    result = compare.accuracy(random_ids(5), lambda: pair[0], lambda: pair[1], None)
     assert result.flips_ours is None
     assert "flips" not in compare.accuracy_table("fp32", result)
 
@@ -754,11 +661,11 @@ def test_rounds_interleave_after_a_warm_up():
     assert race.ratio == compare.Spread(3, 2, 4)
 
 
-def test_rates_count_tokens_not_the_prompt(models, monkeypatch):
+def test_rates_count_tokens_not_the_prompt(pair, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
-    assert compare.decode_rate(models[0], random_ids(9), tokens=4) == 4
-    assert compare.prefill_rate(models[0], random_ids(9)) == 9
+    assert compare.decode_rate(pair[0], random_ids(9), tokens=4) == 4
+    assert compare.prefill_rate(pair[0], random_ids(9)) == 9
 
 
 def test_tables():
@@ -791,5 +698,3 @@ def test_the_passage_ships_and_is_long_enough():
     assert text.isascii()
     # No tokenizer in use spends fewer than one id on a word of this text.
     assert len(text.split()) >= compare.PASSAGE_TOKENS
-    if artefact.Cache().prepared.is_dir():
-        assert len(ChatTokenizer.from_folder(artefact.Cache().prepared).text_ids(text)) >= compare.PASSAGE_TOKENS

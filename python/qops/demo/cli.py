@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import io
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,9 +22,6 @@ import qops
 from qops._transformers import require_transformers
 from qops.demo import artefact, console
 from qops.demo.console import DemoError, note
-
-if TYPE_CHECKING:
-    from qops.demo.chat import ChatTokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -130,19 +128,16 @@ def run(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
-    # The collector would run hundreds of times over objects that imports make and keep: 0.5 s of their 2.5 s.
-    gc.disable()
-    if options.model is None:
-        title, folder = artefact.SMOLLM2.title, _prepared_folder(clock)
-    else:
-        title, folder = options.model.name, options.model
-        if not folder.exists():
-            raise DemoError(f"--model {folder}: no such file or folder")
-        _import_model_code()
-        clock.lap("imports")
-    model, tokenizer = _load(folder, DTYPES[options.dtype])
-    gc.freeze()
-    gc.enable()
+    with _no_garbage_collection():
+        if options.model is None:
+            title, path = artefact.SMOLLM2.title, _prepared_folder(clock)
+        else:
+            title, path = options.model.name, options.model
+            if not path.exists():
+                raise DemoError(f"--model {path}: no such file or folder")
+            _import_model_code()
+            clock.lap("imports")
+        model, tokenizer = _load(path, DTYPES[options.dtype])
     clock.lap("loading")
 
     isa = qops.build_info()["isa"]
@@ -152,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
         text_ids = _passage_ids(model, tokenizer)
         half_top = _compare_speed(model, prompt_ids, text_ids, options)
         del model
-        _compare_accuracy(folder, text_ids, half_top, options.dtype)
+        _compare_accuracy(path, text_ids, half_top, options.dtype)
 
 
 class Stopwatch:
@@ -169,6 +164,16 @@ class Stopwatch:
 
     def text(self) -> str:
         return ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.laps.items())
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """The collector would run hundreds of times over objects that imports make and keep: 0.5 s of their 2.5 s."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _prepared_folder(clock: Stopwatch) -> Path:
@@ -201,31 +206,29 @@ def _import_model_code() -> None:
 
 
 def _prepare(gguf: Path, folder: Path) -> None:
-    from qops.demo.chat import ChatTokenizer
-    from qops.model import load_model, save_model
+    from qops.model import load_model, load_tokenizer, save_model
 
     # float32 keeps the norms and the embedding's scales as the file has them, whatever dtype later starts ask for.
     save_model(load_model(gguf, dtype=torch.float32), folder)
-    ChatTokenizer.from_gguf(gguf).save(folder)
+    load_tokenizer(gguf).save_pretrained(folder)
 
 
-def _load(path: Path, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
-    from qops.demo.chat import ChatTokenizer
-    from qops.model import load_model
+def _load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    from qops.model import load_model, load_tokenizer
 
     try:
-        model = load_model(path, dtype=dtype)
-        tokenizer = ChatTokenizer.from_folder(path) if path.is_dir() else ChatTokenizer.from_gguf(path)
+        return load_model(path, dtype=dtype), load_tokenizer(path)
     except (ValueError, RuntimeError, NotImplementedError, LookupError, OSError) as error:
         raise DemoError(f"cannot load {path}: {error}") from error
-    return model, tokenizer
 
 
-def _answer(model: Any, tokenizer: ChatTokenizer, options: argparse.Namespace, clock: Stopwatch) -> list[int]:
+def _answer(model: Any, tokenizer: Any, options: argparse.Namespace, clock: Stopwatch) -> list[int]:
     """Stream the answer to stdout and report the time to its first token. Returns the prompt's ids."""
+    from qops.demo import chat
     from qops.demo.compare import generate, sampler
 
-    prompt_ids = tokenizer.prompt_ids(options.prompt)
+    prompt_ids = chat.prompt_ids(tokenizer, options.prompt)
+    stop_ids = chat.stop_ids(tokenizer, model)
     context = model.config.max_position_embeddings
     room = context - len(prompt_ids)
     if not prompt_ids or room < 1:
@@ -238,15 +241,15 @@ def _answer(model: Any, tokenizer: ChatTokenizer, options: argparse.Namespace, c
             if not answer:
                 clock.lap(f"prompt of {len(prompt_ids)} tokens")
             answer.append(token)
-            if token in tokenizer.stop_ids:
+            if token in stop_ids:
                 return
             yield token
 
     print(f"> {options.prompt}", flush=True)
-    for text in tokenizer.stream(tokens()):
+    for text in chat.stream(tokenizer, tokens()):
         print(text, end="", flush=True)
     spent = console.seconds_since_process_start() - clock.total
-    stopped = "" if answer[-1] in tokenizer.stop_ids else f"\n[stopped after {len(answer)} tokens]"
+    stopped = "" if answer[-1] in stop_ids else f"\n[stopped after {len(answer)} tokens]"
     print(f"{stopped}\n")
     rate = f", then {(len(answer) - 1) / spent:.1f} tokens/s" if len(answer) > 1 else ""
     print(f"First token {clock.total:.2f} s after the process started{rate}.")
@@ -254,10 +257,11 @@ def _answer(model: Any, tokenizer: ChatTokenizer, options: argparse.Namespace, c
     return prompt_ids
 
 
-def _passage_ids(model: Any, tokenizer: ChatTokenizer) -> list[int]:
+def _passage_ids(model: Any, tokenizer: Any) -> list[int]:
+    from qops.demo.chat import text_ids
     from qops.demo.compare import PASSAGE_TOKENS, passage
 
-    return tokenizer.text_ids(passage())[: min(PASSAGE_TOKENS, model.config.max_position_embeddings)]
+    return text_ids(tokenizer, passage())[: min(PASSAGE_TOKENS, model.config.max_position_embeddings)]
 
 
 def _compare_speed(
