@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ pytest.importorskip("tokenizers")
 from qops.demo import artefact, chat, cli, compare, console
 from qops.demo.artefact import Artefact, Cache
 from qops.demo.console import DemoError, Progress
+from qops.model import quantize_model, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -698,3 +700,80 @@ def test_the_passage_ships_and_is_long_enough():
     assert text.isascii()
     # No tokenizer in use spends fewer than one id on a word of this text.
     assert len(text.split()) >= compare.PASSAGE_TOKENS
+
+
+# The whole run
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """A tiny random 4-bit model with its tokenizer, as `--model` takes it."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        eos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with torch.inference_mode(False):
+        model = quantize_model(LlamaForCausalLM(config), group_size=32)
+    save_model(model, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_model_folder_answers_and_is_compared(folder, capsys, dtype):
+    arguments = ["--model", str(folder), "--dtype", dtype, "--rounds", "1", "--max-new-tokens", "4", "--prompt", "he"]
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "\n> he\n" in captured.out
+    assert "First token" in captured.out and "decode, tokens/s" in captured.out
+    assert "Accuracy: the first 128 tokens of the United States Declaration of Independence (1776)" in captured.out
+    assert ("flips the top-1 token" in captured.out) == (dtype != "fp32")
+    # Both models hold the same weights in float32: any real difference between them would show here.
+    agreeing = next(line for line in captured.out.splitlines() if line.startswith("same top-1"))
+    assert "128 of 128 (100.00 %)" in agreeing
+    assert "Traceback" not in captured.err
+
+
+def test_answer_only(folder, capsys):
+    assert cli.main(["--model", str(folder), "--no-compare", "--max-new-tokens", "3"]) == 0
+    captured = capsys.readouterr()
+    assert "[stopped after 3 tokens]" in captured.out
+    assert "tokens/s " not in captured.out and captured.err == ""
+
+
+def test_drawn_answers_follow_the_seed(folder, capsys):
+    def answer(seed: int) -> str:
+        arguments = ["--model", str(folder), "--no-compare", "--max-new-tokens", "20", "--prompt", "he"]
+        assert cli.main([*arguments, "--temperature", "1.5", "--seed", str(seed)]) == 0
+        return capsys.readouterr().out.partition("> he\n")[2].partition("First token")[0]
+
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)
+
+
+def test_threads_are_set(folder, threads):
+    threads(2)
+    assert cli.main(["--model", str(folder), "--no-compare", "--max-new-tokens", "1", "--threads", "1"]) == 0
+    assert torch.get_num_threads() == 1
+
+
+def test_an_answer_ends_at_the_context(folder, capsys):
+    assert cli.main(["--model", str(folder), "--no-compare", "--prompt", "x" * 100, "--max-new-tokens", "500"]) == 0
+    prompt_tokens = 100 + 7  # six of "user " and the markers, see the template above
+    assert f"[stopped after {128 - prompt_tokens - 1} tokens]" in capsys.readouterr().out
+    assert cli.main(["--model", str(folder), "--no-compare", "--prompt", "x" * 200]) == 1
+    assert "this model takes 1 ... 127" in capsys.readouterr().err
+
+
+def test_the_collector_is_on_again(folder):
+    assert cli.main(["--model", str(folder), "--no-compare", "--max-new-tokens", "1"]) == 0
+    assert gc.isenabled()
