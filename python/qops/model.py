@@ -1,6 +1,6 @@
 """Whole Llama models on qops operators: load, save, quantise, and the dense model to compare with.
 
-A saved folder holds `config.json`, `generation_config.json` and `model.safetensors`: the canonical tensors under
+A saved folder holds `config.json`, `generation_config.json` and `qops.safetensors`: the canonical tensors under
 Transformers' names. Packing at load is a permutation of bytes, cheaper than reading them, so the folder stores no
 packed layout and stays valid when that changes.
 """
@@ -29,6 +29,9 @@ Weight = Int4Weight | Int8Weight | torch.Tensor
 
 QUANT_METHOD = "qops"
 FORMAT_VERSION = 1
+# Not model.safetensors: Transformers skips a quant_method it does not know and would load the rest as noise. Without
+# a file of that name it stops.
+TENSORS_FILE = "qops.safetensors"
 
 
 class Checkpoint(Protocol):
@@ -108,15 +111,15 @@ def save_model(model: LlamaForCausalLM, folder: str | os.PathLike[str]) -> None:
     # Parts of a merged dense linear are views of one storage, which safetensors refuses.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     config = copy.deepcopy(model.config)
-    # Named like any quantised checkpoint, so that Transformers alone refuses the folder instead of loading noise.
+    config.dtype = model.dtype
     config.quantization_config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "weights": kinds}
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     # Written aside and renamed: a reader never meets half a file.
-    partial = folder / "model.safetensors.partial"
+    partial = folder / f"{TENSORS_FILE}.partial"
     save_file(tensors, partial)
-    os.replace(partial, folder / "model.safetensors")
+    os.replace(partial, folder / TENSORS_FILE)
 
 
 def quantize_model(
@@ -304,6 +307,9 @@ def _modules(model: LlamaForCausalLM) -> Iterator[tuple[str, Weight, torch.Tenso
             tied = name == "lm_head" and model.config.tie_word_embeddings
             if not inside_merged and not tied:
                 yield name, module.weight, module.bias
+        elif isinstance(module, nn.Embedding) and model.config.tie_word_embeddings:
+            # The output layer holds a 4-bit table exactly; the dense one beside it is rounded.
+            yield name, model.lm_head.weight, None  # pyright: ignore[reportReturnType]
         elif isinstance(module, (Int8Embedding, nn.Embedding, RMSNorm)):
             yield name, module.weight, None
 
@@ -362,7 +368,7 @@ class _Folder:
         self.config = LlamaConfig.from_pretrained(folder)
         del self.config.quantization_config
         self._kinds: dict[str, str] = settings["weights"]
-        path = folder / "model.safetensors"
+        path = folder / TENSORS_FILE
         try:
             self._file: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -383,9 +389,9 @@ class _Folder:
                 f"got model_type '{config.get('model_type')}', quant_method '{method}'"
             )
         if settings.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: format_version must be {FORMAT_VERSION}, got {settings.get('format_version')}"
-            )
+            raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {settings.get('format_version')}")
+        if not isinstance(settings.get("weights"), dict):
+            raise ValueError(f"{path}: weights must map names to kinds, got {settings.get('weights')!r}")
         return settings
 
     def weight(self, name: str) -> Weight:
@@ -412,5 +418,5 @@ class _Folder:
 
     def _tensor(self, name: str) -> torch.Tensor:
         if name not in self._names:
-            raise ValueError(f"{self.folder / 'model.safetensors'}: tensor {name} is missing")
+            raise ValueError(f"{self.folder / TENSORS_FILE}: tensor {name} is missing")
         return self._file.get_tensor(name)
