@@ -95,7 +95,10 @@ class QuantizedWeight(nn.Module):
     @torch.no_grad()
     def canonical(self) -> dict[str, Tensor]:
         """The canonical tensors by name: unpacked for the caller, or the weight's own where it is canonical."""
-        return self._canonical_rows(0, self.out_features)
+        rows, perm = self._canonical_rows(0, self.out_features), getattr(self, "perm", None)
+        if perm is not None:
+            rows["perm"] = perm.clone() if self.is_packed else perm
+        return rows
 
     def _require_packed(self) -> None:
         """What every forward calls: packing there would copy the weight inside a compiled or captured region."""
@@ -184,7 +187,7 @@ class QuantizedWeight(nn.Module):
         return packed
 
     def _canonical_rows(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Canonical tensors of rows start ... stop; start is a multiple of 16."""
+        """Canonical tensors of rows start ... stop, without ``perm``; start is a multiple of 16."""
         tensors, rows = self._tensors(), {}
         strips = slice(start // STRIP_ROWS, -(-stop // STRIP_ROWS))
         if "packed" in tensors:
@@ -195,8 +198,6 @@ class QuantizedWeight(nn.Module):
             if key in tensors:
                 whole = tensors[key]
                 rows[key] = out_of_strips(whole[strips], stop - start) if "packed" in tensors else whole[start:stop]
-        if "perm" in tensors:
-            rows["perm"] = tensors["perm"]
         return rows
 
     @classmethod
@@ -316,7 +317,6 @@ class QuantizedWeight(nn.Module):
         # Copies the form that is there. Through __getstate__, deepcopy's memo would keep the canonical tensors of every
         # layer of a model alive until the whole copy is done.
         copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
         copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return copied
 
