@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STRIP_ROWS = 16
-# Quantising and dequantising hold a few float64 temporaries of this many elements (8 MiB each), whatever the weight.
-CHUNK_ELEMENTS = 1 << 20
+# Quantising and dequantising hold a few float64 temporaries of this many elements: 1 MiB each, inside L2.
+CHUNK_ELEMENTS = 1 << 17
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

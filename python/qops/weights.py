@@ -431,7 +431,9 @@ def _add_rounding_to_odd(a: Tensor, b: Tensor) -> Tensor:
     """
     total = a + b
     from_b = total - a
-    error = (a - (total - from_b)) + (b - from_b)
+    error = (a - (total - from_b)).add_(b - from_b)
+    if not error.any():  # always so for offsets and scales in float16, whose sums fit in 53 bits
+        return total
     bits = total.view(torch.int64)
     outward = (error > 0) == (total > 0)
     odd = torch.where(outward, bits + 1, bits - 1)
