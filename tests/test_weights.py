@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import qops
 from qops.testing import assert_bitwise, generator
 from qops.weights import Int4Weight, Int8Weight
 
@@ -209,6 +210,22 @@ def test_int4_packing_is_bijective(n, k, kind):
         assert_tensors_equal(buffers(weight.unpack()), tensors)
         assert not weight.is_packed
         assert_tensors_equal(buffers(weight.pack().pack()), packed)
+
+
+@pytest.mark.parametrize("n, k", ((0, 32), (24, 0), (0, 0)))
+def test_empty_weights(n, k):
+    empty, bias = torch.empty(n, k), torch.arange(float(n))
+    for symmetric, group_size in itertools.product((True, False), (-1, 16)):
+        weight = Int4Weight.quantize(empty, group_size, symmetric)
+        loaded = empty_like(weight)
+        loaded.load_state_dict(weight.state_dict())
+        for one in (weight, loaded, copy.deepcopy(weight).unpack().pack().half()):
+            assert one.dequantize().shape == (n, k)
+            assert torch.equal(qops.int4_gemm(torch.ones(3, k), one, bias), bias.expand(3, n))
+    weight = Int8Weight.quantize(empty)
+    assert weight.dequantize().shape == (n, k)
+    assert torch.equal(qops.int8_weight_only_gemm(torch.ones(3, k), weight, bias), bias.expand(3, n))
+    assert weight.rows(torch.arange(n)[::2]).shape == (len(range(0, n, 2)), k)
 
 
 @pytest.mark.parametrize("n, k", SHAPES)
@@ -645,7 +662,21 @@ def test_move_to_another_device_type_packs_there():
     assert canonical.to("cpu").is_packed is False and canonical.to("meta").is_packed is True
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_move_without_kernels_there_changes_nothing(monkeypatch):
+    def no_kernel(qweight):
+        raise NotImplementedError("Could not run 'qops::int4_pack' with arguments from the 'Meta' backend")
+
+    tensors, weight = random_int4(24, 64, 16, "zero_point")
+    monkeypatch.setattr(Int4Weight, "_pack_codes", staticmethod(no_kernel))
+    with pytest.raises(RuntimeError, match=r"qops\.Int4Weight: this build of qops has no kernels for device meta"):
+        weight.to("meta")
+    assert weight.is_packed
+    assert_tensors_equal(weight.canonical(), tensors)
+
+
+@pytest.mark.skipif(
+    not qops.build_info()["cuda"] or not torch.cuda.is_available(), reason="needs CUDA kernels and a GPU"
+)
 def test_moves_to_cuda_and_back():
     for tensors, weight in some_weights():
         weight.cuda()
@@ -781,14 +812,16 @@ def test_two_threads_share_a_weight():
     """Readers of every sort at once, and two threads that pack the same weight."""
     for _ in range(10):
         tensors, weight = random_int4(104, 240, 16, "offset", act_order=True, pack=False)
-        expected, errors = weight.dequantize(), []
+        x, expected, errors = torch.randn(2, 240), weight.dequantize(), []
+        y = qops.int4_gemm(x, copy.deepcopy(weight).pack())
         barrier = threading.Barrier(4)
 
-        def work(weight=weight, tensors=tensors, expected=expected, errors=errors, barrier=barrier):
+        def work(weight=weight, tensors=tensors, x=x, y=y, expected=expected, errors=errors, barrier=barrier):
             try:
                 barrier.wait()
                 weight.pack()
                 for _ in range(5):
+                    assert torch.equal(qops.int4_gemm(x, weight), y)
                     assert torch.equal(weight.dequantize(), expected)
                     assert_tensors_equal(weight.canonical(), tensors)
                     assert torch.equal(copy.deepcopy(weight).dequantize(), expected)
