@@ -53,8 +53,7 @@ QOPS_ALWAYS_INLINE void parallel_for(const ThreadPool& pool, int64_t n, int64_t 
     return;
   }
   pool.run(
-      n, grain,
-      [](void* arg, int64_t begin, int64_t end) { (*static_cast<const F*>(arg))(begin, end); },
+      n, grain, [](void* arg, int64_t begin, int64_t end) { (*static_cast<const F*>(arg))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 

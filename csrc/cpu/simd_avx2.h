@@ -28,9 +28,7 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
 
 inline I32x16 operator+(I32x16 a, I32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 inline I32x16 operator-(I32x16 a, I32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
-inline I32x16 operator*(I32x16 a, I32x16 b) {
-  return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
-}
+inline I32x16 operator*(I32x16 a, I32x16 b) { return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)}; }
 inline I32x16 operator&(I32x16 a, I32x16 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
 inline I32x16 max(I32x16 a, I32x16 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
 template <int kBits>
@@ -108,8 +106,8 @@ inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
   const auto eight = [](const F32x16* w) {  // 4 vectors = 8 groups -> 8 sums
     __m256 s4[4];                           // s4[i]: groups 2i, 2i+1, four lanes each
     for (int i = 0; i < 4; ++i) {
-      s4[i] = _mm256_add_ps(_mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x20),
-                            _mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x31));
+      s4[i] =
+          _mm256_add_ps(_mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x20), _mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x31));
     }
     __m256 s2[2];
     for (int i = 0; i < 2; ++i) {
