@@ -23,7 +23,7 @@ from odr import shared_symbols
 from qops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {str(path.relative_to(ROOT)): path.read_text() for path in rules.authored_files(ROOT)}
+FILES = {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path in rules.authored_files(ROOT)}
 CPP = {path: text for path, text in FILES.items() if path.startswith("csrc/")}
 PYTHON = {path: text for path, text in FILES.items() if path.endswith(".py")}
 README = FILES["README.md"]
@@ -105,7 +105,7 @@ GOOD_CPP = {
     "csrc/cpu/silu_mul.cpp": '#include <cmath>\n#include "cpu/simd.h"\n// torch, asm, c10:: and printf( in a comment\n',
     "csrc/cpu/rms_norm_tables.cpp": '#include "cpu/rms_norm.h"',
     "csrc/cpu/simd_avx2.h": '#include <immintrin.h>\nasm("");',
-    "csrc/binding/silu_mul.cpp": '#include <torch/csrc/stable/tensor.h>\n#include "binding/checks.h"\nauto s = "c10::";',
+    "csrc/binding/silu_mul.cpp": '#include <torch/csrc/stable/tensor.h>\n#include "kernels.h"\nauto s = "c10::";',
     "csrc/cuda/ptx.cuh": 'asm("bar.sync 0;");',
     "csrc/cuda/launch.h": "kernel<<<1, 32, 0, stream>>>(p);",
     "csrc/kernels.h": "#include <cstdint>",
