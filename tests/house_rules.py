@@ -20,10 +20,16 @@ CONTRACT_SECTIONS = ("Args", "Returns", "Numerics", "Raises", "Source", "Example
 FILES_OF = {
     "add_rms_norm": "rms_norm",
     "rotary_": "rotary",
-    "int4_pack": "int4_gemm",
-    "int4_unpack": "int4_gemm",
-    "int8_pack": "int8_weight_only_gemm",
-    "int8_unpack": "int8_weight_only_gemm",
+    "int4_pack": "weight_pack",
+    "int4_unpack": "weight_pack",
+    "int8_pack": "weight_pack",
+    "int8_unpack": "weight_pack",
+}
+# One layer's file for several of those: the two GEMMs take the same arguments, and packing is tested with the weights.
+LAYER_FILES_OF = {
+    ("csrc/binding", "int4_gemm"): "weight_only_gemm",
+    ("csrc/binding", "int8_weight_only_gemm"): "weight_only_gemm",
+    ("tests", "weight_pack"): "weights",
 }
 # Used through qops.Int4Weight and qops.Int8Weight alone: no public function, no benchmark.
 INTERNAL_OPS = frozenset({"int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
@@ -214,32 +220,28 @@ def op_name(schema: str) -> str:
     return re.split(r"[.(]", schema, maxsplit=1)[0]
 
 
-def stem_of(op: str) -> str:
-    return FILES_OF.get(op, op)
+def stem_of(op: str, layer: str = "") -> str:
+    stem = FILES_OF.get(op, op)
+    return LAYER_FILES_OF.get((layer, stem), stem)
+
+
+def files_of(op: str) -> list[str]:
+    """Where an operator lives, one file on every layer."""
+    files = [f"{layer}/{stem_of(op, layer)}.cpp" for layer in ("csrc/binding", "csrc/cpu")]
+    files += [f"python/qops/ops/{stem_of(op, 'python/qops/ops')}.py", f"tests/test_{stem_of(op, 'tests')}.py"]
+    return files if op in INTERNAL_OPS else [*files, f"bench/bench_{stem_of(op, 'bench')}.py"]
 
 
 def missing_files(ops: Iterable[str], exists: Callable[[str], bool]) -> list[str]:
-    """Files that an operator should have on some layer under its own name."""
-    found = []
-    for op in ops:
-        stem = stem_of(op)
-        layers = [f"python/qops/ops/{stem}.py", f"csrc/binding/{stem}.cpp", f"csrc/cpu/{stem}.cpp"]
-        layers += [f"tests/test_{stem}.py", f"bench/bench_{stem}.py"]
-        found += [f"{op}: {layer} is missing" for layer in layers if not exists(layer)]
-    return found
+    return [f"{op}: {file} is missing" for op in ops for file in files_of(op) if not exists(file)]
 
 
 def nameless_files(ops: Iterable[str], files: Iterable[str]) -> list[str]:
-    """Binding and operator files that belong to no operator."""
-    stems = {stem_of(op) for op in ops} | {"registration", "checks", "__init__", "_checks"}
-    folders = ("csrc/binding/", "python/qops/ops/", "bench/bench_")
-    found = []
-    for file in files:
-        if file.startswith(folders) and file.endswith((".cpp", ".py")):
-            stem = Path(file).stem.removeprefix("bench_")
-            if stem not in stems:
-                found.append(f"{file} belongs to no operator")
-    return found
+    """Binding, wrapper and benchmark files that belong to no operator."""
+    known = {file for op in ops for file in files_of(op)}
+    known |= {"csrc/binding/registration.cpp", "csrc/binding/checks.cpp"}
+    pattern = r"csrc/binding/.*\.cpp|python/qops/ops/[^_].*\.py|bench/bench_.*\.py"
+    return [f"{file} belongs to no operator" for file in files if re.fullmatch(pattern, file) and file not in known]
 
 
 def contract_violations(function: Callable[..., object]) -> list[str]:
