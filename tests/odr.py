@@ -18,13 +18,13 @@ HARMLESS = re.compile(r"DW\.ref\.")
 
 
 def shared_symbols(nm_output: str, level: str) -> list[str]:
-    """The mangled names in ``nm --format=posix`` output that are shared between objects and do not name the level.
+    """The names in ``nm --demangle`` output that are shared between objects and do not hold the level's namespace.
 
-    The namespace may stand anywhere in the name: ``std::sort`` over a type of the level is the level's own, too.
+    It may stand anywhere in the name: ``std::sort`` over a type of the level is the level's own, too.
     """
-    namespace = f"4qops3cpu{len(level)}{level}"
-    symbols = [line.split()[:2] for line in nm_output.splitlines() if len(line.split()) >= 2]
-    return [name for name, kind in symbols if kind in "WVu" and namespace not in name and not HARMLESS.match(name)]
+    symbols = [line.split(maxsplit=2) for line in nm_output.splitlines() if line]
+    own = f"qops::cpu::{level}::"
+    return [name for _, kind, name in symbols if kind in "WVu" and own not in name and not HARMLESS.match(name)]
 
 
 def check(build: Path) -> list[str]:
@@ -35,7 +35,7 @@ def check(build: Path) -> list[str]:
     found = []
     for path in objects:
         level = next(p for p in path.parts if p.startswith("qops_cpu_")).removeprefix("qops_cpu_").removesuffix(".dir")
-        names = subprocess.check_output(["nm", "--format=posix", "--defined-only", str(path)], text=True)
+        names = subprocess.check_output(["nm", "--demangle", "--defined-only", str(path)], text=True)
         found += [f"{path.name} ({level}): {symbol}" for symbol in shared_symbols(names, level)]
     return found
 

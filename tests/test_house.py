@@ -434,7 +434,13 @@ def test_changelog_starts_with_this_version():
 
 
 def test_odr_rule():
-    own = "_ZN4qops3cpu6avx5124loadEPKf W 0 1\n_ZSt4sortIPN4qops3cpu6avx5121XEEvT_S4_ W 0 1\nDW.ref.__gxx V 0 8"
-    assert not shared_symbols(own + "\n_ZN4qops12parallel_forEv t 0 1\n_ZN4qops3fooEv T 0 1\n\n", "avx512")
-    for line in ("_ZSt4sqrtf W 0 1", "_ZN4qops12parallel_forEv W 0 1", "_ZN4qops3cpu4avx24loadEPKf u 0 1", "x V 0 8"):
-        assert shared_symbols(f"{own}\n{line}", "avx512") == [line.split()[0]]
+    own = """
+0000000000000000 W qops::cpu::avx512::load(float const*)
+0000000000000000 W void std::sort<qops::cpu::avx512::Pair*>(qops::cpu::avx512::Pair*, qops::cpu::avx512::Pair*)
+0000000000000000 V DW.ref.__gxx_personality_v0
+0000000000000010 T qops::not_inline()
+0000000000000020 t qops::local()
+"""
+    assert not shared_symbols(own, "avx512")
+    for symbol in ("W std::sqrt(float)", "W qops::f()", "u qops::cpu::avx2::table", "V vtable for X"):
+        assert shared_symbols(f"{own}0000000000000030 {symbol}\n", "avx512") == [symbol[2:]]

@@ -198,6 +198,12 @@ inline int32_t sum_lanes(const I32x16& a) {
   return sum;
 }
 
+inline int32_t max_lanes(const I32x16& a) {
+  int32_t most = a.v[0];
+  for (int32_t lane : a.v) most = lane > most ? lane : most;
+  return most;
+}
+
 // ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).
 inline float sum_lanes(F32x16 a) {
   for (int stride = 8; stride > 0; stride /= 2) {

@@ -25,12 +25,22 @@ def info() -> str:
         "transformers": _version("transformers"),
         "build": f"{native}, {build['compiler']}",
         "isa": f"{build['isa']} (available: {build['isa_available']})",
-        "cpu": f"{_cpu_name()}, {build['threads']} threads",
+        "cpu": f"{cpu_name()}, {build['threads']} threads",
     }
     for index in range(torch.cuda.device_count()):
         use = "" if build["cuda"] else " (not used: no CUDA kernels in this build)"
         lines[f"cuda:{index}"] = torch.cuda.get_device_name(index) + use
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
+
+
+def cpu_name() -> str:
+    """As the kernel reports it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,15 +58,6 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":
