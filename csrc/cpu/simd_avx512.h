@@ -92,9 +92,7 @@ inline B8x64 broadcast_4_bytes(const void* p) {
   return {_mm512_set1_epi32(word)};
 }
 inline B8x64 low_nibbles(B8x64 b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(0x0f))}; }
-inline B8x64 high_nibbles(B8x64 b) {
-  return {_mm512_and_si512(_mm512_srli_epi32(b.v, 4), _mm512_set1_epi8(0x0f))};
-}
+inline B8x64 high_nibbles(B8x64 b) { return {_mm512_and_si512(_mm512_srli_epi32(b.v, 4), _mm512_set1_epi8(0x0f))}; }
 inline B8x64 flip_sign_bits(B8x64 b) { return {_mm512_xor_si512(b.v, _mm512_set1_epi8(int8_t{-128}))}; }
 
 // sum + u0 s0 + u1 s1 + u2 s2 + u3 s3 in each lane, u unsigned and s signed bytes; exact.

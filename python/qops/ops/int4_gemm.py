@@ -72,7 +72,7 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, batc
 
 
 def int4_gemm_ref(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """The formula of :func:`int4_gemm` in float64 over the same quantised weights, not rounded; float64 ``[..., N]``."""
+    """The formula of :func:`int4_gemm` in float64 over the same quantised weights; float64 ``[..., N]``."""
     y = x.double() @ weight.dequantize(torch.float64).T
     return y if bias is None else y + bias.double()
 
