@@ -11,8 +11,8 @@
 // w = s q + o is s (q - 8) + (o + 8 s): the second term adds fma(o + 8 s, sum of sx v, total).
 //
 // Error of two digits: at most half of sx = a / 32767 for each x[k], a = max|x| of the block. float32 x, and rows in
-// which that could show in the output (massive activations: see needs_three_digits), take three digits and sx = 2^e:
-// half of sx <= 2^-23 a.
+// which that could show in the output (massive activations: see needs_four_digits), take four digits and a power of two
+// for sx: half of sx <= 2^-31 a, and float32 values down to 2^-7 a are exact.
 //
 // Bytes and operations at M = 1: each 64 bytes of int4 codes (128 products) take 3 instructions to split nibbles and 4
 // dot products, some 4 cycles, against about 7 cycles to read them from DRAM at 37 GB/s and 4 GHz.
@@ -28,8 +28,9 @@ namespace qops::cpu::QOPS_ISA_NS {
 inline constexpr int kStripRows = 16;
 inline constexpr int kMaxBlock = 128;
 inline constexpr int kSlices = 8;
-// A tile of 4 rows x 2 strips x 3 digits takes 24 of AVX-512's 32 registers; with 16 registers a vector takes two.
+// A tile of 4 rows x 2 strips x 2 digits sums in 16 of AVX-512's 32 registers; with 16 registers a vector takes two.
 inline constexpr int kMaxTileRows = kVectorRegisters >= 32 ? 4 : 2;
+constexpr int max_tile_rows(int digits) { return digits == 2 ? kMaxTileRows : kMaxTileRows / 2; }
 inline constexpr int kStripsOfOneRow = kVectorRegisters >= 32 ? 4 : 2;
 inline constexpr int kStripsOfManyRows = kVectorRegisters >= 32 ? 2 : 1;
 
@@ -50,8 +51,7 @@ struct Blocks {
 struct Block {
   int64_t index = 0, group = 0, begin = 0, size, left;  // left: columns of the group from `begin` on
 
-  explicit Block(const Blocks& blocks)
-      : size(std::min<int64_t>(kMaxBlock, blocks.group_size)), left(blocks.group_size) {}
+  explicit Block(const Blocks& blocks) : size(std::min<int64_t>(kMaxBlock, blocks.group_size)), left(blocks.group_size) {}
 
   void next(const Blocks& blocks) {
     ++index;
@@ -88,7 +88,7 @@ struct Int8Codes {
 
 // --- activations -----------------------------------------------------------------------------------------------------
 
-// Up to kMaxTileRows rows of x that take the same number of digits. For each block and row:
+// Up to max_tile_rows rows of x that take the same number of digits. For each block and row:
 //   digits  [K/4][digit][row] words of 4 bytes, top digit first
 //   scale   sx;  sum = sx * (sum of v);  correction[digit] = -bias * (sum of the digit's bytes), where the dot products
 //   start: the code's bias (8 for int4) leaves the products q - 8
@@ -97,8 +97,8 @@ struct Tile {
   int digits = 2;
   int64_t row[kMaxTileRows];
   uint8_t* bytes = nullptr;
-  float* scale = nullptr;         // [blocks][rows]
-  float* sum = nullptr;           // [blocks][rows]
+  float* scale = nullptr;        // [blocks][rows]
+  float* sum = nullptr;          // [blocks][rows]
   int32_t* correction = nullptr;  // [blocks][digits][rows]
 };
 
@@ -139,17 +139,19 @@ inline void widen_block(const T* x, const int32_t* perm, int64_t begin, int64_t 
 }
 
 // Whether two digits could show: the error bound 2^-16 sum_b n_b a_b against half of the output's own rounding of a row
-// of this size, 2^-p / 2 of sum |x| without each block's largest element. A function of the row alone.
+// of this size, 2^-p / 2 of sum |x| without each block's largest element; or a scale of two digits would be subnormal.
+// A function of the row alone.
 template <class T>
-inline bool needs_three_digits(const T* x, const int32_t* perm, const Blocks& blocks) {
+inline bool needs_four_digits(const T* x, const int32_t* perm, const Blocks& blocks) {
   if constexpr (std::is_same_v<T, float>) return true;
   double bound = 0, rest = 0;
   for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
     float block[kMaxBlock];
     widen_block(x, perm, b.begin, b.size, block);
-    const double most = abs_max(block, b.size);
-    bound += most * static_cast<double>(b.size);
-    rest += abs_sum(block, b.size) - most;
+    const float most = abs_max(block, b.size);
+    if (most > 0.0f && most < 0x1p-100f) return true;
+    bound += static_cast<double>(most) * static_cast<double>(b.size);
+    rest += static_cast<double>(abs_sum(block, b.size)) - static_cast<double>(most);
   }
   constexpr double kHalfRounding = std::is_same_v<T, BFloat16> ? 0x1p-9 : 0x1p-12;
   return bound * 0x1p-16 > kHalfRounding * rest;
@@ -161,13 +163,14 @@ struct BlockScale {
 };
 inline BlockScale block_scale(float a, int digits) {
   if (a == 0.0f) return {0.0f, 1.0f, 0.0f};
-  if (!(a <= 3.402823466e38f)) return {bit_cast<float>(0x7fc00000u), 0.0f, 0.0f};  // the row becomes NaN
-  const float pre = a < 0x1p-64f ? 0x1p64f : 1.0f;                                 // keeps 1 / a finite
-  const float scaled = a * pre;
-  if (digits == 2) return {scaled / 32767.0f / pre, pre, 32767.0f / scaled};
-  const int exponent = static_cast<int>(bit_cast<uint32_t>(scaled) >> 23) - 127;  // 2^exponent <= scaled
-  const auto power = [](int e) { return bit_cast<float>(static_cast<uint32_t>(e + 127) << 23); };
-  return {power(exponent - 22) / pre, pre, power(22 - exponent)};
+  if (!(a <= 3.402823466e38f)) return {bit_cast<float>(0x7fc00000u), 1.0f, 0.0f};  // the row becomes NaN
+  if (digits == 2) return {a / 32767.0f, 1.0f, 32767.0f / a};
+  const float pre = a < 0x1p-64f ? 0x1p64f : 1.0f;  // keeps a normal and the inverse finite
+  const int pre_exponent = a < 0x1p-64f ? 64 : 0;
+  const int exponent = static_cast<int>(bit_cast<uint32_t>(a * pre) >> 23) - 127 - pre_exponent;  // 2^exponent <= a
+  const int e = std::max(exponent - 30, -149);  // no float32 has a bit below 2^-149
+  const uint32_t scale = e >= -126 ? static_cast<uint32_t>(e + 127) << 23 : 1u << (149 + e);
+  return {bit_cast<float>(scale), pre, bit_cast<float>(static_cast<uint32_t>(127 - e - pre_exponent) << 23)};
 }
 
 // Writes row r of the tile.
@@ -183,17 +186,16 @@ inline void write_digits(const WeightOnlyGemmParams& p, const T* row, const Bloc
     const BlockScale s = block_scale(abs_max(x, b.size), digits);
     // A factor of 0 (block of zeros, NaN or infinity) times a non-finite x would be NaN: clear the bits instead.
     const I32x16 keep = set1(s.inverse == 0.0f ? int32_t{0} : int32_t{-1});
-    I32x16 sums[3] = {set1(int32_t{0}), set1(int32_t{0}), set1(int32_t{0})};
+    I32x16 sums[4];
+    for (I32x16& sum : sums) sum = set1(int32_t{0});
     uint8_t* out = tile.bytes + (b.begin / 4 * digits * rows + r) * 4;
     for (int64_t k = 0; k < b.size; k += kLanes, out += 4 * digits * rows * 4) {
       const int64_t n = std::min<int64_t>(kLanes, b.size - k);
       const F32x16 scaled = load_n(x + k, n) * set1(s.pre) * set1(s.inverse);
-      // 2^23 - 1/2 rounds to 2^23, one more than three digits hold.
-      const I32x16 v = min(to_int(as_float(as_int(scaled) & keep)), set1(int32_t{0x7fffff}));
-      I32x16 digit[3];
-      digit[0] = digits == 2 ? shift_right<8>(v) : shift_right<16>(v);
-      digit[1] = (digits == 2 ? v : shift_right<8>(v)) & set1(int32_t{0xff});
-      digit[2] = v & set1(int32_t{0xff});
+      const I32x16 v = to_int(as_float(as_int(scaled) & keep));
+      const I32x16 byte = set1(int32_t{0xff});
+      const I32x16 digit[4] = {digits == 2 ? shift_right<8>(v) : shift_right<24>(v),
+                               (digits == 2 ? v : shift_right<16>(v)) & byte, shift_right<8>(v) & byte, v & byte};
       for (int d = 0; d < digits; ++d) {
         sums[d] = sums[d] + digit[d];
         uint8_t low[kLanes];
@@ -201,7 +203,7 @@ inline void write_digits(const WeightOnlyGemmParams& p, const T* row, const Bloc
         for (int64_t i = 0; i < n; i += 4) std::memcpy(out + (i / 4 * digits + d) * rows * 4, low + i, 4);
       }
     }
-    int32_t value_sum = 0;
+    int64_t value_sum = 0;
     for (int d = 0; d < digits; ++d) {
       const int32_t sum = sum_lanes(sums[d]);
       value_sum = value_sum * 256 + sum;
@@ -279,7 +281,8 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
         if constexpr (Digits == 2) {
           value = to_float(shift_left<8>(sum[s][r][0]) + sum[s][r][1]);
         } else {
-          value = fma(to_float(sum[s][r][0]), set1(65536.0f), to_float(shift_left<8>(sum[s][r][1]) + sum[s][r][2]));
+          value = fma(to_float(shift_left<8>(sum[s][r][0]) + sum[s][r][1]), set1(65536.0f),
+                      to_float(shift_left<8>(sum[s][r][2]) + sum[s][r][3]));
         }
         total[s][r] = fma(scale, value * set1(tile.scale[b.index * Rows + r]), total[s][r]);
       }
@@ -327,16 +330,16 @@ inline void gemm_strips(const WeightOnlyGemmParams& p, const Blocks& blocks, con
 template <class Codes, class T>
 inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t begin,
                       int64_t end) {
-  const auto with_digits = [&](auto rows) {
+  const auto with_rows = [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
     if (tile.digits == 2) return gemm_strips<Codes, T, kRows, 2>(p, blocks, tile, begin, end);
-    return gemm_strips<Codes, T, kRows, 3>(p, blocks, tile, begin, end);
+    if constexpr (kRows <= max_tile_rows(4)) gemm_strips<Codes, T, kRows, 4>(p, blocks, tile, begin, end);
   };
-  if (tile.rows == 1) return with_digits(std::integral_constant<int, 1>{});
-  if (tile.rows == 2) return with_digits(std::integral_constant<int, 2>{});
+  if (tile.rows == 1) return with_rows(std::integral_constant<int, 1>{});
+  if (tile.rows == 2) return with_rows(std::integral_constant<int, 2>{});
   if constexpr (kMaxTileRows == 4) {
-    if (tile.rows == 3) return with_digits(std::integral_constant<int, 3>{});
-    return with_digits(std::integral_constant<int, 4>{});
+    if (tile.rows == 3) return with_rows(std::integral_constant<int, 3>{});
+    return with_rows(std::integral_constant<int, 4>{});
   }
 }
 
@@ -377,13 +380,13 @@ inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& 
   const int64_t row_grain = 1 + (16 << 10) / (p.k + 1);
 
   // Rows by number of digits, then in tiles; neither a row's digits nor its bits depend on the other rows.
-  const int64_t max_tiles = m / kMaxTileRows + 2;
+  const int64_t max_tiles = m / max_tile_rows(4) + 2;
   Scratch index(Scratch::bytes<uint8_t>(m) + Scratch::bytes<Tile>(max_tiles));
   if (!index.ok()) return Status::kOutOfMemory;
   uint8_t* digits_of_row = index.take<uint8_t>(m);
   parallel_for(pool, m, row_grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      digits_of_row[row] = needs_three_digits(row_of_x(row), p.perm, blocks) ? 3 : 2;
+      digits_of_row[row] = needs_four_digits(row_of_x(row), p.perm, blocks) ? 4 : 2;
     }
   });
   Tile* tiles = index.take<Tile>(max_tiles);
@@ -397,13 +400,13 @@ inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& 
     tiles[tile_count++] = tile;
     tile.rows = 0;
   };
-  for (int digits = 2; digits <= 3; ++digits) {
+  for (const int digits : {2, 4}) {
     Tile tile{};
     tile.digits = digits;
     for (int64_t row = 0; row < m; ++row) {
       if (digits_of_row[row] != digits) continue;
       tile.row[tile.rows++] = row;
-      if (tile.rows == kMaxTileRows) close_tile(tile);
+      if (tile.rows == max_tile_rows(digits)) close_tile(tile);
     }
     close_tile(tile);
   }
