@@ -23,12 +23,13 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from qops.demo import artefact, chat, cli, compare, console
 from qops.demo.artefact import Artefact, Cache
 from qops.demo.console import DemoError, Progress
 from qops.model import quantize_model, save_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTENT = bytes(range(256)) * 700
 WHEEL = "qops_fake_model-1.0-py3-none-any.whl"
@@ -357,7 +358,7 @@ def test_process_age_counts_the_interpreter_start():
 def test_defaults():
     options = cli.build_parser().parse_args([])
     assert options.prompt == "What is the capital of France?"
-    assert (options.dtype, options.temperature, options.rounds, options.model) == ("bf16", 0.0, 5, None)
+    assert (options.dtype, options.temperature, options.rounds, options.model) == (None, 0.0, 5, None)
     assert not options.no_compare
 
 
@@ -728,12 +729,14 @@ def folder(tmp_path, tokenizer):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", [None, "bf16", "fp16", "fp32"])
 def test_a_model_folder_answers_and_is_compared(folder, capsys, dtype):
-    arguments = ["--model", str(folder), "--dtype", dtype, "--rounds", "1", "--max-new-tokens", "4", "--prompt", "he"]
-    assert cli.main(arguments) == 0
+    arguments = ["--model", str(folder), "--rounds", "1", "--max-new-tokens", "4", "--prompt", "he"]
+    assert cli.main([*arguments, "--dtype", dtype] if dtype else arguments) == 0
     captured = capsys.readouterr()
     assert "\n> he\n" in captured.out
+    assert f" {dtype or 'fp32'}, " in captured.out.splitlines()[0]
+    assert f"dense {dtype or 'bf16'} " in captured.out
     assert "First token" in captured.out and "decode, tokens/s" in captured.out
     assert "Accuracy: the first 128 tokens of the United States Declaration of Independence (1776)" in captured.out
     assert ("flips the top-1 token" in captured.out) == (dtype != "fp32")
