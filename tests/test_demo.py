@@ -23,12 +23,13 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from qops.demo import artefact, chat, cli, compare, console
 from qops.demo.artefact import Artefact, Cache
 from qops.demo.console import DemoError, Progress
 from qops.model import quantize_model, save_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTENT = bytes(range(256)) * 700
 WHEEL = "qops_fake_model-1.0-py3-none-any.whl"
@@ -357,7 +358,7 @@ def test_process_age_counts_the_interpreter_start():
 def test_defaults():
     options = cli.build_parser().parse_args([])
     assert options.prompt == "What is the capital of France?"
-    assert (options.dtype, options.temperature, options.rounds, options.model) == ("bf16", 0.0, 5, None)
+    assert (options.dtype, options.temperature, options.rounds, options.model) == (None, 0.0, 5, None)
     assert not options.no_compare
 
 
@@ -728,13 +729,18 @@ def folder(tmp_path, tokenizer):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_a_model_folder_answers_and_is_compared(folder, capsys, dtype):
-    arguments = ["--model", str(folder), "--dtype", dtype, "--rounds", "1", "--max-new-tokens", "4", "--prompt", "he"]
-    assert cli.main(arguments) == 0
+@pytest.mark.parametrize("dtype", [None, "fp16", "fp32"])
+def test_a_model_folder_answers_and_is_compared(folder, capsys, monkeypatch, dtype):
+    monkeypatch.setattr(compare, "DECODE_TOKENS", 3)
+    monkeypatch.setattr(compare, "PREFILL_TOKENS", 10)
+    arguments = ["--model", str(folder), "--rounds", "1", "--max-new-tokens", "4", "--prompt", "he"]
+    assert cli.main([*arguments, "--dtype", dtype] if dtype else arguments) == 0
     captured = capsys.readouterr()
     assert "\n> he\n" in captured.out
-    assert "First token" in captured.out and "decode, tokens/s" in captured.out
+    assert f" {dtype or 'fp32'}, " in captured.out.splitlines()[0]
+    assert f"dense {dtype or 'bf16'} " in captured.out
+    assert "First token" in captured.out and "prefill of 10, tokens/s" in captured.out
+    assert "1 interleaved rounds of 3 tokens" in captured.out
     assert "Accuracy: the first 128 tokens of the United States Declaration of Independence (1776)" in captured.out
     assert ("flips the top-1 token" in captured.out) == (dtype != "fp32")
     # Both models hold the same weights in float32: any real difference between them would show here.
