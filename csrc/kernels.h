@@ -14,7 +14,8 @@ enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
 
 enum class Status : int32_t {
   kOk,
-  kUnsupported,      // no kernel for this combination; the binding should have refused it
+  kUnsupported,  // no kernel for this combination; the binding should have refused it
+  kOutOfMemory,
   kIndexOutOfRange,  // a position lies outside its table; nothing was written
 };
 
@@ -53,8 +54,7 @@ QOPS_ALWAYS_INLINE void parallel_for(const ThreadPool& pool, int64_t n, int64_t 
     return;
   }
   pool.run(
-      n, grain,
-      [](void* arg, int64_t begin, int64_t end) { (*static_cast<const F*>(arg))(begin, end); },
+      n, grain, [](void* arg, int64_t begin, int64_t end) { (*static_cast<const F*>(arg))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
@@ -73,6 +73,42 @@ struct RmsNormParams {
   float eps;
   float weight_offset;
   bool round_before_weight;  // rounding="hf": R(R(z * rstd) * w); else R(z * rstd * (w + offset))
+};
+
+// Canonical integer weights [N, K] <-> packed strips of 16 rows (layouts: csrc/cpu/weight_pack.cpp).
+struct WeightPackParams {
+  const void* source;
+  void* target;
+  int64_t n;
+  int64_t k;
+};
+
+// How a weight is made from its code q: see the op's docstring.
+enum class WeightKind : int32_t {
+  kSymmetric = 0,  // s (q - 8)
+  kZeroPoint = 1,  // s (q - z), z a uint8 in 0 .. 16
+  kFloatZero = 2,  // s (q - zf), zf float32
+  kOffset = 3,     // s q + o, o float32
+};
+
+// y = x @ w.T + bias over packed integer weights with one scale per row and group of group_size columns.
+// Strips of 16 rows: packed [S, ...], scales and zeros [S, K / group_size, 16].
+struct WeightOnlyGemmParams {
+  const void* x;
+  Rows x_rows;
+  const int32_t* perm;  // [K] or null: column j of the packed weight multiplies x[perm[j]]
+  const void* packed;
+  const void* scales;
+  const void* zeros;  // uint8 for kZeroPoint, float32 for kFloatZero and kOffset, else null
+  const void* bias;   // [N] or null
+  void* y;            // contiguous [rows, N]
+  DType dtype;        // of x and y
+  DType scale_dtype;
+  DType bias_dtype;
+  WeightKind kind;
+  int64_t n;
+  int64_t k;
+  int64_t group_size;
 };
 
 // A tensor x [..., T, heads, D] of any strides and where its rotated values go: y may be x, with the same strides.
@@ -122,9 +158,15 @@ struct SiluMulParams {
 
 // Every CPU kernel: X(name, Params). Each is `Status name(const Params&, const ThreadPool&)`, compiled once per ISA
 // level; cpu::name() calls the level chosen at load.
-#define QOPS_FOR_EACH_CPU_KERNEL(X) \
-  X(rms_norm, RmsNormParams)        \
-  X(rotary, RotaryParams)           \
+#define QOPS_FOR_EACH_CPU_KERNEL(X)              \
+  X(int4_gemm, WeightOnlyGemmParams)             \
+  X(int4_pack, WeightPackParams)                 \
+  X(int4_unpack, WeightPackParams)               \
+  X(int8_pack, WeightPackParams)                 \
+  X(int8_unpack, WeightPackParams)               \
+  X(int8_weight_only_gemm, WeightOnlyGemmParams) \
+  X(rms_norm, RmsNormParams)                     \
+  X(rotary, RotaryParams)                        \
   X(silu_mul, SiluMulParams)
 
 namespace cpu {

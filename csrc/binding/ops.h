@@ -8,6 +8,17 @@
 
 namespace qops::binding {
 
+Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
+                 std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
+                 int64_t kind, bool batch_invariant);
+Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
+                             int64_t out_features, int64_t group_size);
+
+Tensor int4_pack(const Tensor& qweight);
+Tensor int4_unpack(const Tensor& packed, int64_t out_features);
+Tensor int8_pack(const Tensor& qweight);
+Tensor int8_unpack(const Tensor& packed, int64_t out_features);
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset, std::string_view rounding);
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
                                         double weight_offset, std::string_view rounding);

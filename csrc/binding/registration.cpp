@@ -5,6 +5,16 @@
 #include "binding/ops.h"
 
 STABLE_TORCH_LIBRARY(qops, m) {
+  m.def(
+      "int4_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, "
+      "int group_size, int kind, bool batch_invariant=False) -> Tensor");
+  m.def("int4_pack(Tensor qweight) -> Tensor");
+  m.def("int4_unpack(Tensor packed, int out_features) -> Tensor");
+  m.def("int8_pack(Tensor qweight) -> Tensor");
+  m.def("int8_unpack(Tensor packed, int out_features) -> Tensor");
+  m.def(
+      "int8_weight_only_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, int group_size) "
+      "-> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\") -> Tensor");
   m.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
@@ -20,6 +30,12 @@ STABLE_TORCH_LIBRARY(qops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
+  m.impl("int4_gemm", TORCH_BOX(&qops::binding::int4_gemm));
+  m.impl("int4_pack", TORCH_BOX(&qops::binding::int4_pack));
+  m.impl("int4_unpack", TORCH_BOX(&qops::binding::int4_unpack));
+  m.impl("int8_pack", TORCH_BOX(&qops::binding::int8_pack));
+  m.impl("int8_unpack", TORCH_BOX(&qops::binding::int8_unpack));
+  m.impl("int8_weight_only_gemm", TORCH_BOX(&qops::binding::int8_weight_only_gemm));
   m.impl("rms_norm", TORCH_BOX(&qops::binding::rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&qops::binding::add_rms_norm));
   m.impl("rotary", TORCH_BOX(&qops::binding::rotary));

@@ -5,6 +5,8 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
+inline constexpr int kVectorRegisters = 16;
+
 struct F32x16 {
   __m256 lo, hi;
 };
@@ -13,6 +15,9 @@ struct I32x16 {
 };
 struct U16x16 {
   __m256i v;
+};
+struct B8x64 {  // 64 bytes, signed or unsigned by use
+  __m256i lo, hi;
 };
 
 inline F32x16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -51,14 +56,17 @@ inline F32x16 swap_neighbours(F32x16 a) { return {_mm256_permute_ps(a.lo, 0xb1),
 
 inline I32x16 operator+(I32x16 a, I32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 inline I32x16 operator-(I32x16 a, I32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
-inline I32x16 operator*(I32x16 a, I32x16 b) {
-  return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
-}
+inline I32x16 operator*(I32x16 a, I32x16 b) { return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)}; }
 inline I32x16 operator&(I32x16 a, I32x16 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
 inline I32x16 max(I32x16 a, I32x16 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
 template <int kBits>
 inline I32x16 shift_left(I32x16 a) {
   return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
+}
+
+template <int kBits>
+inline I32x16 shift_right(I32x16 a) {  // arithmetic
+  return {_mm256_srai_epi32(a.lo, kBits), _mm256_srai_epi32(a.hi, kBits)};
 }
 
 inline F32x16 to_float(I32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
@@ -118,6 +126,71 @@ inline void store(int32_t* p, I32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
 }
 
+// The low byte of each lane.
+inline void store_bytes(uint8_t* p, I32x16 a) {
+  const __m256i low = _mm256_set1_epi32(0xff);
+  const __m256i words = _mm256_packus_epi32(_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low));
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+
+inline B8x64 load_bytes(const void* p) {
+  const __m256i* q = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+inline B8x64 broadcast_4_bytes(const void* p) {
+  int32_t word;
+  std::memcpy(&word, p, sizeof(word));
+  return {_mm256_set1_epi32(word), _mm256_set1_epi32(word)};
+}
+inline B8x64 low_nibbles(B8x64 b) {
+  const __m256i mask = _mm256_set1_epi8(0x0f);
+  return {_mm256_and_si256(b.lo, mask), _mm256_and_si256(b.hi, mask)};
+}
+inline B8x64 high_nibbles(B8x64 b) {
+  const __m256i mask = _mm256_set1_epi8(0x0f);
+  return {_mm256_and_si256(_mm256_srli_epi32(b.lo, 4), mask), _mm256_and_si256(_mm256_srli_epi32(b.hi, 4), mask)};
+}
+inline B8x64 flip_sign_bits(B8x64 b) {
+  const __m256i sign = _mm256_set1_epi8(int8_t{-128});
+  return {_mm256_xor_si256(b.lo, sign), _mm256_xor_si256(b.hi, sign)};
+}
+
+// sum + u0 s0 + u1 s1 + u2 s2 + u3 s3 in each lane, u unsigned and s signed bytes; exact: bytes are widened to 16 bits,
+// because vpmaddubsw saturates.
+inline I32x16 dot(I32x16 sum, B8x64 u, B8x64 s) {
+  const auto half = [](__m256i acc, __m256i a, __m256i b) {
+    const __m256i even =
+        _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  };
+  return {half(sum.lo, u.lo, s.lo), half(sum.hi, u.hi, s.hi)};
+}
+// As dot(), for callers whose u0 s0 + u1 s1 fits int16 (4-bit codes).
+inline I32x16 dot_short(I32x16 sum, B8x64 u, B8x64 s) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const auto half = [&](__m256i acc, __m256i a, __m256i b) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
+  };
+  return {half(sum.lo, u.lo, s.lo), half(sum.hi, u.hi, s.hi)};
+}
+
+inline int32_t sum_lanes(I32x16 a) {
+  const __m256i s8 = _mm256_add_epi32(a.lo, a.hi);
+  const __m128i s4 = _mm_add_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+  const __m128i s2 = _mm_add_epi32(s4, _mm_shuffle_epi32(s4, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s2, _mm_shuffle_epi32(s2, 0xb1)));
+}
+
+inline int32_t max_lanes(I32x16 a) {
+  const __m256i m8 = _mm256_max_epi32(a.lo, a.hi);
+  const __m128i m4 = _mm_max_epi32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256(m8, 1));
+  const __m128i m2 = _mm_max_epi32(m4, _mm_shuffle_epi32(m4, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m2, _mm_shuffle_epi32(m2, 0xb1)));
+}
+
 // ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).
 inline float sum_lanes(F32x16 a) {
   const __m256 s8 = _mm256_add_ps(a.lo, a.hi);
@@ -131,8 +204,8 @@ inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
   const auto eight = [](const F32x16* w) {  // 4 vectors = 8 groups -> 8 sums
     __m256 s4[4];                           // s4[i]: groups 2i, 2i+1, four lanes each
     for (int i = 0; i < 4; ++i) {
-      s4[i] = _mm256_add_ps(_mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x20),
-                            _mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x31));
+      s4[i] =
+          _mm256_add_ps(_mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x20), _mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x31));
     }
     __m256 s2[2];
     for (int i = 0; i < 2; ++i) {

@@ -5,6 +5,8 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
+inline constexpr int kVectorRegisters = 32;
+
 struct F32x16 {
   __m512 v;
 };
@@ -13,6 +15,9 @@ struct I32x16 {
 };
 struct U16x16 {
   __m256i v;
+};
+struct B8x64 {  // 64 bytes, signed or unsigned by use
+  __m512i v;
 };
 
 inline F32x16 set1(float x) { return {_mm512_set1_ps(x)}; }
@@ -43,6 +48,11 @@ inline I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 template <int kBits>
 inline I32x16 shift_left(I32x16 a) {
   return {_mm512_slli_epi32(a.v, kBits)};
+}
+
+template <int kBits>
+inline I32x16 shift_right(I32x16 a) {  // arithmetic
+  return {_mm512_srai_epi32(a.v, kBits)};
 }
 
 inline F32x16 to_float(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -80,6 +90,34 @@ inline void store_u16(void* p, U16x16 a) { _mm256_storeu_si256(static_cast<__m25
 inline void store(Half* p, F32x16 a) { store_u16(p, narrow_half(a)); }
 inline void store(BFloat16* p, F32x16 a) { store_u16(p, narrow_bfloat16(a)); }
 inline void store(int32_t* p, I32x16 a) { _mm512_storeu_si512(p, a.v); }
+
+// The low byte of each lane.
+inline void store_bytes(uint8_t* p, I32x16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+
+inline B8x64 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline B8x64 broadcast_4_bytes(const void* p) {
+  int32_t word;
+  std::memcpy(&word, p, sizeof(word));
+  return {_mm512_set1_epi32(word)};
+}
+inline B8x64 low_nibbles(B8x64 b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(0x0f))}; }
+inline B8x64 high_nibbles(B8x64 b) { return {_mm512_and_si512(_mm512_srli_epi32(b.v, 4), _mm512_set1_epi8(0x0f))}; }
+inline B8x64 flip_sign_bits(B8x64 b) { return {_mm512_xor_si512(b.v, _mm512_set1_epi8(int8_t{-128}))}; }
+
+// sum + u0 s0 + u1 s1 + u2 s2 + u3 s3 in each lane, u unsigned and s signed bytes; exact.
+// In assembly because GCC 12 copies the accumulator around _mm512_dpbusd_epi32 and spills a full register tile.
+inline I32x16 dot(I32x16 sum, B8x64 u, B8x64 s) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(u.v), "v"(s.v));
+  return sum;
+}
+// As dot(), for callers whose u0 s0 + u1 s1 fits int16 (4-bit codes): the AVX2 level has a shorter way for it.
+inline I32x16 dot_short(I32x16 sum, B8x64 u, B8x64 s) { return dot(sum, u, s); }
+
+inline int32_t sum_lanes(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
+
+inline int32_t max_lanes(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }
 
 // ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).
 inline float sum_lanes(F32x16 a) {

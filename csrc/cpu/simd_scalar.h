@@ -3,6 +3,8 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
+inline constexpr int kVectorRegisters = 16;
+
 struct F32x16 {
   float v[16];
 };
@@ -11,6 +13,9 @@ struct I32x16 {
 };
 struct U16x16 {
   uint16_t v[16];
+};
+struct B8x64 {  // 64 bytes, signed or unsigned by use
+  uint8_t v[64];
 };
 
 template <class R, class F>
@@ -84,6 +89,11 @@ inline I32x16 shift_left(const I32x16& a) {
   return lanes<I32x16>([&](int i) { return static_cast<int32_t>(uint32_t(a.v[i]) << kBits); });
 }
 
+template <int kBits>
+inline I32x16 shift_right(const I32x16& a) {  // arithmetic
+  return lanes<I32x16>([&](int i) { return a.v[i] >> kBits; });
+}
+
 inline F32x16 to_float(const I32x16& a) {
   return lanes<F32x16>([&](int i) { return static_cast<float>(a.v[i]); });
 }
@@ -137,15 +147,15 @@ inline U16x16 narrow_bfloat16(const F32x16& a) {
 }
 
 template <class V>
-inline V load_bytes(const void* p) {
+inline V load_as(const void* p) {
   V v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
-inline F32x16 load(const float* p) { return load_bytes<F32x16>(p); }
-inline F32x16 load(const Half* p) { return widen_half(load_bytes<U16x16>(p)); }
-inline F32x16 load(const BFloat16* p) { return widen_bfloat16(load_bytes<U16x16>(p)); }
-inline I32x16 load(const int32_t* p) { return load_bytes<I32x16>(p); }
+inline F32x16 load(const float* p) { return load_as<F32x16>(p); }
+inline F32x16 load(const Half* p) { return widen_half(load_as<U16x16>(p)); }
+inline F32x16 load(const BFloat16* p) { return widen_bfloat16(load_as<U16x16>(p)); }
+inline I32x16 load(const int32_t* p) { return load_as<I32x16>(p); }
 inline I32x16 load(const uint8_t* p) {
   return lanes<I32x16>([&](int i) { return int32_t{p[i]}; });
 }
@@ -160,6 +170,56 @@ inline void store(BFloat16* p, const F32x16& a) {
   std::memcpy(p, &b, sizeof(b));
 }
 inline void store(int32_t* p, const I32x16& a) { std::memcpy(p, &a, sizeof(a)); }
+
+// The low byte of each lane.
+inline void store_bytes(uint8_t* p, const I32x16& a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
+}
+
+inline B8x64 load_bytes(const void* p) { return load_as<B8x64>(p); }
+inline B8x64 broadcast_4_bytes(const void* p) {
+  B8x64 b;
+  for (int i = 0; i < 16; ++i) std::memcpy(b.v + 4 * i, p, 4);
+  return b;
+}
+template <class F>
+inline B8x64 bytes(const F& f) {
+  B8x64 b;
+  for (int i = 0; i < 64; ++i) b.v[i] = static_cast<uint8_t>(f(i));
+  return b;
+}
+inline B8x64 low_nibbles(const B8x64& b) {
+  return bytes([&](int i) { return b.v[i] & 0x0f; });
+}
+inline B8x64 high_nibbles(const B8x64& b) {
+  return bytes([&](int i) { return b.v[i] >> 4; });
+}
+inline B8x64 flip_sign_bits(const B8x64& b) {
+  return bytes([&](int i) { return b.v[i] ^ 0x80; });
+}
+
+// sum + u0 s0 + u1 s1 + u2 s2 + u3 s3 in each lane, u unsigned and s signed bytes; exact.
+inline I32x16 dot(const I32x16& sum, const B8x64& u, const B8x64& s) {
+  return lanes<I32x16>([&](int i) {
+    int32_t lane = sum.v[i];
+    for (int j = 4 * i; j < 4 * i + 4; ++j) lane += int32_t{u.v[j]} * static_cast<int8_t>(s.v[j]);
+    return lane;
+  });
+}
+// As dot(), for callers whose u0 s0 + u1 s1 fits int16 (4-bit codes): the AVX2 level has a shorter way for it.
+inline I32x16 dot_short(const I32x16& sum, const B8x64& u, const B8x64& s) { return dot(sum, u, s); }
+
+inline int32_t sum_lanes(const I32x16& a) {
+  int32_t sum = 0;
+  for (int32_t lane : a.v) sum += lane;
+  return sum;
+}
+
+inline int32_t max_lanes(const I32x16& a) {
+  int32_t most = a.v[0];
+  for (int32_t lane : a.v) most = lane > most ? lane : most;
+  return most;
+}
 
 // ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).
 inline float sum_lanes(F32x16 a) {

@@ -1,13 +1,30 @@
 """Fused quantised operators for LLM inference in PyTorch."""
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info
-from qops.ops import add_rms_norm, rms_norm, rotary, rotary_, silu_mul
+from qops.ops import add_rms_norm, int4_gemm, int8_weight_only_gemm, rms_norm, rotary, rotary_, silu_mul
+from qops.weights import Int4Weight, Int8Weight
 
 try:
     __version__ = version("qops")
 except PackageNotFoundError:  # the tree is on sys.path without being installed
     __version__ = build_info()["version"]
 
-__all__ = ["__version__", "add_rms_norm", "build_info", "rms_norm", "rotary", "rotary_", "silu_mul"]
+# Without a handler Python would write warnings to stderr; the application decides.
+logging.getLogger("qops").addHandler(logging.NullHandler())
+
+__all__ = [
+    "Int4Weight",
+    "Int8Weight",
+    "__version__",
+    "add_rms_norm",
+    "build_info",
+    "int4_gemm",
+    "int8_weight_only_gemm",
+    "rms_norm",
+    "rotary",
+    "rotary_",
+    "silu_mul",
+]

@@ -79,3 +79,43 @@ def refuse_grad(op: str, *tensors: Tensor | None) -> None:
             f"qops.{op}: an input requires grad, and qops has no autograd kernels; "
             "call it under torch.no_grad() or torch.inference_mode()"
         )
+
+
+def check_weight_only(
+    check: Checker,
+    x: Tensor,
+    packed: Tensor,
+    packed_dtype: torch.dtype,
+    elements_per_column: int,
+    scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+) -> int:
+    """The arguments that int4_gemm and int8_weight_only_gemm share; returns K."""
+    check.float_dtype(x, "x")
+    check.dtype(packed, "packed", packed_dtype)
+    check.float_dtype(scales, "scales")
+    check.at_least_1d(x, "x")
+    ok = out_features >= 0 and out_features % 8 == 0
+    check.require(ok, "out_features", "be a multiple of 8", lambda: str(out_features))
+    check.require(packed.dim() == 2, "packed", "have 2 dimensions", lambda: str(packed.dim()))
+    requirement = f"hold a multiple of 8 columns of {elements_per_column} elements a strip"
+    ok = packed.shape[1] % (8 * elements_per_column) == 0
+    check.require(ok, "packed", requirement, lambda: str(packed.shape[1]))
+    k = packed.shape[1] // elements_per_column
+    strips = (out_features + 15) // 16
+    check.shape(packed, "packed", "[S, K-strip]", (strips, k * elements_per_column))
+    check.require(x.shape[-1] == k, "x", f"have last dimension K = {k}", lambda: str(x.shape[-1]))
+    ok = group_size == k or (group_size > 0 and group_size % 16 == 0 and k % group_size == 0)
+    check.require(ok, "group_size", f"be K = {k} or a multiple of 16 that divides it", lambda: str(group_size))
+    groups = k // group_size if group_size else 0
+    check.shape(scales, "scales", "[S, K / group_size, 16]", (strips, groups, 16))
+    check.contiguous(packed, "packed")
+    check.contiguous(scales, "scales")
+    check.dense_last_dim(x, "x")
+    if bias is not None:
+        check.float_dtype(bias, "bias")
+        check.shape(bias, "bias", "[N]", (out_features,))
+        check.dense_last_dim(bias, "bias")
+    return k

@@ -1,0 +1,63 @@
+#include "binding/ops.h"
+
+namespace qops::binding {
+namespace {
+
+constexpr int64_t kStripRows = 16;
+
+using Pack = Status (*)(const WeightPackParams&, const ThreadPool&);
+
+int64_t strips_of(int64_t n) { return (n + kStripRows - 1) / kStripRows; }
+
+// codes_per_element: 2 for int4 (two codes in a byte), 1 for int8.
+Tensor pack(const Checker& check, const Tensor& qweight, ScalarType dtype, int64_t codes_per_element, Pack kernel) {
+  check.dtype(qweight, "qweight", dtype);
+  check.require(qweight.dim() == 2, "qweight", "have 2 dimensions", std::to_string(qweight.dim()));
+  const int64_t n = qweight.size(0), k = qweight.size(1) * codes_per_element;
+  check.require(n % 8 == 0, "qweight", "have a multiple of 8 rows", std::to_string(n));
+  check.require(k % 8 == 0, "qweight", "have a multiple of 8 columns", std::to_string(k));
+  check.contiguous(qweight, "qweight");
+  Tensor packed = new_tensor(qweight, {strips_of(n), k / codes_per_element * kStripRows}, dtype);
+  check.ok(kernel({qweight.const_data_ptr(), packed.mutable_data_ptr(), n, k}, thread_pool()));
+  return packed;
+}
+
+Tensor unpack(const Checker& check, const Tensor& packed, int64_t out_features, ScalarType dtype,
+              int64_t codes_per_element, Pack kernel) {
+  check.dtype(packed, "packed", dtype);
+  check.require(packed.dim() == 2, "packed", "have 2 dimensions", std::to_string(packed.dim()));
+  check.require(out_features >= 0 && out_features % 8 == 0, "out_features", "be a multiple of 8",
+                std::to_string(out_features));
+  check.require(packed.size(0) == strips_of(out_features), "packed",
+                "have ceil(out_features / 16) = " + std::to_string(strips_of(out_features)) + " strips",
+                std::to_string(packed.size(0)));
+  const int64_t row_bytes = 8 / codes_per_element * kStripRows;  // 8 columns of a strip
+  check.require(packed.size(1) % row_bytes == 0, "packed", "have strips of a multiple of " + std::to_string(row_bytes),
+                std::to_string(packed.size(1)));
+  check.contiguous(packed, "packed");
+  const int64_t elements = packed.size(1) / kStripRows;
+  Tensor qweight = new_tensor(packed, {out_features, elements}, dtype);
+  check.ok(kernel({packed.const_data_ptr(), qweight.mutable_data_ptr(), out_features, elements * codes_per_element},
+                  thread_pool()));
+  return qweight;
+}
+
+}  // namespace
+
+Tensor int4_pack(const Tensor& qweight) {
+  return pack(Checker("int4_pack"), qweight, ScalarType::Byte, 2, &cpu::int4_pack);
+}
+
+Tensor int4_unpack(const Tensor& packed, int64_t out_features) {
+  return unpack(Checker("int4_unpack"), packed, out_features, ScalarType::Byte, 2, &cpu::int4_unpack);
+}
+
+Tensor int8_pack(const Tensor& qweight) {
+  return pack(Checker("int8_pack"), qweight, ScalarType::Char, 1, &cpu::int8_pack);
+}
+
+Tensor int8_unpack(const Tensor& packed, int64_t out_features) {
+  return unpack(Checker("int8_unpack"), packed, out_features, ScalarType::Char, 1, &cpu::int8_unpack);
+}
+
+}  // namespace qops::binding

@@ -1,0 +1,443 @@
+// The GEMM behind int4_gemm and int8_weight_only_gemm: y = x @ w.T with integer weights and floating-point x.
+//
+// Idea. A decode step is bound by reading the weights, and turning each code into a float costs more instructions than
+// memory leaves time for. So the activations become integers instead: per block of at most 128 columns,
+//     x[k] ~ sx v[k],    v = 256 hi + lo  (16-bit fixed point: hi signed, lo unsigned bytes),
+// and the products with the codes are exact byte dot products (vpdpbusd: 64 per instruction). One code serves as the
+// unsigned operand against hi and as the signed operand against lo. The sum over a block is an exact int32, so
+// its bits depend neither on the order, the tile, the ISA level nor on M; what follows is float32 in one fixed order:
+//     part = float(sum of v (q - z)) * sx;   total = fma(s, part, total);   at a slice's end y += total, total = 0
+// over blocks in ascending k, in 8 contiguous slices of the blocks; then y += bias and one rounding.
+// w = s q + o is s (q - 8) + (o + 8 s): the second term adds fma(o + 8 s, sum of sx v, total).
+//
+// Error of two digits: at most half of sx = a / 32767 for each x[k], a = max|x| of the block. float32 x, and rows in
+// which that could show in the output (massive activations: see needs_four_digits), take four digits and a power of two
+// for sx: half of sx <= 2^-31 a, and float32 values down to 2^-7 a are exact.
+//
+// Bytes and operations at M = 1: each 64 bytes of int4 codes (128 products) take 3 instructions to split nibbles and 4
+// dot products, some 4 cycles, against about 7 cycles to read them from DRAM at 37 GB/s and 4 GHz.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "cpu/simd.h"
+
+namespace qops::cpu::QOPS_ISA_NS {
+
+inline constexpr int kStripRows = 16;
+inline constexpr int kMaxBlock = 128;
+inline constexpr int kSlices = 8;
+// A tile of 4 rows x 2 strips x 2 digits sums in 16 of AVX-512's 32 registers; with 16 registers a vector takes two.
+inline constexpr int kMaxTileRows = kVectorRegisters >= 32 ? 4 : 2;
+constexpr int max_tile_rows(int digits) { return digits == 2 ? kMaxTileRows : kMaxTileRows / 2; }
+inline constexpr int kStripsOfOneRow = kVectorRegisters >= 32 ? 4 : 2;
+inline constexpr int kStripsOfManyRows = kVectorRegisters >= 32 ? 2 : 1;
+
+// Loops over small constant counts must unroll, or the register arrays inside them become memory.
+#define QOPS_UNROLL _Pragma("GCC unroll 8")
+
+// Blocks of at most kMaxBlock columns, none across a group's border. Walked with next(), not indexed: an index would
+// cost two 64-bit divisions a block, as long as the products of 32 columns.
+struct Blocks {
+  int64_t group_size, groups, count;
+
+  Blocks(int64_t k, int64_t group_size)
+      : group_size(group_size),
+        groups(group_size == 0 ? 0 : k / group_size),
+        count(groups * ((group_size + kMaxBlock - 1) / kMaxBlock)) {}
+};
+
+struct Block {
+  int64_t index = 0, group = 0, begin = 0, size, left;  // left: columns of the group from `begin` on
+
+  explicit Block(const Blocks& blocks) : size(std::min<int64_t>(kMaxBlock, blocks.group_size)), left(blocks.group_size) {}
+
+  void next(const Blocks& blocks) {
+    ++index;
+    begin += size;
+    left -= size;
+    if (left == 0) {
+      ++group;
+      left = blocks.group_size;
+    }
+    size = std::min<int64_t>(kMaxBlock, left);
+  }
+};
+
+// How the bytes of a weight become dot-product operands.
+struct Int4Codes {
+  static constexpr int kColumns = 8;  // columns in 64 packed bytes
+  static constexpr int kSteps = 2;    // dot products of 4 columns in them
+  static B8x64 step(B8x64 packed, int i) { return i == 0 ? low_nibbles(packed) : high_nibbles(packed); }
+  static I32x16 dot_signed_x(I32x16 sum, B8x64 q, B8x64 x) { return dot_short(sum, q, x); }
+  static I32x16 dot_unsigned_x(I32x16 sum, B8x64 q, B8x64 x) { return dot_short(sum, x, q); }
+  // What the dot products of the top and of the lower digits need subtracted per unit of the digit's sum.
+  static constexpr int kTopBias = 8;
+  static constexpr int kLowBias = 8;
+};
+struct Int8Codes {
+  static constexpr int kColumns = 4;
+  static constexpr int kSteps = 1;
+  static B8x64 step(B8x64 packed, int) { return packed; }
+  static I32x16 dot_signed_x(I32x16 sum, B8x64 q, B8x64 x) { return dot(sum, flip_sign_bits(q), x); }
+  static I32x16 dot_unsigned_x(I32x16 sum, B8x64 q, B8x64 x) { return dot(sum, x, q); }
+  static constexpr int kTopBias = 128;  // flip_sign_bits turns q into q + 128
+  static constexpr int kLowBias = 0;
+};
+
+// --- activations -----------------------------------------------------------------------------------------------------
+
+// Up to max_tile_rows rows of x that take the same number of digits. For each block and row:
+//   digits  [K/4][digit][row] words of 4 bytes, top digit first
+//   scale   sx;  sum = sx * (sum of v);  correction[digit] = -bias * (sum of the digit's bytes), where the dot products
+//   start: the code's bias (8 for int4) leaves the products q - 8
+struct Tile {
+  int rows = 0;
+  int digits = 2;
+  int64_t row[kMaxTileRows];
+  uint8_t* bytes = nullptr;
+  float* scale = nullptr;        // [blocks][rows]
+  float* sum = nullptr;          // [blocks][rows]
+  int32_t* correction = nullptr;  // [blocks][digits][rows]
+};
+
+// max|x| with NaN above infinity: the integer order of the bits without the sign.
+inline float abs_max(const float* x, int64_t n) {
+  I32x16 most = set1(int32_t{0});
+  for (int64_t k = 0; k < n; k += kLanes) most = max(most, as_int(load_n(x + k, n - k)) & set1(int32_t{0x7fffffff}));
+  return bit_cast<float>(max_lanes(most));
+}
+
+inline float abs_sum(const float* x, int64_t n) {
+  F32x16 sum = set1(0.0f);
+  for (int64_t k = 0; k < n; k += kLanes) {
+    sum = sum + as_float(as_int(load_n(x + k, n - k)) & set1(int32_t{0x7fffffff}));
+  }
+  return sum_lanes(sum);
+}
+
+inline bool valid_permutation_range(const int32_t* perm, int64_t k) {
+  bool valid = true;
+  for (int64_t j = 0; j < k; ++j) valid &= perm[j] >= 0 && perm[j] < k;
+  return valid;
+}
+
+// Columns begin .. begin + n of a row of x, in packed order, as float32.
+template <class T>
+inline void widen_block(const T* x, const int32_t* perm, int64_t begin, int64_t n, float* out) {
+  for (int64_t k = 0; k < n; k += kLanes) {
+    const int64_t lanes = std::min<int64_t>(kLanes, n - k);
+    if (perm == nullptr) {
+      store_n(out + k, load_n(x + begin + k, lanes), lanes);
+      continue;
+    }
+    T gathered[kLanes];
+    for (int64_t i = 0; i < lanes; ++i) gathered[i] = x[perm[begin + k + i]];
+    store_n(out + k, load_n(gathered, lanes), lanes);
+  }
+}
+
+// Whether two digits could show: the error bound 2^-16 sum_b n_b a_b against half of the output's own rounding of a row
+// of this size, 2^-p / 2 of sum |x| without each block's largest element; or a scale of two digits would be subnormal.
+// A function of the row alone.
+template <class T>
+inline bool needs_four_digits(const T* x, const int32_t* perm, const Blocks& blocks) {
+  if constexpr (std::is_same_v<T, float>) return true;
+  double bound = 0, rest = 0;
+  for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
+    float block[kMaxBlock];
+    widen_block(x, perm, b.begin, b.size, block);
+    const float most = abs_max(block, b.size);
+    if (most > 0.0f && most < 0x1p-100f) return true;
+    bound += static_cast<double>(most) * static_cast<double>(b.size);
+    rest += static_cast<double>(abs_sum(block, b.size)) - static_cast<double>(most);
+  }
+  constexpr double kHalfRounding = std::is_same_v<T, BFloat16> ? 0x1p-9 : 0x1p-12;
+  return bound * 0x1p-16 > kHalfRounding * rest;
+}
+
+// Scale of a block and the factors that turn x into v: v = rne(x * pre * inverse), x ~ v * scale.
+struct BlockScale {
+  float scale, pre, inverse;
+};
+inline BlockScale block_scale(float a, int digits) {
+  if (a == 0.0f) return {0.0f, 1.0f, 0.0f};
+  if (!(a <= 3.402823466e38f)) return {bit_cast<float>(0x7fc00000u), 1.0f, 0.0f};  // the row becomes NaN
+  if (digits == 2) return {a / 32767.0f, 1.0f, 32767.0f / a};
+  const float pre = a < 0x1p-64f ? 0x1p64f : 1.0f;  // keeps a normal and the inverse finite
+  const int pre_exponent = a < 0x1p-64f ? 64 : 0;
+  const int exponent = static_cast<int>(bit_cast<uint32_t>(a * pre) >> 23) - 127 - pre_exponent;  // 2^exponent <= a
+  const int e = std::max(exponent - 30, -149);  // no float32 has a bit below 2^-149
+  const uint32_t scale = e >= -126 ? static_cast<uint32_t>(e + 127) << 23 : 1u << (149 + e);
+  return {bit_cast<float>(scale), pre, bit_cast<float>(static_cast<uint32_t>(127 - e - pre_exponent) << 23)};
+}
+
+// Writes row r of the tile.
+template <class Codes, class T>
+inline void write_digits(const WeightOnlyGemmParams& p, const T* row, const Blocks& blocks, const Tile& tile, int r) {
+  const int digits = tile.digits, rows = tile.rows;
+  // With zero points the kernel multiplies by z instead.
+  const bool zero_points = p.kind == WeightKind::kZeroPoint;
+  const int top_bias = zero_points ? 1 : Codes::kTopBias, low_bias = zero_points ? 1 : Codes::kLowBias;
+  for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
+    float x[kMaxBlock];
+    widen_block(row, p.perm, b.begin, b.size, x);
+    const BlockScale s = block_scale(abs_max(x, b.size), digits);
+    // A factor of 0 (block of zeros, NaN or infinity) times a non-finite x would be NaN: clear the bits instead.
+    const I32x16 keep = set1(s.inverse == 0.0f ? int32_t{0} : int32_t{-1});
+    I32x16 sums[4];
+    for (I32x16& sum : sums) sum = set1(int32_t{0});
+    uint8_t* out = tile.bytes + (b.begin / 4 * digits * rows + r) * 4;
+    for (int64_t k = 0; k < b.size; k += kLanes, out += 4 * digits * rows * 4) {
+      const int64_t n = std::min<int64_t>(kLanes, b.size - k);
+      const F32x16 scaled = load_n(x + k, n) * set1(s.pre) * set1(s.inverse);
+      const I32x16 v = to_int(as_float(as_int(scaled) & keep));
+      const I32x16 byte = set1(int32_t{0xff});
+      const I32x16 digit[4] = {digits == 2 ? shift_right<8>(v) : shift_right<24>(v),
+                               (digits == 2 ? v : shift_right<16>(v)) & byte, shift_right<8>(v) & byte, v & byte};
+      for (int d = 0; d < digits; ++d) {
+        sums[d] = sums[d] + digit[d];
+        uint8_t low[kLanes];
+        store_bytes(low, digit[d]);
+        for (int64_t i = 0; i < n; i += 4) std::memcpy(out + (i / 4 * digits + d) * rows * 4, low + i, 4);
+      }
+    }
+    int64_t value_sum = 0;
+    for (int d = 0; d < digits; ++d) {
+      const int32_t sum = sum_lanes(sums[d]);
+      value_sum = value_sum * 256 + sum;
+      tile.correction[(b.index * digits + d) * rows + r] = -sum * (d == 0 ? top_bias : low_bias);
+    }
+    tile.scale[b.index * rows + r] = s.scale;
+    tile.sum[b.index * rows + r] = static_cast<float>(value_sum) * s.scale;
+  }
+}
+
+// --- one tile of y ---------------------------------------------------------------------------------------------------
+
+inline F32x16 load_as_float(const void* p, DType dtype, int64_t index, int64_t n) {
+  switch (dtype) {
+    case DType::kFloat16: return load_n(static_cast<const Half*>(p) + index, n);
+    case DType::kBFloat16: return load_n(static_cast<const BFloat16*>(p) + index, n);
+    default: return load_n(static_cast<const float*>(p) + index, n);
+  }
+}
+
+// Rows x (16 * Strips) outputs from strip `strip` on; Digits as in the tile.
+template <class Codes, class T, int Rows, int Strips, int Digits>
+inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t strip) {
+  const int64_t strip_bytes = p.k / Codes::kColumns * 64;
+  const int64_t strip_scales = blocks.groups * kStripRows;
+  const char* w = static_cast<const char*>(p.packed) + strip * strip_bytes;
+  const uint8_t* zero_points = static_cast<const uint8_t*>(p.zeros);
+  const float* float_zeros = static_cast<const float*>(p.zeros);
+  const bool with_offset = p.kind == WeightKind::kFloatZero || p.kind == WeightKind::kOffset;
+  F32x16 total[Strips][Rows], y[Strips][Rows];
+  for (int s = 0; s < Strips; ++s) {
+    for (int r = 0; r < Rows; ++r) total[s][r] = y[s][r] = set1(0.0f);
+  }
+  const uint8_t* x = tile.bytes;
+  int64_t slice = 1;
+  for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
+    const int64_t scales_at = strip * strip_scales + b.group * kStripRows;
+    const int32_t* correction = tile.correction + b.index * Digits * Rows;
+    I32x16 sum[Strips][Rows][Digits];
+    QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+      QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+        QOPS_UNROLL for (int d = 0; d < Digits; ++d) sum[s][r][d] = set1(correction[d * Rows + r]);
+      }
+    }
+    if (p.kind == WeightKind::kZeroPoint) {
+      QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+        const I32x16 z = load(zero_points + scales_at + s * strip_scales);
+        QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+          QOPS_UNROLL for (int d = 0; d < Digits; ++d) sum[s][r][d] = z * sum[s][r][d];
+        }
+      }
+    }
+    for (int64_t n = b.size / Codes::kColumns; n > 0; --n, w += 64) {
+      B8x64 codes[Strips];
+      QOPS_UNROLL for (int s = 0; s < Strips; ++s) codes[s] = load_bytes(w + s * strip_bytes);
+      QOPS_UNROLL for (int step = 0; step < Codes::kSteps; ++step, x += 4 * Digits * Rows) {
+        B8x64 q[Strips];
+        QOPS_UNROLL for (int s = 0; s < Strips; ++s) q[s] = Codes::step(codes[s], step);
+        QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+          QOPS_UNROLL for (int d = 0; d < Digits; ++d) {
+            const B8x64 digit = broadcast_4_bytes(x + 4 * (d * Rows + r));
+            QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+              sum[s][r][d] = d == 0 ? Codes::dot_signed_x(sum[s][r][d], q[s], digit)
+                                    : Codes::dot_unsigned_x(sum[s][r][d], q[s], digit);
+            }
+          }
+        }
+      }
+    }
+    QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+      const int64_t at = scales_at + s * strip_scales;
+      const F32x16 scale = load_as_float(p.scales, p.scale_dtype, at, kLanes);
+      QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+        F32x16 value;
+        if constexpr (Digits == 2) {
+          value = to_float(shift_left<8>(sum[s][r][0]) + sum[s][r][1]);
+        } else {
+          value = fma(to_float(shift_left<8>(sum[s][r][0]) + sum[s][r][1]), set1(65536.0f),
+                      to_float(shift_left<8>(sum[s][r][2]) + sum[s][r][3]));
+        }
+        total[s][r] = fma(scale, value * set1(tile.scale[b.index * Rows + r]), total[s][r]);
+      }
+      if (with_offset) {
+        const F32x16 z = load(float_zeros + at);
+        const F32x16 offset = p.kind == WeightKind::kOffset ? fma(scale, set1(8.0f), z) : scale * (set1(8.0f) - z);
+        QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+          total[s][r] = fma(offset, set1(tile.sum[b.index * Rows + r]), total[s][r]);
+        }
+      }
+    }
+    if ((b.index + 1) * kSlices >= slice * blocks.count) {  // the last block of this slice (or of several short ones)
+      while ((b.index + 1) * kSlices >= slice * blocks.count && slice <= kSlices) ++slice;
+      QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+        QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+          y[s][r] = y[s][r] + total[s][r];
+          total[s][r] = set1(0.0f);
+        }
+      }
+    }
+  }
+  for (int s = 0; s < Strips; ++s) {
+    const int64_t column = (strip + s) * kStripRows;
+    const int64_t n = std::min<int64_t>(kLanes, p.n - column);
+    if (p.bias != nullptr) {
+      const F32x16 bias = load_as_float(p.bias, p.bias_dtype, column, n);
+      for (int r = 0; r < Rows; ++r) y[s][r] = y[s][r] + bias;
+    }
+    for (int r = 0; r < Rows; ++r) store_n(static_cast<T*>(p.y) + tile.row[r] * p.n + column, y[s][r], n);
+  }
+}
+
+// --- the whole product -----------------------------------------------------------------------------------------------
+
+template <class Codes, class T, int Rows, int Digits>
+inline void gemm_strips(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t begin,
+                        int64_t end) {
+  // One row needs 8 independent sums to hide the latency of the dot product (5 cycles, 2 a cycle).
+  constexpr int kWide = Rows == 1 ? kStripsOfOneRow : kStripsOfManyRows;
+  int64_t strip = begin;
+  for (; strip + kWide <= end; strip += kWide) gemm_tile<Codes, T, Rows, kWide, Digits>(p, blocks, tile, strip);
+  for (; strip < end; ++strip) gemm_tile<Codes, T, Rows, 1, Digits>(p, blocks, tile, strip);
+}
+
+template <class Codes, class T>
+inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t begin,
+                      int64_t end) {
+  const auto with_rows = [&](auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    if (tile.digits == 2) return gemm_strips<Codes, T, kRows, 2>(p, blocks, tile, begin, end);
+    if constexpr (kRows <= max_tile_rows(4)) gemm_strips<Codes, T, kRows, 4>(p, blocks, tile, begin, end);
+  };
+  if (tile.rows == 1) return with_rows(std::integral_constant<int, 1>{});
+  if (tile.rows == 2) return with_rows(std::integral_constant<int, 2>{});
+  if constexpr (kMaxTileRows == 4) {
+    if (tile.rows == 3) return with_rows(std::integral_constant<int, 3>{});
+    return with_rows(std::integral_constant<int, 4>{});
+  }
+}
+
+// Memory for one call, cut into 64-byte aligned pieces.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes + 1)))) {}
+  ~Scratch() { std::free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  bool ok() const { return memory_ != nullptr; }
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(memory_ + used_);
+    used_ += bytes<T>(count);
+    return piece;
+  }
+  template <class T>
+  static size_t bytes(int64_t count) {
+    return round_up(static_cast<size_t>(count) * sizeof(T));
+  }
+
+ private:
+  static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  char* memory_;
+  size_t used_ = 0;
+};
+
+template <class Codes, class T>
+inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
+  const int64_t m = p.x_rows.count;
+  if (p.perm != nullptr && !valid_permutation_range(p.perm, p.k)) return Status::kIndexOutOfRange;
+  if (m == 0 || p.n == 0) return Status::kOk;
+  const Blocks blocks(p.k, p.group_size);
+  const auto row_of_x = [&](int64_t row) { return static_cast<const T*>(p.x) + p.x_rows.offset(row); };
+  const int64_t row_grain = 1 + (16 << 10) / (p.k + 1);
+
+  // Rows by number of digits, then in tiles; neither a row's digits nor its bits depend on the other rows.
+  const int64_t max_tiles = m / max_tile_rows(4) + 2;
+  Scratch index(Scratch::bytes<uint8_t>(m) + Scratch::bytes<Tile>(max_tiles));
+  if (!index.ok()) return Status::kOutOfMemory;
+  uint8_t* digits_of_row = index.take<uint8_t>(m);
+  parallel_for(pool, m, row_grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      digits_of_row[row] = needs_four_digits(row_of_x(row), p.perm, blocks) ? 4 : 2;
+    }
+  });
+  Tile* tiles = index.take<Tile>(max_tiles);
+  int64_t tile_count = 0;
+  size_t tile_bytes = 0;
+  const auto close_tile = [&](Tile& tile) {
+    if (tile.rows == 0) return;
+    tile_bytes += Scratch::bytes<uint8_t>(p.k * tile.rows * tile.digits) +
+                  2 * Scratch::bytes<float>(blocks.count * tile.rows) +
+                  Scratch::bytes<int32_t>(blocks.count * tile.rows * tile.digits);
+    tiles[tile_count++] = tile;
+    tile.rows = 0;
+  };
+  for (const int digits : {2, 4}) {
+    Tile tile{};
+    tile.digits = digits;
+    for (int64_t row = 0; row < m; ++row) {
+      if (digits_of_row[row] != digits) continue;
+      tile.row[tile.rows++] = row;
+      if (tile.rows == max_tile_rows(digits)) close_tile(tile);
+    }
+    close_tile(tile);
+  }
+
+  Scratch scratch(tile_bytes);
+  if (!scratch.ok()) return Status::kOutOfMemory;
+  for (int64_t t = 0; t < tile_count; ++t) {
+    Tile& tile = tiles[t];
+    tile.bytes = scratch.take<uint8_t>(p.k * tile.rows * tile.digits);
+    tile.scale = scratch.take<float>(blocks.count * tile.rows);
+    tile.sum = scratch.take<float>(blocks.count * tile.rows);
+    tile.correction = scratch.take<int32_t>(blocks.count * tile.rows * tile.digits);
+  }
+  parallel_for(pool, tile_count, 1 + row_grain / kMaxTileRows, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int r = 0; r < tiles[t].rows; ++r) write_digits<Codes>(p, row_of_x(tiles[t].row[r]), blocks, tiles[t], r);
+    }
+  });
+
+  // Four strips of weights stay in L2 while every tile of x passes over them.
+  constexpr int64_t kChunk = 4;
+  const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
+  const int64_t strip_grain = 1 + (8 << 10) / (p.k * m + 1);
+  parallel_for(pool, strips, strip_grain, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; strip += kChunk) {
+      for (int64_t t = 0; t < tile_count; ++t) {
+        gemm_rows<Codes, T>(p, blocks, tiles[t], strip, std::min(strip + kChunk, end));
+      }
+    }
+  });
+  return Status::kOk;
+}
+
+}  // namespace qops::cpu::QOPS_ISA_NS

@@ -1,0 +1,414 @@
+"""What Int4Weight and Int8Weight share: the two forms of a weight, its state, its moves between devices."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qops.ops.weight_pack import STRIP_ROWS, strips_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Quantising and dequantising hold a few float64 temporaries of this many elements: 1 MiB each, inside L2.
+CHUNK_ELEMENTS = 1 << 17
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class QuantizedWeight(nn.Module):
+    """State handling that Int4Weight and Int8Weight share; a subclass says what its codes look like."""
+
+    FORMAT_VERSION = 1
+    _OPTIONAL_BUFFERS: tuple[str, ...] = ()
+
+    qweight: Tensor
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+
+    def _configure(self, in_features: int, out_features: int, group_size: int, scale_dtype: torch.dtype) -> None:
+        """Everything but the buffers."""
+        super().__init__()
+        name = self._name()
+        require_multiples_of_8(name, out_features, in_features)
+        if scale_dtype not in SCALE_DTYPES:
+            raise RuntimeError(
+                f"{name}: scales must have dtype float16, bfloat16 or float32, got {dtype_name(scale_dtype)}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = resolve_group_size(name, in_features, group_size)
+        self.scale_dtype = scale_dtype
+
+    # What a subclass defines -----------------------------------------------------------------------------------------
+
+    def _config(self) -> dict[str, Any]:
+        """Arguments of :meth:`_configure` for a weight like this one, out_features left out."""
+        return {"in_features": self.in_features, "group_size": self.group_size, "scale_dtype": self.scale_dtype}
+
+    def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> (shape, dtype) of every canonical tensor."""
+        raise NotImplementedError
+
+    def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Canonical tensors of some rows -> their weights, float32 [rows, K], columns in stored order."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _pack_codes(qweight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @staticmethod
+    def _unpack_codes(packed: Tensor, rows: int) -> Tensor:
+        raise NotImplementedError
+
+    # Form ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_packed(self) -> bool:
+        return "packed" in self._buffers
+
+    @property
+    def device(self) -> torch.device:
+        return self.scales.device
+
+    @torch.no_grad()
+    def pack(self) -> Self:
+        """Replaces the canonical tensors by the packed ones; a packed weight stays as it is.
+
+        Not while another thread reads the weight: the tensors it reads go.
+        """
+        tensors = self._tensors()
+        if "packed" not in tensors:
+            self._hold(self._packed_from(tensors))
+        return self
+
+    @torch.no_grad()
+    def unpack(self) -> Self:
+        """Replaces the packed tensors by the canonical ones, bit for bit what was packed; inverse of :meth:`pack`."""
+        if self.is_packed:
+            self._hold(self.canonical())
+        return self
+
+    @torch.no_grad()
+    def canonical(self) -> dict[str, Tensor]:
+        """The canonical tensors by name: unpacked for the caller, or the weight's own where it is canonical."""
+        rows, perm = self._canonical_rows(0, self.out_features), getattr(self, "perm", None)
+        if perm is not None:
+            rows["perm"] = perm.clone() if self.is_packed else perm
+        return rows
+
+    def _require_packed(self) -> None:
+        """What every forward calls: packing there would copy the weight inside a compiled or captured region."""
+        if not self.is_packed:
+            raise RuntimeError(f"{self._name()}: the weight is not packed; call .pack() before the forward")
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The exact weights ``[N, K]``, in the original order of columns.
+
+        Numerics: the real-number value of each stored weight is rounded once to float32, to nearest even, and once
+        more when another dtype is asked for: a producer's float16 reference is ``dequantize(torch.float16)``.
+        """
+        if not dtype.is_floating_point:
+            raise RuntimeError(f"{self._name()}.dequantize: dtype must be floating point, got {dtype_name(dtype)}")
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        perm = getattr(self, "perm", None)
+        columns = slice(None) if perm is None else perm.long()
+        step = chunk_rows(self.in_features)
+        for start in range(0, self.out_features if self.in_features else 0, step):
+            stop = min(start + step, self.out_features)
+            weight[start:stop, columns] = self._dequantize_rows(self._canonical_rows(start, stop)).to(dtype)
+        return weight
+
+    @classmethod
+    @torch.no_grad()
+    def cat(cls, weights: Sequence[Self]) -> Self:
+        """One packed weight with the rows of all, in order (merged q/k/v or gate/up); inverse of :meth:`split`.
+
+        Raises:
+            ValueError: they differ in K, group size, kind, scale dtype, device or ``perm``.
+        """
+        if not weights:
+            raise ValueError(f"{cls._name()}.cat: needs at least one weight")
+        first, parts = weights[0], [weight.canonical() for weight in weights]
+        for weight, part in zip(weights[1:], parts[1:], strict=True):
+            if weight._config() != first._config() or weight.device != first.device:
+                raise ValueError(f"{cls._name()}.cat: weights must be alike, got ({first}) and ({weight})")
+            if "perm" in part and not torch.equal(part["perm"], parts[0]["perm"]):
+                raise ValueError(f"{cls._name()}.cat: weights must share one perm")
+        rows = {
+            key: tensor if key == "perm" else torch.cat([part[key] for part in parts])
+            for key, tensor in parts[0].items()
+        }
+        return cls._from_tensors(rows, first._config(), pack=True)
+
+    @torch.no_grad()
+    def split(self, sizes: Sequence[int]) -> list[Self]:
+        """Canonical weights of ``sizes`` consecutive rows each, with memory of their own; inverse of :meth:`cat`.
+
+        Raises:
+            ValueError: a size is no multiple of 8, or they do not add up to N.
+        """
+        if sum(sizes) != self.out_features or min(sizes, default=0) < 0:
+            raise ValueError(f"{self._name()}.split: sizes must add up to N = {self.out_features}, got {list(sizes)}")
+        whole, parts, start = self.canonical(), [], 0
+        for size in sizes:
+            rows = {k: (t if k == "perm" else t[start : start + size]).clone() for k, t in whole.items()}
+            parts.append(self._from_tensors(rows, self._config(), pack=False))
+            start += size
+        return parts
+
+    def extra_repr(self) -> str:
+        form = "packed" if self.is_packed else "canonical"
+        config = ", ".join(f"{key}={value}" for key, value in self._config().items())
+        return f"out_features={self.out_features}, {config}, device={self.device}, {form}"
+
+    # Buffers ---------------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in self._buffers.items() if tensor is not None}
+
+    def _hold(self, tensors: Mapping[str, Tensor]) -> None:
+        # One assignment: a thread that packs what another thread packed already sees one form or the other, whole.
+        self._buffers = {**tensors, **{key: None for key in self._OPTIONAL_BUFFERS if key not in tensors}}
+        # state_dict holds other tensors under other names, so torch.export must take these for constants.
+        self._non_persistent_buffers_set = set(self._buffers)
+
+    def _packed_from(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            packed = {"packed": self._pack_codes(tensors["qweight"].contiguous())}
+        except NotImplementedError as error:
+            device = tensors["qweight"].device.type
+            raise RuntimeError(f"{self._name()}: this build of qops has no kernels for device {device}") from error
+        for key in ("scales", "zeros"):
+            if key in tensors:
+                packed[key] = into_strips(tensors[key])
+        if "perm" in tensors:
+            packed["perm"] = tensors["perm"].clone()
+        return packed
+
+    def _canonical_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Canonical tensors of rows start ... stop, without ``perm``; start is a multiple of 16."""
+        tensors, rows = self._tensors(), {}
+        strips = slice(start // STRIP_ROWS, strips_of(stop))
+        if "packed" in tensors:
+            rows["qweight"] = self._unpack_codes(tensors["packed"][strips], stop - start)
+        else:
+            rows["qweight"] = tensors["qweight"][start:stop]
+        for key in ("scales", "zeros"):
+            if key in tensors:
+                whole = tensors[key]
+                rows[key] = out_of_strips(whole[strips], stop - start) if "packed" in tensors else whole[start:stop]
+        return rows
+
+    @classmethod
+    def _from_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], pack: bool) -> Self:
+        """Where all classmethods end: checks canonical tensors and holds them."""
+        weight = cls.__new__(cls)
+        weight._configure(out_features=tensors["qweight"].shape[0], **config)
+        weight._check(tensors)
+        weight._hold(weight._packed_from(tensors) if pack else {key: t.contiguous() for key, t in tensors.items()})
+        return weight
+
+    def _hold_placeholder(self, device: torch.device | str | None) -> None:
+        """Holds packed zeros, for load_state_dict to replace."""
+        spec = self._canonical_spec()
+        tensors = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in spec.items()}
+        if "perm" in tensors:
+            tensors["perm"] = torch.arange(self.in_features, dtype=torch.int32, device=device)
+        self._hold(self._packed_from(tensors))
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises unless these are canonical tensors of this weight."""
+        name, device = self._name(), tensors["qweight"].device
+        for key, (shape, dtype) in self._canonical_spec().items():
+            tensor = tensors[key]
+            if tensor.device != device:
+                raise RuntimeError(f"{name}: {key} must be on {device} like qweight, got {tensor.device}")
+            if tensor.dtype != dtype:
+                raise RuntimeError(f"{name}: {key} must have dtype {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}")
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: {key} must have shape {list(shape)}, got {list(tensor.shape)}")
+            if tensor.is_meta:
+                continue
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{name}: {key} must be finite, got NaN or infinity")
+            if key == "zeros" and not tensor.is_floating_point() and (tensor > 16).any():
+                raise ValueError(f"{name}: zeros must be in 0 ... 16, got {int(tensor.max())}")
+            if key == "perm" and not torch.equal(tensor.sort().values, torch.arange(shape[0], device=device).int()):
+                raise ValueError(f"{name}: perm must be a permutation of 0 ... {shape[0] - 1}")
+
+    @classmethod
+    def _name(cls) -> str:
+        return f"qops.{cls.__name__}"
+
+    # Module state ----------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Only moves act: ``fn`` sees bytes, which ``.half()``, ``.bfloat16()`` and ``.to(dtype)`` leave alone.
+
+        A layout belongs to a type of device; to another type the weight goes canonical, and is packed there.
+        """
+        target = fn(torch.empty(1, dtype=torch.uint8, device=self.device)).device
+        repack = target.type != self.device.type
+        tensors = {key: _move(tensor, fn) for key, tensor in (self.canonical() if repack else self._tensors()).items()}
+        self._hold(self._packed_from(tensors) if repack else tensors)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for key, tensor in self.canonical().items():
+            destination[prefix + key] = tensor
+        destination[prefix + "format_version"] = torch.tensor(self.FORMAT_VERSION, device="cpu")
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes canonical tensors and packs them. A state that fits only in part is an error, strict or not."""
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        spec = self._canonical_spec()
+        found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        missing = [key for key in (*spec, "format_version") if key not in found]
+        unexpected = [key for key in found if key not in spec and key != "format_version"]
+        if strict:
+            missing_keys += [prefix + key for key in missing]
+            unexpected_keys += [prefix + key for key in unexpected]
+        if len(missing) == len(spec) + 1:
+            return
+        try:
+            structure = {"qweight", "scales", "zeros", "perm"}.intersection(unexpected)
+            if missing or structure:
+                raise ValueError(
+                    f"{self._name()}: this weight ({self.extra_repr()}) needs {[*spec, 'format_version']}, "
+                    f"the state has {sorted(found)}"
+                )
+            _check_version(self, int(found["format_version"]))
+            tensors = {key: found[key].detach() for key in spec}
+            if not local_metadata.get("assign_to_params_buffers", False):
+                if self.device.type == "meta":
+                    raise RuntimeError(f"{self._name()}: a weight on the meta device loads with assign=True only")
+                tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
+            self._check(tensors)
+            self._hold(self._packed_from(tensors))
+        except (RuntimeError, ValueError) as error:
+            error_msgs.append(f"{prefix.rstrip('.') or 'weight'}: {error}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {**dict.fromkeys(self._OPTIONAL_BUFFERS), **self.canonical()}
+        return {**state, "format_version": self.FORMAT_VERSION, "pack": self.is_packed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        _check_version(self, state.pop("format_version"))
+        pack = state.pop("pack")
+        super().__setstate__(state)
+        self._hold(self._tensors())
+        if pack:
+            self.pack()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Copies the form that is there. Through __getstate__, deepcopy's memo would keep the canonical tensors of every
+        # layer of a model alive until the whole copy is done.
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return copied
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def require_multiples_of_8(name: str, out_features: int, in_features: int) -> None:
+    for letter, size in (("N", out_features), ("K", in_features)):
+        if size < 0 or size % 8:
+            raise ValueError(f"{name}: {letter} must be a multiple of 8, got {size}")
+
+
+def resolve_group_size(name: str, in_features: int, group_size: int) -> int:
+    if group_size in (-1, in_features):
+        return in_features
+    if group_size < 16 or group_size % 16 or in_features % group_size:
+        raise ValueError(
+            f"{name}: group_size must be -1 or a multiple of 16 that divides K = {in_features}, got {group_size}"
+        )
+    return group_size
+
+
+def group_size_from_scales(name: str, in_features: int, scales: Tensor) -> int:
+    groups = scales.shape[1]
+    if groups == 0 and in_features == 0:
+        return 0
+    if groups == 0 or in_features % groups:
+        raise ValueError(f"{name}: scales must have shape [N, K/G] with K = {in_features}, got {list(scales.shape)}")
+    return in_features // groups
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    return in_features // group_size if group_size else 0
+
+
+def chunk_rows(in_features: int) -> int:
+    """Rows that make about CHUNK_ELEMENTS, in whole strips."""
+    return max(CHUNK_ELEMENTS // max(in_features, 1) // STRIP_ROWS, 1) * STRIP_ROWS
+
+
+# Layout --------------------------------------------------------------------------------------------------------------
+
+
+def into_strips(rows: Tensor) -> Tensor:
+    """[N, C] -> [S, C, 16], zeros for the rows that fill the last strip; always a copy."""
+    n, columns = rows.shape
+    strips = strips_of(n)
+    padded = rows.new_zeros(strips * STRIP_ROWS, columns)
+    padded[:n] = rows
+    return padded.view(strips, STRIP_ROWS, columns).transpose(1, 2).contiguous()
+
+
+def out_of_strips(strips: Tensor, n: int) -> Tensor:
+    """[S, C, 16] -> [N, C]; always a copy, of N rows alone."""
+    return strips.transpose(1, 2).flatten(0, 1)[:n].clone(memory_format=torch.contiguous_format)
+
+
+def _move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """``fn``, which nn.Module gives to _apply, on the tensor's bytes; the tensor itself where fn does nothing."""
+    raw = tensor.reshape(-1).view(torch.uint8)
+    moved = fn(raw)
+    if moved is raw:
+        return tensor
+    if moved.dtype != torch.uint8:  # module.type() casts integers too
+        moved = raw.to(moved.device)
+    return moved.view(tensor.dtype).view(tensor.shape)
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def require_matrix(name: str, label: str, tensor: Tensor) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: {label} must have 2 dimensions, got shape {list(tensor.shape)}")
+
+
+def _check_version(weight: QuantizedWeight, version: object) -> None:
+    if version != weight.FORMAT_VERSION:
+        raise ValueError(
+            f"qops.{type(weight).__name__}: the state has format_version {version}, "
+            f"this qops reads {weight.FORMAT_VERSION}"
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Readers of quantised checkpoint formats: one module per format, imported when asked for."""

@@ -1,0 +1,374 @@
+"""GGUF files of the Llama family, read exactly: every stored code, scale and offset keeps its value.
+
+A quantised block holds 32 consecutive elements of one row:
+
+    Q4_0   fp16 d, 16 bytes               w = d * (q - 8)     Int4Weight, kind "symmetric"
+    Q4_1   fp16 d, fp16 m, 16 bytes       w = d * q + m       Int4Weight, kind "offset"
+    Q8_0   fp16 d, 32 int8                w = d * q           Int8Weight
+
+Byte i of a 4-bit block holds element i in its low and element i + 16 in its high nibble; the canonical `qweight`
+holds elements 2 i and 2 i + 1 in byte i. llama.cpp stores the rows of attn_q and attn_k so that its rotary pairs
+neighbours; `unpermute_rows` restores the halves that Transformers pairs, on the blocks, so nothing is requantised.
+
+The PyPI package `gguf` parses the container. It trusts its input, so this module bounds every read by the file's
+size: a truncated or hostile file is a ValueError, never a hang or a short tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qops._transformers import require_transformers
+from qops.weights import Int4Weight, Int8Weight
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+BLOCK = 32
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+DENSE_TYPES = ("F32", "F16", "BF16")
+
+_TOP_LEVEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_IN_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _split_blocks(blocks: torch.Tensor, qtype: str) -> torch.Tensor:
+    """uint8 [N, bytes per row] -> [N, K/32, bytes per block]."""
+    block_bytes = BLOCK_BYTES[qtype]
+    if blocks.dtype != torch.uint8 or blocks.dim() != 2 or blocks.shape[1] % block_bytes:
+        raise ValueError(
+            f"{qtype} blocks must be uint8 [N, a multiple of {block_bytes}], got {blocks.dtype} {list(blocks.shape)}"
+        )
+    return blocks.reshape(blocks.shape[0], -1, block_bytes)
+
+
+def _half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
+    """The fp16 number at byte `offset` of each block, [N, K/32]."""
+    return blocks[..., offset : offset + 2].contiguous().view(torch.float16).squeeze(-1)
+
+
+def int4_weight(blocks: torch.Tensor, qtype: str, *, pack: bool = True) -> Int4Weight:
+    """Q4_0 or Q4_1 blocks as an Int4Weight of kind "symmetric" or "offset", groups of 32.
+
+    Scales stay float16; a Q4_1 offset is widened to float32, which holds every float16 number.
+
+    Args:
+        blocks: uint8 [N, bytes per row] as stored in the file.
+        qtype: "Q4_0" or "Q4_1".
+        pack: as in `Int4Weight.from_canonical`.
+
+    Raises:
+        ValueError: another type, or blocks that do not fill rows of it.
+    """
+    if qtype not in ("Q4_0", "Q4_1"):
+        raise ValueError(f"an int4 weight reads Q4_0 or Q4_1 blocks, got {qtype}")
+    per_block = _split_blocks(blocks, qtype)
+    nibbles = per_block[..., -BLOCK // 2 :]
+    codes = torch.cat([nibbles & 0x0F, nibbles >> 4], dim=-1)
+    qweight = (codes[..., 0::2] | (codes[..., 1::2] << 4)).reshape(blocks.shape[0], -1)
+    scales = _half(per_block, 0)
+    if qtype == "Q4_0":
+        return Int4Weight.from_canonical(qweight, scales, kind="symmetric", pack=pack)
+    return Int4Weight.from_canonical(qweight, scales, kind="offset", zeros=_half(per_block, 2), pack=pack)
+
+
+def int8_weight(blocks: torch.Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:
+    """Q8_0 blocks, uint8 [N, bytes per row], as an Int8Weight in groups of 32 with float16 scales.
+
+    Raises:
+        ValueError: another type, or blocks that do not fill rows of it.
+    """
+    if qtype != "Q8_0":
+        raise ValueError(f"an int8 weight reads Q8_0 blocks, got {qtype}")
+    per_block = _split_blocks(blocks, qtype)
+    qweight = per_block[..., 2:].contiguous().view(torch.int8).reshape(blocks.shape[0], -1)
+    return Int8Weight.from_canonical(qweight, _half(per_block, 0), pack=pack)
+
+
+def unpermute_rows(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undoes llama.cpp's permutation of the rows of attn_q and attn_k.
+
+    Stored row 2 i + j of a head with D rows is row i + j D/2 of the Transformers weight (i < D/2, j in {0, 1}).
+
+    Args:
+        rows: [heads * D, ...]: blocks, dense rows or a bias.
+        heads: query heads for attn_q, key/value heads for attn_k.
+    """
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1)
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+class GGUFFile:
+    """A Llama-family GGUF file, opened and checked as a whole before any weight is built.
+
+    Weights are addressed by their Transformers module name ("model.layers.0.self_attn.q_proj") and come in
+    Transformers' row order.
+
+    Raises:
+        ImportError: the `gguf` package or a supported Transformers is missing.
+        ValueError: another architecture, a missing or malformed key, a missing, unknown, misshapen or unsupported
+            tensor, a truncated or otherwise malformed file. The message names the file and what was expected.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        require_transformers("qops.formats.gguf")
+        self.path = Path(path)
+        reader = _read_container(self.path)
+        self._fields = reader.fields
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        architecture = self._key("general.architecture", str)
+        if architecture != "llama":
+            raise self._error(f"general.architecture must be 'llama', got '{architecture}'")
+        self._expected_shapes: dict[str, list[int]] = {}
+        self.config = self._read_config()
+        self._check_tensors()
+
+    def weight(self, name: str) -> Int4Weight | Int8Weight | torch.Tensor:
+        """The weight of module `name`: not packed where it is quantised, in the file's dtype where it is dense."""
+        stored = f"{self._stored_name(name)}.weight"
+        rows = self._rows(stored)
+        kind = self._tensors[stored].tensor_type.name
+        try:
+            if kind in DENSE_TYPES:
+                return rows
+            return int8_weight(rows, pack=False) if kind == "Q8_0" else int4_weight(rows, kind, pack=False)
+        except ValueError as error:
+            raise self._error(f"tensor {stored}: {error}") from error
+
+    def bias(self, name: str) -> torch.Tensor | None:
+        """The dense bias of module `name`, None where the file has none."""
+        stored = f"{self._stored_name(name)}.bias"
+        return self._rows(stored) if stored in self._tensors else None
+
+    def _rows(self, stored: str) -> torch.Tensor:
+        """A tensor's rows in Transformers' order: blocks of a quantised tensor, values of a dense one."""
+        tensor = self._tensors[stored]
+        rows = torch.from_numpy(tensor.data.copy())
+        if tensor.tensor_type.name == "BF16":
+            rows = rows.view(torch.bfloat16)
+        if ".attn_q." in stored:
+            return unpermute_rows(rows, self.config.num_attention_heads)
+        if ".attn_k." in stored:
+            assert self.config.num_key_value_heads is not None
+            return unpermute_rows(rows, self.config.num_key_value_heads)
+        return rows
+
+    def _stored_name(self, name: str) -> str:
+        if name in _TOP_LEVEL:
+            return _TOP_LEVEL[name]
+        layer, _, rest = name.removeprefix("model.layers.").partition(".")
+        return f"blk.{layer}.{_IN_LAYER[rest]}"
+
+    def _error(self, message: str) -> ValueError:
+        return ValueError(f"{self.path}: {message}")
+
+    def _key(self, key: str, kind: type, default: Any = None) -> Any:
+        """Metadata value `key` as `kind`; numbers must be positive, except token ids, where 0 is a token."""
+        field = self._fields.get(key)
+        if field is None:
+            if default is None:
+                raise self._error(f"key {key} is missing")
+            return default
+        value = field.contents()
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
+            raise self._error(f"key {key} must be one {kind.__name__}, got {shown}")
+        if kind is not str and not value > 0 and not key.endswith("_token_id"):
+            raise self._error(f"key {key} must be positive, got {value}")
+        return value
+
+    def _token_id(self, token: str, vocab_size: int) -> int | None:
+        key = f"tokenizer.ggml.{token}_token_id"
+        if key not in self._fields:
+            return None
+        value = self._key(key, int)
+        if not 0 <= value < vocab_size:
+            raise self._error(f"key {key} must be below the vocabulary size {vocab_size}, got {value}")
+        return value
+
+    def _read_config(self) -> LlamaConfig:
+        from transformers import LlamaConfig
+
+        if "llama.expert_count" in self._fields and self._fields["llama.expert_count"].contents():
+            raise self._error("key llama.expert_count: mixtures of experts are not supported")
+        if "token_embd.weight" not in self._tensors:
+            raise self._error("tensor token_embd.weight is missing")
+        hidden = self._key("llama.embedding_length", int)
+        heads = self._key("llama.attention.head_count", int)
+        key_value_heads = self._key("llama.attention.head_count_kv", int, heads)
+        if hidden % heads or heads % key_value_heads:
+            raise self._error(
+                f"keys llama.embedding_length, llama.attention.head_count and llama.attention.head_count_kv must "
+                f"divide one another, got {hidden}, {heads}, {key_value_heads}"
+            )
+        head_dim = self._key("llama.attention.key_length", int, hidden // heads)
+        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+            if self._key(key, int, head_dim) != head_dim:
+                raise self._error(f"key {key} must equal the head dimension {head_dim}, got {self._key(key, int)}")
+        if head_dim % 2:
+            raise self._error(f"the head dimension must be even, got {head_dim}")
+        context = self._key("llama.context_length", int)
+        vocab_size = self._key("llama.vocab_size", int, int(self._tensors["token_embd.weight"].shape[-1]))
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=self._key("llama.feed_forward_length", int),
+            num_hidden_layers=self._key("llama.block_count", int),
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            head_dim=head_dim,
+            max_position_embeddings=context,
+            rms_norm_eps=self._key("llama.attention.layer_norm_rms_epsilon", float),
+            rope_parameters=self._read_rope(head_dim, context),
+            tie_word_embeddings="output.weight" not in self._tensors,
+            attention_bias="blk.0.attn_q.bias" in self._tensors,
+            mlp_bias="blk.0.ffn_gate.bias" in self._tensors,
+            bos_token_id=self._token_id("bos", vocab_size),
+            eos_token_id=self._token_id("eos", vocab_size),
+            pad_token_id=self._token_id("padding", vocab_size),
+            architectures=["LlamaForCausalLM"],
+        )
+
+    def _read_rope(self, head_dim: int, context: int) -> dict[str, Any]:
+        rope: dict[str, Any] = {
+            "rope_type": "default",
+            "rope_theta": self._key("llama.rope.freq_base", float, 10000.0),
+        }
+        scaling = self._key("llama.rope.scaling.type", str, "none")
+        if scaling == "linear":
+            rope |= {"rope_type": "linear", "factor": self._key("llama.rope.scaling.factor", float)}
+        elif scaling != "none":
+            raise self._error(f"key llama.rope.scaling.type must be 'none' or 'linear', got '{scaling}'")
+        if "rope_freqs.weight" in self._tensors:
+            if scaling != "none":
+                raise self._error("tensor rope_freqs.weight together with llama.rope.scaling.type is not supported")
+            # Llama 3 files carry one divisor per frequency instead of the formula behind it. Transformers' longrope
+            # with equal short and long factors divides by exactly these numbers.
+            self._expected_shapes["rope_freqs.weight"] = [head_dim // 2]
+            self._check_tensor("rope_freqs.weight")
+            divisors = self._rows("rope_freqs.weight").tolist()
+            rope |= {
+                "rope_type": "longrope",
+                "short_factor": divisors,
+                "long_factor": divisors,
+                "factor": 1.0,
+                "attention_factor": 1.0,
+                "original_max_position_embeddings": context,
+            }
+        return rope
+
+    def _check_tensors(self) -> None:
+        """Every tensor that the config asks for is there with its shape and a supported type, and no other is."""
+        config = self.config
+        hidden, wide = config.hidden_size, config.intermediate_size
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self._expect("model.embed_tokens", [config.vocab_size, hidden])
+        self._expect("model.norm", [hidden])
+        if not config.tie_word_embeddings:
+            self._expect("lm_head", [config.vocab_size, hidden])
+        # The first missing tensor ends the loop: an absurd block_count cannot make it run long.
+        for index in range(config.num_hidden_layers):
+            layer = f"model.layers.{index}"
+            self._expect(f"{layer}.input_layernorm", [hidden])
+            self._expect(f"{layer}.self_attn.q_proj", [query, hidden], config.attention_bias)
+            self._expect(f"{layer}.self_attn.k_proj", [key_value, hidden], config.attention_bias)
+            self._expect(f"{layer}.self_attn.v_proj", [key_value, hidden], config.attention_bias)
+            self._expect(f"{layer}.self_attn.o_proj", [hidden, query], config.attention_bias)
+            self._expect(f"{layer}.post_attention_layernorm", [hidden])
+            self._expect(f"{layer}.mlp.gate_proj", [wide, hidden], config.mlp_bias)
+            self._expect(f"{layer}.mlp.up_proj", [wide, hidden], config.mlp_bias)
+            self._expect(f"{layer}.mlp.down_proj", [hidden, wide], config.mlp_bias)
+        unknown = sorted(set(self._tensors) - set(self._expected_shapes))
+        if unknown:
+            raise self._error(f"unknown tensors: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
+
+    def _expect(self, name: str, shape: list[int], bias: bool = False) -> None:
+        stored = self._stored_name(name)
+        self._expected_shapes[f"{stored}.weight"] = shape
+        self._check_tensor(f"{stored}.weight")
+        if bias:
+            self._expected_shapes[f"{stored}.bias"] = shape[:1]
+            self._check_tensor(f"{stored}.bias")
+
+    def _check_tensor(self, stored: str) -> None:
+        if stored not in self._tensors:
+            raise self._error(f"tensor {stored} is missing")
+        tensor, shape = self._tensors[stored], self._expected_shapes[stored]
+        kind = tensor.tensor_type.name
+        found = [int(extent) for extent in reversed(tensor.shape)]
+        if found != shape:
+            raise self._error(f"tensor {stored} must have shape {shape}, got {found}")
+        supported = (*BLOCK_BYTES, *DENSE_TYPES) if len(shape) == 2 else DENSE_TYPES
+        if kind not in supported:
+            raise self._error(f"tensor {stored} has type {kind}, supported are {', '.join(supported)}")
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer stored in a GGUF file, chat template included, through Transformers' own reader."""
+    require_transformers("qops.formats.gguf")
+    from transformers import AutoTokenizer
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such GGUF file")
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def _read_container(path: Path) -> GGUFReader:
+    """Parses the container with `gguf`, whose every read is kept inside the file."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("reading GGUF files needs the gguf package: pip install 'qops[demo]'") from error
+    import numpy
+
+    class BoundedReader(gguf.GGUFReader):
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *rest: Any, **named: Any) -> Any:
+            # numpy cuts a slice at the file's end without a word, so gguf would spin through a huge array of
+            # nothing; refusing the read ends the loop at the file's last byte.
+            end = int(offset) + int(count) * numpy.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"truncated: {end} bytes expected, the file has {len(self.data)}")
+            return super()._get(offset, dtype, count, *rest, **named)
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            if self.byte_order != "I":
+                raise ValueError("byte order differs from this machine's")
+            found: dict[str, Any] = {}
+            for field in fields:
+                # gguf adds in uint64, which would wrap into the file again.
+                if int(field.parts[-1][0]) > len(self.data):
+                    raise ValueError(f"tensor {field.name}: offset {int(field.parts[-1][0])} is past the file's end")
+                try:
+                    super()._build_tensors(start_offs, [field])
+                except ValueError as error:
+                    raise ValueError(f"tensor {field.name}: {error}") from error
+                if field.name in found:
+                    raise ValueError(f"tensor {field.name} is stored twice")
+                found[field.name] = self.tensors[0]
+            self.tensors = list(found.values())
+
+    try:
+        return BoundedReader(path)
+    except OSError:
+        raise
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: not a readable GGUF file: {error}") from error

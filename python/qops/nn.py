@@ -1,0 +1,266 @@
+"""Modules on qops operators, without knowledge of any model library.
+
+Every weight is an `Int4Weight` or `Int8Weight` submodule called `weight`, so a state_dict reads
+`<linear>.weight.qweight`, `<linear>.weight.scales`, ... Modules are for inference: parameters are frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qops.ops import add_rms_norm, int4_gemm, int8_weight_only_gemm, rms_norm, silu_mul
+from qops.weights import Int4Weight, Int8Weight
+
+
+def frozen(tensor: torch.Tensor) -> nn.Parameter:
+    """`tensor` as a parameter that follows `.to(dtype)` and never requires grad."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+class _QuantizedLinear(nn.Module):
+    """What the quantised linears share: a weight module and an optional bias [N]."""
+
+    weight: Int4Weight | Int8Weight
+
+    def __init__(self, weight: Int4Weight | Int8Weight, bias: torch.Tensor | None = None):
+        super().__init__()
+        if bias is not None and list(bias.shape) != [weight.out_features]:
+            raise ValueError(
+                f"{type(self).__name__}: bias must have shape [N] = [{weight.out_features}], got {list(bias.shape)}"
+            )
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+        self.weight = weight
+        self.register_parameter("bias", None if bias is None else frozen(bias))
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"group_size={self.weight.group_size}, bias={self.bias is not None}"
+        )
+
+
+class Int4Linear(_QuantizedLinear):
+    """y = x @ w.T + bias with an int4 weight: `qops.int4_gemm` as a module. The forward needs a packed weight."""
+
+    weight: Int4Weight
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, group_size: int = 128, symmetric: bool = True) -> Int4Linear:
+        """Quantises a dense linear by round-to-nearest; the scales take the weight's dtype."""
+        return cls(Int4Weight.quantize(linear.weight.detach(), group_size, symmetric), linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return int4_gemm(x, self.weight, self.bias)
+
+
+class Int8WeightOnlyLinear(_QuantizedLinear):
+    """y = x @ w.T + bias with an int8 weight and dense activations: `qops.int8_weight_only_gemm` as a module."""
+
+    weight: Int8Weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return int8_weight_only_gemm(x, self.weight, self.bias)
+
+
+class Int8Embedding(nn.Module):
+    """Rows of an int8 weight, dequantised when looked up.
+
+    The exact row is rounded once to the module's dtype, which follows `.to(dtype)`. A tied output linear holds the
+    very same `Int8Weight` object, so the table exists once.
+
+    Args:
+        weight: [vocabulary, hidden].
+        dtype: of the looked-up rows.
+    """
+
+    dtype_marker: torch.Tensor
+
+    def __init__(self, weight: Int8Weight, dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        self.num_embeddings = weight.out_features
+        self.embedding_dim = weight.in_features
+        self.weight = weight
+        # Weights never change dtype, so nothing else here could follow `.to(dtype)`.
+        self.register_buffer("dtype_marker", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight.rows(ids, self.dtype_marker.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype_marker.dtype}"
+
+
+class RMSNorm(nn.Module):
+    """`qops.rms_norm`, or with a residual `qops.add_rms_norm`.
+
+    Args:
+        weight: [H].
+        eps: added to the mean of squares.
+    """
+
+    def __init__(self, weight: torch.Tensor, eps: float):
+        super().__init__()
+        self.weight = frozen(weight)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of x + residual, x + residual)."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.weight.shape)}, eps={self.eps}"
+
+
+class MergedLinear(nn.Module):
+    """Linears over one input as one GEMM, side by side along N, each under its own name in the state_dict.
+
+    Parts of one type (int4 of one kind and group size, int8 of one group size, or dense; all or none with a bias)
+    become one linear. Others stay separate and their outputs are concatenated: mixed checkpoints work, only slower.
+    The parent must derive from `MergingModule`, which gives the parts their names back when a state_dict is loaded.
+
+    Args:
+        parts: name -> linear, in output order.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module]):
+        super().__init__()
+        self.names = tuple(parts)
+        linears = list(parts.values())
+        self.sizes = [int(linear.out_features) for linear in linears]  # pyright: ignore[reportArgumentType]
+        self.merged = _merge(linears)
+        self.separate = nn.ModuleList(linears if self.merged is None else [])
+        self.register_state_dict_post_hook(_restore_names)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged is not None:
+            return self.merged(x)
+        return torch.cat([linear(x) for linear in self.separate], dim=-1)
+
+    def split(self) -> dict[str, nn.Module]:
+        """The parts as linears of their own; quantised weights are copied out, dense ones are views."""
+        if self.merged is None:
+            return dict(zip(self.names, self.separate, strict=True))
+        linear, sizes = self.merged, self.sizes
+        biases = [None] * len(sizes) if linear.bias is None else linear.bias.split(sizes)
+        weights = linear.weight.split(sizes)
+        parts = [
+            dense_linear(weight, bias) if isinstance(weight, torch.Tensor) else type(linear)(weight, bias)
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+        return dict(zip(self.names, parts, strict=True))
+
+    def extra_repr(self) -> str:
+        return f"{dict(zip(self.names, self.sizes, strict=True))}"
+
+
+class MergingModule(nn.Module):
+    """Base of modules with `MergedLinear` children: loads state_dicts that name the parts."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        error_msgs = rest[-1]
+        for name, child in self.named_children():
+            if isinstance(child, MergedLinear):
+                _merge_names(child, state_dict, prefix, f"{prefix}{name}.", error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class MLP(MergingModule):
+    """down(silu(gate(x)) * up(x)), gate and up as one GEMM."""
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module):
+        super().__init__()
+        self.gate_up_proj = MergedLinear({"gate_proj": gate_proj, "up_proj": up_proj})
+        self.down_proj = down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu_mul(self.gate_up_proj(x)))
+
+
+def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """A frozen nn.Linear around `weight` [N, K], without a copy."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = frozen(weight)
+    if bias is not None:
+        linear.bias = frozen(bias)
+    return linear
+
+
+def _merge(linears: Sequence[nn.Module]) -> Any:
+    """One linear with the outputs of all, or None where they differ in more than N."""
+    first = linears[0]
+    if len({type(linear) for linear in linears}) > 1 or len({linear.bias is None for linear in linears}) > 1:
+        return None
+    biases = [linear.bias for linear in linears if isinstance(linear.bias, torch.Tensor)]
+    bias = torch.cat(biases) if biases else None
+    if isinstance(first, nn.Linear):
+        return dense_linear(torch.cat([linear.weight for linear in linears]), bias)  # pyright: ignore
+    assert isinstance(first, (Int4Linear, Int8WeightOnlyLinear))
+    weights: list[Any] = [linear.weight for linear in linears]
+    if len({_layout(weight) for weight in weights}) > 1:
+        return None
+    if getattr(weights[0], "act_order", False) and any(
+        not torch.equal(weight.perm, weights[0].perm) for weight in weights[1:]
+    ):
+        return None
+    return type(first)(type(first.weight).cat(weights), bias)
+
+
+def _layout(weight: Int4Weight | Int8Weight) -> tuple[Any, ...]:
+    zero = (weight.kind, weight.act_order) if isinstance(weight, Int4Weight) else ()
+    return (weight.in_features, weight.group_size, weight.scale_dtype, weight.device, *zero)
+
+
+# State shared by all rows of a weight: the same in every part. Everything else has N rows.
+_SHARED_STATE = ("perm", "format_version")
+
+
+def _restore_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """state_dict hook of a MergedLinear: `qkv_proj.merged.weight.qweight` becomes `q_proj.weight.qweight`, ..."""
+    assert isinstance(module, MergedLinear)
+    parent = prefix[: prefix[:-1].rfind(".") + 1]
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        tensor = state_dict.pop(key)
+        place, _, leaf = key.removeprefix(prefix).partition(".")
+        if place == "separate":
+            index, _, leaf = leaf.partition(".")
+            state_dict[f"{parent}{module.names[int(index)]}.{leaf}"] = tensor
+            continue
+        shared = leaf.rpartition(".")[2] in _SHARED_STATE
+        rows = [tensor] * len(module.names) if shared else tensor.split(module.sizes)
+        for name, part in zip(module.names, rows, strict=True):
+            state_dict[f"{parent}{name}.{leaf}"] = part
+
+
+def _merge_names(
+    module: MergedLinear, state_dict: dict[str, Any], parent: str, prefix: str, error_msgs: list[str]
+) -> None:
+    """The way back: gathers the parts' entries under the names that `module`'s children load."""
+    leaves: dict[str, list[Any]] = {}
+    for index, name in enumerate(module.names):
+        for key in [key for key in state_dict if key.startswith(f"{parent}{name}.")]:
+            leaf = key.removeprefix(f"{parent}{name}.")
+            if module.merged is None:
+                state_dict[f"{prefix}separate.{index}.{leaf}"] = state_dict.pop(key)
+            else:
+                leaves.setdefault(leaf, []).append(state_dict.pop(key))
+    for leaf, parts in leaves.items():
+        described = f"{parent}{{{','.join(module.names)}}}.{leaf}"
+        if len(parts) != len(module.names):
+            error_msgs.append(f"{described}: present in {len(parts)} of {len(module.names)} parts")
+        elif leaf.rpartition(".")[2] in _SHARED_STATE:
+            if any(not torch.equal(part, parts[0]) for part in parts[1:]):
+                error_msgs.append(f"{described}: must be the same in every part")
+            state_dict[f"{prefix}merged.{leaf}"] = parts[0]
+        elif len({part.dtype for part in parts}) > 1 or [len(part) for part in parts] != module.sizes:
+            found = [(list(part.shape), part.dtype) for part in parts]
+            error_msgs.append(f"{described}: must have {module.sizes} rows of one dtype, got {found}")
+        else:
+            state_dict[f"{prefix}merged.{leaf}"] = torch.cat(parts)

@@ -1,0 +1,65 @@
+"""int8_weight_only_gemm: matrix product with group-quantised 8-bit weights and floating-point activations (W8A16)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qops import _native as _native
+from qops.ops._checks import Checker, check_weight_only, refuse_grad
+
+if TYPE_CHECKING:
+    from qops.weights import Int8Weight
+
+
+def int8_weight_only_gemm(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """Multiplies activations with an 8-bit weight: ``y[m, n] = R(sum_k x[m, k] * s * q[n, k] + bias[n])``.
+
+    One scale ``s`` for each row and group of ``weight.group_size`` columns (32 for GGUF's Q8_0).
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``; any leading dimensions and strides, last dimension dense.
+        weight: an :class:`qops.Int8Weight` ``[N, K]``, packed.
+        bias: float32, float16 or bfloat16 ``[N]``, added in float32.
+
+    Returns:
+        ``y [..., N]``, contiguous, in the dtype of ``x``.
+
+    Numerics:
+        As :func:`qops.int4_gemm`, with ``w = s * q``: exact integer products of fixed-point activations, float32 over
+        blocks in a fixed order, one rounding; the same error bounds, the same bits for every M, thread count and ISA
+        level.
+
+    Raises:
+        ValueError: shapes or strides do not fit.
+        RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
+            mode is on.
+
+    Source:
+        The Q8_0 format of GGUF; per-channel int8 weights of compressed-tensors.
+
+    Example:
+        >>> w = qops.Int8Weight.quantize(torch.eye(16))
+        >>> qops.int8_weight_only_gemm(torch.ones(1, 16), w)[0, :4]
+        tensor([1., 1., 1., 1.])
+    """
+    refuse_grad("int8_weight_only_gemm", x, bias)
+    weight._require_packed()
+    return torch.ops.qops.int8_weight_only_gemm.default(
+        x, weight.packed, weight.scales, bias, weight.out_features, weight.group_size
+    )
+
+
+def int8_weight_only_gemm_ref(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """The formula of :func:`int8_weight_only_gemm` in float64, not rounded; float64 ``[..., N]``."""
+    y = x.double() @ weight.dequantize(torch.float64).T
+    return y if bias is None else y + bias.double()
+
+
+@torch.library.register_fake("qops::int8_weight_only_gemm")
+def _(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, group_size: int) -> Tensor:
+    check = Checker("int8_weight_only_gemm")
+    check_weight_only(check, x, packed, torch.int8, 16, scales, bias, out_features, group_size)
+    return x.new_empty(*x.shape[:-1], out_features)

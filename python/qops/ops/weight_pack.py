@@ -1,0 +1,65 @@
+"""int4_pack, int4_unpack, int8_pack, int8_unpack: fake kernels of the packing ops behind qops.weights.
+
+The layouts stand in csrc/cpu/weight_pack.cpp. These ops have no public wrapper: Int4Weight and Int8Weight call them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qops import _native as _native
+from qops.ops._checks import Checker
+
+STRIP_ROWS = 16
+
+
+def strips_of(n: int) -> int:
+    return (n + STRIP_ROWS - 1) // STRIP_ROWS
+
+
+def _pack(op: str, qweight: Tensor, dtype: torch.dtype, codes: int) -> Tensor:
+    check = Checker(op)
+    check.dtype(qweight, "qweight", dtype)
+    check.require(qweight.dim() == 2, "qweight", "have 2 dimensions", lambda: str(qweight.dim()))
+    n, k = qweight.shape[0], qweight.shape[1] * codes
+    check.require(n % 8 == 0, "qweight", "have a multiple of 8 rows", lambda: str(n))
+    check.require(k % 8 == 0, "qweight", "have a multiple of 8 columns", lambda: str(k))
+    check.contiguous(qweight, "qweight")
+    return qweight.new_empty(strips_of(n), k // codes * STRIP_ROWS)
+
+
+def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, codes: int) -> Tensor:
+    check = Checker(op)
+    check.dtype(packed, "packed", dtype)
+    check.require(packed.dim() == 2, "packed", "have 2 dimensions", lambda: str(packed.dim()))
+    ok = out_features >= 0 and out_features % 8 == 0
+    check.require(ok, "out_features", "be a multiple of 8", lambda: str(out_features))
+    strips = strips_of(out_features)
+    requirement = f"have ceil(out_features / 16) = {strips} strips"
+    check.require(packed.shape[0] == strips, "packed", requirement, lambda: str(packed.shape[0]))
+    row = 8 // codes * STRIP_ROWS
+    requirement = f"have strips of a multiple of {row}"
+    check.require(packed.shape[1] % row == 0, "packed", requirement, lambda: str(packed.shape[1]))
+    check.contiguous(packed, "packed")
+    return packed.new_empty(out_features, packed.shape[1] // STRIP_ROWS)
+
+
+@torch.library.register_fake("qops::int4_pack")
+def _(qweight: Tensor) -> Tensor:
+    return _pack("int4_pack", qweight, torch.uint8, 2)
+
+
+@torch.library.register_fake("qops::int4_unpack")
+def _(packed: Tensor, out_features: int) -> Tensor:
+    return _unpack("int4_unpack", packed, out_features, torch.uint8, 2)
+
+
+@torch.library.register_fake("qops::int8_pack")
+def _(qweight: Tensor) -> Tensor:
+    return _pack("int8_pack", qweight, torch.int8, 1)
+
+
+@torch.library.register_fake("qops::int8_unpack")
+def _(packed: Tensor, out_features: int) -> Tensor:
+    return _unpack("int8_unpack", packed, out_features, torch.int8, 1)

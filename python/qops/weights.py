@@ -1,0 +1,467 @@
+"""Quantised weights: modules that hold one copy of a weight matrix, packed for the kernels.
+
+They hold buffers only and have no forward. A weight is in one of two forms, never in both:
+
+* *canonical*: ``qweight`` and ``scales`` (and ``zeros``, ``perm``) in plain row-major order. This is what state_dict
+  and pickle store, with a format version, and what ``split`` returns.
+* *packed*: the layout the kernels read, in strips of 16 output rows. Construction, loading and moving to another
+  type of device end here.
+
+Packing is a bijection, so nothing is lost by keeping the packed form alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qops._weight_state import (
+    SCALE_DTYPES,
+    QuantizedWeight,
+    chunk_rows,
+    dtype_name,
+    group_count,
+    group_size_from_scales,
+    require_matrix,
+    require_multiples_of_8,
+    resolve_group_size,
+)
+from qops.ops.int4_gemm import KINDS
+from qops.ops.weight_pack import STRIP_ROWS, strips_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Int4Weight(QuantizedWeight):
+    """A 4-bit weight ``w [N, K]`` in groups of G columns, with a scale ``s`` for each row and group.
+
+    The exact weight of a code q in 0 ... 15 is, by ``kind``:
+
+    * ``"symmetric"``:  ``w = s * (q - 8)``
+    * ``"zero_point"``: ``w = s * (q - z)``, z in 0 ... 16
+    * ``"float_zero"``: ``w = s * (q - z)``, z float32
+    * ``"offset"``:     ``w = s * q + o``, o float32
+
+    Canonical tensors: ``qweight`` uint8 ``[N, K/2]`` (even k in the low nibble), ``scales [N, K/G]``, ``zeros
+    [N, K/G]`` (uint8 zero points, float32 zeros or offsets; none when symmetric), ``perm`` int32 ``[K]`` (act-order
+    only: stored column j is column ``perm[j]`` of w).
+    Packed tensors, with S = ceil(N / 16) strips: ``packed`` uint8 ``[S, 8 K]``, ``scales`` and ``zeros [S, K/G, 16]``,
+    ``perm``. Rows past N fill the last strip with code 8 and scale 0.
+
+    The constructor makes a weight of zeros to load a state into; weights come from :meth:`quantize`,
+    :meth:`from_canonical` and the readers of checkpoint formats.
+
+    Args:
+        in_features: K, a multiple of 8.
+        out_features: N, a multiple of 8.
+        group_size: G, a multiple of 16 that divides K; -1 (or K) for one group per row.
+        kind: one of ``KINDS``.
+        scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
+        act_order: whether there is a ``perm``.
+        device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
+
+    Raises:
+        ValueError: sizes, group size or kind do not fit.
+        RuntimeError: a scale dtype that no kernel reads.
+    """
+
+    KINDS = KINDS
+    _OPTIONAL_BUFFERS = ("zeros", "perm")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int = 128,
+        kind: str = "symmetric",
+        *,
+        scale_dtype: torch.dtype,
+        act_order: bool = False,
+        device: torch.device | str | None = None,
+    ):
+        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order)
+        self._hold_placeholder(device)
+
+    @classmethod
+    @torch.no_grad()
+    def quantize(
+        cls,
+        weight: Tensor,
+        group_size: int = 128,
+        symmetric: bool = True,
+        scale_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Rounds a weight to the nearest codes, with scales from the range of each group (no calibration).
+
+        With R() the rounding to float32 and then to the scale dtype, and rne() rounding half to even, per group:
+
+        * symmetric: ``s = R(max|w| / 7.5)``, ``q = clamp(rne(w / s) + 8, 0, 15)``;
+        * asymmetric: ``lo = min(w, 0)``, ``hi = max(w, 0)``, ``s = R((hi - lo) / 15)``,
+          ``z = clamp(rne(-lo / s), 0, 15)``, ``q = clamp(rne(w / s) + z, 0, 15)``.
+
+        Args:
+            weight: float16, bfloat16, float32 or float64 ``[N, K]``.
+            group_size: G, as in the class.
+            symmetric: kind ``"symmetric"``, else ``"zero_point"``.
+            scale_dtype: default the dtype of ``weight``, float32 where that is float64.
+
+        Returns:
+            A packed weight.
+
+        Numerics:
+            Quotients are float64 and of the rounded scale: the codes are the nearest to w for the scale that is
+            stored, with an error of at most s / 2 where no clamp acts. A symmetric group's largest value, when it is
+            positive, is clamped from 7.5 steps to 7. A group whose scale rounds to 0, as an all-zero group's does,
+            gives exact zeros.
+
+        Raises:
+            ValueError: sizes or group size do not fit; a weight is NaN or infinite; a scale overflows its dtype.
+            RuntimeError: a dtype that is not supported.
+
+        Source:
+            Scales and ranges of compressed-tensors (llm-compressor), 4-bit integers.
+        """
+        qweight, scales, zeros = _round_to_nearest(
+            f"{cls._name()}.quantize",
+            weight,
+            group_size,
+            scale_dtype,
+            _store_nibbles,
+            steps=15,
+            low=0,
+            high=15,
+            zero=8 if symmetric else None,
+        )
+        if symmetric:
+            return cls.from_canonical(qweight, scales, kind="symmetric")
+        return cls.from_canonical(qweight, scales, kind="zero_point", zeros=zeros)
+
+    @classmethod
+    @torch.no_grad()
+    def from_canonical(
+        cls,
+        qweight: Tensor,
+        scales: Tensor,
+        *,
+        kind: str,
+        zeros: Tensor | None = None,
+        perm: Tensor | None = None,
+        pack: bool = True,
+    ) -> Self:
+        """A weight from its canonical tensors, whose shapes tell N, K and G.
+
+        Args:
+            qweight: uint8 ``[N, K/2]``, even k in the low nibble; with ``perm``, columns in stored order.
+            scales: float16, bfloat16 or float32 ``[N, K/G]``.
+            kind: one of ``KINDS``.
+            zeros: ``[N, K/G]``, uint8 0 ... 16 for ``"zero_point"``; float32, or float16 or bfloat16 (widened), for
+                ``"float_zero"`` and ``"offset"``; None for ``"symmetric"``.
+            perm: int32 or int64 ``[K]``, a permutation of 0 ... K-1; stored column j is column ``perm[j]`` of w.
+            pack: False leaves the weight canonical; it may then share memory with the arguments.
+
+        Raises:
+            ValueError: shapes or group size do not fit; NaN or infinity in scales or zeros; a zero point above 16;
+                ``perm`` is no permutation.
+            RuntimeError: dtypes, or tensors on different devices.
+        """
+        name = cls._name()
+        require_matrix(name, "qweight", qweight)
+        require_matrix(name, "scales", scales)
+        cls._require_kind(kind)
+        if (zeros is None) != (kind == "symmetric"):
+            raise ValueError(f"{name}: kind {kind!r} {'needs' if zeros is None else 'takes no'} zeros")
+        tensors = {"qweight": qweight.detach(), "scales": scales.detach()}
+        if zeros is not None:
+            zeros = zeros.detach()
+            widen = kind != "zero_point" and zeros.dtype in SCALE_DTYPES
+            tensors["zeros"] = zeros.float() if widen else zeros
+        if perm is not None:
+            tensors["perm"] = perm.detach().int() if perm.dtype == torch.int64 else perm.detach()
+        in_features = 2 * qweight.shape[1]
+        config = {
+            "in_features": in_features,
+            "group_size": group_size_from_scales(name, in_features, scales),
+            "scale_dtype": scales.dtype,
+            "kind": kind,
+            "act_order": perm is not None,
+        }
+        return cls._from_tensors(tensors, config, pack)
+
+    @classmethod
+    def from_gguf(cls, blocks: Tensor, qtype: str) -> Int4Weight:
+        """A weight from GGUF blocks, uint8 ``[N, bytes per row]``, of type "Q4_0" or "Q4_1"; nothing is rounded."""
+        from qops.formats import gguf
+
+        return gguf.int4_weight(blocks, qtype)
+
+    def _configure(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        scale_dtype: torch.dtype,
+        kind: str = "symmetric",
+        act_order: bool = False,
+    ) -> None:
+        super()._configure(in_features, out_features, group_size, scale_dtype)
+        self._require_kind(kind)
+        self.kind = kind
+        self.act_order = act_order
+
+    @classmethod
+    def _require_kind(cls, kind: str) -> None:
+        if kind not in cls.KINDS:
+            raise ValueError(f"{cls._name()}: kind must be one of {', '.join(cls.KINDS)}, got {kind!r}")
+
+    def _config(self) -> dict[str, Any]:
+        return {**super()._config(), "kind": self.kind, "act_order": self.act_order}
+
+    def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n, k = self.out_features, self.in_features
+        per_group = (n, group_count(k, self.group_size))
+        spec: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        spec = {"qweight": ((n, k // 2), torch.uint8), "scales": (per_group, self.scale_dtype)}
+        if self.kind != "symmetric":
+            spec["zeros"] = (per_group, torch.uint8 if self.kind == "zero_point" else torch.float32)
+        if self.act_order:
+            spec["perm"] = ((k,), torch.int32)
+        return spec
+
+    @staticmethod
+    def _pack_codes(qweight: Tensor) -> Tensor:
+        return torch.ops.qops.int4_pack.default(qweight)
+
+    @staticmethod
+    def _unpack_codes(packed: Tensor, rows: int) -> Tensor:
+        return torch.ops.qops.int4_unpack.default(packed, rows)
+
+    def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
+        qweight = rows["qweight"]
+        codes = torch.stack((qweight & 15, qweight >> 4), dim=-1).double().view(*rows["scales"].shape, self.group_size)
+        scales = rows["scales"].double().unsqueeze(-1)
+        if self.kind == "symmetric":
+            return (scales * (codes - 8)).float().view(-1, self.in_features)
+        zeros = rows["zeros"].double().unsqueeze(-1)
+        if self.kind == "zero_point":
+            return (scales * (codes - zeros)).float().view(-1, self.in_features)
+        # s * q + c, two products that float64 holds exactly; rounding their sum to odd keeps the cast the one rounding.
+        constant = zeros if self.kind == "offset" else -scales * zeros
+        return _add_rounding_to_odd(scales * codes, constant).float().view(-1, self.in_features)
+
+
+class Int8Weight(QuantizedWeight):
+    """An 8-bit weight ``w [N, K] = s * q``, q int8, with a scale ``s`` for each row and group of G columns.
+
+    Canonical tensors: ``qweight`` int8 ``[N, K]``, ``scales [N, K/G]``.
+    Packed tensors, with S = ceil(N / 16) strips: ``packed`` int8 ``[S, 16 K]``, ``scales [S, K/G, 16]``. Rows past N
+    fill the last strip with zeros.
+
+    Arguments and errors as :class:`Int4Weight`; the default is one group per row.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int = -1,
+        *,
+        scale_dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ):
+        self._configure(in_features, out_features, group_size, scale_dtype)
+        self._hold_placeholder(device)
+
+    @classmethod
+    @torch.no_grad()
+    def quantize(cls, weight: Tensor, group_size: int = -1, scale_dtype: torch.dtype | None = None) -> Self:
+        """Rounds a weight to the nearest codes: ``s = R(max|w| / 127)``, ``q = clamp(rne(w / s), -127, 127)``.
+
+        Per group; roundings, arguments, zero groups and errors as in :meth:`Int4Weight.quantize`.
+        """
+        qweight, scales, _ = _round_to_nearest(
+            f"{cls._name()}.quantize",
+            weight,
+            group_size,
+            scale_dtype,
+            lambda codes: codes.to(torch.int8),
+            steps=254,
+            low=-127,
+            high=127,
+            zero=0,
+        )
+        return cls.from_canonical(qweight, scales)
+
+    @classmethod
+    @torch.no_grad()
+    def from_canonical(cls, qweight: Tensor, scales: Tensor, *, pack: bool = True) -> Self:
+        """A weight from its canonical tensors, whose shapes tell N, K and G.
+
+        Args:
+            qweight: int8 ``[N, K]``.
+            scales: float16, bfloat16 or float32 ``[N, K/G]``.
+            pack: False leaves the weight canonical; it may then share memory with the arguments.
+
+        Raises:
+            As :meth:`Int4Weight.from_canonical`.
+        """
+        name = cls._name()
+        require_matrix(name, "qweight", qweight)
+        require_matrix(name, "scales", scales)
+        config = {
+            "in_features": qweight.shape[1],
+            "group_size": group_size_from_scales(name, qweight.shape[1], scales),
+            "scale_dtype": scales.dtype,
+        }
+        return cls._from_tensors({"qweight": qweight.detach(), "scales": scales.detach()}, config, pack)
+
+    @classmethod
+    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0") -> Int8Weight:
+        """A weight from GGUF blocks, uint8 ``[N, bytes per row]``, of type "Q8_0"; nothing is rounded."""
+        from qops.formats import gguf
+
+        return gguf.int8_weight(blocks, qtype)
+
+    @torch.no_grad()
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Looks up rows, as an embedding does: ``dequantize(dtype)[ids]`` without the other rows.
+
+        Args:
+            ids: int32 or int64 ``[...]``, in 0 ... N-1.
+            dtype: of the result.
+
+        Returns:
+            ``[..., K]``, bit for bit the rows of :meth:`dequantize`.
+
+        Raises:
+            IndexError: an id out of range (on a GPU the indexing kernel asserts).
+            RuntimeError: ``ids`` are not int32 or int64.
+        """
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise RuntimeError(f"{self._name()}.rows: ids must have dtype int32 or int64, got {dtype_name(ids.dtype)}")
+        n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
+        ids = ids.long()
+        # An id out of range, the padding rows' too, becomes a strip that does not exist, so that indexing itself
+        # refuses it: no look at the values, which would break the graph or wait for a GPU.
+        strip = torch.where((ids >= 0) & (ids < n), ids // STRIP_ROWS, strips)
+        lane = ids % STRIP_ROWS
+        if self.is_packed:
+            qweight = self.packed.view(strips, k // 4, STRIP_ROWS, 4)[strip, :, lane]
+            scales = self.scales[strip, :, lane]
+        else:
+            row = torch.where(strip < strips, ids, n)
+            qweight, scales = self.qweight[row], self.scales[row]
+        return _scale_codes(qweight.reshape(*ids.shape, k), scales, self.group_size).to(dtype)
+
+    def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n, k = self.out_features, self.in_features
+        per_group = (n, group_count(k, self.group_size))
+        return {"qweight": ((n, k), torch.int8), "scales": (per_group, self.scale_dtype)}
+
+    @staticmethod
+    def _pack_codes(qweight: Tensor) -> Tensor:
+        return torch.ops.qops.int8_pack.default(qweight)
+
+    @staticmethod
+    def _unpack_codes(packed: Tensor, rows: int) -> Tensor:
+        return torch.ops.qops.int8_unpack.default(packed, rows)
+
+    def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
+        return _scale_codes(rows["qweight"], rows["scales"], self.group_size)
+
+
+# Arithmetic ----------------------------------------------------------------------------------------------------------
+
+
+def _round_to_nearest(
+    name: str,
+    weight: Tensor,
+    group_size: int,
+    scale_dtype: torch.dtype | None,
+    store: Callable[[Tensor], Tensor],
+    *,
+    steps: int,
+    low: int,
+    high: int,
+    zero: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantises in chunks of rows, so that the float64 temporaries stay small.
+
+    Args:
+        name: of the caller, for messages.
+        weight, group_size, scale_dtype: of the caller.
+        store: codes, float64 ``[rows, K]`` -> rows of ``qweight``.
+        steps: how many steps of the scale span the range of a group.
+        low, high: range of the codes.
+        zero: code of zero; None fits one to each group and makes the range as wide as the group's, not symmetric.
+
+    Returns:
+        ``qweight``, ``scales`` and uint8 codes of zero.
+    """
+    if not weight.is_floating_point():
+        raise RuntimeError(f"{name}: weight must have a floating-point dtype, got {dtype_name(weight.dtype)}")
+    require_matrix(name, "weight", weight)
+    n, k = weight.shape
+    require_multiples_of_8(name, n, k)
+    group_size = resolve_group_size(name, k, group_size)
+    if scale_dtype is None:
+        scale_dtype = weight.dtype if weight.dtype in SCALE_DTYPES else torch.float32
+    groups = group_count(k, group_size)
+    empty = store(weight.new_empty(0, k))
+    qweight = empty.new_empty(n, empty.shape[1])
+    scales = weight.new_empty(n, groups, dtype=scale_dtype)
+    zeros = weight.new_empty(n, groups, dtype=torch.uint8)
+    step = chunk_rows(k)
+    for start in range(0, n if k else 0, step):
+        rows = slice(start, start + step)
+        values = weight[rows].double().view(-1, groups, group_size)
+        bottom, top = values.aminmax(dim=-1)
+        if not (bottom.isfinite() & top.isfinite()).all():
+            raise ValueError(f"{name}: weight must be finite, got NaN or infinity")
+        if zero is None:
+            bottom, top = bottom.clamp(max=0), top.clamp(min=0)
+        else:
+            top = torch.maximum(top.abs(), bottom.abs())
+            bottom = -top
+        scales[rows] = ((top - bottom) / steps).float()
+        scale = scales[rows].double()
+        if not scale.isfinite().all():
+            raise ValueError(f"{name}: a scale does not fit in {dtype_name(scale_dtype)}")
+        # Over infinity, every value of a group without a scale gets the code of zero.
+        scale.masked_fill_(scale == 0, torch.inf)
+        origin = torch.full_like(scale, zero) if zero is not None else (-bottom / scale).round_().clamp_(low, high)
+        codes = (values / scale.unsqueeze(-1)).round_().add_(origin.unsqueeze(-1)).clamp_(low, high)
+        qweight[rows] = store(codes.flatten(1))
+        zeros[rows] = origin.to(torch.uint8)
+    return qweight, scales, zeros
+
+
+def _store_nibbles(codes: Tensor) -> Tensor:
+    codes = codes.to(torch.uint8)
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def _add_rounding_to_odd(a: Tensor, b: Tensor) -> Tensor:
+    """a + b in float64, an inexact sum rounded to its neighbour with an odd last bit.
+
+    Rounded once more to float32 this is a + b rounded once (Boldo and Melquiond, "Emulation of FMA and correctly
+    rounded sums", 2008): the odd bit keeps the sum off float32's ties. Knuth's two-sum gives the rounding error.
+    """
+    total = a + b
+    from_b = total - a
+    error = (a - (total - from_b)).add_(b - from_b)
+    if error.is_meta or not error.any():  # s * q + o of two float16 numbers is always exact: 45 bits
+        return total
+    bits = total.view(torch.int64)
+    outward = (error > 0) == (total > 0)
+    odd = torch.where(outward, bits + 1, bits - 1)
+    return torch.where((error != 0) & (bits % 2 == 0), odd, bits).view(torch.float64)
+
+
+def _scale_codes(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """int8 codes [..., K] times scales [..., K/G] in float32: products of 8 and 24 bits, rounded once."""
+    codes = codes.float().unflatten(-1, (scales.shape[-1], group_size))
+    return (codes * scales.float().unsqueeze(-1)).flatten(-2)

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import qops
+from qops.nn import MLP, Int4Linear, Int8Embedding, Int8WeightOnlyLinear, MergedLinear, MergingModule, RMSNorm
+from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise, random_activations
+from qops.weights import Int4Weight, Int8Weight
+
+K = 64
+
+
+def dense(n: int, seed: int, k: int = K) -> torch.Tensor:
+    return random_activations(n, k, dtype=torch.float32, seed=seed, outliers=False) / k**0.5
+
+
+def int4_linear(n: int, seed: int, *, group_size: int = 32, symmetric: bool = False, bias: bool = False) -> Int4Linear:
+    weight = Int4Weight.quantize(dense(n, seed), group_size, symmetric, torch.float16)
+    return Int4Linear(weight, dense(1, seed + 1, n)[0] if bias else None)
+
+
+def int8_linear(n: int, seed: int) -> Int8WeightOnlyLinear:
+    return Int8WeightOnlyLinear(Int8Weight.quantize(dense(n, seed), 32, torch.float16))
+
+
+def act_order_linear(n: int, seed: int, perm: torch.Tensor) -> Int4Linear:
+    parts = Int4Weight.quantize(dense(n, seed), 32, scale_dtype=torch.float16).canonical()
+    return Int4Linear(Int4Weight.from_canonical(**parts, kind="symmetric", perm=perm))
+
+
+class Parent(MergingModule):
+    """What MergedLinear needs around it."""
+
+    def __init__(self, **parts: nn.Module):
+        super().__init__()
+        self.all_proj = MergedLinear(parts)
+        self.other = nn.Linear(3, 2)
+
+
+def reference(linear: Int4Linear | Int8WeightOnlyLinear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x @ w.T + bias of the same dequantised weight, in `dtype` throughout."""
+    y = x.to(dtype) @ linear.weight.dequantize().to(dtype).T
+    return y if linear.bias is None else y + linear.bias.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("make", [int4_linear, int8_linear])
+def test_linears_multiply_by_the_dequantised_weight(make, dtype):
+    linear = make(24, 1)
+    x = random_activations(2, 3, K, dtype=dtype, seed=2)
+    assert_accurate(linear(x), reference(linear, x, torch.float64), reference(linear, x, dtype))
+
+
+def test_linears_add_their_bias():
+    linear = int4_linear(24, 1, bias=True)
+    assert linear.bias is not None
+    x = random_activations(3, K, dtype=torch.float32, seed=2)
+    assert_accurate(linear(x), reference(linear, x, torch.float64), reference(linear, x, torch.float32))
+    assert not torch.allclose(linear(x), linear(x) - linear.bias)
+    with pytest.raises(ValueError, match=r"Int4Linear: bias must have shape \[N\] = \[24\], got \[23\]"):
+        Int4Linear(linear.weight, torch.zeros(23))
+
+
+def test_from_linear_quantises_the_weight():
+    source = nn.Linear(K, 24)
+    linear = Int4Linear.from_linear(source, group_size=16, symmetric=False)
+    assert_bitwise(linear.weight.dequantize(), Int4Weight.quantize(source.weight, 16, False).dequantize())
+    assert linear.bias is not None and torch.equal(linear.bias, source.bias)
+    assert (linear.in_features, linear.out_features, linear.weight.group_size) == (K, 24, 16)
+
+
+def test_modules_have_no_trainable_parameters():
+    modules = [int4_linear(24, 1, bias=True), RMSNorm(torch.ones(8), 1e-5)]
+    modules.append(Parent(a=nn.Linear(K, 8), b=nn.Linear(K, 8)).all_proj)
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_embedding_rows_are_rounded_once(dtype):
+    embedding = Int8Embedding(Int8Weight.quantize(dense(40, 1), 32, torch.float16), dtype)
+    ids = torch.tensor([[0, 39], [7, 7]])
+    assert_bitwise(embedding(ids), embedding.weight.dequantize(dtype)[ids])
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([40]))
+
+
+def test_embedding_follows_casts_and_its_weight_does_not():
+    embedding = Int8Embedding(Int8Weight.quantize(dense(40, 1), 32, torch.float16), torch.float32)
+    exact = embedding.weight.dequantize()
+    assert embedding.bfloat16()(torch.tensor([3])).dtype == torch.bfloat16
+    assert embedding.to(torch.float32)(torch.tensor([3])).dtype == torch.float32
+    assert embedding.weight.scales.dtype == torch.float16
+    assert_bitwise(embedding(torch.arange(40)), exact)
+    assert not any("dtype_marker" in key for key in embedding.state_dict())
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_rms_norm_module_is_the_operator(dtype):
+    norm = RMSNorm(dense(1, 1)[0], 1e-5)
+    x, residual = (random_activations(3, K, dtype=dtype, seed=seed) for seed in (2, 3))
+    assert_bitwise(norm(x), qops.rms_norm(x, norm.weight, 1e-5))
+    y, z = norm.add(x, residual)
+    assert_bitwise(z, x + residual)
+    assert_bitwise(y, norm(x + residual))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_mlp(dtype):
+    gate, up = int4_linear(96, 1), int4_linear(96, 2)
+    down = Int4Linear(Int4Weight.quantize(dense(K, 3, 96), 32))
+    x = random_activations(2, 3, K, dtype=dtype, seed=4, outliers=False)
+
+    def chain(precision: torch.dtype) -> torch.Tensor:
+        activated = nn.functional.silu(reference(gate, x, precision)) * reference(up, x, precision)
+        return reference(down, activated, precision)
+
+    assert_accurate(MLP(gate, up, down)(x), chain(torch.float64), chain(dtype))
+
+
+PERM = torch.randperm(K, generator=torch.Generator().manual_seed(0)).int()
+
+MIXTURES = {
+    "int4": (lambda: [int4_linear(n, n) for n in (24, 8, 16)], True),
+    "int4 with bias": (lambda: [int4_linear(n, n, bias=True) for n in (24, 8)], True),
+    "int8": (lambda: [int8_linear(n, n) for n in (24, 8)], True),
+    "dense": (lambda: [nn.Linear(K, n) for n in (24, 7)], True),
+    "one act-order": (lambda: [act_order_linear(n, n, PERM) for n in (24, 8)], True),
+    # As many rows in all as columns: the permutation must not be taken for rows.
+    "act-order, N = K": (lambda: [act_order_linear(32, n, PERM) for n in (1, 2)], True),
+    "two act-orders": (lambda: [act_order_linear(24, 1, PERM), act_order_linear(8, 2, PERM.flip(0))], False),
+    "act-order and not": (lambda: [act_order_linear(24, 1, PERM), int4_linear(8, 2, symmetric=True)], False),
+    "kinds": (lambda: [int4_linear(24, 1), int4_linear(8, 2, symmetric=True)], False),
+    "group sizes": (lambda: [int4_linear(24, 1), int4_linear(8, 2, group_size=16)], False),
+    "bias and none": (lambda: [int4_linear(24, 1), int4_linear(8, 2, bias=True)], False),
+    "int4 and int8": (lambda: [int4_linear(24, 1), int8_linear(8, 2)], False),
+    "int4 and dense": (lambda: [int4_linear(24, 1), nn.Linear(K, 8)], False),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_merged_linears(mixture):
+    make, merges = MIXTURES[mixture]
+    parts = make()
+    x = random_activations(3, K, dtype=torch.float32, seed=9)
+    separate = torch.cat([part(x) for part in parts], -1)
+    state = {f"p{i}.{key}": t for i, part in enumerate(parts) for key, t in part.state_dict().items()}
+    parent = Parent(**{f"p{i}": part for i, part in enumerate(parts)})
+
+    assert (parent.all_proj.merged is not None) == merges
+    torch.testing.assert_close(parent.all_proj(x), separate, atol=1e-5, rtol=1e-5)
+
+    # The state_dict is that of the separate linears, to the bit.
+    saved = {key: t for key, t in parent.state_dict().items() if not key.startswith("other.")}
+    assert saved.keys() == state.keys()
+    for key in state:
+        assert_bitwise(saved[key], state[key], key)
+
+    # And it loads, nested in another module, where dense weights were zero.
+    fresh = nn.Sequential(Parent(**{f"p{i}": part for i, part in enumerate(make())}))
+    for parameter in fresh.parameters():
+        parameter.zero_()
+    result = fresh.load_state_dict({f"0.{key}": t for key, t in parent.state_dict().items()})
+    assert not result.missing_keys and not result.unexpected_keys
+    assert_bitwise(fresh[0].all_proj(x), parent.all_proj(x))
+
+    for name, part in parent.all_proj.split().items():
+        if isinstance(part.weight, (Int4Weight, Int8Weight)):
+            part.weight.pack()
+        torch.testing.assert_close(part(x), parts[int(name[1:])](x))
+
+
+def merged_state() -> tuple[Parent, dict[str, torch.Tensor]]:
+    parent = Parent(a=int4_linear(24, 1), b=int4_linear(8, 2))
+    return parent, dict(parent.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("bend", "message"),
+    [
+        (lambda s: s.pop("b.weight.scales"), r"\{a,b\}.weight.scales: present in 1 of 2 parts"),
+        (lambda s: s.update({"b.weight.scales": s["b.weight.scales"].float()}), r"\{a,b\}.weight.scales: must have .*one dtype"),
+        (lambda s: s.update({"a.weight.scales": s["b.weight.scales"]}), r"must have \[24, 8\] rows of one dtype"),
+        (lambda s: s.update({"b.weight.format_version": torch.tensor(7)}), "format_version: must be the same in every part"),
+        (lambda s: [s.pop(k) for k in list(s) if k.startswith(("a.", "b."))], "Missing key"),
+    ],
+)
+def test_merged_linears_refuse_states_that_do_not_fit(bend, message):
+    parent, state = merged_state()
+    bend(state)
+    with pytest.raises(RuntimeError, match=message):
+        parent.load_state_dict(state)
+
+
+def test_merged_linears_copy_and_pickle():
+    parent, _ = merged_state()
+    x = random_activations(3, K, dtype=torch.float32, seed=9)
+    for twin in (copy.deepcopy(parent), pickle.loads(pickle.dumps(parent))):
+        assert twin.state_dict().keys() == parent.state_dict().keys()
+        assert_bitwise(twin.all_proj(x), parent.all_proj(x))
+
+
+def test_casting_a_model_leaves_quantised_weights_alone():
+    parent, state = merged_state()
+    parent.bfloat16()
+    for key, tensor in parent.state_dict().items():
+        if not key.startswith("other."):
+            assert_bitwise(tensor, state[key], key)
+    assert parent.other.weight.dtype == torch.bfloat16
+
+
+def test_modules_trace():
+    mlp = MLP(int4_linear(96, 1), int4_linear(96, 2), Int4Linear(Int4Weight.quantize(dense(K, 3, 96), 32)))
+    model = nn.Sequential(RMSNorm(torch.ones(K), 1e-5), mlp)
+    x = random_activations(3, K, dtype=torch.float32, seed=4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
