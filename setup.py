@@ -1,4 +1,4 @@
-"""Bridge from setuptools to CMake. Sources and flags live in CMakeLists.txt; this file only finds torch and calls cmake."""
+"""Bridge from setuptools to CMake: finds torch and calls cmake. Sources and flags live in CMakeLists.txt."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
 
 enum class Status : int32_t {
   kOk,
-  kUnsupported,      // no kernel for this combination; the binding should have refused it
+  kUnsupported,  // no kernel for this combination; the binding should have refused it
   kOutOfMemory,
   kIndexOutOfRange,  // a position lies outside its table; nothing was written
 };
@@ -54,8 +54,7 @@ QOPS_ALWAYS_INLINE void parallel_for(const ThreadPool& pool, int64_t n, int64_t 
     return;
   }
   pool.run(
-      n, grain,
-      [](void* arg, int64_t begin, int64_t end) { (*static_cast<const F*>(arg))(begin, end); },
+      n, grain, [](void* arg, int64_t begin, int64_t end) { (*static_cast<const F*>(arg))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
@@ -114,13 +113,13 @@ struct WeightOnlyGemmParams {
 
 // Every CPU kernel: X(name, Params). Each is `Status name(const Params&, const ThreadPool&)`, compiled once per ISA
 // level; cpu::name() calls the level chosen at load.
-#define QOPS_FOR_EACH_CPU_KERNEL(X)                  \
-  X(int4_gemm, WeightOnlyGemmParams)                 \
-  X(int4_pack, WeightPackParams)                     \
-  X(int4_unpack, WeightPackParams)                   \
-  X(int8_pack, WeightPackParams)                     \
-  X(int8_unpack, WeightPackParams)                   \
-  X(int8_weight_only_gemm, WeightOnlyGemmParams)     \
+#define QOPS_FOR_EACH_CPU_KERNEL(X)              \
+  X(int4_gemm, WeightOnlyGemmParams)             \
+  X(int4_pack, WeightPackParams)                 \
+  X(int4_unpack, WeightPackParams)               \
+  X(int8_pack, WeightPackParams)                 \
+  X(int8_unpack, WeightPackParams)               \
+  X(int8_weight_only_gemm, WeightOnlyGemmParams) \
   X(rms_norm, RmsNormParams)
 
 namespace cpu {

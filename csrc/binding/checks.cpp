@@ -39,8 +39,7 @@ DType Checker::float_dtype(const Tensor& t, const char* arg) const {
 
 void Checker::dtype(const Tensor& t, const char* arg, ScalarType expected) const {
   if (t.scalar_type() != expected) {
-    unsupported(std::string(arg) + " must have dtype " + dtype_name(expected) + ", got " +
-                dtype_name(t.scalar_type()));
+    unsupported(std::string(arg) + " must have dtype " + dtype_name(expected) + ", got " + dtype_name(t.scalar_type()));
   }
 }
 
@@ -136,8 +135,8 @@ ThreadPool thread_pool() {
 }
 
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype,
-                              std::nullopt, like.device());
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, std::nullopt,
+                              like.device());
 }
 
 }  // namespace qops::binding

@@ -5,11 +5,11 @@ namespace {
 
 constexpr int64_t kStripRows = 16;
 
-// The arguments that int4_gemm and int8_weight_only_gemm share. strip_elements_per_column: elements of `packed` that one
-// column of a strip takes (8 bytes for int4, 16 for int8).
+// The arguments that int4_gemm and int8_weight_only_gemm share. strip_elements_per_column: elements of `packed` that
+// one column of a strip takes (8 bytes for int4, 16 for int8).
 WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor& packed, ScalarType packed_dtype,
-                             int64_t strip_elements_per_column, const Tensor& scales,
-                             const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
+                             int64_t strip_elements_per_column, const Tensor& scales, const std::optional<Tensor>& bias,
+                             int64_t out_features, int64_t group_size) {
   WeightOnlyGemmParams p{};
   check.cpu(packed, "packed");
   check.cpu(scales, "scales");
@@ -66,8 +66,7 @@ Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, st
   constexpr Checker check("int4_gemm");
   check.require(kind >= 0 && kind <= 3, "kind", "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)",
                 std::to_string(kind));
-  WeightOnlyGemmParams p =
-      checked(check, x, packed, ScalarType::Byte, 8, scales, bias, out_features, group_size);
+  WeightOnlyGemmParams p = checked(check, x, packed, ScalarType::Byte, 8, scales, bias, out_features, group_size);
   p.kind = static_cast<WeightKind>(kind);
   check.require(zeros.has_value() == (kind != 0), "zeros", kind == 0 ? "be None for kind 0" : "be given for this kind",
                 zeros ? "a tensor" : "None");
@@ -97,8 +96,7 @@ Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, st
 Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                              int64_t out_features, int64_t group_size) {
   constexpr Checker check("int8_weight_only_gemm");
-  WeightOnlyGemmParams p =
-      checked(check, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
+  WeightOnlyGemmParams p = checked(check, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
   Tensor y = output(x, out_features);
   p.y = y.mutable_data_ptr();
   check.ok(cpu::int8_weight_only_gemm(p, thread_pool()));

@@ -72,10 +72,8 @@ const char* isa_level() { return dispatch().chosen->name; }
 const char* isa_levels_available() { return dispatch().available.c_str(); }
 const char* isa_error() { return dispatch().error.empty() ? nullptr : dispatch().error.c_str(); }
 
-#define QOPS_FORWARD(name, Params)                                   \
-  Status name(const Params& params, const ThreadPool& pool) {        \
-    return dispatch().chosen->kernels->name(params, pool);           \
-  }
+#define QOPS_FORWARD(name, Params) \
+  Status name(const Params& params, const ThreadPool& pool) { return dispatch().chosen->kernels->name(params, pool); }
 QOPS_FOR_EACH_CPU_KERNEL(QOPS_FORWARD)
 #undef QOPS_FORWARD
 

@@ -11,10 +11,10 @@ struct KernelTable {
 #undef QOPS_POINTER
 };
 
-#define QOPS_DECLARE_LEVEL(level)                                                      \
-  namespace level {                                                                    \
-  extern const KernelTable kKernels;                                                   \
-  QOPS_FOR_EACH_CPU_KERNEL(QOPS_DECLARE_KERNEL)                                        \
+#define QOPS_DECLARE_LEVEL(level)               \
+  namespace level {                             \
+  extern const KernelTable kKernels;            \
+  QOPS_FOR_EACH_CPU_KERNEL(QOPS_DECLARE_KERNEL) \
   }
 #define QOPS_DECLARE_KERNEL(name, Params) Status name(const Params& params, const ThreadPool& pool);
 QOPS_DECLARE_LEVEL(scalar)

@@ -33,12 +33,9 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
 
 inline I32x16 operator+(I32x16 a, I32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 inline I32x16 operator-(I32x16 a, I32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
-inline I32x16 operator*(I32x16 a, I32x16 b) {
-  return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
-}
+inline I32x16 operator*(I32x16 a, I32x16 b) { return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)}; }
 inline I32x16 operator&(I32x16 a, I32x16 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
 inline I32x16 max(I32x16 a, I32x16 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
-inline I32x16 min(I32x16 a, I32x16 b) { return {_mm256_min_epi32(a.lo, b.lo), _mm256_min_epi32(a.hi, b.hi)}; }
 template <int kBits>
 inline I32x16 shift_left(I32x16 a) {
   return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
@@ -141,8 +138,8 @@ inline B8x64 flip_sign_bits(B8x64 b) {
 // because vpmaddubsw saturates.
 inline I32x16 dot(I32x16 sum, B8x64 u, B8x64 s) {
   const auto half = [](__m256i acc, __m256i a, __m256i b) {
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)),
-                                           _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const __m256i even =
+        _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
   };
@@ -164,6 +161,13 @@ inline int32_t sum_lanes(I32x16 a) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s2, _mm_shuffle_epi32(s2, 0xb1)));
 }
 
+inline int32_t max_lanes(I32x16 a) {
+  const __m256i m8 = _mm256_max_epi32(a.lo, a.hi);
+  const __m128i m4 = _mm_max_epi32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256(m8, 1));
+  const __m128i m2 = _mm_max_epi32(m4, _mm_shuffle_epi32(m4, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m2, _mm_shuffle_epi32(m2, 0xb1)));
+}
+
 // ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).
 inline float sum_lanes(F32x16 a) {
   const __m256 s8 = _mm256_add_ps(a.lo, a.hi);
@@ -177,8 +181,8 @@ inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
   const auto eight = [](const F32x16* w) {  // 4 vectors = 8 groups -> 8 sums
     __m256 s4[4];                           // s4[i]: groups 2i, 2i+1, four lanes each
     for (int i = 0; i < 4; ++i) {
-      s4[i] = _mm256_add_ps(_mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x20),
-                            _mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x31));
+      s4[i] =
+          _mm256_add_ps(_mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x20), _mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x31));
     }
     __m256 s2[2];
     for (int i = 0; i < 2; ++i) {

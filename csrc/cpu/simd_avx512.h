@@ -34,7 +34,6 @@ inline I32x16 operator-(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)
 inline I32x16 operator*(I32x16 a, I32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline I32x16 operator&(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
-inline I32x16 min(I32x16 a, I32x16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 template <int kBits>
 inline I32x16 shift_left(I32x16 a) {
   return {_mm512_slli_epi32(a.v, kBits)};
@@ -93,9 +92,7 @@ inline B8x64 broadcast_4_bytes(const void* p) {
   return {_mm512_set1_epi32(word)};
 }
 inline B8x64 low_nibbles(B8x64 b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(0x0f))}; }
-inline B8x64 high_nibbles(B8x64 b) {
-  return {_mm512_and_si512(_mm512_srli_epi32(b.v, 4), _mm512_set1_epi8(0x0f))};
-}
+inline B8x64 high_nibbles(B8x64 b) { return {_mm512_and_si512(_mm512_srli_epi32(b.v, 4), _mm512_set1_epi8(0x0f))}; }
 inline B8x64 flip_sign_bits(B8x64 b) { return {_mm512_xor_si512(b.v, _mm512_set1_epi8(int8_t{-128}))}; }
 
 // sum + u0 s0 + u1 s1 + u2 s2 + u3 s3 in each lane, u unsigned and s signed bytes; exact.
@@ -108,6 +105,8 @@ inline I32x16 dot(I32x16 sum, B8x64 u, B8x64 s) {
 inline I32x16 dot_short(I32x16 sum, B8x64 u, B8x64 s) { return dot(sum, u, s); }
 
 inline int32_t sum_lanes(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
+
+inline int32_t max_lanes(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }
 
 // ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).
 inline float sum_lanes(F32x16 a) {

@@ -64,9 +64,6 @@ inline I32x16 operator&(const I32x16& a, const I32x16& b) {
 inline I32x16 max(const I32x16& a, const I32x16& b) {
   return lanes<I32x16>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
-inline I32x16 min(const I32x16& a, const I32x16& b) {
-  return lanes<I32x16>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
-}
 template <int kBits>
 inline I32x16 shift_left(const I32x16& a) {
   return lanes<I32x16>([&](int i) { return static_cast<int32_t>(uint32_t(a.v[i]) << kBits); });
@@ -196,6 +193,12 @@ inline int32_t sum_lanes(const I32x16& a) {
   int32_t sum = 0;
   for (int32_t lane : a.v) sum += lane;
   return sum;
+}
+
+inline int32_t max_lanes(const I32x16& a) {
+  int32_t most = a.v[0];
+  for (int32_t lane : a.v) most = lane > most ? lane : most;
+  return most;
 }
 
 // ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).

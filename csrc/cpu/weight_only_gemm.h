@@ -10,9 +10,9 @@
 // over blocks in ascending k, in 8 contiguous slices of the blocks; then y += bias and one rounding.
 // w = s q + o is s (q - 8) + (o + 8 s): the second term adds fma(o + 8 s, sum of sx v, total).
 //
-// Error of two digits: at most half of sx = a / 32767 for each x[k], a = max|x| of the block. float32 x, and rows in which
-// that could show in the output (massive activations: see needs_three_digits), take three digits and sx = 2^e:
-// half of sx <= 2^-23 a.
+// Error of two digits: at most half of sx = a / 32767 for each x[k], a = max|x| of the block. float32 x, and rows in
+// which that could show in the output (massive activations: see needs_four_digits), take four digits and a power of two
+// for sx: half of sx <= 2^-31 a, and float32 values down to 2^-7 a are exact.
 //
 // Bytes and operations at M = 1: each 64 bytes of int4 codes (128 products) take 3 instructions to split nibbles and 4
 // dot products, some 4 cycles, against about 7 cycles to read them from DRAM at 37 GB/s and 4 GHz.
@@ -28,23 +28,41 @@ namespace qops::cpu::QOPS_ISA_NS {
 inline constexpr int kStripRows = 16;
 inline constexpr int kMaxBlock = 128;
 inline constexpr int kSlices = 8;
-// A tile of 4 rows x 2 strips x 3 digits takes 24 of AVX-512's 32 registers; with 16 registers a vector takes two.
+// A tile of 4 rows x 2 strips x 2 digits sums in 16 of AVX-512's 32 registers; with 16 registers a vector takes two.
 inline constexpr int kMaxTileRows = kVectorRegisters >= 32 ? 4 : 2;
+constexpr int max_tile_rows(int digits) { return digits == 2 ? kMaxTileRows : kMaxTileRows / 2; }
 inline constexpr int kStripsOfOneRow = kVectorRegisters >= 32 ? 4 : 2;
 inline constexpr int kStripsOfManyRows = kVectorRegisters >= 32 ? 2 : 1;
 
-// Blocks of at most kMaxBlock columns, none across a group's border.
+// Loops over small constant counts must unroll, or the register arrays inside them become memory.
+#define QOPS_UNROLL _Pragma("GCC unroll 8")
+
+// Blocks of at most kMaxBlock columns, none across a group's border. Walked with next(), not indexed: an index would
+// cost two 64-bit divisions a block, as long as the products of 32 columns.
 struct Blocks {
-  int64_t group_size, per_group, count;
+  int64_t group_size, groups, count;
 
   Blocks(int64_t k, int64_t group_size)
       : group_size(group_size),
-        per_group((group_size + kMaxBlock - 1) / kMaxBlock),
-        count(group_size == 0 ? 0 : k / group_size * per_group) {}
+        groups(group_size == 0 ? 0 : k / group_size),
+        count(groups * ((group_size + kMaxBlock - 1) / kMaxBlock)) {}
+};
 
-  int64_t group(int64_t b) const { return b / per_group; }
-  int64_t begin(int64_t b) const { return b / per_group * group_size + b % per_group * kMaxBlock; }
-  int64_t size(int64_t b) const { return std::min<int64_t>(kMaxBlock, group_size - b % per_group * kMaxBlock); }
+struct Block {
+  int64_t index = 0, group = 0, begin = 0, size, left;  // left: columns of the group from `begin` on
+
+  explicit Block(const Blocks& blocks) : size(std::min<int64_t>(kMaxBlock, blocks.group_size)), left(blocks.group_size) {}
+
+  void next(const Blocks& blocks) {
+    ++index;
+    begin += size;
+    left -= size;
+    if (left == 0) {
+      ++group;
+      left = blocks.group_size;
+    }
+    size = std::min<int64_t>(kMaxBlock, left);
+  }
 };
 
 // How the bytes of a weight become dot-product operands.
@@ -70,9 +88,10 @@ struct Int8Codes {
 
 // --- activations -----------------------------------------------------------------------------------------------------
 
-// Up to kMaxTileRows rows of x that take the same number of digits. For each block and row:
+// Up to max_tile_rows rows of x that take the same number of digits. For each block and row:
 //   digits  [K/4][digit][row] words of 4 bytes, top digit first
-//   scale   sx;  sum = sx * (sum of v);  digit_sum[digit] = -(sum of the digit's bytes)
+//   scale   sx;  sum = sx * (sum of v);  correction[digit] = -bias * (sum of the digit's bytes), where the dot products
+//   start: the code's bias (8 for int4) leaves the products q - 8
 struct Tile {
   int rows = 0;
   int digits = 2;
@@ -80,16 +99,14 @@ struct Tile {
   uint8_t* bytes = nullptr;
   float* scale = nullptr;        // [blocks][rows]
   float* sum = nullptr;          // [blocks][rows]
-  int32_t* digit_sum = nullptr;  // [blocks][digits][rows]
+  int32_t* correction = nullptr;  // [blocks][digits][rows]
 };
 
 // max|x| with NaN above infinity: the integer order of the bits without the sign.
 inline float abs_max(const float* x, int64_t n) {
   I32x16 most = set1(int32_t{0});
   for (int64_t k = 0; k < n; k += kLanes) most = max(most, as_int(load_n(x + k, n - k)) & set1(int32_t{0x7fffffff}));
-  int32_t lanes[kLanes];
-  store(lanes, most);
-  return bit_cast<float>(*std::max_element(lanes, lanes + kLanes));
+  return bit_cast<float>(max_lanes(most));
 }
 
 inline float abs_sum(const float* x, int64_t n) {
@@ -122,18 +139,19 @@ inline void widen_block(const T* x, const int32_t* perm, int64_t begin, int64_t 
 }
 
 // Whether two digits could show: the error bound 2^-16 sum_b n_b a_b against half of the output's own rounding of a row
-// of this size, 2^-p / 2 of sum |x| without each block's largest element. A function of the row alone.
+// of this size, 2^-p / 2 of sum |x| without each block's largest element; or a scale of two digits would be subnormal.
+// A function of the row alone.
 template <class T>
-inline bool needs_three_digits(const T* x, const int32_t* perm, const Blocks& blocks) {
+inline bool needs_four_digits(const T* x, const int32_t* perm, const Blocks& blocks) {
   if constexpr (std::is_same_v<T, float>) return true;
   double bound = 0, rest = 0;
-  for (int64_t b = 0; b < blocks.count; ++b) {
-    const int64_t size = blocks.size(b);
+  for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
     float block[kMaxBlock];
-    widen_block(x, perm, blocks.begin(b), size, block);
-    const double most = abs_max(block, size);
-    bound += most * static_cast<double>(size);
-    rest += abs_sum(block, size) - most;
+    widen_block(x, perm, b.begin, b.size, block);
+    const float most = abs_max(block, b.size);
+    if (most > 0.0f && most < 0x1p-100f) return true;
+    bound += static_cast<double>(most) * static_cast<double>(b.size);
+    rest += static_cast<double>(abs_sum(block, b.size)) - static_cast<double>(most);
   }
   constexpr double kHalfRounding = std::is_same_v<T, BFloat16> ? 0x1p-9 : 0x1p-12;
   return bound * 0x1p-16 > kHalfRounding * rest;
@@ -145,49 +163,54 @@ struct BlockScale {
 };
 inline BlockScale block_scale(float a, int digits) {
   if (a == 0.0f) return {0.0f, 1.0f, 0.0f};
-  if (!(a <= 3.402823466e38f)) return {bit_cast<float>(0x7fc00000u), 0.0f, 0.0f};  // the row becomes NaN
-  const float pre = a < 0x1p-64f ? 0x1p64f : 1.0f;  // keeps 1 / a finite
-  const float scaled = a * pre;
-  if (digits == 2) return {scaled / 32767.0f / pre, pre, 32767.0f / scaled};
-  const int exponent = static_cast<int>(bit_cast<uint32_t>(scaled) >> 23) - 127;  // 2^exponent <= scaled
-  const auto power = [](int e) { return bit_cast<float>(static_cast<uint32_t>(e + 127) << 23); };
-  return {power(exponent - 22) / pre, pre, power(22 - exponent)};
+  if (!(a <= 3.402823466e38f)) return {bit_cast<float>(0x7fc00000u), 1.0f, 0.0f};  // the row becomes NaN
+  if (digits == 2) return {a / 32767.0f, 1.0f, 32767.0f / a};
+  const float pre = a < 0x1p-64f ? 0x1p64f : 1.0f;  // keeps a normal and the inverse finite
+  const int pre_exponent = a < 0x1p-64f ? 64 : 0;
+  const int exponent = static_cast<int>(bit_cast<uint32_t>(a * pre) >> 23) - 127 - pre_exponent;  // 2^exponent <= a
+  const int e = std::max(exponent - 30, -149);  // no float32 has a bit below 2^-149
+  const uint32_t scale = e >= -126 ? static_cast<uint32_t>(e + 127) << 23 : 1u << (149 + e);
+  return {bit_cast<float>(scale), pre, bit_cast<float>(static_cast<uint32_t>(127 - e - pre_exponent) << 23)};
 }
 
 // Writes row r of the tile.
-template <class T>
-inline void write_digits(const T* row, const int32_t* perm, const Blocks& blocks, const Tile& tile, int r) {
+template <class Codes, class T>
+inline void write_digits(const WeightOnlyGemmParams& p, const T* row, const Blocks& blocks, const Tile& tile, int r) {
   const int digits = tile.digits, rows = tile.rows;
-  for (int64_t b = 0; b < blocks.count; ++b) {
-    const int64_t begin = blocks.begin(b), size = blocks.size(b);
+  // With zero points the kernel multiplies by z instead.
+  const bool zero_points = p.kind == WeightKind::kZeroPoint;
+  const int top_bias = zero_points ? 1 : Codes::kTopBias, low_bias = zero_points ? 1 : Codes::kLowBias;
+  for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
     float x[kMaxBlock];
-    widen_block(row, perm, begin, size, x);
-    const BlockScale s = block_scale(abs_max(x, size), digits);
-    I32x16 digit_sums[3] = {set1(int32_t{0}), set1(int32_t{0}), set1(int32_t{0})};
-    I32x16 value_sum = set1(int32_t{0});
-    for (int64_t k = 0; k < size; k += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, size - k);
-      // A factor of 0 (block of zeros, NaN or infinity) times a non-finite x would be NaN: clear the bits instead.
-      const I32x16 keep = set1(s.inverse == 0.0f ? int32_t{0} : int32_t{-1});
+    widen_block(row, p.perm, b.begin, b.size, x);
+    const BlockScale s = block_scale(abs_max(x, b.size), digits);
+    // A factor of 0 (block of zeros, NaN or infinity) times a non-finite x would be NaN: clear the bits instead.
+    const I32x16 keep = set1(s.inverse == 0.0f ? int32_t{0} : int32_t{-1});
+    I32x16 sums[4];
+    for (I32x16& sum : sums) sum = set1(int32_t{0});
+    uint8_t* out = tile.bytes + (b.begin / 4 * digits * rows + r) * 4;
+    for (int64_t k = 0; k < b.size; k += kLanes, out += 4 * digits * rows * 4) {
+      const int64_t n = std::min<int64_t>(kLanes, b.size - k);
       const F32x16 scaled = load_n(x + k, n) * set1(s.pre) * set1(s.inverse);
-      // 2^23 - 1/2 rounds to 2^23, one more than three digits hold.
-      const I32x16 v = min(to_int(as_float(as_int(scaled) & keep)), set1(int32_t{0x7fffff}));
-      value_sum = value_sum + v;
-      I32x16 digit[3];
-      digit[0] = digits == 2 ? shift_right<8>(v) : shift_right<16>(v);
-      digit[1] = (digits == 2 ? v : shift_right<8>(v)) & set1(int32_t{0xff});
-      digit[2] = v & set1(int32_t{0xff});
+      const I32x16 v = to_int(as_float(as_int(scaled) & keep));
+      const I32x16 byte = set1(int32_t{0xff});
+      const I32x16 digit[4] = {digits == 2 ? shift_right<8>(v) : shift_right<24>(v),
+                               (digits == 2 ? v : shift_right<16>(v)) & byte, shift_right<8>(v) & byte, v & byte};
       for (int d = 0; d < digits; ++d) {
-        digit_sums[d] = digit_sums[d] + digit[d];
+        sums[d] = sums[d] + digit[d];
         uint8_t low[kLanes];
         store_bytes(low, digit[d]);
-        uint8_t* out = tile.bytes + (((begin + k) / 4 * digits + d) * rows + r) * 4;
-        for (int64_t i = 0; i < n; i += 4) std::memcpy(out + i * digits * rows, low + i, 4);
+        for (int64_t i = 0; i < n; i += 4) std::memcpy(out + (i / 4 * digits + d) * rows * 4, low + i, 4);
       }
     }
-    tile.scale[b * rows + r] = s.scale;
-    tile.sum[b * rows + r] = static_cast<float>(sum_lanes(value_sum)) * s.scale;
-    for (int d = 0; d < digits; ++d) tile.digit_sum[(b * digits + d) * rows + r] = -sum_lanes(digit_sums[d]);
+    int64_t value_sum = 0;
+    for (int d = 0; d < digits; ++d) {
+      const int32_t sum = sum_lanes(sums[d]);
+      value_sum = value_sum * 256 + sum;
+      tile.correction[(b.index * digits + d) * rows + r] = -sum * (d == 0 ? top_bias : low_bias);
+    }
+    tile.scale[b.index * rows + r] = s.scale;
+    tile.sum[b.index * rows + r] = static_cast<float>(value_sum) * s.scale;
   }
 }
 
@@ -204,52 +227,45 @@ inline F32x16 load_as_float(const void* p, DType dtype, int64_t index, int64_t n
 // Rows x (16 * Strips) outputs from strip `strip` on; Digits as in the tile.
 template <class Codes, class T, int Rows, int Strips, int Digits>
 inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t strip) {
-  const int64_t groups = p.k / std::max<int64_t>(p.group_size, 1);
   const int64_t strip_bytes = p.k / Codes::kColumns * 64;
-  const char* packed = static_cast<const char*>(p.packed) + strip * strip_bytes;
+  const int64_t strip_scales = blocks.groups * kStripRows;
+  const char* w = static_cast<const char*>(p.packed) + strip * strip_bytes;
   const uint8_t* zero_points = static_cast<const uint8_t*>(p.zeros);
   const float* float_zeros = static_cast<const float*>(p.zeros);
+  const bool with_offset = p.kind == WeightKind::kFloatZero || p.kind == WeightKind::kOffset;
   F32x16 total[Strips][Rows], y[Strips][Rows];
   for (int s = 0; s < Strips; ++s) {
     for (int r = 0; r < Rows; ++r) total[s][r] = y[s][r] = set1(0.0f);
   }
-  int slice = 1;
-  for (int64_t b = 0; b < blocks.count; ++b) {
+  const uint8_t* x = tile.bytes;
+  int64_t slice = 1;
+  for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
+    const int64_t scales_at = strip * strip_scales + b.group * kStripRows;
+    const int32_t* correction = tile.correction + b.index * Digits * Rows;
     I32x16 sum[Strips][Rows][Digits];
-    const int32_t* digit_sum = tile.digit_sum + b * Digits * Rows;
-    for (int s = 0; s < Strips; ++s) {
-      if (p.kind == WeightKind::kZeroPoint) {
-        const I32x16 z = load(zero_points + ((strip + s) * groups + blocks.group(b)) * kStripRows);
-        for (int r = 0; r < Rows; ++r) {
-          for (int d = 0; d < Digits; ++d) sum[s][r][d] = z * set1(digit_sum[d * Rows + r]);
-        }
-      } else {
-        for (int r = 0; r < Rows; ++r) {
-          for (int d = 0; d < Digits; ++d) {
-            sum[s][r][d] = set1(digit_sum[d * Rows + r] * (d == 0 ? Codes::kTopBias : Codes::kLowBias));
-          }
+    QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+      QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+        QOPS_UNROLL for (int d = 0; d < Digits; ++d) sum[s][r][d] = set1(correction[d * Rows + r]);
+      }
+    }
+    if (p.kind == WeightKind::kZeroPoint) {
+      QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+        const I32x16 z = load(zero_points + scales_at + s * strip_scales);
+        QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+          QOPS_UNROLL for (int d = 0; d < Digits; ++d) sum[s][r][d] = z * sum[s][r][d];
         }
       }
     }
-    const int64_t begin = blocks.begin(b);
-    const char* w = packed + begin / Codes::kColumns * 64;
-    const uint8_t* x = tile.bytes + begin * Digits * Rows;
-    for (int64_t n = blocks.size(b) / Codes::kColumns; n > 0; --n, w += 64) {
+    for (int64_t n = b.size / Codes::kColumns; n > 0; --n, w += 64) {
       B8x64 codes[Strips];
-#pragma GCC unroll 4
-      for (int s = 0; s < Strips; ++s) codes[s] = load_bytes(w + s * strip_bytes);
-#pragma GCC unroll 2
-      for (int step = 0; step < Codes::kSteps; ++step, x += 4 * Digits * Rows) {
+      QOPS_UNROLL for (int s = 0; s < Strips; ++s) codes[s] = load_bytes(w + s * strip_bytes);
+      QOPS_UNROLL for (int step = 0; step < Codes::kSteps; ++step, x += 4 * Digits * Rows) {
         B8x64 q[Strips];
-#pragma GCC unroll 4
-        for (int s = 0; s < Strips; ++s) q[s] = Codes::step(codes[s], step);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 3
-          for (int d = 0; d < Digits; ++d) {
+        QOPS_UNROLL for (int s = 0; s < Strips; ++s) q[s] = Codes::step(codes[s], step);
+        QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+          QOPS_UNROLL for (int d = 0; d < Digits; ++d) {
             const B8x64 digit = broadcast_4_bytes(x + 4 * (d * Rows + r));
-#pragma GCC unroll 4
-            for (int s = 0; s < Strips; ++s) {
+            QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
               sum[s][r][d] = d == 0 ? Codes::dot_signed_x(sum[s][r][d], q[s], digit)
                                     : Codes::dot_unsigned_x(sum[s][r][d], q[s], digit);
             }
@@ -257,29 +273,31 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
         }
       }
     }
-    for (int s = 0; s < Strips; ++s) {
-      const int64_t at = ((strip + s) * groups + blocks.group(b)) * kStripRows;
+    QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+      const int64_t at = scales_at + s * strip_scales;
       const F32x16 scale = load_as_float(p.scales, p.scale_dtype, at, kLanes);
-      for (int r = 0; r < Rows; ++r) {
+      QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
         F32x16 value;
         if constexpr (Digits == 2) {
           value = to_float(shift_left<8>(sum[s][r][0]) + sum[s][r][1]);
         } else {
-          value = fma(to_float(sum[s][r][0]), set1(65536.0f), to_float(shift_left<8>(sum[s][r][1]) + sum[s][r][2]));
+          value = fma(to_float(shift_left<8>(sum[s][r][0]) + sum[s][r][1]), set1(65536.0f),
+                      to_float(shift_left<8>(sum[s][r][2]) + sum[s][r][3]));
         }
-        total[s][r] = fma(scale, value * set1(tile.scale[b * Rows + r]), total[s][r]);
+        total[s][r] = fma(scale, value * set1(tile.scale[b.index * Rows + r]), total[s][r]);
       }
-      if (p.kind == WeightKind::kFloatZero || p.kind == WeightKind::kOffset) {
+      if (with_offset) {
         const F32x16 z = load(float_zeros + at);
-        const F32x16 offset =
-            p.kind == WeightKind::kOffset ? fma(scale, set1(8.0f), z) : scale * (set1(8.0f) - z);
-        for (int r = 0; r < Rows; ++r) total[s][r] = fma(offset, set1(tile.sum[b * Rows + r]), total[s][r]);
+        const F32x16 offset = p.kind == WeightKind::kOffset ? fma(scale, set1(8.0f), z) : scale * (set1(8.0f) - z);
+        QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+          total[s][r] = fma(offset, set1(tile.sum[b.index * Rows + r]), total[s][r]);
+        }
       }
     }
-    if ((b + 1) * kSlices >= slice * blocks.count) {  // the last block of this slice (or of several empty ones)
-      while ((b + 1) * kSlices >= slice * blocks.count && slice <= kSlices) ++slice;
-      for (int s = 0; s < Strips; ++s) {
-        for (int r = 0; r < Rows; ++r) {
+    if ((b.index + 1) * kSlices >= slice * blocks.count) {  // the last block of this slice (or of several short ones)
+      while ((b.index + 1) * kSlices >= slice * blocks.count && slice <= kSlices) ++slice;
+      QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+        QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
           y[s][r] = y[s][r] + total[s][r];
           total[s][r] = set1(0.0f);
         }
@@ -312,16 +330,16 @@ inline void gemm_strips(const WeightOnlyGemmParams& p, const Blocks& blocks, con
 template <class Codes, class T>
 inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t begin,
                       int64_t end) {
-  const auto with_digits = [&](auto rows) {
+  const auto with_rows = [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
     if (tile.digits == 2) return gemm_strips<Codes, T, kRows, 2>(p, blocks, tile, begin, end);
-    return gemm_strips<Codes, T, kRows, 3>(p, blocks, tile, begin, end);
+    if constexpr (kRows <= max_tile_rows(4)) gemm_strips<Codes, T, kRows, 4>(p, blocks, tile, begin, end);
   };
-  if (tile.rows == 1) return with_digits(std::integral_constant<int, 1>{});
-  if (tile.rows == 2) return with_digits(std::integral_constant<int, 2>{});
+  if (tile.rows == 1) return with_rows(std::integral_constant<int, 1>{});
+  if (tile.rows == 2) return with_rows(std::integral_constant<int, 2>{});
   if constexpr (kMaxTileRows == 4) {
-    if (tile.rows == 3) return with_digits(std::integral_constant<int, 3>{});
-    return with_digits(std::integral_constant<int, 4>{});
+    if (tile.rows == 3) return with_rows(std::integral_constant<int, 3>{});
+    return with_rows(std::integral_constant<int, 4>{});
   }
 }
 
@@ -362,13 +380,13 @@ inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& 
   const int64_t row_grain = 1 + (16 << 10) / (p.k + 1);
 
   // Rows by number of digits, then in tiles; neither a row's digits nor its bits depend on the other rows.
-  const int64_t max_tiles = m / kMaxTileRows + 2;
+  const int64_t max_tiles = m / max_tile_rows(4) + 2;
   Scratch index(Scratch::bytes<uint8_t>(m) + Scratch::bytes<Tile>(max_tiles));
   if (!index.ok()) return Status::kOutOfMemory;
   uint8_t* digits_of_row = index.take<uint8_t>(m);
   parallel_for(pool, m, row_grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      digits_of_row[row] = needs_three_digits(row_of_x(row), p.perm, blocks) ? 3 : 2;
+      digits_of_row[row] = needs_four_digits(row_of_x(row), p.perm, blocks) ? 4 : 2;
     }
   });
   Tile* tiles = index.take<Tile>(max_tiles);
@@ -382,13 +400,13 @@ inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& 
     tiles[tile_count++] = tile;
     tile.rows = 0;
   };
-  for (int digits = 2; digits <= 3; ++digits) {
+  for (const int digits : {2, 4}) {
     Tile tile{};
     tile.digits = digits;
     for (int64_t row = 0; row < m; ++row) {
       if (digits_of_row[row] != digits) continue;
       tile.row[tile.rows++] = row;
-      if (tile.rows == kMaxTileRows) close_tile(tile);
+      if (tile.rows == max_tile_rows(digits)) close_tile(tile);
     }
     close_tile(tile);
   }
@@ -400,11 +418,11 @@ inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& 
     tile.bytes = scratch.take<uint8_t>(p.k * tile.rows * tile.digits);
     tile.scale = scratch.take<float>(blocks.count * tile.rows);
     tile.sum = scratch.take<float>(blocks.count * tile.rows);
-    tile.digit_sum = scratch.take<int32_t>(blocks.count * tile.rows * tile.digits);
+    tile.correction = scratch.take<int32_t>(blocks.count * tile.rows * tile.digits);
   }
   parallel_for(pool, tile_count, 1 + row_grain / kMaxTileRows, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      for (int r = 0; r < tiles[t].rows; ++r) write_digits(row_of_x(tiles[t].row[r]), p.perm, blocks, tiles[t], r);
+      for (int r = 0; r < tiles[t].rows; ++r) write_digits<Codes>(p, row_of_x(tiles[t].row[r]), blocks, tiles[t], r);
     }
   });
 

@@ -29,9 +29,7 @@ struct Int4 {
   static constexpr int kColumns = 8;  // of one 32-bit word
   static constexpr uint32_t kPadding = 0x88888888u;
   static uint32_t pack(uint32_t word) { return spread(word & 0xffff) | spread(word >> 16) << 4; }
-  static uint32_t unpack(uint32_t word) {
-    return gather(word & 0x0f0f0f0fu) | gather(word >> 4 & 0x0f0f0f0fu) << 16;
-  }
+  static uint32_t unpack(uint32_t word) { return gather(word & 0x0f0f0f0fu) | gather(word >> 4 & 0x0f0f0f0fu) << 16; }
 };
 struct Int8 {
   static constexpr int kColumns = 4;

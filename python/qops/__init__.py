@@ -1,5 +1,6 @@
 """Fused quantised operators for LLM inference in PyTorch."""
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info
@@ -10,6 +11,9 @@ try:
     __version__ = version("qops")
 except PackageNotFoundError:  # the tree is on sys.path without being installed
     __version__ = build_info()["version"]
+
+# Without a handler Python would write warnings to stderr; the application decides.
+logging.getLogger("qops").addHandler(logging.NullHandler())
 
 __all__ = [
     "Int4Weight",

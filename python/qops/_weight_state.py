@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qops.ops.weight_pack import STRIP_ROWS, strips_of
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-STRIP_ROWS = 16
-# Quantising and dequantising hold a few float64 temporaries of this many elements (8 MiB each), whatever the weight.
-CHUNK_ELEMENTS = 1 << 20
+# Quantising and dequantising hold a few float64 temporaries of this many elements: 1 MiB each, inside L2.
+CHUNK_ELEMENTS = 1 << 17
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -95,7 +96,10 @@ class QuantizedWeight(nn.Module):
     @torch.no_grad()
     def canonical(self) -> dict[str, Tensor]:
         """The canonical tensors by name: unpacked for the caller, or the weight's own where it is canonical."""
-        return self._canonical_rows(0, self.out_features)
+        rows, perm = self._canonical_rows(0, self.out_features), getattr(self, "perm", None)
+        if perm is not None:
+            rows["perm"] = perm.clone() if self.is_packed else perm
+        return rows
 
     def _require_packed(self) -> None:
         """What every forward calls: packing there would copy the weight inside a compiled or captured region."""
@@ -115,7 +119,7 @@ class QuantizedWeight(nn.Module):
         perm = getattr(self, "perm", None)
         columns = slice(None) if perm is None else perm.long()
         step = chunk_rows(self.in_features)
-        for start in range(0, self.out_features, step):
+        for start in range(0, self.out_features if self.in_features else 0, step):
             stop = min(start + step, self.out_features)
             weight[start:stop, columns] = self._dequantize_rows(self._canonical_rows(start, stop)).to(dtype)
         return weight
@@ -175,7 +179,11 @@ class QuantizedWeight(nn.Module):
         self._non_persistent_buffers_set = set(self._buffers)
 
     def _packed_from(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        packed = {"packed": self._pack_codes(tensors["qweight"].contiguous())}
+        try:
+            packed = {"packed": self._pack_codes(tensors["qweight"].contiguous())}
+        except NotImplementedError as error:
+            device = tensors["qweight"].device.type
+            raise RuntimeError(f"{self._name()}: this build of qops has no kernels for device {device}") from error
         for key in ("scales", "zeros"):
             if key in tensors:
                 packed[key] = into_strips(tensors[key])
@@ -184,9 +192,9 @@ class QuantizedWeight(nn.Module):
         return packed
 
     def _canonical_rows(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Canonical tensors of rows start ... stop; start is a multiple of 16."""
+        """Canonical tensors of rows start ... stop, without ``perm``; start is a multiple of 16."""
         tensors, rows = self._tensors(), {}
-        strips = slice(start // STRIP_ROWS, -(-stop // STRIP_ROWS))
+        strips = slice(start // STRIP_ROWS, strips_of(stop))
         if "packed" in tensors:
             rows["qweight"] = self._unpack_codes(tensors["packed"][strips], stop - start)
         else:
@@ -195,8 +203,6 @@ class QuantizedWeight(nn.Module):
             if key in tensors:
                 whole = tensors[key]
                 rows[key] = out_of_strips(whole[strips], stop - start) if "packed" in tensors else whole[start:stop]
-        if "perm" in tensors:
-            rows["perm"] = tensors["perm"]
         return rows
 
     @classmethod
@@ -316,7 +322,6 @@ class QuantizedWeight(nn.Module):
         # Copies the form that is there. Through __getstate__, deepcopy's memo would keep the canonical tensors of every
         # layer of a model alive until the whole copy is done.
         copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
         copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return copied
 
@@ -342,13 +347,15 @@ def resolve_group_size(name: str, in_features: int, group_size: int) -> int:
 
 def group_size_from_scales(name: str, in_features: int, scales: Tensor) -> int:
     groups = scales.shape[1]
-    if groups < 1 or in_features % groups:
+    if groups == 0 and in_features == 0:
+        return 0
+    if groups == 0 or in_features % groups:
         raise ValueError(f"{name}: scales must have shape [N, K/G] with K = {in_features}, got {list(scales.shape)}")
     return in_features // groups
 
 
 def group_count(in_features: int, group_size: int) -> int:
-    return 1 if group_size == in_features else in_features // group_size
+    return in_features // group_size if group_size else 0
 
 
 def chunk_rows(in_features: int) -> int:
@@ -362,7 +369,7 @@ def chunk_rows(in_features: int) -> int:
 def into_strips(rows: Tensor) -> Tensor:
     """[N, C] -> [S, C, 16], zeros for the rows that fill the last strip; always a copy."""
     n, columns = rows.shape
-    strips = -(-n // STRIP_ROWS)
+    strips = strips_of(n)
     padded = rows.new_zeros(strips * STRIP_ROWS, columns)
     padded[:n] = rows
     return padded.view(strips, STRIP_ROWS, columns).transpose(1, 2).contiguous()
@@ -375,13 +382,13 @@ def out_of_strips(strips: Tensor, n: int) -> Tensor:
 
 def _move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """``fn``, which nn.Module gives to _apply, on the tensor's bytes; the tensor itself where fn does nothing."""
-    raw = tensor.view(torch.uint8)
+    raw = tensor.reshape(-1).view(torch.uint8)
     moved = fn(raw)
     if moved is raw:
         return tensor
     if moved.dtype != torch.uint8:  # module.type() casts integers too
         moved = raw.to(moved.device)
-    return moved.view(tensor.dtype)
+    return moved.view(tensor.dtype).view(tensor.shape)
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

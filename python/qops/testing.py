@@ -81,11 +81,15 @@ def assert_accurate(out: Tensor, ref: Tensor, baseline: Tensor, what: str = "") 
 
 def assert_bitwise(a: Tensor, b: Tensor, what: str = "") -> None:
     """Same dtype, shape and bits; NaN equals NaN whatever its payload."""
-    assert a.dtype == b.dtype and a.shape == b.shape, f"{what}: {a.dtype} {tuple(a.shape)} is not {b.dtype} {tuple(b.shape)}"
+    assert a.dtype == b.dtype and a.shape == b.shape, (
+        f"{what}: {a.dtype} {tuple(a.shape)} is not {b.dtype} {tuple(b.shape)}"
+    )
     if a.is_floating_point():
         assert torch.equal(a.isnan(), b.isnan()), f"{what}: NaNs differ"
         a, b = torch.nan_to_num(a, nan=0.0, posinf=None), torch.nan_to_num(b, nan=0.0, posinf=None)
         a, b = a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
     if not torch.equal(a, b):
         where = (a != b).nonzero()
-        raise AssertionError(f"{what}: {len(where)} of {a.numel()} elements (or bytes) differ, first at {where[0].tolist()}")
+        raise AssertionError(
+            f"{what}: {len(where)} of {a.numel()} elements (or bytes) differ, first at {where[0].tolist()}"
+        )

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from qops._weight_state import (
     SCALE_DTYPES,
-    STRIP_ROWS,
     QuantizedWeight,
     chunk_rows,
     dtype_name,
@@ -30,6 +29,7 @@ from qops._weight_state import (
     require_multiples_of_8,
     resolve_group_size,
 )
+from qops.ops.weight_pack import STRIP_ROWS, strips_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -321,19 +321,19 @@ class Int8Weight(QuantizedWeight):
         Raises:
             IndexError: an id out of range (on a GPU the indexing kernel asserts).
         """
-        n, strips = self.out_features, -(-self.out_features // STRIP_ROWS)
+        n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
         ids = ids.long()
         # An id out of range, the padding rows' too, becomes a strip that does not exist, so that indexing itself
         # refuses it: no look at the values, which would break the graph or wait for a GPU.
         strip = torch.where((ids >= 0) & (ids < n), ids // STRIP_ROWS, strips)
         lane = ids % STRIP_ROWS
         if self.is_packed:
-            qweight = self.packed.view(strips, -1, STRIP_ROWS, 4)[strip, :, lane]
+            qweight = self.packed.view(strips, k // 4, STRIP_ROWS, 4)[strip, :, lane]
             scales = self.scales[strip, :, lane]
         else:
             row = torch.where(strip < strips, ids, n)
             qweight, scales = self.qweight[row], self.scales[row]
-        return _scale_codes(qweight.reshape(*ids.shape, self.in_features), scales).to(dtype)
+        return _scale_codes(qweight.reshape(*ids.shape, k), scales, self.group_size).to(dtype)
 
     def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = self.out_features, self.in_features
@@ -349,7 +349,7 @@ class Int8Weight(QuantizedWeight):
         return torch.ops.qops.int8_unpack.default(packed, rows)
 
     def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
-        return _scale_codes(rows["qweight"], rows["scales"])
+        return _scale_codes(rows["qweight"], rows["scales"], self.group_size)
 
 
 # Arithmetic ----------------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def _round_to_nearest(
     scales = weight.new_empty(n, groups, dtype=scale_dtype)
     zeros = weight.new_empty(n, groups, dtype=torch.uint8)
     step = chunk_rows(k)
-    for start in range(0, n, step):
+    for start in range(0, n if k else 0, step):
         rows = slice(start, start + step)
         values = weight[rows].double().view(-1, groups, group_size)
         bottom, top = values.aminmax(dim=-1)
@@ -431,15 +431,16 @@ def _add_rounding_to_odd(a: Tensor, b: Tensor) -> Tensor:
     """
     total = a + b
     from_b = total - a
-    error = (a - (total - from_b)) + (b - from_b)
+    error = (a - (total - from_b)).add_(b - from_b)
+    if not error.any():  # always so for offsets and scales in float16, whose sums fit in 53 bits
+        return total
     bits = total.view(torch.int64)
     outward = (error > 0) == (total > 0)
     odd = torch.where(outward, bits + 1, bits - 1)
     return torch.where((error != 0) & (bits % 2 == 0), odd, bits).view(torch.float64)
 
 
-def _scale_codes(codes: Tensor, scales: Tensor) -> Tensor:
+def _scale_codes(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """int8 codes [..., K] times scales [..., K/G] in float32: products of 8 and 24 bits, rounded once."""
-    groups = scales.shape[-1]
-    codes = codes.float().unflatten(-1, (groups, codes.shape[-1] // groups))
+    codes = codes.float().unflatten(-1, (scales.shape[-1], group_size))
     return (codes * scales.float().unsqueeze(-1)).flatten(-2)

@@ -38,8 +38,8 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, batc
         to right. A row has the same bits for every M, position, thread count and ISA level.
         With ``a_b = max|x|`` of a block, the fixed-point error of y[m, n] before R() is at most
         ``1.001 * 2^-16 sum_b a_b sum_{k in b} |w[n, k]|`` (two bytes a value), and
-        ``2^-23 sum_b a_b sum_{k in b} |w[n, k]|`` for float32 and for rows whose outliers would make the first bound
-        reach the rounding of the output (three bytes). NaN or infinity in a row makes all its outputs NaN.
+        ``2^-31 sum_b a_b sum_{k in b} |w[n, k]|`` for float32 and for rows whose outliers would make the first bound
+        reach the rounding of the output (four bytes). NaN or infinity in a row makes all its outputs NaN.
 
     Raises:
         ValueError: shapes or strides do not fit; a ``perm`` index is out of range.
@@ -72,7 +72,7 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, batc
 
 
 def int4_gemm_ref(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """The formula of :func:`int4_gemm` in float64 over the same quantised weights, not rounded; float64 ``[..., N]``."""
+    """The formula of :func:`int4_gemm` in float64 over the same quantised weights; float64 ``[..., N]``."""
     y = x.double() @ weight.dequantize(torch.float64).T
     return y if bias is None else y + bias.double()
 

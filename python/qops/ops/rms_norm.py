@@ -101,9 +101,7 @@ def _check(check: Checker, x: Tensor, weight: Tensor, weight_offset: float, roun
     check.dense_last_dim(weight, "weight")
     check.rounding(rounding)
     if weight_offset != 0.0:
-        check.require(
-            rounding != "hf", "rounding", 'be "fp32" with a non-zero weight_offset', lambda: f'"{rounding}"'
-        )
+        check.require(rounding != "hf", "rounding", 'be "fp32" with a non-zero weight_offset', lambda: f'"{rounding}"')
 
 
 @torch.library.register_fake("qops::rms_norm")

@@ -1,0 +1,1 @@
+"""Benchmarks of the operators against what PyTorch offers: ``pytest bench --benchmark-only``."""
