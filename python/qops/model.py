@@ -62,7 +62,9 @@ def load_model(
         device: where the model goes.
 
     Returns:
-        A Transformers `LlamaForCausalLM` in eval mode, frozen; `generate` works as usual.
+        A Transformers `LlamaForCausalLM` in eval mode, frozen; `generate` works as usual. With a quantised output layer
+        its logits are float32: logits near 25 are 0.125 apart in bfloat16, so rounding them makes ties that greedy
+        search then decides by their index.
 
     Raises:
         ImportError: Transformers >= 5.17, < 6 (or, for GGUF, the gguf package) is missing.
@@ -175,7 +177,8 @@ def quantize_model(
     decoder.norm = FinalNorm(decoder.norm.weight, decoder.norm.variance_epsilon)  # pyright: ignore
     decoder.rotary_emb = RotaryTables(decoder.rotary_emb)  # pyright: ignore[reportAttributeAccessIssue]
     if not skipped("lm_head"):
-        model.lm_head = Int4Linear.from_linear(model.lm_head, group_size, symmetric)  # pyright: ignore
+        head = Int4Linear.from_linear(model.lm_head, group_size, symmetric, float32_output=True)
+        model.lm_head = head  # pyright: ignore[reportAttributeAccessIssue]
         model.config.tie_word_embeddings = False
     # Transformers hooks layers when hidden states are first asked for; the new ones have no hooks yet.
     decoder._output_capturing_hooks_installed = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -227,12 +230,12 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.devic
             raise ValueError(f"{name}.weight must have shape {wanted}, got {found}")
         return weight.to(dtype) if dense else weight
 
-    def linear(weight: Weight, bias: torch.Tensor | None) -> nn.Module:
+    def linear(weight: Weight, bias: torch.Tensor | None = None, *, logits: bool = False) -> nn.Module:
         bias = None if bias is None else bias.to(dtype)
         if isinstance(weight, Int4Weight):
-            return Int4Linear(weight, bias)
+            return Int4Linear(weight, bias, float32_output=logits)
         if isinstance(weight, Int8Weight):
-            return Int8WeightOnlyLinear(weight, bias)
+            return Int8WeightOnlyLinear(weight, bias, float32_output=logits)
         return dense_linear(weight, bias)
 
     def replace(name: str, module: nn.Module) -> nn.Module:
@@ -255,12 +258,10 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.devic
     assert isinstance(norm, torch.Tensor)
     decoder.norm = FinalNorm(norm, config.rms_norm_eps)  # pyright: ignore[reportAttributeAccessIssue]
     decoder.rotary_emb = RotaryTables(LlamaRotaryEmbedding(config))  # pyright: ignore[reportAttributeAccessIssue]
-    if config.tie_word_embeddings:
-        model.lm_head = linear(table, None)  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(table, torch.Tensor):
-            model.lm_head.weight = decoder.embed_tokens.weight
-    else:
-        model.lm_head = replace("lm_head", model.lm_head)  # pyright: ignore[reportAttributeAccessIssue]
+    output = table if config.tie_word_embeddings else fetch("lm_head", model.lm_head)
+    model.lm_head = linear(output, logits=True)  # pyright: ignore[reportAttributeAccessIssue]
+    if output is table and isinstance(table, torch.Tensor):
+        model.lm_head.weight = decoder.embed_tokens.weight
     return _freeze(_packed(model)).to(device)
 
 

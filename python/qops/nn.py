@@ -22,11 +22,19 @@ def frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class _QuantizedLinear(nn.Module):
-    """What the quantised linears share: a weight module and an optional bias [N]."""
+    """What the quantised linears share. Their forward needs a packed weight.
+
+    Args:
+        weight: [N, K].
+        bias: [N], added in float32.
+        float32_output: return float32 whatever the activations' dtype, without rounding the sum to it.
+    """
 
     weight: Int4Weight | Int8Weight
 
-    def __init__(self, weight: Int4Weight | Int8Weight, bias: torch.Tensor | None = None):
+    def __init__(
+        self, weight: Int4Weight | Int8Weight, bias: torch.Tensor | None = None, *, float32_output: bool = False
+    ):
         super().__init__()
         if bias is not None and list(bias.shape) != [weight.out_features]:
             raise ValueError(
@@ -35,6 +43,7 @@ class _QuantizedLinear(nn.Module):
         self.in_features = weight.in_features
         self.out_features = weight.out_features
         self.weight = weight
+        self.float32_output = float32_output
         self.register_parameter("bias", None if bias is None else frozen(bias))
 
     def extra_repr(self) -> str:
@@ -45,17 +54,20 @@ class _QuantizedLinear(nn.Module):
 
 
 class Int4Linear(_QuantizedLinear):
-    """y = x @ w.T + bias with an int4 weight: `qops.int4_gemm` as a module. The forward needs a packed weight."""
+    """y = x @ w.T + bias with an int4 weight: `qops.int4_gemm` as a module."""
 
     weight: Int4Weight
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, group_size: int = 128, symmetric: bool = True) -> Int4Linear:
+    def from_linear(
+        cls, linear: nn.Linear, group_size: int = 128, symmetric: bool = True, *, float32_output: bool = False
+    ) -> Int4Linear:
         """Quantises a dense linear by round-to-nearest; the scales take the weight's dtype."""
-        return cls(Int4Weight.quantize(linear.weight.detach(), group_size, symmetric), linear.bias)
+        weight = Int4Weight.quantize(linear.weight.detach(), group_size, symmetric)
+        return cls(weight, linear.bias, float32_output=float32_output)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return int4_gemm(x, self.weight, self.bias)
+        return int4_gemm(x.float() if self.float32_output else x, self.weight, self.bias)
 
 
 class Int8WeightOnlyLinear(_QuantizedLinear):
@@ -64,7 +76,7 @@ class Int8WeightOnlyLinear(_QuantizedLinear):
     weight: Int8Weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return int8_weight_only_gemm(x, self.weight, self.bias)
+        return int8_weight_only_gemm(x.float() if self.float32_output else x, self.weight, self.bias)
 
 
 class Int8Embedding(nn.Module):
