@@ -111,6 +111,18 @@ struct WeightOnlyGemmParams {
   int64_t group_size;
 };
 
+// y = R(R(silu(gate)) * up) or R(silu(gate) * up).
+struct SiluMulParams {
+  const void* gate;
+  Rows gate_rows;
+  const void* up;
+  Rows up_rows;
+  void* y;      // contiguous [rows, I]
+  DType dtype;  // of gate, up and y
+  int64_t columns;
+  bool round_before_up;  // rounding="hf"
+};
+
 // Every CPU kernel: X(name, Params). Each is `Status name(const Params&, const ThreadPool&)`, compiled once per ISA
 // level; cpu::name() calls the level chosen at load.
 #define QOPS_FOR_EACH_CPU_KERNEL(X)              \
@@ -120,7 +132,8 @@ struct WeightOnlyGemmParams {
   X(int8_pack, WeightPackParams)                 \
   X(int8_unpack, WeightPackParams)               \
   X(int8_weight_only_gemm, WeightOnlyGemmParams) \
-  X(rms_norm, RmsNormParams)
+  X(rms_norm, RmsNormParams)                     \
+  X(silu_mul, SiluMulParams)
 
 namespace cpu {
 

@@ -17,7 +17,7 @@ from qops.testing import (
     random_activations,
     strided_rows,
 )
-from tests.weight_only_oracle import blocks_of, gemm_row
+from weight_only_oracle import blocks_of, gemm_row
 
 # (N, K, group size): strips that are and are not full, 1 to 5 strips, groups of one to many blocks, K odd multiples of 8.
 SHAPES = (

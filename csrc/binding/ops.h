@@ -23,4 +23,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
                                         double weight_offset, std::string_view rounding);
 
+Tensor silu_mul(const Tensor& gate_up, std::string_view rounding);
+Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding);
+
 }  // namespace qops::binding

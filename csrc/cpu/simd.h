@@ -56,6 +56,9 @@ namespace qops::cpu::QOPS_ISA_NS {
 
 inline constexpr int kLanes = 16;
 
+// set1 for templates over a vector type: the second argument names the type.
+inline F32x16 broadcast(float x, const F32x16&) { return set1(x); }
+
 // R(): round to nearest even in the element type T, back in float32.
 template <class T>
 inline F32x16 round_to(F32x16 v);

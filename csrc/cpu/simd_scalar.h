@@ -47,6 +47,26 @@ inline F32x16 operator/(const F32x16& a, const F32x16& b) {
 inline F32x16 fma(const F32x16& a, const F32x16& b, const F32x16& c) {
   return lanes<F32x16>([&](int i) { return std::fmaf(a.v[i], b.v[i], c.v[i]); });
 }
+// b where either is NaN.
+inline F32x16 min(const F32x16& a, const F32x16& b) {
+  return lanes<F32x16>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F32x16 max(const F32x16& a, const F32x16& b) {
+  return lanes<F32x16>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+// To nearest even, as a float.
+inline F32x16 round_to_integer(const F32x16& a) {
+  return lanes<F32x16>([&](int i) { return std::nearbyintf(a.v[i]); });
+}
+// a * 2^n, rounded once. n is an integer of at most 250 in magnitude, or NaN where a is NaN; |a| is 0.5 to 2 or NaN.
+inline F32x16 scale_by_power_of_two(const F32x16& a, const F32x16& n) {
+  return lanes<F32x16>(
+      [&](int i) { return std::isnan(n.v[i]) ? a.v[i] : std::ldexp(a.v[i], static_cast<int>(n.v[i])); });
+}
+// Lanes 1 0 3 2 5 4 ...
+inline F32x16 swap_neighbours(const F32x16& a) {
+  return lanes<F32x16>([&](int i) { return a.v[i ^ 1]; });
+}
 
 // Integer lanes wrap, as vector instructions do; the detour through uint32 keeps that defined.
 inline I32x16 operator+(const I32x16& a, const I32x16& b) {

@@ -86,7 +86,7 @@ def assert_bitwise(a: Tensor, b: Tensor, what: str = "") -> None:
     )
     if a.is_floating_point():
         assert torch.equal(a.isnan(), b.isnan()), f"{what}: NaNs differ"
-        a, b = torch.nan_to_num(a, nan=0.0, posinf=None), torch.nan_to_num(b, nan=0.0, posinf=None)
+        a, b = torch.where(a.isnan(), 0, a), torch.where(b.isnan(), 0, b)
         a, b = a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
     if not torch.equal(a, b):
         where = (a != b).nonzero()
