@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, StaticCache
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
 
+from gguf_files import VOCAB, llama_file
 from qops.llama import DecoderLayer
 from qops.model import dense_model, load_model, quantize_model, save_model
 from qops.nn import Int4Linear, Int8Embedding, Int8WeightOnlyLinear
 from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise
 from qops.weights import Int4Weight, Int8Weight
-from tests.gguf_files import VOCAB, llama_file
 
 GGUF_MIXES = {
     "Q4_1, tied Q8_0": {},

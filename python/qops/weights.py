@@ -193,7 +193,7 @@ class Int4Weight(QuantizedWeight):
         return cls._from_tensors(tensors, config, pack)
 
     @classmethod
-    def from_gguf(cls, blocks: Tensor, qtype: str) -> Self:
+    def from_gguf(cls, blocks: Tensor, qtype: str) -> Int4Weight:
         """A weight from GGUF blocks, uint8 ``[N, bytes per row]``, of type "Q4_0" or "Q4_1"; nothing is rounded."""
         from qops.formats import gguf
 
@@ -301,7 +301,7 @@ class Int8Weight(QuantizedWeight):
         return cls._from_tensors({"qweight": qweight.detach(), "scales": scales.detach()}, config, pack)
 
     @classmethod
-    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0") -> Self:
+    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0") -> Int8Weight:
         """A weight from GGUF blocks, uint8 ``[N, bytes per row]``, of type "Q8_0"; nothing is rounded."""
         from qops.formats import gguf
 
