@@ -228,7 +228,7 @@ def test_unsupported_files_are_refused(tmp_path, bend, message):
 
 
 def test_truncation_anywhere_is_refused(tmp_path):
-    whole = llama_file().write(tmp_path / "whole.gguf").read_bytes()
+    whole = tokenizer_file().write(tmp_path / "whole.gguf").read_bytes()
     data_start = gguf.GGUFReader(tmp_path / "whole.gguf").data_offset
     cut = tmp_path / "cut.gguf"
     lengths = {*range(0, data_start, 37), *range(data_start, len(whole), len(whole) // 50), len(whole) - 1}
@@ -242,7 +242,7 @@ def test_truncation_anywhere_is_refused(tmp_path):
 
 
 def test_damaged_headers_never_fail_in_another_way(tmp_path):
-    whole = llama_file().write(tmp_path / "whole.gguf").read_bytes()
+    whole = tokenizer_file().write(tmp_path / "whole.gguf").read_bytes()
     header = gguf.GGUFReader(tmp_path / "whole.gguf").data_offset
     rng = np.random.default_rng(0)
     refused = 0
@@ -286,6 +286,8 @@ ARRAY, UINT8, STRING = 9, 0, 8
         # gguf alone would count through 2^62 elements of nothing.
         header(text(b"a"), struct.pack("<IIQ", ARRAY, UINT8, 2**62), keys=1),
         header(text(b"a"), struct.pack("<IIQ", ARRAY, STRING, 2**62), keys=1),
+        header(text(b"a"), struct.pack("<IIQ", ARRAY, STRING, 65), struct.pack("<Q", 2**64 - 8), keys=1),
+        header(text(b"a"), struct.pack("<IIQ", ARRAY, 77, 65), keys=1),
         header(text(b"a"), struct.pack("<I", ARRAY), struct.pack("<IQ", ARRAY, 1) * 5000, keys=1),
         header(text(b"a"), struct.pack("<IB", UINT8, 1), text(b"a"), struct.pack("<IB", UINT8, 1), keys=2),
         # 2^32 x 2^32 elements are 0 modulo 2^64.
@@ -295,7 +297,7 @@ ARRAY, UINT8, STRING = 9, 0, 8
         header(text(b"t"), struct.pack("<IQIQ", 1, 33, 2, 0), tensors=1),
         header(*[text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 0)] * 2, tensors=2),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_hostile_containers_are_refused(tmp_path, content):
     (tmp_path / "hostile.gguf").write_bytes(content)
@@ -324,22 +326,36 @@ def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):
         GGUFFile(path)
 
 
-def test_tokenizer_with_chat_template(tmp_path):
+TOKENS = ["<pad>", "<s>", "</s>", *"abcdefgh", "ab", "abc", *(f"filler{i}" for i in range(100))]
+
+
+def tokenizer_file():
     file = llama_file()
-    tokens = ["<pad>", "<s>", "</s>", *"abcdefgh", "ab", "abc"]
     file.metadata |= {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3, 3, *[1] * (len(tokens) - 3)],
+        "tokenizer.ggml.tokens": TOKENS,
+        "tokenizer.ggml.token_type": [3, 3, 3, *[1] * (len(TOKENS) - 3)],
         "tokenizer.ggml.merges": ["a b", "ab c"],
         "tokenizer.chat_template": "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}",
     }
-    tokenizer = load_tokenizer(file.write(tmp_path / "m.gguf"))
+    return file
+
+
+def test_tokenizer_with_chat_template(tmp_path):
+    tokenizer = load_tokenizer(tokenizer_file().write(tmp_path / "m.gguf"))
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "abcah"}], tokenize=False)
     assert chat == "<s>abcah</s>"
     ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    assert [tokens[i] for i in ids] == ["<s>", "abc", "a", "h", "</s>"]
-    assert tokenizer.eos_token_id == 2
+    assert [TOKENS[i] for i in ids] == ["<s>", "abc", "a", "h", "</s>"]
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert special == (1, 2, 0)
+
+
+def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path):
+    file = tokenizer_file()
+    file.metadata["tokenizer.ggml.padding_token_id"] = 999
+    with pytest.raises(ValueError, match=r"padding_token_id must be the id of a token, got 999"):
+        load_tokenizer(file.write(tmp_path / "m.gguf"))
 
 
 def test_the_producers_fixture_is_exact():
