@@ -420,6 +420,8 @@ def test_construction_refuses_the_rest():
     tensors, _ = random_int4(24, 64, 16, "offset")
     with pytest.raises(ValueError, match="kind must be one of symmetric, zero_point, float_zero, offset, got 'nf4'"):
         Int4Weight.from_canonical(**tensors, kind="nf4")
+    with pytest.raises(ValueError, match="kind must be one of"):
+        Int4Weight(64, 24, 16, kind="nf4", scale_dtype=torch.float16)
     with pytest.raises(ValueError, match="kind 'symmetric' takes no zeros"):
         Int4Weight.from_canonical(**tensors, kind="symmetric")
     tensors["zeros"][3, 1] = math.nan
@@ -518,6 +520,7 @@ def test_load_on_meta():
     "change, message",
     (
         ({"format_version": torch.tensor(2)}, "format_version 2, this qops reads 1"),
+        ({"format_version": torch.ones(2)}, "w: "),
         ({"format_version": None}, r"needs \['qweight', 'scales', 'zeros', 'format_version'\]"),
         ({"zeros": None}, r"the state has \['format_version', 'qweight', 'scales'\]"),
         ({"perm": torch.arange(64).int()}, r"the state has \['format_version', 'perm'"),
@@ -633,6 +636,7 @@ def test_moves_to_meta_and_back():
         shapes = {name: (t.shape, t.dtype) for name, t in buffers(weight).items()}
         weight.to("meta")
         assert weight.device.type == "meta" and weight.is_packed
+        assert weight.dequantize().shape == (24, 80) and weight.dequantize().is_meta
         assert {name: (t.shape, t.dtype) for name, t in buffers(weight).items()} == shapes
         with pytest.raises(NotImplementedError, match="meta"):
             weight.to("cpu")
@@ -642,22 +646,38 @@ def test_moves_to_meta_and_back():
         assert {name: (t.shape, t.dtype) for name, t in buffers(weight).items()} == shapes
 
 
+class QopsCalls(TorchDispatchMode):
+    """Calls of this library's operators, with the device of their first argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "qops":
+            self.calls.append((func.__name__, args[0].device.type))
+        return func(*args, **(kwargs or {}))
+
+
+def test_deepcopy_makes_no_canonical_copy():
+    with torch.inference_mode(False):
+        model = nn.ModuleList([weight for _, weight in some_weights()])
+        with QopsCalls() as seen:
+            copy.deepcopy(model)
+        assert seen.calls == []
+        with QopsCalls() as seen:
+            copy.copy(model[0])
+        assert seen.calls != []
+
+
 def test_move_to_another_device_type_packs_there():
     """The order of a move, seen on the meta device: unpack here, move canonical tensors, pack there."""
     _, weight = random_int4(24, 64, 16, "zero_point", act_order=True)
-    calls = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "qops":
-                calls.append((func.__name__, args[0].device.type))
-            return func(*args, **(kwargs or {}))
-
-    with torch.inference_mode(False), Recorder():
+    with torch.inference_mode(False), QopsCalls() as seen:
         weight.to("cpu")
-        assert calls == []
+        assert seen.calls == []
         weight.to("meta")
-    assert calls == [("int4_unpack.default", "cpu"), ("int4_pack.default", "meta")]
+    assert seen.calls == [("int4_unpack.default", "cpu"), ("int4_pack.default", "meta")]
     canonical = random_int4(24, 64, 16, "zero_point", pack=False)[1]
     assert canonical.to("cpu").is_packed is False and canonical.to("meta").is_packed is True
 
@@ -762,6 +782,13 @@ def test_rows_refuse_ids_out_of_range(bad, pack):
         weight.rows(torch.tensor([0, bad]))
 
 
+def test_rows_refuse_ids_of_other_dtypes():
+    weight = random_int8(40, 48, 16)[1]
+    for dtype in (torch.float32, torch.bool, torch.uint8):
+        with pytest.raises(RuntimeError, match="ids must have dtype int32 or int64"):
+            weight.rows(torch.zeros(2, dtype=dtype))
+
+
 # Forward, compile, threads -------------------------------------------------------------------------------------------
 
 
@@ -854,10 +881,10 @@ def reachable_bytes(root: object) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("n", (256, 264, 8))
+@pytest.mark.parametrize("n", (64, 72, 8))
 def test_one_copy_is_resident(n):
-    """At most 1.02 x packed. N = 264 and 8 end in half a strip: those 8 padding rows count as packed bytes here."""
-    k, g = 512, 32
+    """At most 1.02 x packed. N = 72 and 8 end in half a strip: those 8 padding rows count as packed bytes here."""
+    k, g = 256, 32
     padded = -(-n // 16) * 16
     for act_order, kind in itertools.product((False, True), KINDS):
         tensors, weight = random_int4(n, k, g, kind, act_order=act_order)
@@ -876,7 +903,7 @@ def test_one_copy_is_resident(n):
             one.dequantize()
             one.state_dict()
             assert sum(t.nbytes for t in one.buffers()) == reachable_bytes(one) <= 1.02 * packed_bytes
-        if n == 256:
+        if n == 64:
             assert packed_bytes == sum(t.nbytes for t in tensors.values())  # nothing but the canonical information
     tensors, weight = random_int8(n, k, g)
     assert reachable_bytes(weight) == padded * (k + 2 * (k // g))
@@ -899,7 +926,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_quantize_and_dequantize_work_in_chunks():
     """No float64 copy of the weight: the largest tensor is the weight itself, here 16 chunks of float64."""
-    w = torch.randn(4096, 4096, generator=generator(0), dtype=torch.bfloat16)
+    w = torch.randn(1024, 2048, generator=generator(0), dtype=torch.bfloat16)
     with torch.inference_mode(False):
         with LargestTensor() as quantizing:
             weight = Int4Weight.quantize(w, 128)

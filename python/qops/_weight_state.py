@@ -31,7 +31,8 @@ class QuantizedWeight(nn.Module):
     zeros: Tensor | None
     perm: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, group_size: int, scale_dtype: torch.dtype):
+    def _configure(self, in_features: int, out_features: int, group_size: int, scale_dtype: torch.dtype) -> None:
+        """Everything but the buffers."""
         super().__init__()
         name = self._name()
         require_multiples_of_8(name, out_features, in_features)
@@ -47,7 +48,7 @@ class QuantizedWeight(nn.Module):
     # What a subclass defines -----------------------------------------------------------------------------------------
 
     def _config(self) -> dict[str, Any]:
-        """Constructor arguments of a weight like this one, out_features left out."""
+        """Arguments of :meth:`_configure` for a weight like this one, out_features left out."""
         return {"in_features": self.in_features, "group_size": self.group_size, "scale_dtype": self.scale_dtype}
 
     def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -90,7 +91,8 @@ class QuantizedWeight(nn.Module):
     @torch.no_grad()
     def unpack(self) -> Self:
         """Replaces the packed tensors by the canonical ones, bit for bit what was packed; inverse of :meth:`pack`."""
-        self._hold(self.canonical())
+        if self.is_packed:
+            self._hold(self.canonical())
         return self
 
     @torch.no_grad()
@@ -208,7 +210,8 @@ class QuantizedWeight(nn.Module):
     @classmethod
     def _from_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], pack: bool) -> Self:
         """Where all classmethods end: checks canonical tensors and holds them."""
-        weight = cls(**{**config, "out_features": tensors["qweight"].shape[0], "device": "meta"})
+        weight = cls.__new__(cls)
+        weight._configure(out_features=tensors["qweight"].shape[0], **config)
         weight._check(tensors)
         weight._hold(weight._packed_from(tensors) if pack else {key: t.contiguous() for key, t in tensors.items()})
         return weight
@@ -278,7 +281,7 @@ class QuantizedWeight(nn.Module):
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         spec = self._canonical_spec()
-        found = {key[len(prefix) :]: state_dict[key].detach() for key in state_dict if key.startswith(prefix)}
+        found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         missing = [key for key in (*spec, "format_version") if key not in found]
         unexpected = [key for key in found if key not in spec and key != "format_version"]
         if strict:
@@ -293,8 +296,8 @@ class QuantizedWeight(nn.Module):
                     f"{self._name()}: this weight ({self.extra_repr()}) needs {[*spec, 'format_version']}, "
                     f"the state has {sorted(found)}"
                 )
-            _check_version(self, found["format_version"].item())
-            tensors = {key: found[key] for key in spec}
+            _check_version(self, int(found["format_version"]))
+            tensors = {key: found[key].detach() for key in spec}
             if not local_metadata.get("assign_to_params_buffers", False):
                 if self.device.type == "meta":
                     raise RuntimeError(f"{self._name()}: a weight on the meta device loads with assign=True only")

@@ -29,6 +29,7 @@ from qops._weight_state import (
     require_multiples_of_8,
     resolve_group_size,
 )
+from qops.ops.int4_gemm import KINDS
 from qops.ops.weight_pack import STRIP_ROWS, strips_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Int4Weight(QuantizedWeight):
         RuntimeError: a scale dtype that no kernel reads.
     """
 
-    KINDS = ("symmetric", "zero_point", "float_zero", "offset")
+    KINDS = KINDS
     _OPTIONAL_BUFFERS = ("zeros", "perm")
 
     def __init__(
@@ -82,11 +83,7 @@ class Int4Weight(QuantizedWeight):
         act_order: bool = False,
         device: torch.device | str | None = None,
     ):
-        super().__init__(in_features, out_features, group_size, scale_dtype)
-        if kind not in self.KINDS:
-            raise ValueError(f"{self._name()}: kind must be one of {', '.join(self.KINDS)}, got {kind!r}")
-        self.kind = kind
-        self.act_order = act_order
+        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order)
         self._hold_placeholder(device)
 
     @classmethod
@@ -116,9 +113,10 @@ class Int4Weight(QuantizedWeight):
             A packed weight.
 
         Numerics:
-            Quotients are float64 and taken of the rounded scale, so no code is off by a rounding of the scale. The
-            clamp bites where 7.5 steps are asked of 7 (symmetric, positive maximum): error at most s / 2 there too,
-            unless s is subnormal. A group whose scale rounds to 0, as an all-zero group's does, gives exact zeros.
+            Quotients are float64 and of the rounded scale: the codes are the nearest to w for the scale that is
+            stored, with an error of at most s / 2 where no clamp acts. A symmetric group's largest value, when it is
+            positive, is clamped from 7.5 steps to 7. A group whose scale rounds to 0, as an all-zero group's does,
+            gives exact zeros.
 
         Raises:
             ValueError: sizes or group size do not fit; a weight is NaN or infinite; a scale overflows its dtype.
@@ -173,6 +171,7 @@ class Int4Weight(QuantizedWeight):
         name = cls._name()
         require_matrix(name, "qweight", qweight)
         require_matrix(name, "scales", scales)
+        cls._require_kind(kind)
         if (zeros is None) != (kind == "symmetric"):
             raise ValueError(f"{name}: kind {kind!r} {'needs' if zeros is None else 'takes no'} zeros")
         tensors = {"qweight": qweight.detach(), "scales": scales.detach()}
@@ -198,6 +197,25 @@ class Int4Weight(QuantizedWeight):
         from qops.formats import gguf
 
         return gguf.int4_weight(blocks, qtype)
+
+    def _configure(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        scale_dtype: torch.dtype,
+        kind: str = "symmetric",
+        act_order: bool = False,
+    ) -> None:
+        super()._configure(in_features, out_features, group_size, scale_dtype)
+        self._require_kind(kind)
+        self.kind = kind
+        self.act_order = act_order
+
+    @classmethod
+    def _require_kind(cls, kind: str) -> None:
+        if kind not in cls.KINDS:
+            raise ValueError(f"{cls._name()}: kind must be one of {', '.join(cls.KINDS)}, got {kind!r}")
 
     def _config(self) -> dict[str, Any]:
         return {**super()._config(), "kind": self.kind, "act_order": self.act_order}
@@ -254,7 +272,7 @@ class Int8Weight(QuantizedWeight):
         scale_dtype: torch.dtype,
         device: torch.device | str | None = None,
     ):
-        super().__init__(in_features, out_features, group_size, scale_dtype)
+        self._configure(in_features, out_features, group_size, scale_dtype)
         self._hold_placeholder(device)
 
     @classmethod
@@ -312,7 +330,7 @@ class Int8Weight(QuantizedWeight):
         """Looks up rows, as an embedding does: ``dequantize(dtype)[ids]`` without the other rows.
 
         Args:
-            ids: integers ``[...]`` in 0 ... N-1.
+            ids: int32 or int64 ``[...]``, in 0 ... N-1.
             dtype: of the result.
 
         Returns:
@@ -320,7 +338,10 @@ class Int8Weight(QuantizedWeight):
 
         Raises:
             IndexError: an id out of range (on a GPU the indexing kernel asserts).
+            RuntimeError: ``ids`` are not int32 or int64.
         """
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise RuntimeError(f"{self._name()}.rows: ids must have dtype int32 or int64, got {dtype_name(ids.dtype)}")
         n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
         ids = ids.long()
         # An id out of range, the padding rows' too, becomes a strip that does not exist, so that indexing itself
@@ -432,7 +453,7 @@ def _add_rounding_to_odd(a: Tensor, b: Tensor) -> Tensor:
     total = a + b
     from_b = total - a
     error = (a - (total - from_b)).add_(b - from_b)
-    if not error.any():  # always so for offsets and scales in float16, whose sums fit in 53 bits
+    if error.is_meta or not error.any():  # s * q + o of two float16 numbers is always exact: 45 bits
         return total
     bits = total.view(torch.int64)
     outward = (error > 0) == (total > 0)
