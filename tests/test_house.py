@@ -103,7 +103,7 @@ BAD_CPP = {
     "no layer": ("csrc/misc/silu_mul.cpp", "int x;"),
 }
 GOOD_CPP = {
-    "csrc/cpu/silu_mul.cpp": '#include "cpu/simd.h"\n#include "exp_poly.h"\n// torch, asm, c10:: and printf( in a comment\n',
+    "csrc/cpu/silu_mul.cpp": '#include "cpu/simd.h"\n#include "exp_poly.h"\n// torch, asm, c10:: or printf( here\n',
     "csrc/cpu/rms_norm_tables.cpp": '#include "cpu/rms_norm.h"',
     "csrc/cpu/simd_avx2.h": '#include <immintrin.h>\nasm("");',
     "csrc/binding/silu_mul.cpp": '#include <torch/csrc/stable/tensor.h>\n#include "kernels.h"\nauto s = "c10::";',
