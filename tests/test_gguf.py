@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-
 from gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
+
 from qops.formats.gguf import BLOCK_BYTES, GGUFFile, int4_weight, int8_weight, load_tokenizer, unpermute_rows
 from qops.weights import Int4Weight, Int8Weight
 
@@ -53,9 +53,7 @@ def test_q4_nibbles_are_halves_of_a_block():
     block = struct.pack("<e", 1.0) + codes
     canonical = int4_weight(torch.tensor(list(block), dtype=torch.uint8).repeat(8, 1), "Q4_0").canonical()
     elements = [*range(16), *range(15, -1, -1)]
-    assert canonical["qweight"][0].tolist() == [
-        even | odd << 4 for even, odd in zip(*[iter(elements)] * 2, strict=True)
-    ]
+    assert canonical["qweight"][0].tolist() == [even | odd << 4 for even, odd in zip(*[iter(elements)] * 2, strict=True)]
 
 
 def test_numbers_keep_their_stored_precision():
@@ -122,9 +120,7 @@ def test_every_weight_of_a_file_is_exact_and_in_transformers_order(tmp_path, kin
 def test_dense_tensors_keep_their_dtype(tmp_path):
     file = llama_file(overrides={"blk.0.attn_v": "F16", "blk.0.attn_output": "BF16", "blk.0.ffn_up": "F32"})
     opened = GGUFFile(file.write(tmp_path / "m.gguf"))
-    dtypes = [
-        opened.weight(f"model.layers.0.{m}").dtype for m in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
-    ]
+    dtypes = [opened.weight(f"model.layers.0.{m}").dtype for m in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")]
     assert dtypes == [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -203,17 +199,11 @@ def tensor(name, kind, *shape):
         (metadata(llama__block_count="two"), "key llama.block_count must be one int, got 'two'"),
         (metadata(llama__block_count=0), "key llama.block_count must be positive, got 0"),
         (metadata(llama__block_count=2**31), r"tensor blk.2.attn_norm.weight is missing"),
-        (
-            metadata(llama__attention__head_count=[4, 4]),
-            r"key llama.attention.head_count must be one int, got \[4, 4\]",
-        ),
+        (metadata(llama__attention__head_count=[4, 4]), r"key llama.attention.head_count must be one int, got \[4, 4\]"),
         (metadata(llama__attention__head_count=7), "must divide one another, got 64, 7, 2"),
         (metadata(llama__attention__key_length=8), r"attn_q.weight must have shape \[32, 64\], got \[64, 64\]"),
         (metadata(llama__attention__value_length=8), "llama.attention.value_length must equal the head dimension 16"),
-        (
-            metadata(llama__rope__dimension_count=8),
-            "llama.rope.dimension_count must equal the head dimension 16, got 8",
-        ),
+        (metadata(llama__rope__dimension_count=8), "llama.rope.dimension_count must equal the head dimension 16, got 8"),
         (metadata(llama__rope__freq_base=float("nan")), "key llama.rope.freq_base must be positive, got nan"),
         (metadata(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type must be 'none' or 'linear', got 'yarn'"),
         (metadata(llama__expert_count=8), "mixtures of experts are not supported"),
@@ -223,14 +213,8 @@ def tensor(name, kind, *shape):
         (drop("blk.1.ffn_up.weight"), "tensor blk.1.ffn_up.weight is missing"),
         (tensor("blk.0.attn_q.bias", "F32", 64), "tensor blk.0.attn_k.bias is missing"),
         (tensor("blk.0.attn_q_norm.weight", "F32", 16), "unknown tensors: blk.0.attn_q_norm.weight"),
-        (
-            tensor("blk.1.attn_v.weight", "Q4_0", 64, 64),
-            r"blk.1.attn_v.weight must have shape \[32, 64\], got \[64, 64\]",
-        ),
-        (
-            tensor("blk.1.ffn_down.weight", "Q5_0", 64, 96),
-            "blk.1.ffn_down.weight has type Q5_0, supported are Q4_0, Q4_1",
-        ),
+        (tensor("blk.1.attn_v.weight", "Q4_0", 64, 64), r"blk.1.attn_v.weight must have shape \[32, 64\], got \[64, 64\]"),
+        (tensor("blk.1.ffn_down.weight", "Q5_0", 64, 96), "blk.1.ffn_down.weight has type Q5_0, supported are Q4_0, Q4_1"),
         (tensor("output_norm.weight", "Q8_0", 64), "output_norm.weight has type Q8_0, supported are F32, F16, BF16"),
         (tensor("rope_freqs.weight", "F32", 9), r"rope_freqs.weight must have shape \[8\], got \[9\]"),
     ],

@@ -7,11 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from gguf_files import VOCAB, llama_file
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, StaticCache
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
 
-from gguf_files import VOCAB, llama_file
+import qops
 from qops.llama import DecoderLayer
 from qops.model import dense_model, load_model, quantize_model, save_model
 from qops.nn import Int4Linear, Int8Embedding, Int8WeightOnlyLinear
@@ -481,18 +482,12 @@ SCALES = "model.layers.1.mlp.up_proj.weight.scales"
         (lambda f: edit_config(f, lambda c: c.pop("quantization_config")), "must be a llama model saved by qops"),
         (lambda f: edit_config(f, lambda c: c.update(model_type="gemma")), "got model_type 'gemma'"),
         (lambda f: edit_config(f, lambda c: c["quantization_config"].update(format_version=9)), "must be 1, got 9"),
-        (
-            lambda f: edit_config(f, lambda c: c["quantization_config"].update(weights=3)),
-            "weights must map names to kinds",
-        ),
+        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(weights=3)), "weights must map names to kinds"),
         (
             lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-15]: "int3"})),
             "up_proj.weight has unknown kind 'int3'",
         ),
-        (
-            lambda f: edit_config(f, lambda c: c.update(intermediate_size=64)),
-            r"must have shape \[64, 64\], got \[96, 64\]",
-        ),
+        (lambda f: edit_config(f, lambda c: c.update(intermediate_size=64)), r"must have shape \[64, 64\], got \[96, 64\]"),
         (lambda f: edit_tensors(f, lambda t: t.pop(QWEIGHT)), f"tensor {QWEIGHT} is missing"),
         (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), "tensor model.norm.weight is missing"),
         (lambda f: edit_tensors(f, lambda t: t.update({SCALES: t[SCALES] * float("nan")})), "up_proj.weight: .*NaN"),
@@ -515,7 +510,7 @@ def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
         load_model(path, torch.float64)
     for call in (dense_model, lambda model: save_model(model, tmp_path / "out")):
-        with pytest.raises(ValueError, match=r"must come from qops\.load_model or qops\.quantize_model"):
+        with pytest.raises(ValueError, match="must come from qops.load_model or qops.quantize_model"):
             call(random_llama())
     assert not (tmp_path / "out").exists()
 

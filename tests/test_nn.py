@@ -183,15 +183,9 @@ def merged_state() -> tuple[Parent, dict[str, torch.Tensor]]:
     ("bend", "message"),
     [
         (lambda s: s.pop("b.weight.scales"), r"\{a,b\}.weight.scales: present in 1 of 2 parts"),
-        (
-            lambda s: s.update({"b.weight.scales": s["b.weight.scales"].float()}),
-            r"\{a,b\}.weight.scales: must have .*one dtype",
-        ),
+        (lambda s: s.update({"b.weight.scales": s["b.weight.scales"].float()}), r"\{a,b\}.weight.scales: must have .*one dtype"),
         (lambda s: s.update({"a.weight.scales": s["b.weight.scales"]}), r"must have \[24, 8\] rows of one dtype"),
-        (
-            lambda s: s.update({"b.weight.format_version": torch.tensor(7)}),
-            "format_version: must be the same in every part",
-        ),
+        (lambda s: s.update({"b.weight.format_version": torch.tensor(7)}), "format_version: must be the same in every part"),
         (lambda s: [s.pop(k) for k in list(s) if k.startswith(("a.", "b."))], "Missing key"),
     ],
 )

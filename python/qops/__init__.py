@@ -2,14 +2,10 @@
 
 import logging
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
 
 from qops._native import build_info
 from qops.ops import add_rms_norm, int4_gemm, int8_weight_only_gemm, rms_norm, silu_mul
 from qops.weights import Int4Weight, Int8Weight
-
-if TYPE_CHECKING:
-    from qops.model import load_model, quantize_model
 
 try:
     __version__ = version("qops")
@@ -27,17 +23,6 @@ __all__ = [
     "build_info",
     "int4_gemm",
     "int8_weight_only_gemm",
-    "load_model",
-    "quantize_model",
     "rms_norm",
     "silu_mul",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Models need Transformers, which the operators do not: loaded when first asked for."""
-    if name in ("load_model", "quantize_model"):
-        from qops import model
-
-        return getattr(model, name)
-    raise AttributeError(f"module 'qops' has no attribute {name!r}")
