@@ -141,8 +141,8 @@ def test_tables():
     table = compare.speed_table("bf16", race, race, 256, (103_000_000, 269_000_000))
     lines = table.splitlines()
     assert lines[0].split("  ")[0] == "median (min-max)"
-    assert "90.0 (88.0-1,234.5)" in lines[2] and "3.00 (2.90-3.10) times" in lines[2]
-    assert lines[4].split()[-5:] == ["MB", "103.0", "269.0", "0.38", "times"]
+    assert "90.0 (88.0-1,234.5)" in lines[2] and "3.00x (2.90-3.10)" in lines[2]
+    assert lines[4].split()[-4:] == ["MB", "103.0", "269.0", "0.38x"]
     starts = {line.index("30.0 (") for line in lines[2:4]}
     assert starts == {lines[0].index("dense bf16")}
 
