@@ -354,8 +354,14 @@ def test_tokenizer_with_chat_template(tmp_path):
 def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path):
     file = tokenizer_file()
     file.metadata["tokenizer.ggml.padding_token_id"] = 999
-    with pytest.raises(ValueError, match=r"padding_token_id must be the id of a token, got 999"):
+    # By Transformers or here, by its release.
+    with pytest.raises(ValueError, match=r"m\.gguf: (Transformers finds no tokenizer|.* must be the id of a token)"):
         load_tokenizer(file.write(tmp_path / "m.gguf"))
+
+
+def test_a_file_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"m\.gguf: Transformers finds no tokenizer in it"):
+        load_tokenizer(llama_file().write(tmp_path / "m.gguf"))
 
 
 def test_the_producers_fixture_is_exact():

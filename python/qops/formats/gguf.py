@@ -326,14 +326,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer stored in a GGUF file, chat template included, through Transformers' own reader.
 
     Raises:
-        ImportError, ValueError: as `GGUFFile`; a special token's id is no token.
+        ImportError: as `GGUFFile`.
+        ValueError: the container is malformed, holds no tokenizer, or one whose special tokens are no tokens.
     """
     require_transformers("qops.formats.gguf")
     from transformers import AutoTokenizer
 
     path = Path(path)
     fields = _read_container(path).fields
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # whatever its conversion code stumbles over: the file is at fault, and named
+        raise ValueError(f"{path}: Transformers finds no tokenizer in it: {error!r}") from error
     # Transformers 5.17 takes the begin-of-sequence token for the end-of-sequence token, so the file has the last word.
     for stored, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         field = fields.get(f"tokenizer.ggml.{stored}_token_id")
