@@ -23,6 +23,11 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
                                         double weight_offset, std::string_view rounding);
 
+std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                                  const std::optional<Tensor>& positions, bool interleaved);
+void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+             const std::optional<Tensor>& positions, bool interleaved);
+
 Tensor silu_mul(const Tensor& gate_up, std::string_view rounding);
 Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding);
 
