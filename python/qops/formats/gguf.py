@@ -387,7 +387,7 @@ def _read_container(path: Path) -> GGUFReader:
             if item == kinds.STRING:
                 read_size = struct.Struct("<Q" if self.byte_order == "I" else ">Q").unpack_from
                 for _ in range(length):
-                    end += 8 + read_size(self.data, end)[0]
+                    end += 8 + read_size(self.data, end)[0]  # pyright: ignore[reportArgumentType]
             else:
                 end += length * numpy.dtype(self.gguf_scalar_to_np[item]).itemsize
             self._check_end(end)
