@@ -130,6 +130,7 @@ def test_a_file_that_is_no_model_is_one_sentence(capsys, tmp_path):
     assert cli.main(["--model", str(path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"qops.demo: cannot load {path}: ")
+    assert error.count(str(path)) == 1
     assert "Traceback" not in error
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 import time
+import venv
 import zipfile
 from pathlib import Path
 
@@ -187,8 +189,9 @@ def test_offline_is_one_sentence(cache, index, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_python_without_pip_is_told_what_to_do(cache, monkeypatch):
-    monkeypatch.setattr(artefact.importlib.util, "find_spec", lambda name: None)
+def test_a_python_without_pip_is_told_what_to_do(cache, monkeypatch, tmp_path):
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
     with pytest.raises(DemoError, match="ensurepip"):
         cache.ensure_gguf()
 

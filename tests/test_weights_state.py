@@ -38,6 +38,8 @@ def test_state_dict_is_canonical_and_loads_back():
             state = model.state_dict()
             assert state["1.format_version"].dtype == torch.int64 and state["1.format_version"].item() == 1
             saved = {key[2:]: t for key, t in state.items() if key.startswith("1.") and not key.endswith("version")}
+            if getattr(weight, "kind", None) == "offset":
+                saved["zeros"] = saved.pop("offsets")
             assert_tensors_equal(saved, tensors)
             weight.unpack()
         target = nn.Sequential(nn.Linear(2, 2), empty_like(weight))
@@ -98,6 +100,14 @@ def test_load_refuses(change, message, strict):
     with pytest.raises(RuntimeError, match=message):
         nn.ModuleDict({"w": weight}).load_state_dict({f"w.{k}": t for k, t in state.items()}, strict=strict)
     assert_tensors_equal(weight.canonical(), tensors)  # a refused state changes nothing
+
+
+def test_float_zeros_are_not_loaded_as_offsets():
+    _, zeros = random_int4(24, 64, 16, "float_zero")
+    _, offsets = random_int4(24, 64, 16, "offset")
+    for source, target in ((zeros, offsets), (offsets, zeros)):
+        with pytest.raises(RuntimeError, match=r"zeros|offsets"):
+            target.load_state_dict(source.state_dict())
 
 
 def test_load_reports_keys_as_torch_does():

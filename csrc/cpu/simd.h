@@ -72,7 +72,7 @@ inline F32x16 round_to<Half>(F32x16 v) {
 }
 template <>
 inline F32x16 round_to<BFloat16>(F32x16 v) {
-  return widen_bfloat16(narrow_bfloat16(v));
+  return round_bfloat16(v);
 }
 
 // Loads n <= 16 elements and zeros the rest; reads nothing behind the n-th.

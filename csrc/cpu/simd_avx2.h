@@ -87,18 +87,24 @@ inline F32x16 widen_bfloat16(U16x16 b) {
   const auto widen = [](__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); };
   return {widen(half_of(b, 0)), widen(half_of(b, 1))};
 }
-inline U16x16 narrow_bfloat16(F32x16 a) {
-  const auto narrow = [](__m256 x) {
+// R() of bfloat16, left in float32. By integers, for no instruction of this level knows the type.
+inline F32x16 round_bfloat16(F32x16 a) {
+  const auto round = [](__m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fff), nan);
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 rounded = _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(-0x10000)));
+    const __m256 quiet_nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fff0000));
+    return _mm256_blendv_ps(rounded, quiet_nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   };
+  return {round(a.lo), round(a.hi)};
+}
+inline U16x16 narrow_bfloat16(F32x16 a) {
+  const F32x16 rounded = round_bfloat16(a);
+  const __m256i lo = _mm256_srli_epi32(_mm256_castps_si256(rounded.lo), 16);
+  const __m256i hi = _mm256_srli_epi32(_mm256_castps_si256(rounded.hi), 16);
   // packus works within 128-bit halves: [lo0 hi0 lo1 hi1] is put right by the permutation.
-  const __m256i packed = _mm256_packus_epi32(narrow(a.lo), narrow(a.hi));
-  return {_mm256_permute4x64_epi64(packed, 0xd8)};
+  return {_mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8)};
 }
 
 inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

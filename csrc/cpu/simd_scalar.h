@@ -145,6 +145,8 @@ inline F32x16 widen_bfloat16(const U16x16& b) {
 inline U16x16 narrow_bfloat16(const F32x16& a) {
   return lanes<U16x16>([&](int i) { return float_to_bfloat16(a.v[i]); });
 }
+// R() of bfloat16, left in float32.
+inline F32x16 round_bfloat16(const F32x16& a) { return widen_bfloat16(narrow_bfloat16(a)); }
 
 template <class V>
 inline V load_as(const void* p) {

@@ -231,6 +231,10 @@ class Int4Weight(QuantizedWeight):
             spec["perm"] = ((k,), torch.int32)
         return spec
 
+    def _state_key(self, name: str) -> str:
+        # Float zeros and offsets have one dtype and shape: only the name keeps one from being loaded as the other.
+        return "offsets" if name == "zeros" and self.kind == "offset" else name
+
     @staticmethod
     def _pack_codes(qweight: Tensor) -> Tensor:
         return torch.ops.qops.int4_pack.default(qweight)
