@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,11 @@ def test_wrong_usage(arguments, capsys):
 def test_unknown_isa_level_is_an_import_error():
     code = f"import sys; sys.path.insert(0, {str(Path(qops.__file__).parent.parent)!r}); import qops"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={"QOPS_ISA": "sse9"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "QOPS_ISA": "sse9"},
     )
     assert result.returncode == 1
     assert "ImportError: qops: QOPS_ISA must be one of: scalar" in result.stderr
