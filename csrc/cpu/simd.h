@@ -92,4 +92,11 @@ inline void store_n(T* p, F32x16 v, int64_t n) {
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
+inline void store_saturated_n(int8_t* p, I32x16 v, int64_t n) {
+  if (n >= kLanes) return store_saturated(p, v);
+  int8_t buffer[kLanes];
+  store_saturated(buffer, v);
+  std::memcpy(p, buffer, static_cast<size_t>(n));
+}
+
 }  // namespace qops::cpu::QOPS_ISA_NS

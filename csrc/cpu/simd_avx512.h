@@ -31,6 +31,7 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b
 // b where either is NaN.
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F32x16 nan_to_zero(F32x16 a) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v)}; }
 // To nearest even, as a float.
 inline F32x16 round_to_integer(F32x16 a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -94,6 +95,11 @@ inline void store(int32_t* p, I32x16 a) { _mm512_storeu_si512(p, a.v); }
 // The low byte of each lane.
 inline void store_bytes(uint8_t* p, I32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+
+// Each lane clamped to -128 .. 127.
+inline void store_saturated(int8_t* p, I32x16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
 }
 
 inline B8x64 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }

@@ -54,6 +54,9 @@ inline F32x16 min(const F32x16& a, const F32x16& b) {
 inline F32x16 max(const F32x16& a, const F32x16& b) {
   return lanes<F32x16>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
+inline F32x16 nan_to_zero(const F32x16& a) {
+  return lanes<F32x16>([&](int i) { return std::isnan(a.v[i]) ? 0.0f : a.v[i]; });
+}
 // To nearest even, as a float.
 inline F32x16 round_to_integer(const F32x16& a) {
   return lanes<F32x16>([&](int i) { return std::nearbyintf(a.v[i]); });
@@ -174,6 +177,11 @@ inline void store(int32_t* p, const I32x16& a) { std::memcpy(p, &a, sizeof(a)); 
 // The low byte of each lane.
 inline void store_bytes(uint8_t* p, const I32x16& a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
+}
+
+// Each lane clamped to -128 .. 127.
+inline void store_saturated(int8_t* p, const I32x16& a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i] < -128 ? -128 : a.v[i] > 127 ? 127 : a.v[i]);
 }
 
 inline B8x64 load_bytes(const void* p) { return load_as<B8x64>(p); }

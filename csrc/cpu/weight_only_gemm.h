@@ -19,8 +19,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
+#include "cpu/scratch.h"
 #include "cpu/simd.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
@@ -51,7 +51,8 @@ struct Blocks {
 struct Block {
   int64_t index = 0, group = 0, begin = 0, size, left;  // left: columns of the group from `begin` on
 
-  explicit Block(const Blocks& blocks) : size(std::min<int64_t>(kMaxBlock, blocks.group_size)), left(blocks.group_size) {}
+  explicit Block(const Blocks& blocks)
+      : size(std::min<int64_t>(kMaxBlock, blocks.group_size)), left(blocks.group_size) {}
 
   void next(const Blocks& blocks) {
     ++index;
@@ -97,8 +98,8 @@ struct Tile {
   int digits = 2;
   int64_t row[kMaxTileRows];
   uint8_t* bytes = nullptr;
-  float* scale = nullptr;        // [blocks][rows]
-  float* sum = nullptr;          // [blocks][rows]
+  float* scale = nullptr;         // [blocks][rows]
+  float* sum = nullptr;           // [blocks][rows]
   int32_t* correction = nullptr;  // [blocks][digits][rows]
 };
 
@@ -342,33 +343,6 @@ inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const
     return with_rows(std::integral_constant<int, 4>{});
   }
 }
-
-// Memory for one call, cut into 64-byte aligned pieces.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes + 1)))) {}
-  ~Scratch() { std::free(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  bool ok() const { return memory_ != nullptr; }
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(memory_ + used_);
-    used_ += bytes<T>(count);
-    return piece;
-  }
-  template <class T>
-  static size_t bytes(int64_t count) {
-    return round_up(static_cast<size_t>(count) * sizeof(T));
-  }
-
- private:
-  static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-  char* memory_;
-  size_t used_ = 0;
-};
 
 template <class Codes, class T>
 inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
