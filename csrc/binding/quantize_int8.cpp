@@ -93,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_int8_asym(const Tensor& x) {
 
 void quantize_int8_asym_out(const Tensor& x, const Tensor& q, const Tensor& scale, const Tensor& zero_point) {
   auto p = checked<QuantizeInt8AsymParams>(check_asym, x);
-  check_int8_rows(check_asym, q, scale, x, p.k, {{&x, "x"}});
   check_asym.output(zero_point, "zero_point", ScalarType::Int, "[...]", leading_sizes(x));
+  check_int8_rows(check_asym, q, scale, x, p.k, {{&x, "x"}});
   for (const auto& [other, name] : {std::pair{&x, "x"}, std::pair{&q, "q"}, std::pair{&scale, "scale"}}) {
     check_asym.no_overlap(zero_point, "zero_point", *other, name);
   }

@@ -42,9 +42,8 @@ RmsNormParams checked(const Checker& check, const Tensor& x, const Tensor& resid
 }
 
 // The sum may replace the residual, element for element.
-void check_residual_out(const Checker& check, const Tensor& residual_out, const Tensor& x, const Tensor& residual,
-                        const Tensor& weight) {
-  check.output(residual_out, "residual_out", x.scalar_type(), "[..., H]", x.sizes());
+void check_overlap(const Checker& check, const Tensor& residual_out, const Tensor& x, const Tensor& residual,
+                   const Tensor& weight) {
   check.no_overlap(residual_out, "residual_out", x, "x");
   check.no_overlap(residual_out, "residual_out", weight, "weight");
   if (residual_out.const_data_ptr() == residual.const_data_ptr() && residual.is_contiguous()) return;
@@ -116,9 +115,10 @@ void add_rms_norm_int8_out(const Tensor& x, const Tensor& residual, const Tensor
   constexpr Checker check("add_rms_norm_int8");
   RmsNormParams p = checked(check, x, residual, weight, eps, weight_offset, rounding);
   const QuantizeRule quantize_rule = check.quantize_rule(rule);
-  check_residual_out(check, residual_out, x, residual, weight);
+  check.output(residual_out, "residual_out", x.scalar_type(), "[..., H]", x.sizes());
   check_int8_rows(check, q, scale, x, p.h,
                   {{&x, "x"}, {&residual, "residual"}, {&weight, "weight"}, {&residual_out, "residual_out"}});
+  check_overlap(check, residual_out, x, residual, weight);
   p.residual_out = residual_out.mutable_data_ptr();
   run(check, p, q, scale, quantize_rule);
 }

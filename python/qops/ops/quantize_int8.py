@@ -243,8 +243,8 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.register_fake("qops::quantize_int8_asym.out")
 def _(x: Tensor, *, q: Tensor, scale: Tensor, zero_point: Tensor) -> None:
     check = _check("quantize_int8_asym", x)
-    check_int8_rows(check, q, scale, x, x.shape[-1])
     check.output(zero_point, "zero_point", torch.int32, "[...]", x.shape[:-1])
+    check_int8_rows(check, q, scale, x, x.shape[-1])
 
 
 @torch.library.register_fake("qops::quantize_int8_static")
