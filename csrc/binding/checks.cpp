@@ -89,6 +89,20 @@ void Checker::contiguous(const Tensor& t, const char* arg) const {
   require(false, arg, "be contiguous", "strides " + to_string(t.strides()));
 }
 
+void Checker::disjoint(const Tensor& out, const Tensor& t, const char* arg) const {
+  if (out.numel() == 0 || t.numel() == 0) return;
+  // First byte of the tensor and first byte behind its last element.
+  const auto range = [](const Tensor& x) {
+    const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+    uintptr_t last = 0;
+    for (int64_t d = 0; d < x.dim(); ++d) last += static_cast<uintptr_t>((x.size(d) - 1) * x.stride(d));
+    return std::pair(begin, begin + (last + 1) * static_cast<uintptr_t>(x.element_size()));
+  };
+  const auto [out_begin, out_end] = range(out);
+  const auto [begin, end] = range(t);
+  require(out_end <= begin || end <= out_begin, "out", std::string("not overlap ") + arg, "overlapping memory");
+}
+
 bool Checker::rounding_is_hf(std::string_view rounding) const {
   require(rounding == "hf" || rounding == "fp32", "rounding", "be \"hf\" or \"fp32\"",
           "\"" + std::string(rounding) + "\"");

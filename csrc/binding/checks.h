@@ -48,6 +48,8 @@ class Checker {
   // Stride 1 in the last dimension (a dimension of size 0 or 1 has any stride).
   void dense_last_dim(const Tensor& t, const char* arg) const;
   void contiguous(const Tensor& t, const char* arg) const;
+  // `out` shares no byte with `t`.
+  void disjoint(const Tensor& out, const Tensor& t, const char* arg) const;
   // "hf" -> true, "fp32" -> false.
   bool rounding_is_hf(std::string_view rounding) const;
   // Leading dimensions, merged where the strides allow.

@@ -4,7 +4,7 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info
-from qops.ops import add_rms_norm, int4_gemm, int8_weight_only_gemm, rms_norm, silu_mul
+from qops.ops import add_rms_norm, int4_gemm, int8_gemm, int8_weight_only_gemm, rms_norm, silu_mul
 from qops.weights import Int4Weight, Int8Weight
 
 try:
@@ -22,6 +22,7 @@ __all__ = [
     "add_rms_norm",
     "build_info",
     "int4_gemm",
+    "int8_gemm",
     "int8_weight_only_gemm",
     "rms_norm",
     "silu_mul",
