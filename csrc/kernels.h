@@ -118,8 +118,8 @@ struct WeightOnlyGemmParams {
 struct Int8GemmParams {
   const void* q;
   Rows q_rows;
-  const float* scale;  // s_x
-  Rows scale_rows;     // strides of 0: one scale for all rows
+  const float* scale;         // s_x
+  Rows scale_rows;            // strides of 0: one scale for all rows
   const int32_t* zero_point;  // null: 0
   Rows zero_point_rows;
   const void* packed;   // strips, as csrc/cpu/weight_pack.cpp makes them

@@ -9,15 +9,14 @@ constexpr Checker check("int8_gemm");
 constexpr int64_t kMaxK = 131071;
 constexpr int64_t kMaxKWithZeroPoint = 65793;
 
-DType output_dtype(ScalarType dtype, const char* arg) {
+// subject: "out_dtype must be" or "out must have dtype".
+DType output_dtype(ScalarType dtype, const char* subject) {
   switch (dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Int: return DType::kInt32;
-    default:
-      check.unsupported(std::string(arg) + (arg == std::string_view("out") ? " must have dtype" : " must be") +
-                        " float32, float16, bfloat16 or int32, got " + dtype_name(dtype));
+    default: check.unsupported(std::string(subject) + " float32, float16, bfloat16 or int32, got " + dtype_name(dtype));
   }
 }
 
@@ -29,7 +28,6 @@ std::vector<int64_t> output_sizes(const Tensor& q, int64_t out_features) {
 
 // One value for each row of q, or one for all.
 Rows per_row(const Tensor& t, const char* arg, const Tensor& q, int64_t rows) {
-  check.cpu(t, arg);
   if (t.dim() == 0) {
     Rows same;
     same.count = rows;
@@ -47,16 +45,19 @@ Rows per_row(const Tensor& t, const char* arg, const Tensor& q, int64_t rows) {
 
 Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point,
                        const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
-                       int64_t out_features, ScalarType out_dtype, const char* out_arg) {
+                       int64_t out_features, ScalarType out_dtype, const char* out_subject) {
   Int8GemmParams p{};
+  check.cpu(scale, "scale");
+  if (zero_point) check.cpu(*zero_point, "zero_point");
   check.cpu(packed, "packed");
   check.cpu(w_scale, "w_scale");
+  if (bias) check.cpu(*bias, "bias");
   check.dtype(q, "q", ScalarType::Char);
   check.dtype(scale, "scale", ScalarType::Float);
   if (zero_point) check.dtype(*zero_point, "zero_point", ScalarType::Int);
   check.dtype(packed, "packed", ScalarType::Char);
   p.w_scale_dtype = check.float_dtype(w_scale, "w_scale");
-  p.dtype = output_dtype(out_dtype, out_arg);
+  p.dtype = output_dtype(out_dtype, out_subject);
   check.at_least_1d(q, "q");
   p.n = out_features;
   check.require(p.n >= 0 && p.n % 8 == 0, "out_features", "be a multiple of 8", std::to_string(p.n));
@@ -72,7 +73,7 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
   check.require(p.k <= max_k, "q",
                 "have at most " + std::to_string(max_k) + (zero_point ? " columns with a zero_point" : " columns"),
                 std::to_string(p.k));
-  check.shape(w_scale, "w_scale", "[S, 1, 16], one scale per row of w,", {strips, p.k == 0 ? 0 : 1, kStripRows});
+  check.shape(w_scale, "w_scale", "[S, 1, 16]", {strips, p.k == 0 ? 0 : 1, kStripRows});
   check.contiguous(packed, "packed");
   check.contiguous(w_scale, "w_scale");
   check.dense_last_dim(q, "q");
@@ -84,7 +85,6 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
     p.zero_point = zero_point->const_data_ptr<int32_t>();
   }
   if (bias) {
-    check.cpu(*bias, "bias");
     check.require(p.dtype != DType::kInt32, "bias", "be None where the output is int32", "a tensor");
     p.bias_dtype = check.float_dtype(*bias, "bias");
     check.shape(*bias, "bias", "[N]", {p.n});
@@ -101,7 +101,7 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
 
 Tensor int8_gemm(const Tensor& q, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& packed,
                  const Tensor& w_scale, std::optional<Tensor> bias, int64_t out_features, ScalarType out_dtype) {
-  Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype");
+  Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be");
   Tensor y = new_tensor(q, output_sizes(q, out_features), out_dtype);
   p.y = y.mutable_data_ptr();
   check.ok(cpu::int8_gemm(p, thread_pool()));
@@ -111,7 +111,8 @@ Tensor int8_gemm(const Tensor& q, const Tensor& scale, std::optional<Tensor> zer
 void int8_gemm_out(const Tensor& q, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& packed,
                    const Tensor& w_scale, std::optional<Tensor> bias, int64_t out_features, Tensor out) {
   check.cpu(out, "out");
-  Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out.scalar_type(), "out");
+  Int8GemmParams p =
+      checked(q, scale, zero_point, packed, w_scale, bias, out_features, out.scalar_type(), "out must have dtype");
   const std::vector<int64_t> sizes = output_sizes(q, out_features);
   const auto expected = torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size());
   check.require(to_string(out.sizes()) == to_string(expected), "out", "have shape [..., N] = " + to_string(expected),

@@ -1,14 +1,14 @@
 // int8_gemm: y = R(fmaf(s_x[m], float(sum_k (q[m, k] - zero_point[m]) w[n, k]) * s_w[n], bias[n])).
 //
-// Idea. The sum is an exact int32 (modulo 2^32), so its bits depend neither on the order, the tile, the ISA level nor on
-// M; what follows is one float32 chain per output. vpdpbusd multiplies unsigned with signed bytes. x becomes the unsigned
-// operand, as x + 128: flipping it costs one pass over x, flipping w would cost one instruction for each 64 bytes and
-// tile of rows. Then
+// Idea. The sum is an exact int32 (modulo 2^32), so its bits depend neither on the order, the tile, the ISA level nor
+// on M; what follows is one float32 chain per output. vpdpbusd multiplies unsigned with signed bytes. x becomes the
+// unsigned operand, as x + 128: flipping it costs one pass over x, flipping w would cost one instruction for each 64
+// bytes and tile of rows. Then
 //     sum_k (q - zero_point) w  =  sum_k (q + 128) w  -  (128 + zero_point) * sum_k w,
 // and sum_k w is one more row of the product, x = 1: it runs in the first tile over the weights that are there already.
-// Storing it with the weight would save 1 / M of the dot products and cost a second copy of what the weight already says,
-// 4 / K of its size; at the M where 1 / M counts, memory bounds the call. AVX2 has no such instruction: there both
-// operands are widened to 16 bits (vpmaddubsw would saturate), and the row of ones only runs with zero points.
+// Storing it with the weight would save 1 / M of the dot products and cost a second copy of what the weight already
+// says, 4 / K of its size; at the M where 1 / M counts, memory bounds the call. AVX2 has no such instruction: there
+// both operands are widened to 16 bits (vpmaddubsw would saturate), and the row of ones only runs with zero points.
 //
 // Bytes and operations: 64 bytes of w take one load and M + 1 dot products, two a cycle. DRAM gives them in about 15
 // cycles a core, so weights bound the call up to M of some 24, the dot products beyond.
@@ -121,7 +121,8 @@ void finish_row(const Int8GemmParams& p, int64_t row, int64_t column, int64_t co
       // K = 0 has no scales.
       const F32x16 w_scale = p.k == 0 ? set1(0.0f) : load_as_float(p.w_scale, p.w_scale_dtype, column + i, kLanes);
       const F32x16 t = to_float(acc) * w_scale;
-      const F32x16 scaled = p.bias == nullptr ? scale * t : fma(scale, t, load_as_float(p.bias, p.bias_dtype, column + i, n));
+      const F32x16 scaled =
+          p.bias == nullptr ? scale * t : fma(scale, t, load_as_float(p.bias, p.bias_dtype, column + i, n));
       store_n(y + i, scaled, n);
     }
   }

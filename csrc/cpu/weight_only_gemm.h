@@ -47,7 +47,8 @@ struct Blocks {
 struct Block {
   int64_t index = 0, group = 0, begin = 0, size, left;  // left: columns of the group from `begin` on
 
-  explicit Block(const Blocks& blocks) : size(std::min<int64_t>(kMaxBlock, blocks.group_size)), left(blocks.group_size) {}
+  explicit Block(const Blocks& blocks)
+      : size(std::min<int64_t>(kMaxBlock, blocks.group_size)), left(blocks.group_size) {}
 
   void next(const Blocks& blocks) {
     ++index;
@@ -93,8 +94,8 @@ struct Tile {
   int digits = 2;
   int64_t row[kMaxTileRows];
   uint8_t* bytes = nullptr;
-  float* scale = nullptr;        // [blocks][rows]
-  float* sum = nullptr;          // [blocks][rows]
+  float* scale = nullptr;         // [blocks][rows]
+  float* sum = nullptr;           // [blocks][rows]
   int32_t* correction = nullptr;  // [blocks][digits][rows]
 };
 
