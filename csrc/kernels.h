@@ -133,6 +133,39 @@ struct Int8GemmParams {
   int64_t k;
 };
 
+// A tensor x [..., T, heads, D] of any strides and where its rotated values go: y may be x, with the same strides.
+struct RotaryHeads {
+  const void* x;
+  Rows x_tokens;
+  int64_t x_head_stride;
+  int64_t x_stride;  // of the last dimension
+  void* y;
+  Rows y_tokens;
+  int64_t y_head_stride;
+  int64_t y_stride;
+  int64_t heads;
+};
+
+// Rotates the first R = 2 * pairs elements of every head of q and k by the angles of its token's position.
+struct RotaryParams {
+  RotaryHeads q, k;  // of the same tokens
+  const void* cos;   // [table_rows, pairs]
+  const void* sin;
+  int64_t cos_row_stride, cos_stride;
+  int64_t sin_row_stride, sin_stride;
+  int64_t table_rows;
+  const void* positions;  // of every token; null: token t of each sequence is at position t
+  Rows position_rows;
+  bool positions_are_int64;  // else int32
+  DType dtype;               // of q and k
+  DType table_dtype;
+  int64_t t;  // tokens of a sequence
+  int64_t d;
+  int64_t pairs;
+  bool interleaved;       // pairs (2i, 2i + 1); else (i, i + R / 2)
+  int64_t* bad_position;  // set when the result is kIndexOutOfRange
+};
+
 // y = R(R(silu(gate)) * up) or R(silu(gate) * up).
 struct SiluMulParams {
   const void* gate;
@@ -156,6 +189,7 @@ struct SiluMulParams {
   X(int8_unpack, WeightPackParams)               \
   X(int8_weight_only_gemm, WeightOnlyGemmParams) \
   X(rms_norm, RmsNormParams)                     \
+  X(rotary, RotaryParams)                        \
   X(silu_mul, SiluMulParams)
 
 namespace cpu {

@@ -72,9 +72,9 @@ def machine_paths(text: str) -> list[str]:
     return [f"{n}: {line}" for n, line in matching_lines(text, pattern)]
 
 
-def too_long(text: str, limit: int = MAX_LINES) -> list[str]:
+def too_long(text: str) -> list[str]:
     lines = text.count("\n")
-    return [f"{lines} lines, at most {limit}"] if lines > limit else []
+    return [f"{lines} lines, at most {MAX_LINES}"] if lines > MAX_LINES else []
 
 
 # --- C++ layers ------------------------------------------------------------------------------------------------------
@@ -93,15 +93,17 @@ class Layer:
 
 
 LAYERS = (
-    Layer(r"csrc/(kernels|cuda/gemm_config)\.h", (r"<cstd(int|def)>", r'"[a-z_]+\.h"'), {r"std::": "containers"}),
+    Layer(
+        r"csrc/(kernels|exp_poly|cuda/gemm_config)\.h", (r"<cstd(int|def)>", r'"[a-z_]+\.h"'), {r"std::": "containers"}
+    ),
     Layer(
         r"csrc/cpu/.*",
-        (_STD, r"<immintrin\.h>", r"<arm_neon\.h>", r'"kernels\.h"', r'"cpu/\w+\.h"'),
+        (_STD, r"<immintrin\.h>", r"<arm_neon\.h>", r'"(kernels|exp_poly)\.h"', r'"cpu/\w+\.h"'),
         {r"\btorch\b": "torch", r"#\s*pragma\s+omp|\bomp_|\bstd::j?thread\b": "threads of its own"},
     ),
     Layer(
         r"csrc/cuda/.*",
-        (_STD, r"<cuda\w*\.h(pp)?>", r"<mma\.h>", r'"kernels\.h"', r'"cuda/\w+\.(h|cuh)"'),
+        (_STD, r"<cuda\w*\.h(pp)?>", r"<mma\.h>", r'"(kernels|exp_poly)\.h"', r'"cuda/\w+\.(h|cuh)"'),
         {r"\btorch\b": "torch", r"cudaDeviceSynchronize": "device-wide synchronisation"},
     ),
     Layer(

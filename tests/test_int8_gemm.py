@@ -358,14 +358,14 @@ def test_out_must_not_overlap_an_input():
         before = memory.clone()
         for start in {max(0, at - 4 * m * n + 4), at, at + like.nbytes - 4}:
             out = memory[start : start + 4 * m * n].view(torch.float32).view(m, n)
-            with pytest.raises(ValueError, match=f"out must not overlap {name}, got overlapping memory"):
+            with pytest.raises(ValueError, match=f"out must lie apart from {name} in memory, got overlapping tensors"):
                 torch.ops.qops.int8_gemm.out(*args, n, out=out)
         assert torch.equal(memory, before)
         out = memory[2048 : 2048 + 4 * m * n].view(torch.float32).view(m, n)
         torch.ops.qops.int8_gemm.out(*args, n, out=out)
     packed_as_out = w.packed.view(-1)[: 4 * m * n].view(torch.float32).view(m, n)
     args = [w.packed if arg == "packed" else inputs[arg][1] for arg in order]
-    with pytest.raises(ValueError, match="out must not overlap packed"):
+    with pytest.raises(ValueError, match="out must lie apart from packed"):
         torch.ops.qops.int8_gemm.out(*args, n, out=packed_as_out)
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def exp_poly(tmp_path_factory):
         flags += ["-DQOPS_ISA_NS=probe", f"-DQOPS_ISA_{level.upper()}=1"]
         flags += ["-march=native"] if level != "scalar" else []
         source = ROOT / "tests" / "exp_poly_probe.cpp"
-        subprocess.run([os.environ.get("CXX", "c++"), *flags, str(source), "-o", str(library)], check=True)
+        subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
         function = ctypes.CDLL(str(library)).exp_poly_probe
         function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         function.restype = None

@@ -1,5 +1,7 @@
 #include "binding/checks.h"
 
+#include <algorithm>
+
 namespace qops::binding {
 
 std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
@@ -50,6 +52,21 @@ void Checker::same_dtype(const Tensor& t, const char* arg, const Tensor& other, 
   }
 }
 
+DType Checker::float32_or_same_dtype(const Tensor& t, const char* arg, const Tensor& other,
+                                     const char* other_arg) const {
+  if (t.scalar_type() != ScalarType::Float && t.scalar_type() != other.scalar_type()) {
+    unsupported(std::string(arg) + " must have dtype float32 or the dtype of " + other_arg + " = " +
+                dtype_name(other.scalar_type()) + ", got " + dtype_name(t.scalar_type()));
+  }
+  return float_dtype(t, arg);
+}
+
+void Checker::index_dtype(const Tensor& t, const char* arg) const {
+  if (t.scalar_type() != ScalarType::Int && t.scalar_type() != ScalarType::Long) {
+    unsupported(std::string(arg) + " must have dtype int32 or int64, got " + dtype_name(t.scalar_type()));
+  }
+}
+
 void Checker::cpu(const Tensor& t, const char* arg) const {
   if (!t.is_cpu()) unsupported(std::string(arg) + " must be on the CPU like the other arguments");
 }
@@ -60,10 +77,10 @@ void Checker::shape(const Tensor& t, const char* arg, const char* letters,
   bool equal = sizes.size() == expected.size();
   for (size_t i = 0; equal && i < sizes.size(); ++i) equal = sizes[i] == expected.begin()[i];
   if (equal) return;
-  require(false, arg,
-          std::string("have shape ") + letters + " = " +
-              to_string(torch::headeronly::IntHeaderOnlyArrayRef(expected.begin(), expected.size())),
-          to_string(sizes));
+  refuse(arg,
+         std::string("have shape ") + letters + " = " +
+             to_string(torch::headeronly::IntHeaderOnlyArrayRef(expected.begin(), expected.size())),
+         to_string(sizes));
 }
 
 void Checker::same_shape(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const {
@@ -71,42 +88,96 @@ void Checker::same_shape(const Tensor& t, const char* arg, const Tensor& other, 
   bool equal = a.size() == b.size();
   for (size_t i = 0; equal && i < a.size(); ++i) equal = a[i] == b[i];
   if (equal) return;
-  require(false, arg, std::string("have the shape of ") + other_arg + " = " + to_string(b), to_string(a));
+  refuse(arg, std::string("have the shape of ") + other_arg + " = " + to_string(b), to_string(a));
 }
 
 void Checker::at_least_1d(const Tensor& t, const char* arg) const {
-  require(t.dim() >= 1, arg, "have at least 1 dimension", "0");
+  if (t.dim() < 1) refuse(arg, "have at least 1 dimension", "0");
 }
 
 void Checker::dense_last_dim(const Tensor& t, const char* arg) const {
   const int64_t last = t.dim() - 1;
   if (t.size(last) <= 1 || t.numel() == 0 || t.stride(last) == 1) return;
-  require(false, arg, "have stride 1 in its last dimension", std::to_string(t.stride(last)));
+  refuse(arg, "have stride 1 in its last dimension", std::to_string(t.stride(last)));
 }
 
 void Checker::contiguous(const Tensor& t, const char* arg) const {
   if (t.is_contiguous()) return;
-  require(false, arg, "be contiguous", "strides " + to_string(t.strides()));
+  refuse(arg, "be contiguous", "strides " + to_string(t.strides()));
 }
 
-void Checker::disjoint(const Tensor& out, const Tensor& t, const char* arg) const {
-  if (out.numel() == 0 || t.numel() == 0) return;
-  // First byte of the tensor and first byte behind its last element.
-  const auto range = [](const Tensor& x) {
-    const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-    uintptr_t last = 0;
-    for (int64_t d = 0; d < x.dim(); ++d) last += static_cast<uintptr_t>((x.size(d) - 1) * x.stride(d));
-    return std::pair(begin, begin + (last + 1) * static_cast<uintptr_t>(x.element_size()));
-  };
-  const auto [out_begin, out_end] = range(out);
-  const auto [begin, end] = range(t);
-  require(out_end <= begin || end <= out_begin, "out", std::string("not overlap ") + arg, "overlapping memory");
+namespace {
+
+struct Dim {
+  int64_t size;
+  int64_t stride_bytes;
+};
+
+// Dimensions that move through memory, largest stride first.
+std::vector<Dim> dims_by_stride(const Tensor& t) {
+  std::vector<Dim> dims;
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t element_bytes = static_cast<int64_t>(t.element_size());
+  dims.reserve(sizes.size());
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1) dims.push_back({sizes[d], strides[d] * element_bytes});
+  }
+  std::sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride_bytes > b.stride_bytes; });
+  return dims;
+}
+
+// From the first byte to behind the last one.
+int64_t extent_bytes(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t last = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  return (last + 1) * static_cast<int64_t>(t.element_size());
+}
+
+// Whether blocks of block_bytes, repeated along the first n dimensions, keep apart.
+bool nest(const std::vector<Dim>& dims, size_t n, int64_t block_bytes) {
+  while (n-- > 0) {
+    if (dims[n].stride_bytes < block_bytes) return false;
+    block_bytes += dims[n].stride_bytes * (dims[n].size - 1);
+  }
+  return true;
+}
+
+}  // namespace
+
+void Checker::no_overlap_within(const Tensor& t, const char* arg) const {
+  if (t.numel() == 0) return;
+  const std::vector<Dim> dims = dims_by_stride(t);
+  if (nest(dims, dims.size(), static_cast<int64_t>(t.element_size()))) return;
+  refuse(arg, "hold every element once to be written in place",
+         "shape " + to_string(t.sizes()) + " with strides " + to_string(t.strides()));
+}
+
+void Checker::no_overlap(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const {
+  if (t.numel() == 0 || other.numel() == 0) return;
+  const int64_t distance =
+      static_cast<const char*>(other.const_data_ptr()) - static_cast<const char*>(t.const_data_ptr());
+  int64_t extent = extent_bytes(t), other_extent = extent_bytes(other);
+  if (distance >= extent || -distance >= other_extent) return;
+  // Outer dimensions that both have are taken off until what is left lies side by side, and repeats without collision.
+  const std::vector<Dim> dims = dims_by_stride(t), other_dims = dims_by_stride(other);
+  for (size_t outer = 0; outer < dims.size() && outer < other_dims.size(); ++outer) {
+    const Dim& dim = dims[outer];
+    if (dim.size != other_dims[outer].size || dim.stride_bytes != other_dims[outer].stride_bytes) break;
+    extent -= dim.stride_bytes * (dim.size - 1);
+    other_extent -= dim.stride_bytes * (dim.size - 1);
+    if (distance < extent && -distance < other_extent) continue;
+    const int64_t both = std::max(extent, distance + other_extent) - std::min(int64_t{0}, distance);
+    if (nest(dims, outer + 1, both)) return;
+    break;
+  }
+  refuse(arg, std::string("lie apart from ") + other_arg + " in memory", "overlapping tensors");
 }
 
 bool Checker::rounding_is_hf(std::string_view rounding) const {
-  require(rounding == "hf" || rounding == "fp32", "rounding", "be \"hf\" or \"fp32\"",
-          "\"" + std::string(rounding) + "\"");
-  return rounding == "hf";
+  if (rounding == "hf") return true;
+  if (rounding == "fp32") return false;
+  refuse("rounding", "be \"hf\" or \"fp32\"", "\"" + std::string(rounding) + "\"");
 }
 
 Rows Checker::rows(const Tensor& t, const char* arg, int trailing_dims) const {
@@ -123,9 +194,10 @@ Rows Checker::rows(const Tensor& t, const char* arg, int trailing_dims) const {
         continue;
       }
     }
-    require(rows.dims < Rows::kMaxDims, arg,
-            "have at most " + std::to_string(Rows::kMaxDims) + " leading dimensions that cannot be merged",
-            "strides " + to_string(strides));
+    if (rows.dims == Rows::kMaxDims) {
+      refuse(arg, "have at most " + std::to_string(Rows::kMaxDims) + " leading dimensions that cannot be merged",
+             "strides " + to_string(strides));
+    }
     rows.size[rows.dims] = sizes[d];
     rows.stride[rows.dims++] = strides[d];
   }

@@ -32,14 +32,21 @@ class Checker {
   [[noreturn]] void fail(const std::string& what) const { throw std::invalid_argument(prefix() + what); }
   [[noreturn]] void unsupported(const std::string& what) const { throw std::runtime_error(prefix() + what); }
 
+  [[noreturn]] void refuse(const char* arg, const std::string& requirement, const std::string& actual) const {
+    fail(std::string(arg) + " must " + requirement + ", got " + actual);
+  }
+  // Where building the two texts costs more than the call can spare, ask first and then refuse().
   void require(bool ok, const char* arg, const std::string& requirement, const std::string& actual) const {
-    if (!ok) fail(std::string(arg) + " must " + requirement + ", got " + actual);
+    if (!ok) refuse(arg, requirement, actual);
   }
 
   // x is float32, float16 or bfloat16.
   DType float_dtype(const Tensor& t, const char* arg) const;
   void same_dtype(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
   void dtype(const Tensor& t, const char* arg, ScalarType expected) const;
+  DType float32_or_same_dtype(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
+  // int32 or int64.
+  void index_dtype(const Tensor& t, const char* arg) const;
   void cpu(const Tensor& t, const char* arg) const;
   // Exactly this shape; `letters` names it, e.g. "[N, K]".
   void shape(const Tensor& t, const char* arg, const char* letters, std::initializer_list<int64_t> expected) const;
@@ -48,8 +55,11 @@ class Checker {
   // Stride 1 in the last dimension (a dimension of size 0 or 1 has any stride).
   void dense_last_dim(const Tensor& t, const char* arg) const;
   void contiguous(const Tensor& t, const char* arg) const;
-  // `out` shares no byte with `t`.
-  void disjoint(const Tensor& out, const Tensor& t, const char* arg) const;
+  // For tensors that an op writes in place. No two indices reach one element: each stride passes the extent of the
+  // dimensions with smaller strides (true of every slice and transposition of a contiguous tensor).
+  void no_overlap_within(const Tensor& t, const char* arg) const;
+  // The two share no memory, or are parts of the same rows, e.g. q and k of one qkv tensor.
+  void no_overlap(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
   // "hf" -> true, "fp32" -> false.
   bool rounding_is_hf(std::string_view rounding) const;
   // Leading dimensions, merged where the strides allow.

@@ -35,14 +35,13 @@ Rows per_row(const Tensor& t, const char* arg, const Tensor& q, int64_t rows) {
     same.size[0] = rows;
     return same;
   }
-  const auto leading = torch::headeronly::IntHeaderOnlyArrayRef(q.sizes().data(), q.dim() - 1);
-  const auto sizes = t.sizes();
-  bool equal = t.dim() == q.dim() - 1;
-  for (size_t i = 0; equal && i < sizes.size(); ++i) equal = sizes[i] == leading[i];
-  if (!equal) check.require(false, arg, "have shape [...] = " + to_string(leading) + " or []", to_string(sizes));
+  const torch::headeronly::IntHeaderOnlyArrayRef leading(q.sizes().data(), static_cast<size_t>(q.dim() - 1));
+  if (t.sizes() != leading)
+    check.refuse(arg, "have shape [...] = " + to_string(leading) + " or []", to_string(t.sizes()));
   return check.rows(t, arg, 0);
 }
 
+// Everything but the output; called before anything is allocated.
 Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point,
                        const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
                        int64_t out_features, ScalarType out_dtype, const char* out_subject) {
@@ -58,21 +57,25 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
   check.dtype(packed, "packed", ScalarType::Char);
   p.w_scale_dtype = check.float_dtype(w_scale, "w_scale");
   p.dtype = output_dtype(out_dtype, out_subject);
+  if (bias) p.bias_dtype = check.float_dtype(*bias, "bias");
+
   check.at_least_1d(q, "q");
   p.n = out_features;
-  check.require(p.n >= 0 && p.n % 8 == 0, "out_features", "be a multiple of 8", std::to_string(p.n));
-  check.require(packed.dim() == 2, "packed", "have 2 dimensions", std::to_string(packed.dim()));
-  check.require(packed.size(1) % (8 * kStripRows) == 0, "packed", "hold a multiple of 8 columns of 16 elements a strip",
-                std::to_string(packed.size(1)));
+  if (p.n < 0 || p.n % 8 != 0) check.refuse("out_features", "be a multiple of 8", std::to_string(p.n));
+  if (packed.dim() != 2) check.refuse("packed", "have 2 dimensions", std::to_string(packed.dim()));
+  if (packed.size(1) % (8 * kStripRows) != 0) {
+    check.refuse("packed", "hold a multiple of 8 columns of 16 elements a strip", std::to_string(packed.size(1)));
+  }
   p.k = packed.size(1) / kStripRows;
   const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
   check.shape(packed, "packed", "[S, 16 K]", {strips, p.k * kStripRows});
-  check.require(q.size(q.dim() - 1) == p.k, "q", "have last dimension K = " + std::to_string(p.k),
-                std::to_string(q.size(q.dim() - 1)));
-  const int64_t max_k = zero_point ? kMaxKWithZeroPoint : kMaxK;
-  check.require(p.k <= max_k, "q",
-                "have at most " + std::to_string(max_k) + (zero_point ? " columns with a zero_point" : " columns"),
-                std::to_string(p.k));
+  if (const int64_t columns = q.size(q.dim() - 1); columns != p.k) {
+    check.refuse("q", "have last dimension K = " + std::to_string(p.k), std::to_string(columns));
+  }
+  if (const int64_t most = zero_point ? kMaxKWithZeroPoint : kMaxK; p.k > most) {
+    const char* when = zero_point ? " columns with a zero_point" : " columns";
+    check.refuse("q", "have at most " + std::to_string(most) + when, std::to_string(p.k));
+  }
   check.shape(w_scale, "w_scale", "[S, 1, 16]", {strips, p.k == 0 ? 0 : 1, kStripRows});
   check.contiguous(packed, "packed");
   check.contiguous(w_scale, "w_scale");
@@ -85,8 +88,7 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
     p.zero_point = zero_point->const_data_ptr<int32_t>();
   }
   if (bias) {
-    check.require(p.dtype != DType::kInt32, "bias", "be None where the output is int32", "a tensor");
-    p.bias_dtype = check.float_dtype(*bias, "bias");
+    if (p.dtype == DType::kInt32) check.refuse("bias", "be None where the output is int32", "a tensor");
     check.shape(*bias, "bias", "[N]", {p.n});
     check.dense_last_dim(*bias, "bias");
     p.bias = bias->const_data_ptr();
@@ -99,8 +101,8 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
 
 }  // namespace
 
-Tensor int8_gemm(const Tensor& q, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& packed,
-                 const Tensor& w_scale, std::optional<Tensor> bias, int64_t out_features, ScalarType out_dtype) {
+Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
+                 const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype) {
   Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be");
   Tensor y = new_tensor(q, output_sizes(q, out_features), out_dtype);
   p.y = y.mutable_data_ptr();
@@ -108,22 +110,23 @@ Tensor int8_gemm(const Tensor& q, const Tensor& scale, std::optional<Tensor> zer
   return y;
 }
 
-void int8_gemm_out(const Tensor& q, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& packed,
-                   const Tensor& w_scale, std::optional<Tensor> bias, int64_t out_features, Tensor out) {
+void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
+                   const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out) {
   check.cpu(out, "out");
   Int8GemmParams p =
       checked(q, scale, zero_point, packed, w_scale, bias, out_features, out.scalar_type(), "out must have dtype");
   const std::vector<int64_t> sizes = output_sizes(q, out_features);
-  const auto expected = torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size());
-  check.require(to_string(out.sizes()) == to_string(expected), "out", "have shape [..., N] = " + to_string(expected),
-                to_string(out.sizes()));
+  const torch::headeronly::IntHeaderOnlyArrayRef expected(sizes.data(), sizes.size());
+  if (out.sizes() != expected) {
+    check.refuse("out", "have shape [..., N] = " + to_string(expected), to_string(out.sizes()));
+  }
   check.contiguous(out, "out");
-  check.disjoint(out, q, "q");
-  check.disjoint(out, scale, "scale");
-  if (zero_point) check.disjoint(out, *zero_point, "zero_point");
-  check.disjoint(out, packed, "packed");
-  check.disjoint(out, w_scale, "w_scale");
-  if (bias) check.disjoint(out, *bias, "bias");
+  check.no_overlap(out, "out", q, "q");
+  check.no_overlap(out, "out", scale, "scale");
+  if (zero_point) check.no_overlap(out, "out", *zero_point, "zero_point");
+  check.no_overlap(out, "out", packed, "packed");
+  check.no_overlap(out, "out", w_scale, "w_scale");
+  if (bias) check.no_overlap(out, "out", *bias, "bias");
   p.y = out.mutable_data_ptr();
   check.ok(cpu::int8_gemm(p, thread_pool()));
 }

@@ -11,10 +11,10 @@ namespace qops::binding {
 Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
                  std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
                  int64_t kind, bool batch_invariant);
-Tensor int8_gemm(const Tensor& q, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& packed,
-                 const Tensor& w_scale, std::optional<Tensor> bias, int64_t out_features, ScalarType out_dtype);
-void int8_gemm_out(const Tensor& q, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& packed,
-                   const Tensor& w_scale, std::optional<Tensor> bias, int64_t out_features, Tensor out);
+Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
+                 const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype);
+void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
+                   const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out);
 Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                              int64_t out_features, int64_t group_size);
 
@@ -26,6 +26,11 @@ Tensor int8_unpack(const Tensor& packed, int64_t out_features);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset, std::string_view rounding);
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
                                         double weight_offset, std::string_view rounding);
+
+std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                                  const std::optional<Tensor>& positions, bool interleaved);
+void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+             const std::optional<Tensor>& positions, bool interleaved);
 
 Tensor silu_mul(const Tensor& gate_up, std::string_view rounding);
 Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding);

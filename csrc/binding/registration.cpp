@@ -25,6 +25,12 @@ STABLE_TORCH_LIBRARY(qops, m) {
   m.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
       "str rounding=\"hf\") -> (Tensor, Tensor)");
+  m.def(
+      "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "rotary_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False) "
+      "-> ()");
   m.def("silu_mul(Tensor gate_up, str rounding=\"hf\") -> Tensor");
   m.def("silu_mul.gate_up(Tensor gate, Tensor up, str rounding=\"hf\") -> Tensor");
 }
@@ -40,6 +46,8 @@ STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
   m.impl("int8_weight_only_gemm", TORCH_BOX(&qops::binding::int8_weight_only_gemm));
   m.impl("rms_norm", TORCH_BOX(&qops::binding::rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&qops::binding::add_rms_norm));
+  m.impl("rotary", TORCH_BOX(&qops::binding::rotary));
+  m.impl("rotary_", TORCH_BOX(&qops::binding::rotary_));
   m.impl("silu_mul", TORCH_BOX(&qops::binding::silu_mul));
   m.impl("silu_mul.gate_up", TORCH_BOX(&qops::binding::silu_mul_gate_up));
 }

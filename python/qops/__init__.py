@@ -4,7 +4,8 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info
-from qops.ops import add_rms_norm, int4_gemm, int8_gemm, int8_weight_only_gemm, rms_norm, silu_mul
+from qops.model import load_model, quantize_model
+from qops.ops import add_rms_norm, int4_gemm, int8_gemm, int8_weight_only_gemm, rms_norm, rotary, rotary_, silu_mul
 from qops.weights import Int4Weight, Int8Weight
 
 try:
@@ -24,6 +25,10 @@ __all__ = [
     "int4_gemm",
     "int8_gemm",
     "int8_weight_only_gemm",
+    "load_model",
+    "quantize_model",
     "rms_norm",
+    "rotary",
+    "rotary_",
     "silu_mul",
 ]

@@ -43,6 +43,13 @@ class Checker:
         requirement = f"have the dtype of {other_arg} = {_name(other.dtype)}"
         self.supported(t.dtype == other.dtype, arg, requirement, _name(t.dtype))
 
+    def float32_or_same_dtype(self, t: Tensor, arg: str, other: Tensor, other_arg: str) -> None:
+        requirement = f"have dtype float32 or the dtype of {other_arg} = {_name(other.dtype)}"
+        self.supported(t.dtype in (torch.float32, other.dtype), arg, requirement, _name(t.dtype))
+
+    def index_dtype(self, t: Tensor, arg: str) -> None:
+        self.supported(t.dtype in (torch.int32, torch.int64), arg, "have dtype int32 or int64", _name(t.dtype))
+
     def shape(self, t: Tensor, arg: str, letters: str, expected: Sequence[int]) -> None:
         ok = t.dim() == len(expected) and all(a == b for a, b in zip(t.shape, expected, strict=True))
         self.require(ok, arg, f"have shape {letters} = {_shape(expected)}", lambda: _shape(t.shape))

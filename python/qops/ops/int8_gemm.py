@@ -112,6 +112,8 @@ def _check(
     if out_dtype not in OUT_DTYPES:
         actual = str(out_dtype).removeprefix("torch.")
         raise RuntimeError(f"qops.int8_gemm: {out_subject} float32, float16, bfloat16 or int32, got {actual}")
+    if bias is not None:
+        check.float_dtype(bias, "bias")
     check.at_least_1d(q, "q")
     ok = out_features >= 0 and out_features % 8 == 0
     check.require(ok, "out_features", "be a multiple of 8", lambda: str(out_features))
@@ -134,7 +136,6 @@ def _check(
         check.per_row(zero_point, "zero_point", q)
     if bias is not None:
         check.require(out_dtype != torch.int32, "bias", "be None where the output is int32", lambda: "a tensor")
-        check.float_dtype(bias, "bias")
         check.shape(bias, "bias", "[N]", (out_features,))
         check.dense_last_dim(bias, "bias")
     return [*q.shape[:-1], out_features]

@@ -1,0 +1,143 @@
+#include "binding/ops.h"
+
+namespace qops::binding {
+namespace {
+
+void check_shapes(const Checker& check, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
+  const auto q_sizes = q.sizes(), k_sizes = k.sizes(), cos_sizes = cos.sizes();
+  const size_t dims = q_sizes.size();
+  if (dims < 3) check.refuse("q", "have at least 3 dimensions [T, H, D]", std::to_string(dims));
+  bool fits = k_sizes.size() == dims;
+  for (size_t d = 0; fits && d < dims; ++d) fits = d == dims - 2 || k_sizes[d] == q_sizes[d];
+  if (!fits) {
+    check.refuse("k", "have the shape of q = " + to_string(q_sizes) + " but for the number of heads",
+                 to_string(k_sizes));
+  }
+  if (cos_sizes.size() != 2) {
+    check.refuse("cos", "have 2 dimensions [positions, R / 2]", std::to_string(cos_sizes.size()));
+  }
+  const int64_t half = q_sizes[dims - 1] / 2;
+  if (cos_sizes[1] > half) {
+    check.refuse("cos", "have at most D / 2 = " + std::to_string(half) + " columns", std::to_string(cos_sizes[1]));
+  }
+  check.same_shape(sin, "sin", cos, "cos");
+}
+
+// Positions of shape [T] serve every sequence.
+Rows checked_positions(const Checker& check, const Tensor& positions, const Tensor& q, int64_t tokens) {
+  check.cpu(positions, "positions");
+  check.index_dtype(positions, "positions");
+  const torch::headeronly::IntHeaderOnlyArrayRef leading(q.sizes().data(), static_cast<size_t>(q.dim() - 2));
+  const int64_t t = leading.back();
+  if (positions.sizes() == leading) return check.rows(positions, "positions", 0);
+  if (positions.dim() != 1 || positions.size(0) != t) {
+    check.refuse("positions", "have shape [T] = [" + std::to_string(t) + "] or [..., T] = " + to_string(leading),
+                 to_string(positions.sizes()));
+  }
+  Rows rows;
+  rows.count = tokens;
+  rows.dims = 2;
+  rows.size[0] = t == 0 ? 0 : tokens / t;
+  rows.size[1] = t;
+  rows.stride[1] = positions.stride(0);
+  return rows;
+}
+
+RotaryHeads input(const Checker& check, const Tensor& x, const char* arg) {
+  RotaryHeads heads{};
+  heads.x = x.const_data_ptr();
+  heads.x_tokens = check.rows(x, arg, 2);
+  heads.x_head_stride = x.stride(x.dim() - 2);
+  heads.x_stride = x.stride(x.dim() - 1);
+  heads.heads = x.size(x.dim() - 2);
+  return heads;
+}
+
+void set_output(const Checker& check, RotaryHeads& heads, const Tensor& y, const char* arg) {
+  heads.y = y.mutable_data_ptr();
+  heads.y_tokens = check.rows(y, arg, 2);
+  heads.y_head_stride = y.stride(y.dim() - 2);
+  heads.y_stride = y.stride(y.dim() - 1);
+}
+
+// Everything but the outputs; called before anything is allocated.
+RotaryParams checked(const Checker& check, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                     const std::optional<Tensor>& positions, bool interleaved) {
+  RotaryParams p{};
+  check.cpu(q, "q");
+  check.cpu(k, "k");
+  check.cpu(cos, "cos");
+  check.cpu(sin, "sin");
+  p.dtype = check.float_dtype(q, "q");
+  check.same_dtype(k, "k", q, "q");
+  p.table_dtype = check.float32_or_same_dtype(cos, "cos", q, "q");
+  check.same_dtype(sin, "sin", cos, "cos");
+  check_shapes(check, q, k, cos, sin);
+
+  p.q = input(check, q, "q");
+  p.k = input(check, k, "k");
+  p.cos = cos.const_data_ptr();
+  p.cos_row_stride = cos.stride(0);
+  p.cos_stride = cos.stride(1);
+  p.sin = sin.const_data_ptr();
+  p.sin_row_stride = sin.stride(0);
+  p.sin_stride = sin.stride(1);
+  p.table_rows = cos.size(0);
+  p.t = q.size(q.dim() - 3);
+  p.d = q.size(q.dim() - 1);
+  p.pairs = cos.size(1);
+  p.interleaved = interleaved;
+  if (positions) {
+    p.position_rows = checked_positions(check, *positions, q, p.q.x_tokens.count);
+    p.positions_are_int64 = positions->scalar_type() == ScalarType::Long;
+    p.positions = positions->const_data_ptr();
+  } else if (p.table_rows < p.t) {
+    check.refuse("cos", "have at least T = " + std::to_string(p.t) + " rows without positions",
+                 std::to_string(p.table_rows));
+  }
+  return p;
+}
+
+void run(const Checker& check, RotaryParams& p) {
+  int64_t bad_position = 0;
+  p.bad_position = &bad_position;
+  const Status status = cpu::rotary(p, thread_pool());
+  if (status == Status::kIndexOutOfRange) {
+    check.refuse("positions", "lie in [0, " + std::to_string(p.table_rows) + "), the rows of cos",
+                 std::to_string(bad_position));
+  }
+  check.ok(status);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                                  const std::optional<Tensor>& positions, bool interleaved) {
+  constexpr Checker check("rotary");
+  RotaryParams p = checked(check, q, k, cos, sin, positions, interleaved);
+  Tensor q_out = contiguous_like(q);
+  Tensor k_out = contiguous_like(k);
+  set_output(check, p.q, q_out, "q");
+  set_output(check, p.k, k_out, "k");
+  run(check, p);
+  return {q_out, k_out};
+}
+
+void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+             const std::optional<Tensor>& positions, bool interleaved) {
+  constexpr Checker check("rotary_");
+  RotaryParams p = checked(check, q, k, cos, sin, positions, interleaved);
+  check.no_overlap_within(q, "q");
+  check.no_overlap_within(k, "k");
+  check.no_overlap(k, "k", q, "q");
+  for (const auto& [written, name] : {std::pair{&q, "q"}, std::pair{&k, "k"}}) {
+    check.no_overlap(cos, "cos", *written, name);
+    check.no_overlap(sin, "sin", *written, name);
+    if (positions) check.no_overlap(*positions, "positions", *written, name);
+  }
+  set_output(check, p.q, q, "q");
+  set_output(check, p.k, k, "k");
+  run(check, p);
+}
+
+}  // namespace qops::binding

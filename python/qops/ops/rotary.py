@@ -1,0 +1,152 @@
+"""rotary and rotary_: rotary position embedding of q and k in one call, into new tensors or in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qops import _native as _native
+from qops.ops._checks import Checker, refuse_grad
+
+
+def rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotates pairs of elements of every head of q and k by the angles of its token's position.
+
+    With c, s = ``cos[p, i]``, ``sin[p, i]`` at the token's position p, and R() one rounding to nearest even in the
+    dtype of ``q``: ``y1 = R(x1 * c - x2 * s)``, ``y2 = R(x2 * c + x1 * s)`` for i = 0 ... R/2 - 1, where the pair
+    (x1, x2) is
+
+    * elements ``(i, i + R/2)`` by default (GPT-NeoX, Hugging Face Llama);
+    * elements ``(2 i, 2 i + 1)`` with ``interleaved=True`` (GPT-J, original Llama).
+
+    Elements R ... D - 1 are copied. Scaled variants (Llama 3, YaRN, ...) are a matter of the values in cos and sin.
+
+    Args:
+        q: float32, float16 or bfloat16 ``[..., T, Hq, D]``; any strides, with at most 4 leading dimensions that cannot
+            be merged.
+        k: same dtype, ``[..., T, Hk, D]``; Hk may differ from Hq. May be a view of the same tensor as ``q``.
+        cos: float32 or the dtype of ``q``, ``[P, R/2]`` with R <= D; any strides. Hugging Face's ``[..., D]`` tables
+            hold each value twice: pass their first half.
+        sin: same dtype and shape as ``cos``.
+        positions: int32 or int64 ``[T]`` or ``[..., T]``, rows of cos and sin. Without it token t of every sequence is
+            at position t, and P must be at least T.
+        interleaved: which elements are pairs, see above.
+
+    Returns:
+        ``(q, k)`` rotated, contiguous, in the dtype of ``q``.
+
+    Numerics:
+        In float32, with both products and their difference or sum rounded one by one (no fused multiply-add). A token
+        has the same bits in every batch, for every thread count and at every ISA level (NaN equals NaN).
+
+    Raises:
+        ValueError: shapes do not fit; a position lies outside [0, P) (on the CPU, before anything is written).
+        RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
+
+    Source:
+        Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+
+    Example:
+        >>> q = torch.tensor([[[1.0, 0.0]]])  # T = 1, H = 1, D = 2
+        >>> qops.rotary(q, 2 * q, torch.tensor([[0.6]]), torch.tensor([[0.8]]))
+        (tensor([[[0.6000, 0.8000]]]), tensor([[[1.2000, 1.6000]]]))
+    """
+    refuse_grad("rotary", q, k, cos, sin)
+    return torch.ops.qops.rotary.default(q, k, cos, sin, positions, interleaved)
+
+
+def rotary_(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+) -> None:
+    """:func:`rotary` in place: ``q`` and ``k`` hold the result, bit for bit.
+
+    Args:
+        q, k: as in :func:`rotary`, any strides. Each must hold every element once (an expanded tensor does not), and
+            the two must not overlap each other, nor cos, sin and positions. Slices of one tensor, as q and k of a
+            merged qkv projection, are fine.
+        cos, sin, positions, interleaved: as in :func:`rotary`.
+
+    Returns:
+        Nothing.
+
+    Numerics:
+        As :func:`rotary`. When a position is out of range nothing is written.
+
+    Raises:
+        ValueError: as :func:`rotary`; memory that is written overlaps.
+        RuntimeError: as :func:`rotary`.
+
+    Source:
+        As :func:`rotary`.
+
+    Example:
+        >>> q = torch.tensor([[[1.0, 0.0]]])
+        >>> qops.rotary_(q, k := 2 * q, torch.tensor([[0.6]]), torch.tensor([[0.8]]))
+        >>> q
+        tensor([[[0.6000, 0.8000]]])
+    """
+    refuse_grad("rotary_", q, k, cos, sin)
+    torch.ops.qops.rotary_.default(q, k, cos, sin, positions, interleaved)
+
+
+def rotary_ref(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+) -> Tensor:
+    """The formula of :func:`rotary` for one of q and k in float64, not rounded; float64, shape of ``x``."""
+    if positions is None:
+        positions = torch.arange(x.shape[-3])
+    c, s = (table.double()[positions.long()].unsqueeze(-2) for table in (cos, sin))
+    r = 2 * cos.shape[1]
+    x = x.double()
+    if interleaved:
+        x1, x2 = x[..., 0:r:2], x[..., 1:r:2]
+        rotated = torch.stack((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).flatten(-2)
+    else:
+        x1, x2 = x[..., : r // 2], x[..., r // 2 : r]
+        rotated = torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1)
+    return torch.cat((rotated, x[..., r:]), dim=-1)
+
+
+def _check(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    check.float_dtype(q, "q")
+    check.same_dtype(k, "k", q, "q")
+    check.float32_or_same_dtype(cos, "cos", q, "q")
+    check.same_dtype(sin, "sin", cos, "cos")
+    check.require(q.dim() >= 3, "q", "have at least 3 dimensions [T, H, D]", lambda: str(q.dim()))
+    heads = q.dim() - 2
+    fits = k.dim() == q.dim() and all(k.shape[d] == q.shape[d] for d in range(q.dim()) if d != heads)
+    requirement = f"have the shape of q = {list(q.shape)} but for the number of heads"
+    check.require(fits, "k", requirement, lambda: str(list(k.shape)))
+    check.require(cos.dim() == 2, "cos", "have 2 dimensions [positions, R / 2]", lambda: str(cos.dim()))
+    half = q.shape[-1] // 2
+    check.require(cos.shape[1] <= half, "cos", f"have at most D / 2 = {half} columns", lambda: str(cos.shape[1]))
+    check.same_shape(sin, "sin", cos, "cos")
+    t = q.shape[-3]
+    if positions is None:
+        requirement = f"have at least T = {t} rows without positions"
+        check.require(cos.shape[0] >= t, "cos", requirement, lambda: str(cos.shape[0]))
+        return
+    check.index_dtype(positions, "positions")
+    leading = list(q.shape[:-2])
+    requirement = f"have shape [T] = [{t}] or [..., T] = {leading}"
+    fits = list(positions.shape) in ([t], leading)
+    check.require(fits, "positions", requirement, lambda: str(list(positions.shape)))
+
+
+@torch.library.register_fake("qops::rotary")
+def _(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    _check(Checker("rotary"), q, k, cos, sin, positions)
+    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    return q_out, k_out
+
+
+# Which memory overlaps, and which positions are out of range, only the kernel can see.
+@torch.library.register_fake("qops::rotary_")
+def _(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+) -> None:
+    _check(Checker("rotary_"), q, k, cos, sin, positions)
