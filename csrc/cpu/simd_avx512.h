@@ -125,6 +125,19 @@ inline I32x16 dot(I32x16 sum, B8x64 u, B8x64 s) {
 // As dot(), for callers whose u0 s0 + u1 s1 fits int16 (4-bit codes): the AVX2 level has a shorter way for it.
 inline I32x16 dot_short(I32x16 sum, B8x64 u, B8x64 s) { return dot(sum, u, s); }
 
+// Dot products of a row of x with a strip of w, 4 columns in each lane, both signed; exact modulo 2^32. The row lies in
+// kDotPlanes planes, as write_dot_row() makes them of 64 values at a time. vpdpbusd wants one unsigned operand, so the
+// products are those of x + kDotOffset.
+inline constexpr int kDotPlanes = 1;
+inline constexpr int32_t kDotOffset = 128;
+using DotRow = B8x64;
+using DotStrip = B8x64;
+inline void write_dot_row(uint8_t* planes, int64_t /*plane_bytes*/, B8x64 x) {
+  _mm512_storeu_si512(planes, flip_sign_bits(x).v);
+}
+inline DotRow load_dot_row(const uint8_t* planes, int64_t /*plane_bytes*/) { return broadcast_4_bytes(planes); }
+inline DotStrip load_dot_strip(const void* p) { return load_bytes(p); }
+
 inline int32_t sum_lanes(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
 
 inline int32_t max_lanes(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }

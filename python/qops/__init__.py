@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info
 from qops.model import load_model, quantize_model
-from qops.ops import add_rms_norm, int4_gemm, int8_weight_only_gemm, rms_norm, rotary, rotary_, silu_mul
+from qops.ops import add_rms_norm, int4_gemm, int8_gemm, int8_weight_only_gemm, rms_norm, rotary, rotary_, silu_mul
 from qops.weights import Int4Weight, Int8Weight
 
 try:
@@ -23,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "build_info",
     "int4_gemm",
+    "int8_gemm",
     "int8_weight_only_gemm",
     "load_model",
     "quantize_model",
