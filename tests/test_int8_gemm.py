@@ -39,7 +39,7 @@ def activations(m, k, seed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def by_contract(q, scale, w: qops.Int8Weight, bias=None, *, zero_point=None, out_dtype=torch.bfloat16):
-    """What the docstring promises, bit for bit: exact integers (float64 holds them), float32 steps in numpy; q [M, K]."""
+    """What the docstring promises, bit for bit: exact integers (float64 holds them), float32 steps in numpy."""
     canonical = w.canonical()
     x = q.double() if zero_point is None else q.double() - zero_point.double().reshape(-1, 1)
     exact = (x @ canonical["qweight"].double().T).long().numpy()
