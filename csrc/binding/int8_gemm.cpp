@@ -36,8 +36,9 @@ Rows per_row(const Tensor& t, const char* arg, const Tensor& q, int64_t rows) {
     return same;
   }
   const torch::headeronly::IntHeaderOnlyArrayRef leading(q.sizes().data(), static_cast<size_t>(q.dim() - 1));
-  if (t.sizes() != leading)
+  if (!t.sizes().equals(leading)) {
     check.refuse(arg, "have shape [...] = " + to_string(leading) + " or []", to_string(t.sizes()));
+  }
   return check.rows(t, arg, 0);
 }
 
@@ -117,7 +118,7 @@ void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Ten
       checked(q, scale, zero_point, packed, w_scale, bias, out_features, out.scalar_type(), "out must have dtype");
   const std::vector<int64_t> sizes = output_sizes(q, out_features);
   const torch::headeronly::IntHeaderOnlyArrayRef expected(sizes.data(), sizes.size());
-  if (out.sizes() != expected) {
+  if (!out.sizes().equals(expected)) {
     check.refuse("out", "have shape [..., N] = " + to_string(expected), to_string(out.sizes()));
   }
   check.contiguous(out, "out");
