@@ -1,4 +1,4 @@
-"""silu_mul_int8 against eager PyTorch on the same merged projection, and against this library's operators one by one."""
+"""silu_mul_int8 against eager PyTorch on the same merged projection, and against our operators one by one."""
 
 from __future__ import annotations
 

@@ -10,7 +10,10 @@
 
 namespace qops {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
+
+// Rows of w in one strip of a packed weight.
+inline constexpr int kStripRows = 16;
 
 enum class Status : int32_t {
   kOk,
@@ -161,6 +164,25 @@ struct WeightOnlyGemmParams {
   int64_t group_size;
 };
 
+// y = R(fmaf(s_x, (q - zero_point) @ w.T * s_w, bias)), or the integer product itself where dtype is kInt32.
+struct Int8GemmParams {
+  const void* q;
+  Rows q_rows;
+  const float* scale;         // s_x
+  Rows scale_rows;            // strides of 0: one scale for all rows
+  const int32_t* zero_point;  // null: 0
+  Rows zero_point_rows;
+  const void* packed;   // strips, as csrc/cpu/weight_pack.cpp makes them
+  const void* w_scale;  // s_w, [S, 16]
+  const void* bias;     // [N] or null
+  void* y;              // contiguous [rows, N]
+  DType dtype;          // of y
+  DType w_scale_dtype;
+  DType bias_dtype;
+  int64_t n;
+  int64_t k;
+};
+
 // A tensor x [..., T, heads, D] of any strides and where its rotated values go: y may be x, with the same strides.
 struct RotaryHeads {
   const void* x;
@@ -218,6 +240,7 @@ struct SiluMulInt8Params {
   X(int4_gemm, WeightOnlyGemmParams)                \
   X(int4_pack, WeightPackParams)                    \
   X(int4_unpack, WeightPackParams)                  \
+  X(int8_gemm, Int8GemmParams)                      \
   X(int8_pack, WeightPackParams)                    \
   X(int8_unpack, WeightPackParams)                  \
   X(int8_weight_only_gemm, WeightOnlyGemmParams)    \

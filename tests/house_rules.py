@@ -78,9 +78,9 @@ def machine_paths(text: str) -> list[str]:
     return [f"{n}: {line}" for n, line in matching_lines(text, pattern)]
 
 
-def too_long(text: str, limit: int = MAX_LINES) -> list[str]:
+def too_long(text: str) -> list[str]:
     lines = text.count("\n")
-    return [f"{lines} lines, at most {limit}"] if lines > limit else []
+    return [f"{lines} lines, at most {MAX_LINES}"] if lines > MAX_LINES else []
 
 
 # --- C++ layers ------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
 
+from gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
 from qops.formats.gguf import BLOCK_BYTES, GGUFFile, int4_weight, int8_weight, load_tokenizer, unpermute_rows
 from qops.weights import Int4Weight, Int8Weight
 
@@ -53,7 +53,7 @@ def test_q4_nibbles_are_halves_of_a_block():
     block = struct.pack("<e", 1.0) + codes
     canonical = int4_weight(torch.tensor(list(block), dtype=torch.uint8).repeat(8, 1), "Q4_0").canonical()
     elements = [*range(16), *range(15, -1, -1)]
-    assert canonical["qweight"][0].tolist() == [even | odd << 4 for even, odd in zip(*[iter(elements)] * 2, strict=True)]
+    assert canonical["qweight"][0].tolist() == [elements[i] | elements[i + 1] << 4 for i in range(0, 32, 2)]
 
 
 def test_numbers_keep_their_stored_precision():
@@ -120,8 +120,9 @@ def test_every_weight_of_a_file_is_exact_and_in_transformers_order(tmp_path, kin
 def test_dense_tensors_keep_their_dtype(tmp_path):
     file = llama_file(overrides={"blk.0.attn_v": "F16", "blk.0.attn_output": "BF16", "blk.0.ffn_up": "F32"})
     opened = GGUFFile(file.write(tmp_path / "m.gguf"))
-    dtypes = [opened.weight(f"model.layers.0.{m}").dtype for m in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")]
-    assert dtypes == [torch.float16, torch.bfloat16, torch.float32]
+    dtypes = {"self_attn.v_proj": torch.float16, "self_attn.o_proj": torch.bfloat16, "mlp.up_proj": torch.float32}
+    for name, dtype in dtypes.items():
+        assert opened.weight(f"model.layers.0.{name}").dtype == dtype
 
 
 def test_config(tmp_path):
@@ -199,11 +200,11 @@ def tensor(name, kind, *shape):
         (metadata(llama__block_count="two"), "key llama.block_count must be one int, got 'two'"),
         (metadata(llama__block_count=0), "key llama.block_count must be positive, got 0"),
         (metadata(llama__block_count=2**31), r"tensor blk.2.attn_norm.weight is missing"),
-        (metadata(llama__attention__head_count=[4, 4]), r"key llama.attention.head_count must be one int, got \[4, 4\]"),
+        (metadata(llama__attention__head_count=[4, 4]), r"head_count must be one int, got \[4, 4\]"),
         (metadata(llama__attention__head_count=7), "must divide one another, got 64, 7, 2"),
         (metadata(llama__attention__key_length=8), r"attn_q.weight must have shape \[32, 64\], got \[64, 64\]"),
         (metadata(llama__attention__value_length=8), "llama.attention.value_length must equal the head dimension 16"),
-        (metadata(llama__rope__dimension_count=8), "llama.rope.dimension_count must equal the head dimension 16, got 8"),
+        (metadata(llama__rope__dimension_count=8), "rope.dimension_count must equal the head dimension 16, got 8"),
         (metadata(llama__rope__freq_base=float("nan")), "key llama.rope.freq_base must be positive, got nan"),
         (metadata(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type must be 'none' or 'linear', got 'yarn'"),
         (metadata(llama__expert_count=8), "mixtures of experts are not supported"),
@@ -213,8 +214,8 @@ def tensor(name, kind, *shape):
         (drop("blk.1.ffn_up.weight"), "tensor blk.1.ffn_up.weight is missing"),
         (tensor("blk.0.attn_q.bias", "F32", 64), "tensor blk.0.attn_k.bias is missing"),
         (tensor("blk.0.attn_q_norm.weight", "F32", 16), "unknown tensors: blk.0.attn_q_norm.weight"),
-        (tensor("blk.1.attn_v.weight", "Q4_0", 64, 64), r"blk.1.attn_v.weight must have shape \[32, 64\], got \[64, 64\]"),
-        (tensor("blk.1.ffn_down.weight", "Q5_0", 64, 96), "blk.1.ffn_down.weight has type Q5_0, supported are Q4_0, Q4_1"),
+        (tensor("blk.1.attn_v.weight", "Q4_0", 64, 64), r"attn_v.weight must have shape \[32, 64\], got \[64, 64\]"),
+        (tensor("blk.1.ffn_down.weight", "Q5_0", 64, 96), "ffn_down.weight has type Q5_0, supported are Q4_0, Q4_1"),
         (tensor("output_norm.weight", "Q8_0", 64), "output_norm.weight has type Q8_0, supported are F32, F16, BF16"),
         (tensor("rope_freqs.weight", "F32", 9), r"rope_freqs.weight must have shape \[8\], got \[9\]"),
     ],
@@ -227,7 +228,7 @@ def test_unsupported_files_are_refused(tmp_path, bend, message):
 
 
 def test_truncation_anywhere_is_refused(tmp_path):
-    whole = llama_file().write(tmp_path / "whole.gguf").read_bytes()
+    whole = tokenizer_file().write(tmp_path / "whole.gguf").read_bytes()
     data_start = gguf.GGUFReader(tmp_path / "whole.gguf").data_offset
     cut = tmp_path / "cut.gguf"
     lengths = {*range(0, data_start, 37), *range(data_start, len(whole), len(whole) // 50), len(whole) - 1}
@@ -241,7 +242,7 @@ def test_truncation_anywhere_is_refused(tmp_path):
 
 
 def test_damaged_headers_never_fail_in_another_way(tmp_path):
-    whole = llama_file().write(tmp_path / "whole.gguf").read_bytes()
+    whole = tokenizer_file().write(tmp_path / "whole.gguf").read_bytes()
     header = gguf.GGUFReader(tmp_path / "whole.gguf").data_offset
     rng = np.random.default_rng(0)
     refused = 0
@@ -285,6 +286,8 @@ ARRAY, UINT8, STRING = 9, 0, 8
         # gguf alone would count through 2^62 elements of nothing.
         header(text(b"a"), struct.pack("<IIQ", ARRAY, UINT8, 2**62), keys=1),
         header(text(b"a"), struct.pack("<IIQ", ARRAY, STRING, 2**62), keys=1),
+        header(text(b"a"), struct.pack("<IIQ", ARRAY, STRING, 65), struct.pack("<Q", 2**64 - 8), keys=1),
+        header(text(b"a"), struct.pack("<IIQ", ARRAY, 77, 65), keys=1),
         header(text(b"a"), struct.pack("<I", ARRAY), struct.pack("<IQ", ARRAY, 1) * 5000, keys=1),
         header(text(b"a"), struct.pack("<IB", UINT8, 1), text(b"a"), struct.pack("<IB", UINT8, 1), keys=2),
         # 2^32 x 2^32 elements are 0 modulo 2^64.
@@ -294,7 +297,7 @@ ARRAY, UINT8, STRING = 9, 0, 8
         header(text(b"t"), struct.pack("<IQIQ", 1, 33, 2, 0), tensors=1),
         header(*[text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 0)] * 2, tensors=2),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_hostile_containers_are_refused(tmp_path, content):
     (tmp_path / "hostile.gguf").write_bytes(content)
@@ -323,22 +326,42 @@ def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):
         GGUFFile(path)
 
 
-def test_tokenizer_with_chat_template(tmp_path):
+TOKENS = ["<pad>", "<s>", "</s>", *"abcdefgh", "ab", "abc", *(f"filler{i}" for i in range(100))]
+
+
+def tokenizer_file():
     file = llama_file()
-    tokens = ["<pad>", "<s>", "</s>", *"abcdefgh", "ab", "abc"]
     file.metadata |= {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3, 3, *[1] * (len(tokens) - 3)],
+        "tokenizer.ggml.tokens": TOKENS,
+        "tokenizer.ggml.token_type": [3, 3, 3, *[1] * (len(TOKENS) - 3)],
         "tokenizer.ggml.merges": ["a b", "ab c"],
         "tokenizer.chat_template": "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}",
     }
-    tokenizer = load_tokenizer(file.write(tmp_path / "m.gguf"))
+    return file
+
+
+def test_tokenizer_with_chat_template(tmp_path):
+    tokenizer = load_tokenizer(tokenizer_file().write(tmp_path / "m.gguf"))
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "abcah"}], tokenize=False)
     assert chat == "<s>abcah</s>"
     ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    assert [tokens[i] for i in ids] == ["<s>", "abc", "a", "h", "</s>"]
-    assert tokenizer.eos_token_id == 2
+    assert [TOKENS[i] for i in ids] == ["<s>", "abc", "a", "h", "</s>"]
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert special == (1, 2, 0)
+
+
+def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path):
+    file = tokenizer_file()
+    file.metadata["tokenizer.ggml.padding_token_id"] = 999
+    # By Transformers or here, by its release.
+    with pytest.raises(ValueError, match=r"m\.gguf: (Transformers finds no tokenizer|.* must be the id of a token)"):
+        load_tokenizer(file.write(tmp_path / "m.gguf"))
+
+
+def test_a_file_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"m\.gguf: Transformers finds no tokenizer in it"):
+        load_tokenizer(llama_file().write(tmp_path / "m.gguf"))
 
 
 def test_the_producers_fixture_is_exact():

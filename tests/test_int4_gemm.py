@@ -19,7 +19,7 @@ from qops.testing import (
 )
 from weight_only_oracle import blocks_of, gemm_row
 
-# (N, K, group size): strips that are and are not full, 1 to 5 strips, groups of one to many blocks, K odd multiples of 8.
+# (N, K, group size): full strips and others, 1 to 5 strips, groups of one to many blocks, K odd multiples of 8.
 SHAPES = (
     (8, 16, 16),
     (16, 64, 32),
@@ -243,10 +243,22 @@ ERRORS = {
     "x columns": ({"x": torch.zeros(2, 72)}, ValueError, "x must have last dimension K = 64, got 72"),
     "x stride": ({"x": torch.zeros(64, 2).t()}, ValueError, "x must have stride 1 in its last dimension, got 2"),
     "packed dtype": ({"packed": torch.zeros(2, 512)}, RuntimeError, "packed must have dtype uint8, got float32"),
-    "packed rank": ({"packed": torch.zeros(2, 8, 64, dtype=torch.uint8)}, ValueError, "packed must have 2 dim.*, got 3"),
-    "packed width": ({"packed": torch.zeros(2, 500, dtype=torch.uint8)}, ValueError, "packed must hold a mult.*got 500"),
+    "packed rank": (
+        {"packed": torch.zeros(2, 8, 64, dtype=torch.uint8)},
+        ValueError,
+        "packed must have 2 dim.*, got 3",
+    ),
+    "packed width": (
+        {"packed": torch.zeros(2, 500, dtype=torch.uint8)},
+        ValueError,
+        "packed must hold a mult.*got 500",
+    ),
     "packed strips": ({"out_features": 40}, ValueError, r"packed must have shape \[S, K-strip\] = \[3, 512\], got"),
-    "scales": ({"scales": torch.zeros(2, 2, 8)}, ValueError, r"scales must have shape .* = \[2, 2, 16\], got \[2, 2, 8\]"),
+    "scales": (
+        {"scales": torch.zeros(2, 2, 8)},
+        ValueError,
+        r"scales must have shape .* = \[2, 2, 16\], got \[2, 2, 8\]",
+    ),
     "scales dtype": ({"scales": torch.zeros(2, 2, 16).double()}, RuntimeError, "scales must have dtype .* got float64"),
     "out_features": ({"out_features": 25}, ValueError, "out_features must be a multiple of 8, got 25"),
     "negative": ({"out_features": -8}, ValueError, "out_features must be a multiple of 8, got -8"),
@@ -256,7 +268,11 @@ ERRORS = {
     "zeros missing": ({"zeros": None}, ValueError, "zeros must be given for this kind, got None"),
     "zeros extra": ({"kind": 0}, ValueError, "zeros must be None for kind 0, got a tensor"),
     "zeros dtype": ({"kind": 2}, RuntimeError, "zeros must have dtype float32, got uint8"),
-    "perm": ({"perm": torch.zeros(63, dtype=torch.int32)}, ValueError, r"perm must have shape \[K\] = \[64\], got \[63\]"),
+    "perm": (
+        {"perm": torch.zeros(63, dtype=torch.int32)},
+        ValueError,
+        r"perm must have shape \[K\] = \[64\], got \[63\]",
+    ),
     "perm dtype": ({"perm": torch.zeros(64)}, RuntimeError, "perm must have dtype int32, got float32"),
     "bias": ({"bias": torch.zeros(32)}, ValueError, r"bias must have shape \[N\] = \[24\], got \[32\]"),
     "bias dtype": ({"bias": torch.zeros(24).long()}, RuntimeError, "bias must have dtype float32, .* got int64"),
@@ -284,9 +300,9 @@ def test_perm_out_of_range(bad):
 
 def test_grad_is_refused():
     w = make_weight(16, 32, 32, "symmetric", 0)
-    with torch.inference_mode(False), torch.enable_grad():
-        with pytest.raises(RuntimeError, match=r"qops\.int4_gemm: an input requires grad"):
-            qops.int4_gemm(torch.ones(1, 32, requires_grad=True), w)
+    refused = pytest.raises(RuntimeError, match=r"qops\.int4_gemm: an input requires grad")
+    with torch.inference_mode(False), torch.enable_grad(), refused:
+        qops.int4_gemm(torch.ones(1, 32, requires_grad=True), w)
 
 
 def test_unpacked_weight_is_refused():

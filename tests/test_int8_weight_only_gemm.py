@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from weight_only_oracle import blocks_of, gemm_row
 
 import qops
 from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm_ref
 from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise, generator, random_activations, strided_rows
+from weight_only_oracle import blocks_of, gemm_row
 
 SHAPES = ((8, 32, 32), (24, 96, 32), (16, 1032, 1032), (72, 576, 32), (40, 272, 272), (8, 8, 8), (32, 768, 256))
 
@@ -147,9 +147,9 @@ def test_errors_are_the_same_with_fake_tensors(case):
 
 def test_grad_is_refused():
     w = make_weight(16, 32, 32, 0)
-    with torch.inference_mode(False), torch.enable_grad():
-        with pytest.raises(RuntimeError, match=r"qops\.int8_weight_only_gemm: an input requires grad"):
-            qops.int8_weight_only_gemm(torch.ones(1, 32, requires_grad=True), w)
+    refused = pytest.raises(RuntimeError, match=r"qops\.int8_weight_only_gemm: an input requires grad")
+    with torch.inference_mode(False), torch.enable_grad(), refused:
+        qops.int8_weight_only_gemm(torch.ones(1, 32, requires_grad=True), w)
 
 
 def test_opcheck():

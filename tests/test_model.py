@@ -7,12 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from gguf_files import VOCAB, llama_file
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, StaticCache
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
 
-import qops
+from gguf_files import VOCAB, llama_file
 from qops.llama import DecoderLayer
 from qops.model import dense_model, load_model, quantize_model, save_model
 from qops.nn import Int4Linear, Int8Embedding, Int8WeightOnlyLinear
@@ -68,14 +67,18 @@ def random_ids(batch: int, tokens: int, seed: int = 7) -> torch.Tensor:
     return torch.randint(3, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def assert_same_model(ours: LlamaForCausalLM, dtype: torch.dtype, **inputs) -> None:
-    """Logits of `ours` are as close to the float64 dense model as twice the dense model's of the same dtype."""
+def assert_same_model(ours: LlamaForCausalLM, dtype: torch.dtype, where=..., **inputs) -> None:
+    """Logits of `ours` are close to the float64 model of the same weights, and of their dtype.
+
+    At most 2e-5 of the largest logit away in float32, otherwise at most twice as far as Transformers' own model.
+    """
     exact = dense_model(ours, torch.float32).double()
-    exact.model.rotary_emb.double()
-    baseline = dense_model(ours, dtype)
-    got, want, usual = (model(**inputs).logits for model in (ours, exact, baseline))
-    assert got.dtype == dtype
-    assert_accurate(got, want, usual)
+    got, want, usual = (model(**inputs).logits[where] for model in (ours, exact, dense_model(ours, dtype)))
+    assert got.dtype == (dtype if isinstance(ours.lm_head, nn.Linear) else torch.float32)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got.double(), want, atol=2e-5 * want.abs().max().item(), rtol=0)
+    else:
+        assert_accurate(got, want, usual)
 
 
 # GGUF ----------------------------------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ def test_gguf_models_match_a_model_that_never_saw_the_file(mix, tmp_path):
     )
     theirs.load_state_dict(state | {"lm_head.weight": state.get("lm_head.weight", state["model.embed_tokens.weight"])})
     ids = random_ids(2, 9)
-    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
     dense = dense_model(ours, torch.float32).state_dict()
     for name, tensor in theirs.state_dict().items():
         assert_bitwise(dense[name], tensor, name)
@@ -305,13 +308,8 @@ def test_padded_batches_match_the_dense_model(dtype):
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    model = quantised().to(dtype)
     inputs = {"input_ids": random_ids(2, 9), "attention_mask": mask, "position_ids": positions}
-    exact, usual = dense_model(model, torch.float32).double(), dense_model(model, dtype)
-    exact.model.rotary_emb.double()
-    got, want, baseline = (m(**inputs).logits for m in (model, exact, usual))
-    real = mask.bool()
-    assert_accurate(got[real], want[real], baseline[real])
+    assert_same_model(quantised().to(dtype), dtype, where=mask.bool(), **inputs)
 
 
 def test_beam_search_matches_the_dense_model():
@@ -482,12 +480,12 @@ SCALES = "model.layers.1.mlp.up_proj.weight.scales"
         (lambda f: edit_config(f, lambda c: c.pop("quantization_config")), "must be a llama model saved by qops"),
         (lambda f: edit_config(f, lambda c: c.update(model_type="gemma")), "got model_type 'gemma'"),
         (lambda f: edit_config(f, lambda c: c["quantization_config"].update(format_version=9)), "must be 1, got 9"),
-        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(weights=3)), "weights must map names to kinds"),
+        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(weights=3)), "weights must map names"),
         (
             lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-15]: "int3"})),
             "up_proj.weight has unknown kind 'int3'",
         ),
-        (lambda f: edit_config(f, lambda c: c.update(intermediate_size=64)), r"must have shape \[64, 64\], got \[96, 64\]"),
+        (lambda f: edit_config(f, lambda c: c.update(intermediate_size=64)), r"shape \[64, 64\], got \[96, 64\]"),
         (lambda f: edit_tensors(f, lambda t: t.pop(QWEIGHT)), f"tensor {QWEIGHT} is missing"),
         (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), "tensor model.norm.weight is missing"),
         (lambda f: edit_tensors(f, lambda t: t.update({SCALES: t[SCALES] * float("nan")})), "up_proj.weight: .*NaN"),
@@ -500,7 +498,7 @@ def test_spoilt_folders_are_refused(tmp_path, spoil, message):
     spoil(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
         load_model(tmp_path)
-    assert str(tmp_path) in str(caught.value) or "must have shape" in message
+    assert str(tmp_path) in str(caught.value) or "shape" in message
 
 
 def test_wrong_arguments(tmp_path):
@@ -510,7 +508,7 @@ def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
         load_model(path, torch.float64)
     for call in (dense_model, lambda model: save_model(model, tmp_path / "out")):
-        with pytest.raises(ValueError, match="must come from qops.load_model or qops.quantize_model"):
+        with pytest.raises(ValueError, match=r"must come from qops\.load_model or qops\.quantize_model"):
             call(random_llama())
     assert not (tmp_path / "out").exists()
 

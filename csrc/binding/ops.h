@@ -11,6 +11,10 @@ namespace qops::binding {
 Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
                  std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
                  int64_t kind, bool batch_invariant);
+Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
+                 const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype);
+void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
+                   const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out);
 Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                              int64_t out_features, int64_t group_size);
 

@@ -10,6 +10,12 @@ STABLE_TORCH_LIBRARY(qops, m) {
       "int group_size, int kind, bool batch_invariant=False) -> Tensor");
   m.def("int4_pack(Tensor qweight) -> Tensor");
   m.def("int4_unpack(Tensor packed, int out_features) -> Tensor");
+  m.def(
+      "int8_gemm(Tensor q, Tensor scale, Tensor? zero_point, Tensor packed, Tensor w_scale, Tensor? bias, "
+      "int out_features, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "int8_gemm.out(Tensor q, Tensor scale, Tensor? zero_point, Tensor packed, Tensor w_scale, Tensor? bias, "
+      "int out_features, *, Tensor(a!) out) -> ()");
   m.def("int8_pack(Tensor qweight) -> Tensor");
   m.def("int8_unpack(Tensor packed, int out_features) -> Tensor");
   m.def(
@@ -59,6 +65,8 @@ STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
   m.impl("int4_gemm", TORCH_BOX(&qops::binding::int4_gemm));
   m.impl("int4_pack", TORCH_BOX(&qops::binding::int4_pack));
   m.impl("int4_unpack", TORCH_BOX(&qops::binding::int4_unpack));
+  m.impl("int8_gemm", TORCH_BOX(&qops::binding::int8_gemm));
+  m.impl("int8_gemm.out", TORCH_BOX(&qops::binding::int8_gemm_out));
   m.impl("int8_pack", TORCH_BOX(&qops::binding::int8_pack));
   m.impl("int8_unpack", TORCH_BOX(&qops::binding::int8_unpack));
   m.impl("int8_weight_only_gemm", TORCH_BOX(&qops::binding::int8_weight_only_gemm));

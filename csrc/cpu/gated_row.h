@@ -7,14 +7,20 @@
 namespace qops::cpu::QOPS_ISA_NS {
 
 template <class T, bool kRoundBeforeUp>
+QOPS_ALWAYS_INLINE F32x16 gated(F32x16 gate, F32x16 up) {
+  const F32x16 activation = silu(gate);
+  return (kRoundBeforeUp ? round_to<T>(activation) : activation) * up;
+}
+
+template <class T, bool kRoundBeforeUp>
 inline void gated_row(const T* gate, const T* up, T* y, int64_t columns) {
-  const auto gated = [](F32x16 g, F32x16 u) {
-    const F32x16 activation = silu(g);
-    return (kRoundBeforeUp ? round_to<T>(activation) : activation) * u;
-  };
   int64_t i = 0;
-  for (; i + kLanes <= columns; i += kLanes) store(y + i, gated(load(gate + i), load(up + i)));
-  if (i < columns) store_n(y + i, gated(load_n(gate + i, columns - i), load_n(up + i, columns - i)), columns - i);
+  for (; i + kLanes <= columns; i += kLanes) {
+    store(y + i, gated<T, kRoundBeforeUp>(load(gate + i), load(up + i)));
+  }
+  if (const int64_t n = columns - i; n > 0) {
+    store_n(y + i, gated<T, kRoundBeforeUp>(load_n(gate + i, n), load_n(up + i, n)), n);
+  }
 }
 
 template <class T>

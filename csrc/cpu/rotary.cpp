@@ -18,21 +18,30 @@ struct Angles {
   float sin[2 * kBlockPairs];
 };
 
-// Up to 16 elements that lie `stride` apart; the rest is zero.
+// n < 16 elements, or elements that do not lie side by side; the rest of the vector is zero.
 template <class T>
-F32x16 load_strided(const T* p, int64_t stride, int64_t n) {
-  if (stride == 1) return load_n(p, n);
+F32x16 gather(const T* p, int64_t stride, int64_t n) {
   T buffer[kLanes] = {};
   for (int i = 0; i < kLanes && i < n; ++i) buffer[i] = p[i * stride];
   return load(buffer);
 }
 
 template <class T>
-void store_strided(T* p, F32x16 v, int64_t stride, int64_t n) {
-  if (stride == 1) return store_n(p, v, n);
+void scatter(T* p, const F32x16& v, int64_t stride, int64_t n) {
   T buffer[kLanes];
   store(buffer, v);
   for (int i = 0; i < kLanes && i < n; ++i) p[i * stride] = buffer[i];
+}
+
+// Up to 16 of n elements that lie `stride` apart. Inlined, for what is not dense is rare and the call costs more.
+template <class T>
+QOPS_ALWAYS_INLINE F32x16 load_strided(const T* p, int64_t stride, int64_t n) {
+  return stride == 1 && n >= kLanes ? load(p) : gather(p, stride, n);
+}
+
+template <class T>
+QOPS_ALWAYS_INLINE void store_strided(T* p, const F32x16& v, int64_t stride, int64_t n) {
+  stride == 1 && n >= kLanes ? store(p, v) : scatter(p, v, stride, n);
 }
 
 int64_t position_of(const RotaryParams& p, int64_t token) {

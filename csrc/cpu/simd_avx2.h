@@ -91,18 +91,24 @@ inline F32x16 widen_bfloat16(U16x16 b) {
   const auto widen = [](__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); };
   return {widen(half_of(b, 0)), widen(half_of(b, 1))};
 }
-inline U16x16 narrow_bfloat16(F32x16 a) {
-  const auto narrow = [](__m256 x) {
+// R() of bfloat16, left in float32. By integers, for no instruction of this level knows the type.
+inline F32x16 round_bfloat16(F32x16 a) {
+  const auto round = [](__m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fff), nan);
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 rounded = _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(-0x10000)));
+    const __m256 quiet_nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fff0000));
+    return _mm256_blendv_ps(rounded, quiet_nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   };
+  return {round(a.lo), round(a.hi)};
+}
+inline U16x16 narrow_bfloat16(F32x16 a) {
+  const F32x16 rounded = round_bfloat16(a);
+  const __m256i lo = _mm256_srli_epi32(_mm256_castps_si256(rounded.lo), 16);
+  const __m256i hi = _mm256_srli_epi32(_mm256_castps_si256(rounded.hi), 16);
   // packus works within 128-bit halves: [lo0 hi0 lo1 hi1] is put right by the permutation.
-  const __m256i packed = _mm256_packus_epi32(narrow(a.lo), narrow(a.hi));
-  return {_mm256_permute4x64_epi64(packed, 0xd8)};
+  return {_mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8)};
 }
 
 inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -186,6 +192,45 @@ inline I32x16 dot_short(I32x16 sum, B8x64 u, B8x64 s) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
   };
   return {half(sum.lo, u.lo, s.lo), half(sum.hi, u.hi, s.hi)};
+}
+
+// Dot products of a row of x with a strip of w, 4 columns in each lane, both signed; exact modulo 2^32. The row lies in
+// kDotPlanes planes, as write_dot_row() makes them of 64 values at a time: columns 0 2 4 ... and 1 3 5 ... as int16, so
+// that x is widened once a call and w once a tile, not both at every product.
+inline constexpr int kDotPlanes = 2;
+inline constexpr int32_t kDotOffset = 0;
+struct DotRow {
+  __m256i even, odd;
+};
+struct DotStrip {
+  __m256i lo_even, lo_odd, hi_even, hi_odd;
+};
+inline __m256i even_bytes(__m256i b) { return _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8); }
+inline __m256i odd_bytes(__m256i b) { return _mm256_srai_epi16(b, 8); }
+inline void write_dot_row(uint8_t* planes, int64_t plane_bytes, B8x64 x) {
+  const auto store = [](uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); };
+  store(planes, even_bytes(x.lo));
+  store(planes + 32, even_bytes(x.hi));
+  store(planes + plane_bytes, odd_bytes(x.lo));
+  store(planes + plane_bytes + 32, odd_bytes(x.hi));
+}
+inline DotRow load_dot_row(const uint8_t* planes, int64_t plane_bytes) {
+  const auto broadcast = [](const uint8_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    return _mm256_set1_epi32(pair);
+  };
+  return {broadcast(planes), broadcast(planes + plane_bytes)};
+}
+inline DotStrip load_dot_strip(const void* p) {
+  const B8x64 b = load_bytes(p);
+  return {even_bytes(b.lo), odd_bytes(b.lo), even_bytes(b.hi), odd_bytes(b.hi)};
+}
+inline I32x16 dot(I32x16 sum, const DotRow& x, const DotStrip& w) {
+  const auto half = [&](__m256i acc, __m256i even, __m256i odd) {
+    return _mm256_add_epi32(_mm256_add_epi32(acc, _mm256_madd_epi16(x.even, even)), _mm256_madd_epi16(x.odd, odd));
+  };
+  return {half(sum.lo, w.lo_even, w.lo_odd), half(sum.hi, w.hi_even, w.hi_odd)};
 }
 
 inline int32_t sum_lanes(I32x16 a) {

@@ -67,14 +67,24 @@ inline U16x16 narrow_half(F32x16 a) { return {_mm512_cvtps_ph(a.v, _MM_FROUND_TO
 inline F32x16 widen_bfloat16(U16x16 b) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b.v), 16))};
 }
-// Integer rounding: vcvtneps2bf16 would flush subnormals, which the contracts forbid.
-inline U16x16 narrow_bfloat16(F32x16 a) {
+// R() of bfloat16, left in float32. By integers: a conversion and back costs more.
+inline F32x16 round_bfloat16(F32x16 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return {_mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fff)))};
+  const __m512i half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i sum = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_and_si512(sum, _mm512_set1_epi32(-0x10000));
+  return {_mm512_castsi512_ps(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fff0000)))};
+}
+// vcvtneps2bf16 takes subnormals for zero, which the contracts forbid, so vectors with one are rounded by integers.
+inline U16x16 narrow_bfloat16(F32x16 a) {
+  constexpr int kSubnormal = 0x20;
+  if (_mm512_fpclass_ps_mask(a.v, kSubnormal) != 0) [[unlikely]] {
+    const __m512i rounded = _mm512_castps_si512(round_bfloat16(a).v);
+    return {_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16))};
+  }
+  return bit_cast<U16x16>(_mm512_cvtneps_pbh(a.v));
 }
 
 inline F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -120,6 +130,19 @@ inline I32x16 dot(I32x16 sum, B8x64 u, B8x64 s) {
 }
 // As dot(), for callers whose u0 s0 + u1 s1 fits int16 (4-bit codes): the AVX2 level has a shorter way for it.
 inline I32x16 dot_short(I32x16 sum, B8x64 u, B8x64 s) { return dot(sum, u, s); }
+
+// Dot products of a row of x with a strip of w, 4 columns in each lane, both signed; exact modulo 2^32. The row lies in
+// kDotPlanes planes, as write_dot_row() makes them of 64 values at a time. vpdpbusd wants one unsigned operand, so the
+// products are those of x + kDotOffset.
+inline constexpr int kDotPlanes = 1;
+inline constexpr int32_t kDotOffset = 128;
+using DotRow = B8x64;
+using DotStrip = B8x64;
+inline void write_dot_row(uint8_t* planes, int64_t /*plane_bytes*/, B8x64 x) {
+  _mm512_storeu_si512(planes, flip_sign_bits(x).v);
+}
+inline DotRow load_dot_row(const uint8_t* planes, int64_t /*plane_bytes*/) { return broadcast_4_bytes(planes); }
+inline DotStrip load_dot_strip(const void* p) { return load_bytes(p); }
 
 inline int32_t sum_lanes(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
 

@@ -4,10 +4,12 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info
+from qops.model import load_model, quantize_model
 from qops.ops import (
     add_rms_norm,
     add_rms_norm_int8,
     int4_gemm,
+    int8_gemm,
     int8_weight_only_gemm,
     quantize_int8,
     quantize_int8_asym,
@@ -37,10 +39,13 @@ __all__ = [
     "add_rms_norm_int8",
     "build_info",
     "int4_gemm",
+    "int8_gemm",
     "int8_weight_only_gemm",
+    "load_model",
     "quantize_int8",
     "quantize_int8_asym",
     "quantize_int8_static",
+    "quantize_model",
     "rms_norm",
     "rms_norm_int8",
     "rotary",

@@ -261,9 +261,13 @@ class QuantizedWeight(nn.Module):
         self._hold(self._packed_from(tensors) if repack else tensors)
         return self
 
+    def _state_key(self, name: str) -> str:
+        """Key of a canonical tensor in a state_dict. Tensors of different meaning must not share one."""
+        return name
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for key, tensor in self.canonical().items():
-            destination[prefix + key] = tensor
+            destination[prefix + self._state_key(key)] = tensor
         destination[prefix + "format_version"] = torch.tensor(self.FORMAT_VERSION, device="cpu")
 
     @torch.no_grad()
@@ -282,22 +286,22 @@ class QuantizedWeight(nn.Module):
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         spec = self._canonical_spec()
         found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        missing = [key for key in (*spec, "format_version") if key not in found]
-        unexpected = [key for key in found if key not in spec and key != "format_version"]
+        wanted = [*map(self._state_key, spec), "format_version"]
+        missing = [key for key in wanted if key not in found]
+        unexpected = [key for key in found if key not in wanted]
         if strict:
             missing_keys += [prefix + key for key in missing]
             unexpected_keys += [prefix + key for key in unexpected]
         if len(missing) == len(spec) + 1:
             return
         try:
-            structure = {"qweight", "scales", "zeros", "perm"}.intersection(unexpected)
+            structure = {"qweight", "scales", "zeros", "offsets", "perm"}.intersection(unexpected)
             if missing or structure:
                 raise ValueError(
-                    f"{self._name()}: this weight ({self.extra_repr()}) needs {[*spec, 'format_version']}, "
-                    f"the state has {sorted(found)}"
+                    f"{self._name()}: this weight ({self.extra_repr()}) needs {wanted}, the state has {sorted(found)}"
                 )
             _check_version(self, int(found["format_version"]))
-            tensors = {key: found[key].detach() for key in spec}
+            tensors = {key: found[self._state_key(key)].detach() for key in spec}
             if not local_metadata.get("assign_to_params_buffers", False):
                 if self.device.type == "meta":
                     raise RuntimeError(f"{self._name()}: a weight on the meta device loads with assign=True only")

@@ -11,7 +11,7 @@ This module imports Transformers; `qops.nn` holds the parts that do not need it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,35 +28,55 @@ from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm
 from qops.ops import rotary_
 
 Hidden = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-Rotation = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+# A module for each name below a layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
+Part = Callable[[str], Any]
+
+
+class Shared(NamedTuple):
+    """What all layers of one forward share, found once: reading a Transformers config takes 1 us, times 30 layers.
+
+    Attributes:
+        cos, sin: float32 [rows, D/2].
+        positions: [B, T], the row of each token; None where row t belongs to token t of every sequence.
+        attention: name of the attention implementation.
+        sums: whether layers hand on sums, because hidden states are recorded.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor | None
+    attention: str
+    sums: bool
 
 
 class RotaryTables(nn.Module):
     """Transformers' rotary embedding, which computes every RoPE scaling, in the form that `qops.rotary` takes.
 
-    Returns (cos, sin, positions) once per forward: float32 [rows, D/2] without Transformers' duplicated half and
-    without its rounding to the model's dtype. One row per token; with different positions in the batch, one row per
-    (batch, token) and positions [B, T] that index them.
+    The tables are float32 without Transformers' duplicated half and without its rounding to the model's dtype. They
+    have one row per token or, with different positions in the batch, one per (batch, token).
     """
 
-    def __init__(self, rotary: nn.Module):
+    def __init__(self, rotary: nn.Module, config: LlamaConfig):
         super().__init__()
         self.rotary = rotary
+        self.config = config
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Rotation:
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Shared:
         # The argument tells Transformers' module nothing but device and dtype.
         cos, sin = self.rotary(x.new_empty(0, dtype=torch.float32), position_ids)
         half = cos.shape[-1] // 2
         cos, sin = cos[..., :half].reshape(-1, half), sin[..., :half].reshape(-1, half)
-        if position_ids.shape[0] == 1:
-            return cos, sin, None
-        return cos, sin, torch.arange(position_ids.numel(), device=x.device).view(position_ids.shape)
+        positions = None
+        if position_ids.shape[0] > 1:
+            positions = torch.arange(position_ids.numel(), device=x.device).view(position_ids.shape)
+        config: Any = self.config
+        return Shared(cos, sin, positions, config._attn_implementation, config.output_hidden_states)
 
 
 class Attention(MergingModule, LlamaAttention):
     """Attention with q, k and v as one GEMM and rotary in place on its output [B, T, H, D]."""
 
-    def __init__(self, config: LlamaConfig, layer_idx: int, part: Callable[[str], nn.Module]):
+    def __init__(self, config: LlamaConfig, layer_idx: int, part: Part):
         nn.Module.__init__(self)
         assert config.head_dim is not None and config.num_key_value_heads is not None
         self.config = config
@@ -74,13 +94,13 @@ class Attention(MergingModule, LlamaAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: Rotation | None = None,
+        position_embeddings: Shared | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert position_embeddings is not None
-        cos, sin, positions = position_embeddings
+        cos, sin, positions, implementation, _ = position_embeddings
         batch, tokens, _ = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch, tokens, -1, self.head_dim)
         query, key, value = qkv.split([self.heads, self.key_value_heads, self.key_value_heads], dim=2)
@@ -88,8 +108,6 @@ class Attention(MergingModule, LlamaAttention):
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-
-        implementation = self.config._attn_implementation
         if tokens == 1 and implementation == "sdpa" and (attention_mask is None or attention_mask.shape[1] == 1):
             # The query heads of one key/value head take the place of tokens, so keys and values are never expanded:
             # 12 us against 42 us (expanded) and 17 us (enable_gqa) at 9/3 heads, 64 positions, bf16, 2 cores.
@@ -110,12 +128,14 @@ class DecoderLayer(LlamaDecoderLayer):
     Args:
         config: the model's.
         layer_idx: the layer's place, which addresses its key/value cache.
-        part: module for each name below the layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
+        part: gives the layer's linears and norms.
     """
 
-    def __init__(self, config: LlamaConfig, layer_idx: int, part: Callable[[str], nn.Module]):
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+
+    def __init__(self, config: LlamaConfig, layer_idx: int, part: Part):
         nn.Module.__init__(self)
-        self.config = config
         self.hidden_size = config.hidden_size
         self.self_attn = Attention(config, layer_idx, part)
         self.mlp = MLP(part("mlp.gate_proj"), part("mlp.up_proj"), part("mlp.down_proj"))
@@ -129,9 +149,10 @@ class DecoderLayer(LlamaDecoderLayer):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = False,
-        position_embeddings: Rotation | None = None,
+        position_embeddings: Shared | None = None,
         **kwargs: Any,
     ) -> Hidden:
+        assert position_embeddings is not None
         if isinstance(hidden_states, tuple):
             x, residual = self.input_layernorm.add(*hidden_states)
         else:
@@ -141,7 +162,7 @@ class DecoderLayer(LlamaDecoderLayer):
         )
         x, residual = self.post_attention_layernorm.add(x, residual)
         x = self.mlp(x)
-        if kwargs.get("output_hidden_states", self.config.output_hidden_states):
+        if kwargs.get("output_hidden_states", position_embeddings.sums):
             return residual + x
         return x, residual
 

@@ -62,7 +62,9 @@ def load_model(
         device: where the model goes.
 
     Returns:
-        A Transformers `LlamaForCausalLM` in eval mode, frozen; `generate` works as usual.
+        A Transformers `LlamaForCausalLM` in eval mode, frozen; `generate` works as usual. With a quantised output layer
+        its logits are float32: logits near 25 are 0.125 apart in bfloat16, so rounding them makes ties that greedy
+        search then decides by their index.
 
     Raises:
         ImportError: Transformers >= 5.17, < 6 (or, for GGUF, the gguf package) is missing.
@@ -154,14 +156,14 @@ def quantize_model(
     if scheme != "int4":
         raise ValueError(f"qops.quantize_model: scheme must be 'int4', got '{scheme}'")
     _require_llama(model, "qops.quantize_model")
-    decoder = model.model
+    decoder: Any = model.model
 
     def skipped(name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, p) or name.rpartition(".")[2] == p for p in skip)
 
-    def replace(name: str, module: nn.Module) -> nn.Module:
+    def replace(name: str, module: Any) -> nn.Module:
         if not isinstance(module, nn.Linear):
-            return RMSNorm(module.weight, module.variance_epsilon)  # pyright: ignore[reportArgumentType]
+            return RMSNorm(module.weight, module.variance_epsilon)
         if skipped(name):
             return module
         return Int4Linear.from_linear(module, group_size, symmetric)
@@ -172,13 +174,14 @@ def quantize_model(
     for index, layer in enumerate(decoder.layers):
         part = _replacing(f"model.layers.{index}", layer, replace)
         decoder.layers[index] = DecoderLayer(model.config, index, part)
-    decoder.norm = FinalNorm(decoder.norm.weight, decoder.norm.variance_epsilon)  # pyright: ignore
-    decoder.rotary_emb = RotaryTables(decoder.rotary_emb)  # pyright: ignore[reportAttributeAccessIssue]
+    decoder.norm = FinalNorm(decoder.norm.weight, decoder.norm.variance_epsilon)
+    decoder.rotary_emb = RotaryTables(decoder.rotary_emb, model.config)
     if not skipped("lm_head"):
-        model.lm_head = Int4Linear.from_linear(model.lm_head, group_size, symmetric)  # pyright: ignore
+        causal: Any = model
+        causal.lm_head = Int4Linear.from_linear(model.lm_head, group_size, symmetric, float32_output=True)
         model.config.tie_word_embeddings = False
     # Transformers hooks layers when hidden states are first asked for; the new ones have no hooks yet.
-    decoder._output_capturing_hooks_installed = False  # pyright: ignore[reportAttributeAccessIssue]
+    decoder._output_capturing_hooks_installed = False
     return _freeze(model)
 
 
@@ -187,7 +190,7 @@ def dense_model(model: LlamaForCausalLM, dtype: torch.dtype = torch.bfloat16) ->
 
     Args:
         model: made by `load_model` or `quantize_model`; it stays as it is.
-        dtype: of weights and activations; float32 holds every weight to its last bit.
+        dtype: of weights and activations; each exact weight is rounded to float32, then to `dtype`.
     """
     _require_replaced(model, "qops.dense_model")
     state: dict[str, torch.Tensor] = {}
@@ -205,7 +208,7 @@ def dense_model(model: LlamaForCausalLM, dtype: torch.dtype = torch.bfloat16) ->
     if model.config.tie_word_embeddings:
         dense.lm_head.weight = dense.model.embed_tokens.weight
     # The instance in use, not a new one from the config: it may carry its owner's frequencies.
-    dense.model.rotary_emb = copy.deepcopy(model.model.rotary_emb.rotary)  # pyright: ignore
+    dense.model.rotary_emb = copy.deepcopy(model.model.rotary_emb.rotary)
     dense.generation_config = copy.deepcopy(model.generation_config)
     return _freeze(dense)
 
@@ -216,26 +219,30 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.devic
     from qops.llama import DecoderLayer, FinalNorm, RotaryTables
 
     model = _skeleton(checkpoint.config, dtype)
-    config, decoder = model.config, model.model
+    config = model.config
+    decoder: Any = model.model
 
-    def fetch(name: str, module: nn.Module) -> Weight:
+    def fetch(name: str, module: Any) -> Weight:
         weight = checkpoint.weight(name)
-        dense = isinstance(weight, torch.Tensor)
-        found = list(weight.shape) if dense else [weight.out_features, weight.in_features]
-        wanted = list(module.weight.shape)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if isinstance(weight, torch.Tensor):
+            weight = weight.to(dtype)
+            found = list(weight.shape)
+        else:
+            found = [weight.out_features, weight.in_features]
+        wanted = list(module.weight.shape)
         if found != wanted:
             raise ValueError(f"{name}.weight must have shape {wanted}, got {found}")
-        return weight.to(dtype) if dense else weight
+        return weight
 
-    def linear(weight: Weight, bias: torch.Tensor | None) -> nn.Module:
+    def linear(weight: Weight, bias: torch.Tensor | None = None, *, logits: bool = False) -> nn.Module:
         bias = None if bias is None else bias.to(dtype)
         if isinstance(weight, Int4Weight):
-            return Int4Linear(weight, bias)
+            return Int4Linear(weight, bias, float32_output=logits)
         if isinstance(weight, Int8Weight):
-            return Int8WeightOnlyLinear(weight, bias)
+            return Int8WeightOnlyLinear(weight, bias, float32_output=logits)
         return dense_linear(weight, bias)
 
-    def replace(name: str, module: nn.Module) -> nn.Module:
+    def replace(name: str, module: Any) -> nn.Module:
         weight = fetch(name, module)
         if isinstance(module, nn.Linear):
             return linear(weight, checkpoint.bias(name))
@@ -244,7 +251,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.devic
 
     table = fetch("model.embed_tokens", decoder.embed_tokens)
     if isinstance(table, Int8Weight):
-        decoder.embed_tokens = Int8Embedding(table, dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        decoder.embed_tokens = Int8Embedding(table, dtype)
     else:
         rows = table.dequantize(dtype) if isinstance(table, Int4Weight) else table
         decoder.embed_tokens.weight = frozen(rows)
@@ -253,18 +260,16 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.devic
         decoder.layers[index] = _packed(DecoderLayer(config, index, part))
     norm = fetch("model.norm", decoder.norm)
     assert isinstance(norm, torch.Tensor)
-    decoder.norm = FinalNorm(norm, config.rms_norm_eps)  # pyright: ignore[reportAttributeAccessIssue]
-    decoder.rotary_emb = RotaryTables(LlamaRotaryEmbedding(config))  # pyright: ignore[reportAttributeAccessIssue]
-    if config.tie_word_embeddings:
-        model.lm_head = linear(table, None)  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(table, torch.Tensor):
-            model.lm_head.weight = decoder.embed_tokens.weight
-    else:
-        model.lm_head = replace("lm_head", model.lm_head)  # pyright: ignore[reportAttributeAccessIssue]
+    decoder.norm = FinalNorm(norm, config.rms_norm_eps)
+    decoder.rotary_emb = RotaryTables(LlamaRotaryEmbedding(config), config)
+    output = table if config.tie_word_embeddings else fetch("lm_head", model.lm_head)
+    model.lm_head = linear(output, logits=True)
+    if output is table and isinstance(table, torch.Tensor):
+        model.lm_head.weight = decoder.embed_tokens.weight
     return _freeze(_packed(model)).to(device)
 
 
-def _skeleton(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+def _skeleton(config: LlamaConfig, dtype: torch.dtype) -> Any:
     """The model without storage: every part is about to be replaced."""
     from transformers import LlamaForCausalLM
 
@@ -288,20 +293,20 @@ def _packed(module: Any) -> Any:
     return module
 
 
-def _replacing(
-    prefix: str, layer: nn.Module, replace: Callable[[str, nn.Module], nn.Module]
-) -> Callable[[str], nn.Module]:
+def _replacing(prefix: str, layer: nn.Module, replace: Callable[[str, Any], nn.Module]) -> Callable[[str], nn.Module]:
     """The `part` argument of a decoder layer: replaces the modules of `layer` as they are asked for."""
     return lambda name: replace(f"{prefix}.{name}", layer.get_submodule(name))
 
 
-def _modules(model: LlamaForCausalLM) -> Iterator[tuple[str, Weight, torch.Tensor | None]]:
+def _modules(model: Any) -> Iterator[tuple[str, Any, torch.Tensor | None]]:
     """(name, weight, bias) of each module as Transformers names it; a tied output layer is left out."""
     for name, module in model.named_modules():
         if isinstance(module, MergedLinear):
             parent = name.rpartition(".")[0]
+            part: str
+            linear: Any
             for part, linear in module.split().items():
-                yield f"{parent}.{part}", linear.weight, linear.bias  # pyright: ignore[reportReturnType]
+                yield f"{parent}.{part}", linear.weight, linear.bias
         elif isinstance(module, (Int4Linear, Int8WeightOnlyLinear, nn.Linear)):
             inside_merged = ".merged" in name or ".separate." in name
             tied = name == "lm_head" and model.config.tie_word_embeddings
@@ -309,7 +314,7 @@ def _modules(model: LlamaForCausalLM) -> Iterator[tuple[str, Weight, torch.Tenso
                 yield name, module.weight, module.bias
         elif isinstance(module, nn.Embedding) and model.config.tie_word_embeddings:
             # The output layer holds a 4-bit table exactly; the dense one beside it is rounded.
-            yield name, model.lm_head.weight, None  # pyright: ignore[reportReturnType]
+            yield name, model.lm_head.weight, None
         elif isinstance(module, (Int8Embedding, nn.Embedding, RMSNorm)):
             yield name, module.weight, None
 
@@ -366,7 +371,7 @@ class _Folder:
         self.folder = folder
         settings = self._read_settings()
         self.config = LlamaConfig.from_pretrained(folder)
-        del self.config.quantization_config
+        del self.config.__dict__["quantization_config"]
         self._kinds: dict[str, str] = settings["weights"]
         path = folder / TENSORS_FILE
         try:

@@ -231,6 +231,10 @@ class Int4Weight(QuantizedWeight):
             spec["perm"] = ((k,), torch.int32)
         return spec
 
+    def _state_key(self, name: str) -> str:
+        # Float zeros and offsets have one dtype and shape: only the name keeps one from being loaded as the other.
+        return "offsets" if name == "zeros" and self.kind == "offset" else name
+
     @staticmethod
     def _pack_codes(qweight: Tensor) -> Tensor:
         return torch.ops.qops.int4_pack.default(qweight)
@@ -302,7 +306,8 @@ class Int8Weight(QuantizedWeight):
 
         Args:
             qweight: int8 ``[N, K]``.
-            scales: float16, bfloat16 or float32 ``[N, K/G]``.
+            scales: float16, bfloat16 or float32 ``[N, K/G]``; or ``[]``, one for the whole weight, which each row then
+                repeats.
             pack: False leaves the weight canonical; it may then share memory with the arguments.
 
         Raises:
@@ -310,6 +315,8 @@ class Int8Weight(QuantizedWeight):
         """
         name = cls._name()
         require_matrix(name, "qweight", qweight)
+        if scales.dim() == 0:
+            scales = scales.expand(qweight.shape[0], min(qweight.shape[1], 1))
         require_matrix(name, "scales", scales)
         config = {
             "in_features": qweight.shape[1],

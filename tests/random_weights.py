@@ -1,0 +1,70 @@
+"""Random quantised weights with their canonical tensors, for the tests of weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from qops.testing import assert_bitwise, generator
+from qops.weights import Int4Weight, Int8Weight
+
+KINDS = Int4Weight.KINDS
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Odd multiples of 8 (half a strip of rows, half a group of columns) and sizes with several group sizes.
+SHAPES = ((8, 8), (8, 24), (16, 48), (24, 80), (40, 96), (104, 240), (136, 72))
+
+
+def group_sizes(k: int) -> list[int]:
+    return [-1, *(g for g in range(16, k, 16) if k % g == 0)]
+
+
+def random_int4(n, k, group_size, kind, *, scale_dtype=torch.float16, act_order=False, seed=0, pack=True):
+    """Canonical tensors and the weight made of them; negative and zero scales, every code and zero point occur."""
+    rng = generator(seed)
+    groups = 1 if group_size in (-1, k) else k // group_size
+    tensors = {
+        "qweight": torch.randint(256, (n, k // 2), dtype=torch.uint8, generator=rng),
+        "scales": torch.randn(n, groups, generator=rng).to(scale_dtype),
+    }
+    tensors["scales"][0, 0] = 0
+    if kind == "zero_point":
+        tensors["zeros"] = torch.randint(17, (n, groups), dtype=torch.uint8, generator=rng)
+    elif kind != "symmetric":
+        tensors["zeros"] = 4 * torch.randn(n, groups, generator=rng)
+    if act_order:
+        tensors["perm"] = torch.randperm(k, generator=rng).int()
+    return tensors, Int4Weight.from_canonical(**tensors, kind=kind, pack=pack)
+
+
+def random_int8(n, k, group_size, *, scale_dtype=torch.float16, seed=0, pack=True):
+    rng = generator(seed)
+    groups = 1 if group_size in (-1, k) else k // group_size
+    tensors = {
+        "qweight": torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=rng),
+        "scales": torch.randn(n, groups, generator=rng).to(scale_dtype),
+    }
+    return tensors, Int8Weight.from_canonical(**tensors, pack=pack)
+
+
+def some_weights() -> list[tuple[dict[str, Tensor], Int4Weight | Int8Weight]]:
+    weights = [
+        random_int4(24, 80, 16, kind, scale_dtype=dtype, act_order=act_order)
+        for kind, dtype, act_order in itertools.product(KINDS, SCALE_DTYPES, (False, True))
+    ]
+    return weights + [random_int8(24, 80, group_size) for group_size in (-1, 16)]
+
+
+def assert_tensors_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert_bitwise(got[key], tensor, key)
+
+
+def buffers(weight: nn.Module) -> dict[str, Tensor]:
+    return dict(weight.named_buffers())
+
+
+def empty_like(weight, device=None):
+    return type(weight)(**weight._config(), out_features=weight.out_features, device=device)
