@@ -72,7 +72,7 @@ void Checker::cpu(const Tensor& t, const char* arg) const {
 }
 
 void Checker::shape(const Tensor& t, const char* arg, const char* letters, Sizes expected) const {
-  if (t.sizes() == expected) return;
+  if (t.sizes().equals(expected)) return;
   refuse(arg, std::string("have shape ") + letters + " = " + to_string(expected), to_string(t.sizes()));
 }
 
