@@ -46,7 +46,9 @@ inline void quantise_elements(const T* x, int64_t k, int8_t* q, const F& f) {
   if (i < k) store_saturated_n(q + i, to_int(f(load_n(x + i, k - i))), k - i);
 }
 
-inline void zero_row(int64_t k, int8_t* q) { std::memset(q, 0, static_cast<size_t>(k)); }
+inline void zero_row(int64_t k, int8_t* q) {
+  if (k > 0) std::memset(q, 0, static_cast<size_t>(k));  // an empty row may have no address
+}
 
 template <class T>
 inline void quantise_row_127(const T* x, int64_t k, int8_t* q, float* scale) {
