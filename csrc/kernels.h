@@ -10,7 +10,10 @@
 
 namespace qops {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
+
+// Rows of w in one strip of a packed weight.
+inline constexpr int kStripRows = 16;
 
 enum class Status : int32_t {
   kOk,
@@ -58,6 +61,52 @@ QOPS_ALWAYS_INLINE void parallel_for(const ThreadPool& pool, int64_t n, int64_t 
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// q[k] of a row is near x[k] / scale. The rules in full: quantize_int8's docstring.
+enum class QuantizeRule : int32_t { k127, kCompressedTensors, kTorchao };
+
+// Where quantised rows go.
+struct Int8Rows {
+  int8_t* q;     // contiguous [rows, K]
+  float* scale;  // contiguous [rows]
+  QuantizeRule rule;
+};
+
+struct QuantizeInt8Params {
+  const void* x;
+  Rows x_rows;
+  DType dtype;
+  int64_t k;
+  Int8Rows out;
+};
+
+// q - zero_point is near x / scale.
+struct QuantizeInt8AsymParams {
+  const void* x;
+  Rows x_rows;
+  DType dtype;
+  int64_t k;
+  int8_t* q;            // contiguous [rows, K]
+  float* scale;         // contiguous [rows]
+  int32_t* zero_point;  // contiguous [rows], -128 .. 127
+};
+
+// One scale and zero point for the whole tensor.
+struct QuantizeInt8StaticParams {
+  const void* x;
+  Rows x_rows;
+  DType dtype;
+  int64_t k;
+  float scale;         // positive and finite
+  int32_t zero_point;  // -128 .. 127
+  int8_t* q;           // contiguous [rows, K]
+};
+
+struct RmsNormStyle {
+  float eps;
+  float weight_offset;
+  bool round_before_weight;  // rounding="hf": R(R(z * rstd) * w); else R(z * rstd * (w + offset))
+};
+
 // y = rms_norm(z) * weight with z = x, or z = R(x + residual), which is then stored to residual_out.
 struct RmsNormParams {
   const void* x;
@@ -70,9 +119,13 @@ struct RmsNormParams {
   DType dtype;         // of x, residual, y and residual_out
   DType weight_dtype;
   int64_t h;
-  float eps;
-  float weight_offset;
-  bool round_before_weight;  // rounding="hf": R(R(z * rstd) * w); else R(z * rstd * (w + offset))
+  RmsNormStyle style;
+};
+
+// quantize_int8 of what rms_norm would write; norm.y is null.
+struct RmsNormInt8Params {
+  RmsNormParams norm;
+  Int8Rows out;
 };
 
 // Canonical integer weights [N, K] <-> packed strips of 16 rows (layouts: csrc/cpu/weight_pack.cpp).
@@ -109,6 +162,25 @@ struct WeightOnlyGemmParams {
   int64_t n;
   int64_t k;
   int64_t group_size;
+};
+
+// y = R(fmaf(s_x, (q - zero_point) @ w.T * s_w, bias)), or the integer product itself where dtype is kInt32.
+struct Int8GemmParams {
+  const void* q;
+  Rows q_rows;
+  const float* scale;         // s_x
+  Rows scale_rows;            // strides of 0: one scale for all rows
+  const int32_t* zero_point;  // null: 0
+  Rows zero_point_rows;
+  const void* packed;   // strips, as csrc/cpu/weight_pack.cpp makes them
+  const void* w_scale;  // s_w, [S, 16]
+  const void* bias;     // [N] or null
+  void* y;              // contiguous [rows, N]
+  DType dtype;          // of y
+  DType w_scale_dtype;
+  DType bias_dtype;
+  int64_t n;
+  int64_t k;
 };
 
 // A tensor x [..., T, heads, D] of any strides and where its rotated values go: y may be x, with the same strides.
@@ -156,18 +228,30 @@ struct SiluMulParams {
   bool round_before_up;  // rounding="hf"
 };
 
+// quantize_int8 of what silu_mul would write; gated.y is null.
+struct SiluMulInt8Params {
+  SiluMulParams gated;
+  Int8Rows out;
+};
+
 // Every CPU kernel: X(name, Params). Each is `Status name(const Params&, const ThreadPool&)`, compiled once per ISA
 // level; cpu::name() calls the level chosen at load.
-#define QOPS_FOR_EACH_CPU_KERNEL(X)              \
-  X(int4_gemm, WeightOnlyGemmParams)             \
-  X(int4_pack, WeightPackParams)                 \
-  X(int4_unpack, WeightPackParams)               \
-  X(int8_pack, WeightPackParams)                 \
-  X(int8_unpack, WeightPackParams)               \
-  X(int8_weight_only_gemm, WeightOnlyGemmParams) \
-  X(rms_norm, RmsNormParams)                     \
-  X(rotary, RotaryParams)                        \
-  X(silu_mul, SiluMulParams)
+#define QOPS_FOR_EACH_CPU_KERNEL(X)                 \
+  X(int4_gemm, WeightOnlyGemmParams)                \
+  X(int4_pack, WeightPackParams)                    \
+  X(int4_unpack, WeightPackParams)                  \
+  X(int8_gemm, Int8GemmParams)                      \
+  X(int8_pack, WeightPackParams)                    \
+  X(int8_unpack, WeightPackParams)                  \
+  X(int8_weight_only_gemm, WeightOnlyGemmParams)    \
+  X(quantize_int8, QuantizeInt8Params)              \
+  X(quantize_int8_asym, QuantizeInt8AsymParams)     \
+  X(quantize_int8_static, QuantizeInt8StaticParams) \
+  X(rms_norm, RmsNormParams)                        \
+  X(rms_norm_int8, RmsNormInt8Params)               \
+  X(rotary, RotaryParams)                           \
+  X(silu_mul, SiluMulParams)                        \
+  X(silu_mul_int8, SiluMulInt8Params)
 
 namespace cpu {
 

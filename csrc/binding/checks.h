@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -22,6 +21,7 @@
 namespace qops::binding {
 
 using torch::headeronly::ScalarType;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
 
 // The op that is being called; every check starts from it.
@@ -49,7 +49,7 @@ class Checker {
   void index_dtype(const Tensor& t, const char* arg) const;
   void cpu(const Tensor& t, const char* arg) const;
   // Exactly this shape; `letters` names it, e.g. "[N, K]".
-  void shape(const Tensor& t, const char* arg, const char* letters, std::initializer_list<int64_t> expected) const;
+  void shape(const Tensor& t, const char* arg, const char* letters, Sizes expected) const;
   void same_shape(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
   void at_least_1d(const Tensor& t, const char* arg) const;
   // Stride 1 in the last dimension (a dimension of size 0 or 1 has any stride).
@@ -60,8 +60,11 @@ class Checker {
   void no_overlap_within(const Tensor& t, const char* arg) const;
   // The two share no memory, or are parts of the same rows, e.g. q and k of one qkv tensor.
   void no_overlap(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
+  // A tensor that an op writes, given by the caller: on the CPU, of this dtype and shape, contiguous.
+  void output(const Tensor& t, const char* arg, ScalarType expected, const char* letters, Sizes sizes) const;
   // "hf" -> true, "fp32" -> false.
   bool rounding_is_hf(std::string_view rounding) const;
+  QuantizeRule quantize_rule(std::string_view rule) const;
   // Leading dimensions, merged where the strides allow.
   Rows rows(const Tensor& t, const char* arg, int trailing_dims = 1) const;
   void ok(Status status) const;
@@ -72,11 +75,15 @@ class Checker {
   const char* op_;
 };
 
-std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef sizes);
+std::string to_string(Sizes sizes);
 std::string dtype_name(ScalarType dtype);
 
 // torch's intra-op threads.
 ThreadPool thread_pool();
+
+// The sizes of t, the last one replaced; or without the last one.
+std::vector<int64_t> with_last_size(const Tensor& t, int64_t last);
+std::vector<int64_t> leading_sizes(const Tensor& t);
 
 // Uninitialised contiguous tensor on the device of `like`.
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);

@@ -11,6 +11,10 @@ namespace qops::binding {
 Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
                  std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
                  int64_t kind, bool batch_invariant);
+Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
+                 const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype);
+void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
+                   const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out);
 Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                              int64_t out_features, int64_t group_size);
 
@@ -19,9 +23,27 @@ Tensor int4_unpack(const Tensor& packed, int64_t out_features);
 Tensor int8_pack(const Tensor& qweight);
 Tensor int8_unpack(const Tensor& packed, int64_t out_features);
 
+std::tuple<Tensor, Tensor> quantize_int8(const Tensor& x, std::string_view rule);
+void quantize_int8_out(const Tensor& x, std::string_view rule, const Tensor& q, const Tensor& scale);
+std::tuple<Tensor, Tensor, Tensor> quantize_int8_asym(const Tensor& x);
+void quantize_int8_asym_out(const Tensor& x, const Tensor& q, const Tensor& scale, const Tensor& zero_point);
+Tensor quantize_int8_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point);
+void quantize_int8_static_out(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                              const Tensor& q);
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset, std::string_view rounding);
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
                                         double weight_offset, std::string_view rounding);
+std::tuple<Tensor, Tensor> rms_norm_int8(const Tensor& x, const Tensor& weight, double eps, double weight_offset,
+                                         std::string_view rounding, std::string_view rule);
+void rms_norm_int8_out(const Tensor& x, const Tensor& weight, double eps, double weight_offset,
+                       std::string_view rounding, std::string_view rule, const Tensor& q, const Tensor& scale);
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_int8(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                     double eps, double weight_offset, std::string_view rounding,
+                                                     std::string_view rule);
+void add_rms_norm_int8_out(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                           double weight_offset, std::string_view rounding, std::string_view rule, const Tensor& q,
+                           const Tensor& scale, const Tensor& residual_out);
 
 std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                                   const std::optional<Tensor>& positions, bool interleaved);
@@ -30,5 +52,12 @@ void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& 
 
 Tensor silu_mul(const Tensor& gate_up, std::string_view rounding);
 Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding);
+std::tuple<Tensor, Tensor> silu_mul_int8(const Tensor& gate_up, std::string_view rounding, std::string_view rule);
+std::tuple<Tensor, Tensor> silu_mul_int8_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding,
+                                                 std::string_view rule);
+void silu_mul_int8_out(const Tensor& gate_up, std::string_view rounding, std::string_view rule, const Tensor& q,
+                       const Tensor& scale);
+void silu_mul_int8_gate_up_out(const Tensor& gate, const Tensor& up, std::string_view rounding, std::string_view rule,
+                               const Tensor& q, const Tensor& scale);
 
 }  // namespace qops::binding

@@ -10,15 +10,39 @@ STABLE_TORCH_LIBRARY(qops, m) {
       "int group_size, int kind, bool batch_invariant=False) -> Tensor");
   m.def("int4_pack(Tensor qweight) -> Tensor");
   m.def("int4_unpack(Tensor packed, int out_features) -> Tensor");
+  m.def(
+      "int8_gemm(Tensor q, Tensor scale, Tensor? zero_point, Tensor packed, Tensor w_scale, Tensor? bias, "
+      "int out_features, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "int8_gemm.out(Tensor q, Tensor scale, Tensor? zero_point, Tensor packed, Tensor w_scale, Tensor? bias, "
+      "int out_features, *, Tensor(a!) out) -> ()");
   m.def("int8_pack(Tensor qweight) -> Tensor");
   m.def("int8_unpack(Tensor packed, int out_features) -> Tensor");
   m.def(
       "int8_weight_only_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, int group_size) "
       "-> Tensor");
+  m.def("quantize_int8(Tensor x, str rule=\"127\") -> (Tensor, Tensor)");
+  m.def("quantize_int8.out(Tensor x, str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale) -> ()");
+  m.def("quantize_int8_asym(Tensor x) -> (Tensor, Tensor, Tensor)");
+  m.def("quantize_int8_asym.out(Tensor x, *, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) zero_point) -> ()");
+  m.def("quantize_int8_static(Tensor x, Tensor scale, Tensor? zero_point=None) -> Tensor");
+  m.def("quantize_int8_static.out(Tensor x, Tensor scale, Tensor? zero_point=None, *, Tensor(a!) q) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\") -> Tensor");
   m.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
       "str rounding=\"hf\") -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_int8(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\", "
+      "str rule=\"127\") -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_int8.out(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\", "
+      "str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale) -> ()");
+  m.def(
+      "add_rms_norm_int8(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
+      "str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "add_rms_norm_int8.out(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
+      "str rounding=\"hf\", str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) residual_out) -> ()");
   m.def(
       "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False) "
       "-> (Tensor, Tensor)");
@@ -27,21 +51,45 @@ STABLE_TORCH_LIBRARY(qops, m) {
       "-> ()");
   m.def("silu_mul(Tensor gate_up, str rounding=\"hf\") -> Tensor");
   m.def("silu_mul.gate_up(Tensor gate, Tensor up, str rounding=\"hf\") -> Tensor");
+  m.def("silu_mul_int8(Tensor gate_up, str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor)");
+  m.def("silu_mul_int8.gate_up(Tensor gate, Tensor up, str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor)");
+  m.def(
+      "silu_mul_int8.out(Tensor gate_up, str rounding=\"hf\", str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale) "
+      "-> ()");
+  m.def(
+      "silu_mul_int8.gate_up_out(Tensor gate, Tensor up, str rounding=\"hf\", str rule=\"127\", *, Tensor(a!) q, "
+      "Tensor(b!) scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
   m.impl("int4_gemm", TORCH_BOX(&qops::binding::int4_gemm));
   m.impl("int4_pack", TORCH_BOX(&qops::binding::int4_pack));
   m.impl("int4_unpack", TORCH_BOX(&qops::binding::int4_unpack));
+  m.impl("int8_gemm", TORCH_BOX(&qops::binding::int8_gemm));
+  m.impl("int8_gemm.out", TORCH_BOX(&qops::binding::int8_gemm_out));
   m.impl("int8_pack", TORCH_BOX(&qops::binding::int8_pack));
   m.impl("int8_unpack", TORCH_BOX(&qops::binding::int8_unpack));
   m.impl("int8_weight_only_gemm", TORCH_BOX(&qops::binding::int8_weight_only_gemm));
+  m.impl("quantize_int8", TORCH_BOX(&qops::binding::quantize_int8));
+  m.impl("quantize_int8.out", TORCH_BOX(&qops::binding::quantize_int8_out));
+  m.impl("quantize_int8_asym", TORCH_BOX(&qops::binding::quantize_int8_asym));
+  m.impl("quantize_int8_asym.out", TORCH_BOX(&qops::binding::quantize_int8_asym_out));
+  m.impl("quantize_int8_static", TORCH_BOX(&qops::binding::quantize_int8_static));
+  m.impl("quantize_int8_static.out", TORCH_BOX(&qops::binding::quantize_int8_static_out));
   m.impl("rms_norm", TORCH_BOX(&qops::binding::rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&qops::binding::add_rms_norm));
+  m.impl("rms_norm_int8", TORCH_BOX(&qops::binding::rms_norm_int8));
+  m.impl("rms_norm_int8.out", TORCH_BOX(&qops::binding::rms_norm_int8_out));
+  m.impl("add_rms_norm_int8", TORCH_BOX(&qops::binding::add_rms_norm_int8));
+  m.impl("add_rms_norm_int8.out", TORCH_BOX(&qops::binding::add_rms_norm_int8_out));
   m.impl("rotary", TORCH_BOX(&qops::binding::rotary));
   m.impl("rotary_", TORCH_BOX(&qops::binding::rotary_));
   m.impl("silu_mul", TORCH_BOX(&qops::binding::silu_mul));
   m.impl("silu_mul.gate_up", TORCH_BOX(&qops::binding::silu_mul_gate_up));
+  m.impl("silu_mul_int8", TORCH_BOX(&qops::binding::silu_mul_int8));
+  m.impl("silu_mul_int8.gate_up", TORCH_BOX(&qops::binding::silu_mul_int8_gate_up));
+  m.impl("silu_mul_int8.out", TORCH_BOX(&qops::binding::silu_mul_int8_out));
+  m.impl("silu_mul_int8.gate_up_out", TORCH_BOX(&qops::binding::silu_mul_int8_gate_up_out));
 }
 
 namespace {

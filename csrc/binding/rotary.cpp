@@ -29,7 +29,7 @@ Rows checked_positions(const Checker& check, const Tensor& positions, const Tens
   check.index_dtype(positions, "positions");
   const torch::headeronly::IntHeaderOnlyArrayRef leading(q.sizes().data(), static_cast<size_t>(q.dim() - 2));
   const int64_t t = leading.back();
-  if (positions.sizes() == leading) return check.rows(positions, "positions", 0);
+  if (positions.sizes().equals(leading)) return check.rows(positions, "positions", 0);
   if (positions.dim() != 1 || positions.size(0) != t) {
     check.refuse("positions", "have shape [T] = [" + std::to_string(t) + "] or [..., T] = " + to_string(leading),
                  to_string(positions.sizes()));

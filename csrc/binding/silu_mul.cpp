@@ -1,30 +1,19 @@
+#include "binding/int8_rows.h"
 #include "binding/ops.h"
 
 namespace qops::binding {
 namespace {
 
-constexpr Checker check("silu_mul");
-
-// One half, or both side by side; called before anything is allocated.
-void check_rows(const Tensor& t, const char* arg) {
+// One half, or both side by side.
+void check_rows(const Checker& check, const Tensor& t, const char* arg) {
   check.float_dtype(t, arg);
   check.at_least_1d(t, arg);
   check.dense_last_dim(t, arg);
 }
 
-Tensor run(SiluMulParams& p, const Tensor& like) {
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-  sizes.back() = p.columns;
-  Tensor y = new_tensor(like, sizes, like.scalar_type());
-  p.y = y.mutable_data_ptr();
-  check.ok(cpu::silu_mul(p, thread_pool()));
-  return y;
-}
-
-}  // namespace
-
-Tensor silu_mul(const Tensor& gate_up, std::string_view rounding) {
-  check_rows(gate_up, "gate_up");
+// Gate and up side by side; called before anything is allocated.
+SiluMulParams checked(const Checker& check, const Tensor& gate_up, std::string_view rounding) {
+  check_rows(check, gate_up, "gate_up");
   const int64_t both = gate_up.size(gate_up.dim() - 1);
   if (both % 2 != 0) check.refuse("gate_up", "have an even last dimension 2 I", std::to_string(both));
   SiluMulParams p{};
@@ -34,13 +23,13 @@ Tensor silu_mul(const Tensor& gate_up, std::string_view rounding) {
   p.gate = gate_up.const_data_ptr();
   p.up = static_cast<const char*>(p.gate) + p.columns * gate_up.element_size();
   p.gate_rows = p.up_rows = check.rows(gate_up, "gate_up");
-  return run(p, gate_up);
+  return p;
 }
 
-Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding) {
+SiluMulParams checked(const Checker& check, const Tensor& gate, const Tensor& up, std::string_view rounding) {
   check.cpu(gate, "gate");
   check.cpu(up, "up");
-  check_rows(gate, "gate");
+  check_rows(check, gate, "gate");
   check.same_dtype(up, "up", gate, "gate");
   check.same_shape(up, "up", gate, "gate");
   check.dense_last_dim(up, "up");
@@ -52,7 +41,66 @@ Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up, std::string_view r
   p.gate_rows = check.rows(gate, "gate");
   p.up = up.const_data_ptr();
   p.up_rows = check.rows(up, "up");
+  return p;
+}
+
+constexpr Checker check_float("silu_mul");
+constexpr Checker check_int8("silu_mul_int8");
+
+Tensor run(SiluMulParams& p, const Tensor& like) {
+  Tensor y = new_tensor(like, with_last_size(like, p.columns), like.scalar_type());
+  p.y = y.mutable_data_ptr();
+  check_float.ok(cpu::silu_mul(p, thread_pool()));
+  return y;
+}
+
+void run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& q, const Tensor& scale) {
+  check_int8.ok(cpu::silu_mul_int8({gated, int8_rows(q, scale, rule)}, thread_pool()));
+}
+
+std::tuple<Tensor, Tensor> run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& like) {
+  auto [q, scale] = new_int8_rows(like, gated.columns);
+  run(gated, rule, q, scale);
+  return {q, scale};
+}
+
+}  // namespace
+
+Tensor silu_mul(const Tensor& gate_up, std::string_view rounding) {
+  SiluMulParams p = checked(check_float, gate_up, rounding);
+  return run(p, gate_up);
+}
+
+Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding) {
+  SiluMulParams p = checked(check_float, gate, up, rounding);
   return run(p, gate);
+}
+
+std::tuple<Tensor, Tensor> silu_mul_int8(const Tensor& gate_up, std::string_view rounding, std::string_view rule) {
+  const SiluMulParams p = checked(check_int8, gate_up, rounding);
+  return run(p, check_int8.quantize_rule(rule), gate_up);
+}
+
+std::tuple<Tensor, Tensor> silu_mul_int8_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding,
+                                                 std::string_view rule) {
+  const SiluMulParams p = checked(check_int8, gate, up, rounding);
+  return run(p, check_int8.quantize_rule(rule), gate);
+}
+
+void silu_mul_int8_out(const Tensor& gate_up, std::string_view rounding, std::string_view rule, const Tensor& q,
+                       const Tensor& scale) {
+  const SiluMulParams p = checked(check_int8, gate_up, rounding);
+  const QuantizeRule quantize_rule = check_int8.quantize_rule(rule);
+  check_int8_rows(check_int8, q, scale, gate_up, p.columns, {{&gate_up, "gate_up"}});
+  run(p, quantize_rule, q, scale);
+}
+
+void silu_mul_int8_gate_up_out(const Tensor& gate, const Tensor& up, std::string_view rounding, std::string_view rule,
+                               const Tensor& q, const Tensor& scale) {
+  const SiluMulParams p = checked(check_int8, gate, up, rounding);
+  const QuantizeRule quantize_rule = check_int8.quantize_rule(rule);
+  check_int8_rows(check_int8, q, scale, gate, p.columns, {{&gate, "gate"}, {&up, "up"}});
+  run(p, quantize_rule, q, scale);
 }
 
 }  // namespace qops::binding

@@ -3,8 +3,6 @@
 namespace qops::binding {
 namespace {
 
-constexpr int64_t kStripRows = 16;
-
 // The arguments that int4_gemm and int8_weight_only_gemm share. strip_elements_per_column: elements of `packed` that
 // one column of a strip takes (8 bytes for int4, 16 for int8).
 WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor& packed, ScalarType packed_dtype,

@@ -3,8 +3,6 @@
 namespace qops::binding {
 namespace {
 
-constexpr int64_t kStripRows = 16;
-
 using Pack = Status (*)(const WeightPackParams&, const ThreadPool&);
 
 int64_t strips_of(int64_t n) { return (n + kStripRows - 1) / kStripRows; }

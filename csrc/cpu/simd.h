@@ -31,13 +31,14 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-// Calls f with a null pointer of the element type that dtype names.
+// Calls f with a null pointer of the floating-point type that dtype names.
 template <class F>
 inline Status with_dtype(DType dtype, const F& f) {
   switch (dtype) {
     case DType::kFloat32: return f(static_cast<float*>(nullptr));
     case DType::kFloat16: return f(static_cast<Half*>(nullptr));
     case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::kInt32: break;
   }
   return Status::kUnsupported;
 }
@@ -55,6 +56,9 @@ inline Status with_dtype(DType dtype, const F& f) {
 namespace qops::cpu::QOPS_ISA_NS {
 
 inline constexpr int kLanes = 16;
+
+// Loops over small constant counts must unroll, or the register arrays inside them become memory.
+#define QOPS_UNROLL _Pragma("GCC unroll 8")
 
 // set1 for templates over a vector type: the second argument names the type.
 inline F32x16 broadcast(float x, const F32x16&) { return set1(x); }
@@ -84,12 +88,29 @@ inline F32x16 load_n(const T* p, int64_t n) {
   return load(buffer);
 }
 
-template <class T>
-inline void store_n(T* p, F32x16 v, int64_t n) {
+// V is F32x16, rounded to T, or I32x16 for T = int32_t.
+template <class T, class V>
+inline void store_n(T* p, V v, int64_t n) {
   if (n >= kLanes) return store(p, v);
   T buffer[kLanes];
   store(buffer, v);
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+inline void store_saturated_n(int8_t* p, I32x16 v, int64_t n) {
+  if (n >= kLanes) return store_saturated(p, v);
+  int8_t buffer[kLanes];
+  store_saturated(buffer, v);
+  std::memcpy(p, buffer, static_cast<size_t>(n));
+}
+
+// n <= 16 elements from the index-th on of an array whose type is known at run time.
+inline F32x16 load_as_float(const void* p, DType dtype, int64_t index, int64_t n) {
+  switch (dtype) {
+    case DType::kFloat16: return load_n(static_cast<const Half*>(p) + index, n);
+    case DType::kBFloat16: return load_n(static_cast<const BFloat16*>(p) + index, n);
+    default: return load_n(static_cast<const float*>(p) + index, n);
+  }
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

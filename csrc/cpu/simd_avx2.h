@@ -33,6 +33,10 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
 // b where either is NaN.
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline F32x16 nan_to_zero(F32x16 a) {
+  return {_mm256_and_ps(a.lo, _mm256_cmp_ps(a.lo, a.lo, _CMP_ORD_Q)),
+          _mm256_and_ps(a.hi, _mm256_cmp_ps(a.hi, a.hi, _CMP_ORD_Q))};
+}
 // To nearest even, as a float.
 inline F32x16 round_to_integer(F32x16 a) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -141,6 +145,13 @@ inline void store_bytes(uint8_t* p, I32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
+// Each lane clamped to -128 .. 127.
+inline void store_saturated(int8_t* p, I32x16 a) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+
 inline B8x64 load_bytes(const void* p) {
   const __m256i* q = static_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
@@ -181,6 +192,45 @@ inline I32x16 dot_short(I32x16 sum, B8x64 u, B8x64 s) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
   };
   return {half(sum.lo, u.lo, s.lo), half(sum.hi, u.hi, s.hi)};
+}
+
+// Dot products of a row of x with a strip of w, 4 columns in each lane, both signed; exact modulo 2^32. The row lies in
+// kDotPlanes planes, as write_dot_row() makes them of 64 values at a time: columns 0 2 4 ... and 1 3 5 ... as int16, so
+// that x is widened once a call and w once a tile, not both at every product.
+inline constexpr int kDotPlanes = 2;
+inline constexpr int32_t kDotOffset = 0;
+struct DotRow {
+  __m256i even, odd;
+};
+struct DotStrip {
+  __m256i lo_even, lo_odd, hi_even, hi_odd;
+};
+inline __m256i even_bytes(__m256i b) { return _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8); }
+inline __m256i odd_bytes(__m256i b) { return _mm256_srai_epi16(b, 8); }
+inline void write_dot_row(uint8_t* planes, int64_t plane_bytes, B8x64 x) {
+  const auto store = [](uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); };
+  store(planes, even_bytes(x.lo));
+  store(planes + 32, even_bytes(x.hi));
+  store(planes + plane_bytes, odd_bytes(x.lo));
+  store(planes + plane_bytes + 32, odd_bytes(x.hi));
+}
+inline DotRow load_dot_row(const uint8_t* planes, int64_t plane_bytes) {
+  const auto broadcast = [](const uint8_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    return _mm256_set1_epi32(pair);
+  };
+  return {broadcast(planes), broadcast(planes + plane_bytes)};
+}
+inline DotStrip load_dot_strip(const void* p) {
+  const B8x64 b = load_bytes(p);
+  return {even_bytes(b.lo), odd_bytes(b.lo), even_bytes(b.hi), odd_bytes(b.hi)};
+}
+inline I32x16 dot(I32x16 sum, const DotRow& x, const DotStrip& w) {
+  const auto half = [&](__m256i acc, __m256i even, __m256i odd) {
+    return _mm256_add_epi32(_mm256_add_epi32(acc, _mm256_madd_epi16(x.even, even)), _mm256_madd_epi16(x.odd, odd));
+  };
+  return {half(sum.lo, w.lo_even, w.lo_odd), half(sum.hi, w.hi_even, w.hi_odd)};
 }
 
 inline int32_t sum_lanes(I32x16 a) {

@@ -31,6 +31,7 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b
 // b where either is NaN.
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F32x16 nan_to_zero(F32x16 a) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v)}; }
 // To nearest even, as a float.
 inline F32x16 round_to_integer(F32x16 a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -106,6 +107,11 @@ inline void store_bytes(uint8_t* p, I32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
 
+// Each lane clamped to -128 .. 127.
+inline void store_saturated(int8_t* p, I32x16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
+}
+
 inline B8x64 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline B8x64 broadcast_4_bytes(const void* p) {
   int32_t word;
@@ -124,6 +130,19 @@ inline I32x16 dot(I32x16 sum, B8x64 u, B8x64 s) {
 }
 // As dot(), for callers whose u0 s0 + u1 s1 fits int16 (4-bit codes): the AVX2 level has a shorter way for it.
 inline I32x16 dot_short(I32x16 sum, B8x64 u, B8x64 s) { return dot(sum, u, s); }
+
+// Dot products of a row of x with a strip of w, 4 columns in each lane, both signed; exact modulo 2^32. The row lies in
+// kDotPlanes planes, as write_dot_row() makes them of 64 values at a time. vpdpbusd wants one unsigned operand, so the
+// products are those of x + kDotOffset.
+inline constexpr int kDotPlanes = 1;
+inline constexpr int32_t kDotOffset = 128;
+using DotRow = B8x64;
+using DotStrip = B8x64;
+inline void write_dot_row(uint8_t* planes, int64_t /*plane_bytes*/, B8x64 x) {
+  _mm512_storeu_si512(planes, flip_sign_bits(x).v);
+}
+inline DotRow load_dot_row(const uint8_t* planes, int64_t /*plane_bytes*/) { return broadcast_4_bytes(planes); }
+inline DotStrip load_dot_strip(const void* p) { return load_bytes(p); }
 
 inline int32_t sum_lanes(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
 

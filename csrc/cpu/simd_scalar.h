@@ -54,6 +54,9 @@ inline F32x16 min(const F32x16& a, const F32x16& b) {
 inline F32x16 max(const F32x16& a, const F32x16& b) {
   return lanes<F32x16>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
+inline F32x16 nan_to_zero(const F32x16& a) {
+  return lanes<F32x16>([&](int i) { return std::isnan(a.v[i]) ? 0.0f : a.v[i]; });
+}
 // To nearest even, as a float.
 inline F32x16 round_to_integer(const F32x16& a) {
   return lanes<F32x16>([&](int i) { return std::nearbyintf(a.v[i]); });
@@ -178,6 +181,11 @@ inline void store_bytes(uint8_t* p, const I32x16& a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
 }
 
+// Each lane clamped to -128 .. 127.
+inline void store_saturated(int8_t* p, const I32x16& a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i] < -128 ? -128 : a.v[i] > 127 ? 127 : a.v[i]);
+}
+
 inline B8x64 load_bytes(const void* p) { return load_as<B8x64>(p); }
 inline B8x64 broadcast_4_bytes(const void* p) {
   B8x64 b;
@@ -203,13 +211,26 @@ inline B8x64 flip_sign_bits(const B8x64& b) {
 // sum + u0 s0 + u1 s1 + u2 s2 + u3 s3 in each lane, u unsigned and s signed bytes; exact.
 inline I32x16 dot(const I32x16& sum, const B8x64& u, const B8x64& s) {
   return lanes<I32x16>([&](int i) {
-    int32_t lane = sum.v[i];
-    for (int j = 4 * i; j < 4 * i + 4; ++j) lane += int32_t{u.v[j]} * static_cast<int8_t>(s.v[j]);
-    return lane;
+    uint32_t lane = static_cast<uint32_t>(sum.v[i]);
+    for (int j = 4 * i; j < 4 * i + 4; ++j) lane += static_cast<uint32_t>(u.v[j] * static_cast<int8_t>(s.v[j]));
+    return static_cast<int32_t>(lane);
   });
 }
 // As dot(), for callers whose u0 s0 + u1 s1 fits int16 (4-bit codes): the AVX2 level has a shorter way for it.
 inline I32x16 dot_short(const I32x16& sum, const B8x64& u, const B8x64& s) { return dot(sum, u, s); }
+
+// Dot products of a row of x with a strip of w, 4 columns in each lane, both signed; exact modulo 2^32. The row lies in
+// kDotPlanes planes, as write_dot_row() makes them of 64 values at a time; the products are those of x + kDotOffset.
+inline constexpr int kDotPlanes = 1;
+inline constexpr int32_t kDotOffset = 128;
+using DotRow = B8x64;
+using DotStrip = B8x64;
+inline void write_dot_row(uint8_t* planes, int64_t /*plane_bytes*/, const B8x64& x) {
+  const B8x64 offset = flip_sign_bits(x);
+  std::memcpy(planes, &offset, sizeof(offset));
+}
+inline DotRow load_dot_row(const uint8_t* planes, int64_t /*plane_bytes*/) { return broadcast_4_bytes(planes); }
+inline DotStrip load_dot_strip(const void* p) { return load_bytes(p); }
 
 inline int32_t sum_lanes(const I32x16& a) {
   int32_t sum = 0;

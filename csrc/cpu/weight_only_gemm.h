@@ -19,13 +19,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
+#include "cpu/scratch.h"
 #include "cpu/simd.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
 
-inline constexpr int kStripRows = 16;
 inline constexpr int kMaxBlock = 128;
 inline constexpr int kSlices = 8;
 // A tile of 4 rows x 2 strips x 2 digits sums in 16 of AVX-512's 32 registers; with 16 registers a vector takes two.
@@ -33,9 +32,6 @@ inline constexpr int kMaxTileRows = kVectorRegisters >= 32 ? 4 : 2;
 constexpr int max_tile_rows(int digits) { return digits == 2 ? kMaxTileRows : kMaxTileRows / 2; }
 inline constexpr int kStripsOfOneRow = kVectorRegisters >= 32 ? 4 : 2;
 inline constexpr int kStripsOfManyRows = kVectorRegisters >= 32 ? 2 : 1;
-
-// Loops over small constant counts must unroll, or the register arrays inside them become memory.
-#define QOPS_UNROLL _Pragma("GCC unroll 8")
 
 // Blocks of at most kMaxBlock columns, none across a group's border. Walked with next(), not indexed: an index would
 // cost two 64-bit divisions a block, as long as the products of 32 columns.
@@ -217,14 +213,6 @@ inline void write_digits(const WeightOnlyGemmParams& p, const T* row, const Bloc
 
 // --- one tile of y ---------------------------------------------------------------------------------------------------
 
-inline F32x16 load_as_float(const void* p, DType dtype, int64_t index, int64_t n) {
-  switch (dtype) {
-    case DType::kFloat16: return load_n(static_cast<const Half*>(p) + index, n);
-    case DType::kBFloat16: return load_n(static_cast<const BFloat16*>(p) + index, n);
-    default: return load_n(static_cast<const float*>(p) + index, n);
-  }
-}
-
 // Rows x (16 * Strips) outputs from strip `strip` on; Digits as in the tile.
 template <class Codes, class T, int Rows, int Strips, int Digits>
 inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t strip) {
@@ -343,33 +331,6 @@ inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const
     return with_rows(std::integral_constant<int, 4>{});
   }
 }
-
-// Memory for one call, cut into 64-byte aligned pieces.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes + 1)))) {}
-  ~Scratch() { std::free(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  bool ok() const { return memory_ != nullptr; }
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(memory_ + used_);
-    used_ += bytes<T>(count);
-    return piece;
-  }
-  template <class T>
-  static size_t bytes(int64_t count) {
-    return round_up(static_cast<size_t>(count) * sizeof(T));
-  }
-
- private:
-  static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-  char* memory_;
-  size_t used_ = 0;
-};
 
 template <class Codes, class T>
 inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {

@@ -13,8 +13,6 @@
 namespace qops::cpu::QOPS_ISA_NS {
 namespace {
 
-constexpr int kStripRows = 16;
-
 // Nibbles 3210 -> bytes 3.2.1.0
 uint32_t spread(uint32_t v) {
   v = (v | v << 8) & 0x00ff00ffu;

@@ -5,7 +5,22 @@ from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info
 from qops.model import load_model, quantize_model
-from qops.ops import add_rms_norm, int4_gemm, int8_weight_only_gemm, rms_norm, rotary, rotary_, silu_mul
+from qops.ops import (
+    add_rms_norm,
+    add_rms_norm_int8,
+    int4_gemm,
+    int8_gemm,
+    int8_weight_only_gemm,
+    quantize_int8,
+    quantize_int8_asym,
+    quantize_int8_static,
+    rms_norm,
+    rms_norm_int8,
+    rotary,
+    rotary_,
+    silu_mul,
+    silu_mul_int8,
+)
 from qops.weights import Int4Weight, Int8Weight
 
 try:
@@ -21,13 +36,20 @@ __all__ = [
     "Int8Weight",
     "__version__",
     "add_rms_norm",
+    "add_rms_norm_int8",
     "build_info",
     "int4_gemm",
+    "int8_gemm",
     "int8_weight_only_gemm",
     "load_model",
+    "quantize_int8",
+    "quantize_int8_asym",
+    "quantize_int8_static",
     "quantize_model",
     "rms_norm",
+    "rms_norm_int8",
     "rotary",
     "rotary_",
     "silu_mul",
+    "silu_mul_int8",
 ]

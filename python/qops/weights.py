@@ -306,7 +306,8 @@ class Int8Weight(QuantizedWeight):
 
         Args:
             qweight: int8 ``[N, K]``.
-            scales: float16, bfloat16 or float32 ``[N, K/G]``.
+            scales: float16, bfloat16 or float32 ``[N, K/G]``; or ``[]``, one for the whole weight, which each row then
+                repeats.
             pack: False leaves the weight canonical; it may then share memory with the arguments.
 
         Raises:
@@ -314,6 +315,8 @@ class Int8Weight(QuantizedWeight):
         """
         name = cls._name()
         require_matrix(name, "qweight", qweight)
+        if scales.dim() == 0:
+            scales = scales.expand(qweight.shape[0], min(qweight.shape[1], 1))
         require_matrix(name, "scales", scales)
         config = {
             "in_features": qweight.shape[1],

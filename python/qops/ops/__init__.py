@@ -1,16 +1,27 @@
 import qops.ops.weight_pack  # noqa: F401  (registers the fake kernels of the packing ops)
 from qops.ops.int4_gemm import int4_gemm
+from qops.ops.int8_gemm import int8_gemm
 from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm
+from qops.ops.quantize_int8 import quantize_int8, quantize_int8_asym, quantize_int8_static
 from qops.ops.rms_norm import add_rms_norm, rms_norm
+from qops.ops.rms_norm_int8 import add_rms_norm_int8, rms_norm_int8
 from qops.ops.rotary import rotary, rotary_
 from qops.ops.silu_mul import silu_mul
+from qops.ops.silu_mul_int8 import silu_mul_int8
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_int8",
     "int4_gemm",
+    "int8_gemm",
     "int8_weight_only_gemm",
+    "quantize_int8",
+    "quantize_int8_asym",
+    "quantize_int8_static",
     "rms_norm",
+    "rms_norm_int8",
     "rotary",
     "rotary_",
     "silu_mul",
+    "silu_mul_int8",
 ]

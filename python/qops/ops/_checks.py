@@ -68,8 +68,24 @@ class Checker:
     def contiguous(self, t: Tensor, arg: str) -> None:
         self.require(t.is_contiguous(), arg, "be contiguous", lambda: f"strides {_shape(t.stride())}")
 
+    def output(self, t: Tensor, arg: str, expected: torch.dtype, letters: str, sizes: Sequence[int]) -> None:
+        """A tensor that the op writes, given by the caller."""
+        self.dtype(t, arg, expected)
+        self.shape(t, arg, letters, sizes)
+        self.contiguous(t, arg)
+
+    def per_row(self, t: Tensor, arg: str, other: Tensor) -> None:
+        """One value for each row of ``other``, or one for all."""
+        leading = other.shape[:-1]
+        ok = t.dim() == 0 or (t.dim() == len(leading) and all(a == b for a, b in zip(t.shape, leading, strict=True)))
+        self.require(ok, arg, f"have shape [...] = {_shape(leading)} or []", lambda: _shape(t.shape))
+
     def rounding(self, rounding: str) -> None:
         self.require(rounding in ("hf", "fp32"), "rounding", 'be "hf" or "fp32"', lambda: f'"{rounding}"')
+
+    def quantize_rule(self, rule: str) -> None:
+        requirement = 'be "127", "compressed-tensors" or "torchao"'
+        self.require(rule in ("127", "compressed-tensors", "torchao"), "rule", requirement, lambda: f'"{rule}"')
 
 
 def refuse_grad(op: str, *tensors: Tensor | None) -> None:
@@ -119,3 +135,48 @@ def check_weight_only(
         check.shape(bias, "bias", "[N]", (out_features,))
         check.dense_last_dim(bias, "bias")
     return k
+
+
+def check_rms_norm(check: Checker, x: Tensor, weight: Tensor, weight_offset: float, rounding: str) -> None:
+    """What all forms of rms_norm take."""
+    check.float_dtype(x, "x")
+    check.float_dtype(weight, "weight")
+    check.at_least_1d(x, "x")
+    check.shape(weight, "weight", "[H]", (x.shape[-1],))
+    check.dense_last_dim(x, "x")
+    check.dense_last_dim(weight, "weight")
+    check.rounding(rounding)
+    if weight_offset != 0.0:
+        check.require(rounding != "hf", "rounding", 'be "fp32" with a non-zero weight_offset', lambda: f'"{rounding}"')
+
+
+def check_second(check: Checker, t: Tensor, arg: str, first: Tensor, first_arg: str) -> None:
+    """A tensor that goes with the first element by element, with strides of its own."""
+    check.same_dtype(t, arg, first, first_arg)
+    check.same_shape(t, arg, first, first_arg)
+    check.dense_last_dim(t, arg)
+
+
+def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None, rounding: str) -> int:
+    """Gate and up, merged or apart; returns I."""
+    arg = "gate_up" if up is None else "gate"
+    check.float_dtype(gate, arg)
+    check.at_least_1d(gate, arg)
+    check.dense_last_dim(gate, arg)
+    last = gate.shape[-1]
+    if up is None:
+        check.require(last % 2 == 0, arg, "have an even last dimension 2 I", lambda: str(last))
+    else:
+        check_second(check, up, "up", gate, arg)
+    check.rounding(rounding)
+    return last // 2 if up is None else last
+
+
+def new_int8_rows(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """q [..., K] and scale [...], the results of the ops that emit per-token int8."""
+    return x.new_empty((*x.shape[:-1], k), dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def check_int8_rows(check: Checker, q: Tensor, scale: Tensor, x: Tensor, k: int) -> None:
+    check.output(q, "q", torch.int8, "[..., K]", (*x.shape[:-1], k))
+    check.output(scale, "scale", torch.float32, "[...]", x.shape[:-1])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, refuse_grad
+from qops.ops._checks import Checker, check_rms_norm, check_second, refuse_grad
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
@@ -92,21 +92,9 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float 
     return normed * (weight.double() + weight_offset)
 
 
-def _check(check: Checker, x: Tensor, weight: Tensor, weight_offset: float, rounding: str) -> None:
-    check.float_dtype(x, "x")
-    check.float_dtype(weight, "weight")
-    check.at_least_1d(x, "x")
-    check.shape(weight, "weight", "[H]", (x.shape[-1],))
-    check.dense_last_dim(x, "x")
-    check.dense_last_dim(weight, "weight")
-    check.rounding(rounding)
-    if weight_offset != 0.0:
-        check.require(rounding != "hf", "rounding", 'be "fp32" with a non-zero weight_offset', lambda: f'"{rounding}"')
-
-
 @torch.library.register_fake("qops::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
-    _check(Checker("rms_norm"), x, weight, weight_offset, rounding)
+    check_rms_norm(Checker("rms_norm"), x, weight, weight_offset, rounding)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -115,9 +103,7 @@ def _(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf"
 ) -> tuple[Tensor, Tensor]:
     check = Checker("add_rms_norm")
-    _check(check, x, weight, weight_offset, rounding)
-    check.same_dtype(residual, "residual", x, "x")
-    check.same_shape(residual, "residual", x, "x")
-    check.dense_last_dim(residual, "residual")
+    check_rms_norm(check, x, weight, weight_offset, rounding)
+    check_second(check, residual, "residual", x, "x")
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out, torch.empty_like(out)

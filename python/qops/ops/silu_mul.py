@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, refuse_grad
+from qops.ops._checks import Checker, check_silu_mul, refuse_grad
 
 
 def silu_mul(gate: Tensor, up: Tensor | None = None, /, *, rounding: str = "hf") -> Tensor:
@@ -59,28 +59,13 @@ def silu_mul_ref(gate: Tensor, up: Tensor, *, rounding: str = "hf") -> Tensor:
     return activation * up.double()
 
 
-def _check_rows(check: Checker, t: Tensor, arg: str) -> None:
-    check.float_dtype(t, arg)
-    check.at_least_1d(t, arg)
-    check.dense_last_dim(t, arg)
-
-
 @torch.library.register_fake("qops::silu_mul")
 def _(gate_up: Tensor, rounding: str = "hf") -> Tensor:
-    check = Checker("silu_mul")
-    _check_rows(check, gate_up, "gate_up")
-    both = gate_up.shape[-1]
-    check.require(both % 2 == 0, "gate_up", "have an even last dimension 2 I", lambda: str(both))
-    check.rounding(rounding)
-    return gate_up.new_empty((*gate_up.shape[:-1], both // 2))
+    columns = check_silu_mul(Checker("silu_mul"), gate_up, None, rounding)
+    return gate_up.new_empty((*gate_up.shape[:-1], columns))
 
 
 @torch.library.register_fake("qops::silu_mul.gate_up")
 def _(gate: Tensor, up: Tensor, rounding: str = "hf") -> Tensor:
-    check = Checker("silu_mul")
-    _check_rows(check, gate, "gate")
-    check.same_dtype(up, "up", gate, "gate")
-    check.same_shape(up, "up", gate, "gate")
-    check.dense_last_dim(up, "up")
-    check.rounding(rounding)
+    check_silu_mul(Checker("silu_mul"), gate, up, rounding)
     return torch.empty_like(gate, memory_format=torch.contiguous_format)

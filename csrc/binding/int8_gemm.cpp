@@ -1,0 +1,135 @@
+#include "binding/ops.h"
+
+namespace qops::binding {
+namespace {
+
+constexpr Checker check("int8_gemm");
+
+// Sums of products stay in int32: 128 * 128 * K, and with zero points in -128 .. 127 255 * 128 * K.
+constexpr int64_t kMaxK = 131071;
+constexpr int64_t kMaxKWithZeroPoint = 65793;
+
+// subject: "out_dtype must be" or "out must have dtype".
+DType output_dtype(ScalarType dtype, const char* subject) {
+  switch (dtype) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Int: return DType::kInt32;
+    default: check.unsupported(std::string(subject) + " float32, float16, bfloat16 or int32, got " + dtype_name(dtype));
+  }
+}
+
+std::vector<int64_t> output_sizes(const Tensor& q, int64_t out_features) {
+  std::vector<int64_t> sizes(q.sizes().begin(), q.sizes().end());
+  sizes.back() = out_features;
+  return sizes;
+}
+
+// One value for each row of q, or one for all.
+Rows per_row(const Tensor& t, const char* arg, const Tensor& q, int64_t rows) {
+  if (t.dim() == 0) {
+    Rows same;
+    same.count = rows;
+    same.dims = 1;
+    same.size[0] = rows;
+    return same;
+  }
+  const torch::headeronly::IntHeaderOnlyArrayRef leading(q.sizes().data(), static_cast<size_t>(q.dim() - 1));
+  if (!t.sizes().equals(leading)) {
+    check.refuse(arg, "have shape [...] = " + to_string(leading) + " or []", to_string(t.sizes()));
+  }
+  return check.rows(t, arg, 0);
+}
+
+// Everything but the output; called before anything is allocated.
+Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                       const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                       int64_t out_features, ScalarType out_dtype, const char* out_subject) {
+  Int8GemmParams p{};
+  check.cpu(scale, "scale");
+  if (zero_point) check.cpu(*zero_point, "zero_point");
+  check.cpu(packed, "packed");
+  check.cpu(w_scale, "w_scale");
+  if (bias) check.cpu(*bias, "bias");
+  check.dtype(q, "q", ScalarType::Char);
+  check.dtype(scale, "scale", ScalarType::Float);
+  if (zero_point) check.dtype(*zero_point, "zero_point", ScalarType::Int);
+  check.dtype(packed, "packed", ScalarType::Char);
+  p.w_scale_dtype = check.float_dtype(w_scale, "w_scale");
+  p.dtype = output_dtype(out_dtype, out_subject);
+  if (bias) p.bias_dtype = check.float_dtype(*bias, "bias");
+
+  check.at_least_1d(q, "q");
+  p.n = out_features;
+  if (p.n < 0 || p.n % 8 != 0) check.refuse("out_features", "be a multiple of 8", std::to_string(p.n));
+  if (packed.dim() != 2) check.refuse("packed", "have 2 dimensions", std::to_string(packed.dim()));
+  if (packed.size(1) % (8 * kStripRows) != 0) {
+    check.refuse("packed", "hold a multiple of 8 columns of 16 elements a strip", std::to_string(packed.size(1)));
+  }
+  p.k = packed.size(1) / kStripRows;
+  const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
+  check.shape(packed, "packed", "[S, 16 K]", {strips, p.k * kStripRows});
+  if (const int64_t columns = q.size(q.dim() - 1); columns != p.k) {
+    check.refuse("q", "have last dimension K = " + std::to_string(p.k), std::to_string(columns));
+  }
+  if (const int64_t most = zero_point ? kMaxKWithZeroPoint : kMaxK; p.k > most) {
+    const char* when = zero_point ? " columns with a zero_point" : " columns";
+    check.refuse("q", "have at most " + std::to_string(most) + when, std::to_string(p.k));
+  }
+  check.shape(w_scale, "w_scale", "[S, 1, 16]", {strips, p.k == 0 ? 0 : 1, kStripRows});
+  check.contiguous(packed, "packed");
+  check.contiguous(w_scale, "w_scale");
+  check.dense_last_dim(q, "q");
+  p.q_rows = check.rows(q, "q");
+  p.scale_rows = per_row(scale, "scale", q, p.q_rows.count);
+  p.scale = scale.const_data_ptr<float>();
+  if (zero_point) {
+    p.zero_point_rows = per_row(*zero_point, "zero_point", q, p.q_rows.count);
+    p.zero_point = zero_point->const_data_ptr<int32_t>();
+  }
+  if (bias) {
+    if (p.dtype == DType::kInt32) check.refuse("bias", "be None where the output is int32", "a tensor");
+    check.shape(*bias, "bias", "[N]", {p.n});
+    check.dense_last_dim(*bias, "bias");
+    p.bias = bias->const_data_ptr();
+  }
+  p.q = q.const_data_ptr();
+  p.packed = packed.const_data_ptr();
+  p.w_scale = w_scale.const_data_ptr();
+  return p;
+}
+
+}  // namespace
+
+Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
+                 const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype) {
+  Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be");
+  Tensor y = new_tensor(q, output_sizes(q, out_features), out_dtype);
+  p.y = y.mutable_data_ptr();
+  check.ok(cpu::int8_gemm(p, thread_pool()));
+  return y;
+}
+
+void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
+                   const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out) {
+  check.cpu(out, "out");
+  Int8GemmParams p =
+      checked(q, scale, zero_point, packed, w_scale, bias, out_features, out.scalar_type(), "out must have dtype");
+  const std::vector<int64_t> sizes = output_sizes(q, out_features);
+  const torch::headeronly::IntHeaderOnlyArrayRef expected(sizes.data(), sizes.size());
+  if (!out.sizes().equals(expected)) {
+    check.refuse("out", "have shape [..., N] = " + to_string(expected), to_string(out.sizes()));
+  }
+  check.contiguous(out, "out");
+  check.no_overlap(out, "out", q, "q");
+  check.no_overlap(out, "out", scale, "scale");
+  if (zero_point) check.no_overlap(out, "out", *zero_point, "zero_point");
+  check.no_overlap(out, "out", packed, "packed");
+  check.no_overlap(out, "out", w_scale, "w_scale");
+  if (bias) check.no_overlap(out, "out", *bias, "bias");
+  p.y = out.mutable_data_ptr();
+  check.ok(cpu::int8_gemm(p, thread_pool()));
+}
+
+}  // namespace qops::binding

@@ -1,0 +1,119 @@
+#include <cmath>
+
+#include "binding/int8_rows.h"
+#include "binding/ops.h"
+
+namespace qops::binding {
+namespace {
+
+// x, for each of the three ops and their params; called before anything is allocated.
+template <class Params>
+Params checked(const Checker& check, const Tensor& x) {
+  Params p{};
+  check.cpu(x, "x");
+  p.dtype = check.float_dtype(x, "x");
+  check.at_least_1d(x, "x");
+  check.dense_last_dim(x, "x");
+  p.x = x.const_data_ptr();
+  p.x_rows = check.rows(x, "x");
+  p.k = x.size(x.dim() - 1);
+  return p;
+}
+
+constexpr Checker check_dynamic("quantize_int8");
+constexpr Checker check_asym("quantize_int8_asym");
+constexpr Checker check_static("quantize_int8_static");
+
+QuantizeInt8Params checked_dynamic(const Tensor& x, std::string_view rule) {
+  QuantizeInt8Params p = checked<QuantizeInt8Params>(check_dynamic, x);
+  p.out.rule = check_dynamic.quantize_rule(rule);
+  return p;
+}
+
+void run(QuantizeInt8Params& p, const Tensor& q, const Tensor& scale) {
+  p.out = int8_rows(q, scale, p.out.rule);
+  check_dynamic.ok(cpu::quantize_int8(p, thread_pool()));
+}
+
+void run(QuantizeInt8AsymParams& p, const Tensor& q, const Tensor& scale, const Tensor& zero_point) {
+  p.q = q.mutable_data_ptr<int8_t>();
+  p.scale = scale.mutable_data_ptr<float>();
+  p.zero_point = zero_point.mutable_data_ptr<int32_t>();
+  check_asym.ok(cpu::quantize_int8_asym(p, thread_pool()));
+}
+
+void check_one_element(const Tensor& t, const char* arg, ScalarType dtype) {
+  check_static.cpu(t, arg);
+  check_static.dtype(t, arg, dtype);
+  if (t.numel() != 1) check_static.refuse(arg, "have 1 element", std::to_string(t.numel()));
+}
+
+QuantizeInt8StaticParams checked_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point) {
+  QuantizeInt8StaticParams p = checked<QuantizeInt8StaticParams>(check_static, x);
+  check_one_element(scale, "scale", ScalarType::Float);
+  if (zero_point) check_one_element(*zero_point, "zero_point", ScalarType::Int);
+  p.scale = *scale.const_data_ptr<float>();
+  if (!(p.scale > 0.0f && std::isfinite(p.scale))) {
+    check_static.refuse("scale", "be positive and finite", std::to_string(p.scale));
+  }
+  p.zero_point = zero_point ? *zero_point->const_data_ptr<int32_t>() : 0;
+  if (p.zero_point < -128 || p.zero_point > 127) {
+    check_static.refuse("zero_point", "lie in -128 .. 127", std::to_string(p.zero_point));
+  }
+  return p;
+}
+
+void run(QuantizeInt8StaticParams& p, const Tensor& q) {
+  p.q = q.mutable_data_ptr<int8_t>();
+  check_static.ok(cpu::quantize_int8_static(p, thread_pool()));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> quantize_int8(const Tensor& x, std::string_view rule) {
+  QuantizeInt8Params p = checked_dynamic(x, rule);
+  auto [q, scale] = new_int8_rows(x, p.k);
+  run(p, q, scale);
+  return {q, scale};
+}
+
+void quantize_int8_out(const Tensor& x, std::string_view rule, const Tensor& q, const Tensor& scale) {
+  QuantizeInt8Params p = checked_dynamic(x, rule);
+  check_int8_rows(check_dynamic, q, scale, x, p.k, {{&x, "x"}});
+  run(p, q, scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_int8_asym(const Tensor& x) {
+  auto p = checked<QuantizeInt8AsymParams>(check_asym, x);
+  auto [q, scale] = new_int8_rows(x, p.k);
+  Tensor zero_point = new_tensor(x, leading_sizes(x), ScalarType::Int);
+  run(p, q, scale, zero_point);
+  return {q, scale, zero_point};
+}
+
+void quantize_int8_asym_out(const Tensor& x, const Tensor& q, const Tensor& scale, const Tensor& zero_point) {
+  auto p = checked<QuantizeInt8AsymParams>(check_asym, x);
+  check_asym.output(zero_point, "zero_point", ScalarType::Int, "[...]", leading_sizes(x));
+  check_int8_rows(check_asym, q, scale, x, p.k, {{&x, "x"}});
+  for (const auto& [other, name] : {std::pair{&x, "x"}, std::pair{&q, "q"}, std::pair{&scale, "scale"}}) {
+    check_asym.no_overlap(zero_point, "zero_point", *other, name);
+  }
+  run(p, q, scale, zero_point);
+}
+
+Tensor quantize_int8_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point) {
+  QuantizeInt8StaticParams p = checked_static(x, scale, zero_point);
+  Tensor q = new_tensor(x, with_last_size(x, p.k), ScalarType::Char);
+  run(p, q);
+  return q;
+}
+
+void quantize_int8_static_out(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                              const Tensor& q) {
+  QuantizeInt8StaticParams p = checked_static(x, scale, zero_point);
+  check_static.output(q, "q", ScalarType::Char, "[..., K]", x.sizes());
+  check_static.no_overlap(q, "q", x, "x");
+  run(p, q);
+}
+
+}  // namespace qops::binding

@@ -1,0 +1,219 @@
+// int8_gemm: y = R(fmaf(s_x[m], float(sum_k (q[m, k] - zero_point[m]) w[n, k]) * s_w[n], bias[n])).
+//
+// Idea. The sum is an exact int32 (modulo 2^32), so its bits depend neither on the order, the tile, the ISA level nor
+// on M; what follows is one float32 chain per output. vpdpbusd multiplies unsigned with signed bytes. x becomes the
+// unsigned operand, as x + 128: flipping it costs one pass over x, flipping w would cost one instruction for each 64
+// bytes and tile of rows. Then
+//     sum_k (q - zero_point) w  =  sum_k (q + 128) w  -  (128 + zero_point) * sum_k w,
+// and sum_k w is one more row of the product, x = 1: it runs in the first tile over the weights that are there already.
+// Storing it with the weight would save 1 / M of the dot products and cost a second copy of what the weight already
+// says, 4 / K of its size; at the M where 1 / M counts, memory bounds the call. AVX2 has no such instruction: there
+// both operands are widened to 16 bits (vpmaddubsw would saturate), and the row of ones only runs with zero points.
+//
+// Bytes and operations: 64 bytes of w take one load and M + 1 dot products, two a cycle. DRAM gives them in about 15
+// cycles a core, so weights bound the call up to M of some 24, the dot products beyond.
+#include <algorithm>
+#include <utility>
+
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+
+namespace qops::cpu::QOPS_ISA_NS {
+namespace {
+
+// Rows x strips of sums that stay in registers: 6 x 4 of AVX-512's 32, where 4 more hold w and one x.
+constexpr int kTileRows = kVectorRegisters >= 32 ? 6 : 4;
+constexpr int kTileStrips = kVectorRegisters >= 32 ? 4 : 1;
+// Two rows have registers left, and need 10 sums to hide the latency of a dot product (5 cycles, two a cycle).
+constexpr int kWideRows = 2;
+constexpr int kWideStrips = 2 * kTileStrips;
+
+// Rows of x are packed and multiplied at most so many at a time, which bounds the scratch.
+constexpr int64_t kMaxRows = 1024;
+// Strips that one thread takes at a time stay in its L2 while every tile of x passes over them.
+constexpr int64_t kChunkBytes = 512 << 10;
+constexpr int64_t kMaxChunk = 64;
+
+// Rows of x as the dot products read them. Row 0 holds ones where sum_k w is needed; x begins at row `first`.
+struct PackedRows {
+  uint8_t* bytes;
+  int64_t plane_bytes;
+  int first;
+
+  uint8_t* row(int64_t index) const { return bytes + index * kDotPlanes * plane_bytes; }
+};
+
+void pack_row(const PackedRows& x, int64_t index, const int8_t* values, int64_t k) {
+  for (int64_t begin = 0; begin < k; begin += 64) {
+    uint8_t block[64] = {};
+    std::memcpy(block, values + begin, static_cast<size_t>(std::min<int64_t>(64, k - begin)));
+    write_dot_row(x.row(index) + begin, x.plane_bytes, load_bytes(block));
+  }
+}
+
+void pack_ones(const PackedRows& x, int64_t k) {
+  uint8_t block[64];
+  std::memset(block, 1 - kDotOffset, sizeof(block));
+  for (int64_t begin = 0; begin < k; begin += 64) write_dot_row(x.row(0) + begin, x.plane_bytes, load_bytes(block));
+}
+
+// Sums of one tile: [row][strip * 16 + lane].
+struct Sums {
+  alignas(64) int32_t of[kTileRows][kWideStrips * kStripRows];
+};
+
+template <int Rows, int Strips>
+void tile(const uint8_t* const* x, int64_t plane_bytes, const char* w, int64_t strip_bytes, Sums& sums) {
+  I32x16 sum[Rows][Strips];
+  const uint8_t* row[Rows];
+  QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+    row[r] = x[r];
+    QOPS_UNROLL for (int s = 0; s < Strips; ++s) sum[r][s] = set1(int32_t{0});
+  }
+  for (int64_t at = 0; 16 * at < strip_bytes; at += 4, w += 64) {
+    DotStrip columns[Strips];
+    QOPS_UNROLL for (int s = 0; s < Strips; ++s) columns[s] = load_dot_strip(w + s * strip_bytes);
+    QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+      const DotRow values = load_dot_row(row[r] + at, plane_bytes);
+      QOPS_UNROLL for (int s = 0; s < Strips; ++s) sum[r][s] = dot(sum[r][s], values, columns[s]);
+    }
+  }
+  QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+    QOPS_UNROLL for (int s = 0; s < Strips; ++s) store(sums.of[r] + s * kStripRows, sum[r][s]);
+  }
+}
+
+// The widest tile of at most `strips` strips; returns how many those are.
+template <int Rows, int Strips = Rows <= kWideRows ? kWideStrips : kTileStrips>
+int widest_tile(const uint8_t* const* x, int64_t plane_bytes, const char* w, int64_t strip_bytes, int64_t strips,
+                Sums& sums) {
+  if constexpr (Strips > 1) {
+    if (strips < Strips) return widest_tile<Rows, Strips / 2>(x, plane_bytes, w, strip_bytes, strips, sums);
+  }
+  tile<Rows, Strips>(x, plane_bytes, w, strip_bytes, sums);
+  return Strips;
+}
+
+struct Tiles {
+  int (*of_rows[kTileRows])(const uint8_t* const*, int64_t, const char*, int64_t, int64_t, Sums&);  // [rows - 1]
+};
+template <int... I>
+constexpr Tiles tiles(std::integer_sequence<int, I...>) {
+  return {{&widest_tile<I + 1>...}};
+}
+constexpr Tiles kTiles = tiles(std::make_integer_sequence<int, kTileRows>());
+
+// One row of a tile to y; w_sum holds sum_k w of its columns.
+template <class T>
+void finish_row(const Int8GemmParams& p, int64_t row, int64_t column, int64_t columns, const int32_t* sums,
+                const int32_t* w_sum) {
+  const int32_t zero = p.zero_point == nullptr ? 0 : p.zero_point[p.zero_point_rows.offset(row)];
+  const I32x16 offset = set1(static_cast<int32_t>(uint32_t{kDotOffset} + static_cast<uint32_t>(zero)));
+  const F32x16 scale = set1(p.scale[p.scale_rows.offset(row)]);
+  T* y = static_cast<T*>(p.y) + row * p.n + column;
+  for (int64_t i = 0; i < columns; i += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, columns - i);
+    I32x16 acc = load(sums + i);
+    if (w_sum != nullptr) acc = acc - offset * load(w_sum + i);
+    if constexpr (std::is_same_v<T, int32_t>) {
+      store_n(y + i, acc, n);
+    } else {
+      // K = 0 has no scales.
+      const F32x16 w_scale = p.k == 0 ? set1(0.0f) : load_as_float(p.w_scale, p.w_scale_dtype, column + i, kLanes);
+      const F32x16 t = to_float(acc) * w_scale;
+      const F32x16 scaled =
+          p.bias == nullptr ? scale * t : fma(scale, t, load_as_float(p.bias, p.bias_dtype, column + i, n));
+      store_n(y + i, scaled, n);
+    }
+  }
+}
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// y of some rows and strips. `packed` holds the rows from first_row on.
+template <class T>
+void multiply(const Int8GemmParams& p, const PackedRows& packed, int64_t first_row, Range rows, Range strips) {
+  const int64_t strip_bytes = p.k * kStripRows;
+  const int64_t fitting = kChunkBytes / (strip_bytes + 1) / kTileStrips * kTileStrips;
+  const int64_t chunk = std::clamp<int64_t>(fitting, kTileStrips, kMaxChunk);
+  // The row of ones comes first, then the rows of x, in tiles of even heights.
+  const int64_t total = packed.first + rows.size();
+  const int64_t tiles = (total + kTileRows - 1) / kTileRows;
+  Sums sums;
+  int32_t w_sum[kMaxChunk * kStripRows];
+  for (int64_t begin = strips.begin; begin < strips.end; begin += chunk) {
+    const int64_t end = std::min(begin + chunk, strips.end);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const Range of{total * t / tiles, total * (t + 1) / tiles};
+      const int ones = t == 0 ? packed.first : 0;
+      const uint8_t* x[kTileRows];
+      for (int64_t i = of.begin; i < of.end; ++i) {
+        x[i - of.begin] = packed.row(i < packed.first ? 0 : rows.begin - first_row + i);
+      }
+      for (int64_t strip = begin; strip < end;) {
+        const char* w = static_cast<const char*>(p.packed) + strip * strip_bytes;
+        const int done = kTiles.of_rows[of.size() - 1](x, packed.plane_bytes, w, strip_bytes, end - strip, sums);
+        const int64_t column = strip * kStripRows;
+        const int64_t columns = std::min<int64_t>(done * kStripRows, p.n - column);
+        int32_t* sum_of_w = w_sum + (strip - begin) * kStripRows;
+        if (ones != 0) std::memcpy(sum_of_w, sums.of[0], static_cast<size_t>(done) * kStripRows * sizeof(int32_t));
+        for (int64_t i = of.begin + ones; i < of.end; ++i) {
+          finish_row<T>(p, rows.begin + i - packed.first, column, columns, sums.of[i - of.begin],
+                        packed.first != 0 ? sum_of_w : nullptr);
+        }
+        strip += done;
+      }
+    }
+  }
+}
+
+template <class T>
+Status run(const Int8GemmParams& p, const ThreadPool& pool) {
+  const int64_t m = p.q_rows.count;
+  if (m == 0 || p.n == 0) return Status::kOk;
+  // 64 bytes more, or the rows of a tile would lie 4 KiB apart and share one set of L1.
+  const int64_t plane_bytes = (p.k + 63) / 64 * 64 + 64;
+  PackedRows packed{nullptr, plane_bytes, kDotOffset != 0 || p.zero_point != nullptr ? 1 : 0};
+  const int64_t scratch_bytes = (packed.first + std::min(m, kMaxRows)) * kDotPlanes * plane_bytes;
+  Scratch scratch(Scratch::bytes<uint8_t>(scratch_bytes));
+  if (!scratch.ok()) return Status::kOutOfMemory;
+  packed.bytes = scratch.take<uint8_t>(scratch_bytes);
+  if (packed.first != 0) pack_ones(packed, p.k);
+
+  const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
+  for (int64_t first_row = 0; first_row < m; first_row += kMaxRows) {
+    const int64_t rows = std::min(kMaxRows, m - first_row);
+    parallel_for(pool, rows, 1 + (256 << 10) / (p.k + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int8_t* values = static_cast<const int8_t*>(p.q) + p.q_rows.offset(first_row + row);
+        pack_row(packed, packed.first + row, values, p.k);
+      }
+    });
+    // Few strips and many threads: the rows are cut too.
+    const int64_t wanted = (8 * pool.threads + strips - 1) / strips;
+    const int64_t blocks = std::clamp<int64_t>(wanted, 1, (rows + 2 * kTileRows - 1) / (2 * kTileRows));
+    const int64_t grain = 1 + (64 << 10) / (p.k * (8 + rows / blocks) + 1);
+    parallel_for(pool, strips * blocks, grain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t block = begin / strips, strip = begin % strips;
+        const int64_t size = std::min(strips - strip, end - begin);
+        const Range of{first_row + rows * block / blocks, first_row + rows * (block + 1) / blocks};
+        multiply<T>(p, packed, first_row, of, {strip, strip + size});
+        begin += size;
+      }
+    });
+  }
+  return Status::kOk;
+}
+
+}  // namespace
+
+Status int8_gemm(const Int8GemmParams& p, const ThreadPool& pool) {
+  if (p.dtype == DType::kInt32) return run<int32_t>(p, pool);
+  return with_dtype(p.dtype, [&](auto* element) { return run<std::remove_pointer_t<decltype(element)>>(p, pool); });
+}
+
+}  // namespace qops::cpu::QOPS_ISA_NS

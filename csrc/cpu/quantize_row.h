@@ -1,0 +1,95 @@
+// One row of floats to int8: a pass for the largest magnitude, a pass that quantises. The row comes from L1 the second
+// time. The rules are written out in quantize_int8's docstring; divisions are IEEE, and every operation on elements is
+// a lane operation, so the bits are the same at every ISA level.
+#pragma once
+
+#include <limits>
+
+#include "cpu/simd.h"
+
+namespace qops::cpu::QOPS_ISA_NS {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Distance from 1 to the next larger value of an element type.
+template <class T>
+inline constexpr float kEpsilon = 0x1p-23f;
+template <>
+inline constexpr float kEpsilon<Half> = 0x1p-10f;
+template <>
+inline constexpr float kEpsilon<BFloat16> = 0x1p-7f;
+
+template <class T>
+inline float round_to(float x) {
+  float lanes[kLanes];
+  store(lanes, round_to<T>(set1(x)));
+  return lanes[0];
+}
+
+// max |x|, NaN if any element is: as integers, the magnitudes of floats have the order of their values, NaN above all.
+template <class T>
+inline float largest_magnitude(const T* x, int64_t k) {
+  const I32x16 magnitude = set1(0x7fffffff);
+  I32x16 most = set1(0);
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) most = max(most, as_int(load(x + i)) & magnitude);
+  if (i < k) most = max(most, as_int(load_n(x + i, k - i)) & magnitude);
+  return bit_cast<float>(max_lanes(most));
+}
+
+// q = rne(f(x)), clamped to -128 .. 127. f(x) must fit int32.
+template <class T, class F>
+inline void quantise_elements(const T* x, int64_t k, int8_t* q, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) store_saturated(q + i, to_int(f(load(x + i))));
+  if (i < k) store_saturated_n(q + i, to_int(f(load_n(x + i, k - i))), k - i);
+}
+
+inline void zero_row(int64_t k, int8_t* q) {
+  if (k > 0) std::memset(q, 0, static_cast<size_t>(k));  // an empty row may have no address
+}
+
+template <class T>
+inline void quantise_row_127(const T* x, int64_t k, int8_t* q, float* scale) {
+  const float a = largest_magnitude(x, k);
+  const float factor = 127.0f / a;
+  if (!(a < kInfinity) || factor == kInfinity) {
+    *scale = a < kInfinity ? 0.0f : kNaN;
+    return zero_row(k, q);
+  }
+  *scale = a / 127.0f;
+  const F32x16 f = set1(factor);
+  quantise_elements(x, k, q, [&](F32x16 v) { return v * f; });
+}
+
+template <class T>
+inline void quantise_row_compressed_tensors(const T* x, int64_t k, int8_t* q, float* scale) {
+  const float rounded = round_to<T>(largest_magnitude(x, k) / 127.5f);
+  *scale = rounded == 0.0f ? kEpsilon<T> : rounded;
+  if (!(rounded < kInfinity)) return zero_row(k, q);
+  const F32x16 s = set1(*scale);
+  quantise_elements(x, k, q, [&](F32x16 v) { return round_to<T>(v / s); });
+}
+
+template <class T>
+inline void quantise_row_torchao(const T* x, int64_t k, int8_t* q, float* scale) {
+  const float rounded = round_to<T>(largest_magnitude(x, k) / 127.5f);
+  *scale = rounded < kEpsilon<float> ? kEpsilon<float> : rounded;
+  if (!(rounded < kInfinity)) return zero_row(k, q);
+  const F32x16 f = set1(1.0f / *scale);
+  quantise_elements(x, k, q, [&](F32x16 v) { return v * f; });
+}
+
+template <class T>
+inline void quantise_row(const T* x, int64_t k, const Int8Rows& out, int64_t row) {
+  int8_t* q = out.q + row * k;
+  float* scale = out.scale + row;
+  switch (out.rule) {
+    case QuantizeRule::k127: return quantise_row_127(x, k, q, scale);
+    case QuantizeRule::kCompressedTensors: return quantise_row_compressed_tensors(x, k, q, scale);
+    case QuantizeRule::kTorchao: return quantise_row_torchao(x, k, q, scale);
+  }
+}
+
+}  // namespace qops::cpu::QOPS_ISA_NS

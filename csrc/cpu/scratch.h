@@ -1,0 +1,36 @@
+// Memory for one call of a kernel.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+namespace qops::cpu::QOPS_ISA_NS {
+
+// Cut into 64-byte aligned pieces.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes + 1)))) {}
+  ~Scratch() { std::free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  bool ok() const { return memory_ != nullptr; }
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(memory_ + used_);
+    used_ += bytes<T>(count);
+    return piece;
+  }
+  template <class T>
+  static size_t bytes(int64_t count) {
+    return round_up(static_cast<size_t>(count) * sizeof(T));
+  }
+
+ private:
+  static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  char* memory_;
+  size_t used_ = 0;
+};
+
+}  // namespace qops::cpu::QOPS_ISA_NS

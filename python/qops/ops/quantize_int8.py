@@ -1,0 +1,258 @@
+"""quantize_int8, quantize_int8_asym, quantize_int8_static: activations to int8, one scale per token or one for all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qops import _native as _native
+from qops.ops._checks import Checker, check_int8_rows, new_int8_rows, refuse_grad
+
+
+def quantize_int8(x: Tensor, rule: str = "127", *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Quantises each row (token) to int8 with a scale of its own: ``x[t, k]`` is near ``q[t, k] * scale[t]``.
+
+    With ``a = max_k |x[t, k]|``, rne() one rounding to the nearest integer (ties to even), and R() one rounding to
+    nearest even in the dtype of ``x``:
+
+    * ``rule="127"``: ``scale = a / 127``, ``q = rne(x * (127 / a))`` in -127 .. 127. Where ``127 / a`` is not a finite
+      float32 (a zero row, or ``a`` below 3.74e-37), ``q = 0`` and ``scale = 0``.
+    * ``rule="compressed-tensors"``: ``scale = R(a / 127.5)``, and where that is 0, the distance from 1 to the next
+      value of the dtype (2^-23 for float32, 2^-10 for float16, 2^-7 for bfloat16);
+      ``q = clamp(rne(R(x / scale)), -128, 127)``.
+    * ``rule="torchao"``: ``scale = max(R(a / 127.5), 2^-23)``, ``q = clamp(rne(x * (1 / scale)), -128, 127)``.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``; any leading dimensions and strides, last dimension dense.
+        rule: ``"127"``, ``"compressed-tensors"`` or ``"torchao"``: a checkpoint is used with the rule of its producer.
+        out: ``(q, scale)`` to write to, contiguous, sharing no memory with ``x``; default: new tensors.
+
+    Returns:
+        ``(q, scale)``: int8 ``[..., K]`` and float32 ``[...]``, contiguous; ``out`` where it is given.
+
+    Numerics:
+        Apart from R(), every quotient, product and rounding is one IEEE operation in float32; no subnormal is flushed.
+        A row has the same bits in every batch, for every thread count and at every ISA level. The 127.5 rules give the
+        bits of their packages on the CPU (compressed-tensors for a 3-dimensional input, its strategy ``token``).
+        A row with NaN has ``q = 0`` and ``scale`` NaN. A row with an infinity has ``q = 0``, too; its ``scale`` is NaN
+        by rule 127, infinity by the others. Either way every output that is made from it is NaN. An empty row (K = 0)
+        is a zero row.
+
+    Raises:
+        ValueError: shapes, strides or ``rule`` do not fit; ``out`` overlaps ``x``.
+        RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
+
+    Source:
+        127: vLLM's ``dynamic_scaled_int8_quant``. The others: compressed-tensors 0.20
+        (``compute_dynamic_scales_and_zp``, ``quantize``) and torchao 0.18 (``Int8Tensor.from_hp``).
+
+    Example:
+        >>> q, scale = qops.quantize_int8(torch.tensor([[-254.0, 3.0, 5.0], [0.0, 0.0, 0.0]]))
+        >>> q
+        tensor([[-127,    2,    2],
+                [   0,    0,    0]], dtype=torch.int8)
+        >>> scale
+        tensor([2., 0.])
+    """
+    refuse_grad("quantize_int8", x)
+    if out is None:
+        return torch.ops.qops.quantize_int8.default(x, rule)
+    q, scale = out
+    torch.ops.qops.quantize_int8.out(x, rule, q=q, scale=scale)
+    return out
+
+
+def quantize_int8_asym(x: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantises each row (token) to int8 over its own range: ``x[t, k]`` is near ``(q - zero_point[t]) * scale[t]``.
+
+    With ``low = min(min_k x[t, k], 0)``, ``high = max(max_k x[t, k], 0)``, and rne() one rounding to the nearest
+    integer (ties to even)::
+
+        scale = (high - low) / 255
+        zero_point = -128 - rne(low / scale)
+        q = clamp(rne(x * (1 / scale)) + zero_point, -128, 127)
+
+    The range holds 0, so 0 is exact and ``zero_point`` lies in -128 .. 127.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``; any leading dimensions and strides, last dimension dense.
+        out: ``(q, scale, zero_point)`` to write to, contiguous, sharing no memory with ``x``; default: new tensors.
+
+    Returns:
+        ``(q, scale, zero_point)``: int8 ``[..., K]``, float32 ``[...]`` and int32 ``[...]``, contiguous; ``out`` where
+        it is given.
+
+    Numerics:
+        Every difference, quotient, product and rounding is one IEEE operation in float32; no subnormal is flushed. A
+        row has the same bits in every batch, for every thread count and at every ISA level. Where ``1 / scale`` is not
+        a finite float32 (a zero row, or a range below 7.5e-37), ``q``, ``scale`` and ``zero_point`` are 0. A row with
+        NaN or infinity, or whose ``high - low`` passes the largest float32, has ``q = 0``, ``zero_point = 0`` and
+        ``scale`` NaN. An empty row (K = 0) is a zero row.
+
+    Raises:
+        ValueError: shapes or strides do not fit; ``out`` overlaps ``x``.
+        RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
+
+    Source:
+        torchao's asymmetric mapping, whose bits it has for float32 rows with a scale of at least 2^-23; vLLM's
+        ``dynamic_scaled_int8_quant`` with a zero point does the same for rows that hold both signs, but for ties.
+
+    Example:
+        >>> qops.quantize_int8_asym(torch.tensor([[0.0, 100.0, 255.0]]))
+        (tensor([[-128,  -28,  127]], dtype=torch.int8), tensor([1.]), tensor([-128], dtype=torch.int32))
+    """
+    refuse_grad("quantize_int8_asym", x)
+    if out is None:
+        return torch.ops.qops.quantize_int8_asym.default(x)
+    q, scale, zero_point = out
+    torch.ops.qops.quantize_int8_asym.out(x, q=q, scale=scale, zero_point=zero_point)
+    return out
+
+
+def quantize_int8_static(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """Quantises to int8 with one scale that is known beforehand: ``q = clamp(rne(x * (1 / scale)) + zero_point, ...)``.
+
+    rne() is one rounding to the nearest integer (ties to even), the clamp is to -128 .. 127.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``; any leading dimensions and strides, last dimension dense.
+        scale: float32, one element, positive and finite.
+        zero_point: int32, one element in -128 .. 127; default 0.
+        out: int8 ``[..., K]`` to write to, contiguous, sharing no memory with ``x``; default: a new tensor.
+
+    Returns:
+        ``q``: int8 ``[..., K]``, contiguous; ``out`` where it is given.
+
+    Numerics:
+        The reciprocal and the product are IEEE operations in float32; the sum is exact. An element has the same bits at
+        every position, for every thread count and at every ISA level. Infinities saturate. NaN counts as 0, as int8
+        cannot show it. With the scale and zero point that :func:`quantize_int8_asym` gives for a row, that row gets the
+        same bits.
+
+    Raises:
+        ValueError: shapes or strides do not fit; ``out`` overlaps ``x``; ``scale`` or ``zero_point`` is out of range
+            (fake tensors have no values to look at).
+        RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
+
+    Source:
+        torchao's ``quantize_affine``, whose bits it has for finite x.
+
+    Example:
+        >>> qops.quantize_int8_static(torch.tensor([-1.0, 0.25, 0.75, 99.0]), torch.tensor(0.5))
+        tensor([ -2,   0,   2, 127], dtype=torch.int8)
+    """
+    refuse_grad("quantize_int8_static", x, scale)
+    if out is None:
+        return torch.ops.qops.quantize_int8_static.default(x, scale, zero_point)
+    torch.ops.qops.quantize_int8_static.out(x, scale, zero_point, q=out)
+    return out
+
+
+def quantize_int8_ref(x: Tensor, rule: str = "127") -> tuple[Tensor, Tensor]:
+    """The contract of :func:`quantize_int8` bit for bit: float64 operations, rounded where the contract rounds."""
+
+    def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+        return t.to(torch.float32).to(dtype).double()
+
+    wide = x.double()
+    a = wide.abs().amax(-1) if x.shape[-1] > 0 else wide.new_zeros(x.shape[:-1])
+    if rule == "127":
+        factor = rounded(127 / a, torch.float32)
+        scale = torch.where(torch.isinf(factor), 0.0, rounded(a / 127, torch.float32))
+        scale = torch.where(torch.isfinite(a), scale, torch.nan)
+        scaled = torch.where((torch.isfinite(a) & torch.isfinite(factor))[..., None], wide * factor[..., None], 0.0)
+    else:
+        scale = rounded(a / 127.5, x.dtype)
+        if rule == "compressed-tensors":
+            scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+            scaled = rounded(wide / scale[..., None], x.dtype)
+        else:
+            scale = torch.where(scale < 2.0**-23, 2.0**-23, scale)
+            scaled = wide * rounded(1 / scale, torch.float32)[..., None]
+        scaled = torch.where(torch.isfinite(a)[..., None], scaled, 0.0)
+    q = rounded(scaled, torch.float32).round().clamp(-128, 127)
+    return q.to(torch.int8), scale.float()
+
+
+def quantize_int8_asym_ref(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The contract of :func:`quantize_int8_asym` bit for bit: float64 operations, rounded to float32 one by one."""
+
+    def rounded(t: Tensor) -> Tensor:
+        return t.to(torch.float32).double()
+
+    wide = torch.cat((x.double(), x.new_zeros((*x.shape[:-1], 1), dtype=torch.float64)), dim=-1)
+    low, high = wide.amin(-1), wide.amax(-1)
+    width = rounded(high - low)
+    scale = rounded(width / 255)
+    factor = rounded(1 / scale)
+    finite, usable = torch.isfinite(width), torch.isfinite(width) & torch.isfinite(factor)
+    zero_point = torch.where(usable, -128 - rounded(low / scale).round(), 0.0)
+    scaled = torch.where(usable[..., None], x.double() * factor[..., None], 0.0)
+    q = torch.clamp(rounded(scaled).round() + zero_point[..., None], -128, 127)
+    scale = torch.where(finite, torch.where(usable, scale, 0.0), torch.nan)
+    return q.to(torch.int8), scale.float(), zero_point.to(torch.int32)
+
+
+def quantize_int8_static_ref(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """The contract of :func:`quantize_int8_static` bit for bit: float64 operations, rounded to float32 one by one."""
+    factor = (1 / scale.double()).to(torch.float32).double()
+    scaled = (x.double() * factor).to(torch.float32).nan_to_num(nan=0.0, posinf=512.0, neginf=-512.0)
+    shifted = scaled.double().round() + (0 if zero_point is None else zero_point)
+    return shifted.clamp(-128, 127).to(torch.int8)
+
+
+def _check(op: str, x: Tensor) -> Checker:
+    check = Checker(op)
+    check.float_dtype(x, "x")
+    check.at_least_1d(x, "x")
+    check.dense_last_dim(x, "x")
+    return check
+
+
+def _check_static(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Checker:
+    check = _check("quantize_int8_static", x)
+    for t, arg, dtype in ((scale, "scale", torch.float32), (zero_point, "zero_point", torch.int32)):
+        if t is not None:
+            check.dtype(t, arg, dtype)
+            check.require(t.numel() == 1, arg, "have 1 element", lambda t=t: str(t.numel()))
+    return check
+
+
+# Which memory overlaps, and the value of a scale, only the kernel can see.
+@torch.library.register_fake("qops::quantize_int8")
+def _(x: Tensor, rule: str = "127") -> tuple[Tensor, Tensor]:
+    _check("quantize_int8", x).quantize_rule(rule)
+    return new_int8_rows(x, x.shape[-1])
+
+
+@torch.library.register_fake("qops::quantize_int8.out")
+def _(x: Tensor, rule: str = "127", *, q: Tensor, scale: Tensor) -> None:
+    check = _check("quantize_int8", x)
+    check.quantize_rule(rule)
+    check_int8_rows(check, q, scale, x, x.shape[-1])
+
+
+@torch.library.register_fake("qops::quantize_int8_asym")
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check("quantize_int8_asym", x)
+    return *new_int8_rows(x, x.shape[-1]), x.new_empty(x.shape[:-1], dtype=torch.int32)
+
+
+@torch.library.register_fake("qops::quantize_int8_asym.out")
+def _(x: Tensor, *, q: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+    check = _check("quantize_int8_asym", x)
+    check.output(zero_point, "zero_point", torch.int32, "[...]", x.shape[:-1])
+    check_int8_rows(check, q, scale, x, x.shape[-1])
+
+
+@torch.library.register_fake("qops::quantize_int8_static")
+def _(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    _check_static(x, scale, zero_point)
+    return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("qops::quantize_int8_static.out")
+def _(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, q: Tensor) -> None:
+    _check_static(x, scale, zero_point).output(q, "q", torch.int8, "[..., K]", x.shape)

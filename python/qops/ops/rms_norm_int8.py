@@ -1,0 +1,178 @@
+"""rms_norm_int8 and add_rms_norm_int8: root-mean-square normalisation that emits per-token int8."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qops import _native as _native
+from qops.ops._checks import Checker, check_int8_rows, check_rms_norm, check_second, new_int8_rows, refuse_grad
+
+
+def rms_norm_int8(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    rule: str = "127",
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalises each row and quantises it: ``quantize_int8(rms_norm(x, weight, eps), rule)`` in one pass over memory.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., H]``; any leading dimensions and strides, last dimension dense.
+        weight, eps, weight_offset, rounding: as in :func:`qops.rms_norm`.
+        rule: ``"127"``, ``"compressed-tensors"`` or ``"torchao"``, as in :func:`qops.quantize_int8`.
+        out: ``(q, scale)`` to write to, contiguous, sharing no memory with the inputs; default: new tensors.
+
+    Returns:
+        ``(q, scale)``: int8 ``[..., H]`` and float32 ``[...]``, contiguous; ``out`` where it is given.
+
+    Numerics:
+        Bit for bit those of :func:`qops.rms_norm` followed by :func:`qops.quantize_int8`: the normalised row is rounded
+        to the dtype of ``x`` before it is quantised.
+
+    Raises:
+        ValueError: shapes, strides, ``rounding``, ``weight_offset`` or ``rule`` do not fit; ``out`` overlaps an input.
+        RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
+
+    Source:
+        As :func:`qops.rms_norm` and :func:`qops.quantize_int8`; the fusion is that of vLLM's
+        ``rms_norm_dynamic_per_token_quant``, which does not round the normalised row.
+
+    Example:
+        >>> q, scale = qops.rms_norm_int8(torch.tensor([[3.0, 4.0]]), torch.ones(2), eps=0.0)
+        >>> q
+        tensor([[ 95, 127]], dtype=torch.int8)
+    """
+    refuse_grad("rms_norm_int8", x, weight)
+    if out is None:
+        return torch.ops.qops.rms_norm_int8.default(x, weight, eps, weight_offset, rounding, rule)
+    q, scale = out
+    torch.ops.qops.rms_norm_int8.out(x, weight, eps, weight_offset, rounding, rule, q=q, scale=scale)
+    return out
+
+
+def add_rms_norm_int8(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    rule: str = "127",
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds a residual, normalises the sum and quantises it: ``z = R(x + residual)``, then :func:`rms_norm_int8` of z.
+
+    One pass over memory instead of three.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., H]``; any leading dimensions and strides, last dimension dense.
+        residual: same dtype and shape as ``x``, own strides.
+        weight, eps, weight_offset, rounding: as in :func:`qops.rms_norm`.
+        rule: ``"127"``, ``"compressed-tensors"`` or ``"torchao"``, as in :func:`qops.quantize_int8`.
+        out: ``(q, scale, z)`` to write to, contiguous, sharing no memory with each other nor with the inputs, except
+            that ``z`` may be ``residual`` itself; default: new tensors.
+
+    Returns:
+        ``(q, scale, z)``: int8 ``[..., H]``, float32 ``[...]``, and the next residual ``[..., H]`` in the dtype of
+        ``x``, contiguous; ``out`` where it is given.
+
+    Numerics:
+        Bit for bit those of ``z = x + residual``, :func:`qops.rms_norm` and :func:`qops.quantize_int8` one after
+        another.
+
+    Raises:
+        ValueError: shapes, strides, ``rounding``, ``weight_offset`` or ``rule`` do not fit; ``out`` overlaps an input.
+        RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
+
+    Source:
+        As :func:`rms_norm_int8`; the fusion follows the residual stream of Llama-family decoder layers.
+
+    Example:
+        >>> x, residual = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]])
+        >>> q, scale, z = qops.add_rms_norm_int8(x, residual, torch.ones(2), eps=0.0)
+        >>> q, z
+        (tensor([[ 95, 127]], dtype=torch.int8), tensor([[3., 4.]]))
+    """
+    refuse_grad("add_rms_norm_int8", x, residual, weight)
+    if out is None:
+        return torch.ops.qops.add_rms_norm_int8.default(x, residual, weight, eps, weight_offset, rounding, rule)
+    q, scale, z = out
+    torch.ops.qops.add_rms_norm_int8.out(
+        x, residual, weight, eps, weight_offset, rounding, rule, q=q, scale=scale, residual_out=z
+    )
+    return out
+
+
+def _check(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, weight_offset: float, rounding: str, rule: str
+) -> Checker:
+    check = Checker(op)
+    check_rms_norm(check, x, weight, weight_offset, rounding)
+    if residual is not None:
+        check_second(check, residual, "residual", x, "x")
+    check.quantize_rule(rule)
+    return check
+
+
+# Which memory overlaps, only the kernel can see.
+@torch.library.register_fake("qops::rms_norm_int8")
+def _(
+    x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf", rule: str = "127"
+) -> tuple[Tensor, Tensor]:
+    _check("rms_norm_int8", x, None, weight, weight_offset, rounding, rule)
+    return new_int8_rows(x, x.shape[-1])
+
+
+@torch.library.register_fake("qops::rms_norm_int8.out")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    rule: str = "127",
+    *,
+    q: Tensor,
+    scale: Tensor,
+) -> None:
+    check = _check("rms_norm_int8", x, None, weight, weight_offset, rounding, rule)
+    check_int8_rows(check, q, scale, x, x.shape[-1])
+
+
+@torch.library.register_fake("qops::add_rms_norm_int8")
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    rule: str = "127",
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check("add_rms_norm_int8", x, residual, weight, weight_offset, rounding, rule)
+    return *new_int8_rows(x, x.shape[-1]), torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("qops::add_rms_norm_int8.out")
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    rule: str = "127",
+    *,
+    q: Tensor,
+    scale: Tensor,
+    residual_out: Tensor,
+) -> None:
+    check = _check("add_rms_norm_int8", x, residual, weight, weight_offset, rounding, rule)
+    check.output(residual_out, "residual_out", x.dtype, "[..., H]", x.shape)
+    check_int8_rows(check, q, scale, x, x.shape[-1])
