@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 import qops
-from bench.bench_rms_norm import functional_norm, transformers_norm
+from bench.eager_norms import EPS, functional_norm, transformers_norm
 from bench.harness import OURS, Comparison, Provider
 from qops.ops.rms_norm import rms_norm_ref
 from qops.testing import random_activations
 
-EPS = 1e-5
 DTYPE = torch.bfloat16
 ROWS = (1, 16, 256, 2048)
 HIDDEN = (576, 4096)
