@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qops.demo import artefact, chat, cli, compare, console
 from qops.demo.console import DemoError, Progress
-from qops.model import quantize_model, save_model
+from qops.model import save_model
+from qops.quantize import quantize_model
 
 # Terminal
 

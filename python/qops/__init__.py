@@ -4,7 +4,7 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info
-from qops.model import load_model, quantize_model
+from qops.model import load_model, save_model
 from qops.ops import (
     add_rms_norm,
     add_rms_norm_int8,
@@ -21,6 +21,7 @@ from qops.ops import (
     silu_mul,
     silu_mul_int8,
 )
+from qops.quantize import quantize_model
 from qops.weights import Int4Weight, Int8Weight
 
 try:
@@ -50,6 +51,7 @@ __all__ = [
     "rms_norm_int8",
     "rotary",
     "rotary_",
+    "save_model",
     "silu_mul",
     "silu_mul_int8",
 ]

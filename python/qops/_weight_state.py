@@ -257,7 +257,7 @@ class QuantizedWeight(nn.Module):
         """
         target = fn(torch.empty(1, dtype=torch.uint8, device=self.device)).device
         repack = target.type != self.device.type
-        tensors = {key: _move(tensor, fn) for key, tensor in (self.canonical() if repack else self._tensors()).items()}
+        tensors = {key: moved(tensor, fn) for key, tensor in (self.canonical() if repack else self._tensors()).items()}
         self._hold(self._packed_from(tensors) if repack else tensors)
         return self
 
@@ -387,15 +387,15 @@ def out_of_strips(strips: Tensor, n: int) -> Tensor:
     return strips.transpose(1, 2).flatten(0, 1)[:n].clone(memory_format=torch.contiguous_format)
 
 
-def _move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """``fn``, which nn.Module gives to _apply, on the tensor's bytes; the tensor itself where fn does nothing."""
     raw = tensor.reshape(-1).view(torch.uint8)
-    moved = fn(raw)
-    if moved is raw:
+    result = fn(raw)
+    if result is raw:
         return tensor
-    if moved.dtype != torch.uint8:  # module.type() casts integers too
-        moved = raw.to(moved.device)
-    return moved.view(tensor.dtype).view(tensor.shape)
+    if result.dtype != torch.uint8:  # module.type() casts integers too
+        result = raw.to(result.device)
+    return result.view(tensor.dtype).view(tensor.shape)
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

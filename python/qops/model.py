@@ -1,4 +1,4 @@
-"""Whole Llama models on qops operators: load, save, quantise, and the dense model to compare with.
+"""Whole language models on qops operators: load, save, and the dense model to compare with.
 
 A saved folder holds `config.json`, `generation_config.json` and `qops.safetensors`: the canonical tensors under
 Transformers' names. Packing at load is a permutation of bytes, cheaper than reading them, so the folder stores no
@@ -8,10 +8,10 @@ packed layout and stays valid when that changes.
 from __future__ import annotations
 
 import copy
-import fnmatch
 import json
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from qops._transformers import require_transformers
-from qops.nn import Int4Linear, Int8Embedding, Int8WeightOnlyLinear, MergedLinear, RMSNorm, dense_linear, frozen
+from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, dense_linear, frozen
+from qops.replacement import entries, freeze, is_fused, is_tied, name_of, packed, replace_parts, require_replaced, tie
 from qops.weights import Int4Weight, Int8Weight
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 Weight = Int4Weight | Int8Weight | torch.Tensor
 
@@ -35,7 +36,7 @@ TENSORS_FILE = "qops.safetensors"
 
 
 class Checkpoint(Protocol):
-    """What a reader offers: a config, and weight and bias of each module by its Transformers name.
+    """What a reader offers: a config, and by Transformers' names the weight and bias of each module.
 
     A quantised weight need not be packed yet.
     """
@@ -49,22 +50,23 @@ class Checkpoint(Protocol):
 
 def load_model(
     path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
-) -> LlamaForCausalLM:
-    """Loads a Llama-family model whose linears, norms, rotary and SiLU-mul run on qops operators.
+) -> Any:
+    """Loads a model whose linears, norms, rotary and SiLU-mul run on qops operators.
 
     Quantised weights keep every stored code and scale. Dense weights, norms and biases are rounded once to `dtype`,
     which is also the dtype of the activations. No dense copy of a quantised weight is ever made, except of a 4-bit
     embedding table, which is looked up densely.
 
     Args:
-        path: a GGUF file (Q4_0, Q4_1, Q8_0, F32, F16, BF16 tensors), or a folder written by `save_model`.
+        path: a GGUF file of a Llama-family model (Q4_0, Q4_1, Q8_0, F32, F16, BF16 tensors), or a folder written by
+            `save_model`.
         dtype: float32, bfloat16 or float16.
         device: where the model goes.
 
     Returns:
-        A Transformers `LlamaForCausalLM` in eval mode, frozen; `generate` works as usual. With a quantised output layer
-        its logits are float32: logits near 25 are 0.125 apart in bfloat16, so rounding them makes ties that greedy
-        search then decides by their index.
+        A Transformers model (`LlamaForCausalLM` or whichever was saved) in eval mode, frozen; `generate` works as
+        usual. With a quantised output layer its logits are float32: logits near 25 are 0.125 apart in bfloat16, so
+        rounding them makes ties that greedy search then decides by their index.
 
     Raises:
         ImportError: Transformers >= 5.17, < 6 (or, for GGUF, the gguf package) is missing.
@@ -72,7 +74,20 @@ def load_model(
         ValueError: the checkpoint is malformed or of a kind that is not supported.
     """
     require_transformers("qops.load_model")
-    return _build(_open_checkpoint(Path(path)), dtype, device)
+    path = Path(path)
+    if path.is_file():
+        from qops.formats.gguf import GGUFFile
+
+        return _build(GGUFFile(path), dtype, device)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such GGUF file or model folder")
+    folder = _Folder(path)
+    model = _build(folder, dtype, device, folder.fused, folder.dynamic)
+    if (path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -87,34 +102,40 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
 
-def save_model(model: LlamaForCausalLM, folder: str | os.PathLike[str]) -> None:
+def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
     """Writes a model made by `load_model` or `quantize_model` so that `load_model` reads it back bit for bit.
 
     The tokenizer is the caller's: `tokenizer.save_pretrained(folder)` into the same folder.
 
     Raises:
-        ValueError: the model has no qops parts.
+        ValueError: the model has no qops parts, or its class is not one of Transformers' own.
     """
     from safetensors.torch import save_file
 
-    _require_replaced(model, "qops.save_model")
+    require_replaced(model, "qops.save_model")
+    if _transformers_class(type(model).__name__) is not type(model):
+        raise ValueError(f"qops.save_model: model must be of a class of transformers, got {type(model)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     kinds: dict[str, str] = {}
-    for name, weight, bias in _modules(model):
-        if isinstance(weight, torch.Tensor):
-            tensors[f"{name}.weight"] = weight
+    for name, value, kind in entries(model):
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
         else:
-            kinds[name] = f"int4 {weight.kind}" if isinstance(weight, Int4Weight) else "int8"
-            tensors |= {f"{name}.weight.{key}": tensor for key, tensor in weight.canonical().items()}
-        if bias is not None:
-            tensors[f"{name}.bias"] = bias
+            kinds[name.removesuffix(".weight")] = kind
+            tensors |= {f"{name}.{value._state_key(key)}": tensor for key, tensor in value.canonical().items()}
     # Parts of a merged dense linear are views of one storage, which safetensors refuses.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype
-    config.quantization_config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "weights": kinds}
+    config.architectures = [type(model).__name__]
+    config.quantization_config = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "fused": is_fused(model),
+        "weights": kinds,
+    }
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -124,103 +145,39 @@ def save_model(model: LlamaForCausalLM, folder: str | os.PathLike[str]) -> None:
     os.replace(partial, folder / TENSORS_FILE)
 
 
-def quantize_model(
-    model: LlamaForCausalLM,
-    scheme: str = "int4",
-    group_size: int = 128,
-    skip: tuple[str, ...] = ("lm_head",),
-    symmetric: bool = True,
-) -> LlamaForCausalLM:
-    """Replaces the parts of a dense Transformers Llama model by qops parts, in place, one layer at a time.
-
-    Linears are quantised by round-to-nearest; norms, rotary and SiLU-mul change only the code that runs them.
-
-    Args:
-        model: a `LlamaForCausalLM` with floating-point weights; it is frozen and put into eval mode.
-        scheme: "int4".
-        group_size: columns of K that share a scale; -1 means one scale per row. It must divide each K.
-        skip: linears to leave dense: names, their last parts, or shell patterns ("lm_head", "*.mlp.down_proj").
-        symmetric: codes around 8, or with a zero point per group.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ImportError: Transformers >= 5.17, < 6 is missing.
-        ValueError: another architecture or scheme, sizes or a group size that `Int4Weight` refuses, weights that are
-            not finite. The model is then unchanged.
-    """
-    require_transformers("qops.quantize_model")
-    from qops.llama import DecoderLayer, FinalNorm, RotaryTables
-
-    if scheme != "int4":
-        raise ValueError(f"qops.quantize_model: scheme must be 'int4', got '{scheme}'")
-    _require_llama(model, "qops.quantize_model")
-    decoder: Any = model.model
-
-    def skipped(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, p) or name.rpartition(".")[2] == p for p in skip)
-
-    def replace(name: str, module: Any) -> nn.Module:
-        if not isinstance(module, nn.Linear):
-            return RMSNorm(module.weight, module.variance_epsilon)
-        if skipped(name):
-            return module
-        return Int4Linear.from_linear(module, group_size, symmetric)
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not skipped(name):
-            _check_quantizable(name, module, group_size)
-    for index, layer in enumerate(decoder.layers):
-        part = _replacing(f"model.layers.{index}", layer, replace)
-        decoder.layers[index] = DecoderLayer(model.config, index, part)
-    decoder.norm = FinalNorm(decoder.norm.weight, decoder.norm.variance_epsilon)
-    decoder.rotary_emb = RotaryTables(decoder.rotary_emb, model.config)
-    if not skipped("lm_head"):
-        causal: Any = model
-        causal.lm_head = Int4Linear.from_linear(model.lm_head, group_size, symmetric, float32_output=True)
-        model.config.tie_word_embeddings = False
-    # Transformers hooks layers when hidden states are first asked for; the new ones have no hooks yet.
-    decoder._output_capturing_hooks_installed = False
-    return _freeze(model)
-
-
-def dense_model(model: LlamaForCausalLM, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The plain Transformers model with the same weights, dequantised: what the qops model is compared with.
 
     Args:
         model: made by `load_model` or `quantize_model`; it stays as it is.
         dtype: of weights and activations; each exact weight is rounded to float32, then to `dtype`.
     """
-    _require_replaced(model, "qops.dense_model")
-    state: dict[str, torch.Tensor] = {}
-    for name, weight, bias in _modules(model):
-        if isinstance(weight, torch.Tensor):
-            state[f"{name}.weight"] = weight.detach().to(dtype, copy=True)
-        else:
-            state[f"{name}.weight"] = weight.dequantize(dtype)
-        if bias is not None:
-            state[f"{name}.bias"] = bias.detach().to(dtype, copy=True)
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    dense = _skeleton(model.config, dtype)
-    dense.load_state_dict(state, assign=True)
-    if model.config.tie_word_embeddings:
-        dense.lm_head.weight = dense.model.embed_tokens.weight
-    # The instance in use, not a new one from the config: it may carry its owner's frequencies.
-    dense.model.rotary_emb = copy.deepcopy(model.model.rotary_emb.rotary)
+    require_replaced(model, "qops.dense_model")
+    dense = _skeleton(type(model), model.config, dtype)
+    state = {
+        name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
+        for name, value, _ in entries(model)
+    }
+    _assign(dense, state.pop)
+    if is_fused(model):
+        # The instance in use, not a new one from the config: it may carry its owner's frequencies.
+        dense.model.rotary_emb = copy.deepcopy(model.model.rotary_emb.rotary)
     dense.generation_config = copy.deepcopy(model.generation_config)
-    return _freeze(dense)
+    return freeze(dense)
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device) -> LlamaForCausalLM:
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+# Building ------------------------------------------------------------------------------------------------------------
 
-    from qops.llama import DecoderLayer, FinalNorm, RotaryTables
 
-    model = _skeleton(checkpoint.config, dtype)
-    config = model.config
-    decoder: Any = model.model
+def _build(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    fused: bool = True,
+    dynamic: frozenset[str] = frozenset(),
+) -> Any:
+    """The model of a checkpoint. ``dynamic`` names the int8 linears whose activations are quantised too."""
+    model = _skeleton(_transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
 
     def fetch(name: str, module: Any) -> Weight:
         weight = checkpoint.weight(name)
@@ -234,131 +191,108 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.devic
             raise ValueError(f"{name}.weight must have shape {wanted}, got {found}")
         return weight
 
-    def linear(weight: Weight, bias: torch.Tensor | None = None, *, logits: bool = False) -> nn.Module:
+    def linear_of(name: str, weight: Weight, bias: torch.Tensor | None, *, logits: bool = False) -> nn.Module:
         bias = None if bias is None else bias.to(dtype)
         if isinstance(weight, Int4Weight):
             return Int4Linear(weight, bias, float32_output=logits)
         if isinstance(weight, Int8Weight):
-            return Int8WeightOnlyLinear(weight, bias, float32_output=logits)
+            into = Int8Linear if name in dynamic else Int8WeightOnlyLinear
+            return into(weight, bias, float32_output=logits)
         return dense_linear(weight, bias)
 
-    def replace(name: str, module: Any) -> nn.Module:
+    def norm_weight(name: str, module: nn.Module) -> torch.Tensor:
         weight = fetch(name, module)
-        if isinstance(module, nn.Linear):
-            return linear(weight, checkpoint.bias(name))
-        assert isinstance(weight, torch.Tensor)
-        return RMSNorm(weight, config.rms_norm_eps)
+        if not isinstance(weight, torch.Tensor):
+            raise ValueError(f"{name}.weight must be dense, got {type(weight).__name__}")
+        return weight
 
-    table = fetch("model.embed_tokens", decoder.embed_tokens)
-    if isinstance(table, Int8Weight):
-        decoder.embed_tokens = Int8Embedding(table, dtype)
+    def linear(name: str, module: nn.Linear) -> nn.Module:
+        return linear_of(name, fetch(name, module), checkpoint.bias(name))
+
+    replace_parts(model, linear, norm_weight, fused)
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    name = name_of(model, embedding)
+    table = fetch(name, embedding)
+    if isinstance(table, torch.Tensor):
+        embedding.weight = frozen(table)
     else:
-        rows = table.dequantize(dtype) if isinstance(table, Int4Weight) else table
-        decoder.embed_tokens.weight = frozen(rows)
-    for index, layer in enumerate(decoder.layers):
-        part = _replacing(f"model.layers.{index}", layer, replace)
-        decoder.layers[index] = _packed(DecoderLayer(config, index, part))
-    norm = fetch("model.norm", decoder.norm)
-    assert isinstance(norm, torch.Tensor)
-    decoder.norm = FinalNorm(norm, config.rms_norm_eps)
-    decoder.rotary_emb = RotaryTables(LlamaRotaryEmbedding(config), config)
-    output = table if config.tie_word_embeddings else fetch("lm_head", model.lm_head)
-    model.lm_head = linear(output, logits=True)
-    if output is table and isinstance(table, torch.Tensor):
-        model.lm_head.weight = decoder.embed_tokens.weight
-    return _freeze(_packed(model)).to(device)
+        tie(model, table, dtype)
+    if output is not None:
+        tied = is_tied(model)
+        # A tied table stands under the embedding's name, and with it what becomes of it.
+        bias = checkpoint.bias(name_of(model, output))
+        name = name if tied else name_of(model, output)
+        logits: Any = linear_of(name, table if tied else fetch(name, output), bias, logits=True)
+        if tied and isinstance(table, torch.Tensor):
+            logits.weight = model.get_input_embeddings().weight
+        model.set_output_embeddings(logits)
+
+    def rest(name: str) -> torch.Tensor:
+        assert isinstance(checkpoint, _Folder), name
+        return _in_dtype(checkpoint.tensor(name), dtype)
+
+    _assign(model, rest)
+    return freeze(packed(model)).to(device)
 
 
-def _skeleton(config: LlamaConfig, dtype: torch.dtype) -> Any:
-    """The model without storage: every part is about to be replaced."""
-    from transformers import LlamaForCausalLM
+def _transformers_class(name: object) -> Any:
+    import transformers
 
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"architectures must name a model class of transformers, got {name!r}")
+    return found
+
+
+def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model with its parameters on the meta device, to be replaced or assigned, and its buffers real."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     config = copy.deepcopy(config)
     config.dtype = dtype
-    with torch.device("meta"):
-        return LlamaForCausalLM(config)
+    thread = threading.get_ident()
 
+    def without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        # The hook is the process's; other threads may be building models of their own.
+        if threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
-def _freeze(model: Any) -> Any:
-    return model.eval().requires_grad_(False)
-
-
-def _packed(module: Any) -> Any:
-    """`module` with its weights packed. Readers hand them over canonical, so that merged ones are packed only once."""
-    for part in module.modules():
-        if isinstance(part, (Int4Weight, Int8Weight)):
-            part.pack()
-    return module
-
-
-def _replacing(prefix: str, layer: nn.Module, replace: Callable[[str, Any], nn.Module]) -> Callable[[str], nn.Module]:
-    """The `part` argument of a decoder layer: replaces the modules of `layer` as they are asked for."""
-    return lambda name: replace(f"{prefix}.{name}", layer.get_submodule(name))
-
-
-def _modules(model: Any) -> Iterator[tuple[str, Any, torch.Tensor | None]]:
-    """(name, weight, bias) of each module as Transformers names it; a tied output layer is left out."""
-    for name, module in model.named_modules():
-        if isinstance(module, MergedLinear):
-            parent = name.rpartition(".")[0]
-            part: str
-            linear: Any
-            for part, linear in module.split().items():
-                yield f"{parent}.{part}", linear.weight, linear.bias
-        elif isinstance(module, (Int4Linear, Int8WeightOnlyLinear, nn.Linear)):
-            inside_merged = ".merged" in name or ".separate." in name
-            tied = name == "lm_head" and model.config.tie_word_embeddings
-            if not inside_merged and not tied:
-                yield name, module.weight, module.bias
-        elif isinstance(module, nn.Embedding) and model.config.tie_word_embeddings:
-            # The output layer holds a 4-bit table exactly; the dense one beside it is rounded.
-            yield name, model.lm_head.weight, None
-        elif isinstance(module, (Int8Embedding, nn.Embedding, RMSNorm)):
-            yield name, module.weight, None
-
-
-def _require_llama(model: Any, caller: str) -> None:
-    from transformers import LlamaForCausalLM
-
-    from qops.llama import DecoderLayer
-
-    if type(model) is not LlamaForCausalLM:
-        raise ValueError(f"{caller}: model must be a transformers LlamaForCausalLM, got {type(model).__name__}")
-    if any(isinstance(layer, DecoderLayer) for layer in model.model.layers):
-        raise ValueError(f"{caller}: the model's layers are qops layers already")
-    if model.config.hidden_act != "silu":
-        raise ValueError(f"{caller}: config.hidden_act must be 'silu', got '{model.config.hidden_act}'")
-
-
-def _require_replaced(model: Any, caller: str) -> None:
-    require_transformers(caller)
-    from qops.llama import DecoderLayer
-
-    layers = getattr(getattr(model, "model", None), "layers", ())
-    if not any(isinstance(layer, DecoderLayer) for layer in layers):
-        raise ValueError(f"{caller}: model must come from qops.load_model or qops.quantize_model")
-
-
-def _check_quantizable(name: str, linear: nn.Linear, group_size: int) -> None:
-    """Raises what quantising would raise, before any layer is replaced."""
+    register: Any = nn.modules.module.register_module_parameter_registration_hook
+    hook = register(without_storage)
     try:
-        Int4Weight(linear.in_features, linear.out_features, group_size, scale_dtype=torch.float32, device="meta")
-    except ValueError as error:
-        raise ValueError(f"qops.quantize_model: {name}: {error}") from error
-    if not linear.weight.isfinite().all():
-        raise ValueError(f"qops.quantize_model: {name}: weight must be finite, got NaN or infinity")
+        return model_class(config)
+    finally:
+        hook.remove()
 
 
-def _open_checkpoint(path: Path) -> Checkpoint:
-    if path.is_file():
-        from qops.formats.gguf import GGUFFile
+def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy; integers keep their dtype."""
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
-        return GGUFFile(path)
-    if path.is_dir():
-        return _Folder(path)
-    raise FileNotFoundError(f"{path}: no such GGUF file or model folder")
+
+def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
+    """Gives every parameter without storage, and every persistent buffer, what ``tensor`` has under its name."""
+    table, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = is_tied(model)
+    for module_name, module in model.named_modules():
+        if isinstance(module, (Int4Weight, Int8Weight)) or (tied and module is output):
+            continue
+        wanted = {key: value for key, value in module._parameters.items() if value is not None and value.is_meta}
+        for key, value in module._buffers.items():
+            if value is not None and key not in module._non_persistent_buffers_set:
+                wanted[key] = value
+        for key, value in wanted.items():
+            name = f"{module_name}.{key}".removeprefix(".")
+            found = tensor(name)
+            if found.shape != value.shape:
+                raise ValueError(f"{name} must have shape {list(value.shape)}, got {list(found.shape)}")
+            setattr(module, key, frozen(found) if key in module._parameters else found)
+    if tied and isinstance(output, nn.Linear):
+        output.weight = table.weight
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
 
 
 class _Folder:
@@ -366,13 +300,25 @@ class _Folder:
 
     def __init__(self, folder: Path):
         from safetensors import SafetensorError, safe_open
-        from transformers import LlamaConfig
+        from transformers import AutoConfig
 
         self.folder = folder
         settings = self._read_settings()
-        self.config = LlamaConfig.from_pretrained(folder)
+        try:
+            self.config: Any = AutoConfig.from_pretrained(folder)
+            model_class = _transformers_class((self.config.architectures or [None])[0])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        if not isinstance(self.config, model_class.config_class):
+            wanted = model_class.config_class.model_type
+            raise ValueError(
+                f"{folder / 'config.json'}: model_type must be '{wanted}' for {model_class.__name__}, "
+                f"got '{self.config.model_type}'"
+            )
         del self.config.__dict__["quantization_config"]
+        self.fused: bool = settings.get("fused", True)
         self._kinds: dict[str, str] = settings["weights"]
+        self.dynamic = frozenset(name for name, kind in self._kinds.items() if kind == "int8 dynamic")
         path = folder / TENSORS_FILE
         try:
             self._file: Any = safe_open(path, framework="pt")
@@ -386,42 +332,39 @@ class _Folder:
             config = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a readable config: {error}") from error
-        settings = config.get("quantization_config") or {}
-        method = settings.get("quant_method")
-        if config.get("model_type") != "llama" or method != QUANT_METHOD:
-            raise ValueError(
-                f"{path}: must be a llama model saved by qops.save_model, "
-                f"got model_type '{config.get('model_type')}', quant_method '{method}'"
-            )
+        settings = config.get("quantization_config") if isinstance(config, dict) else None
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        if not isinstance(settings, dict) or method != QUANT_METHOD:
+            raise ValueError(f"{path}: must be of a model saved by qops.save_model, got quant_method '{method}'")
         if settings.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {settings.get('format_version')}")
-        if not isinstance(settings.get("weights"), dict):
-            raise ValueError(f"{path}: weights must map names to kinds, got {settings.get('weights')!r}")
+        kinds = settings.get("weights")
+        if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
+            raise ValueError(f"{path}: weights must map names to kinds, got {kinds!r}")
         return settings
 
     def weight(self, name: str) -> Weight:
         kind = self._kinds.get(name)
         if kind is None:
-            return self._tensor(f"{name}.weight")
-        tensors = {
-            key: self._tensor(f"{name}.weight.{key}")
-            for key in ("qweight", "scales", "zeros", "perm")
-            if key in ("qweight", "scales") or f"{name}.weight.{key}" in self._names
-        }
-        family, _, zero = kind.partition(" ")
+            return self.tensor(f"{name}.weight")
+        family, _, variant = kind.partition(" ")
+        tensors = {key: self.tensor(f"{name}.weight.{key}") for key in ("qweight", "scales")}
+        for key, stored in (("zeros", "offsets" if variant == "offset" else "zeros"), ("perm", "perm")):
+            if f"{name}.weight.{stored}" in self._names:
+                tensors[key] = self.tensor(f"{name}.weight.{stored}")
         try:
             if family == "int4":
-                return Int4Weight.from_canonical(**tensors, kind=zero, pack=False)
-            if family == "int8":
+                return Int4Weight.from_canonical(**tensors, kind=variant, pack=False)
+            if kind in ("int8", "int8 dynamic"):
                 return Int8Weight.from_canonical(**tensors, pack=False)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{self.folder}: {name}.weight: {error}") from error
         raise ValueError(f"{self.folder}: {name}.weight has unknown kind '{kind}'")
 
     def bias(self, name: str) -> torch.Tensor | None:
-        return self._tensor(f"{name}.bias") if f"{name}.bias" in self._names else None
+        return self.tensor(f"{name}.bias") if f"{name}.bias" in self._names else None
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise ValueError(f"{self.folder / TENSORS_FILE}: tensor {name} is missing")
         return self._file.get_tensor(name)

@@ -6,14 +6,39 @@ Every weight is an `Int4Weight` or `Int8Weight` submodule called `weight`, so a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from qops.ops import add_rms_norm, int4_gemm, int8_weight_only_gemm, rms_norm, silu_mul
+from qops.ops import (
+    add_rms_norm,
+    add_rms_norm_int8,
+    int4_gemm,
+    int8_gemm,
+    int8_weight_only_gemm,
+    quantize_int8,
+    rms_norm,
+    rms_norm_int8,
+    silu_mul,
+    silu_mul_int8,
+)
 from qops.weights import Int4Weight, Int8Weight
+
+
+class Int8Rows(NamedTuple):
+    """Activations in 8 bits, as a norm or SiLU-mul hands them to an `Int8Linear`.
+
+    Attributes:
+        q: int8 [..., K].
+        scale: float32 [...], one per token.
+        dtype: what they were quantised from, and what the linear returns.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype
 
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -75,6 +100,27 @@ class Int4Linear(_QuantizedLinear):
         return int4_gemm(x.float() if self.float32_output else x, *self._operands())
 
 
+class Int8Linear(_QuantizedLinear):
+    """y = x @ w.T + bias with an int8 weight and int8 activations (W8A8): `qops.int8_gemm` as a module.
+
+    Activations are quantised per token (`qops.quantize_int8`, rule "127") unless they come as `Int8Rows`.
+    """
+
+    weight: Int8Weight
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, float32_output: bool = False) -> Int8Linear:
+        """Quantises a dense linear by round-to-nearest, one float32 scale per output channel."""
+        weight = Int8Weight.quantize(linear.weight.detach(), scale_dtype=torch.float32)
+        return cls(weight, linear.bias, float32_output=float32_output)
+
+    def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
+        rows = x if isinstance(x, Int8Rows) else Int8Rows(*quantize_int8(x), x.dtype)
+        weight, bias = self._operands()
+        dtype = torch.float32 if self.float32_output else rows.dtype
+        return int8_gemm(rows.q, rows.scale, weight, bias, out_dtype=dtype)
+
+
 class Int8WeightOnlyLinear(_QuantizedLinear):
     """y = x @ w.T + bias with an int8 weight and dense activations: `qops.int8_weight_only_gemm` as a module."""
 
@@ -118,22 +164,38 @@ class RMSNorm(nn.Module):
     Args:
         weight: [H].
         eps: added to the mean of squares.
+        weight_offset: added to the weight; 1 in Gemma.
+        rounding: "hf" or "fp32", see `qops.rms_norm`.
+        int8: return `Int8Rows` instead of a tensor, for an `Int8Linear` that follows.
     """
 
-    def __init__(self, weight: torch.Tensor, eps: float):
+    def __init__(
+        self, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0, rounding: str = "hf", int8: bool = False
+    ):
         super().__init__()
         self.weight = frozen(weight)
         self.eps = eps
+        self.weight_offset = weight_offset
+        self.rounding = rounding
+        self.int8 = int8
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor) -> Any:
+        style: Any = {"weight_offset": self.weight_offset, "rounding": self.rounding}
+        if self.int8:
+            return Int8Rows(*rms_norm_int8(x, self.weight, self.eps, **style), x.dtype)
+        return rms_norm(x, self.weight, self.eps, **style)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """(norm of x + residual, x + residual)."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        style: Any = {"weight_offset": self.weight_offset, "rounding": self.rounding}
+        if self.int8:
+            q, scale, total = add_rms_norm_int8(x, residual, self.weight, self.eps, **style)
+            return Int8Rows(q, scale, x.dtype), total
+        return add_rms_norm(x, residual, self.weight, self.eps, **style)
 
     def extra_repr(self) -> str:
-        return f"{list(self.weight.shape)}, eps={self.eps}"
+        offset = f", weight_offset={self.weight_offset}" if self.weight_offset else ""
+        return f"{list(self.weight.shape)}, eps={self.eps}{offset}, rounding={self.rounding}, int8={self.int8}"
 
 
 class MergedLinear(nn.Module):
@@ -156,7 +218,13 @@ class MergedLinear(nn.Module):
         self.separate = nn.ModuleList(linears if self.merged is None else [])
         self.register_state_dict_post_hook(_restore_names)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def takes_int8(self) -> bool:
+        """Whether every part is an `Int8Linear`, so that the input may be `Int8Rows`."""
+        linears = self.separate if self.merged is None else [self.merged]
+        return all(isinstance(linear, Int8Linear) for linear in linears)
+
+    def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
         merged = self.merged
         if merged is not None:
             return merged(x)
@@ -191,15 +259,35 @@ class MergingModule(nn.Module):
 
 
 class MLP(MergingModule):
-    """down(silu(gate(x)) * up(x)), gate and up as one GEMM."""
+    """down(act(gate(x)) * up(x)), gate and up as one GEMM.
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module):
+    With SiLU the activation is `qops.silu_mul`, which hands `Int8Rows` to an `Int8Linear`.
+
+    Args:
+        gate_proj, up_proj, down_proj: linears.
+        act: another activation than SiLU, computed by PyTorch.
+    """
+
+    def __init__(
+        self,
+        gate_proj: nn.Module,
+        up_proj: nn.Module,
+        down_proj: nn.Module,
+        act: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
         super().__init__()
         self.gate_up_proj = MergedLinear({"gate_proj": gate_proj, "up_proj": up_proj})
         self.down_proj = down_proj
+        self.act = act
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_mul(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
+        gate_up = self.gate_up_proj(x)
+        if self.act is not None:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return self.down_proj(self.act(gate) * up)
+        if isinstance(self.down_proj, Int8Linear):
+            return self.down_proj(Int8Rows(*silu_mul_int8(gate_up), gate_up.dtype))
+        return self.down_proj(silu_mul(gate_up))
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:

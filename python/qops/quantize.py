@@ -1,0 +1,328 @@
+"""quantize_model: a dense Transformers model becomes a quantised one, in place, and a report says how."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qops._transformers import require_transformers
+from qops.nn import Int4Linear, Int8Linear, MergedLinear, RMSNorm
+from qops.replacement import (
+    freeze,
+    is_replaced,
+    is_tied,
+    looks_like_norm,
+    name_of,
+    norm_style,
+    replace_parts,
+    tie,
+)
+from qops.weights import Int4Weight
+
+SCHEMES = ("int4", "int8")
+# Operators that neither read nor write elements.
+_NO_PASS = ("aten::empty", "aten::new_empty", "aten::_unsafe_view")
+
+_LOGGER = logging.getLogger("qops.quantize")
+
+
+def quantize_model(
+    model: Any,
+    scheme: str = "int4",
+    group_size: int | None = None,
+    skip: tuple[str, ...] = ("lm_head",),
+    symmetric: bool = True,
+    *,
+    fuse: bool = True,
+    progress: bool | None = None,
+) -> Any:
+    """Quantises a dense Transformers model by round-to-nearest and puts it on qops operators, in place.
+
+    Schemes:
+
+    * `"int4"` (W4A16): 4-bit weights in groups, `qops.int4_gemm`.
+    * `"int8"` (W8A8): 8-bit weights with one scale per output channel, activations quantised per token,
+      `qops.int8_gemm`.
+
+    Llama (SmolLM, SmolLM2), Mistral, Qwen 2, 2.5 and 3, SmolLM3, Gemma 1, 2 and 3 get fused decoder layers: q, k and v
+    as one GEMM, gate and up as another, the residual addition inside the norm, norms of q and k and rotary in place
+    and, with "int8", norms and SiLU-mul that emit 8-bit activations. In other models the linears and RMSNorms are
+    replaced one by one. What became of every part stands in `model.quantization_report`.
+
+    Layers are converted one at a time and their dense weights freed: at its peak the memory is that of the dense model
+    and one quantised layer.
+
+    Args:
+        model: a Transformers model with floating-point weights; it is frozen and put into eval mode.
+        scheme: "int4" or "int8".
+        group_size: columns of K that share a scale, int4 only: a multiple of 16 that divides each K, or -1 for one
+            scale per row. By default, linear by linear, the largest of 128, 64, 32 and 16 that divides K.
+        skip: linears to leave dense: names, their last parts, or shell patterns ("lm_head", "*.mlp.down_proj"). A tied
+            output layer that is not skipped takes the embedding with it, so that they stay tied.
+        symmetric: int4 only: codes around 8, or with a zero point per group.
+        fuse: False replaces linears and norms alone in every model.
+        progress: show a progress bar on stderr; by default only on a terminal.
+
+    Returns:
+        The same model.
+
+    Numerics:
+        Weights as in `Int4Weight.quantize` and `Int8Weight.quantize`, with scales in the dtype of the weight ("int4")
+        or float32 ("int8"); activations by `qops.quantize_int8`, rule "127". A fused layer has the bits of the
+        operators one by one; unlike Transformers it computes rotary from float32 tables in every dtype.
+
+    Raises:
+        ImportError: Transformers >= 5.17, < 6 is missing.
+        ValueError: an unknown scheme; arguments that the scheme does not take; a group size that does not fit; weights
+            that are not finite; nothing to quantise. The model is then unchanged.
+    """
+    require_transformers("qops.quantize_model")
+    plan = _plan(model, scheme, group_size, skip, symmetric, fuse)
+    bytes_before, passes_before = weight_bytes(model), passes_per_layer(model)
+
+    def linear(name: str, module: nn.Linear, logits: bool = False) -> nn.Module:
+        if name not in plan.linears:
+            return module
+        if scheme == "int4":
+            return Int4Linear.from_linear(module, plan.linears[name], symmetric, float32_output=logits)
+        return Int8Linear.from_linear(module, float32_output=logits)
+
+    replace_parts(model, linear, lambda name, module: module.weight, plan.fused, progress)
+    output = model.get_output_embeddings()
+    if output is not None and (name := name_of(model, output)) in plan.linears:
+        quantised: Any = linear(name, output, logits=True)
+        if is_tied(model):
+            tie(model, quantised.weight, model.get_input_embeddings().weight.dtype)
+        model.set_output_embeddings(quantised)
+    freeze(model)
+    model.quantization_report = QuantizationReport(
+        scheme=scheme,
+        architecture=type(model).__name__,
+        not_fused=plan.not_fused,
+        replaced=replaced_parts(model),
+        kept=plan.kept,
+        bytes_before=bytes_before,
+        bytes_after=weight_bytes(model),
+        passes_before=passes_before,
+        passes_after=passes_per_layer(model),
+    )
+    _LOGGER.info("%s", model.quantization_report)
+    return model
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize_model` did; `str()` is a summary.
+
+    Attributes:
+        scheme: as asked for.
+        architecture: class of the model.
+        not_fused: why the decoder layers were not fused; None if they were.
+        replaced: what each linear and norm became, by its name in the original model.
+        kept: why each other linear and norm was left dense.
+        bytes_before, bytes_after: of all weights and buffers, shared ones once.
+        passes_before, passes_after: operator calls in a decoder layer that read and write memory (views and
+            allocations do not count), averaged over the layers of a forward over two tokens; None where the model has
+            no such layers or its forward needs more than token ids.
+    """
+
+    scheme: str
+    architecture: str
+    not_fused: str | None
+    replaced: dict[str, str]
+    kept: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+    passes_before: float | None
+    passes_after: float | None
+
+    def __str__(self) -> str:
+        kinds = Counter(self.replaced.values())
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.kept.items():
+            reasons.setdefault(reason, []).append(name)
+        lines = [
+            f"{self.architecture}, {self.scheme}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
+            "decoder layers: " + ("fused" if self.not_fused is None else f"not fused: {self.not_fused}"),
+        ]
+        for reason, names in reasons.items():
+            lines.append(
+                f"left dense: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}: {reason}"
+            )
+        before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
+        lines.append(
+            f"weights: {before:.1f} MB -> {after:.1f} MB ({self.bytes_before / max(1, self.bytes_after):.2f}x)"
+        )
+        if self.passes_before is not None and self.passes_after is not None:
+            lines.append(f"passes over memory per layer: {self.passes_before:.0f} -> {self.passes_after:.0f}")
+        return "\n".join(lines)
+
+
+# Planning ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Plan:
+    """What `quantize_model` will do, decided and checked before it does anything.
+
+    Attributes:
+        linears: group size of each linear to quantise, by name.
+        kept: why each other linear or norm stays.
+        not_fused: why the layers cannot be fused, or None.
+    """
+
+    linears: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    not_fused: str | None = None
+
+    @property
+    def fused(self) -> bool:
+        return self.not_fused is None
+
+
+def _plan(model: Any, scheme: str, group_size: int | None, skip: tuple[str, ...], symmetric: bool, fuse: bool) -> _Plan:
+    caller = "qops.quantize_model"
+    from transformers import PreTrainedModel
+
+    from qops.decoder import unknown_architecture
+
+    if scheme not in SCHEMES:
+        raise ValueError(f"{caller}: scheme must be 'int4' or 'int8', got {scheme!r}")
+    if scheme == "int8" and group_size not in (None, -1):
+        raise ValueError(
+            f"{caller}: group_size must be -1 (one scale per output channel) with 'int8', got {group_size}"
+        )
+    if scheme == "int8" and not symmetric:
+        raise ValueError(f"{caller}: symmetric must be True with 'int8', got False")
+    if isinstance(skip, str):
+        raise ValueError(f"{caller}: skip must be a tuple of names, got the string {skip!r}")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{caller}: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if is_replaced(model):
+        raise ValueError(f"{caller}: model has qops parts already")
+    plan = _Plan(not_fused=unknown_architecture(model) if fuse else "fuse=False")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            reason = _unquantizable(name, module, skip)
+            if reason is not None:
+                plan.kept[name] = reason
+                continue
+            plan.linears[name] = _group_size(module.in_features, group_size) if scheme == "int4" else -1
+            _check_quantizable(name, module, plan.linears[name])
+        elif looks_like_norm(module) and norm_style(module) is None:
+            plan.kept[name] = f"{type(module).__name__} is not an RMSNorm that qops computes"
+            if plan.fused:
+                plan.not_fused = f"{name}: {plan.kept[name]}"
+    if not plan.linears:
+        raise ValueError(f"{caller}: model must have linears to quantise, {type(model).__name__} has none: {plan.kept}")
+    return plan
+
+
+def _unquantizable(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str | None:
+    if any(fnmatch.fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern for pattern in skip):
+        return "skipped"
+    if type(linear) is not nn.Linear:
+        return f"{type(linear).__name__} is a linear of another kind"
+    if not linear.weight.is_floating_point():
+        return f"its weight is {linear.weight.dtype}"
+    n, k = linear.weight.shape
+    if n % 8 or k % 8:
+        return f"N = {n} and K = {k} must be multiples of 8"
+    return None
+
+
+def _group_size(in_features: int, group_size: int | None) -> int:
+    if group_size is not None:
+        return group_size
+    return next((size for size in (128, 64, 32, 16) if in_features % size == 0), -1)
+
+
+def _check_quantizable(name: str, linear: nn.Linear, group_size: int) -> None:
+    """Raises what quantising would raise, before any layer is replaced."""
+    try:
+        Int4Weight(linear.in_features, linear.out_features, group_size, scale_dtype=torch.float32, device="meta")
+    except ValueError as error:
+        raise ValueError(f"qops.quantize_model: {name}: {error}") from error
+    if not linear.weight.isfinite().all():
+        raise ValueError(f"qops.quantize_model: {name}: weight must be finite, got NaN or infinity")
+
+
+# Counting ------------------------------------------------------------------------------------------------------------
+
+
+def replaced_parts(model: nn.Module) -> dict[str, str]:
+    """What linears and norms became, by their names in the original model."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MergedLinear):
+            parent = name.rpartition(".")[0]
+            linears = module.separate if module.merged is None else [module.merged] * len(module.names)
+            for part, linear in zip(module.names, linears, strict=True):
+                if not isinstance(linear, nn.Linear):
+                    how = "" if module.merged is None else "merged "
+                    found[f"{parent}.{part}"] = how + _described(linear)
+        elif isinstance(module, (Int4Linear, Int8Linear, RMSNorm)) and not re.search(r"\.(merged|separate)\b", name):
+            found[name] = _described(module)
+    return found
+
+
+def _described(module: Any) -> str:
+    if isinstance(module, Int4Linear):
+        return f"Int4Linear (group size {module.weight.group_size})"
+    if isinstance(module, RMSNorm) and module.int8:
+        return "RMSNorm that emits int8"
+    return "RMSNorm" if isinstance(module, RMSNorm) else type(module).__name__
+
+
+def weight_bytes(model: nn.Module) -> int:
+    storages = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+class _CountPasses(TorchDispatchMode):
+    """Counts operator calls that read or write memory while `active`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = False
+        self.passes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (
+            self.active
+            and not func.is_view
+            and not func.name().startswith(("aten::empty", "aten::new_empty", "aten::detach"))
+        ):
+            self.passes += 1
+        return func(*args, **(kwargs or {}))
+
+
+def passes_per_layer(model: Any) -> float | None:
+    """See `QuantizationReport.passes_before`."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=len, default=())
+    if len(layers) == 0:
+        return None
+    count = _CountPasses()
+    hooks = [layer.register_forward_pre_hook(lambda *_: setattr(count, "active", True)) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda *_: setattr(count, "active", False)) for layer in layers]
+    try:
+        with torch.no_grad(), count:
+            model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except Exception:  # a model of another kind may raise anything
+        _LOGGER.debug("passes are not counted", exc_info=True)
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return count.passes / len(layers)

@@ -1,0 +1,206 @@
+"""Surgery on Transformers models: what can be replaced, replacing it, and what a replaced model holds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from qops._transformers import require_transformers
+from qops.nn import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, RMSNorm, frozen
+from qops.ops import rms_norm
+from qops.weights import Int4Weight, Int8Weight
+
+# Norms ---------------------------------------------------------------------------------------------------------------
+
+
+def looks_like_norm(module: nn.Module) -> bool:
+    """Whether its state is that of an RMSNorm; what it computes is another question."""
+    weight = module._parameters.get("weight")
+    own = [key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
+    return own == ["weight"] and weight is not None and weight.dim() == 1 and _eps(module) is not None
+
+
+def _eps(module: nn.Module) -> float | None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return eps if isinstance(eps, float) else None
+
+
+def norm_style(module: Any) -> dict[str, Any] | None:
+    """The arguments of `qops.nn.RMSNorm` that compute what `module` does; None if none do.
+
+    Found by asking it: models name and write their norms in many ways, but those compute one of three things.
+    """
+    h = module.weight.numel()
+    rng = torch.Generator().manual_seed(0)
+    rows = 4 + 512 // max(h, 1)
+    x = (3 * torch.randn(rows, h, generator=rng)).bfloat16()
+    weight = (1 + 0.5 * torch.randn(h, generator=rng)).bfloat16()
+    try:
+        theirs = torch.func.functional_call(module, {"weight": weight}, (x,))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if not isinstance(theirs, torch.Tensor) or theirs.shape != x.shape or theirs.dtype != x.dtype:
+        return None
+    for offset, rounding in ((0.0, "hf"), (0.0, "fp32"), (1.0, "fp32")):
+        ours = rms_norm(x, weight, _eps(module) or 0.0, weight_offset=offset, rounding=rounding)
+        # A reciprocal square root or a sum of other roundings moves one element in thousands; where a product is
+        # rounded decides about every third.
+        if (ours == theirs).double().mean() > 0.98:
+            return {"weight_offset": offset, "rounding": rounding}
+    return None
+
+
+# Replacing -----------------------------------------------------------------------------------------------------------
+
+
+def replace_parts(
+    model: Any,
+    linear: Callable[[str, Any], nn.Module],
+    norm_weight: Callable[[str, Any], torch.Tensor],
+    fused: bool,
+    progress: bool | None = False,
+) -> None:
+    """Replaces all linears and norms but the output layer, one decoder layer at a time where they are fused.
+
+    Args:
+        linear: gives what takes the place of a linear.
+        norm_weight: gives the weight of a norm.
+    """
+    from tqdm import tqdm
+
+    def bar(things: Any) -> Any:
+        return tqdm(things, desc="qops: replacing", leave=False, disable=None if progress is None else not progress)
+
+    def norm(name: str, module: Any, into: Any = RMSNorm) -> nn.Module:
+        style = norm_style(module)
+        assert style is not None
+        return into(norm_weight(name, module), _eps(module), **style)
+
+    def part(prefix: str, layer: nn.Module, name: str) -> nn.Module:
+        module, name = layer.get_submodule(name), f"{prefix}.{name}"
+        return linear(name, module) if isinstance(module, nn.Linear) else norm(name, module)
+
+    if not fused:
+        output = model.get_output_embeddings()
+        # Names alone: a list of modules would keep every original alive until the end.
+        names = [
+            name
+            for name, module in model.named_modules()
+            if (isinstance(module, nn.Linear) and module is not output)
+            or (looks_like_norm(module) and norm_style(module) is not None)
+        ]
+        for name in bar(names):
+            module = model.get_submodule(name)
+            model.set_submodule(name, linear(name, module) if isinstance(module, nn.Linear) else norm(name, module))
+        return
+
+    from qops.decoder import DecoderLayer, FinalNorm, RotaryTables, fused_class
+
+    decoder = model.model
+    for index in bar(range(len(decoder.layers))):
+        layer = decoder.layers[index]
+        parts = functools.partial(part, f"model.layers.{index}", layer)
+        decoder.layers[index] = packed(fused_class(DecoderLayer, type(layer))(layer, parts))
+    decoder.norm = norm("model.norm", decoder.norm, FinalNorm)
+    decoder.rotary_emb = RotaryTables(decoder.rotary_emb, model.config)
+    # Transformers hooks layers when hidden states are first asked for; the new ones have no hooks yet.
+    decoder._output_capturing_hooks_installed = False
+
+
+def tie(model: Any, table: Int4Weight | Int8Weight, dtype: torch.dtype) -> None:
+    """Makes the embedding look up the rows of `table`: in place, or of a dense copy where it does more than that."""
+    embedding = model.get_input_embeddings()
+    if isinstance(table, Int8Weight) and type(embedding) is nn.Embedding:
+        model.set_input_embeddings(Int8Embedding(table, dtype))
+    else:
+        embedding.weight = frozen(table.dequantize(dtype))
+
+
+def freeze(model: Any) -> Any:
+    return model.eval().requires_grad_(False)
+
+
+def packed(module: Any) -> Any:
+    """`module` with its weights packed. Readers hand them over canonical, so that merged ones are packed only once."""
+    for part in module.modules():
+        if isinstance(part, (Int4Weight, Int8Weight)):
+            part.pack()
+    return module
+
+
+# Looking -------------------------------------------------------------------------------------------------------------
+
+
+def is_tied(model: Any) -> bool:
+    return model.get_output_embeddings() is not None and bool(model.config.tie_word_embeddings)
+
+
+def is_replaced(model: Any) -> bool:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(module, (Int4Weight, Int8Weight, RMSNorm)) for module in modules)
+
+
+def require_replaced(model: Any, caller: str) -> None:
+    require_transformers(caller)
+    if not is_replaced(model):
+        raise ValueError(f"{caller}: model must come from qops.load_model or qops.quantize_model")
+
+
+def is_fused(model: Any) -> bool:
+    from qops.decoder import DecoderLayer
+
+    return any(isinstance(module, DecoderLayer) for module in model.modules())
+
+
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def kind_of(linear: Any) -> str:
+    """How a folder names what becomes of a quantised weight."""
+    if isinstance(linear, Int4Linear):
+        return f"int4 {linear.weight.kind}"
+    return "int8 dynamic" if isinstance(linear, Int8Linear) else "int8"
+
+
+def entries(model: Any) -> Iterator[tuple[str, Any, str]]:
+    """(parameter name in Transformers' model, weight or tensor, kind of a quantised weight), each once.
+
+    A tied table is the embedding's, as Transformers has it; its exact values are those of the output layer, because a
+    4-bit table is looked up densely and the dense one is rounded.
+    """
+    table: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    tied = is_tied(model)
+    merged: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(merged) and merged:
+            continue
+        if isinstance(module, MergedLinear):
+            merged += (f"{name}.",)
+            parent = name.rpartition(".")[0]
+            for part, linear in module.split().items():
+                yield from _own_entries(f"{parent}.{part}", linear)
+        elif tied and module is table and isinstance(output.weight, (Int4Weight, Int8Weight)):
+            yield f"{name}.weight", output.weight, kind_of(output)
+        elif tied and module is output:
+            if output.bias is not None:
+                yield f"{name}.bias", output.bias, ""
+        else:
+            yield from _own_entries(name, module)
+
+
+def _own_entries(name: str, module: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    if isinstance(module, (Int4Weight, Int8Weight)):
+        return  # its linear's
+    weight = module._modules.get("weight")
+    if isinstance(weight, (Int4Weight, Int8Weight)):
+        yield f"{name}.weight", weight, kind_of(module)
+    persistent = (item for item in module._buffers.items() if item[0] not in module._non_persistent_buffers_set)
+    for key, tensor in (*module._parameters.items(), *persistent):
+        if tensor is not None:
+            yield f"{name}.{key}".removeprefix("."), tensor, ""

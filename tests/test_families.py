@@ -1,0 +1,487 @@
+"""quantize_model on small random models of every family, and on models whose layers qops does not know."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import pickle
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import DynamicCache
+
+import qops
+from qops.decoder import DecoderLayer
+from qops.model import dense_model, load_model, save_model
+from qops.nn import Int4Linear, Int8Embedding, RMSNorm
+from qops.quantize import QuantizationReport, quantize_model
+from qops.replacement import norm_style
+from qops.testing import assert_accurate, assert_bitwise
+
+VOCAB = 72
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WINDOW = {"sliding_window": 4}
+# Family -> class prefix, config class, and what makes it differ from Llama.
+FUSED = {
+    "llama": ("Llama", "LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", "MistralConfig", WINDOW),
+    "qwen2": ("Qwen2", "Qwen2Config", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
+    "qwen3": ("Qwen3", "Qwen3Config", {"head_dim": 24}),
+    "smollm3": ("SmolLM3", "SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "gemma": ("Gemma", "GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2", "Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 24, **WINDOW}),
+    "gemma3": (
+        "Gemma3",
+        "Gemma3TextConfig",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2, **WINDOW},
+    ),
+}
+OTHER = {
+    "olmo2": ("Olmo2", "Olmo2Config", {}),
+    "granite": ("Granite", "GraniteConfig", {"residual_multiplier": 0.5}),
+    "phi3": ("Phi3", "Phi3Config", {}),
+}
+FAMILIES = FUSED | OTHER
+SCHEMES = ("int4", "int8")
+DTYPES = (torch.float32, torch.bfloat16)
+IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(7))
+
+
+def random_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
+    prefix, config, differences = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, config)(**(SIZES | differences | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    assert type(model).__name__ == f"{prefix}ForCausalLM"
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        elif name.endswith("bias"):
+            parameter.data.normal_()
+    return model
+
+
+def hidden_states(model):
+    """Of every layer; the last one is normed."""
+    return model(IDS, output_hidden_states=True).hidden_states
+
+
+# Against float64 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int4_layer_by_layer(family, dtype):
+    ours = quantize_model(random_model(family, dtype=dtype), group_size=16)
+    assert (ours.quantization_report.not_fused is None) == (family in FUSED)
+    exact, usual = dense_model(ours, torch.float32).double(), dense_model(ours, dtype)
+    for index, states in enumerate(zip(*map(hidden_states, (ours, exact, usual)), strict=True)):
+        got, want, usually = states
+        if dtype == torch.float32:
+            torch.testing.assert_close(got.double(), want, atol=2e-5 * want.abs().max().item(), rtol=0)
+        else:
+            assert_accurate(got, want, usually, f"{family}, layer {index}")
+
+
+def quantized_like_int8(x: torch.Tensor) -> torch.Tensor:
+    """quantize_int8 and back, in float64."""
+    a = x.abs().amax(-1, keepdim=True)
+    return (x * (127 / a)).round() * (a / 127)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_layer_by_layer(family):
+    ours = quantize_model(random_model(family), "int8")
+    got = hidden_states(ours)
+    exact = dense_model(ours, torch.float32).double()
+    replaced = ours.quantization_report.replaced
+    errors = {}
+    for quantized in (False, True):
+        reference = copy.deepcopy(exact)
+        for name, module in reference.named_modules():
+            if quantized and "Int8Linear" in replaced.get(name, ""):
+                module.register_forward_pre_hook(lambda _, args: (quantized_like_int8(args[0]),))
+        # Every layer gets our layer's input: an element that falls to the other side of a half is counted once.
+        for index, layer in enumerate(reference.model.layers):
+            layer.register_forward_pre_hook(lambda _, args, index=index: (got[index].double(), *args[1:]))
+        want = hidden_states(reference)
+        errors[quantized] = [((a - b).norm() / b.norm()).item() for a, b in zip(got[1:], want[1:], strict=True)]
+    # Codes that fall to the other side of a half are rare; without quantised activations the error is percents.
+    assert max(errors[True]) < 1e-3, errors
+    assert min(errors[False]) > 5 * max(errors[True]), errors
+
+
+# Fused = one by one --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_layers_have_the_bits_of_linears_and_norms_alone(family, scheme, monkeypatch):
+    # Transformers computes SiLU by another polynomial; with ours, nothing else may differ in float32.
+    monkeypatch.setattr(nn.functional, "silu", lambda x, inplace=False: qops.silu_mul(x, torch.ones_like(x)))
+    source = random_model(family)
+    for layer in source.model.layers:
+        if torch.equal(layer.mlp.act_fn(IDS.float()), nn.functional.silu(IDS.float())):
+            layer.mlp.act_fn = nn.SiLU()
+    fused = quantize_model(copy.deepcopy(source), scheme)
+    alone = quantize_model(source, scheme, fuse=False)
+    assert all(isinstance(layer, DecoderLayer) for layer in fused.model.layers)
+    assert not any(isinstance(layer, DecoderLayer) for layer in alone.model.layers)
+    assert alone.quantization_report.not_fused == "fuse=False"
+    for a, b in zip(hidden_states(fused), hidden_states(alone), strict=True):
+        assert_bitwise(a, b, family)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FUSED)
+def test_decoding_with_a_cache_equals_the_whole_sequence(family, scheme):
+    model = quantize_model(random_model(family), scheme)
+    whole = model(IDS, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    steps = [IDS[:, :5], *IDS[:, 5:].split(1, dim=1)]
+    pieces = torch.cat([model(step, past_key_values=cache, use_cache=True).logits for step in steps], dim=1)
+    # A code that falls to the other side of a half moves an int8 model by a part of a quantum.
+    torch.testing.assert_close(pieces, whole, atol=2e-5 if scheme == "int4" else 0.02 * whole.abs().max(), rtol=2e-5)
+
+
+def test_the_int8_chain_quantises_only_what_no_operator_before_it_can():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls: dict[str, int] = {}
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name().startswith("qops::"):
+                self.calls[func.name()] = self.calls.get(func.name(), 0) + 1
+            return func(*args, **(kwargs or {}))
+
+    model = quantize_model(random_model("llama"), "int8")
+    with Count() as count:
+        model(IDS)
+    assert count.calls == {
+        "qops::rms_norm_int8": 1,
+        "qops::add_rms_norm_int8": 5,
+        "qops::add_rms_norm": 1,  # the norm before the dense output layer
+        "qops::int8_gemm": 12,
+        "qops::rotary_": 3,
+        "qops::quantize_int8": 3,  # what attention puts out
+        "qops::silu_mul_int8": 3,
+    }
+
+
+def test_a_part_that_is_skipped_gets_dense_activations():
+    model = quantize_model(random_model("llama"), "int8", skip=("lm_head", "k_proj", "model.layers.1.mlp.*"))
+    layers = model.model.layers
+    assert [layer.input_layernorm.int8 for layer in layers] == [False, False, False]
+    assert [layer.post_attention_layernorm.int8 for layer in layers] == [True, False, True]
+    kept = model.quantization_report.kept
+    assert set(kept.values()) == {"skipped"} and len(kept) == 1 + 3 + 3
+    assert isinstance(layers[1].mlp.down_proj, nn.Linear)
+    alone = quantize_model(random_model("llama"), "int8", skip=tuple(kept), fuse=False)
+    torch.testing.assert_close(model(IDS).logits, alone(IDS).logits, atol=1e-3, rtol=1e-3)
+
+
+# Ties, state ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", ["llama", "gemma", "olmo2"])
+@pytest.mark.parametrize("skip", [("lm_head",), ()], ids=["dense table", "quantised table"])
+def test_tied_tables_stay_tied(family, scheme, skip, tmp_path):
+    model = quantize_model(random_model(family, tie_word_embeddings=True), scheme, skip=skip)
+    assert model.config.tie_word_embeddings
+    save_model(model, tmp_path)
+    for tied in (model, load_model(tmp_path, torch.float32)):
+        embedding, output = tied.get_input_embeddings(), tied.get_output_embeddings()
+        scale = getattr(embedding, "embed_scale", 1.0)
+        ids = torch.arange(VOCAB)
+        if skip:
+            assert output.weight is embedding.weight
+        elif scheme == "int8" and family != "gemma":
+            assert isinstance(embedding, Int8Embedding) and output.weight is embedding.weight
+        else:
+            assert_bitwise(embedding(ids), output.weight.dequantize() * scale)
+        dense = dense_model(tied, torch.float32)
+        assert dense.lm_head.weight is dense.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folders_round_trip(family, scheme, tmp_path):
+    model = quantize_model(random_model(family, dtype=torch.bfloat16), scheme, skip=("lm_head", "v_proj"))
+    model.generation_config.max_length = 77
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert type(loaded) is type(model) and loaded.dtype == torch.bfloat16
+    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    assert loaded.generation_config.max_length == 77
+    assert_bitwise(loaded(IDS).logits, model(IDS).logits)
+    assert {key: value.shape for key, value in loaded.state_dict().items()} == {
+        key: value.shape for key, value in model.state_dict().items()
+    }
+    for key, value in model.state_dict().items():
+        assert_bitwise(loaded.state_dict()[key], value, key)
+    assert [str(module) for module in loaded.model.layers] == [str(module) for module in model.model.layers]
+
+
+def test_offsets_are_stored_under_their_own_name(tmp_path):
+    model = quantize_model(random_model("llama"), group_size=32)
+    linear = model.model.layers[0].mlp.down_proj
+    parts = linear.weight.canonical()
+    offsets = torch.randn(parts["scales"].shape)
+    linear.weight = qops.Int4Weight.from_canonical(parts["qweight"], parts["scales"], kind="offset", zeros=offsets)
+    save_model(model, tmp_path)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "qops.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("model.layers.0.mlp.down_proj.weight.")]  # noqa: SIM118
+        assert sorted(name.rpartition(".")[2] for name in names) == ["offsets", "qweight", "scales"]
+    assert_bitwise(load_model(tmp_path, torch.float32)(IDS).logits, model(IDS).logits)
+
+
+def test_models_pickle_into_another_process(tmp_path):
+    model = quantize_model(random_model("qwen3"), "int8")
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
+    torch.save(model(IDS).logits, tmp_path / "logits.pt")
+    torch.save(IDS, tmp_path / "ids.pt")
+    code = (
+        "import pickle, sys, torch; folder = sys.argv[1]\n"
+        "model = pickle.load(open(folder + '/model.pickle', 'rb'))\n"
+        "logits = model(torch.load(folder + '/ids.pt')).logits\n"
+        "assert torch.equal(logits, torch.load(folder + '/logits.pt'))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_int8_model_traces(fused):
+    model = quantize_model(random_model("qwen3"), "int8", fuse=fused)
+    with torch.inference_mode(False), torch.no_grad():
+        compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_casts_leave_the_frequencies_alone(family):
+    def frequencies(model):
+        return [buffer for name, buffer in model.named_buffers() if "inv_freq" in name]
+
+    wanted = frequencies(random_model(family))
+    before = quantize_model(random_model(family).bfloat16())
+    after = quantize_model(random_model(family)).bfloat16()
+    for model in (before, after, copy.deepcopy(after)):
+        assert len(wanted) == len(frequencies(model)) > 0
+        for a, b in zip(wanted, frequencies(model), strict=True):
+            assert_bitwise(a, b)
+
+
+# Memory, progress, report --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_dense_weights_are_freed_layer_by_layer(scheme, fuse, monkeypatch):
+    model = random_model("llama", num_hidden_layers=6)
+    linears = [
+        (int(name.split(".")[2]), weakref.ref(module.weight))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    ]
+    kind = qops.Int4Weight if scheme == "int4" else qops.Int8Weight
+    quantize, alive = kind.quantize, []
+
+    def spy(weight, *args, **kwargs):
+        index = next(layer for layer, ref in linears if ref() is not None and ref().data_ptr() == weight.data_ptr())
+        alive.append((index, {layer for layer, ref in linears if ref() is not None}))
+        return quantize(weight, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "quantize", spy)
+    # Reference counts alone must free them: the collector may run late.
+    gc.disable()
+    try:
+        quantize_model(model, scheme, fuse=fuse)
+    finally:
+        gc.enable()
+    assert len(alive) == 6 * 7
+    for index, layers in alive:
+        assert min(layers) >= index - 1, f"layers {layers} are alive while layer {index} is converted"
+    assert all(ref() is None for _, ref in linears)
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), (False, False), (None, False)])
+def test_the_progress_bar_is_asked_for_or_on_a_terminal(progress, shown, capsys):
+    quantize_model(random_model("llama"), progress=progress)
+    captured = capsys.readouterr()
+    assert ("| 0/3" in captured.err) == shown
+    assert captured.out == ""
+
+
+def test_the_report_says_everything(caplog):
+    source = random_model("qwen3", tie_word_embeddings=True)
+    names = {name for name, module in source.named_modules() if isinstance(module, nn.Linear) or "norm" in name}
+    before = sum(p.numel() * 4 for p in source.parameters())
+    with caplog.at_level(logging.INFO, logger="qops"):
+        model = quantize_model(source, "int8")
+    report = model.quantization_report
+    assert isinstance(report, QuantizationReport)
+    assert {*report.replaced, *report.kept} == names
+    assert report.kept == {"lm_head": "skipped"}
+    assert report.replaced["model.layers.1.self_attn.q_proj"] == "merged Int8Linear"
+    assert report.replaced["model.layers.1.mlp.down_proj"] == "Int8Linear"
+    assert report.replaced["model.layers.1.input_layernorm"] == "RMSNorm that emits int8"
+    assert report.replaced["model.layers.1.self_attn.k_norm"] == "RMSNorm"
+    assert abs(report.bytes_before - before) < 1024  # and a few buffers
+    codes = sum(m.numel() for n, m in random_model("qwen3").named_parameters() if "proj" in n)
+    assert codes < report.bytes_after - 4 * VOCAB * 64 < 1.2 * codes
+    # q/k/v, o, gate/up, down; norm, norm, SiLU-mul; the attention's output; head norms and rotary; attention itself.
+    assert report.passes_after is not None and report.passes_before is not None
+    assert report.passes_after <= 12 < 30 < report.passes_before
+    text = str(report)
+    assert text in caplog.text
+    for part in (
+        "Qwen3ForCausalLM, int8:",
+        "15 x merged Int8Linear",
+        "decoder layers: fused",
+        "lm_head: skipped",
+        "->",
+    ):
+        assert part in text
+
+
+def test_models_of_unknown_architecture_say_so():
+    model = quantize_model(random_model("olmo2"))
+    report = model.quantization_report
+    assert report.not_fused == "Olmo2ForCausalLM is not an architecture whose layers qops knows"
+    assert "not fused: Olmo2ForCausalLM" in str(report)
+    layer = model.model.layers[0]
+    assert isinstance(layer.self_attn.q_proj, Int4Linear) and isinstance(layer.self_attn.q_norm, RMSNorm)
+
+
+def test_what_cannot_be_replaced_stays_and_the_report_says_why():
+    class Linear(nn.Linear):
+        pass
+
+    class ScaledNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(64))
+            self.eps = 1e-6
+
+        def forward(self, x):
+            return 2 * x * self.weight
+
+    source = random_model("llama", intermediate_size=100)
+    source.model.layers[0].self_attn.q_proj.__class__ = Linear
+    source.model.layers[1].input_layernorm = ScaledNorm()
+    expected = copy.deepcopy(source)
+    model = quantize_model(source, "int8")
+    kept = model.quantization_report.kept
+    assert kept["model.layers.0.self_attn.q_proj"] == "Linear is a linear of another kind"
+    assert kept["model.layers.1.input_layernorm"] == "ScaledNorm is not an RMSNorm that qops computes"
+    assert kept["model.layers.2.mlp.down_proj"] == "N = 64 and K = 100 must be multiples of 8"
+    assert "model.layers.1.input_layernorm" in model.quantization_report.not_fused
+    want = expected(IDS).logits
+    assert (model(IDS).logits - want).norm() < 0.1 * want.norm()
+
+
+def test_group_sizes_follow_the_linears():
+    model = quantize_model(random_model("llama", hidden_size=128, intermediate_size=208, head_dim=32))
+    layer = model.model.layers[0]
+    assert layer.self_attn.o_proj.weight.group_size == 128
+    assert layer.mlp.down_proj.weight.group_size == 16
+    model = quantize_model(random_model("llama", intermediate_size=104))
+    assert model.model.layers[0].mlp.down_proj.weight.group_size == 104
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheme": "int3"}, "scheme must be 'int4' or 'int8', got 'int3'"),
+        (
+            {"scheme": "int8", "group_size": 64},
+            r"group_size must be -1 \(one scale per output channel\) with 'int8', got 64",
+        ),
+        ({"scheme": "int8", "symmetric": False}, "symmetric must be True with 'int8', got False"),
+        ({"skip": "lm_head"}, "skip must be a tuple of names, got the string 'lm_head'"),
+        ({"skip": ("*",)}, "model must have linears to quantise"),
+        ({"group_size": 48}, "model.layers.0.self_attn.q_proj: .*group_size .* got 48"),
+    ],
+)
+def test_bad_arguments_change_nothing(changes, message):
+    model = random_model("llama")
+    before = model(IDS).logits
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, **changes)
+    assert_bitwise(model(IDS).logits, before)
+    assert not hasattr(model, "quantization_report")
+
+
+# Norms ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, 64, 576])
+@pytest.mark.parametrize(
+    ("module", "style"),
+    [
+        ("llama.modeling_llama.LlamaRMSNorm", {"weight_offset": 0.0, "rounding": "hf"}),
+        ("gemma.modeling_gemma.GemmaRMSNorm", {"weight_offset": 1.0, "rounding": "fp32"}),
+        ("olmo2.modeling_olmo2.Olmo2RMSNorm", {"weight_offset": 0.0, "rounding": "fp32"}),
+    ],
+)
+def test_norms_are_recognised_by_what_they_compute(module, style, size):
+    path, _, name = f"transformers.models.{module}".rpartition(".")
+    norm = getattr(__import__(path, fromlist=[name]), name)(size, eps=1e-5)
+    assert norm_style(norm) == style
+    assert norm_style(norm.to("meta")) == style
+
+
+def test_a_config_with_kinds_that_are_no_text_is_refused(tmp_path):
+    save_model(quantize_model(random_model("llama")), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["weights"]["model.layers.0.mlp.up_proj"] = 4
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="weights must map names to kinds"):
+        load_model(tmp_path)
+
+
+def test_a_folder_of_a_class_that_transformers_lacks_is_refused(tmp_path):
+    save_model(quantize_model(random_model("llama")), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("NoSuchModel", "pipeline", None, 3):
+        path.write_text(json.dumps(config | {"architectures": [name]}))
+        with pytest.raises(ValueError, match="architectures"):
+            load_model(tmp_path)
+
+
+def test_saving_a_model_of_a_class_of_ones_own_is_refused(tmp_path):
+    class Mine(transformers.LlamaForCausalLM):
+        pass
+
+    model = quantize_model(Mine(random_model("llama").config))
+    assert "Mine is not an architecture" in model.quantization_report.not_fused
+    with pytest.raises(ValueError, match=r"must (be of|name) a"):
+        save_model(model, tmp_path)
+    assert not any(tmp_path.iterdir())
