@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -305,6 +306,20 @@ def test_a_model_folder_answers_and_is_compared(folder, capsys, monkeypatch, dty
     agreeing = next(line for line in captured.out.splitlines() if line.startswith("same top-1"))
     assert "128 of 128 (100.00 %)" in agreeing
     assert "Traceback" not in captured.err
+
+
+def test_the_int8_scheme_answers_and_is_compared(folder, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "DECODE_TOKENS", 3)
+    monkeypatch.setattr(compare, "PREFILL_TOKENS", 10)
+    arguments = ["--model", str(folder), "--rounds", "1", "--max-new-tokens", "4", "--prompt", "he"]
+    assert cli.main([*arguments, "--scheme", "int8"]) == 0
+    captured = capsys.readouterr()
+    assert "W8A8" in captured.out and "quantising" in captured.out
+    # Rounding to 8 bits shows, and breaks nothing.
+    agreeing = next(line for line in captured.out.splitlines() if line.startswith("same top-1"))
+    assert 100 <= int(re.search(r"(\d+) of 128", agreeing).group(1)) <= 128
+    difference = next(line for line in captured.out.splitlines() if line.startswith("max logit difference"))
+    assert 1e-3 < float(difference.split()[3]) < 1
 
 
 def test_answer_only(folder, capsys):

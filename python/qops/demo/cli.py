@@ -24,6 +24,7 @@ from qops.demo import artefact, console
 from qops.demo.console import DemoError, note
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SCHEMES = ("stored", "int8")
 # A greedy answer should follow the weights, not the rounding: the two best first tokens of SmolLM2's answer to the
 # default prompt have the logits 25.33 and 25.24, which bf16, with steps of 0.125 there, cannot tell apart.
 ANSWER_DTYPE = "fp32"
@@ -69,6 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help="a Llama-family GGUF (Q4_0, Q4_1, Q8_0, F16, F32) or a model folder, instead of SmolLM2",
+    )
+    parser.add_argument(
+        "--scheme",
+        choices=SCHEMES,
+        default=SCHEMES[0],
+        help="stored: the weights as the file has them (default); int8: the decoder's linears rounded to 8 bits per "
+        "output channel and run with 8-bit activations (W8A8)",
     )
     parser.add_argument("--no-compare", action="store_true", help="answer only; do not measure")
     parser.add_argument(
@@ -145,17 +153,25 @@ def run(options: argparse.Namespace) -> None:
             clock.lap("imports")
         answer_dtype = options.dtype or ANSWER_DTYPE
         model, tokenizer = _load(path, DTYPES[answer_dtype])
-    clock.lap("loading")
+        clock.lap("loading")
+        if options.scheme == "int8":
+            model = _in_int8(model)
+            clock.lap("quantising")
 
     isa = qops.build_info()["isa"]
     print(f"{title}, qops {qops.__version__}, {answer_dtype}, {isa}, {torch.get_num_threads()} threads\n")
+    if options.scheme == "int8":
+        print(
+            "W8A8: the decoder's linears in int8, one scale per output channel and one per token; the dense model it is"
+        )
+        print("compared with has the weights as stored.\n")
     prompt_ids = _answer(model, tokenizer, options, clock)
     if not options.no_compare:
         text_ids = _passage_ids(model, tokenizer)
         del model
         timing_dtype = options.dtype or TIMING_DTYPE
-        half_top = _compare_speed(path, prompt_ids, text_ids, timing_dtype, options.rounds)
-        _compare_accuracy(path, text_ids, half_top, timing_dtype)
+        half_top = _compare_speed(path, prompt_ids, text_ids, timing_dtype, options)
+        _compare_accuracy(path, text_ids, half_top, timing_dtype, options.scheme)
 
 
 class Stopwatch:
@@ -231,6 +247,17 @@ def _load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise DemoError(f"cannot load {path}: {reason}") from error
 
 
+def _in_int8(model: Any) -> Any:
+    """The same model with its decoder's linears in W8A8; the table of the embedding and the output layer stays."""
+    from qops.model import dense_model
+    from qops.quantize import quantize_model
+
+    quantised = quantize_model(dense_model(model, model.dtype), "int8")
+    quantised.set_input_embeddings(model.get_input_embeddings())
+    quantised.set_output_embeddings(model.get_output_embeddings())
+    return quantised
+
+
 def _answer(model: Any, tokenizer: Any, options: argparse.Namespace, clock: Stopwatch) -> list[int]:
     """Stream the answer to stdout and report the time to its first token. Returns the prompt's ids."""
     from qops.demo import chat
@@ -274,15 +301,18 @@ def _passage_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _compare_speed(
-    path: Path, prompt_ids: list[int], text_ids: list[int], dtype: str, rounds: int
+    path: Path, prompt_ids: list[int], text_ids: list[int], dtype: str, options: argparse.Namespace
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Print the speed table. Returns the most likely ids of both models over the passage; None in float32."""
     from qops.demo import compare
     from qops.model import dense_model, load_model
 
+    rounds = options.rounds
     note(f"\nTiming against a dense {dtype} model of the same weights, {rounds} interleaved rounds ...")
     model = load_model(path, dtype=DTYPES[dtype])
     dense = dense_model(model, dtype=DTYPES[dtype])
+    if options.scheme == "int8":
+        model = _in_int8(model)
     context = model.config.max_position_embeddings
     prefill_ids = text_ids[: min(compare.PREFILL_TOKENS, context - 1)]
     decode_tokens = min(compare.DECODE_TOKENS, context - len(prompt_ids))
@@ -308,16 +338,21 @@ def _compare_speed(
 
 
 def _compare_accuracy(
-    path: Path, text_ids: list[int], half_top: tuple[torch.Tensor, torch.Tensor] | None, dtype: str
+    path: Path, text_ids: list[int], half_top: tuple[torch.Tensor, torch.Tensor] | None, dtype: str, scheme: str
 ) -> None:
     """Print the accuracy table. The float32 models are loaded here, one at a time."""
     from qops.demo import compare
     from qops.model import dense_model, load_model
 
     note(f"\nComparing logits over {len(text_ids):,} tokens ...")
+
+    def ours() -> Any:
+        model = load_model(path, dtype=torch.float32)
+        return _in_int8(model) if scheme == "int8" else model
+
     result = compare.accuracy(
         text_ids,
-        lambda: load_model(path, dtype=torch.float32),
+        ours,
         lambda: dense_model(load_model(path, dtype=torch.float32), dtype=torch.float32),
         half_top,
     )
