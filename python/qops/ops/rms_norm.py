@@ -30,7 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.
     Numerics:
         Statistics in float32: each square is rounded, then added in a fixed tree that depends on H alone; mean, square
         root and reciprocal are IEEE operations. A row has the same bits in every batch, for every thread count and at
-        every ISA level. NaN and infinity in a row make that row NaN. No subnormal is flushed.
+        every ISA level. A NaN makes its row NaN; an infinity becomes NaN and makes the rest of its row zeros. No
+        subnormal is flushed.
 
     Raises:
         ValueError: shapes, strides, ``rounding`` or ``weight_offset`` do not fit.
