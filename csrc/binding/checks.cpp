@@ -187,6 +187,12 @@ bool Checker::rounding_is_hf(std::string_view rounding) const {
   refuse("rounding", "be \"hf\" or \"fp32\"", "\"" + std::string(rounding) + "\"");
 }
 
+RmsNormStyle Checker::rms_norm_style(double eps, double weight_offset, std::string_view rounding) const {
+  const bool hf = rounding_is_hf(rounding);
+  if (weight_offset != 0.0 && hf) refuse("rounding", "be \"fp32\" with a non-zero weight_offset", "\"hf\"");
+  return {static_cast<float>(eps), static_cast<float>(weight_offset), hf};
+}
+
 Rows Checker::rows(const Tensor& t, const char* arg, int trailing_dims) const {
   Rows rows;
   const auto sizes = t.sizes(), strides = t.strides();

@@ -50,6 +50,14 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
 void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
              const std::optional<Tensor>& positions, bool interleaved);
 
+std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight,
+                                          const Tensor& k_weight, const Tensor& cos, const Tensor& sin, double eps,
+                                          const std::optional<Tensor>& positions, bool interleaved,
+                                          double weight_offset, std::string_view rounding);
+void qk_norm_rotary_(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
+                     const Tensor& cos, const Tensor& sin, double eps, const std::optional<Tensor>& positions,
+                     bool interleaved, double weight_offset, std::string_view rounding);
+
 Tensor silu_mul(const Tensor& gate_up, std::string_view rounding);
 Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding);
 std::tuple<Tensor, Tensor> silu_mul_int8(const Tensor& gate_up, std::string_view rounding, std::string_view rule);

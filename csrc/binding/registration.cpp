@@ -49,6 +49,14 @@ STABLE_TORCH_LIBRARY(qops, m) {
   m.def(
       "rotary_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False) "
       "-> ()");
+  m.def(
+      "qk_norm_rotary(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, "
+      "Tensor? positions=None, bool interleaved=False, float weight_offset=0.0, str rounding=\"hf\") "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "qk_norm_rotary_(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
+      "float eps, Tensor? positions=None, bool interleaved=False, float weight_offset=0.0, str rounding=\"hf\") "
+      "-> ()");
   m.def("silu_mul(Tensor gate_up, str rounding=\"hf\") -> Tensor");
   m.def("silu_mul.gate_up(Tensor gate, Tensor up, str rounding=\"hf\") -> Tensor");
   m.def("silu_mul_int8(Tensor gate_up, str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor)");
@@ -84,6 +92,8 @@ STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
   m.impl("add_rms_norm_int8.out", TORCH_BOX(&qops::binding::add_rms_norm_int8_out));
   m.impl("rotary", TORCH_BOX(&qops::binding::rotary));
   m.impl("rotary_", TORCH_BOX(&qops::binding::rotary_));
+  m.impl("qk_norm_rotary", TORCH_BOX(&qops::binding::qk_norm_rotary));
+  m.impl("qk_norm_rotary_", TORCH_BOX(&qops::binding::qk_norm_rotary_));
   m.impl("silu_mul", TORCH_BOX(&qops::binding::silu_mul));
   m.impl("silu_mul.gate_up", TORCH_BOX(&qops::binding::silu_mul_gate_up));
   m.impl("silu_mul_int8", TORCH_BOX(&qops::binding::silu_mul_int8));

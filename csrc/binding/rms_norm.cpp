@@ -16,15 +16,10 @@ RmsNormParams checked(const Checker& check, const Tensor& x, const Tensor& weigh
   check.shape(weight, "weight", "[H]", {p.h});
   check.dense_last_dim(x, "x");
   check.dense_last_dim(weight, "weight");
-  p.style.round_before_weight = check.rounding_is_hf(rounding);
-  if (weight_offset != 0.0) {
-    check.require(!p.style.round_before_weight, "rounding", "be \"fp32\" with a non-zero weight_offset", "\"hf\"");
-  }
+  p.style = check.rms_norm_style(eps, weight_offset, rounding);
   p.x_rows = check.rows(x, "x");
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
-  p.style.eps = static_cast<float>(eps);
-  p.style.weight_offset = static_cast<float>(weight_offset);
   return p;
 }
 
