@@ -117,7 +117,12 @@ LAYERS = (
     Layer(
         r"csrc/binding/.*",
         (_STD, r"<Python\.h>", r"<torch/(csrc/stable|headeronly)/[\w/.]+>", r'"kernels\.h"', r'"binding/\w+\.h"'),
-        {r"\bat::|\bc10::": "ATen and c10", r"\bSTD_TORCH_CHECK\b": "a message with a build path (use checks.h)"},
+        {
+            r"\bat::|\bc10::": "ATen and c10",
+            r"\bSTD_TORCH_CHECK\b": "a message with a build path (use checks.h)",
+            r"[!=]=\s*(\w+(\.|->))?(sizes|strides)\(\)(?!\.|\[)": "array refs compared (torch 2.11 has equals alone)",
+            r"\b(sizes|strides)\(\)\s*[!=]=": "array refs compared (torch 2.11 has equals alone)",
+        },
     ),
 )
 # Everywhere but in the named files.
