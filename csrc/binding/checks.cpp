@@ -167,6 +167,12 @@ void Checker::no_overlap(const Tensor& t, const char* arg, const Tensor& other, 
   refuse(arg, std::string("lie apart from ") + other_arg + " in memory", "overlapping tensors");
 }
 
+void Checker::no_overlap_unless_same(const Tensor& t, const char* arg, const Tensor& other,
+                                     const char* other_arg) const {
+  if (t.const_data_ptr() == other.const_data_ptr() && other.is_contiguous()) return;
+  no_overlap(t, arg, other, other_arg);
+}
+
 void Checker::output(const Tensor& t, const char* arg, ScalarType expected, const char* letters, Sizes sizes) const {
   cpu(t, arg);
   dtype(t, arg, expected);

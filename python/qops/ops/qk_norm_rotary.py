@@ -95,7 +95,7 @@ def qk_norm_rotary_(
     weight_offset: float = 0.0,
     rounding: str = "hf",
 ) -> None:
-    """:func:`qk_norm_rotary` in place: ``q`` and ``k`` hold the result, bit for bit; it allocates nothing.
+    """:func:`qk_norm_rotary` in place: ``q`` and ``k`` hold the result, bit for bit; it allocates no tensor.
 
     Args:
         q, k: as in :func:`qk_norm_rotary`, any strides. Each must hold every element once (an expanded tensor does

@@ -60,7 +60,7 @@ def rotary(
 def rotary_(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
 ) -> None:
-    """:func:`rotary` in place: ``q`` and ``k`` hold the result, bit for bit.
+    """:func:`rotary` in place: ``q`` and ``k`` hold the result, bit for bit; it allocates no tensor.
 
     Args:
         q, k: as in :func:`rotary`, any strides. Each must hold every element once (an expanded tensor does not), and
