@@ -7,29 +7,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import qops
+from bench.eager_norms import EPS, functional_norm, transformers_norm
 from bench.harness import OURS, Comparison, Provider
 from qops.ops.rms_norm import rms_norm_ref
 from qops.testing import random_activations
 
-EPS = 1e-5
 DTYPE = torch.bfloat16
 ROWS = (1, 16, 256, 2048)
 HIDDEN = (576, 4096)
 COLD_FROM = 256
-
-
-def transformers_norm(x: Tensor, weight: Tensor) -> Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-    return weight * wide.to(x.dtype)
-
-
-def functional_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, EPS)
 
 
 @pytest.mark.parametrize("rows", ROWS)
