@@ -11,21 +11,15 @@ import torch
 from torch import Tensor
 
 import qops
+from bench.eager_norms import EPS, transformers_norm
 from bench.harness import OURS, Comparison, Provider
 from qops.ops.qk_norm_rotary import qk_norm_rotary_ref
 from qops.testing import random_activations
 
-EPS = 1e-6
 DTYPE = torch.bfloat16
 TOKENS = (1, 16, 256, 2048)
 HEADS = ((16, 8, 128), (4, 1, 256))  # of q, of k, head dimension: Qwen3 0.6B, Gemma 3 1B
 COLD_FROM = 256
-
-
-def transformers_norm(x: Tensor, weight: Tensor) -> Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-    return weight * wide.to(x.dtype)
 
 
 def rotate_half(x: Tensor) -> Tensor:
