@@ -216,6 +216,16 @@ struct RotaryParams {
   int64_t* bad_position;  // set when the result is kIndexOutOfRange
 };
 
+// rotary of what rms_norm would write for every head of q and k.
+struct QkNormRotaryParams {
+  RotaryParams rotary;
+  const void* q_weight;  // [D], stride 1
+  const void* k_weight;
+  DType q_weight_dtype;
+  DType k_weight_dtype;
+  RmsNormStyle style;
+};
+
 // y = R(R(silu(gate)) * up) or R(silu(gate) * up).
 struct SiluMulParams {
   const void* gate;
@@ -244,6 +254,7 @@ struct SiluMulInt8Params {
   X(int8_pack, WeightPackParams)                    \
   X(int8_unpack, WeightPackParams)                  \
   X(int8_weight_only_gemm, WeightOnlyGemmParams)    \
+  X(qk_norm_rotary, QkNormRotaryParams)             \
   X(quantize_int8, QuantizeInt8Params)              \
   X(quantize_int8_asym, QuantizeInt8AsymParams)     \
   X(quantize_int8_static, QuantizeInt8StaticParams) \

@@ -22,6 +22,7 @@ FILES_OF = {
     "add_rms_norm_int8": "rms_norm_int8",
     "quantize_int8_asym": "quantize_int8",
     "quantize_int8_static": "quantize_int8",
+    "qk_norm_rotary_": "qk_norm_rotary",
     "rotary_": "rotary",
     "int4_pack": "weight_pack",
     "int4_unpack": "weight_pack",
@@ -29,10 +30,11 @@ FILES_OF = {
     "int8_unpack": "weight_pack",
 }
 # One layer's file for several of those: the two GEMMs take the same arguments, as do an operator and its form that
-# emits int8; packing is tested with the weights.
+# emits int8, and rotary with and without norms; packing is tested with the weights.
 LAYER_FILES_OF = {
     ("csrc/binding", "int4_gemm"): "weight_only_gemm",
     ("csrc/binding", "int8_weight_only_gemm"): "weight_only_gemm",
+    ("csrc/binding", "qk_norm_rotary"): "rotary",
     ("csrc/binding", "rms_norm_int8"): "rms_norm",
     ("csrc/binding", "silu_mul_int8"): "silu_mul",
     ("tests", "weight_pack"): "weights",
@@ -115,7 +117,12 @@ LAYERS = (
     Layer(
         r"csrc/binding/.*",
         (_STD, r"<Python\.h>", r"<torch/(csrc/stable|headeronly)/[\w/.]+>", r'"kernels\.h"', r'"binding/\w+\.h"'),
-        {r"\bat::|\bc10::": "ATen and c10", r"\bSTD_TORCH_CHECK\b": "a message with a build path (use checks.h)"},
+        {
+            r"\bat::|\bc10::": "ATen and c10",
+            r"\bSTD_TORCH_CHECK\b": "a message with a build path (use checks.h)",
+            r"[!=]=\s*(\w+(\.|->))?(sizes|strides)\(\)(?!\.|\[)": "array refs compared (torch 2.11 has equals alone)",
+            r"\b(sizes|strides)\(\)\s*[!=]=": "array refs compared (torch 2.11 has equals alone)",
+        },
     ),
 )
 # Everywhere but in the named files.

@@ -11,6 +11,7 @@ import qops
 from qops.ops.int4_gemm import KINDS, int4_gemm_ref
 from qops.testing import (
     FLOAT_DTYPES,
+    Guarded,
     assert_accurate,
     assert_bitwise,
     generator,
@@ -220,6 +221,39 @@ def test_offsets_beyond_int32():
     assert_bitwise(qops.int4_gemm(x, w), qops.int4_gemm(values, w))
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_out(dtype):
+    for m, (n, k, group_size), kind in itertools.product((0, 1, 5), ((24, 96, 48), (40, 128, 128)), KINDS):
+        w = make_weight(n, k, group_size, kind, m, act_order=kind == "symmetric")
+        x = strided_rows(random_activations(m, k, dtype=dtype, seed=m))
+        bias = torch.randn(n, generator=generator(m))
+        out = Guarded(torch.full((m, n), 77, dtype=dtype))
+        assert qops.int4_gemm(x, w, bias, out=out.tensor) is out.tensor
+        assert_bitwise(out.tensor, qops.int4_gemm(x, w, bias), f"{m}x{n}x{k} {kind}")
+        out.check()
+
+
+def test_out_must_not_overlap_an_input():
+    args = arguments()
+    args["x"] = random_activations(2, 64, dtype=torch.bfloat16, seed=0)
+    args["scales"], args["bias"] = args["scales"].bfloat16(), args["bias"].bfloat16()
+    for name in ("x", "packed", "scales", "zeros", "perm", "bias"):
+        memory = torch.zeros(4096, dtype=torch.uint8)
+        there = args[name].contiguous().view(-1).view(torch.uint8)
+        memory[1024 : 1024 + len(there)] = there
+        inside = memory[1024 : 1024 + len(there)].view(args[name].dtype).view(args[name].shape)
+        before = memory.clone()
+        for start in (1024 - 2 * 24 * 2 + 2, 1024 + len(there) - 2):
+            out = memory[start : start + 2 * 24 * 2].view(torch.bfloat16).view(2, 24)
+            text = rf"^qops\.int4_gemm: out must lie apart from {name} in memory, got overlapping tensors$"
+            with pytest.raises(ValueError, match=text):
+                torch.ops.qops.int4_gemm.out(**{**args, name: inside}, out=out)
+        assert_bitwise(memory, before, name)
+        beside = memory[1024 - 2 * 24 * 2 : 1024].view(torch.bfloat16).view(2, 24)
+        torch.ops.qops.int4_gemm.out(**{**args, name: inside}, out=beside)
+        assert_bitwise(beside, torch.ops.qops.int4_gemm(**args), f"beside {name}")
+
+
 def arguments(device="cpu", **changes):
     w = make_weight(24, 64, 32, "zero_point", 0, act_order=True)
     values = {
@@ -290,12 +324,42 @@ def test_errors_are_the_same_with_fake_tensors(case):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_of_the_out_form(case):
+    changes, error, text = ERRORS[case]
+    for device in ("cpu", "meta"):
+        out = torch.empty(2, 24, dtype=torch.bfloat16, device=device)
+        with pytest.raises(error, match=rf"^qops\.int4_gemm: {text}"):
+            torch.ops.qops.int4_gemm.out(**arguments(device, **changes), out=out)
+
+
+OUT = torch.zeros(2, 24, dtype=torch.bfloat16)
+OUT_ERRORS = {
+    "dtype": (OUT.float(), RuntimeError, "out must have dtype bfloat16, got float32"),
+    "columns": (OUT[:, :16], ValueError, r"out must have shape \[\.\.\., N\] = \[2, 24\], got \[2, 16\]"),
+    "rank": (OUT[None], ValueError, r"out must have shape \[\.\.\., N\] = \[2, 24\], got \[1, 2, 24\]"),
+    "strides": (OUT.t().contiguous().t(), ValueError, r"out must be contiguous, got strides \[1, 2\]"),
+}
+
+
+@pytest.mark.parametrize("case", OUT_ERRORS)
+def test_out_errors_are_the_same_with_fake_tensors(case):
+    out, error, text = OUT_ERRORS[case]
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=rf"^qops\.int4_gemm: {text}$"):
+            torch.ops.qops.int4_gemm.out(**arguments(device), out=out.to(device))
+
+
 @pytest.mark.parametrize("bad", (-1, 64, 2**31 - 1))
 def test_perm_out_of_range(bad):
     perm = torch.arange(64, dtype=torch.int32)
     perm[63] = bad
     with pytest.raises(ValueError, match=r"perm must hold indices in 0 \.\. 63"):
         torch.ops.qops.int4_gemm(**arguments(perm=perm))
+    out = torch.full((2, 24), 77, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"perm must hold indices in 0 \.\. 63"):
+        torch.ops.qops.int4_gemm.out(**arguments(perm=perm), out=out)
+    assert bool((out == 77).all())
 
 
 def test_grad_is_refused():
@@ -318,6 +382,8 @@ def test_opcheck(kind):
         x = random_activations(2, 3, 64, dtype=torch.bfloat16, seed=0)
         args = (x, w.packed, w.scales, w.zeros, w.perm, torch.zeros(24), 24, 32, KINDS.index(kind))
         torch.library.opcheck(torch.ops.qops.int4_gemm.default, args)
+        out = {"out": torch.empty(2, 3, 24, dtype=torch.bfloat16)}
+        torch.library.opcheck(torch.ops.qops.int4_gemm.out, args, out)
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
@@ -327,7 +393,10 @@ def test_compile(backend):
     w = make_weight(64, 64, 32, "offset", 0)
 
     def two(x):
-        return qops.int4_gemm(F.relu(qops.int4_gemm(x, w)), w)
+        y = qops.int4_gemm(F.relu(qops.int4_gemm(x, w)), w)
+        out = torch.empty_like(y)
+        qops.int4_gemm(y + 1, w, out=out)
+        return y + out
 
     compiled = torch.compile(two, fullgraph=True, backend=backend, dynamic=True)
     for m in (3, 5):

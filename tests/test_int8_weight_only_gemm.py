@@ -8,7 +8,15 @@ import torch.nn.functional as F
 
 import qops
 from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm_ref
-from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise, generator, random_activations, strided_rows
+from qops.testing import (
+    FLOAT_DTYPES,
+    Guarded,
+    assert_accurate,
+    assert_bitwise,
+    generator,
+    random_activations,
+    strided_rows,
+)
 from weight_only_oracle import blocks_of, gemm_row
 
 SHAPES = ((8, 32, 32), (24, 96, 32), (16, 1032, 1032), (72, 576, 32), (40, 272, 272), (8, 8, 8), (32, 768, 256))
@@ -108,6 +116,34 @@ def test_empty(m, n, k):
     assert_bitwise(y, bias.expand(m, n).contiguous(), "bias alone")
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_out(dtype):
+    for m, (n, k, group_size) in itertools.product((0, 1, 5), ((24, 96, 48), (40, 128, 128))):
+        w = make_weight(n, k, group_size, m)
+        x = random_activations(m, k, dtype=dtype, seed=m)
+        bias = torch.randn(n, generator=generator(m))
+        out = Guarded(torch.full((m, n), 77, dtype=dtype))
+        assert qops.int8_weight_only_gemm(x, w, bias, out=out.tensor) is out.tensor
+        assert_bitwise(out.tensor, qops.int8_weight_only_gemm(x, w, bias), f"{m}x{n}x{k}")
+        out.check()
+
+
+def test_out_must_not_overlap_an_input():
+    args = arguments()
+    args["scales"], args["bias"] = args["scales"].bfloat16(), args["bias"].bfloat16()
+    for name in ("x", "packed", "scales", "bias"):
+        memory = torch.zeros(4096, dtype=torch.uint8)
+        there = args[name].contiguous().view(-1).view(torch.uint8)
+        inside = memory[1024 : 1024 + len(there)].view(args[name].dtype).view(args[name].shape)
+        memory[1024 : 1024 + len(there)] = there
+        before = memory.clone()
+        out = memory[1024 - 94 : 1024 + 2].view(torch.bfloat16).view(2, 24)
+        text = rf"^qops\.int8_weight_only_gemm: out must lie apart from {name} in memory, got overlapping tensors$"
+        with pytest.raises(ValueError, match=text):
+            torch.ops.qops.int8_weight_only_gemm.out(**{**args, name: inside}, out=out)
+        assert_bitwise(memory, before, name)
+
+
 def arguments(device="cpu", **changes):
     w = make_weight(24, 64, 32, 0)
     values = {
@@ -145,6 +181,30 @@ def test_errors_are_the_same_with_fake_tensors(case):
     assert messages[0] == messages[1]
 
 
+OUT = torch.zeros(2, 24, dtype=torch.bfloat16)
+OUT_ERRORS = {
+    "dtype": (OUT.float(), RuntimeError, "out must have dtype bfloat16, got float32"),
+    "columns": (OUT[:, :16], ValueError, r"out must have shape \[\.\.\., N\] = \[2, 24\], got \[2, 16\]"),
+    "strides": (OUT.t().contiguous().t(), ValueError, r"out must be contiguous, got strides \[1, 2\]"),
+}
+
+
+@pytest.mark.parametrize("case", OUT_ERRORS)
+def test_out_errors_are_the_same_with_fake_tensors(case):
+    out, error, text = OUT_ERRORS[case]
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=rf"^qops\.int8_weight_only_gemm: {text}$"):
+            torch.ops.qops.int8_weight_only_gemm.out(**arguments(device), out=out.to(device))
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_of_the_out_form(case):
+    changes, error, text = ERRORS[case]
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=rf"^qops\.int8_weight_only_gemm: {text}"):
+            torch.ops.qops.int8_weight_only_gemm.out(**arguments(device, **changes), out=OUT.to(device))
+
+
 def test_grad_is_refused():
     w = make_weight(16, 32, 32, 0)
     refused = pytest.raises(RuntimeError, match=r"qops\.int8_weight_only_gemm: an input requires grad")
@@ -158,6 +218,8 @@ def test_opcheck():
         x = random_activations(2, 3, 64, dtype=torch.bfloat16, seed=0)
         args = (x, w.packed, w.scales, torch.zeros(24), 24, 32)
         torch.library.opcheck(torch.ops.qops.int8_weight_only_gemm.default, args)
+        out = {"out": torch.empty(2, 3, 24, dtype=torch.bfloat16)}
+        torch.library.opcheck(torch.ops.qops.int8_weight_only_gemm.out, args, out)
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
@@ -167,7 +229,10 @@ def test_compile(backend):
     w = make_weight(64, 64, 32, 0)
 
     def two(x):
-        return qops.int8_weight_only_gemm(F.relu(qops.int8_weight_only_gemm(x, w)), w)
+        y = qops.int8_weight_only_gemm(F.relu(qops.int8_weight_only_gemm(x, w)), w)
+        out = torch.empty_like(y)
+        qops.int8_weight_only_gemm(y + 1, w, out=out)
+        return y + out
 
     compiled = torch.compile(two, fullgraph=True, backend=backend, dynamic=True)
     for m in (3, 5):

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 
 import qops
 from qops.ops.silu_mul import silu_mul_ref
-from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise, generator, random_activations, strided_rows
+from qops.testing import (
+    FLOAT_DTYPES,
+    Guarded,
+    assert_accurate,
+    assert_bitwise,
+    generator,
+    random_activations,
+    strided_rows,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 NAN, INF = float("nan"), float("inf")
@@ -175,7 +183,53 @@ def test_empty():
     assert qops.silu_mul(torch.empty(0, 64), torch.empty(0, 64)).shape == (0, 64)
 
 
+@pytest.mark.parametrize("rounding", ("hf", "fp32"))
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_out(dtype, rounding):
+    for shape in ((3, 5, 2 * 37), (0, 64), (3, 0), (2, 64)):
+        x = strided_rows(random_activations(*shape, dtype=dtype, seed=0))
+        want = qops.silu_mul(x, rounding=rounding)
+        for args in ((x,), x.chunk(2, dim=-1)):
+            wall = Guarded(torch.full(want.shape, 77, dtype=dtype))
+            assert qops.silu_mul(*args, rounding=rounding, out=wall.tensor) is wall.tensor
+            assert_bitwise(wall.tensor, want, f"{shape}, {len(args)} tensors")
+            wall.check()
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_out_may_be_gate_or_up(dtype, threads):
+    gate, up = random_activations(2, 257, 163, dtype=dtype, seed=0).unbind(0)
+    want = qops.silu_mul(gate, up)
+    for count in (1, 2):
+        threads(count)
+        g, u, both = gate.clone(), up.clone(), gate.clone()
+        assert_bitwise(qops.silu_mul(g, up, out=g), want, "gate")
+        assert_bitwise(qops.silu_mul(gate, u, out=u), want, "up")
+        assert_bitwise(qops.silu_mul(both, both, out=both), qops.silu_mul(gate, gate), "both")
+
+
+def test_overlap_is_refused_and_nothing_is_written():
+    memory = random_activations(16, 32, dtype=torch.bfloat16, seed=0)
+    before = memory.clone()
+    gate, up = memory[0:2], memory[4:6]
+    merged = memory[8:12].view(2, 64)
+    cases = {
+        "gate": ((gate, up), memory[1:3]),
+        "up": ((gate, up), memory[5:7]),
+        "gate_up": ((merged,), memory[8:10]),
+    }
+    cases["up of other strides"] = ((gate, up[:1].expand(2, 32)), up)
+    cases["gate of other strides"] = ((gate[:1].expand(2, 32), up), gate)
+    cases["gate_up of one row"] = ((merged[:1],), memory[8:9])
+    for name, (args, out) in cases.items():
+        text = rf"^qops\.silu_mul: out must lie apart from {name.split()[0]} in memory, got overlapping tensors$"
+        with pytest.raises(ValueError, match=text):
+            qops.silu_mul(*args, out=out)
+    assert_bitwise(memory, before, "memory")
+
+
 X = torch.ones(2, 32, dtype=torch.bfloat16)
+Y = torch.ones(2, 16, dtype=torch.bfloat16)
 ERRORS = {
     "dtype": ((X.long(),), {}, RuntimeError, r"gate_up must have dtype float32, float16 or bfloat16, got int64"),
     "scalar": ((torch.tensor(1.0),), {}, ValueError, r"gate_up must have at least 1 dimension, got 0"),
@@ -189,6 +243,17 @@ ERRORS = {
     "up shape": ((X, X[:1]), {}, ValueError, r"up must have the shape of gate = \[2, 32\], got \[1, 32\]"),
     "up stride": ((X, X.t().contiguous().t()), {}, ValueError, r"up must have stride 1 in its last dimension, got 2"),
     "split rounding": ((X, X), {"rounding": ""}, ValueError, r'rounding must be "hf" or "fp32", got ""'),
+    "out dtype": ((X,), {"out": Y.float()}, RuntimeError, r"out must have dtype bfloat16, got float32"),
+    "out shape": ((X,), {"out": X}, ValueError, r"out must have shape \[\.\.\., I\] = \[2, 16\], got \[2, 32\]"),
+    "out strides": ((X,), {"out": Y.t().contiguous().t()}, ValueError, r"out must be contiguous, got strides \[1, 2\]"),
+    "out of odd": ((X[:, :31],), {"out": Y}, ValueError, r"gate_up must have an even last dimension 2 I, got 31"),
+    "split out dtype": ((X, X), {"out": X.half()}, RuntimeError, r"out must have dtype bfloat16, got float16"),
+    "split out shape": (
+        (X, X),
+        {"out": Y},
+        ValueError,
+        r"out must have shape \[\.\.\., I\] = \[2, 32\], got \[2, 16\]",
+    ),
 }
 
 
@@ -198,7 +263,8 @@ def test_errors_are_the_same_with_fake_tensors(case):
     messages = []
     for device in ("cpu", "meta"):
         with pytest.raises(error, match=rf"^qops\.silu_mul: {text}") as caught:
-            qops.silu_mul(*(a.to(device) for a in args), **kwargs)
+            there = {n: a.to(device) if isinstance(a, torch.Tensor) else a for n, a in kwargs.items()}
+            qops.silu_mul(*(a.to(device) for a in args), **there)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 
@@ -217,6 +283,9 @@ def test_opcheck(dtype):
         x = random_activations(3, 4, 40, dtype=dtype, seed=0)[:, 1:]
         torch.library.opcheck(torch.ops.qops.silu_mul.default, (x,))
         torch.library.opcheck(torch.ops.qops.silu_mul.gate_up, (*x.chunk(2, dim=-1), "fp32"))
+        out = {"out": torch.empty(3, 3, 20, dtype=dtype)}
+        torch.library.opcheck(torch.ops.qops.silu_mul.out, (x,), out)
+        torch.library.opcheck(torch.ops.qops.silu_mul.gate_up_out, (*x.chunk(2, dim=-1), "fp32"), out)
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
@@ -226,7 +295,11 @@ def test_compile(backend):
 
     def block(x):
         y = qops.silu_mul(x)
-        return qops.silu_mul(y, x[:, :32] + 1, rounding="fp32")
+        z = qops.silu_mul(y, x[:, :32] + 1, rounding="fp32")
+        out = torch.empty_like(y)
+        qops.silu_mul(x * 2, out=out)
+        qops.silu_mul(y, z, out=y)
+        return torch.stack((y, z, out))
 
     torch.use_deterministic_algorithms(False)  # inductor does not know the poisoned torch.empty
     compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=True)

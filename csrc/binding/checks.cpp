@@ -167,6 +167,12 @@ void Checker::no_overlap(const Tensor& t, const char* arg, const Tensor& other, 
   refuse(arg, std::string("lie apart from ") + other_arg + " in memory", "overlapping tensors");
 }
 
+void Checker::no_overlap_unless_same(const Tensor& t, const char* arg, const Tensor& other,
+                                     const char* other_arg) const {
+  if (t.const_data_ptr() == other.const_data_ptr() && other.is_contiguous()) return;
+  no_overlap(t, arg, other, other_arg);
+}
+
 void Checker::output(const Tensor& t, const char* arg, ScalarType expected, const char* letters, Sizes sizes) const {
   cpu(t, arg);
   dtype(t, arg, expected);
@@ -185,6 +191,12 @@ bool Checker::rounding_is_hf(std::string_view rounding) const {
   if (rounding == "hf") return true;
   if (rounding == "fp32") return false;
   refuse("rounding", "be \"hf\" or \"fp32\"", "\"" + std::string(rounding) + "\"");
+}
+
+RmsNormStyle Checker::rms_norm_style(double eps, double weight_offset, std::string_view rounding) const {
+  const bool hf = rounding_is_hf(rounding);
+  if (weight_offset != 0.0 && hf) refuse("rounding", "be \"fp32\" with a non-zero weight_offset", "\"hf\"");
+  return {static_cast<float>(eps), static_cast<float>(weight_offset), hf};
 }
 
 Rows Checker::rows(const Tensor& t, const char* arg, int trailing_dims) const {

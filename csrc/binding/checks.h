@@ -60,10 +60,14 @@ class Checker {
   void no_overlap_within(const Tensor& t, const char* arg) const;
   // The two share no memory, or are parts of the same rows, e.g. q and k of one qkv tensor.
   void no_overlap(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
+  // As no_overlap(), for a contiguous t of the dtype and shape of `other`: it may also be `other` itself, where the
+  // kernel reads each element before it writes there.
+  void no_overlap_unless_same(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
   // A tensor that an op writes, given by the caller: on the CPU, of this dtype and shape, contiguous.
   void output(const Tensor& t, const char* arg, ScalarType expected, const char* letters, Sizes sizes) const;
   // "hf" -> true, "fp32" -> false.
   bool rounding_is_hf(std::string_view rounding) const;
+  RmsNormStyle rms_norm_style(double eps, double weight_offset, std::string_view rounding) const;
   QuantizeRule quantize_rule(std::string_view rule) const;
   // Leading dimensions, merged where the strides allow.
   Rows rows(const Tensor& t, const char* arg, int trailing_dims = 1) const;

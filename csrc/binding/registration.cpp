@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(qops, m) {
   m.def(
       "int4_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, "
       "int group_size, int kind, bool batch_invariant=False) -> Tensor");
+  m.def(
+      "int4_gemm.out(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
+      "int out_features, int group_size, int kind, bool batch_invariant=False, *, Tensor(a!) out) -> ()");
   m.def("int4_pack(Tensor qweight) -> Tensor");
   m.def("int4_unpack(Tensor packed, int out_features) -> Tensor");
   m.def(
@@ -21,6 +24,9 @@ STABLE_TORCH_LIBRARY(qops, m) {
   m.def(
       "int8_weight_only_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, int group_size) "
       "-> Tensor");
+  m.def(
+      "int8_weight_only_gemm.out(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, "
+      "int group_size, *, Tensor(a!) out) -> ()");
   m.def("quantize_int8(Tensor x, str rule=\"127\") -> (Tensor, Tensor)");
   m.def("quantize_int8.out(Tensor x, str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale) -> ()");
   m.def("quantize_int8_asym(Tensor x) -> (Tensor, Tensor, Tensor)");
@@ -29,8 +35,14 @@ STABLE_TORCH_LIBRARY(qops, m) {
   m.def("quantize_int8_static.out(Tensor x, Tensor scale, Tensor? zero_point=None, *, Tensor(a!) q) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\") -> Tensor");
   m.def(
+      "rms_norm.out(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\", *, "
+      "Tensor(a!) out) -> ()");
+  m.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
       "str rounding=\"hf\") -> (Tensor, Tensor)");
+  m.def(
+      "add_rms_norm.out(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
+      "str rounding=\"hf\", *, Tensor(a!) y, Tensor(b!) residual_out) -> ()");
   m.def(
       "rms_norm_int8(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\", "
       "str rule=\"127\") -> (Tensor, Tensor)");
@@ -49,8 +61,18 @@ STABLE_TORCH_LIBRARY(qops, m) {
   m.def(
       "rotary_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False) "
       "-> ()");
+  m.def(
+      "qk_norm_rotary(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, "
+      "Tensor? positions=None, bool interleaved=False, float weight_offset=0.0, str rounding=\"hf\") "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "qk_norm_rotary_(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
+      "float eps, Tensor? positions=None, bool interleaved=False, float weight_offset=0.0, str rounding=\"hf\") "
+      "-> ()");
   m.def("silu_mul(Tensor gate_up, str rounding=\"hf\") -> Tensor");
   m.def("silu_mul.gate_up(Tensor gate, Tensor up, str rounding=\"hf\") -> Tensor");
+  m.def("silu_mul.out(Tensor gate_up, str rounding=\"hf\", *, Tensor(a!) out) -> ()");
+  m.def("silu_mul.gate_up_out(Tensor gate, Tensor up, str rounding=\"hf\", *, Tensor(a!) out) -> ()");
   m.def("silu_mul_int8(Tensor gate_up, str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor)");
   m.def("silu_mul_int8.gate_up(Tensor gate, Tensor up, str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor)");
   m.def(
@@ -63,6 +85,7 @@ STABLE_TORCH_LIBRARY(qops, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
   m.impl("int4_gemm", TORCH_BOX(&qops::binding::int4_gemm));
+  m.impl("int4_gemm.out", TORCH_BOX(&qops::binding::int4_gemm_out));
   m.impl("int4_pack", TORCH_BOX(&qops::binding::int4_pack));
   m.impl("int4_unpack", TORCH_BOX(&qops::binding::int4_unpack));
   m.impl("int8_gemm", TORCH_BOX(&qops::binding::int8_gemm));
@@ -70,6 +93,7 @@ STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
   m.impl("int8_pack", TORCH_BOX(&qops::binding::int8_pack));
   m.impl("int8_unpack", TORCH_BOX(&qops::binding::int8_unpack));
   m.impl("int8_weight_only_gemm", TORCH_BOX(&qops::binding::int8_weight_only_gemm));
+  m.impl("int8_weight_only_gemm.out", TORCH_BOX(&qops::binding::int8_weight_only_gemm_out));
   m.impl("quantize_int8", TORCH_BOX(&qops::binding::quantize_int8));
   m.impl("quantize_int8.out", TORCH_BOX(&qops::binding::quantize_int8_out));
   m.impl("quantize_int8_asym", TORCH_BOX(&qops::binding::quantize_int8_asym));
@@ -77,15 +101,21 @@ STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
   m.impl("quantize_int8_static", TORCH_BOX(&qops::binding::quantize_int8_static));
   m.impl("quantize_int8_static.out", TORCH_BOX(&qops::binding::quantize_int8_static_out));
   m.impl("rms_norm", TORCH_BOX(&qops::binding::rms_norm));
+  m.impl("rms_norm.out", TORCH_BOX(&qops::binding::rms_norm_out));
   m.impl("add_rms_norm", TORCH_BOX(&qops::binding::add_rms_norm));
+  m.impl("add_rms_norm.out", TORCH_BOX(&qops::binding::add_rms_norm_out));
   m.impl("rms_norm_int8", TORCH_BOX(&qops::binding::rms_norm_int8));
   m.impl("rms_norm_int8.out", TORCH_BOX(&qops::binding::rms_norm_int8_out));
   m.impl("add_rms_norm_int8", TORCH_BOX(&qops::binding::add_rms_norm_int8));
   m.impl("add_rms_norm_int8.out", TORCH_BOX(&qops::binding::add_rms_norm_int8_out));
   m.impl("rotary", TORCH_BOX(&qops::binding::rotary));
   m.impl("rotary_", TORCH_BOX(&qops::binding::rotary_));
+  m.impl("qk_norm_rotary", TORCH_BOX(&qops::binding::qk_norm_rotary));
+  m.impl("qk_norm_rotary_", TORCH_BOX(&qops::binding::qk_norm_rotary_));
   m.impl("silu_mul", TORCH_BOX(&qops::binding::silu_mul));
   m.impl("silu_mul.gate_up", TORCH_BOX(&qops::binding::silu_mul_gate_up));
+  m.impl("silu_mul.out", TORCH_BOX(&qops::binding::silu_mul_out));
+  m.impl("silu_mul.gate_up_out", TORCH_BOX(&qops::binding::silu_mul_gate_up_out));
   m.impl("silu_mul_int8", TORCH_BOX(&qops::binding::silu_mul_int8));
   m.impl("silu_mul_int8.gate_up", TORCH_BOX(&qops::binding::silu_mul_int8_gate_up));
   m.impl("silu_mul_int8.out", TORCH_BOX(&qops::binding::silu_mul_int8_out));

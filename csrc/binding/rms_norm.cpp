@@ -16,15 +16,10 @@ RmsNormParams checked(const Checker& check, const Tensor& x, const Tensor& weigh
   check.shape(weight, "weight", "[H]", {p.h});
   check.dense_last_dim(x, "x");
   check.dense_last_dim(weight, "weight");
-  p.style.round_before_weight = check.rounding_is_hf(rounding);
-  if (weight_offset != 0.0) {
-    check.require(!p.style.round_before_weight, "rounding", "be \"fp32\" with a non-zero weight_offset", "\"hf\"");
-  }
+  p.style = check.rms_norm_style(eps, weight_offset, rounding);
   p.x_rows = check.rows(x, "x");
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
-  p.style.eps = static_cast<float>(eps);
-  p.style.weight_offset = static_cast<float>(weight_offset);
   return p;
 }
 
@@ -46,8 +41,17 @@ void check_overlap(const Checker& check, const Tensor& residual_out, const Tenso
                    const Tensor& weight) {
   check.no_overlap(residual_out, "residual_out", x, "x");
   check.no_overlap(residual_out, "residual_out", weight, "weight");
-  if (residual_out.const_data_ptr() == residual.const_data_ptr() && residual.is_contiguous()) return;
-  check.no_overlap(residual_out, "residual_out", residual, "residual");
+  check.no_overlap_unless_same(residual_out, "residual_out", residual, "residual");
+}
+
+void run(const Checker& check, RmsNormParams& p, const Tensor& y) {
+  p.y = y.mutable_data_ptr();
+  check.ok(cpu::rms_norm(p, thread_pool()));
+}
+
+void run(const Checker& check, RmsNormParams& p, const Tensor& y, const Tensor& residual_out) {
+  p.residual_out = residual_out.mutable_data_ptr();
+  run(check, p, y);
 }
 
 void run(const Checker& check, const RmsNormParams& norm, const Tensor& q, const Tensor& scale, QuantizeRule rule) {
@@ -60,9 +64,18 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight
   constexpr Checker check("rms_norm");
   RmsNormParams p = checked(check, x, weight, eps, weight_offset, rounding);
   Tensor y = contiguous_like(x);
-  p.y = y.mutable_data_ptr();
-  check.ok(cpu::rms_norm(p, thread_pool()));
+  run(check, p, y);
   return y;
+}
+
+void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, double weight_offset, std::string_view rounding,
+                  const Tensor& out) {
+  constexpr Checker check("rms_norm");
+  RmsNormParams p = checked(check, x, weight, eps, weight_offset, rounding);
+  check.output(out, "out", x.scalar_type(), "[..., H]", x.sizes());
+  check.no_overlap_unless_same(out, "out", x, "x");
+  check.no_overlap(out, "out", weight, "weight");
+  run(check, p, out);
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
@@ -71,10 +84,23 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   RmsNormParams p = checked(check, x, residual, weight, eps, weight_offset, rounding);
   Tensor y = contiguous_like(x);
   Tensor sum = contiguous_like(x);
-  p.y = y.mutable_data_ptr();
-  p.residual_out = sum.mutable_data_ptr();
-  check.ok(cpu::rms_norm(p, thread_pool()));
+  run(check, p, y, sum);
   return {y, sum};
+}
+
+void add_rms_norm_out(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, double weight_offset,
+                      std::string_view rounding, const Tensor& y, const Tensor& residual_out) {
+  constexpr Checker check("add_rms_norm");
+  RmsNormParams p = checked(check, x, residual, weight, eps, weight_offset, rounding);
+  check.output(y, "y", x.scalar_type(), "[..., H]", x.sizes());
+  check.output(residual_out, "residual_out", x.scalar_type(), "[..., H]", x.sizes());
+  check.no_overlap(residual_out, "residual_out", y, "y");
+  // A row of x is read in full before its y is written.
+  check.no_overlap_unless_same(y, "y", x, "x");
+  check.no_overlap(y, "y", residual, "residual");
+  check.no_overlap(y, "y", weight, "weight");
+  check_overlap(check, residual_out, x, residual, weight);
+  run(check, p, y, residual_out);
 }
 
 std::tuple<Tensor, Tensor> rms_norm_int8(const Tensor& x, const Tensor& weight, double eps, double weight_offset,

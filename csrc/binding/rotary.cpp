@@ -1,3 +1,6 @@
+#include <initializer_list>
+#include <utility>
+
 #include "binding/ops.h"
 
 namespace qops::binding {
@@ -98,16 +101,61 @@ RotaryParams checked(const Checker& check, const Tensor& q, const Tensor& k, con
   return p;
 }
 
-void run(const Checker& check, RotaryParams& p) {
+// As checked(), with a norm.
+QkNormRotaryParams checked(const Checker& check, const Tensor& q, const Tensor& k, const Tensor& q_weight,
+                           const Tensor& k_weight, const Tensor& cos, const Tensor& sin, double eps,
+                           const std::optional<Tensor>& positions, bool interleaved, double weight_offset,
+                           std::string_view rounding) {
+  QkNormRotaryParams p{};
+  p.rotary = checked(check, q, k, cos, sin, positions, interleaved);
+  check.cpu(q_weight, "q_weight");
+  check.cpu(k_weight, "k_weight");
+  p.q_weight_dtype = check.float_dtype(q_weight, "q_weight");
+  p.k_weight_dtype = check.float_dtype(k_weight, "k_weight");
+  check.shape(q_weight, "q_weight", "[D]", {p.rotary.d});
+  check.shape(k_weight, "k_weight", "[D]", {p.rotary.d});
+  check.dense_last_dim(q_weight, "q_weight");
+  check.dense_last_dim(k_weight, "k_weight");
+  p.style = check.rms_norm_style(eps, weight_offset, rounding);
+  p.q_weight = q_weight.const_data_ptr();
+  p.k_weight = k_weight.const_data_ptr();
+  return p;
+}
+
+// q and k, which an op writes in place, against each other and against what it reads besides.
+void check_in_place(const Checker& check, const Tensor& q, const Tensor& k,
+                    std::initializer_list<std::pair<const Tensor*, const char*>> inputs,
+                    const std::optional<Tensor>& positions) {
+  check.no_overlap_within(q, "q");
+  check.no_overlap_within(k, "k");
+  check.no_overlap(k, "k", q, "q");
+  for (const auto& [written, name] : {std::pair{&q, "q"}, std::pair{&k, "k"}}) {
+    for (const auto& [input, input_name] : inputs) check.no_overlap(*input, input_name, *written, name);
+    if (positions) check.no_overlap(*positions, "positions", *written, name);
+  }
+}
+
+void set_outputs(const Checker& check, RotaryParams& p, const Tensor& q, const Tensor& k) {
+  set_output(check, p.q, q, "q");
+  set_output(check, p.k, k, "k");
+}
+
+// kernel: cpu::rotary or cpu::qk_norm_rotary, whose parameters hold p.
+template <class Params>
+void run(const Checker& check, RotaryParams& p, Status (*kernel)(const Params&, const ThreadPool&),
+         const Params& params) {
   int64_t bad_position = 0;
   p.bad_position = &bad_position;
-  const Status status = cpu::rotary(p, thread_pool());
+  const Status status = kernel(params, thread_pool());
   if (status == Status::kIndexOutOfRange) {
     check.refuse("positions", "lie in [0, " + std::to_string(p.table_rows) + "), the rows of cos",
                  std::to_string(bad_position));
   }
   check.ok(status);
 }
+
+void run(const Checker& check, RotaryParams& p) { run(check, p, &cpu::rotary, p); }
+void run(const Checker& check, QkNormRotaryParams& p) { run(check, p.rotary, &cpu::qk_norm_rotary, p); }
 
 }  // namespace
 
@@ -117,8 +165,7 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
   RotaryParams p = checked(check, q, k, cos, sin, positions, interleaved);
   Tensor q_out = contiguous_like(q);
   Tensor k_out = contiguous_like(k);
-  set_output(check, p.q, q_out, "q");
-  set_output(check, p.k, k_out, "k");
+  set_outputs(check, p, q_out, k_out);
   run(check, p);
   return {q_out, k_out};
 }
@@ -127,16 +174,34 @@ void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& 
              const std::optional<Tensor>& positions, bool interleaved) {
   constexpr Checker check("rotary_");
   RotaryParams p = checked(check, q, k, cos, sin, positions, interleaved);
-  check.no_overlap_within(q, "q");
-  check.no_overlap_within(k, "k");
-  check.no_overlap(k, "k", q, "q");
-  for (const auto& [written, name] : {std::pair{&q, "q"}, std::pair{&k, "k"}}) {
-    check.no_overlap(cos, "cos", *written, name);
-    check.no_overlap(sin, "sin", *written, name);
-    if (positions) check.no_overlap(*positions, "positions", *written, name);
-  }
-  set_output(check, p.q, q, "q");
-  set_output(check, p.k, k, "k");
+  check_in_place(check, q, k, {{&cos, "cos"}, {&sin, "sin"}}, positions);
+  set_outputs(check, p, q, k);
+  run(check, p);
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight,
+                                          const Tensor& k_weight, const Tensor& cos, const Tensor& sin, double eps,
+                                          const std::optional<Tensor>& positions, bool interleaved,
+                                          double weight_offset, std::string_view rounding) {
+  constexpr Checker check("qk_norm_rotary");
+  QkNormRotaryParams p =
+      checked(check, q, k, q_weight, k_weight, cos, sin, eps, positions, interleaved, weight_offset, rounding);
+  Tensor q_out = contiguous_like(q);
+  Tensor k_out = contiguous_like(k);
+  set_outputs(check, p.rotary, q_out, k_out);
+  run(check, p);
+  return {q_out, k_out};
+}
+
+void qk_norm_rotary_(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
+                     const Tensor& cos, const Tensor& sin, double eps, const std::optional<Tensor>& positions,
+                     bool interleaved, double weight_offset, std::string_view rounding) {
+  constexpr Checker check("qk_norm_rotary_");
+  QkNormRotaryParams p =
+      checked(check, q, k, q_weight, k_weight, cos, sin, eps, positions, interleaved, weight_offset, rounding);
+  check_in_place(check, q, k, {{&q_weight, "q_weight"}, {&k_weight, "k_weight"}, {&cos, "cos"}, {&sin, "sin"}},
+                 positions);
+  set_outputs(check, p.rotary, q, k);
   run(check, p);
 }
 

@@ -47,11 +47,19 @@ SiluMulParams checked(const Checker& check, const Tensor& gate, const Tensor& up
 constexpr Checker check_float("silu_mul");
 constexpr Checker check_int8("silu_mul_int8");
 
-Tensor run(SiluMulParams& p, const Tensor& like) {
-  Tensor y = new_tensor(like, with_last_size(like, p.columns), like.scalar_type());
+void run(SiluMulParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
   check_float.ok(cpu::silu_mul(p, thread_pool()));
+}
+
+Tensor run_new(SiluMulParams& p, const Tensor& like) {
+  Tensor y = new_tensor(like, with_last_size(like, p.columns), like.scalar_type());
+  run(p, y);
   return y;
+}
+
+void check_output(const Tensor& out, const Tensor& gate, int64_t columns) {
+  check_float.output(out, "out", gate.scalar_type(), "[..., I]", with_last_size(gate, columns));
 }
 
 void run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& q, const Tensor& scale) {
@@ -68,12 +76,27 @@ std::tuple<Tensor, Tensor> run(const SiluMulParams& gated, QuantizeRule rule, co
 
 Tensor silu_mul(const Tensor& gate_up, std::string_view rounding) {
   SiluMulParams p = checked(check_float, gate_up, rounding);
-  return run(p, gate_up);
+  return run_new(p, gate_up);
+}
+
+void silu_mul_out(const Tensor& gate_up, std::string_view rounding, const Tensor& out) {
+  SiluMulParams p = checked(check_float, gate_up, rounding);
+  check_output(out, gate_up, p.columns);
+  check_float.no_overlap(out, "out", gate_up, "gate_up");
+  run(p, out);
 }
 
 Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding) {
   SiluMulParams p = checked(check_float, gate, up, rounding);
-  return run(p, gate);
+  return run_new(p, gate);
+}
+
+void silu_mul_gate_up_out(const Tensor& gate, const Tensor& up, std::string_view rounding, const Tensor& out) {
+  SiluMulParams p = checked(check_float, gate, up, rounding);
+  check_output(out, gate, p.columns);
+  check_float.no_overlap_unless_same(out, "out", gate, "gate");
+  check_float.no_overlap_unless_same(out, "out", up, "up");
+  run(p, out);
 }
 
 std::tuple<Tensor, Tensor> silu_mul_int8(const Tensor& gate_up, std::string_view rounding, std::string_view rule) {

@@ -49,19 +49,14 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
   return p;
 }
 
-Tensor output(const Tensor& x, int64_t out_features) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = out_features;
-  return new_tensor(x, sizes, x.scalar_type());
-}
+constexpr Checker check_int4("int4_gemm");
+constexpr Checker check_int8("int8_weight_only_gemm");
 
-}  // namespace
-
-// batch_invariant asks for nothing more here: on the CPU a row's bits never depend on M or on its position.
-Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
-                 std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
-                 int64_t kind, bool /*batch_invariant*/) {
-  constexpr Checker check("int4_gemm");
+WeightOnlyGemmParams checked_int4(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                                  const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
+                                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size,
+                                  int64_t kind) {
+  const Checker& check = check_int4;
   check.require(kind >= 0 && kind <= 3, "kind", "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)",
                 std::to_string(kind));
   WeightOnlyGemmParams p = checked(check, x, packed, ScalarType::Byte, 8, scales, bias, out_features, group_size);
@@ -82,23 +77,75 @@ Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, st
     check.contiguous(*perm, "perm");
     p.perm = perm->const_data_ptr<int32_t>();
   }
-  Tensor y = output(x, out_features);
+  return p;
+}
+
+WeightOnlyGemmParams checked_int8(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
+  return checked(check_int8, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
+}
+
+Tensor new_output(const Tensor& x, int64_t out_features) {
+  return new_tensor(x, with_last_size(x, out_features), x.scalar_type());
+}
+
+void check_output(const Checker& check, const Tensor& out, const Tensor& x, const Tensor& packed, const Tensor& scales,
+                  const std::optional<Tensor>& bias, int64_t out_features) {
+  check.output(out, "out", x.scalar_type(), "[..., N]", with_last_size(x, out_features));
+  check.no_overlap(out, "out", x, "x");
+  check.no_overlap(out, "out", packed, "packed");
+  check.no_overlap(out, "out", scales, "scales");
+  if (bias) check.no_overlap(out, "out", *bias, "bias");
+}
+
+void run_int4(WeightOnlyGemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
   const Status status = cpu::int4_gemm(p, thread_pool());
-  check.require(status != Status::kIndexOutOfRange, "perm", "hold indices in 0 .. " + std::to_string(p.k - 1),
-                "another value");
-  check.ok(status);
+  check_int4.require(status != Status::kIndexOutOfRange, "perm", "hold indices in 0 .. " + std::to_string(p.k - 1),
+                     "another value");
+  check_int4.ok(status);
+}
+
+void run_int8(WeightOnlyGemmParams& p, const Tensor& y) {
+  p.y = y.mutable_data_ptr();
+  check_int8.ok(cpu::int8_weight_only_gemm(p, thread_pool()));
+}
+
+}  // namespace
+
+// batch_invariant asks for nothing more here: on the CPU a row's bits never depend on M or on its position.
+Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
+                 std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
+                 int64_t kind, bool /*batch_invariant*/) {
+  WeightOnlyGemmParams p = checked_int4(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
+  Tensor y = new_output(x, out_features);
+  run_int4(p, y);
   return y;
+}
+
+void int4_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
+                   std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
+                   int64_t kind, bool /*batch_invariant*/, const Tensor& out) {
+  WeightOnlyGemmParams p = checked_int4(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
+  check_output(check_int4, out, x, packed, scales, bias, out_features);
+  if (zeros) check_int4.no_overlap(out, "out", *zeros, "zeros");
+  if (perm) check_int4.no_overlap(out, "out", *perm, "perm");
+  run_int4(p, out);
 }
 
 Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                              int64_t out_features, int64_t group_size) {
-  constexpr Checker check("int8_weight_only_gemm");
-  WeightOnlyGemmParams p = checked(check, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
-  Tensor y = output(x, out_features);
-  p.y = y.mutable_data_ptr();
-  check.ok(cpu::int8_weight_only_gemm(p, thread_pool()));
+  WeightOnlyGemmParams p = checked_int8(x, packed, scales, bias, out_features, group_size);
+  Tensor y = new_output(x, out_features);
+  run_int8(p, y);
   return y;
+}
+
+void int8_weight_only_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
+                               int64_t out_features, int64_t group_size, const Tensor& out) {
+  WeightOnlyGemmParams p = checked_int8(x, packed, scales, bias, out_features, group_size);
+  check_output(check_int8, out, x, packed, scales, bias, out_features);
+  run_int8(p, out);
 }
 
 }  // namespace qops::binding

@@ -2,6 +2,7 @@ import qops.ops.weight_pack  # noqa: F401  (registers the fake kernels of the pa
 from qops.ops.int4_gemm import int4_gemm
 from qops.ops.int8_gemm import int8_gemm
 from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm
+from qops.ops.qk_norm_rotary import qk_norm_rotary, qk_norm_rotary_
 from qops.ops.quantize_int8 import quantize_int8, quantize_int8_asym, quantize_int8_static
 from qops.ops.rms_norm import add_rms_norm, rms_norm
 from qops.ops.rms_norm_int8 import add_rms_norm_int8, rms_norm_int8
@@ -15,6 +16,8 @@ __all__ = [
     "int4_gemm",
     "int8_gemm",
     "int8_weight_only_gemm",
+    "qk_norm_rotary",
+    "qk_norm_rotary_",
     "quantize_int8",
     "quantize_int8_asym",
     "quantize_int8_static",

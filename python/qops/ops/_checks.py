@@ -83,6 +83,12 @@ class Checker:
     def rounding(self, rounding: str) -> None:
         self.require(rounding in ("hf", "fp32"), "rounding", 'be "hf" or "fp32"', lambda: f'"{rounding}"')
 
+    def rms_norm_style(self, weight_offset: float, rounding: str) -> None:
+        self.rounding(rounding)
+        if weight_offset != 0.0:
+            requirement = 'be "fp32" with a non-zero weight_offset'
+            self.require(rounding != "hf", "rounding", requirement, lambda: f'"{rounding}"')
+
     def quantize_rule(self, rule: str) -> None:
         requirement = 'be "127", "compressed-tensors" or "torchao"'
         self.require(rule in ("127", "compressed-tensors", "torchao"), "rule", requirement, lambda: f'"{rule}"')
@@ -145,9 +151,7 @@ def check_rms_norm(check: Checker, x: Tensor, weight: Tensor, weight_offset: flo
     check.shape(weight, "weight", "[H]", (x.shape[-1],))
     check.dense_last_dim(x, "x")
     check.dense_last_dim(weight, "weight")
-    check.rounding(rounding)
-    if weight_offset != 0.0:
-        check.require(rounding != "hf", "rounding", 'be "fp32" with a non-zero weight_offset', lambda: f'"{rounding}"')
+    check.rms_norm_style(weight_offset, rounding)
 
 
 def check_second(check: Checker, t: Tensor, arg: str, first: Tensor, first_arg: str) -> None:
@@ -155,6 +159,33 @@ def check_second(check: Checker, t: Tensor, arg: str, first: Tensor, first_arg: 
     check.same_dtype(t, arg, first, first_arg)
     check.same_shape(t, arg, first, first_arg)
     check.dense_last_dim(t, arg)
+
+
+def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    """What all forms of rotary take."""
+    check.float_dtype(q, "q")
+    check.same_dtype(k, "k", q, "q")
+    check.float32_or_same_dtype(cos, "cos", q, "q")
+    check.same_dtype(sin, "sin", cos, "cos")
+    check.require(q.dim() >= 3, "q", "have at least 3 dimensions [T, H, D]", lambda: str(q.dim()))
+    heads = q.dim() - 2
+    fits = k.dim() == q.dim() and all(k.shape[d] == q.shape[d] for d in range(q.dim()) if d != heads)
+    requirement = f"have the shape of q = {list(q.shape)} but for the number of heads"
+    check.require(fits, "k", requirement, lambda: str(list(k.shape)))
+    check.require(cos.dim() == 2, "cos", "have 2 dimensions [positions, R / 2]", lambda: str(cos.dim()))
+    half = q.shape[-1] // 2
+    check.require(cos.shape[1] <= half, "cos", f"have at most D / 2 = {half} columns", lambda: str(cos.shape[1]))
+    check.same_shape(sin, "sin", cos, "cos")
+    t = q.shape[-3]
+    if positions is None:
+        requirement = f"have at least T = {t} rows without positions"
+        check.require(cos.shape[0] >= t, "cos", requirement, lambda: str(cos.shape[0]))
+        return
+    check.index_dtype(positions, "positions")
+    leading = list(q.shape[:-2])
+    requirement = f"have shape [T] = [{t}] or [..., T] = {leading}"
+    fits = list(positions.shape) in ([t], leading)
+    check.require(fits, "positions", requirement, lambda: str(list(positions.shape)))
 
 
 def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None, rounding: str) -> int:

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 KINDS = ("symmetric", "zero_point", "float_zero", "offset")
 
 
-def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
+def int4_gemm(
+    x: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     """Multiplies activations with a 4-bit weight: ``y[m, n] = R(sum_k x[m, k] * w[n, k] + bias[n])``.
 
     The exact weight is, by ``weight.kind``, ``w = s * (q - 8)``, ``s * (q - z)`` with an integer or a float zero, or
@@ -27,9 +34,10 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, batc
         weight: an :class:`qops.Int4Weight` ``[N, K]``, packed.
         bias: float32, float16 or bfloat16 ``[N]``, added in float32.
         batch_invariant: one canonical order of summation for every M. On the CPU that is always so.
+        out: the tensor to write to, contiguous, sharing no memory with the inputs; default: a new one.
 
     Returns:
-        ``y [..., N]``, contiguous, in the dtype of ``x``.
+        ``y [..., N]``, contiguous, in the dtype of ``x``; ``out`` where it is given.
 
     Numerics:
         R() is one rounding to nearest even to the dtype of ``x``. On the CPU, activations are held per block of at most
@@ -42,7 +50,7 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, batc
         reach the rounding of the output (four bytes). NaN or infinity in a row makes all its outputs NaN.
 
     Raises:
-        ValueError: shapes or strides do not fit; a ``perm`` index is out of range.
+        ValueError: shapes or strides do not fit; a ``perm`` index is out of range; ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
             mode is on.
 
@@ -55,11 +63,11 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, batc
         >>> y.shape
         torch.Size([1, 16])
     """
-    refuse_grad("int4_gemm", x, bias)
+    refuse_grad("int4_gemm", x, bias, out)
     weight._require_packed()
     # Module.__getattr__ would take 0.6 us for each of them, as much as half the operator's own overhead.
     buffers = weight._buffers
-    return torch.ops.qops.int4_gemm.default(
+    args = (
         x,
         buffers["packed"],
         buffers["scales"],
@@ -71,6 +79,10 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, batc
         KINDS.index(weight.kind),
         batch_invariant,
     )
+    if out is None:
+        return torch.ops.qops.int4_gemm.default(*args)
+    torch.ops.qops.int4_gemm.out(*args, out=out)
+    return out
 
 
 def int4_gemm_ref(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
@@ -79,8 +91,7 @@ def int4_gemm_ref(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> 
     return y if bias is None else y + bias.double()
 
 
-@torch.library.register_fake("qops::int4_gemm")
-def _(
+def _check(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -90,8 +101,7 @@ def _(
     out_features: int,
     group_size: int,
     kind: int,
-    batch_invariant: bool = False,
-) -> Tensor:
+) -> Checker:
     check = Checker("int4_gemm")
     requirement = "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)"
     check.require(0 <= kind <= 3, "kind", requirement, lambda: str(kind))
@@ -107,4 +117,41 @@ def _(
         check.dtype(perm, "perm", torch.int32)
         check.shape(perm, "perm", "[K]", (k,))
         check.contiguous(perm, "perm")
+    return check
+
+
+@torch.library.register_fake("qops::int4_gemm")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    kind: int,
+    batch_invariant: bool = False,
+) -> Tensor:
+    _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+# Which memory overlaps, and which indices of perm are out of range, only the kernel can see.
+@torch.library.register_fake("qops::int4_gemm.out")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    kind: int,
+    batch_invariant: bool = False,
+    *,
+    out: Tensor,
+) -> None:
+    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
+    check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))

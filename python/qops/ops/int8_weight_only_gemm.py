@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from qops.weights import Int8Weight
 
 
-def int8_weight_only_gemm(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+def int8_weight_only_gemm(
+    x: Tensor, weight: Int8Weight, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Multiplies activations with an 8-bit weight: ``y[m, n] = R(sum_k x[m, k] * s * q[n, k] + bias[n])``.
 
     One scale ``s`` for each row and group of ``weight.group_size`` columns (32 for GGUF's Q8_0).
@@ -23,9 +25,10 @@ def int8_weight_only_gemm(x: Tensor, weight: Int8Weight, bias: Tensor | None = N
         x: float32, float16 or bfloat16 ``[..., K]``; any leading dimensions and strides, last dimension dense.
         weight: an :class:`qops.Int8Weight` ``[N, K]``, packed.
         bias: float32, float16 or bfloat16 ``[N]``, added in float32.
+        out: the tensor to write to, contiguous, sharing no memory with the inputs; default: a new one.
 
     Returns:
-        ``y [..., N]``, contiguous, in the dtype of ``x``.
+        ``y [..., N]``, contiguous, in the dtype of ``x``; ``out`` where it is given.
 
     Numerics:
         As :func:`qops.int4_gemm`, with ``w = s * q``: exact integer products of fixed-point activations, float32 over
@@ -33,7 +36,7 @@ def int8_weight_only_gemm(x: Tensor, weight: Int8Weight, bias: Tensor | None = N
         level.
 
     Raises:
-        ValueError: shapes or strides do not fit.
+        ValueError: shapes or strides do not fit; ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
             mode is on.
 
@@ -45,11 +48,13 @@ def int8_weight_only_gemm(x: Tensor, weight: Int8Weight, bias: Tensor | None = N
         >>> qops.int8_weight_only_gemm(torch.ones(1, 16), w)[0, :4]
         tensor([1., 1., 1., 1.])
     """
-    refuse_grad("int8_weight_only_gemm", x, bias)
+    refuse_grad("int8_weight_only_gemm", x, bias, out)
     weight._require_packed()
-    return torch.ops.qops.int8_weight_only_gemm.default(
-        x, weight.packed, weight.scales, bias, weight.out_features, weight.group_size
-    )
+    args = (x, weight.packed, weight.scales, bias, weight.out_features, weight.group_size)
+    if out is None:
+        return torch.ops.qops.int8_weight_only_gemm.default(*args)
+    torch.ops.qops.int8_weight_only_gemm.out(*args, out=out)
+    return out
 
 
 def int8_weight_only_gemm_ref(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
@@ -63,3 +68,20 @@ def _(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out_featur
     check = Checker("int8_weight_only_gemm")
     check_weight_only(check, x, packed, torch.int8, 16, scales, bias, out_features, group_size)
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+# Which memory overlaps, only the kernel can see.
+@torch.library.register_fake("qops::int8_weight_only_gemm.out")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    *,
+    out: Tensor,
+) -> None:
+    check = Checker("int8_weight_only_gemm")
+    check_weight_only(check, x, packed, torch.int8, 16, scales, bias, out_features, group_size)
+    check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))

@@ -9,7 +9,15 @@ from qops import _native as _native
 from qops.ops._checks import Checker, check_rms_norm, check_second, refuse_grad
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    out: Tensor | None = None,
+) -> Tensor:
     """Normalises each row by its root mean square and scales it by a weight.
 
     ``rstd = 1 / sqrt(sum_h x[t, h]^2 / H + eps)``, then with R() one rounding to nearest even in the dtype of ``x``:
@@ -23,17 +31,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.
         eps: added to the mean of squares.
         weight_offset: added to the weight in float32 (1.0 for Gemma); needs ``rounding="fp32"`` when not zero.
         rounding: ``"hf"`` or ``"fp32"``.
+        out: the tensor to write to, contiguous, sharing no memory with the inputs, except that it may be ``x`` itself;
+            default: a new one.
 
     Returns:
-        ``y [..., H]``, contiguous, in the dtype of ``x``.
+        ``y [..., H]``, contiguous, in the dtype of ``x``; ``out`` where it is given.
 
     Numerics:
         Statistics in float32: each square is rounded, then added in a fixed tree that depends on H alone; mean, square
         root and reciprocal are IEEE operations. A row has the same bits in every batch, for every thread count and at
-        every ISA level. NaN and infinity in a row make that row NaN. No subnormal is flushed.
+        every ISA level. A NaN makes its row NaN; an infinity becomes NaN and makes the rest of its row zeros. No
+        subnormal is flushed.
 
     Raises:
-        ValueError: shapes, strides, ``rounding`` or ``weight_offset`` do not fit.
+        ValueError: shapes, strides, ``rounding`` or ``weight_offset`` do not fit; ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
     Source:
@@ -44,12 +55,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.
         >>> qops.rms_norm(x, torch.ones(2), eps=0.0)
         tensor([[0.8485, 1.1314]])
     """
-    refuse_grad("rms_norm", x, weight)
-    return torch.ops.qops.rms_norm.default(x, weight, eps, weight_offset, rounding)
+    refuse_grad("rms_norm", x, weight, out)
+    if out is None:
+        return torch.ops.qops.rms_norm.default(x, weight, eps, weight_offset, rounding)
+    torch.ops.qops.rms_norm.out(x, weight, eps, weight_offset, rounding, out=out)
+    return out
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.0, rounding: str = "hf"
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds a residual and normalises the sum: ``z = R(x + residual)``, ``y = rms_norm(z, weight, eps)``.
 
@@ -59,16 +80,19 @@ def add_rms_norm(
         x: float32, float16 or bfloat16 ``[..., H]``; any leading dimensions and strides, last dimension dense.
         residual: same dtype and shape as ``x``, own strides.
         weight, eps, weight_offset, rounding: as in :func:`rms_norm`.
+        out: ``(y, z)`` to write to, contiguous, sharing no memory with each other nor with the inputs, except that
+            ``y`` may be ``x`` itself and ``z`` may be ``residual`` itself; default: new tensors.
 
     Returns:
-        ``(y, z)``, both ``[..., H]``, contiguous, in the dtype of ``x``; ``z`` is the next residual.
+        ``(y, z)``, both ``[..., H]``, contiguous, in the dtype of ``x``; ``z`` is the next residual. ``out`` where it
+        is given.
 
     Numerics:
         The sum is rounded once to the dtype; statistics and output are taken from the rounded sum. Otherwise as
         :func:`rms_norm`.
 
     Raises:
-        ValueError: shapes, strides, ``rounding`` or ``weight_offset`` do not fit.
+        ValueError: shapes, strides, ``rounding`` or ``weight_offset`` do not fit; ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
     Source:
@@ -79,8 +103,13 @@ def add_rms_norm(
         >>> z
         tensor([[3., 4.]])
     """
-    refuse_grad("add_rms_norm", x, residual, weight)
-    return torch.ops.qops.add_rms_norm.default(x, residual, weight, eps, weight_offset, rounding)
+    if out is None:
+        refuse_grad("add_rms_norm", x, residual, weight)
+        return torch.ops.qops.add_rms_norm.default(x, residual, weight, eps, weight_offset, rounding)
+    refuse_grad("add_rms_norm", x, residual, weight, *out)
+    y, z = out
+    torch.ops.qops.add_rms_norm.out(x, residual, weight, eps, weight_offset, rounding, y=y, residual_out=z)
+    return out
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
@@ -98,12 +127,42 @@ def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, roundin
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+# Which memory overlaps, only the kernel can see.
+@torch.library.register_fake("qops::rms_norm.out")
+def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf", *, out: Tensor) -> None:
+    check = Checker("rms_norm")
+    check_rms_norm(check, x, weight, weight_offset, rounding)
+    check.output(out, "out", x.dtype, "[..., H]", x.shape)
+
+
+def _check_add(x: Tensor, residual: Tensor, weight: Tensor, weight_offset: float, rounding: str) -> Checker:
+    check = Checker("add_rms_norm")
+    check_rms_norm(check, x, weight, weight_offset, rounding)
+    check_second(check, residual, "residual", x, "x")
+    return check
+
+
 @torch.library.register_fake("qops::add_rms_norm")
 def _(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf"
 ) -> tuple[Tensor, Tensor]:
-    check = Checker("add_rms_norm")
-    check_rms_norm(check, x, weight, weight_offset, rounding)
-    check_second(check, residual, "residual", x, "x")
+    _check_add(x, residual, weight, weight_offset, rounding)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out, torch.empty_like(out)
+
+
+@torch.library.register_fake("qops::add_rms_norm.out")
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    *,
+    y: Tensor,
+    residual_out: Tensor,
+) -> None:
+    check = _check_add(x, residual, weight, weight_offset, rounding)
+    check.output(y, "y", x.dtype, "[..., H]", x.shape)
+    check.output(residual_out, "residual_out", x.dtype, "[..., H]", x.shape)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, refuse_grad
+from qops.ops._checks import Checker, check_rotary, refuse_grad
 
 
 def rotary(
@@ -60,7 +60,7 @@ def rotary(
 def rotary_(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
 ) -> None:
-    """:func:`rotary` in place: ``q`` and ``k`` hold the result, bit for bit.
+    """:func:`rotary` in place: ``q`` and ``k`` hold the result, bit for bit; it allocates no tensor.
 
     Args:
         q, k: as in :func:`rotary`, any strides. Each must hold every element once (an expanded tensor does not), and
@@ -109,37 +109,11 @@ def rotary_ref(
     return torch.cat((rotated, x[..., r:]), dim=-1)
 
 
-def _check(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
-    check.float_dtype(q, "q")
-    check.same_dtype(k, "k", q, "q")
-    check.float32_or_same_dtype(cos, "cos", q, "q")
-    check.same_dtype(sin, "sin", cos, "cos")
-    check.require(q.dim() >= 3, "q", "have at least 3 dimensions [T, H, D]", lambda: str(q.dim()))
-    heads = q.dim() - 2
-    fits = k.dim() == q.dim() and all(k.shape[d] == q.shape[d] for d in range(q.dim()) if d != heads)
-    requirement = f"have the shape of q = {list(q.shape)} but for the number of heads"
-    check.require(fits, "k", requirement, lambda: str(list(k.shape)))
-    check.require(cos.dim() == 2, "cos", "have 2 dimensions [positions, R / 2]", lambda: str(cos.dim()))
-    half = q.shape[-1] // 2
-    check.require(cos.shape[1] <= half, "cos", f"have at most D / 2 = {half} columns", lambda: str(cos.shape[1]))
-    check.same_shape(sin, "sin", cos, "cos")
-    t = q.shape[-3]
-    if positions is None:
-        requirement = f"have at least T = {t} rows without positions"
-        check.require(cos.shape[0] >= t, "cos", requirement, lambda: str(cos.shape[0]))
-        return
-    check.index_dtype(positions, "positions")
-    leading = list(q.shape[:-2])
-    requirement = f"have shape [T] = [{t}] or [..., T] = {leading}"
-    fits = list(positions.shape) in ([t], leading)
-    check.require(fits, "positions", requirement, lambda: str(list(positions.shape)))
-
-
 @torch.library.register_fake("qops::rotary")
 def _(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    _check(Checker("rotary"), q, k, cos, sin, positions)
+    check_rotary(Checker("rotary"), q, k, cos, sin, positions)
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     return q_out, k_out
 
@@ -149,4 +123,4 @@ def _(
 def _(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
 ) -> None:
-    _check(Checker("rotary_"), q, k, cos, sin, positions)
+    check_rotary(Checker("rotary_"), q, k, cos, sin, positions)

@@ -9,7 +9,7 @@ from qops import _native as _native
 from qops.ops._checks import Checker, check_silu_mul, refuse_grad
 
 
-def silu_mul(gate: Tensor, up: Tensor | None = None, /, *, rounding: str = "hf") -> Tensor:
+def silu_mul(gate: Tensor, up: Tensor | None = None, /, *, rounding: str = "hf", out: Tensor | None = None) -> Tensor:
     """Multiplies the SiLU of a gate with a second projection: ``silu_mul(gate_up)`` or ``silu_mul(gate, up)``.
 
     ``silu(g) = g / (1 + exp(-g))``, then with R() one rounding to nearest even in the dtype of ``gate``:
@@ -22,9 +22,11 @@ def silu_mul(gate: Tensor, up: Tensor | None = None, /, *, rounding: str = "hf")
             first. Any leading dimensions and strides, last dimension dense.
         up: same dtype and shape as ``gate``, own strides.
         rounding: ``"hf"`` or ``"fp32"``.
+        out: the tensor to write to, contiguous, sharing no memory with the inputs, except that it may be ``gate`` or
+            ``up`` itself where both are given; default: a new one.
 
     Returns:
-        ``y [..., I]``, contiguous, in the dtype of ``gate``.
+        ``y [..., I]``, contiguous, in the dtype of ``gate``; ``out`` where it is given.
 
     Numerics:
         In float32: negation, exp, sum, IEEE division, product. exp is one polynomial in fused multiply-adds
@@ -34,7 +36,7 @@ def silu_mul(gate: Tensor, up: Tensor | None = None, /, *, rounding: str = "hf")
         overflows, below g = -88.7228, silu is -0 (its true value there is above -3e-37).
 
     Raises:
-        ValueError: shapes, strides or ``rounding`` do not fit.
+        ValueError: shapes, strides or ``rounding`` do not fit; ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
     Source:
@@ -44,10 +46,15 @@ def silu_mul(gate: Tensor, up: Tensor | None = None, /, *, rounding: str = "hf")
         >>> qops.silu_mul(torch.tensor([1.0, -1.0, 2.0, 2.0]))
         tensor([ 1.4621, -0.5379])
     """
-    refuse_grad("silu_mul", gate, up)
+    refuse_grad("silu_mul", gate, up, out)
+    op = torch.ops.qops.silu_mul
+    if out is None:
+        return op.default(gate, rounding) if up is None else op.gate_up(gate, up, rounding)
     if up is None:
-        return torch.ops.qops.silu_mul.default(gate, rounding)
-    return torch.ops.qops.silu_mul.gate_up(gate, up, rounding)
+        op.out(gate, rounding, out=out)
+    else:
+        op.gate_up_out(gate, up, rounding, out=out)
+    return out
 
 
 def silu_mul_ref(gate: Tensor, up: Tensor, *, rounding: str = "hf") -> Tensor:
@@ -69,3 +76,18 @@ def _(gate_up: Tensor, rounding: str = "hf") -> Tensor:
 def _(gate: Tensor, up: Tensor, rounding: str = "hf") -> Tensor:
     check_silu_mul(Checker("silu_mul"), gate, up, rounding)
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+# Which memory overlaps, only the kernel can see.
+@torch.library.register_fake("qops::silu_mul.out")
+def _(gate_up: Tensor, rounding: str = "hf", *, out: Tensor) -> None:
+    check = Checker("silu_mul")
+    columns = check_silu_mul(check, gate_up, None, rounding)
+    check.output(out, "out", gate_up.dtype, "[..., I]", (*gate_up.shape[:-1], columns))
+
+
+@torch.library.register_fake("qops::silu_mul.gate_up_out")
+def _(gate: Tensor, up: Tensor, rounding: str = "hf", *, out: Tensor) -> None:
+    check = Checker("silu_mul")
+    check_silu_mul(check, gate, up, rounding)
+    check.output(out, "out", gate.dtype, "[..., I]", gate.shape)

@@ -1,0 +1,89 @@
+// qk_norm_rotary: rms_norm of every head of q and k over its D elements, then rotary.
+//
+// Bound by memory, which one pass halves: a head is read once from DRAM, its normalised elements go no further than L1,
+// rounded to the dtype there as rms_norm rounds them, and are written once, rotated. The arithmetic: cpu/norm_row.h,
+// cpu/rotate_head.h.
+#include "cpu/norm_row.h"
+#include "cpu/rotate_head.h"
+#include "cpu/row_buffers.h"
+
+namespace qops::cpu::QOPS_ISA_NS {
+namespace {
+
+int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// float32 holds every weight exactly; converted once a call, the dtypes of the weights need no kernels of their own.
+void widen_weight(const void* weight, DType dtype, int64_t d, float* out) {
+  for (int64_t i = 0; i < d; i += kLanes) store(out + i, load_as_float(weight, dtype, i, d - i));
+}
+
+// The angles of all pairs of a token.
+template <class A>
+void load_all_angles(const RotaryParams& p, int64_t token, const Angles& angles) {
+  const int64_t position = position_of(p, token);
+  for (int64_t first = 0; first < p.pairs; first += kBlockPairs) {
+    const int64_t pairs = std::min(kBlockPairs, p.pairs - first);
+    const int64_t at = p.interleaved ? 2 * first : first;
+    load_angles<A>(p, position, first, pairs, {angles.cos + at, angles.sin + at});
+  }
+}
+
+// normed: D elements. A head is read in full before it is written.
+template <class T>
+void norm_and_rotate(const RotaryParams& p, const RmsNormStyle& style, const RotaryHeads& heads, const float* weight,
+                     int64_t token, const Angles& angles, T* normed) {
+  const int64_t x_begin = heads.x_tokens.offset(token), y_begin = heads.y_tokens.offset(token);
+  for (int64_t head = 0; head < heads.heads; ++head) {
+    const T* x = static_cast<const T*>(heads.x) + x_begin + head * heads.x_head_stride;
+    T* y = static_cast<T*>(heads.y) + y_begin + head * heads.y_head_stride;
+    if (heads.x_stride == 1) {
+      normalise_row(x, weight, p.d, style, normed);
+    } else {
+      for (int64_t i = 0; i < p.d; ++i) normed[i] = x[i * heads.x_stride];
+      normalise_row(normed, weight, p.d, style, normed);
+    }
+    if (p.interleaved) {
+      rotate_neighbours(normed, 1, y, heads.y_stride, p.pairs, angles);
+    } else {
+      rotate_halves(normed, 1, y, heads.y_stride, p.pairs, p.pairs, angles);
+    }
+    for (int64_t i = 2 * p.pairs; i < p.d; ++i) y[i * heads.y_stride] = normed[i];
+  }
+}
+
+template <class T, class A>
+Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
+  const RotaryParams& p = params.rotary;
+  if (p.d == 0) return Status::kOk;  // however many heads
+  const int64_t weight_floats = whole_vectors(p.d), angle_floats = whole_vectors(2 * p.pairs);
+  Scratch weights(2 * Scratch::bytes<float>(weight_floats));
+  if (!weights.ok()) return Status::kOutOfMemory;
+  float* q_weight = weights.take<float>(weight_floats);
+  float* k_weight = weights.take<float>(weight_floats);
+  widen_weight(params.q_weight, params.q_weight_dtype, p.d, q_weight);
+  widen_weight(params.k_weight, params.k_weight_dtype, p.d, k_weight);
+  // 8 K elements are about 4 us of work, some four times what waking a thread costs.
+  const int64_t grain = 1 + (8 << 10) / ((p.q.heads + p.k.heads) * p.d + 1);
+  // A buffer holds the token's angles and one head.
+  const int64_t floats = 2 * angle_floats + p.d;
+  return for_rows_with_buffer<float>(pool, p.q.x_tokens.count, grain, floats, [&](int64_t token, float* buffer) {
+    const Angles angles{buffer, buffer + angle_floats};
+    T* normed = reinterpret_cast<T*>(buffer + 2 * angle_floats);
+    load_all_angles<A>(p, token, angles);
+    norm_and_rotate<T>(p, params.style, p.q, q_weight, token, angles, normed);
+    norm_and_rotate<T>(p, params.style, p.k, k_weight, token, angles, normed);
+  });
+}
+
+}  // namespace
+
+Status qk_norm_rotary(const QkNormRotaryParams& p, const ThreadPool& pool) {
+  if (const Status status = check_positions(p.rotary); status != Status::kOk) return status;
+  return with_dtype(p.rotary.dtype, [&](auto* element) {
+    return with_dtype(p.rotary.table_dtype, [&](auto* angle) {
+      return run<std::remove_pointer_t<decltype(element)>, std::remove_pointer_t<decltype(angle)>>(p, pool);
+    });
+  });
+}
+
+}  // namespace qops::cpu::QOPS_ISA_NS
