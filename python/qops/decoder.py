@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qops._weight_state import moved
 from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm
-from qops.ops import rotary_
+from qops.ops import qk_norm_rotary_, rotary_
 
 Hidden = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 # A module for each name below a layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
@@ -171,7 +171,7 @@ class Attention(MergingModule):
         batch, tokens, _ = qkv.shape
         qkv = qkv.view(batch, tokens, -1, self.head_dim)
         query, key, value = qkv.split([self.heads, self.key_value_heads, self.key_value_heads], dim=2)
-        query, key = self._positioned(query, key, position_embeddings)
+        self._position(query, key, position_embeddings)
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -196,13 +196,25 @@ class Attention(MergingModule):
         )
         return self.o_proj(output.reshape(batch, tokens, -1)), weights
 
-    def _positioned(self, query: torch.Tensor, key: torch.Tensor, shared: Shared) -> tuple[torch.Tensor, torch.Tensor]:
+    def _position(self, query: torch.Tensor, key: torch.Tensor, shared: Shared) -> None:
+        """Norms the heads where the architecture does, and rotates them; in place."""
         cos, sin, positions, _, _ = shared
         if "q_norm" in self._modules:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if self.rotates:
+            q, k = self.q_norm, self.k_norm
+            qk_norm_rotary_(
+                query,
+                key,
+                q.weight,
+                k.weight,
+                cos,
+                sin,
+                q.eps,
+                positions,
+                weight_offset=q.weight_offset,
+                rounding=q.rounding,
+            )
+        elif self.rotates:
             rotary_(query, key, cos, sin, positions)
-        return query, key
 
 
 class DecoderLayer(nn.Module):
