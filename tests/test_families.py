@@ -404,6 +404,20 @@ def test_bad_arguments_change_nothing(changes, message):
     assert not hasattr(model, "quantization_report")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: model.double(), "must be in float32, bfloat16 or float16, got torch.float64"),
+        (lambda model: model.to("meta"), "q_proj: weight must have data, got a tensor on the meta device"),
+    ],
+)
+def test_models_that_no_kernel_runs_are_refused(spoil, message):
+    model = spoil(random_model("llama"))
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model)
+    assert not any(isinstance(module, (RMSNorm, Int4Linear)) for module in model.modules())
+
+
 # Norms ---------------------------------------------------------------------------------------------------------------
 
 
