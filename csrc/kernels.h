@@ -6,7 +6,11 @@
 
 // For functions in headers that several ISA levels include: an out-of-line copy would be shared by all of them and run
 // with the instructions of whichever level the linker kept.
+#ifdef __CUDACC__
+#define QOPS_ALWAYS_INLINE __host__ __device__ __forceinline__
+#else
 #define QOPS_ALWAYS_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace qops {
 
@@ -96,8 +100,8 @@ struct QuantizeInt8StaticParams {
   Rows x_rows;
   DType dtype;
   int64_t k;
-  float scale;         // positive and finite
-  int32_t zero_point;  // -128 .. 127
+  const float* scale;         // positive and finite
+  const int32_t* zero_point;  // -128 .. 127; null: 0
   int8_t* q;           // contiguous [rows, K]
 };
 

@@ -1,28 +1,18 @@
 // Root-mean-square normalisation of one row: y = z * rstd * w, rstd = 1 / sqrt(sum(z^2) / H + eps).
 //
-// The sum of squares follows one fixed tree that depends on H alone, so a row has the same bits at every ISA level, in
-// every batch and (by the same tree) on a GPU. The tree is a thread block's: T = threads(H) threads, thread t owns
-// elements 8t .. 8t+7 of every 8T, so
-//   1. element i belongs to partial i mod 8T; a partial adds its squares in ascending order of i;
-//   2. the 8 partials of a thread are added at strides 4, 2, 1;
-//   3. the 32 sums of a warp at strides 16, 8, 4, 2, 1; then the warps at strides T/64, ..., 2, 1.
-// Squares are rounded before they are added (for fp16 and bf16 elements they are exact).
+// The sum of squares follows the tree of row_tree.h.
 #pragma once
 
 #include "cpu/simd.h"
+#include "row_tree.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
 
-inline constexpr int kWarp = 32;
-inline constexpr int kMaxThreads = 512;
-
-inline int threads_of(int64_t h) { return h <= 1024 ? 32 : h <= 8192 ? 128 : kMaxThreads; }
-
 template <class T>
 inline float sum_of_squares(const T* z, int64_t h) {
-  const int threads = threads_of(h);
-  const int64_t stride = int64_t{8} * threads;
-  float warps[kMaxThreads / kWarp];
+  const int threads = row_threads(h);
+  const int64_t stride = int64_t{kVector} * threads;
+  float warps[kMaxRowThreads / kWarp];
   for (int warp = 0; warp < threads / kWarp; ++warp) {
     // A warp's 256 partials are 16 vectors; 8 of them reduce to the sums of 16 threads.
     F32x16 halves[2];

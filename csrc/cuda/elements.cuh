@@ -1,0 +1,123 @@
+// Eight elements of a row at a time, as float32: one access of 16 bytes for fp16 and bf16, two for fp32.
+#pragma once
+
+#include "cuda/port.cuh"
+#include "row_tree.h"
+
+namespace qops::cuda {
+
+using Vector = float[kVector];
+
+QOPS_DEVICE float widen(float x) { return x; }
+QOPS_DEVICE float widen(__half x) { return __half2float(x); }
+QOPS_DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+QOPS_DEVICE T narrow(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+template <class T>
+QOPS_DEVICE float round_to(float x) {
+  return widen(narrow<T>(x));
+}
+
+template <class T>
+QOPS_DEVICE T from_bits(uint32_t bits) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __ushort_as_half(static_cast<unsigned short>(bits));
+  } else {
+    return __ushort_as_bfloat16(static_cast<unsigned short>(bits));
+  }
+}
+
+QOPS_DEVICE uint32_t to_bits(__half x) { return __half_as_ushort(x); }
+QOPS_DEVICE uint32_t to_bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+
+// The first n elements at p, zeros behind them. kAligned: n is at least 8 and p a multiple of 16 bytes.
+template <bool kAligned, class T>
+QOPS_DEVICE void load(const T* p, int64_t n, Vector& v) {
+  if constexpr (kAligned) {
+    constexpr int kPieces = kVector * sizeof(T) / sizeof(uint4);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const uint4 bits = reinterpret_cast<const uint4*>(p)[piece];
+      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 4) {
+          v[4 * piece + i] = __uint_as_float(words[i]);
+        } else {
+          v[2 * i] = widen(from_bits<T>(words[i] & 0xffff));
+          v[2 * i + 1] = widen(from_bits<T>(words[i] >> 16));
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = i < n ? widen(p[i]) : 0.0f;
+  }
+}
+
+// Rounds the first n values to T. kAligned as above.
+template <bool kAligned, class T>
+QOPS_DEVICE void store(T* p, int64_t n, const Vector& v) {
+  if constexpr (kAligned) {
+    constexpr int kPieces = kVector * sizeof(T) / sizeof(uint4);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 4) {
+          words[i] = __float_as_uint(v[4 * piece + i]);
+        } else {
+          words[i] = to_bits(narrow<T>(v[2 * i])) | to_bits(narrow<T>(v[2 * i + 1])) << 16;
+        }
+      }
+      reinterpret_cast<uint4*>(p)[piece] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < n) p[i] = narrow<T>(v[i]);
+    }
+  }
+}
+
+// The low bytes of the first n integers. kAligned: n is at least 8 and p a multiple of 8 bytes.
+template <bool kAligned>
+QOPS_DEVICE void store_int8(int8_t* p, int64_t n, const int (&q)[kVector]) {
+  if constexpr (kAligned) {
+    uint32_t words[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      words[i] = (q[4 * i] & 0xff) | (q[4 * i + 1] & 0xff) << 8 | (q[4 * i + 2] & 0xff) << 16 |
+                 static_cast<uint32_t>(q[4 * i + 3]) << 24;
+    }
+    *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < n) p[i] = static_cast<int8_t>(q[i]);
+    }
+  }
+}
+
+// A vector of any of the three dtypes, which is the same for all threads.
+template <bool kAligned>
+QOPS_DEVICE void load(const void* p, DType dtype, int64_t at, int64_t n, Vector& v) {
+  switch (dtype) {
+    case DType::kFloat16: return load<kAligned>(static_cast<const __half*>(p) + at, n, v);
+    case DType::kBFloat16: return load<kAligned>(static_cast<const __nv_bfloat16*>(p) + at, n, v);
+    default: return load<kAligned>(static_cast<const float*>(p) + at, n, v);
+  }
+}
+
+}  // namespace qops::cuda

@@ -1,0 +1,155 @@
+// quantize_int8, quantize_int8_asym and quantize_int8_static.
+//
+// Bound by memory: a row is read once and its codes are written once; 3 bytes an element in bf16.
+#include "cuda/quantize_row.cuh"
+
+namespace qops::cuda {
+namespace {
+
+template <class T, class Shape>
+QOPS_DEVICE void load_row(const T* x, int64_t columns, float (&held)[Shape::kHeld ? Shape::kChunks : 1][kVector]) {
+  if constexpr (Shape::kHeld) {
+    for_chunks<Shape>(columns, [&](int chunk, int64_t at, int64_t n) { load<Shape::kAligned>(x + at, n, held[chunk]); });
+  }
+}
+
+// A vector that load_row() has read, or that is read now.
+template <class T, class Shape>
+QOPS_DEVICE void get(const T* x, const float (&held)[Shape::kHeld ? Shape::kChunks : 1][kVector], int chunk, int64_t at,
+                     int64_t n, Vector& v) {
+  if constexpr (Shape::kHeld) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = held[chunk][i];
+  } else {
+    load<Shape::kAligned>(x + at, n, v);
+  }
+}
+
+template <class T, class Shape>
+__global__ void __launch_bounds__(Shape::kBlock) quantize_kernel(const __grid_constant__ QuantizeInt8Params p) {
+  QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
+  const int64_t row = row_of_thread<Shape>();
+  if (row >= p.x_rows.count) return;  // a whole warp; rows of several warps have a block each
+  const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+  float held[Shape::kHeld ? Shape::kChunks : 1][kVector];
+  load_row<T, Shape>(x, p.k, held);
+  quantise_row<T, Shape>(row, p.k, p.out, maxima, [&](int chunk, int64_t at, int64_t n, Vector& v) {
+    get<T, Shape>(x, held, chunk, at, n, v);
+  });
+}
+
+// Floats as integers of the same order, for those that are not NaN.
+QOPS_DEVICE uint32_t ordered(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+QOPS_DEVICE float unordered(uint32_t bits) {
+  return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+
+template <class T, class Shape>
+__global__ void __launch_bounds__(Shape::kBlock) asym_kernel(const __grid_constant__ QuantizeInt8AsymParams p) {
+  QOPS_SHARED(uint32_t, maxima, 3 * Shape::kWarps);
+  const int64_t row = row_of_thread<Shape>();
+  if (row >= p.x_rows.count) return;
+  const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+  float held[Shape::kHeld ? Shape::kChunks : 1][kVector];
+  load_row<T, Shape>(x, p.k, held);
+
+  // The range takes in 0; NaN counts as 0 there, and shows in the magnitude.
+  uint32_t most = 0, high = ordered(0.0f), negated_low = ordered(0.0f);
+  for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) {
+    Vector v;
+    get<T, Shape>(x, held, chunk, at, n, v);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const uint32_t m = magnitude(v[i]);
+      most = m > most ? m : most;
+      if (v[i] > 0.0f) high = ordered(v[i]) > high ? ordered(v[i]) : high;
+      if (v[i] < 0.0f) negated_low = ordered(-v[i]) > negated_low ? ordered(-v[i]) : negated_low;
+    }
+  });
+  const float a = __uint_as_float(max_of_row<Shape>(most, maxima));
+  const float top = unordered(max_of_row<Shape>(high, maxima + Shape::kWarps));
+  const float low = -unordered(max_of_row<Shape>(negated_low, maxima + 2 * Shape::kWarps));
+  const float width = top - low;
+  const float scale = width / 255.0f;
+  const float factor = 1.0f / scale;
+  const bool finite = is_finite(a) && is_finite(width);
+  const bool is_zero = !finite || !is_finite(factor);
+  // low / scale lies in -255 .. 0 once rounded, so the zero point needs no clamp.
+  const int zero_point = is_zero ? 0 : -128 - __float2int_rn(low / scale);
+  if (thread_of_row<Shape>() == 0) {
+    p.scale[row] = !finite ? __uint_as_float(0x7fc00000u) : is_zero ? 0.0f : scale;
+    p.zero_point[row] = zero_point;
+  }
+  for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) {
+    Vector v;
+    get<T, Shape>(x, held, chunk, at, n, v);
+    int q[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const int code = is_zero ? 0 : __float2int_rn(v[i] * factor) + zero_point;
+      q[i] = code < -128 ? -128 : code > 127 ? 127 : code;
+    }
+    store_int8<Shape::kAligned>(p.q + row * p.k + at, n, q);
+  });
+}
+
+template <class T, class Shape>
+__global__ void __launch_bounds__(Shape::kBlock) static_kernel(const __grid_constant__ QuantizeInt8StaticParams p) {
+  const int64_t row = row_of_thread<Shape>();
+  if (row >= p.x_rows.count) return;
+  const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+  const float factor = 1.0f / *p.scale;
+  const int zero_point = p.zero_point == nullptr ? 0 : *p.zero_point;
+  for_chunks<Shape>(p.k, [&](int, int64_t at, int64_t n) {
+    Vector v;
+    load<Shape::kAligned>(x + at, n, v);
+    int q[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float scaled = v[i] * factor;
+      // Whatever lies beyond saturates with any zero point; NaN has the code of zero.
+      const float bounded = scaled < -256.0f ? -256.0f : scaled > 256.0f ? 256.0f : scaled == scaled ? scaled : 0.0f;
+      const int code = __float2int_rn(bounded) + zero_point;
+      q[i] = code < -128 ? -128 : code > 127 ? 127 : code;
+    }
+    store_int8<Shape::kAligned>(p.q + row * p.k + at, n, q);
+  });
+}
+
+template <class Params, class F>
+Status for_shapes(const Params& p, const void* q, const F& run) {
+  const bool is_aligned = aligned(p.x, p.x_rows, p.k, p.dtype) && multiple_of_16(q);
+  return with_element(p.dtype, [&](auto element) {
+    return with_row_shape(p.k, is_aligned, [&](auto shape) { return run(element, shape); });
+  });
+}
+
+}  // namespace
+
+Status quantize_int8(const QuantizeInt8Params& p, cudaStream_t stream) {
+  return for_shapes(p, p.out.q, [&](auto element, auto shape) {
+    using Shape = decltype(shape);
+    return launch_rows<Shape>(&quantize_kernel<decltype(element), Shape>, p.x_rows.count, 0, stream, p);
+  });
+}
+
+Status quantize_int8_asym(const QuantizeInt8AsymParams& p, cudaStream_t stream) {
+  return for_shapes(p, p.q, [&](auto element, auto shape) {
+    using Shape = decltype(shape);
+    return launch_rows<Shape>(&asym_kernel<decltype(element), Shape>, p.x_rows.count, 0, stream, p);
+  });
+}
+
+Status quantize_int8_static(const QuantizeInt8StaticParams& p, cudaStream_t stream) {
+  if (p.k == 0) return Status::kOk;  // however many rows
+  return for_shapes(p, p.q, [&](auto element, auto shape) {
+    using Shape = decltype(shape);
+    return launch_rows<Shape>(&static_kernel<decltype(element), Shape>, p.x_rows.count, 0, stream, p);
+  });
+}
+
+}  // namespace qops::cuda

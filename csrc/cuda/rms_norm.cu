@@ -1,0 +1,102 @@
+// rms_norm, add_rms_norm and their int8 forms, one row for a group of threads (row.cuh).
+//
+// Bound by memory: x (and residual) are read once, y (and the sum) written once; 4 bytes an element in bf16, 8 with a
+// residual. The order of the sum: row_tree.h.
+#include "cuda/quantize_row.cuh"
+
+namespace qops::cuda {
+namespace {
+
+template <class T, class Shape, bool kInt8>
+__global__ void __launch_bounds__(Shape::kBlock)
+    norm_kernel(const __grid_constant__ RmsNormParams p, const __grid_constant__ Int8Rows out) {
+  QOPS_SHARED(float, sums, Shape::kWarps);
+  QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
+  const int64_t row = row_of_thread<Shape>();
+  if (row >= p.x_rows.count) return;  // a whole warp; rows of several warps have a block each
+  const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+  const T* residual = nullptr;
+  T* sum = nullptr;
+  if (p.residual != nullptr) {
+    residual = static_cast<const T*>(p.residual) + p.residual_rows.offset(row);
+    sum = static_cast<T*>(p.residual_out) + row * p.h;
+  }
+
+  float held[Shape::kHeld ? Shape::kChunks : 1][kVector];
+  Vector partials = {};
+  for_chunks<Shape>(p.h, [&](int chunk, int64_t at, int64_t n) {
+    Vector& z = held[chunk];
+    load<Shape::kAligned>(x + at, n, z);
+    if (residual != nullptr) {
+      Vector r;
+      load<Shape::kAligned>(residual + at, n, r);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) z[i] = round_to<T>(z[i] + r[i]);
+      store<Shape::kAligned>(sum + at, n, z);
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) partials[i] += z[i] * z[i];
+  });
+  const float mean = sum_of_row<Shape>(partials, sums) / static_cast<float>(p.h);
+  const float rstd = 1.0f / sqrtf(mean + p.style.eps);
+
+  // z becomes R(y). Vectors that are not held are read again, the sum from where this thread has written it.
+  const auto normalise = [&](int chunk, int64_t at, int64_t n, Vector& y) {
+    if constexpr (Shape::kHeld) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) y[i] = held[chunk][i];
+    } else {
+      load<Shape::kAligned>((residual != nullptr ? sum : x) + at, n, y);
+    }
+    Vector w;
+    load<Shape::kAligned>(p.weight, p.weight_dtype, at, n, w);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float normed = y[i] * rstd;
+      y[i] = p.style.round_before_weight ? round_to<T>(normed) * w[i] : normed * (w[i] + p.style.weight_offset);
+      y[i] = round_to<T>(y[i]);
+    }
+  };
+  if constexpr (!kInt8) {
+    for_chunks<Shape>(p.h, [&](int chunk, int64_t at, int64_t n) {
+      Vector y;
+      normalise(chunk, at, n, y);
+      store<Shape::kAligned>(static_cast<T*>(p.y) + row * p.h + at, n, y);
+    });
+  } else {
+    if constexpr (Shape::kHeld) {
+      for_chunks<Shape>(p.h, [&](int chunk, int64_t at, int64_t n) { normalise(chunk, at, n, held[chunk]); });
+    }
+    quantise_row<T, Shape>(row, p.h, out, maxima, [&](int chunk, int64_t at, int64_t n, Vector& y) {
+      if constexpr (Shape::kHeld) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) y[i] = held[chunk][i];
+      } else {
+        normalise(chunk, at, n, y);
+      }
+    });
+  }
+}
+
+template <bool kInt8>
+Status run(const RmsNormParams& p, const Int8Rows& out, cudaStream_t stream) {
+  if (p.h == 0 && !kInt8) return Status::kOk;  // however many rows
+  bool is_aligned = aligned(p.x, p.x_rows, p.h, p.dtype) && multiple_of_16(p.weight);
+  is_aligned = is_aligned && (kInt8 ? multiple_of_16(out.q) : multiple_of_16(p.y));
+  if (p.residual != nullptr) {
+    is_aligned = is_aligned && aligned(p.residual, p.residual_rows, p.h, p.dtype) && multiple_of_16(p.residual_out);
+  }
+  return with_element(p.dtype, [&](auto element) {
+    return with_row_shape(p.h, is_aligned, [&](auto shape) {
+      using Shape = decltype(shape);
+      return launch_rows<Shape>(&norm_kernel<decltype(element), Shape, kInt8>, p.x_rows.count, 0, stream, p, out);
+    });
+  });
+}
+
+}  // namespace
+
+Status rms_norm(const RmsNormParams& p, cudaStream_t stream) { return run<false>(p, {}, stream); }
+Status rms_norm_int8(const RmsNormInt8Params& p, cudaStream_t stream) { return run<true>(p.norm, p.out, stream); }
+
+}  // namespace qops::cuda
