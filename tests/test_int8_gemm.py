@@ -289,8 +289,7 @@ def test_out(out_dtype):
         w, (q, scale, zero_point) = make_weight(n, k, m), activations(m, k, m)
         bias = None if out_dtype == torch.int32 else torch.randn(n, generator=generator(m))
         out = Guarded(torch.full((m, n), 77, dtype=out_dtype))
-        result = torch.ops.qops.int8_gemm.out(q, scale, zero_point, w.packed, w.scales, bias, n, out=out.tensor)
-        assert result is None
+        assert qops.int8_gemm(q, scale, w, bias, zero_point=zero_point, out=out.tensor) is out.tensor
         out.check()
         want = by_contract(q, scale, w, bias, zero_point=zero_point, out_dtype=out_dtype)
         assert_bitwise(out.tensor, want, f"{m}x{n}")
