@@ -107,7 +107,14 @@ LAYERS = (
     ),
     Layer(
         r"csrc/cpu/.*",
-        (_STD, r"<immintrin\.h>", r"<arm_neon\.h>", r'"(kernels|exp_poly)\.h"', r'"cpu/\w+\.h"'),
+        (
+            _STD,
+            r"<immintrin\.h>",
+            r"<arm_neon\.h>",
+            r"<(unistd|sys/syscall)\.h>",
+            r'"(kernels|exp_poly)\.h"',
+            r'"cpu/\w+\.h"',
+        ),
         {r"\btorch\b": "torch", r"#\s*pragma\s+omp|\bomp_|\bstd::j?thread\b": "threads of its own"},
     ),
     Layer(
@@ -129,6 +136,7 @@ LAYERS = (
 # Everywhere but in the named files.
 CONFINED = {
     r"\b(asm|__asm__|__asm)\b": (r"csrc/cpu/simd\w*\.h|csrc/cuda/ptx\.cuh", "raw assembly"),
+    r"<(unistd|sys/\w+)\.h>": (r"csrc/cpu/cpu_dispatch\.cpp", "system calls"),
     r"<<<": (r"csrc/cuda/launch\.h", "kernel launches"),
     r"<Python\.h>": (r"csrc/binding/registration\.cpp", "Python"),
     r"<pybind11/": (r"csrc/testing/.*", "pybind11"),

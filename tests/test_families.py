@@ -14,6 +14,7 @@ import weakref
 import pytest
 import torch
 import transformers
+from tests.layerwise import assert_int8_layers_accurate, assert_layers_accurate, hidden_states
 from torch import nn
 from transformers import DynamicCache
 
@@ -23,7 +24,7 @@ from qops.model import dense_model, load_model, save_model
 from qops.nn import Int4Linear, Int8Embedding, RMSNorm
 from qops.quantize import QuantizationReport, quantize_model
 from qops.replacement import norm_style
-from qops.testing import assert_accurate, assert_bitwise
+from qops.testing import assert_bitwise
 
 VOCAB = 72
 SIZES = {
@@ -80,11 +81,6 @@ def random_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32,
     return model
 
 
-def hidden_states(model):
-    """Of every layer; the last one is normed."""
-    return model(IDS, output_hidden_states=True).hidden_states
-
-
 # Against float64 -----------------------------------------------------------------------------------------------------
 
 
@@ -93,41 +89,12 @@ def hidden_states(model):
 def test_int4_layer_by_layer(family, dtype):
     ours = quantize_model(random_model(family, dtype=dtype), group_size=16)
     assert (ours.quantization_report.not_fused is None) == (family in FUSED)
-    exact, usual = dense_model(ours, torch.float32).double(), dense_model(ours, dtype)
-    for index, states in enumerate(zip(*map(hidden_states, (ours, exact, usual)), strict=True)):
-        got, want, usually = states
-        if dtype == torch.float32:
-            torch.testing.assert_close(got.double(), want, atol=2e-5 * want.abs().max().item(), rtol=0)
-        else:
-            assert_accurate(got, want, usually, f"{family}, layer {index}")
-
-
-def quantized_like_int8(x: torch.Tensor) -> torch.Tensor:
-    """quantize_int8 and back, in float64."""
-    a = x.abs().amax(-1, keepdim=True)
-    return (x * (127 / a)).round() * (a / 127)
+    assert_layers_accurate(ours, IDS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_layer_by_layer(family):
-    ours = quantize_model(random_model(family), "int8")
-    got = hidden_states(ours)
-    exact = dense_model(ours, torch.float32).double()
-    replaced = ours.quantization_report.replaced
-    errors = {}
-    for quantized in (False, True):
-        reference = copy.deepcopy(exact)
-        for name, module in reference.named_modules():
-            if quantized and "Int8Linear" in replaced.get(name, ""):
-                module.register_forward_pre_hook(lambda _, args: (quantized_like_int8(args[0]),))
-        # Every layer gets our layer's input: an element that falls to the other side of a half is counted once.
-        for index, layer in enumerate(reference.model.layers):
-            layer.register_forward_pre_hook(lambda _, args, index=index: (got[index].double(), *args[1:]))
-        want = hidden_states(reference)
-        errors[quantized] = [((a - b).norm() / b.norm()).item() for a, b in zip(got[1:], want[1:], strict=True)]
-    # Codes that fall to the other side of a half are rare; without quantised activations the error is percents.
-    assert max(errors[True]) < 1e-3, errors
-    assert min(errors[False]) > 5 * max(errors[True]), errors
+    assert_int8_layers_accurate(quantize_model(random_model(family), "int8"), IDS)
 
 
 # Fused = one by one --------------------------------------------------------------------------------------------------
@@ -147,7 +114,7 @@ def test_fused_layers_have_the_bits_of_linears_and_norms_alone(family, scheme, m
     assert all(isinstance(layer, DecoderLayer) for layer in fused.model.layers)
     assert not any(isinstance(layer, DecoderLayer) for layer in alone.model.layers)
     assert alone.quantization_report.not_fused == "fuse=False"
-    for a, b in zip(hidden_states(fused), hidden_states(alone), strict=True):
+    for a, b in zip(hidden_states(fused, IDS), hidden_states(alone, IDS), strict=True):
         assert_bitwise(a, b, family)
 
 
@@ -435,6 +402,20 @@ def test_bad_arguments_change_nothing(changes, message):
         quantize_model(model, **changes)
     assert_bitwise(model(IDS).logits, before)
     assert not hasattr(model, "quantization_report")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: model.double(), "must be in float32, bfloat16 or float16, got torch.float64"),
+        (lambda model: model.to("meta"), "q_proj: weight must have data, got a tensor on the meta device"),
+    ],
+)
+def test_models_that_no_kernel_runs_are_refused(spoil, message):
+    model = spoil(random_model("llama"))
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model)
+    assert not any(isinstance(module, (RMSNorm, Int4Linear)) for module in model.modules())
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------

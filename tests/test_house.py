@@ -88,6 +88,7 @@ BAD_CPP = {
     "threads": ("csrc/cpu/silu_mul.cpp", "#include <thread>"),
     "another operator's header": ("csrc/cpu/silu_mul.cpp", '#include "cpu/rms_norm.h"'),
     "assembly in a kernel": ("csrc/cpu/silu_mul.cpp", 'asm volatile("pause");'),
+    "a system call in a kernel": ("csrc/cpu/silu_mul.cpp", "#include <unistd.h>"),
     "a binding's header in a kernel": ("csrc/cpu/silu_mul.cpp", '#include "binding/checks.h"'),
     "a container in kernels.h": ("csrc/kernels.h", "std::vector<int> sizes;"),
     "a container's header in kernels.h": ("csrc/kernels.h", "#include <vector>"),
@@ -108,6 +109,7 @@ BAD_CPP = {
 GOOD_CPP = {
     "csrc/cpu/silu_mul.cpp": '#include "cpu/simd.h"\n#include "exp_poly.h"\n// torch, asm, c10:: or printf( here\n',
     "csrc/cpu/rms_norm_tables.cpp": '#include "cpu/rms_norm.h"',
+    "csrc/cpu/cpu_dispatch.cpp": "#include <sys/syscall.h>\n#include <unistd.h>\n",
     "csrc/cpu/simd_avx2.h": '#include <immintrin.h>\nasm("");',
     "csrc/binding/silu_mul.cpp": '#include <torch/csrc/stable/tensor.h>\n#include "kernels.h"\nauto s = "c10::";',
     "csrc/binding/rotary.cpp": "return a.sizes().equals(b) && n == a.sizes().size() && a.sizes()[0] == b.sizes()[0];",

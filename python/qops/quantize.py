@@ -25,11 +25,12 @@ from qops.replacement import (
     replace_parts,
     tie,
 )
-from qops.weights import Int4Weight
+from qops.weights import Int4Weight, Int8Weight
 
 __all__ = ["QuantizationReport", "quantize_model"]
 
 SCHEMES = ("int4", "int8")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Operators that neither read nor write elements.
 _NO_PASS = ("aten::empty", "aten::new_empty", "aten::_unsafe_view")
 
@@ -87,6 +88,7 @@ def quantize_model(
         ImportError: Transformers >= 5.17, < 6 is missing.
         ValueError: an unknown scheme; arguments that the scheme does not take; a group size that does not fit; weights
             that are not finite; nothing to quantise. The model is then unchanged.
+        RuntimeError: the model is on a device without kernels; it is then unchanged.
     """
     require_transformers("qops.quantize_model")
     plan = _plan(model, scheme, group_size, skip, symmetric, fuse)
@@ -212,6 +214,8 @@ def _plan(model: Any, scheme: str, group_size: int | None, skip: tuple[str, ...]
         raise ValueError(f"{caller}: model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if is_replaced(model):
         raise ValueError(f"{caller}: model has qops parts already")
+    if model.dtype not in DTYPES:
+        raise ValueError(f"{caller}: model must be in float32, bfloat16 or float16, got {model.dtype}")
     plan = _Plan(not_fused=unknown_architecture(model) if fuse else "fuse=False")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -225,6 +229,9 @@ def _plan(model: Any, scheme: str, group_size: int | None, skip: tuple[str, ...]
             plan.kept[name] = f"{type(module).__name__} is not an RMSNorm that qops computes"
             if plan.fused:
                 plan.not_fused = f"{name}: {plan.kept[name]}"
+    devices: set[Any] = {model.get_submodule(name).weight.device for name in plan.linears}
+    for device in devices:
+        Int8Weight.quantize(torch.zeros(8, 8, device=device))  # raises where there are no kernels
     if not plan.linears:
         raise ValueError(f"{caller}: model must have linears to quantise, {type(model).__name__} has none: {plan.kept}")
     return plan
@@ -235,7 +242,7 @@ def _unquantizable(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str |
         return "skipped"
     if type(linear) is not nn.Linear:
         return f"{type(linear).__name__} is a linear of another kind"
-    if not linear.weight.is_floating_point():
+    if linear.weight.dtype not in DTYPES:
         return f"its weight is {linear.weight.dtype}"
     n, k = linear.weight.shape
     if n % 8 or k % 8:
@@ -251,6 +258,8 @@ def _group_size(in_features: int, group_size: int | None) -> int:
 
 def _check_quantizable(name: str, linear: nn.Linear, group_size: int) -> None:
     """Raises what quantising would raise, before any layer is replaced."""
+    if linear.weight.is_meta:
+        raise ValueError(f"qops.quantize_model: {name}: weight must have data, got a tensor on the meta device")
     try:
         Int4Weight(linear.in_features, linear.out_features, group_size, scale_dtype=torch.float32, device="meta")
     except ValueError as error:
@@ -302,11 +311,7 @@ class _CountPasses(TorchDispatchMode):
         self.passes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            self.active
-            and not func.is_view
-            and not func.name().startswith(("aten::empty", "aten::new_empty", "aten::detach"))
-        ):
+        if self.active and not func.is_view and not func.name().startswith(_NO_PASS):
             self.passes += 1
         return func(*args, **(kwargs or {}))
 
