@@ -274,7 +274,7 @@ namespace cpu {
 QOPS_FOR_EACH_CPU_KERNEL(QOPS_DECLARE)
 #undef QOPS_DECLARE
 
-// Name of the ISA level in use ("scalar", "avx2", "avx512"), and all that this build holds and this CPU can run.
+// Name of the ISA level in use ("scalar", "avx2", "avx512", "amx"), and all that this build holds and this CPU can run.
 const char* isa_level();
 const char* isa_levels_available();
 // Null, or what is wrong with the environment variable QOPS_ISA.

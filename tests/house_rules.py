@@ -9,6 +9,7 @@ import ast
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,10 @@ INTERNAL_OPS = frozenset({"int4_pack", "int4_unpack", "int8_pack", "int8_unpack"
 
 def authored_files(root: Path) -> Iterator[Path]:
     """Every text file that a person wrote, without caches, builds and environments, wherever those lie."""
-    folders = [root / name for name in (".ci", "bench", "csrc", "python", "tests")]
+    folders = [root / name for name in (".ci", "bench", "csrc", "docs", "python", "tests")]
     files = [path for path in root.iterdir() if path.is_file() and path.name != ".git"]
     files += [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    suffixes = {".cpp", ".cu", ".cuh", ".h", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ""}
+    suffixes = {".cpp", ".css", ".cu", ".cuh", ".h", ".jinja2", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ""}
     for path in sorted(files):
         parts = path.relative_to(root).parts
         if path.suffix in suffixes and not any(p.startswith(("__pycache__", "build")) or ".egg" in p for p in parts):
@@ -106,7 +107,14 @@ LAYERS = (
     ),
     Layer(
         r"csrc/cpu/.*",
-        (_STD, r"<immintrin\.h>", r"<arm_neon\.h>", r'"(kernels|exp_poly)\.h"', r'"cpu/\w+\.h"'),
+        (
+            _STD,
+            r"<immintrin\.h>",
+            r"<arm_neon\.h>",
+            r"<(unistd|sys/syscall)\.h>",
+            r'"(kernels|exp_poly)\.h"',
+            r'"cpu/\w+\.h"',
+        ),
         {r"\btorch\b": "torch", r"#\s*pragma\s+omp|\bomp_|\bstd::j?thread\b": "threads of its own"},
     ),
     Layer(
@@ -128,6 +136,7 @@ LAYERS = (
 # Everywhere but in the named files.
 CONFINED = {
     r"\b(asm|__asm__|__asm)\b": (r"csrc/cpu/simd\w*\.h|csrc/cuda/ptx\.cuh", "raw assembly"),
+    r"<(unistd|sys/\w+)\.h>": (r"csrc/cpu/cpu_dispatch\.cpp", "system calls"),
     r"<<<": (r"csrc/cuda/launch\.h", "kernel launches"),
     r"<Python\.h>": (r"csrc/binding/registration\.cpp", "Python"),
     r"<pybind11/": (r"csrc/testing/.*", "pybind11"),
@@ -259,26 +268,69 @@ def nameless_files(ops: Iterable[str], files: Iterable[str]) -> list[str]:
     return [f"{file} belongs to no operator" for file in files if re.fullmatch(pattern, file) and file not in known]
 
 
+def sections(docstring: str) -> dict[str, str]:
+    """Heading -> text, in their order."""
+    parts = re.split(r"^([A-Z]\w+):$", docstring, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def documented(section: str) -> set[str]:
+    """The names that entries like ``a, b: numbers.`` describe."""
+    entries = re.findall(r"^ {4}(\S[^:]*):", section, flags=re.MULTILINE)
+    return {name.strip(" *`") for entry in entries for name in entry.split(",")}
+
+
 def contract_violations(function: Callable[..., object]) -> list[str]:
     """Sections that the docstring of an operator lacks, or parameters that its Args do not name."""
     text = inspect.getdoc(function) or ""
     if not text:
         return ["no docstring"]
-    headings = list(re.finditer(r"^([A-Z]\w+):$", text, flags=re.MULTILINE))
-    names = [heading[1] for heading in headings]
-    found = [f"no section {section}" for section in CONTRACT_SECTIONS if section not in names]
-    if not found and [name for name in names if name in CONTRACT_SECTIONS] != list(CONTRACT_SECTIONS):
+    parts = sections(text)
+    found = [f"no section {section}" for section in CONTRACT_SECTIONS if section not in parts]
+    if not found and [name for name in parts if name in CONTRACT_SECTIONS] != list(CONTRACT_SECTIONS):
         found.append(f"sections must stand in the order {', '.join(CONTRACT_SECTIONS)}")
-    if "Args" in names:
-        at = names.index("Args")
-        args = text[headings[at].end() : headings[at + 1].start() if at + 1 < len(headings) else None]
-        entries = re.findall(r"^ {4}(\S[^:]*):", args, flags=re.MULTILINE)
-        documented = {name.strip(" *`") for entry in entries for name in entry.split(",")}
-        parameters = inspect.signature(function).parameters
-        found += [f"Args does not name {name}" for name in parameters if name not in documented]
-    if "Example" in names and ">>>" not in text[headings[names.index("Example")].end() :]:
+    if "Args" in parts:
+        known = documented(parts["Args"])
+        found += [f"Args does not name {name}" for name in inspect.signature(function).parameters if name not in known]
+    if "Example" in parts and ">>>" not in parts["Example"]:
         found.append("Example holds no doctest")
     return found
+
+
+def docstring_violations(value: object) -> list[str]:
+    """What the docstring of another public function, class, method or property lacks.
+
+    Args must name every parameter (Attributes may, for a class), Returns must stand where there are parameters and a
+    result, Raises where the code raises. Constants need no docstring.
+    """
+    function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    if not callable(function):
+        return []
+    text = inspect.cleandoc(function.__doc__ or "")
+    if not text:
+        return ["no docstring"]
+    parts, signature = sections(text), inspect.signature(function)
+    known = documented(parts.get("Args", ""))
+    if inspect.isclass(function):
+        known |= documented(parts.get("Attributes", ""))
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [p.name for p in signature.parameters.values() if p.kind not in kinds and p.name not in ("self", "cls")]
+    found = [f"Args does not name {name}" for name in named if name not in known]
+    result = signature.return_annotation not in (None, "None", inspect.Signature.empty)
+    if named and result and not inspect.isclass(function) and "Returns" not in parts:
+        found.append("no section Returns")
+    code = vars(function).get("__init__") if inspect.isclass(function) else function
+    if inspect.isfunction(code) and "Raises" not in parts and _raises(inspect.unwrap(code)):
+        found.append("no section Raises")
+    return found
+
+
+def _raises(function: Callable[..., object]) -> bool:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except OSError:  # made by a decorator, as a dataclass's __init__
+        return False
+    return any(isinstance(node, ast.Raise) for node in ast.walk(tree))
 
 
 # --- the module ------------------------------------------------------------------------------------------------------
@@ -321,6 +373,13 @@ def operators_listed(readme: str) -> set[str]:
     section = readme.partition("## Operators")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`[a-z].*?) \|", section, flags=re.MULTILINE)
     return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def operators_shown(readme: str) -> set[str]:
+    """The operators that the doctests of the README's section on operators call."""
+    section = readme.partition("## Operators")[2].partition("\n## ")[0]
+    blocks = "".join(fenced_blocks(section, "python"))
+    return set(re.findall(r"^>>> .*?\bqops\.([a-z]\w*)\(", blocks, flags=re.MULTILINE))
 
 
 def pins(text: str) -> set[str]:

@@ -41,15 +41,41 @@ def test_wrong_usage(arguments, capsys):
     assert output.out == "" and output.err.startswith("usage: python -m qops")
 
 
+def in_new_process(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.path.insert(0, {str(Path(qops.__file__).parent.parent)!r})\n{code}"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "QOPS_ISA": isa})
+
+
+PRINT_ISA = "import qops; build = qops.build_info(); print(build['isa'], 'of', build['isa_available'])"
+
+
+def test_every_isa_level_can_be_forced():
+    available = qops.build_info()["isa_available"]
+    for level in available.split():
+        assert in_new_process(PRINT_ISA, level).stdout.strip() == f"{level} of {available}"
+    assert in_new_process(PRINT_ISA, "").stdout.strip() == f"{available.split()[-1]} of {available}"
+
+
+def test_amx_needs_the_permission_of_the_kernel():
+    """Linux refuses tiles to a process with a signal stack too small for them; then the level is not there."""
+    available = qops.build_info()["isa_available"].split()
+    if "amx" not in available:
+        pytest.skip("this machine has no AMX")
+    small_stack = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 8192)), None) == 0
+"""
+    result = in_new_process(small_stack + PRINT_ISA, "")
+    available.remove("amx")
+    assert result.stdout.strip() == f"{available[-1]} of {' '.join(available)}", result.stderr
+
+
 def test_unknown_isa_level_is_an_import_error():
-    code = f"import sys; sys.path.insert(0, {str(Path(qops.__file__).parent.parent)!r}); import qops"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "QOPS_ISA": "sse9"},
-    )
+    result = in_new_process("import qops", "sse9")
     assert result.returncode == 1
     assert "ImportError: qops: QOPS_ISA must be one of: scalar" in result.stderr
     assert result.stderr.rstrip().endswith("got sse9")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.metadata
-import inspect
 import json
 import logging
 import pkgutil
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from docs import build
 
 import house_rules as rules
 import qops
@@ -49,6 +49,7 @@ def test_the_whole_tree_is_looked_at():
         "setup.py",
         "csrc/kernels.h",
         "tests/test_house.py",
+        "docs/templates/module.html.jinja2",
         "python/qops/__init__.py",
     ):
         assert path in FILES
@@ -87,6 +88,7 @@ BAD_CPP = {
     "threads": ("csrc/cpu/silu_mul.cpp", "#include <thread>"),
     "another operator's header": ("csrc/cpu/silu_mul.cpp", '#include "cpu/rms_norm.h"'),
     "assembly in a kernel": ("csrc/cpu/silu_mul.cpp", 'asm volatile("pause");'),
+    "a system call in a kernel": ("csrc/cpu/silu_mul.cpp", "#include <unistd.h>"),
     "a binding's header in a kernel": ("csrc/cpu/silu_mul.cpp", '#include "binding/checks.h"'),
     "a container in kernels.h": ("csrc/kernels.h", "std::vector<int> sizes;"),
     "a container's header in kernels.h": ("csrc/kernels.h", "#include <vector>"),
@@ -107,6 +109,7 @@ BAD_CPP = {
 GOOD_CPP = {
     "csrc/cpu/silu_mul.cpp": '#include "cpu/simd.h"\n#include "exp_poly.h"\n// torch, asm, c10:: or printf( here\n',
     "csrc/cpu/rms_norm_tables.cpp": '#include "cpu/rms_norm.h"',
+    "csrc/cpu/cpu_dispatch.cpp": "#include <sys/syscall.h>\n#include <unistd.h>\n",
     "csrc/cpu/simd_avx2.h": '#include <immintrin.h>\nasm("");',
     "csrc/binding/silu_mul.cpp": '#include <torch/csrc/stable/tensor.h>\n#include "kernels.h"\nauto s = "c10::";',
     "csrc/binding/rotary.cpp": "return a.sizes().equals(b) && n == a.sizes().size() && a.sizes()[0] == b.sizes()[0];",
@@ -281,12 +284,47 @@ def test_contract(op):
     assert function.__module__ == f"qops.ops.{rules.stem_of(op)}"
 
 
-def test_public_names_are_documented():
+def test_docstring_rule():
+    def function(self, a, *rest) -> int:
+        raise ValueError
+
+    def nothing(**rest):
+        return 1
+
+    class Thing:
+        def __init__(self, size: int):
+            raise ValueError
+
+    violations = rules.docstring_violations
+    assert violations(function) == violations(nothing) == violations(Thing) == ["no docstring"]
+    function.__doc__ = "F.\n\n    Args:\n        a: x.\n\n    Returns:\n        y.\n\n    Raises:\n        E: z.\n    "
+    Thing.__doc__ = "T.\n\n    Attributes:\n        size: x.\n\n    Raises:\n        E: z.\n    "
+    nothing.__doc__ = "N."
+    assert not (violations(function) or violations(Thing) or violations(nothing) or violations(1))
+    assert violations(property(nothing)) == [] and violations(property(lambda self: 1)) == ["no docstring"]
+    for thing, text, violation in (
+        (function, "a: x", "Args does not name a"),
+        (function, "Returns", "no section Returns"),
+        (function, "Raises", "no section Raises"),
+        (Thing, "size: x", "Args does not name size"),
+        (Thing, "Raises", "no section Raises"),
+    ):
+        whole = thing.__doc__
+        thing.__doc__ = whole.replace(text, "b")
+        assert violations(thing) == [violation]
+        thing.__doc__ = whole
+
+
+@pytest.mark.parametrize("module", build.MODULES)
+def test_public_names_are_documented(module):
+    assert len(set(importlib.import_module(module).__all__)) == len(importlib.import_module(module).__all__)
+    names = {name: value for name, value in build.public_api()[module].items() if name not in PUBLIC_OPS}
+    assert names
+    assert_none({f"{module}.{name}": rules.docstring_violations(value) for name, value in names.items()})
+
+
+def test_public_names_are_sorted():
     assert sorted(qops.__all__) == list(qops.__all__)
-    for name in qops.__all__:
-        value = getattr(qops, name)
-        if callable(value):
-            assert inspect.getdoc(value), f"qops.{name} has no docstring"
 
 
 def run_doctests(text: str, name: str, globals_: dict[str, object]) -> int:
@@ -410,6 +448,12 @@ def test_readme_lists_the_operators():
         "a_",
     }
     assert rules.operators_listed(README) == set(PUBLIC_OPS)
+
+
+def test_readme_shows_every_operator():
+    shown = "## Operators\n```python\n>>> y = qops.a(qops.W.quantize(x))\nqops.b(x)\n```\n## More\n>>> qops.c(x)\n"
+    assert rules.operators_shown(shown) == {"a"}
+    assert rules.operators_shown(README) == set(PUBLIC_OPS)
 
 
 def test_readme_lists_the_environment_variables():

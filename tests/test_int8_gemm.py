@@ -3,54 +3,18 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 
 import qops
+from int8_gemm_oracle import activations, by_contract, codes, make_weight
 from qops.ops.int8_gemm import MAX_K, MAX_K_WITH_ZERO_POINT, OUT_DTYPES, int8_gemm_ref
 from qops.testing import FLOAT_DTYPES, Guarded, assert_accurate, assert_bitwise, generator
-from weight_only_oracle import fma
 
 # (N, K): strips that are and are not full; one to many strips, in every remainder of a tile's width; K below, at and
 # beyond the 64 columns that are packed at a time, odd multiples of 8.
 SHAPES = ((8, 8), (16, 64), (24, 72), (40, 200), (72, 128), (104, 56), (120, 16), (136, 1032), (200, 320), (576, 40))
 ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17, 25, 64, 65)
-
-
-def codes(*shape: int, seed: int) -> torch.Tensor:
-    """Random int8 over the whole range; the first two rows hold its ends."""
-    q = torch.randint(-128, 128, shape, generator=generator(seed), dtype=torch.int8)
-    if len(shape) == 2 and shape[0] > 2:
-        q[0], q[1] = -128, 127
-    return q
-
-
-def make_weight(n, k, seed, scale_dtype=torch.float32) -> qops.Int8Weight:
-    scales = torch.randn(n, min(k, 1), generator=generator(seed)) * 1e-2
-    return qops.Int8Weight.from_canonical(codes(n, k, seed=seed), scales.to(scale_dtype))
-
-
-def activations(m, k, seed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, scale, zero_point."""
-    rng = generator(seed + 100)
-    scale = torch.rand(m, generator=rng) * 0.1
-    return codes(m, k, seed=seed + 1), scale, torch.randint(-128, 128, (m,), generator=rng, dtype=torch.int32)
-
-
-def by_contract(q, scale, w: qops.Int8Weight, bias=None, *, zero_point=None, out_dtype=torch.bfloat16):
-    """What the docstring promises, bit for bit: exact integers (float64 holds them), float32 steps in numpy."""
-    canonical = w.canonical()
-    x = q.double() if zero_point is None else q.double() - zero_point.double().reshape(-1, 1)
-    exact = (x @ canonical["qweight"].double().T).long().numpy()
-    acc = exact.astype(np.uint32).view(np.int32)  # modulo 2^32
-    if out_dtype == torch.int32:
-        return torch.from_numpy(acc)
-    s = scale.reshape(-1, 1).numpy()
-    with np.errstate(all="ignore"):
-        t = acc.astype(np.float32) * canonical["scales"].float().reshape(-1).numpy()
-        y = s * t if bias is None else fma(s, t, bias.float().numpy())
-    return torch.from_numpy(y).to(out_dtype)
 
 
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
@@ -325,8 +289,7 @@ def test_out(out_dtype):
         w, (q, scale, zero_point) = make_weight(n, k, m), activations(m, k, m)
         bias = None if out_dtype == torch.int32 else torch.randn(n, generator=generator(m))
         out = Guarded(torch.full((m, n), 77, dtype=out_dtype))
-        result = torch.ops.qops.int8_gemm.out(q, scale, zero_point, w.packed, w.scales, bias, n, out=out.tensor)
-        assert result is None
+        assert qops.int8_gemm(q, scale, w, bias, zero_point=zero_point, out=out.tensor) is out.tensor
         out.check()
         want = by_contract(q, scale, w, bias, zero_point=zero_point, out_dtype=out_dtype)
         assert_bitwise(out.tensor, want, f"{m}x{n}")

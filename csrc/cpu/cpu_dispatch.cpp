@@ -1,4 +1,7 @@
 // Chooses the ISA level once, at load, and forwards every cpu:: kernel to its table.
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -25,6 +28,26 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
 #endif
+#if defined(QOPS_HAS_AMX)
+// Linux gives the tiles' 8 KiB of state to a process that asks for them, in all of its threads. It refuses where a
+// thread has a signal stack too small for them; a sandbox may refuse as well.
+bool has_amx() {
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+  return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// The kernels of AVX-512 but for int8_gemm.
+const KernelTable* amx_kernels() {
+  static const KernelTable table = [] {
+    KernelTable kernels = avx512::kKernels;
+    kernels.int8_gemm = &amx::int8_gemm;
+    return kernels;
+  }();
+  return &table;
+}
+#endif
 
 struct Dispatch {
   const Level* chosen;
@@ -35,6 +58,9 @@ struct Dispatch {
 Dispatch choose() {
   // Best first.
   static const Level levels[] = {
+#if defined(QOPS_HAS_AMX)
+      {"amx", amx_kernels(), has_amx()},
+#endif
 #if defined(QOPS_HAS_AVX512)
       {"avx512", &avx512::kKernels, has_avx512()},
 #endif

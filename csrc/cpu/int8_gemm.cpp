@@ -11,10 +11,11 @@
 // both operands are widened to 16 bits (vpmaddubsw would saturate), and the row of ones only runs with zero points.
 //
 // Bytes and operations: 64 bytes of w take one load and M + 1 dot products, two a cycle. DRAM gives them in about 15
-// cycles a core, so weights bound the call up to M of some 24, the dot products beyond.
+// cycles a core, so weights bound the call up to M of some 24, the dot products beyond. AMX: int8_gemm_amx.cpp.
 #include <algorithm>
 #include <utility>
 
+#include "cpu/int8_gemm_epilogue.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
 
@@ -32,7 +33,7 @@ constexpr int kWideStrips = 2 * kTileStrips;
 constexpr int64_t kMaxRows = 1024;
 // Strips that one thread takes at a time stay in its L2 while every tile of x passes over them.
 constexpr int64_t kChunkBytes = 512 << 10;
-constexpr int64_t kMaxChunk = 64;
+constexpr int kMaxChunk = 64;
 
 // Rows of x as the dot products read them. Row 0 holds ones where sum_k w is needed; x begins at row `first`.
 struct PackedRows {
@@ -103,36 +104,6 @@ constexpr Tiles tiles(std::integer_sequence<int, I...>) {
 }
 constexpr Tiles kTiles = tiles(std::make_integer_sequence<int, kTileRows>());
 
-// One row of a tile to y; w_sum holds sum_k w of its columns.
-template <class T>
-void finish_row(const Int8GemmParams& p, int64_t row, int64_t column, int64_t columns, const int32_t* sums,
-                const int32_t* w_sum) {
-  const int32_t zero = p.zero_point == nullptr ? 0 : p.zero_point[p.zero_point_rows.offset(row)];
-  const I32x16 offset = set1(static_cast<int32_t>(uint32_t{kDotOffset} + static_cast<uint32_t>(zero)));
-  const F32x16 scale = set1(p.scale[p.scale_rows.offset(row)]);
-  T* y = static_cast<T*>(p.y) + row * p.n + column;
-  for (int64_t i = 0; i < columns; i += kLanes) {
-    const int64_t n = std::min<int64_t>(kLanes, columns - i);
-    I32x16 acc = load(sums + i);
-    if (w_sum != nullptr) acc = acc - offset * load(w_sum + i);
-    if constexpr (std::is_same_v<T, int32_t>) {
-      store_n(y + i, acc, n);
-    } else {
-      // K = 0 has no scales.
-      const F32x16 w_scale = p.k == 0 ? set1(0.0f) : load_as_float(p.w_scale, p.w_scale_dtype, column + i, kLanes);
-      const F32x16 t = to_float(acc) * w_scale;
-      const F32x16 scaled =
-          p.bias == nullptr ? scale * t : fma(scale, t, load_as_float(p.bias, p.bias_dtype, column + i, n));
-      store_n(y + i, scaled, n);
-    }
-  }
-}
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
 // y of some rows and strips. `packed` holds the rows from first_row on.
 template <class T>
 void multiply(const Int8GemmParams& p, const PackedRows& packed, int64_t first_row, Range rows, Range strips) {
@@ -143,9 +114,9 @@ void multiply(const Int8GemmParams& p, const PackedRows& packed, int64_t first_r
   const int64_t total = packed.first + rows.size();
   const int64_t tiles = (total + kTileRows - 1) / kTileRows;
   Sums sums;
-  int32_t w_sum[kMaxChunk * kStripRows];
   for (int64_t begin = strips.begin; begin < strips.end; begin += chunk) {
     const int64_t end = std::min(begin + chunk, strips.end);
+    Columns<kMaxChunk> columns(p, {begin, end});
     for (int64_t t = 0; t < tiles; ++t) {
       const Range of{total * t / tiles, total * (t + 1) / tiles};
       const int ones = t == 0 ? packed.first : 0;
@@ -156,14 +127,13 @@ void multiply(const Int8GemmParams& p, const PackedRows& packed, int64_t first_r
       for (int64_t strip = begin; strip < end;) {
         const char* w = static_cast<const char*>(p.packed) + strip * strip_bytes;
         const int done = kTiles.of_rows[of.size() - 1](x, packed.plane_bytes, w, strip_bytes, end - strip, sums);
-        const int64_t column = strip * kStripRows;
-        const int64_t columns = std::min<int64_t>(done * kStripRows, p.n - column);
-        int32_t* sum_of_w = w_sum + (strip - begin) * kStripRows;
-        if (ones != 0) std::memcpy(sum_of_w, sums.of[0], static_cast<size_t>(done) * kStripRows * sizeof(int32_t));
-        for (int64_t i = of.begin + ones; i < of.end; ++i) {
-          finish_row<T>(p, rows.begin + i - packed.first, column, columns, sums.of[i - of.begin],
-                        packed.first != 0 ? sum_of_w : nullptr);
+        if (ones != 0) {
+          int32_t* w_sum = columns.w_sum + columns.offset(strip);
+          std::memcpy(w_sum, sums.of[0], static_cast<size_t>(done) * kStripRows * sizeof(int32_t));
         }
+        const Range finished{of.begin + ones + rows.begin - packed.first, of.end + rows.begin - packed.first};
+        finish_rows<T>(p, finished, {strip, strip + done}, sums.of[ones], kWideStrips * kStripRows, kDotOffset,
+                       packed.first != 0, columns);
         strip += done;
       }
     }

@@ -2,8 +2,9 @@
 //
 // A kernel is one source, compiled once per level (CMake sets QOPS_ISA_NS and QOPS_ISA_<LEVEL>). The logical width is
 // fixed at 16, so the order of every sum is part of the source and not of the level: one __m512 (AVX-512), two __m256
-// (AVX2) or a float[16] (scalar) hold the same lanes. Everything lives in the level's own namespace, because an inline
-// function that two levels shared would be emitted once, with the instructions of whichever level the linker kept.
+// (AVX2) or a float[16] (scalar) hold the same lanes. The level amx has AVX-512's and tiles (simd_amx.h). Everything
+// lives in the level's own namespace, because an inline function that two levels shared would be emitted once, with the
+// instructions of whichever level the linker kept.
 #pragma once
 
 #include <cmath>
@@ -45,7 +46,10 @@ inline Status with_dtype(DType dtype, const F& f) {
 
 }  // namespace qops::cpu::QOPS_ISA_NS
 
-#if defined(QOPS_ISA_AVX512)
+#if defined(QOPS_ISA_AMX)
+#include "cpu/simd_amx.h"
+#include "cpu/simd_avx512.h"
+#elif defined(QOPS_ISA_AVX512)
 #include "cpu/simd_avx512.h"
 #elif defined(QOPS_ISA_AVX2)
 #include "cpu/simd_avx2.h"

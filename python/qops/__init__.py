@@ -26,6 +26,8 @@ from qops.ops import (
 from qops.quantize import quantize_model
 from qops.weights import Int4Weight, Int8Weight
 
+__version__: str
+"""Version of the package."""
 try:
     __version__ = version("qops")
 except PackageNotFoundError:  # the tree is on sys.path without being installed

@@ -23,8 +23,17 @@ class QuantizedWeight(nn.Module):
     """State handling that Int4Weight and Int8Weight share; a subclass says what its codes look like."""
 
     FORMAT_VERSION = 1
+    """Version of the state; a state of another one is refused."""
     _OPTIONAL_BUFFERS: tuple[str, ...] = ()
 
+    in_features: int
+    """K."""
+    out_features: int
+    """N."""
+    group_size: int
+    """G, the columns that share a scale: K where there is one group per row."""
+    scale_dtype: torch.dtype
+    """float16, bfloat16 or float32."""
     qweight: Tensor
     packed: Tensor
     scales: Tensor
@@ -71,10 +80,12 @@ class QuantizedWeight(nn.Module):
 
     @property
     def is_packed(self) -> bool:
+        """Whether the weight is in the packed form, which the operators read."""
         return "packed" in self._buffers
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors live."""
         return self.scales.device
 
     @torch.no_grad()
@@ -82,6 +93,9 @@ class QuantizedWeight(nn.Module):
         """Replaces the canonical tensors by the packed ones; a packed weight stays as it is.
 
         Not while another thread reads the weight: the tensors it reads go.
+
+        Raises:
+            RuntimeError: this build has no kernels for the weight's device.
         """
         tensors = self._tensors()
         if "packed" not in tensors:
@@ -97,7 +111,10 @@ class QuantizedWeight(nn.Module):
 
     @torch.no_grad()
     def canonical(self) -> dict[str, Tensor]:
-        """The canonical tensors by name: unpacked for the caller, or the weight's own where it is canonical."""
+        """The canonical tensors by name: unpacked for the caller, or the weight's own where it is canonical.
+
+        Shapes and dtypes stand in the docstring of the class.
+        """
         rows, perm = self._canonical_rows(0, self.out_features), getattr(self, "perm", None)
         if perm is not None:
             rows["perm"] = perm.clone() if self.is_packed else perm
@@ -112,8 +129,18 @@ class QuantizedWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The exact weights ``[N, K]``, in the original order of columns.
 
-        Numerics: the real-number value of each stored weight is rounded once to float32, to nearest even, and once
-        more when another dtype is asked for: a producer's float16 reference is ``dequantize(torch.float16)``.
+        Args:
+            dtype: float32, or another floating-point dtype.
+
+        Returns:
+            ``[N, K]``, dense, a copy.
+
+        Numerics:
+            The real-number value of each stored weight is rounded once to float32, to nearest even, and once more when
+            another dtype is asked for: a producer's float16 reference is ``dequantize(torch.float16)``.
+
+        Raises:
+            RuntimeError: ``dtype`` is no floating-point dtype.
         """
         if not dtype.is_floating_point:
             raise RuntimeError(f"{self._name()}.dequantize: dtype must be floating point, got {dtype_name(dtype)}")
@@ -131,8 +158,14 @@ class QuantizedWeight(nn.Module):
     def cat(cls, weights: Sequence[Self]) -> Self:
         """One packed weight with the rows of all, in order (merged q/k/v or gate/up); inverse of :meth:`split`.
 
+        Args:
+            weights: at least one, of any form; they stay as they are.
+
+        Returns:
+            A packed weight whose N is the sum of theirs.
+
         Raises:
-            ValueError: they differ in K, group size, kind, scale dtype, device or ``perm``.
+            ValueError: there is none; they differ in K, group size, kind, scale dtype, device or ``perm``.
         """
         if not weights:
             raise ValueError(f"{cls._name()}.cat: needs at least one weight")
@@ -151,6 +184,12 @@ class QuantizedWeight(nn.Module):
     @torch.no_grad()
     def split(self, sizes: Sequence[int]) -> list[Self]:
         """Canonical weights of ``sizes`` consecutive rows each, with memory of their own; inverse of :meth:`cat`.
+
+        Args:
+            sizes: rows of each part, multiples of 8 that add up to N.
+
+        Returns:
+            One weight per size, not packed.
 
         Raises:
             ValueError: a size is no multiple of 8, or they do not add up to N.

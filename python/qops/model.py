@@ -26,6 +26,8 @@ from qops.weights import Int4Weight, Int8Weight
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+__all__ = ["dense_model", "load_model", "load_tokenizer", "save_model"]
+
 Weight = Int4Weight | Int8Weight | torch.Tensor
 
 QUANT_METHOD = "qops"
@@ -59,7 +61,7 @@ def load_model(
 
     Args:
         path: a GGUF file of a Llama-family model (Q4_0, Q4_1, Q8_0, F32, F16, BF16 tensors), or a folder written by
-            `save_model`.
+            :func:`qops.save_model`.
         dtype: float32, bfloat16 or float16.
         device: where the model goes.
 
@@ -91,7 +93,19 @@ def load_model(
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model that `load_model` reads: from a GGUF file, or from a folder it was saved to."""
+    """The tokenizer beside a model that :func:`qops.load_model` reads.
+
+    Args:
+        path: a GGUF file, or a folder that the tokenizer was saved to.
+
+    Returns:
+        A Transformers tokenizer.
+
+    Raises:
+        ImportError: Transformers >= 5.17, < 6 (or, for GGUF, the gguf package) is missing.
+        OSError: nothing is at `path`, or a folder without a tokenizer.
+        ValueError: a GGUF file that is malformed or holds no tokenizer.
+    """
     require_transformers("qops.load_tokenizer")
     if Path(path).is_file():
         from qops.formats import gguf
@@ -103,11 +117,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Writes a model made by `load_model` or `quantize_model` so that `load_model` reads it back bit for bit.
+    """Writes a model so that :func:`qops.load_model` reads it back bit for bit.
 
-    The tokenizer is the caller's: `tokenizer.save_pretrained(folder)` into the same folder.
+    The folder gets `config.json`, `generation_config.json` and `qops.safetensors`. The tokenizer is the caller's:
+    `tokenizer.save_pretrained(folder)` into the same folder.
+
+    Args:
+        model: made by :func:`qops.load_model` or :func:`qops.quantize_model`; it stays as it is.
+        folder: created where it is missing; its files are replaced.
 
     Raises:
+        ImportError: Transformers >= 5.17, < 6 or safetensors is missing.
         ValueError: the model has no qops parts, or its class is not one of Transformers' own.
     """
     from safetensors.torch import save_file
@@ -149,8 +169,16 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The plain Transformers model with the same weights, dequantised: what the qops model is compared with.
 
     Args:
-        model: made by `load_model` or `quantize_model`; it stays as it is.
-        dtype: of weights and activations; each exact weight is rounded to float32, then to `dtype`.
+        model: made by :func:`qops.load_model` or :func:`qops.quantize_model`; it stays as it is.
+        dtype: float32, bfloat16 or float16, of weights and activations; each exact weight is rounded to float32, then
+            to `dtype`.
+
+    Returns:
+        A model of the same class, in eval mode, frozen.
+
+    Raises:
+        ImportError: Transformers >= 5.17, < 6 is missing.
+        ValueError: the model has no qops parts; another dtype.
     """
     require_replaced(model, "qops.dense_model")
     dense = _skeleton(type(model), model.config, dtype)

@@ -1,6 +1,6 @@
 """Modules on qops operators, without knowledge of any model library.
 
-Every weight is an `Int4Weight` or `Int8Weight` submodule called `weight`, so a state_dict reads
+Every weight is a :class:`qops.Int4Weight` or :class:`qops.Int8Weight` submodule called `weight`, so a state_dict reads
 `<linear>.weight.qweight`, `<linear>.weight.scales`, ... Modules are for inference: parameters are frozen.
 """
 
@@ -26,9 +26,23 @@ from qops.ops import (
 )
 from qops.weights import Int4Weight, Int8Weight
 
+__all__ = [
+    "MLP",
+    "Int4Linear",
+    "Int8Embedding",
+    "Int8Linear",
+    "Int8Rows",
+    "Int8WeightOnlyLinear",
+    "MergedLinear",
+    "MergingModule",
+    "RMSNorm",
+    "dense_linear",
+    "frozen",
+]
+
 
 class Int8Rows(NamedTuple):
-    """Activations in 8 bits, as a norm or SiLU-mul hands them to an `Int8Linear`.
+    """Activations in 8 bits, as a norm or SiLU-mul hands them to an :class:`Int8Linear`.
 
     Attributes:
         q: int8 [..., K].
@@ -42,7 +56,14 @@ class Int8Rows(NamedTuple):
 
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:
-    """`tensor` as a parameter that follows `.to(dtype)` and never requires grad."""
+    """A parameter that follows `.to(dtype)` and never requires grad.
+
+    Args:
+        tensor: any; it is detached, not copied.
+
+    Returns:
+        A parameter around the same memory.
+    """
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
@@ -84,7 +105,16 @@ class _QuantizedLinear(nn.Module):
 
 
 class Int4Linear(_QuantizedLinear):
-    """y = x @ w.T + bias with an int4 weight: `qops.int4_gemm` as a module."""
+    """y = x @ w.T + bias with an int4 weight: :func:`qops.int4_gemm` as a module.
+
+    Args:
+        weight: a :class:`qops.Int4Weight` [N, K].
+        bias: [N], added in float32.
+        float32_output: return float32 whatever the activations' dtype, without rounding the sum to it.
+
+    Raises:
+        ValueError: the bias does not have N elements.
+    """
 
     weight: Int4Weight
 
@@ -92,29 +122,72 @@ class Int4Linear(_QuantizedLinear):
     def from_linear(
         cls, linear: nn.Linear, group_size: int = 128, symmetric: bool = True, *, float32_output: bool = False
     ) -> Int4Linear:
-        """Quantises a dense linear by round-to-nearest; the scales take the weight's dtype."""
+        """Quantises a dense linear by round-to-nearest; the scales take the weight's dtype.
+
+        Args:
+            linear: floating-point weight [N, K], N and K multiples of 8; it stays as it is.
+            group_size: as in :meth:`qops.Int4Weight.quantize`, which also tells numerics and errors.
+            symmetric: as there.
+            float32_output: as in the class.
+
+        Returns:
+            A linear with the same bias.
+        """
         weight = Int4Weight.quantize(linear.weight.detach(), group_size, symmetric)
         return cls(weight, linear.bias, float32_output=float32_output)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See :func:`qops.int4_gemm`.
+
+        Args:
+            x: [..., K].
+
+        Returns:
+            [..., N] in the dtype of x, or float32.
+        """
         return int4_gemm(x.float() if self.float32_output else x, *self._operands())
 
 
 class Int8Linear(_QuantizedLinear):
-    """y = x @ w.T + bias with an int8 weight and int8 activations (W8A8): `qops.int8_gemm` as a module.
+    """y = x @ w.T + bias with an int8 weight and int8 activations (W8A8): :func:`qops.int8_gemm` as a module.
 
-    Activations are quantised per token (`qops.quantize_int8`, rule "127") unless they come as `Int8Rows`.
+    Activations are quantised per token (:func:`qops.quantize_int8`, rule "127") unless they come as :class:`Int8Rows`.
+
+    Args:
+        weight: a :class:`qops.Int8Weight` [N, K] with one scale per row.
+        bias: [N], added in float32.
+        float32_output: return float32 whatever the activations' dtype, without rounding the sum to it.
+
+    Raises:
+        ValueError: the bias does not have N elements.
     """
 
     weight: Int8Weight
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, float32_output: bool = False) -> Int8Linear:
-        """Quantises a dense linear by round-to-nearest, one float32 scale per output channel."""
+        """Quantises a dense linear by round-to-nearest, one float32 scale per output channel.
+
+        Args:
+            linear: floating-point weight [N, K], N and K multiples of 8; it stays as it is. Numerics and errors are
+                those of :meth:`qops.Int8Weight.quantize`.
+            float32_output: as in the class.
+
+        Returns:
+            A linear with the same bias.
+        """
         weight = Int8Weight.quantize(linear.weight.detach(), scale_dtype=torch.float32)
         return cls(weight, linear.bias, float32_output=float32_output)
 
     def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
+        """See :func:`qops.int8_gemm`.
+
+        Args:
+            x: [..., K], dense or 8-bit.
+
+        Returns:
+            [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32.
+        """
         rows = x if isinstance(x, Int8Rows) else Int8Rows(*quantize_int8(x), x.dtype)
         weight, bias = self._operands()
         dtype = torch.float32 if self.float32_output else rows.dtype
@@ -122,11 +195,28 @@ class Int8Linear(_QuantizedLinear):
 
 
 class Int8WeightOnlyLinear(_QuantizedLinear):
-    """y = x @ w.T + bias with an int8 weight and dense activations: `qops.int8_weight_only_gemm` as a module."""
+    """y = x @ w.T + bias with an int8 weight and dense activations: :func:`qops.int8_weight_only_gemm` as a module.
+
+    Args:
+        weight: a :class:`qops.Int8Weight` [N, K].
+        bias: [N], added in float32.
+        float32_output: return float32 whatever the activations' dtype, without rounding the sum to it.
+
+    Raises:
+        ValueError: the bias does not have N elements.
+    """
 
     weight: Int8Weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See :func:`qops.int8_weight_only_gemm`.
+
+        Args:
+            x: [..., K].
+
+        Returns:
+            [..., N] in the dtype of x, or float32.
+        """
         return int8_weight_only_gemm(x.float() if self.float32_output else x, *self._operands())
 
 
@@ -134,7 +224,7 @@ class Int8Embedding(nn.Module):
     """Rows of an int8 weight, dequantised when looked up.
 
     The exact row is rounded once to the module's dtype, which follows `.to(dtype)`. A tied output linear holds the
-    very same `Int8Weight` object, so the table exists once.
+    very same :class:`qops.Int8Weight` object, so the table exists once.
 
     Args:
         weight: [vocabulary, hidden].
@@ -152,6 +242,14 @@ class Int8Embedding(nn.Module):
         self.register_buffer("dtype_marker", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """See :meth:`qops.Int8Weight.rows`.
+
+        Args:
+            ids: int32 or int64 [...].
+
+        Returns:
+            [..., hidden].
+        """
         return self.weight.rows(ids, self.dtype_marker.dtype)
 
     def extra_repr(self) -> str:
@@ -159,14 +257,16 @@ class Int8Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`qops.rms_norm`, or with a residual `qops.add_rms_norm`.
+    """:func:`qops.rms_norm`, or with a residual :func:`qops.add_rms_norm`, as a module.
+
+    With `int8` they are :func:`qops.rms_norm_int8` and :func:`qops.add_rms_norm_int8`, rule "127".
 
     Args:
         weight: [H].
         eps: added to the mean of squares.
         weight_offset: added to the weight; 1 in Gemma.
-        rounding: "hf" or "fp32", see `qops.rms_norm`.
-        int8: return `Int8Rows` instead of a tensor, for an `Int8Linear` that follows.
+        rounding: "hf" or "fp32", see :func:`qops.rms_norm`.
+        int8: return :class:`Int8Rows` instead of a tensor, for an :class:`Int8Linear` that follows.
     """
 
     def __init__(
@@ -180,13 +280,29 @@ class RMSNorm(nn.Module):
         self.int8 = int8
 
     def forward(self, x: torch.Tensor) -> Any:
+        """The norm of x.
+
+        Args:
+            x: float32, float16 or bfloat16 [..., H].
+
+        Returns:
+            [..., H] in the dtype of x, or :class:`Int8Rows`.
+        """
         style: Any = {"weight_offset": self.weight_offset, "rounding": self.rounding}
         if self.int8:
             return Int8Rows(*rms_norm_int8(x, self.weight, self.eps, **style), x.dtype)
         return rms_norm(x, self.weight, self.eps, **style)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """(norm of x + residual, x + residual)."""
+        """The norm of a sum, and the sum.
+
+        Args:
+            x: float32, float16 or bfloat16 [..., H].
+            residual: same dtype and shape.
+
+        Returns:
+            (norm of x + residual, x + residual); the norm is an :class:`Int8Rows` with `int8`.
+        """
         style: Any = {"weight_offset": self.weight_offset, "rounding": self.rounding}
         if self.int8:
             q, scale, total = add_rms_norm_int8(x, residual, self.weight, self.eps, **style)
@@ -203,7 +319,8 @@ class MergedLinear(nn.Module):
 
     Parts of one type (int4 of one kind and group size, int8 of one group size, or dense; all or none with a bias)
     become one linear. Others stay separate and their outputs are concatenated: mixed checkpoints work, only slower.
-    The parent must derive from `MergingModule`, which gives the parts their names back when a state_dict is loaded.
+    The parent must derive from :class:`MergingModule`, which gives the parts their names back when a state_dict is
+    loaded.
 
     Args:
         parts: name -> linear, in output order.
@@ -220,11 +337,19 @@ class MergedLinear(nn.Module):
 
     @property
     def takes_int8(self) -> bool:
-        """Whether every part is an `Int8Linear`, so that the input may be `Int8Rows`."""
+        """Whether every part is an :class:`Int8Linear`, so that the input may be :class:`Int8Rows`."""
         linears = self.separate if self.merged is None else [self.merged]
         return all(isinstance(linear, Int8Linear) for linear in linears)
 
     def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
+        """The outputs of all parts side by side.
+
+        Args:
+            x: [..., K]; 8-bit only where `takes_int8`.
+
+        Returns:
+            [..., sum of the parts' N].
+        """
         merged = self.merged
         if merged is not None:
             return merged(x)
@@ -248,7 +373,7 @@ class MergedLinear(nn.Module):
 
 
 class MergingModule(nn.Module):
-    """Base of modules with `MergedLinear` children: loads state_dicts that name the parts."""
+    """Base of modules with :class:`MergedLinear` children: loads state_dicts that name the parts."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         error_msgs = rest[-1]
@@ -259,12 +384,13 @@ class MergingModule(nn.Module):
 
 
 class MLP(MergingModule):
-    """down(act(gate(x)) * up(x)), gate and up as one GEMM.
+    """`down(act(gate(x)) * up(x))`, gate and up as one GEMM.
 
-    With SiLU the activation is `qops.silu_mul`, which hands `Int8Rows` to an `Int8Linear`.
+    With SiLU the activation is :func:`qops.silu_mul`; before an :class:`Int8Linear` it is :func:`qops.silu_mul_int8`.
 
     Args:
-        gate_proj, up_proj, down_proj: linears.
+        gate_proj, up_proj: linears K -> I.
+        down_proj: linear I -> N.
         act: another activation than SiLU, computed by PyTorch.
     """
 
@@ -281,6 +407,14 @@ class MLP(MergingModule):
         self.act = act
 
     def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
+        """The formula of the class.
+
+        Args:
+            x: [..., K]; 8-bit only where gate and up are :class:`Int8Linear`.
+
+        Returns:
+            [..., N].
+        """
         gate_up = self.gate_up_proj(x)
         if self.act is not None:
             gate, up = gate_up.chunk(2, dim=-1)
@@ -291,7 +425,15 @@ class MLP(MergingModule):
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
-    """A frozen nn.Linear around `weight` [N, K], without a copy."""
+    """A frozen nn.Linear around a dense weight, without a copy.
+
+    Args:
+        weight: [N, K].
+        bias: [N].
+
+    Returns:
+        y = x @ w.T + bias, computed by PyTorch.
+    """
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = frozen(weight)
     if bias is not None:

@@ -27,6 +27,8 @@ from qops.replacement import (
 )
 from qops.weights import Int4Weight, Int8Weight
 
+__all__ = ["QuantizationReport", "quantize_model"]
+
 SCHEMES = ("int4", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Operators that neither read nor write elements.
@@ -49,14 +51,15 @@ def quantize_model(
 
     Schemes:
 
-    * `"int4"` (W4A16): 4-bit weights in groups, `qops.int4_gemm`.
+    * `"int4"` (W4A16): 4-bit weights in groups, :func:`qops.int4_gemm`.
     * `"int8"` (W8A8): 8-bit weights with one scale per output channel, activations quantised per token,
-      `qops.int8_gemm`.
+      :func:`qops.int8_gemm`.
 
     Llama (SmolLM, SmolLM2), Mistral, Qwen 2, 2.5 and 3, SmolLM3, Gemma 1, 2 and 3 get fused decoder layers: q, k and v
     as one GEMM, gate and up as another, the residual addition inside the norm, norms of q and k and rotary in place
     and, with "int8", norms and SiLU-mul that emit 8-bit activations. In other models the linears and RMSNorms are
-    replaced one by one. What became of every part stands in `model.quantization_report`.
+    replaced one by one. What became of every part stands in `model.quantization_report`, a
+    :class:`qops.quantize.QuantizationReport`.
 
     Layers are converted one at a time and their dense weights freed: at its peak the memory is that of the dense model
     and one quantised layer.
@@ -76,9 +79,10 @@ def quantize_model(
         The same model.
 
     Numerics:
-        Weights as in `Int4Weight.quantize` and `Int8Weight.quantize`, with scales in the dtype of the weight ("int4")
-        or float32 ("int8"); activations by `qops.quantize_int8`, rule "127". A fused layer has the bits of the
-        operators one by one; unlike Transformers it computes rotary from float32 tables in every dtype.
+        Weights as in :meth:`qops.Int4Weight.quantize` and :meth:`qops.Int8Weight.quantize`, with scales in the dtype of
+        the weight ("int4") or float32 ("int8"); activations by :func:`qops.quantize_int8`, rule "127". A fused layer
+        has the bits of the operators one by one; unlike Transformers it computes rotary from float32 tables in every
+        dtype.
 
     Raises:
         ImportError: Transformers >= 5.17, < 6 is missing.
@@ -122,7 +126,7 @@ def quantize_model(
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What `quantize_model` did; `str()` is a summary.
+    """What :func:`qops.quantize_model` did; `str()` is a summary.
 
     Attributes:
         scheme: as asked for.

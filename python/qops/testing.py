@@ -5,15 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = [
+    "FLOAT_DTYPES",
+    "Guarded",
+    "assert_accurate",
+    "assert_bitwise",
+    "generator",
+    "random_activations",
+    "strided_rows",
+]
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of activations."""
 
 
 def generator(seed: int) -> torch.Generator:
+    """A CPU generator.
+
+    Args:
+        seed: the same seed gives the same numbers.
+
+    Returns:
+        A generator of its own.
+    """
     return torch.Generator().manual_seed(seed)
 
 
 def random_activations(*shape: int, dtype: torch.dtype, seed: int, outliers: bool = True) -> Tensor:
-    """Normal values; with ``outliers``, one channel in 64 is 20 times larger, as in the residual stream of an LLM."""
+    """Normal values, by default with outliers as in the residual stream of an LLM.
+
+    Args:
+        shape: of the result; the last dimension holds the channels.
+        dtype: of the result.
+        seed: the same seed gives the same numbers.
+        outliers: make about one channel in 64 20 times larger.
+
+    Returns:
+        A contiguous CPU tensor.
+    """
     rng = generator(seed)
     x = torch.randn(shape, generator=rng)
     if outliers and x.numel() > 0:
@@ -23,7 +52,15 @@ def random_activations(*shape: int, dtype: torch.dtype, seed: int, outliers: boo
 
 
 def strided_rows(x: Tensor, pad: int = 8) -> Tensor:
-    """The same values as a view whose rows lie ``pad`` elements further apart, over a NaN-filled buffer."""
+    """The same values as a view over a NaN-filled buffer.
+
+    Args:
+        x: floating-point ``[..., K]``.
+        pad: how many elements further apart the rows lie.
+
+    Returns:
+        A view of the shape and dtype of ``x``, offset by ``pad // 2`` elements.
+    """
     buffer = torch.full((*x.shape[:-1], x.shape[-1] + pad), float("nan"), dtype=x.dtype)
     view = buffer[..., pad // 2 : pad // 2 + x.shape[-1]]
     view.copy_(x)
@@ -31,10 +68,19 @@ def strided_rows(x: Tensor, pad: int = 8) -> Tensor:
 
 
 class Guarded:
-    """A contiguous tensor between two walls of known bytes; :meth:`check` fails when either wall was written."""
+    """A contiguous tensor between two walls of known bytes; :meth:`check` fails when either wall was written.
+
+    Args:
+        t: gives dtype, shape and values.
+
+    Attributes:
+        tensor: the guarded copy of it.
+    """
 
     WALL_BYTES = 128
+    """Size of each wall."""
     PATTERN = 0xA5
+    """The known byte."""
 
     def __init__(self, t: Tensor) -> None:
         size = t.numel() * t.element_size()
@@ -44,6 +90,11 @@ class Guarded:
         self.tensor.copy_(t)
 
     def check(self) -> None:
+        """Fails when bytes outside the tensor were written.
+
+        Raises:
+            AssertionError: they were.
+        """
         walls = torch.cat([self._bytes[: self.WALL_BYTES], self._bytes[-self.WALL_BYTES :]])
         assert bool((walls == self.PATTERN).all()), "bytes outside the tensor were written"
 
@@ -55,6 +106,10 @@ def assert_accurate(out: Tensor, ref: Tensor, baseline: Tensor, what: str = "") 
         out: the kernel's result.
         ref: the reference in float64.
         baseline: the same computation by torch in the dtype of ``out``.
+        what: the start of the message.
+
+    Raises:
+        AssertionError: an element is further off, or a shape or a non-finite value differs.
 
     The floor is the largest error that rounding ``ref`` itself to the dtype of ``out`` makes. Non-finite values must
     stand at the same places in ``out`` and ``ref``.
@@ -80,7 +135,15 @@ def assert_accurate(out: Tensor, ref: Tensor, baseline: Tensor, what: str = "") 
 
 
 def assert_bitwise(a: Tensor, b: Tensor, what: str = "") -> None:
-    """Same dtype, shape and bits; NaN equals NaN whatever its payload."""
+    """Same dtype, shape and bits; NaN equals NaN whatever its payload.
+
+    Args:
+        a, b: the tensors.
+        what: the start of the message.
+
+    Raises:
+        AssertionError: they differ; the message counts the elements and names the first.
+    """
     assert a.dtype == b.dtype and a.shape == b.shape, (
         f"{what}: {a.dtype} {tuple(a.shape)} is not {b.dtype} {tuple(b.shape)}"
     )

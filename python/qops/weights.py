@@ -70,7 +70,13 @@ class Int4Weight(QuantizedWeight):
     """
 
     KINDS = KINDS
+    """The kinds of zero point: "symmetric", "zero_point", "float_zero", "offset"."""
     _OPTIONAL_BUFFERS = ("zeros", "perm")
+
+    kind: str
+    """One of ``KINDS``."""
+    act_order: bool
+    """Whether stored columns are in another order than those of w."""
 
     def __init__(
         self,
@@ -163,9 +169,12 @@ class Int4Weight(QuantizedWeight):
             perm: int32 or int64 ``[K]``, a permutation of 0 ... K-1; stored column j is column ``perm[j]`` of w.
             pack: False leaves the weight canonical; it may then share memory with the arguments.
 
+        Returns:
+            A weight that holds exactly these numbers.
+
         Raises:
-            ValueError: shapes or group size do not fit; NaN or infinity in scales or zeros; a zero point above 16;
-                ``perm`` is no permutation.
+            ValueError: shapes, group size or kind do not fit; NaN or infinity in scales or zeros; a zero point above
+                16; ``perm`` is no permutation.
             RuntimeError: dtypes, or tensors on different devices.
         """
         name = cls._name()
@@ -193,7 +202,18 @@ class Int4Weight(QuantizedWeight):
 
     @classmethod
     def from_gguf(cls, blocks: Tensor, qtype: str) -> Int4Weight:
-        """A weight from GGUF blocks, uint8 ``[N, bytes per row]``, of type "Q4_0" or "Q4_1"; nothing is rounded."""
+        """A weight from GGUF blocks; nothing is rounded.
+
+        Args:
+            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
+            qtype: "Q4_0" or "Q4_1".
+
+        Returns:
+            A packed weight in groups of 32 with float16 scales, of kind ``"symmetric"`` or ``"offset"``.
+
+        Raises:
+            ValueError: another type, or blocks that do not fill rows of it.
+        """
         from qops.formats import gguf
 
         return gguf.int4_weight(blocks, qtype)
@@ -264,7 +284,18 @@ class Int8Weight(QuantizedWeight):
     Packed tensors, with S = ceil(N / 16) strips: ``packed`` int8 ``[S, 16 K]``, ``scales [S, K/G, 16]``. Rows past N
     fill the last strip with zeros.
 
-    Arguments and errors as :class:`Int4Weight`; the default is one group per row.
+    The constructor makes a weight of zeros to load a state into, as that of :class:`Int4Weight` does.
+
+    Args:
+        in_features: K, a multiple of 8.
+        out_features: N, a multiple of 8.
+        group_size: G, a multiple of 16 that divides K; -1 (or K) for one group per row.
+        scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
+        device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
+
+    Raises:
+        ValueError: sizes or group size do not fit.
+        RuntimeError: a scale dtype that no kernel reads.
     """
 
     def __init__(
@@ -284,7 +315,25 @@ class Int8Weight(QuantizedWeight):
     def quantize(cls, weight: Tensor, group_size: int = -1, scale_dtype: torch.dtype | None = None) -> Self:
         """Rounds a weight to the nearest codes: ``s = R(max|w| / 127)``, ``q = clamp(rne(w / s), -127, 127)``.
 
-        Per group; roundings, arguments, zero groups and errors as in :meth:`Int4Weight.quantize`.
+        Per group, with R() the rounding to float32 and then to the scale dtype, and rne() rounding half to even.
+
+        Args:
+            weight: float16, bfloat16, float32 or float64 ``[N, K]``.
+            group_size: G, as in the class.
+            scale_dtype: default the dtype of ``weight``, float32 where that is float64.
+
+        Returns:
+            A packed weight.
+
+        Numerics:
+            As in :meth:`Int4Weight.quantize`; no positive value is clamped below the group's largest.
+
+        Raises:
+            ValueError: sizes or group size do not fit; a weight is NaN or infinite; a scale overflows its dtype.
+            RuntimeError: a dtype that is not supported.
+
+        Source:
+            Per-channel weights of compressed-tensors and torchao with the range -127 ... 127.
         """
         qweight, scales, _ = _round_to_nearest(
             f"{cls._name()}.quantize",
@@ -310,8 +359,12 @@ class Int8Weight(QuantizedWeight):
                 repeats.
             pack: False leaves the weight canonical; it may then share memory with the arguments.
 
+        Returns:
+            A weight that holds exactly these numbers.
+
         Raises:
-            As :meth:`Int4Weight.from_canonical`.
+            ValueError: shapes or group size do not fit; NaN or infinity in scales.
+            RuntimeError: dtypes, or tensors on different devices.
         """
         name = cls._name()
         require_matrix(name, "qweight", qweight)
@@ -327,7 +380,18 @@ class Int8Weight(QuantizedWeight):
 
     @classmethod
     def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0") -> Int8Weight:
-        """A weight from GGUF blocks, uint8 ``[N, bytes per row]``, of type "Q8_0"; nothing is rounded."""
+        """A weight from GGUF blocks; nothing is rounded.
+
+        Args:
+            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
+            qtype: "Q8_0".
+
+        Returns:
+            A packed weight in groups of 32 with float16 scales.
+
+        Raises:
+            ValueError: another type, or blocks that do not fill rows of it.
+        """
         from qops.formats import gguf
 
         return gguf.int8_weight(blocks, qtype)

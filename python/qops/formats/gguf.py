@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+__all__ = ["GGUFFile", "int4_weight", "int8_weight", "load_tokenizer", "unpermute_rows"]
+
 BLOCK = 32
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 DENSE_TYPES = ("F32", "F16", "BF16")
@@ -71,7 +73,13 @@ def int4_weight(blocks: torch.Tensor, qtype: str, *, pack: bool = True) -> Int4W
     Args:
         blocks: uint8 [N, bytes per row] as stored in the file.
         qtype: "Q4_0" or "Q4_1".
-        pack: as in `Int4Weight.from_canonical`.
+        pack: as in :meth:`qops.Int4Weight.from_canonical`.
+
+    Returns:
+        An :class:`qops.Int4Weight`.
+
+    Numerics:
+        Exact.
 
     Raises:
         ValueError: another type, or blocks that do not fill rows of it.
@@ -89,7 +97,18 @@ def int4_weight(blocks: torch.Tensor, qtype: str, *, pack: bool = True) -> Int4W
 
 
 def int8_weight(blocks: torch.Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:
-    """Q8_0 blocks, uint8 [N, bytes per row], as an Int8Weight in groups of 32 with float16 scales.
+    """Q8_0 blocks as an Int8Weight in groups of 32 with float16 scales.
+
+    Args:
+        blocks: uint8 [N, bytes per row] as stored in the file.
+        qtype: "Q8_0".
+        pack: as in :meth:`qops.Int8Weight.from_canonical`.
+
+    Returns:
+        An :class:`qops.Int8Weight`.
+
+    Numerics:
+        Exact.
 
     Raises:
         ValueError: another type, or blocks that do not fill rows of it.
@@ -109,6 +128,9 @@ def unpermute_rows(rows: torch.Tensor, heads: int) -> torch.Tensor:
     Args:
         rows: [heads * D, ...]: blocks, dense rows or a bias.
         heads: query heads for attn_q, key/value heads for attn_k.
+
+    Returns:
+        A tensor of the same shape.
     """
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1)
     return pairs.transpose(1, 2).reshape(rows.shape)
@@ -119,6 +141,13 @@ class GGUFFile:
 
     Weights are addressed by their Transformers module name ("model.layers.0.self_attn.q_proj") and come in
     Transformers' row order.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        config: the model's `LlamaConfig`.
+        path: of the file.
 
     Raises:
         ImportError: the `gguf` package or a supported Transformers is missing.
@@ -140,7 +169,17 @@ class GGUFFile:
         self._check_tensors()
 
     def weight(self, name: str) -> Int4Weight | Int8Weight | torch.Tensor:
-        """The weight of module `name`: not packed where it is quantised, in the file's dtype where it is dense."""
+        """The weight of a module.
+
+        Args:
+            name: of the module in Transformers' model.
+
+        Returns:
+            Not packed where it is quantised, in the file's dtype where it is dense.
+
+        Raises:
+            ValueError: the sizes or scales are none that a weight can have.
+        """
         stored = f"{self._stored_name(name)}.weight"
         rows = self._rows(stored)
         kind = self._tensors[stored].tensor_type.name
@@ -152,7 +191,14 @@ class GGUFFile:
             raise self._error(f"tensor {stored}: {error}") from error
 
     def bias(self, name: str) -> torch.Tensor | None:
-        """The dense bias of module `name`, None where the file has none."""
+        """The dense bias of a module.
+
+        Args:
+            name: of the module in Transformers' model.
+
+        Returns:
+            [N] in the file's dtype; None where the file has none.
+        """
         stored = f"{self._stored_name(name)}.bias"
         return self._rows(stored) if stored in self._tensors else None
 
@@ -325,8 +371,14 @@ class GGUFFile:
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer stored in a GGUF file, chat template included, through Transformers' own reader.
 
+    Args:
+        path: of the file.
+
+    Returns:
+        A Transformers tokenizer whose special tokens are those of the file.
+
     Raises:
-        ImportError: as `GGUFFile`.
+        ImportError: as :class:`GGUFFile`.
         ValueError: the container is malformed, holds no tokenizer, or one whose special tokens are no tokens.
     """
     require_transformers("qops.formats.gguf")

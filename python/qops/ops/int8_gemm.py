@@ -27,6 +27,7 @@ def int8_gemm(
     *,
     zero_point: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Multiplies 8-bit activations with an 8-bit weight.
 
@@ -42,10 +43,11 @@ def int8_gemm(
         bias: float32, float16 or bfloat16 ``[N]``.
         zero_point: int32 ``[...]`` or ``[]``, the code of zero, for asymmetric activations.
         out_dtype: bfloat16, float16 or float32; or int32 for ``acc`` itself, which takes no bias and uses no scale.
+        out: the tensor to write to, contiguous, sharing no memory with the inputs; its dtype takes the place of
+            ``out_dtype``. Default: a new one.
 
     Returns:
-        ``y [..., N]``, contiguous, in ``out_dtype``. ``torch.ops.qops.int8_gemm.out`` writes into a given contiguous
-        tensor that overlaps no input.
+        ``y [..., N]``, contiguous, in ``out_dtype``; ``out`` where it is given.
 
     Numerics:
         ``acc`` is exact: within the bounds of K it fits int32, whatever the codes are, as long as zero points lie in
@@ -69,16 +71,18 @@ def int8_gemm(
         >>> qops.int8_gemm(q, torch.tensor([0.5]), w)[0, :4]
         tensor([32., 32., 32., 32.], dtype=torch.bfloat16)
     """
-    refuse_grad("int8_gemm", scale, bias)
+    refuse_grad("int8_gemm", scale, bias, out)
     weight._require_packed()
     if weight.group_size != weight.in_features:
         raise ValueError(
             f"qops.int8_gemm: weight must have one scale per row (group_size = K = {weight.in_features}), "
             f"got group_size = {weight.group_size}"
         )
-    return torch.ops.qops.int8_gemm.default(
-        q, scale, zero_point, weight.packed, weight.scales, bias, weight.out_features, out_dtype
-    )
+    args = (q, scale, zero_point, weight.packed, weight.scales, bias, weight.out_features)
+    if out is None:
+        return torch.ops.qops.int8_gemm.default(*args, out_dtype)
+    torch.ops.qops.int8_gemm.out(*args, out=out)
+    return out
 
 
 def int8_gemm_ref(

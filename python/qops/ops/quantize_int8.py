@@ -66,7 +66,7 @@ def quantize_int8_asym(x: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None =
     """Quantises each row (token) to int8 over its own range: ``x[t, k]`` is near ``(q - zero_point[t]) * scale[t]``.
 
     With ``low = min(min_k x[t, k], 0)``, ``high = max(max_k x[t, k], 0)``, and rne() one rounding to the nearest
-    integer (ties to even)::
+    integer (ties to even):
 
         scale = (high - low) / 255
         zero_point = -128 - rne(low / scale)

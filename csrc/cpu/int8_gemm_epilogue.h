@@ -1,0 +1,73 @@
+// What int8_gemm makes of its exact sums: one float32 chain per output, or the integers themselves.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/simd.h"
+
+namespace qops::cpu::QOPS_ISA_NS {
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// What belongs to the columns of up to kMaxStrips strips, read once for all rows that pass over them.
+template <int kMaxStrips>
+struct Columns {
+  Range strips;
+  alignas(64) float w_scale[kMaxStrips * kStripRows];
+  alignas(64) float bias[kMaxStrips * kStripRows];
+  alignas(64) int32_t w_sum[kMaxStrips * kStripRows];  // sum_k w, by the caller, where finish_row() is to use it
+
+  Columns(const Int8GemmParams& p, Range of) : strips(of) {
+    if (p.dtype == DType::kInt32) return;
+    for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
+      const int64_t column = strip * kStripRows;
+      // K = 0 has no scales.
+      const F32x16 scales = p.k == 0 ? set1(0.0f) : load_as_float(p.w_scale, p.w_scale_dtype, column, kLanes);
+      store(w_scale + offset(strip), scales);
+      if (p.bias == nullptr) continue;
+      const int64_t n = std::min<int64_t>(kLanes, p.n - column);
+      store(bias + offset(strip), load_as_float(p.bias, p.bias_dtype, column, n));
+    }
+  }
+  int64_t offset(int64_t strip) const { return (strip - strips.begin) * kStripRows; }
+};
+
+// y of some rows and of some of the strips of `columns`. Row by row, `stride` apart, `sums` holds those of (x + offset)
+// w; with_w_sum is false where the offset is 0 and no row has a zero point.
+template <class T, int kMaxStrips>
+void finish_rows(const Int8GemmParams& p, Range rows, Range strips, const int32_t* sums, int64_t stride, int32_t offset,
+                 bool with_w_sum, const Columns<kMaxStrips>& columns) {
+  const int64_t column = strips.begin * kStripRows, at = columns.offset(strips.begin);
+  const int64_t end = std::min(strips.end * kStripRows, p.n) - column;
+  const auto finish = [&](auto with_sum, auto with_bias) {
+    for (int64_t row = rows.begin; row < rows.end; ++row, sums += stride) {
+      const int32_t zero = p.zero_point == nullptr ? 0 : p.zero_point[p.zero_point_rows.offset(row)];
+      const I32x16 excess = set1(static_cast<int32_t>(static_cast<uint32_t>(offset) + static_cast<uint32_t>(zero)));
+      const F32x16 scale = set1(p.scale[p.scale_rows.offset(row)]);
+      T* y = static_cast<T*>(p.y) + row * p.n + column;
+      for (int64_t i = 0; i < end; i += kLanes) {
+        I32x16 sum = load(sums + i);
+        if constexpr (with_sum) sum = sum - excess * load(columns.w_sum + at + i);
+        if constexpr (std::is_same_v<T, int32_t>) {
+          store_n(y + i, sum, end - i);
+        } else {
+          const F32x16 t = to_float(sum) * load(columns.w_scale + at + i);
+          store_n(y + i, with_bias ? fma(scale, t, load(columns.bias + at + i)) : scale * t, end - i);
+        }
+      }
+    }
+  };
+  // Branches inside of the loop cost 10 % of a call on AMX at M = 256, K = 576.
+  constexpr std::true_type kYes;
+  constexpr std::false_type kNo;
+  if (p.bias == nullptr) {
+    with_w_sum ? finish(kYes, kNo) : finish(kNo, kNo);
+  } else {
+    with_w_sum ? finish(kYes, kYes) : finish(kNo, kYes);
+  }
+}
+
+}  // namespace qops::cpu::QOPS_ISA_NS
