@@ -24,6 +24,7 @@ enum class Status : int32_t {
   kUnsupported,  // no kernel for this combination; the binding should have refused it
   kOutOfMemory,
   kIndexOutOfRange,  // a position lies outside its table; nothing was written
+  kLaunchFailed,     // CUDA refused the launch
 };
 
 // Rows of a tensor [..., H]: its leading dimensions, merged where their strides allow it. The row r = (i0, i1, ...)
@@ -281,4 +282,27 @@ const char* isa_levels_available();
 const char* isa_error();
 
 }  // namespace cpu
+
+// Every CUDA kernel, likewise: `Status name(const Params&, stream)`.
+#define QOPS_FOR_EACH_CUDA_KERNEL(X)                \
+  X(qk_norm_rotary, QkNormRotaryParams)             \
+  X(quantize_int8, QuantizeInt8Params)              \
+  X(quantize_int8_asym, QuantizeInt8AsymParams)     \
+  X(quantize_int8_static, QuantizeInt8StaticParams) \
+  X(rms_norm, RmsNormParams)                        \
+  X(rms_norm_int8, RmsNormInt8Params)               \
+  X(rotary, RotaryParams)                           \
+  X(silu_mul, SiluMulParams)                        \
+  X(silu_mul_int8, SiluMulInt8Params)
+
+namespace cuda {
+
+// A cudaStream_t.
+using Stream = struct CUstream_st*;
+
+#define QOPS_DECLARE(name, Params) Status name(const Params& params, Stream stream);
+QOPS_FOR_EACH_CUDA_KERNEL(QOPS_DECLARE)
+#undef QOPS_DECLARE
+
+}  // namespace cuda
 }  // namespace qops

@@ -52,13 +52,14 @@ QuantizeInt8StaticParams checked_static(const Tensor& x, const Tensor& scale, co
   QuantizeInt8StaticParams p = checked<QuantizeInt8StaticParams>(check_static, x);
   check_one_element(scale, "scale", ScalarType::Float);
   if (zero_point) check_one_element(*zero_point, "zero_point", ScalarType::Int);
-  p.scale = *scale.const_data_ptr<float>();
-  if (!(p.scale > 0.0f && std::isfinite(p.scale))) {
-    check_static.refuse("scale", "be positive and finite", std::to_string(p.scale));
+  p.scale = scale.const_data_ptr<float>();
+  p.zero_point = zero_point ? zero_point->const_data_ptr<int32_t>() : nullptr;
+  if (!device::kValuesAreReadable) return p;
+  if (!(*p.scale > 0.0f && std::isfinite(*p.scale))) {
+    check_static.refuse("scale", "be positive and finite", std::to_string(*p.scale));
   }
-  p.zero_point = zero_point ? *zero_point->const_data_ptr<int32_t>() : 0;
-  if (p.zero_point < -128 || p.zero_point > 127) {
-    check_static.refuse("zero_point", "lie in -128 .. 127", std::to_string(p.zero_point));
+  if (p.zero_point != nullptr && (*p.zero_point < -128 || *p.zero_point > 127)) {
+    check_static.refuse("zero_point", "lie in -128 .. 127", std::to_string(*p.zero_point));
   }
   return p;
 }

@@ -79,7 +79,8 @@ Status quantize_int8_asym(const QuantizeInt8AsymParams& p, const ThreadPool& poo
 
 Status quantize_int8_static(const QuantizeInt8StaticParams& p, const ThreadPool& pool) {
   if (p.k == 0) return Status::kOk;  // however many rows
-  const F32x16 f = set1(1.0f / p.scale), offset = set1(static_cast<float>(p.zero_point));
+  const F32x16 f = set1(1.0f / *p.scale);
+  const F32x16 offset = set1(p.zero_point == nullptr ? 0.0f : static_cast<float>(*p.zero_point));
   // Whatever lies beyond saturates with any zero point.
   const F32x16 most = set1(256.0f), least = set1(-256.0f);
   return for_rows(p, pool, [&](const auto* x, int64_t row) {

@@ -1,8 +1,12 @@
 // Eight elements of a row at a time, as float32: one access of 16 bytes for fp16 and bf16, two for fp32.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/port.cuh"
 #include "row_tree.h"
+
+#define QOPS_DEVICE __device__ __forceinline__
 
 namespace qops::cuda {
 
