@@ -16,6 +16,7 @@ RmsNormParams checked(const Checker& check, const Tensor& x, const Tensor& weigh
   check.shape(weight, "weight", "[H]", {p.h});
   check.dense_last_dim(x, "x");
   check.dense_last_dim(weight, "weight");
+  check.norm_style(eps, weight_offset);
   p.style.round_before_weight = check.rounding_is_hf(rounding);
   if (weight_offset != 0.0) {
     check.require(!p.style.round_before_weight, "rounding", "be \"fp32\" with a non-zero weight_offset", "\"hf\"");
@@ -59,7 +60,7 @@ void run(const Checker& check, const RmsNormParams& norm, const Tensor& q, const
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset, std::string_view rounding) {
   constexpr Checker check("rms_norm");
   RmsNormParams p = checked(check, x, weight, eps, weight_offset, rounding);
-  Tensor y = contiguous_like(x);
+  Tensor y = check.contiguous_like(x);
   p.y = y.mutable_data_ptr();
   check.ok(cpu::rms_norm(p, thread_pool()));
   return y;
@@ -69,8 +70,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
                                         double weight_offset, std::string_view rounding) {
   constexpr Checker check("add_rms_norm");
   RmsNormParams p = checked(check, x, residual, weight, eps, weight_offset, rounding);
-  Tensor y = contiguous_like(x);
-  Tensor sum = contiguous_like(x);
+  Tensor y = check.contiguous_like(x);
+  Tensor sum = check.contiguous_like(x);
   p.y = y.mutable_data_ptr();
   p.residual_out = sum.mutable_data_ptr();
   check.ok(cpu::rms_norm(p, thread_pool()));
@@ -82,7 +83,7 @@ std::tuple<Tensor, Tensor> rms_norm_int8(const Tensor& x, const Tensor& weight, 
   constexpr Checker check("rms_norm_int8");
   const RmsNormParams p = checked(check, x, weight, eps, weight_offset, rounding);
   const QuantizeRule quantize_rule = check.quantize_rule(rule);
-  auto [q, scale] = new_int8_rows(x, p.h);
+  auto [q, scale] = new_int8_rows(check, x, p.h);
   run(check, p, q, scale, quantize_rule);
   return {q, scale};
 }
@@ -102,8 +103,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_int8(const Tensor& x, const Tens
   constexpr Checker check("add_rms_norm_int8");
   RmsNormParams p = checked(check, x, residual, weight, eps, weight_offset, rounding);
   const QuantizeRule quantize_rule = check.quantize_rule(rule);
-  auto [q, scale] = new_int8_rows(x, p.h);
-  Tensor sum = contiguous_like(x);
+  auto [q, scale] = new_int8_rows(check, x, p.h);
+  Tensor sum = check.contiguous_like(x);
   p.residual_out = sum.mutable_data_ptr();
   run(check, p, q, scale, quantize_rule);
   return {q, scale, sum};

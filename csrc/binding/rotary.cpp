@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
                                   const std::optional<Tensor>& positions, bool interleaved) {
   constexpr Checker check("rotary");
   RotaryParams p = checked(check, q, k, cos, sin, positions, interleaved);
-  Tensor q_out = contiguous_like(q);
-  Tensor k_out = contiguous_like(k);
+  Tensor q_out = check.contiguous_like(q);
+  Tensor k_out = check.contiguous_like(k);
   set_output(check, p.q, q_out, "q");
   set_output(check, p.k, k_out, "k");
   run(check, p);

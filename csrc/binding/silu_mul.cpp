@@ -48,7 +48,7 @@ constexpr Checker check_float("silu_mul");
 constexpr Checker check_int8("silu_mul_int8");
 
 Tensor run(SiluMulParams& p, const Tensor& like) {
-  Tensor y = new_tensor(like, with_last_size(like, p.columns), like.scalar_type());
+  Tensor y = check_float.new_tensor(like, with_last_size(like, p.columns), like.scalar_type());
   p.y = y.mutable_data_ptr();
   check_float.ok(cpu::silu_mul(p, thread_pool()));
   return y;
@@ -59,7 +59,7 @@ void run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& q, const T
 }
 
 std::tuple<Tensor, Tensor> run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& like) {
-  auto [q, scale] = new_int8_rows(like, gated.columns);
+  auto [q, scale] = new_int8_rows(check_int8, like, gated.columns);
   run(gated, rule, q, scale);
   return {q, scale};
 }

@@ -22,7 +22,7 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
   check.require(packed.size(1) % (8 * strip_elements_per_column) == 0, "packed",
                 "hold a multiple of 8 columns of " + std::to_string(strip_elements_per_column) + " elements a strip",
                 std::to_string(packed.size(1)));
-  const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
+  const int64_t strips = p.n / kStripRows + (p.n % kStripRows != 0);
   check.shape(packed, "packed", "[S, K-strip]", {strips, p.k * strip_elements_per_column});
   check.require(x.size(x.dim() - 1) == p.k, "x", "have last dimension K = " + std::to_string(p.k),
                 std::to_string(x.size(x.dim() - 1)));
@@ -49,10 +49,8 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
   return p;
 }
 
-Tensor output(const Tensor& x, int64_t out_features) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = out_features;
-  return new_tensor(x, sizes, x.scalar_type());
+Tensor output(const Checker& check, const Tensor& x, int64_t out_features) {
+  return check.new_tensor(x, with_last_size(x, out_features), x.scalar_type());
 }
 
 }  // namespace
@@ -82,11 +80,14 @@ Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, st
     check.contiguous(*perm, "perm");
     p.perm = perm->const_data_ptr<int32_t>();
   }
-  Tensor y = output(x, out_features);
+  Tensor y = output(check, x, out_features);
   p.y = y.mutable_data_ptr();
+  int64_t bad_index = 0;
+  p.bad_index = &bad_index;
   const Status status = cpu::int4_gemm(p, thread_pool());
-  check.require(status != Status::kIndexOutOfRange, "perm", "hold indices in 0 .. " + std::to_string(p.k - 1),
-                "another value");
+  if (status == Status::kIndexOutOfRange) {
+    check.refuse("perm", "hold indices in 0 .. " + std::to_string(p.k - 1), std::to_string(bad_index));
+  }
   check.ok(status);
   return y;
 }
@@ -95,7 +96,7 @@ Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor
                              int64_t out_features, int64_t group_size) {
   constexpr Checker check("int8_weight_only_gemm");
   WeightOnlyGemmParams p = checked(check, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
-  Tensor y = output(x, out_features);
+  Tensor y = output(check, x, out_features);
   p.y = y.mutable_data_ptr();
   check.ok(cpu::int8_weight_only_gemm(p, thread_pool()));
   return y;

@@ -152,6 +152,7 @@ void run(const RotaryParams& p, const ThreadPool& pool) {
 }  // namespace
 
 Status rotary(const RotaryParams& p, const ThreadPool& pool) {
+  if (p.d == 0 || (p.q.heads == 0 && p.k.heads == 0)) return Status::kOk;  // however many tokens
   for (int64_t token = 0; token < p.q.x_tokens.count; ++token) {
     const int64_t position = position_of(p, token);
     if (position >= 0 && position < p.table_rows) continue;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_weight_only, refuse_grad
+from qops.ops._checks import Checker, check_weight_only, refuse_grad, require_weight
 
 if TYPE_CHECKING:
     from qops.weights import Int4Weight
@@ -55,7 +55,8 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, batc
         >>> y.shape
         torch.Size([1, 16])
     """
-    refuse_grad("int4_gemm", x, bias)
+    refuse_grad("int4_gemm", x=x, bias=bias)
+    require_weight("int4_gemm", weight, "Int4Weight")
     weight._require_packed()
     # Module.__getattr__ would take 0.6 us for each of them, as much as half the operator's own overhead.
     buffers = weight._buffers
@@ -99,6 +100,7 @@ def _(
     requirement = "be None for kind 0" if kind == 0 else "be given for this kind"
     actual = "None" if zeros is None else "a tensor"
     check.require((zeros is None) == (kind == 0), "zeros", requirement, lambda: actual)
+    check.tensors({"x": x}, {"zeros": zeros, "perm": perm})
     if zeros is not None:
         check.dtype(zeros, "zeros", torch.uint8 if kind == 1 else torch.float32)
         check.same_shape(zeros, "zeros", scales, "scales")
@@ -107,4 +109,4 @@ def _(
         check.dtype(perm, "perm", torch.int32)
         check.shape(perm, "perm", "[K]", (k,))
         check.contiguous(perm, "perm")
-    return x.new_empty(*x.shape[:-1], out_features)
+    return check.new_empty(x, (*x.shape[:-1], out_features))

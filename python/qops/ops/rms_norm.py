@@ -20,8 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.
     Args:
         x: float32, float16 or bfloat16 ``[..., H]``; any leading dimensions and strides, last dimension dense.
         weight: float32, float16 or bfloat16 ``[H]``, independent of the dtype of ``x``.
-        eps: added to the mean of squares.
-        weight_offset: added to the weight in float32 (1.0 for Gemma); needs ``rounding="fp32"`` when not zero.
+        eps: added to the mean of squares; finite in float32, not negative.
+        weight_offset: added to the weight in float32 (1.0 for Gemma); finite; needs ``rounding="fp32"`` when not zero.
         rounding: ``"hf"`` or ``"fp32"``.
 
     Returns:
@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.
         every ISA level. NaN and infinity in a row make that row NaN. No subnormal is flushed.
 
     Raises:
-        ValueError: shapes, strides, ``rounding`` or ``weight_offset`` do not fit.
+        ValueError: shapes, strides, ``eps``, ``weight_offset`` or ``rounding`` do not fit.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
     Source:
@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.
         >>> qops.rms_norm(x, torch.ones(2), eps=0.0)
         tensor([[0.8485, 1.1314]])
     """
-    refuse_grad("rms_norm", x, weight)
+    refuse_grad("rms_norm", x=x, weight=weight)
     return torch.ops.qops.rms_norm.default(x, weight, eps, weight_offset, rounding)
 
 
@@ -68,7 +68,7 @@ def add_rms_norm(
         :func:`rms_norm`.
 
     Raises:
-        ValueError: shapes, strides, ``rounding`` or ``weight_offset`` do not fit.
+        ValueError: shapes, strides, ``eps``, ``weight_offset`` or ``rounding`` do not fit.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
     Source:
@@ -79,7 +79,7 @@ def add_rms_norm(
         >>> z
         tensor([[3., 4.]])
     """
-    refuse_grad("add_rms_norm", x, residual, weight)
+    refuse_grad("add_rms_norm", x=x, residual=residual, weight=weight)
     return torch.ops.qops.add_rms_norm.default(x, residual, weight, eps, weight_offset, rounding)
 
 
@@ -94,8 +94,9 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float 
 
 @torch.library.register_fake("qops::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
-    check_rms_norm(Checker("rms_norm"), x, weight, weight_offset, rounding)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    check = Checker("rms_norm")
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
+    return check.new_empty(x, x.shape)
 
 
 @torch.library.register_fake("qops::add_rms_norm")
@@ -103,7 +104,6 @@ def _(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf"
 ) -> tuple[Tensor, Tensor]:
     check = Checker("add_rms_norm")
-    check_rms_norm(check, x, weight, weight_offset, rounding)
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
     check_second(check, residual, "residual", x, "x")
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return out, torch.empty_like(out)
+    return check.new_empty(x, x.shape), check.new_empty(x, x.shape)

@@ -53,7 +53,7 @@ def rotary(
         >>> qops.rotary(q, 2 * q, torch.tensor([[0.6]]), torch.tensor([[0.8]]))
         (tensor([[[0.6000, 0.8000]]]), tensor([[[1.2000, 1.6000]]]))
     """
-    refuse_grad("rotary", q, k, cos, sin)
+    refuse_grad("rotary", q=q, k=k, cos=cos, sin=sin)
     return torch.ops.qops.rotary.default(q, k, cos, sin, positions, interleaved)
 
 
@@ -87,7 +87,7 @@ def rotary_(
         >>> q
         tensor([[[0.6000, 0.8000]]])
     """
-    refuse_grad("rotary_", q, k, cos, sin)
+    refuse_grad("rotary_", q=q, k=k, cos=cos, sin=sin)
     torch.ops.qops.rotary_.default(q, k, cos, sin, positions, interleaved)
 
 
@@ -110,6 +110,7 @@ def rotary_ref(
 
 
 def _check(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    check.tensors({"q": q, "k": k, "cos": cos, "sin": sin}, {"positions": positions})
     check.float_dtype(q, "q")
     check.same_dtype(k, "k", q, "q")
     check.float32_or_same_dtype(cos, "cos", q, "q")
@@ -139,9 +140,9 @@ def _check(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, posit
 def _(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    _check(Checker("rotary"), q, k, cos, sin, positions)
-    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    return q_out, k_out
+    check = Checker("rotary")
+    _check(check, q, k, cos, sin, positions)
+    return check.new_empty(q, q.shape), check.new_empty(k, k.shape)
 
 
 # Which memory overlaps, and which positions are out of range, only the kernel can see.
