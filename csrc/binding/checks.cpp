@@ -63,9 +63,12 @@ std::string device_name(const Tensor& t) {
 
 }  // namespace
 
-// The dispatcher lets None pass for a tensor. Stable tensors throw for a dtype that their ABI has no name for.
-ScalarType Checker::dtype_of(const Tensor& t, const char* arg) const {
+void Checker::require_tensor(const Tensor& t, const char* arg) const {
   if (!t.defined()) unsupported(std::string(arg) + " must be a tensor, got None");
+}
+
+ScalarType Checker::dtype_of(const Tensor& t, const char* arg) const {
+  require_tensor(t, arg);
   try {
     return t.scalar_type();
   } catch (const std::exception&) {
@@ -115,9 +118,8 @@ void Checker::index_dtype(const Tensor& t, const char* arg) const {
 }
 
 void Checker::cpu(const Tensor& t, const char* arg) const {
-  if (t.is_cpu()) return;
-  if (!t.defined()) unsupported(std::string(arg) + " must be a tensor, got None");
-  unsupported(std::string(arg) + " must be on cpu, got " + device_name(t));
+  require_tensor(t, arg);
+  if (!t.is_cpu()) unsupported(std::string(arg) + " must be on cpu, got " + device_name(t));
 }
 
 void Checker::shape(const Tensor& t, const char* arg, const char* letters, Sizes expected) const {

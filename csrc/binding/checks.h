@@ -40,7 +40,9 @@ class Checker {
     if (!ok) refuse(arg, requirement, actual);
   }
 
-  // Undefined for a dtype that the stable ABI does not know; throws where there is no tensor.
+  // The dispatcher lets None pass for a tensor; cpu() and everything that looks at a dtype asks this first.
+  void require_tensor(const Tensor& t, const char* arg) const;
+  // Undefined for a dtype that the stable ABI has no name for.
   ScalarType dtype_of(const Tensor& t, const char* arg) const;
   // x is float32, float16 or bfloat16.
   DType float_dtype(const Tensor& t, const char* arg) const;

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_ROW_DIMS = 4
 MAX_FLOAT = torch.finfo(torch.float32).max
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.")
 
 
 def _shape(sizes: Sequence[int]) -> str:
@@ -46,6 +47,7 @@ class Checker:
         for arg, t in {**required, **(optional or {})}.items():
             if t is not None and first is not None:
                 self.supported(t.device == first.device, arg, f"be on {first.device}", str(t.device))
+                self.supported(t.layout == torch.strided, arg, "have layout strided", _name(t.layout))
 
     def float_dtype(self, t: Tensor, arg: str) -> None:
         self.supported(t.dtype in FLOAT_DTYPES, arg, "have dtype float32, float16 or bfloat16", _name(t.dtype))
@@ -79,6 +81,21 @@ class Checker:
         ok = t.stride(-1) == 1 or t.shape[-1] <= 1 or t.numel() == 0
         self.require(ok, arg, "have stride 1 in its last dimension", lambda: str(t.stride(-1)))
 
+    def rows(self, t: Tensor, arg: str, trailing: int = 1) -> None:
+        """Leading dimensions that kernels can walk: what does not merge is at most 4 dimensions."""
+        if t.dim() - trailing <= MAX_ROW_DIMS or t.numel() == 0:  # the first saves guards on symbolic strides
+            return
+        dims: list[tuple[int, int]] = []
+        for size, stride in reversed(list(zip(t.shape, t.stride(), strict=True))[: t.dim() - trailing]):
+            if size == 1:
+                continue
+            if dims and stride == dims[-1][0] * dims[-1][1]:
+                dims[-1] = (dims[-1][0] * size, dims[-1][1])
+            else:
+                dims.append((size, stride))
+        requirement = f"have at most {MAX_ROW_DIMS} leading dimensions that cannot be merged"
+        self.require(len(dims) <= MAX_ROW_DIMS, arg, requirement, lambda: f"strides {_shape(t.stride())}")
+
     def contiguous(self, t: Tensor, arg: str) -> None:
         self.require(t.is_contiguous(), arg, "be contiguous", lambda: f"strides {_shape(t.stride())}")
 
@@ -93,6 +110,7 @@ class Checker:
         leading = other.shape[:-1]
         ok = t.dim() == 0 or (t.dim() == len(leading) and all(a == b for a, b in zip(t.shape, leading, strict=True)))
         self.require(ok, arg, f"have shape [...] = {_shape(leading)} or []", lambda: _shape(t.shape))
+        self.rows(t, arg, 0)
 
     def norm_style(self, eps: float, weight_offset: float) -> None:
         """What every form of rms_norm adds."""
@@ -184,6 +202,7 @@ def check_weight_only(
         check.float_dtype(bias, "bias")
         check.shape(bias, "bias", "[N]", (out_features,))
         check.dense_last_dim(bias, "bias")
+    check.rows(x, "x")
     return k
 
 
@@ -200,6 +219,7 @@ def check_rms_norm(check: Checker, x: Tensor, weight: Tensor, eps: float, weight
     check.rounding(rounding)
     if weight_offset != 0.0:
         check.require(rounding != "hf", "rounding", 'be "fp32" with a non-zero weight_offset', lambda: f'"{rounding}"')
+    check.rows(x, "x")
 
 
 def check_second(check: Checker, t: Tensor, arg: str, first: Tensor, first_arg: str) -> None:
@@ -208,6 +228,7 @@ def check_second(check: Checker, t: Tensor, arg: str, first: Tensor, first_arg: 
     check.same_dtype(t, arg, first, first_arg)
     check.same_shape(t, arg, first, first_arg)
     check.dense_last_dim(t, arg)
+    check.rows(t, arg)
 
 
 def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None, rounding: str) -> int:
@@ -223,6 +244,7 @@ def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None, rounding: st
     else:
         check_second(check, up, "up", gate, arg)
     check.rounding(rounding)
+    check.rows(gate, arg)
     return last // 2 if up is None else last
 
 

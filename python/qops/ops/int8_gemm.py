@@ -139,6 +139,7 @@ def _check(
     check.contiguous(packed, "packed")
     check.contiguous(w_scale, "w_scale")
     check.dense_last_dim(q, "q")
+    check.rows(q, "q")
     check.per_row(scale, "scale", q)
     if zero_point is not None:
         check.per_row(zero_point, "zero_point", q)

@@ -209,6 +209,7 @@ def _check(op: str, x: Tensor) -> Checker:
     check.float_dtype(x, "x")
     check.at_least_1d(x, "x")
     check.dense_last_dim(x, "x")
+    check.rows(x, "x")
     return check
 
 

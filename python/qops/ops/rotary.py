@@ -124,6 +124,8 @@ def _check(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, posit
     half = q.shape[-1] // 2
     check.require(cos.shape[1] <= half, "cos", f"have at most D / 2 = {half} columns", lambda: str(cos.shape[1]))
     check.same_shape(sin, "sin", cos, "cos")
+    check.rows(q, "q", 2)
+    check.rows(k, "k", 2)
     t = q.shape[-3]
     if positions is None:
         requirement = f"have at least T = {t} rows without positions"
@@ -134,6 +136,7 @@ def _check(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, posit
     requirement = f"have shape [T] = [{t}] or [..., T] = {leading}"
     fits = list(positions.shape) in ([t], leading)
     check.require(fits, "positions", requirement, lambda: str(list(positions.shape)))
+    check.rows(positions, "positions", 0)
 
 
 @torch.library.register_fake("qops::rotary")
