@@ -52,6 +52,7 @@ class Call:
     results: their shapes and dtypes.
     written: names of the arguments that the operator writes.
     typed: makes the call through the public function; None where the arguments cannot be put into it.
+    typed_with: as typed, with a weight that takes the place of several arguments.
     grad: grad mode is on.
     """
 
@@ -62,6 +63,7 @@ class Call:
     results: list[Result]
     written: tuple[str, ...] = ()
     typed: Callable[[dict[str, Any]], object] | None = None
+    typed_with: Callable[[dict[str, Any], Any], object] | None = None
     grad: bool = False
     faults: list[Fault] = field(default_factory=list)
 

@@ -133,25 +133,30 @@ class Sampler:
 
     def break_one(self, call: Call, ways: Sequence[tuple[str, Callable[[], Fault | None]]]) -> Call:
         """Applies one of the ways, which name the arguments that they touch; now and then a second one elsewhere."""
-        touched: list[str] = []
+        touched: set[str] = set()
         for _ in range(2 if self.one_in(8) else 1):
-            name, way = self.choice(ways)
-            if name in touched:
+            names, way = self.choice(ways)
+            if not touched.isdisjoint(names.split()):
                 continue
-            touched.append(name)
+            touched.update(names.split())
             fault = way()
             if fault is not None:
                 call.faults.append(fault)
         return call
 
     def tensor_faults(
-        self, call: Call, dtypes: dict[str, tuple[torch.dtype, ...]], related: Sequence[str] = ()
+        self,
+        call: Call,
+        dtypes: dict[str, tuple[torch.dtype, ...]],
+        related: Sequence[str] = (),
+        optional: Sequence[str] = (),
     ) -> list[tuple[str, Callable[[], Fault | None]]]:
         """None, another type, another dtype, another device, another layout, for each tensor.
 
         Args:
             dtypes: what each tensor argument may have.
             related: arguments that a message about a dtype may name instead: those that must have the same one.
+            optional: arguments that may be None.
         """
         ways: list[tuple[str, Callable[[], Fault | None]]] = []
         for name, t in call.tensors():
@@ -166,7 +171,12 @@ class Sampler:
 
             def other_dtype(name: str = name, t: Tensor = t) -> Fault:
                 dtype = self.choice([dtype for dtype in OTHER_DTYPES if dtype not in dtypes[name]])
-                call.arguments[name] = torch.empty(t.shape, dtype=dtype)
+                # Deterministic torch.empty cannot fill a uint4.
+                call.arguments[name] = (
+                    torch.zeros(t.shape, dtype=torch.uint8).view(dtype)
+                    if dtype == torch.uint4
+                    else (torch.zeros(t.shape, dtype=dtype))
+                )
                 return Fault((name, *related), (RuntimeError,))
 
             def other_device(name: str = name, t: Tensor = t) -> Fault | None:
@@ -176,12 +186,14 @@ class Sampler:
                 return Fault(tuple(name for name, _ in call.tensors()), (RuntimeError,))
 
             def sparse(name: str = name, t: Tensor = t) -> Fault | None:
-                if not t.dtype.is_floating_point or t.dim() == 0:
+                if not t.dtype.is_floating_point or t.dim() == 0 or max(t.shape) >= HUGE:
                     return None
                 call.arguments[name] = t.detach().contiguous().to_sparse()
                 return Fault((name,), (RuntimeError,))
 
-            ways += [(name, way) for way in (none, other_type, other_dtype, other_device)]
+            ways += [(name, way) for way in (other_type, other_dtype, other_device)]
+            if name not in optional:
+                ways.append((name, none))
             if name not in call.written:
                 ways.append((name, sparse))
         return ways
@@ -216,6 +228,8 @@ class Sampler:
         def reshape(name: str) -> Fault | None:
             t = call.arguments[name]
             kind = self.integer(0, 3)
+            if max(t.shape, default=0) >= HUGE:
+                return None
             if kind == 0:
                 t = torch.empty((*t.shape, 2), dtype=t.dtype)
             elif kind == 1:
@@ -269,7 +283,7 @@ class Sampler:
             call.arguments[other] = memory[start : start + other_size].view(b.dtype).view(b.shape)
             return Fault((written, other), (ValueError,), fake=False)
 
-        return [(written, lambda w=written, o=other: lay(w, o)) for written, other in pairs]
+        return [(f"{written} {other}", lambda w=written, o=other: lay(w, o)) for written, other in pairs]
 
     def requires_grad(self, call: Call, *names: str) -> list[Any]:
         def require(name: str) -> Fault:

@@ -52,7 +52,7 @@ def huge(s: Sampler, call: Call, names: Sequence[str], results: Callable[[tuple[
         for size in shape:
             extent *= max(size, 1)
         overflow |= extent >= 2**63
-        too_large |= torch.Size(shape).numel() * dtype.itemsize > 2**40
+        too_large |= torch.Size(shape).numel() * dtype.itemsize >= 2**40
     if s.one_in(3):
         on_meta(call)
         too_large = False
@@ -61,6 +61,8 @@ def huge(s: Sampler, call: Call, names: Sequence[str], results: Callable[[tuple[
 
 
 def on_meta(call: Call) -> None:
+    if call.typed_with is not None:  # whose weight stays
+        call.typed = None
     for name, t in list(call.tensors()):
         call.arguments[name] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
@@ -209,7 +211,7 @@ def quantize_int8_static(s: Sampler) -> Call:
     def ways() -> Ways:
         dtypes = {"x": FLOAT_DTYPES, "q": (INT8,), "scale": (F32,), "zero_point": (torch.int32,)}
         found = [
-            *(way for way in s.tensor_faults(call, dtypes)),
+            *s.tensor_faults(call, dtypes, optional=["zero_point"]),
             *s.last_dim(call, "x"),
             *zero_dim(s, call, "x"),
             *output_ways(s, call, ["x"]),
@@ -261,7 +263,7 @@ def norm_ways(s: Sampler, call: Call, h: int) -> Ways:
         *s.scalar(call, "weight_offset", BAD_OFFSETS),
         *s.scalar(call, "rounding", BAD_ROUNDINGS),
         *(s.scalar(call, "rule", BAD_RULES) if "rule" in call.arguments else []),
-        ("rounding", offset_with_hf),
+        ("rounding weight_offset", offset_with_hf),
         *output_ways(s, call, [*rows, "weight"]),
         *s.requires_grad(call, *rows, "weight"),
     ]
@@ -477,18 +479,18 @@ def rotary_ways(s: Sampler, call: Call, t: int, p: int) -> Ways:
 
     dtype, table = a["q"].dtype, a["cos"].dtype
     ways: Ways = [
-        *s.tensor_faults(call, floats | {"positions": index}, ["k", "cos"]),
+        *s.tensor_faults(call, floats | {"positions": index}, ["k", "cos"], ["positions"]),
         replaced("k", other_float("k", dtype), kinds=(RuntimeError,)),
         replaced("sin", other_float("sin", table), kinds=(RuntimeError,)),
-        *((name, way) for name, way in [("cos", few_rows), ("cos", wide_tables), ("q", unmergeable)]),
+        *((name, way) for name, way in [("cos sin q", few_rows), ("cos sin q", wide_tables), ("q k", unmergeable)]),
         *(replaced(name, sized(name, d), "k") for name in ("q", "k") for d in (-1, -3)),
         replaced("q", lambda: torch.zeros(a["q"].shape[-2:], dtype=dtype), "k"),
         replaced("k", lambda: torch.zeros((1, *a["k"].shape), dtype=dtype)),
         *(replaced(name, sized(name, d), "sin") for name in ("cos", "sin") for d in (0, 1)),
         replaced("cos", lambda: torch.zeros(a["cos"].shape[0], dtype=table)),
-        *(("positions", position(bad)) for bad in (-1, p, 2**31 - 1, 2**31, 2**63 - 1, -(2**63))),
+        *(("positions q k", position(bad)) for bad in (-1, p, 2**31 - 1, 2**31, 2**63 - 1, -(2**63))),
         *s.requires_grad(call, "q", "k", "cos", "sin"),
-        *s.scalar(call, "interleaved", ("yes", 0.5), (RuntimeError, TypeError))[:2],
+        *s.scalar(call, "interleaved", ("yes", b"1"), (RuntimeError, TypeError))[:2],
         ("q", expanded("q")),
         ("k", expanded("k")),
     ]

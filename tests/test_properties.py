@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from property_calls import check_call
 from property_draws import Sampler
+from property_gemm import GEMM_OPS
 from property_rows import ROW_OPS
 
-OPS = ROW_OPS
+OPS = ROW_OPS | GEMM_OPS
 
 
 @pytest.mark.parametrize("op", OPS)

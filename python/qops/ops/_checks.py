@@ -231,7 +231,7 @@ def check_second(check: Checker, t: Tensor, arg: str, first: Tensor, first_arg: 
     check.rows(t, arg)
 
 
-def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None, rounding: str) -> int:
+def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None = None, *, rounding: str) -> int:
     """Gate and up, merged or apart; returns I."""
     arg = "gate_up" if up is None else "gate"
     check.tensors({arg: gate})

@@ -111,20 +111,9 @@ def add_rms_norm_int8(
     return out
 
 
-def _check(
-    op: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    weight_offset: float,
-    rounding: str,
-    rule: str,
-) -> Checker:
+def _check(op: str, x: Tensor, weight: Tensor, eps: float, weight_offset: float, rounding: str, rule: str) -> Checker:
     check = Checker(op)
     check_rms_norm(check, x, weight, eps, weight_offset, rounding)
-    if residual is not None:
-        check_second(check, residual, "residual", x, "x")
     check.quantize_rule(rule)
     return check
 
@@ -134,7 +123,7 @@ def _check(
 def _(
     x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf", rule: str = "127"
 ) -> tuple[Tensor, Tensor]:
-    check = _check("rms_norm_int8", x, None, weight, eps, weight_offset, rounding, rule)
+    check = _check("rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
     return new_int8_rows(check, x, x.shape[-1])
 
 
@@ -150,7 +139,7 @@ def _(
     q: Tensor,
     scale: Tensor,
 ) -> None:
-    check = _check("rms_norm_int8", x, None, weight, eps, weight_offset, rounding, rule)
+    check = _check("rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
     check_int8_rows(check, q, scale, x, x.shape[-1])
 
 
@@ -164,7 +153,8 @@ def _(
     rounding: str = "hf",
     rule: str = "127",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check = _check("add_rms_norm_int8", x, residual, weight, eps, weight_offset, rounding, rule)
+    check = _check("add_rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
+    check_second(check, residual, "residual", x, "x")
     return *new_int8_rows(check, x, x.shape[-1]), check.new_empty(x, x.shape)
 
 
@@ -182,7 +172,8 @@ def _(
     scale: Tensor,
     residual_out: Tensor,
 ) -> None:
-    check = _check("add_rms_norm_int8", x, residual, weight, eps, weight_offset, rounding, rule)
+    check = _check("add_rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
+    check_second(check, residual, "residual", x, "x")
     check.tensors({"x": x, "residual_out": residual_out})
     check.output(residual_out, "residual_out", x.dtype, "[..., H]", x.shape)
     check_int8_rows(check, q, scale, x, x.shape[-1])

@@ -62,12 +62,13 @@ def silu_mul_ref(gate: Tensor, up: Tensor, *, rounding: str = "hf") -> Tensor:
 @torch.library.register_fake("qops::silu_mul")
 def _(gate_up: Tensor, rounding: str = "hf") -> Tensor:
     check = Checker("silu_mul")
-    columns = check_silu_mul(check, gate_up, None, rounding)
+    columns = check_silu_mul(check, gate_up, rounding=rounding)
     return check.new_empty(gate_up, (*gate_up.shape[:-1], columns))
 
 
 @torch.library.register_fake("qops::silu_mul.gate_up")
 def _(gate: Tensor, up: Tensor, rounding: str = "hf") -> Tensor:
     check = Checker("silu_mul")
-    check_silu_mul(check, gate, up, rounding)
+    check.tensors({"gate": gate, "up": up})
+    check_silu_mul(check, gate, up, rounding=rounding)
     return check.new_empty(gate, gate.shape)
