@@ -187,7 +187,7 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
     inner = [name for name in ("packed", "scales", "zeros", "perm") if a.get(name) is not None]
     if bits == 4:
         dtypes["zeros"] = (torch.uint8,) if a["kind"] == 1 else (F32,)
-    optional = ["bias", "perm", *(["zeros"] if bits == 4 and a["kind"] == 0 else [])]
+    optional = ["bias", "perm", "zeros"]
 
     def x_columns() -> Fault:
         a["x"] = torch.ones((2, k + s.choice((1, 8, -1) if k > 0 else (1, 8))), dtype=a["x"].dtype)
@@ -207,6 +207,10 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
         a["kind"] = kind
         return Fault(("zeros",), (ValueError, RuntimeError))
 
+    def zeros_or_none() -> Fault:
+        a["zeros"] = torch.zeros(a["scales"].shape, dtype=torch.uint8) if a["zeros"] is None else None
+        return Fault(("zeros",), (ValueError,))
+
     ways = [
         *s.tensor_faults(call, dtypes, optional=optional),
         *s.last_dim(call, "x", *(["bias"] if a["bias"] is not None else [])),
@@ -219,7 +223,12 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
         ("x", x_columns),
     ]
     if bits == 4:
-        ways += [("perm", bad_perm), ("kind zeros", other_kind), *s.scalar(call, "kind", (-1, 4, *INT64[3:]))]
+        ways += [
+            ("perm", bad_perm),
+            ("zeros scales", zeros_or_none),
+            ("kind zeros", other_kind),
+            *s.scalar(call, "kind", (-1, 4, *INT64[3:])),
+        ]
     names = (*inner, "perm", "kind", "zeros", "out_features", "group_size")
     return [*untyped(call, ways, *names), *weight_ways(s, call)]
 

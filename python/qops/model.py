@@ -386,6 +386,8 @@ class _Folder:
             config = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a readable config: {error}") from error
+        if not isinstance(config, dict) or not isinstance(config.get("quantization_config", {}), (dict, type(None))):
+            raise ValueError(f"{path}: not a model's config")
         settings = config.get("quantization_config") or {}
         method = settings.get("quant_method")
         if config.get("model_type") != "llama" or method != QUANT_METHOD:
@@ -395,8 +397,9 @@ class _Folder:
             )
         if settings.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {settings.get('format_version')}")
-        if not isinstance(settings.get("weights"), dict):
-            raise ValueError(f"{path}: weights must map names to kinds, got {settings.get('weights')!r}")
+        kinds = settings.get("weights")
+        if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
+            raise ValueError(f"{path}: weights must map names to kinds, got {kinds!r}")
         return settings
 
     def weight(self, name: str) -> Weight:
