@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from property_calls import Call, Fault
@@ -32,13 +31,14 @@ COLUMNS = (0, 1, 2, 7, 8, 15, 16, 17, 31, 33, 64, 130)
 
 
 class Sampler:
-    """Draws from hypothesis' choices; tensors are made from a seed among them."""
+    """Everything is drawn from integers, tensors from a seed among them.
 
-    def __init__(self, data: st.DataObject) -> None:
-        self._data = data
+    Args:
+        integer: an integer in low ... high; hypothesis shrinks what it gave, `random.randint` is as good otherwise.
+    """
 
-    def integer(self, low: int, high: int) -> int:
-        return self._data.draw(st.integers(low, high))
+    def __init__(self, integer: Callable[[int, int], int]) -> None:
+        self.integer = integer
 
     def choice(self, options: Sequence[T]) -> T:
         return options[self.integer(0, len(options) - 1)]
