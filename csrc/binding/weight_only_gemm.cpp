@@ -22,7 +22,7 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
   check.require(packed.size(1) % (8 * strip_elements_per_column) == 0, "packed",
                 "hold a multiple of 8 columns of " + std::to_string(strip_elements_per_column) + " elements a strip",
                 std::to_string(packed.size(1)));
-  const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
+  const int64_t strips = p.n / kStripRows + (p.n % kStripRows != 0);
   check.shape(packed, "packed", "[S, K-strip]", {strips, p.k * strip_elements_per_column});
   check.require(x.size(x.dim() - 1) == p.k, "x", "have last dimension K = " + std::to_string(p.k),
                 std::to_string(x.size(x.dim() - 1)));
@@ -100,6 +100,8 @@ void check_output(const Checker& check, const Tensor& out, const Tensor& x, cons
 
 void run_int4(WeightOnlyGemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
+  int64_t bad_index = 0;
+  p.bad_index = &bad_index;
   const Status status = cpu::int4_gemm(p, thread_pool());
   check_int4.require(status != Status::kIndexOutOfRange, "perm", "hold indices in 0 .. " + std::to_string(p.k - 1),
                      "another value");

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_weight_only, refuse_grad
+from qops.ops._checks import Checker, check_weight_only, refuse_grad, require_weight
 
 if TYPE_CHECKING:
     from qops.weights import Int4Weight
@@ -109,6 +109,7 @@ def _check(
     requirement = "be None for kind 0" if kind == 0 else "be given for this kind"
     actual = "None" if zeros is None else "a tensor"
     check.require((zeros is None) == (kind == 0), "zeros", requirement, lambda: actual)
+    check.tensors({"x": x}, {"zeros": zeros, "perm": perm})
     if zeros is not None:
         check.dtype(zeros, "zeros", torch.uint8 if kind == 1 else torch.float32)
         check.same_shape(zeros, "zeros", scales, "scales")

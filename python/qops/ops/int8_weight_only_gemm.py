@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_weight_only, refuse_grad
+from qops.ops._checks import Checker, check_weight_only, refuse_grad, require_weight
 
 if TYPE_CHECKING:
     from qops.weights import Int8Weight

@@ -28,8 +28,8 @@ def rms_norm(
     Args:
         x: float32, float16 or bfloat16 ``[..., H]``; any leading dimensions and strides, last dimension dense.
         weight: float32, float16 or bfloat16 ``[H]``, independent of the dtype of ``x``.
-        eps: added to the mean of squares.
-        weight_offset: added to the weight in float32 (1.0 for Gemma); needs ``rounding="fp32"`` when not zero.
+        eps: added to the mean of squares; finite in float32, not negative.
+        weight_offset: added to the weight in float32 (1.0 for Gemma); finite; needs ``rounding="fp32"`` when not zero.
         rounding: ``"hf"`` or ``"fp32"``.
         out: the tensor to write to, contiguous, sharing no memory with the inputs, except that it may be ``x`` itself;
             default: a new one.
@@ -123,8 +123,9 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float 
 
 @torch.library.register_fake("qops::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
-    check_rms_norm(Checker("rms_norm"), x, weight, weight_offset, rounding)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    check = Checker("rms_norm")
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
+    return check.new_empty(x, x.shape)
 
 
 # Which memory overlaps, only the kernel can see.

@@ -68,8 +68,9 @@ def silu_mul_ref(gate: Tensor, up: Tensor, *, rounding: str = "hf") -> Tensor:
 
 @torch.library.register_fake("qops::silu_mul")
 def _(gate_up: Tensor, rounding: str = "hf") -> Tensor:
-    columns = check_silu_mul(Checker("silu_mul"), gate_up, None, rounding)
-    return gate_up.new_empty((*gate_up.shape[:-1], columns))
+    check = Checker("silu_mul")
+    columns = check_silu_mul(check, gate_up, rounding=rounding)
+    return check.new_empty(gate_up, (*gate_up.shape[:-1], columns))
 
 
 @torch.library.register_fake("qops::silu_mul.gate_up")
