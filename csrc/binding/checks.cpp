@@ -245,6 +245,16 @@ bool Checker::rounding_is_hf(std::string_view rounding) const {
 }
 
 RmsNormStyle Checker::rms_norm_style(double eps, double weight_offset, std::string_view rounding) const {
+  const auto shown = [](double value) {
+    std::ostringstream text;
+    text << value;
+    return text.str();
+  };
+  // Beyond float32, which kernels compute in, is infinite too.
+  if (!(eps >= 0.0 && eps <= kMaxFloat)) refuse("eps", "be a float32 that is finite and not negative", shown(eps));
+  if (!(std::abs(weight_offset) <= kMaxFloat)) {
+    refuse("weight_offset", "be a finite float32", shown(weight_offset));
+  }
   const bool hf = rounding_is_hf(rounding);
   if (weight_offset != 0.0 && hf) refuse("rounding", "be \"fp32\" with a non-zero weight_offset", "\"hf\"");
   return {static_cast<float>(eps), static_cast<float>(weight_offset), hf};

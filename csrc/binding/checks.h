@@ -71,10 +71,9 @@ class Checker {
   void output(const Tensor& t, const char* arg, ScalarType expected, const char* letters, Sizes sizes) const;
   // "hf" -> true, "fp32" -> false.
   bool rounding_is_hf(std::string_view rounding) const;
+  // What every form of rms_norm adds: eps >= 0 and weight_offset, both finite in float32.
   RmsNormStyle rms_norm_style(double eps, double weight_offset, std::string_view rounding) const;
   QuantizeRule quantize_rule(std::string_view rule) const;
-  // What every form of rms_norm adds: eps >= 0 and weight_offset, both finite in float32.
-  void norm_style(double eps, double weight_offset) const;
   // Leading dimensions, merged where the strides allow.
   Rows rows(const Tensor& t, const char* arg, int trailing_dims = 1) const;
   void ok(Status status) const;

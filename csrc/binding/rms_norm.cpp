@@ -63,7 +63,7 @@ void run(const Checker& check, const RmsNormParams& norm, const Tensor& q, const
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset, std::string_view rounding) {
   constexpr Checker check("rms_norm");
   RmsNormParams p = checked(check, x, weight, eps, weight_offset, rounding);
-  Tensor y = contiguous_like(x);
+  Tensor y = check.contiguous_like(x);
   run(check, p, y);
   return y;
 }
@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
                                         double weight_offset, std::string_view rounding) {
   constexpr Checker check("add_rms_norm");
   RmsNormParams p = checked(check, x, residual, weight, eps, weight_offset, rounding);
-  Tensor y = contiguous_like(x);
-  Tensor sum = contiguous_like(x);
+  Tensor y = check.contiguous_like(x);
+  Tensor sum = check.contiguous_like(x);
   run(check, p, y, sum);
   return {y, sum};
 }

@@ -53,7 +53,7 @@ void run(SiluMulParams& p, const Tensor& y) {
 }
 
 Tensor run_new(SiluMulParams& p, const Tensor& like) {
-  Tensor y = new_tensor(like, with_last_size(like, p.columns), like.scalar_type());
+  Tensor y = check_float.new_tensor(like, with_last_size(like, p.columns), like.scalar_type());
   run(p, y);
   return y;
 }

@@ -112,13 +112,17 @@ class Checker:
         self.require(ok, arg, f"have shape [...] = {_shape(leading)} or []", lambda: _shape(t.shape))
         self.rows(t, arg, 0)
 
-    def norm_style(self, eps: float, weight_offset: float) -> None:
+    def rms_norm_style(self, eps: float, weight_offset: float, rounding: str) -> None:
         """What every form of rms_norm adds."""
         requirement = "be a float32 that is finite and not negative"
         self.require(0 <= eps <= MAX_FLOAT, "eps", requirement, lambda: f"{eps:g}")
         self.require(
             abs(weight_offset) <= MAX_FLOAT, "weight_offset", "be a finite float32", lambda: f"{weight_offset:g}"
         )
+        self.rounding(rounding)
+        if weight_offset != 0.0:
+            requirement = 'be "fp32" with a non-zero weight_offset'
+            self.require(rounding != "hf", "rounding", requirement, lambda: f'"{rounding}"')
 
     def new_empty(self, like: Tensor, sizes: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """A result."""
@@ -131,12 +135,6 @@ class Checker:
 
     def rounding(self, rounding: str) -> None:
         self.require(rounding in ("hf", "fp32"), "rounding", 'be "hf" or "fp32"', lambda: f'"{rounding}"')
-
-    def rms_norm_style(self, weight_offset: float, rounding: str) -> None:
-        self.rounding(rounding)
-        if weight_offset != 0.0:
-            requirement = 'be "fp32" with a non-zero weight_offset'
-            self.require(rounding != "hf", "rounding", requirement, lambda: f'"{rounding}"')
 
     def quantize_rule(self, rule: str) -> None:
         requirement = 'be "127", "compressed-tensors" or "torchao"'
@@ -221,7 +219,8 @@ def check_rms_norm(check: Checker, x: Tensor, weight: Tensor, eps: float, weight
     check.shape(weight, "weight", "[H]", (x.shape[-1],))
     check.dense_last_dim(x, "x")
     check.dense_last_dim(weight, "weight")
-    check.rms_norm_style(weight_offset, rounding)
+    check.rms_norm_style(eps, weight_offset, rounding)
+    check.rows(x, "x")
 
 
 def check_second(check: Checker, t: Tensor, arg: str, first: Tensor, first_arg: str) -> None:
@@ -235,6 +234,7 @@ def check_second(check: Checker, t: Tensor, arg: str, first: Tensor, first_arg: 
 
 def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
     """What all forms of rotary take."""
+    check.tensors({"q": q, "k": k, "cos": cos, "sin": sin}, {"positions": positions})
     check.float_dtype(q, "q")
     check.same_dtype(k, "k", q, "q")
     check.float32_or_same_dtype(cos, "cos", q, "q")
@@ -248,6 +248,8 @@ def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
     half = q.shape[-1] // 2
     check.require(cos.shape[1] <= half, "cos", f"have at most D / 2 = {half} columns", lambda: str(cos.shape[1]))
     check.same_shape(sin, "sin", cos, "cos")
+    check.rows(q, "q", 2)
+    check.rows(k, "k", 2)
     t = q.shape[-3]
     if positions is None:
         requirement = f"have at least T = {t} rows without positions"
@@ -258,9 +260,10 @@ def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
     requirement = f"have shape [T] = [{t}] or [..., T] = {leading}"
     fits = list(positions.shape) in ([t], leading)
     check.require(fits, "positions", requirement, lambda: str(list(positions.shape)))
+    check.rows(positions, "positions", 0)
 
 
-def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None, rounding: str) -> int:
+def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None = None, *, rounding: str) -> int:
     """Gate and up, merged or apart; returns I."""
     arg = "gate_up" if up is None else "gate"
     check.tensors({arg: gate})

@@ -63,7 +63,8 @@ def int4_gemm(
         >>> y.shape
         torch.Size([1, 16])
     """
-    refuse_grad("int4_gemm", x, bias, out)
+    refuse_grad("int4_gemm", x=x, bias=bias, out=out)
+    require_weight("int4_gemm", weight, "Int4Weight")
     weight._require_packed()
     # Module.__getattr__ would take 0.6 us for each of them, as much as half the operator's own overhead.
     buffers = weight._buffers
@@ -134,8 +135,8 @@ def _(
     kind: int,
     batch_invariant: bool = False,
 ) -> Tensor:
-    _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    return x.new_empty(*x.shape[:-1], out_features)
+    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
+    return check.new_empty(x, (*x.shape[:-1], out_features))
 
 
 # Which memory overlaps, and which indices of perm are out of range, only the kernel can see.
@@ -155,4 +156,5 @@ def _(
     out: Tensor,
 ) -> None:
     check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
+    check.tensors({"x": x, "out": out})
     check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))

@@ -71,7 +71,9 @@ def int8_gemm(
         >>> qops.int8_gemm(q, torch.tensor([0.5]), w)[0, :4]
         tensor([32., 32., 32., 32.], dtype=torch.bfloat16)
     """
-    refuse_grad("int8_gemm", scale, bias, out)
+    refuse_grad("int8_gemm", scale=scale, bias=bias, out=out)
+    require_weight("int8_gemm", weight, "Int8Weight")
+    _check_out_dtype(out_dtype, "out_dtype must be")
     weight._require_packed()
     if weight.group_size != weight.in_features:
         raise ValueError(

@@ -113,9 +113,9 @@ def rotary_ref(
 def _(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    check_rotary(Checker("rotary"), q, k, cos, sin, positions)
-    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    return q_out, k_out
+    check = Checker("rotary")
+    check_rotary(check, q, k, cos, sin, positions)
+    return check.new_empty(q, q.shape), check.new_empty(k, k.shape)
 
 
 # Which memory overlaps, and which positions are out of range, only the kernel can see.
