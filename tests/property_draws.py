@@ -132,15 +132,19 @@ class Sampler:
     # Faults ----------------------------------------------------------------------------------------------------------
 
     def break_one(self, call: Call, ways: Sequence[tuple[str, Callable[[], Fault | None]]]) -> Call:
-        """Applies one of the ways, which name the arguments that they touch; now and then a second one elsewhere."""
+        """Applies one of the ways, which name the arguments that they touch; now and then a second one elsewhere.
+
+        A way that does not fit this call gives None, and another one is tried.
+        """
         touched: set[str] = set()
-        for _ in range(2 if self.one_in(8) else 1):
+        wanted = 2 if self.one_in(8) else 1
+        for _ in range(6):
             names, way = self.choice(ways)
-            if not touched.isdisjoint(names.split()):
+            if len(call.faults) == wanted or not touched.isdisjoint(names.split()):
                 continue
-            touched.update(names.split())
             fault = way()
             if fault is not None:
+                touched.update(names.split(), fault.arguments)
                 call.faults.append(fault)
         return call
 
@@ -279,6 +283,8 @@ class Sampler:
                 return None
             memory = torch.zeros(64 + size + other_size, dtype=torch.uint8)
             start = self.integer(0, (size - 1) // 8) * 8
+            if (written, other, start) == ("residual_out", "residual", 0):  # the sum may replace the residual
+                return None
             call.arguments[written] = memory[:size].view(a.dtype).view(a.shape)
             call.arguments[other] = memory[start : start + other_size].view(b.dtype).view(b.shape)
             return Fault((written, other), (ValueError,), fake=False)

@@ -326,8 +326,8 @@ def int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
         *output_ways(s, call, inputs),
         *size_ways(s, call, k, grouped=False),
         ("q", columns),
-        ("q packed", too_many_columns),
-        ("bias out_dtype", bias_of_integers),
+        ("q packed out_features", too_many_columns),
+        ("bias out_dtype out_features", bias_of_integers),
         ("scale q", rows("scale")),
         ("zero_point q", rows("zero_point")),
         *s.requires_grad(call, "scale", "bias"),
@@ -403,7 +403,11 @@ def unpack(s: Sampler, *, bits: int) -> Call:
 
     def features() -> Fault:
         here = call.arguments["packed"].shape[0]
-        options = [v for v in (*INT64, n + 16, n + 4, -8) if not (v % 8 == 0 and v >= 0 and -(-v // 16) == here)]
+        options = [
+            v
+            for v in (*INT64, min(n + 16, 2**63 - 1), n + 4, -8)
+            if not (v % 8 == 0 and v >= 0 and -(-v // 16) == here)
+        ]
         call.arguments["out_features"] = s.choice(options)
         return Fault(("out_features", "packed"), (ValueError,))
 

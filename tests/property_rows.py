@@ -431,7 +431,7 @@ def rotary_ways(s: Sampler, call: Call, t: int, p: int) -> Ways:
             a[name] = t
             return Fault((name, *blamed), kinds)
 
-        return (name, replace)
+        return (" ".join((name, *blamed)), replace)
 
     def sized(name: str, d: int, by: int = 1) -> Callable[[], Tensor]:
         def make() -> Tensor:
