@@ -51,6 +51,7 @@ class Call:
     expected: the results (or what is written) from the arguments; called only where the call is valid.
     results: their shapes and dtypes.
     written: names of the arguments that the operator writes.
+    replaces: (written, read) that may be one tensor.
     typed: makes the call through the public function; None where the arguments cannot be put into it.
     typed_with: as typed, with a weight that takes the place of several arguments.
     grad: grad mode is on.
@@ -62,6 +63,7 @@ class Call:
     expected: Callable[[dict[str, Any]], tuple[Tensor, ...]]
     results: list[Result]
     written: tuple[str, ...] = ()
+    replaces: tuple[tuple[str, str], ...] = ()
     typed: Callable[[dict[str, Any]], object] | None = None
     typed_with: Callable[[dict[str, Any], Any], object] | None = None
     grad: bool = False

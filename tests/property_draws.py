@@ -283,7 +283,7 @@ class Sampler:
                 return None
             memory = torch.zeros(64 + size + other_size, dtype=torch.uint8)
             start = self.integer(0, (size - 1) // 8) * 8
-            if (written, other, start) == ("residual_out", "residual", 0):  # the sum may replace the residual
+            if start == 0 and (written, other) in call.replaces:
                 return None
             call.arguments[written] = memory[:size].view(a.dtype).view(a.shape)
             call.arguments[other] = memory[start : start + other_size].view(b.dtype).view(b.shape)

@@ -161,19 +161,26 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
 
     op = "int4_gemm" if bits == 4 else "int8_weight_only_gemm"
     call = Call(op, "default", arguments, expected, results(leading))
+    if s.one_in(2):
+        call.overload = "out"
+        give_outputs(s, call, "out")
+
+    def out() -> dict[str, Any]:
+        return {"out": call.arguments["out"]} if call.written else {}
+
     if exact and n > 0 and k > 0:
         if bits == 4:
             qweight = codes[:, 0::2] | codes[:, 1::2] << 4
             weight: Any = qops.Int4Weight.from_canonical(qweight, scales, kind=kind, zeros=zeros, perm=perm)
 
             def public(a: dict[str, Any], weight: Any) -> object:
-                return qops.int4_gemm(a["x"], weight, a["bias"], batch_invariant=a["batch_invariant"])
+                return qops.int4_gemm(a["x"], weight, a["bias"], batch_invariant=a["batch_invariant"], **out())
 
         else:
             weight = qops.Int8Weight.from_canonical(codes, scales)
 
             def public(a: dict[str, Any], weight: Any) -> object:
-                return qops.int8_weight_only_gemm(a["x"], weight, a["bias"])
+                return qops.int8_weight_only_gemm(a["x"], weight, a["bias"], **out())
 
         give_weight(call, public, weight)
     return finish(s, call, lambda: weight_only_ways(s, call, k, bits), ["x"], results)
@@ -183,7 +190,7 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
     a = call.arguments
     codes = torch.uint8 if bits == 4 else INT8
     dtypes: dict[str, tuple[torch.dtype, ...]] = {"x": FLOAT_DTYPES, "scales": FLOAT_DTYPES, "bias": FLOAT_DTYPES}
-    dtypes |= {"packed": (codes,), "perm": (torch.int32,)}
+    dtypes |= {"packed": (codes,), "perm": (torch.int32,), "out": FLOAT_DTYPES}
     inner = [name for name in ("packed", "scales", "zeros", "perm") if a.get(name) is not None]
     if bits == 4:
         dtypes["zeros"] = (torch.uint8,) if a["kind"] == 1 else (F32,)
@@ -212,14 +219,15 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
         return Fault(("zeros",), (ValueError,))
 
     ways = [
-        *s.tensor_faults(call, dtypes, optional=optional),
+        *s.tensor_faults(call, dtypes, call.written, optional),
+        *output_ways(s, call, [name for name in ("x", "bias", *inner) if a[name] is not None and name != "perm"]),
         *s.last_dim(call, "x", *(["bias"] if a["bias"] is not None else [])),
         *zero_dim(s, call, "x"),
         *s.not_contiguous(call, *inner),
         *s.shapes(call, inner, ["x", "scales"]),
         *(s.shapes(call, ["bias"]) if a["bias"] is not None else []),
         *size_ways(s, call, k, grouped=True),
-        *s.requires_grad(call, "x", "bias"),
+        *s.requires_grad(call, "x", "bias", *call.written),
         ("x", x_columns),
     ]
     if bits == 4:
@@ -273,14 +281,14 @@ def int8_gemm(s: Sampler) -> Call:
         give_outputs(s, call, "out")
     else:
         arguments["out_dtype"] = out_dtype
-        if exact and n > 0 and k > 0:
-            weight: Any = qops.Int8Weight.from_canonical(codes, w_scale)
+    if exact and n > 0 and k > 0:
+        weight: Any = qops.Int8Weight.from_canonical(codes, w_scale)
 
-            def public(a: dict[str, Any], weight: Any) -> object:
-                rest = {name: a[name] for name in ("zero_point", "out_dtype")}
-                return qops.int8_gemm(a["q"], a["scale"], weight, a["bias"], **rest)
+        def public(a: dict[str, Any], weight: Any) -> object:
+            rest = {name: a[name] for name in ("zero_point", "out" if call.written else "out_dtype")}
+            return qops.int8_gemm(a["q"], a["scale"], weight, a["bias"], **rest)
 
-            give_weight(call, public, weight)
+        give_weight(call, public, weight)
     return finish(s, call, lambda: int8_gemm_ways(s, call, k))
 
 

@@ -67,11 +67,21 @@ def on_meta(call: Call) -> None:
         call.arguments[name] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def give_outputs(s: Sampler, call: Call, *names: str) -> None:
-    """The caller's tensors for the results."""
-    call.written = names
+def give_outputs(s: Sampler, call: Call, *names: str, replaces: Sequence[tuple[str, str]] = ()) -> None:
+    """The caller's tensors for the results; ``replaces``: (output, input) that may be one tensor."""
+    call.written, call.replaces = names, tuple(replaces)
     for name, (shape, dtype) in zip(names, call.results, strict=True):
         call.arguments[name] = s.contiguous(s.buffer(torch.Size(shape).numel(), dtype).view(shape))
+    for name, other in replaces:
+        t = call.arguments[other]
+        if t.is_contiguous() and not t.is_neg() and s.one_in(3):
+            call.arguments[name] = t
+
+
+def out_of(call: Call, arguments: dict[str, Any]) -> Any:
+    """``out=`` of a typed function."""
+    outputs = tuple(arguments[name] for name in call.written)
+    return outputs[0] if len(outputs) == 1 else outputs
 
 
 def finish(
@@ -251,7 +261,7 @@ def norm_ways(s: Sampler, call: Call, h: int) -> Ways:
 
         return replace
 
-    dtypes = {name: FLOAT_DTYPES for name in ("x", "residual", "weight", "residual_out")}
+    dtypes = {name: FLOAT_DTYPES for name in ("x", "residual", "weight", "residual_out", "y", "out")}
     return [
         *s.tensor_faults(call, dtypes | {"q": (INT8,), "scale": (F32,)}, ["residual"]),
         *s.last_dim(call, *rows, "weight"),
@@ -295,15 +305,18 @@ def norm(op: str, *, add: bool, int8: bool) -> Callable[[Sampler], Call]:
         def typed(a: dict[str, Any]) -> object:
             style = {name: a[name] for name in ("weight_offset", "rounding", *(["rule"] if int8 else []))}
             if call.written:
-                style["out"] = tuple(a[name] for name in call.written)
+                style["out"] = out_of(call, a)
             return public(*[a[name] for name in ("x", *(["residual"] if add else []), "weight", "eps")], **style)
 
         call = Call(op, "default", arguments, expected, results(leading), typed=typed)
-        if int8 and s.one_in(2):
+        if s.one_in(2):
             call.overload = "out"
-            give_outputs(s, call, "q", "scale", *(["residual_out"] if add else []))
-            if add and arguments["residual"].is_contiguous() and not arguments["residual"].is_neg() and s.one_in(3):
-                arguments["residual_out"] = arguments["residual"]
+            names = ["q", "scale"] if int8 else ["y"] if add else ["out"]
+            replaces = [] if int8 else [(names[0], "x")]
+            if add:
+                names.append("residual_out")
+                replaces.append(("residual_out", "residual"))
+            give_outputs(s, call, *names, replaces=replaces)
         return finish(s, call, lambda: norm_ways(s, call, h), ["x", "residual"] if add else ["x"], results)
 
     return strategy
@@ -332,14 +345,15 @@ def silu_mul(s: Sampler, *, int8: bool = False) -> Call:
     def typed(a: dict[str, Any]) -> object:
         style = {name: a[name] for name in ("rounding", *(["rule"] if int8 else []))}
         if call.written:
-            style["out"] = tuple(a[name] for name in call.written)
+            style["out"] = out_of(call, a)
         return (qops.silu_mul_int8 if int8 else qops.silu_mul)(*[a[name] for name in names], **style)
 
     op = "silu_mul_int8" if int8 else "silu_mul"
     call = Call(op, "gate_up" if apart else "default", arguments, expected, results(leading), typed=typed)
-    if int8 and s.one_in(2):
+    if s.one_in(2):
         call.overload = "gate_up_out" if apart else "out"
-        give_outputs(s, call, "q", "scale")
+        replaces = [("out", name) for name in names] if apart and not int8 else []
+        give_outputs(s, call, *(["q", "scale"] if int8 else ["out"]), replaces=replaces[: s.integer(1, 2)])
 
     def odd() -> Fault:
         call.arguments["gate_up"] = torch.ones((*leading, last + 1), dtype=dtype)
@@ -351,9 +365,9 @@ def silu_mul(s: Sampler, *, int8: bool = False) -> Call:
         return Fault(("up",), (RuntimeError,))
 
     def ways() -> Ways:
-        dtypes = {name: FLOAT_DTYPES for name in names} | {"q": (INT8,), "scale": (F32,)}
+        dtypes = {name: FLOAT_DTYPES for name in (*names, "out")} | {"q": (INT8,), "scale": (F32,)}
         return [
-            *s.tensor_faults(call, dtypes, names),
+            *s.tensor_faults(call, dtypes, [*names, "out"]),
             *s.last_dim(call, *names),
             *zero_dim(s, call, names[0]),
             *(s.shapes(call, ["up"], ["gate"]) if apart else [("gate_up", odd)]),
@@ -370,7 +384,7 @@ def silu_mul(s: Sampler, *, int8: bool = False) -> Call:
 # --- rotary ----------------------------------------------------------------------------------------------------------
 
 
-def rotary(s: Sampler, *, in_place: bool = False) -> Call:
+def rotary(s: Sampler, *, in_place: bool = False, normed: bool = False) -> Call:
     leading, t, d = s.leading(2), s.choice((1, 2, 3, 4, 0)), s.choice((2, 4, 8, 16, 34, 1, 0, 3, 6))
     dtype, pairs = s.dtype(), s.integer(0, d // 2)
     heads, kv_heads = s.integer(0, 3), s.integer(0, 3)
@@ -391,12 +405,19 @@ def rotary(s: Sampler, *, in_place: bool = False) -> Call:
         values = torch.tensor([s.integer(0, p - 1) for _ in range(torch.Size(sizes).numel())]).view(sizes)
         arguments["positions"] = s.strided(values.to(s.choice((torch.int32, torch.int64))))
     arguments["interleaved"] = s.one_in(2)
+    if normed:
+        arguments |= {name: s.contiguous(s.values((d,), s.dtype())) for name in ("q_weight", "k_weight")}
+        arguments |= norm_style(s)
 
     def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
         rest = (a["cos"], a["sin"], a["positions"], a["interleaved"])
-        return tuple(rotary_exact(a[name], *rest) for name in ("q", "k"))
+        heads = {name: a[name] for name in ("q", "k")}
+        if normed:
+            style = (a["eps"], a["weight_offset"], a["rounding"])
+            heads = {name: rms_norm_exact(x, a[f"{name}_weight"], *style) for name, x in heads.items()}
+        return tuple(rotary_exact(x, *rest) for x in heads.values())
 
-    op = "rotary_" if in_place else "rotary"
+    op = ("qk_norm_" if normed else "") + ("rotary_" if in_place else "rotary")
     public: Callable[..., object] = getattr(qops, op)
     call = Call(op, "default", arguments, expected, [(shape, dtype) for shape in shapes])
     call.typed = lambda a: public(**a)
@@ -407,7 +428,8 @@ def rotary(s: Sampler, *, in_place: bool = False) -> Call:
 
 def rotary_ways(s: Sampler, call: Call, t: int, p: int) -> Ways:
     a = call.arguments
-    floats = {name: FLOAT_DTYPES for name in ("q", "k", "cos", "sin")}
+    floats = {name: FLOAT_DTYPES for name in ("q", "k", "cos", "sin", "q_weight", "k_weight")}
+    weights = [name for name in ("q_weight", "k_weight") if name in a]
     index = (torch.int32, torch.int64)
     moved = a["q"].shape[-1] > 0 and a["q"].shape[-2] + a["k"].shape[-2] > 0
 
@@ -489,7 +511,7 @@ def rotary_ways(s: Sampler, call: Call, t: int, p: int) -> Ways:
         *(replaced(name, sized(name, d), "sin") for name in ("cos", "sin") for d in (0, 1)),
         replaced("cos", lambda: torch.zeros(a["cos"].shape[0], dtype=table)),
         *(("positions q k", position(bad)) for bad in (-1, p, 2**31 - 1, 2**31, 2**63 - 1, -(2**63))),
-        *s.requires_grad(call, "q", "k", "cos", "sin"),
+        *s.requires_grad(call, "q", "k", "cos", "sin", *weights),
         *s.scalar(call, "interleaved", ("yes", b"1"), (RuntimeError, TypeError))[:2],
         ("q", expanded("q")),
         ("k", expanded("k")),
@@ -497,8 +519,16 @@ def rotary_ways(s: Sampler, call: Call, t: int, p: int) -> Ways:
     if a["positions"] is not None:
         ways.append(replaced("positions", sized("positions", -1)))
         ways.append(replaced("positions", lambda: a["positions"][..., None].clone()))
+    if weights:
+        ways += [
+            *s.last_dim(call, *weights),
+            *s.shapes(call, weights, ["q", "k"]),
+            *s.scalar(call, "eps", BAD_EPS),
+            *s.scalar(call, "weight_offset", BAD_OFFSETS),
+            *s.scalar(call, "rounding", BAD_ROUNDINGS),
+        ]
     if call.written:
-        others = ["cos", "sin", *(["positions"] if a["positions"] is not None else [])]
+        others = ["cos", "sin", *weights, *(["positions"] if a["positions"] is not None else [])]
         ways += s.overlap(call, ("q", "k"), *((w, o) for w in ("q", "k") for o in others))
     return ways
 
@@ -513,6 +543,8 @@ ROW_OPS: dict[str, Callable[[Sampler], Call]] = {
     "add_rms_norm_int8": norm("add_rms_norm_int8", add=True, int8=True),
     "rotary": rotary,
     "rotary_": lambda s: rotary(s, in_place=True),
+    "qk_norm_rotary": lambda s: rotary(s, normed=True),
+    "qk_norm_rotary_": lambda s: rotary(s, in_place=True, normed=True),
     "silu_mul": silu_mul,
     "silu_mul_int8": lambda s: silu_mul(s, int8=True),
 }

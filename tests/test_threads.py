@@ -42,6 +42,11 @@ def cases() -> dict[str, Run]:
         qops.rotary_(q, k, cos, sin)
         return q, k
 
+    def qk_norm_rotary_(seed: int) -> tuple[Tensor, ...]:
+        q, k = (t.clone() for t in heads(seed))
+        qops.qk_norm_rotary_(q, k, w[:D], w[D : 2 * D], cos, sin, eps)
+        return q, k
+
     def int8_gemm(seed: int) -> tuple[Tensor, ...]:
         q, scale = qops.quantize_int8(x(seed))
         out = torch.empty(len(q), N, dtype=torch.bfloat16)
@@ -66,6 +71,8 @@ def cases() -> dict[str, Run]:
         "add_rms_norm_int8": lambda s: qops.add_rms_norm_int8(x(s), x(s + 2, *x(s).shape), w, eps),
         "rotary": lambda s: qops.rotary(*heads(s), cos, sin),
         "rotary_": rotary_,
+        "qk_norm_rotary": lambda s: qops.qk_norm_rotary(*heads(s), w[:D], w[D : 2 * D], cos, sin, eps),
+        "qk_norm_rotary_": qk_norm_rotary_,
         "silu_mul": lambda s: qops.silu_mul(x(s)),
         "silu_mul_int8": lambda s: qops.silu_mul_int8(x(s)),
     }
