@@ -23,7 +23,7 @@ enum class Status : int32_t {
   kOk,
   kUnsupported,  // no kernel for this combination; the binding should have refused it
   kOutOfMemory,
-  kIndexOutOfRange,  // a position lies outside its table; nothing was written
+  kIndexOutOfRange,  // a position or perm lies outside its table; nothing was written
   kLaunchFailed,     // CUDA refused the launch
 };
 
@@ -167,6 +167,7 @@ struct WeightOnlyGemmParams {
   int64_t n;
   int64_t k;
   int64_t group_size;
+  int64_t* bad_index;  // set to the value of perm when the result is kIndexOutOfRange
 };
 
 // y = R(fmaf(s_x, (q - zero_point) @ w.T * s_w, bias)), or the integer product itself where dtype is kInt32.

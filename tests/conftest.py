@@ -2,6 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
+
+# One fixed set of calls for every day; `--hypothesis-profile=thorough` draws new ones each time.
+settings.register_profile(
+    "short",
+    max_examples=50,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+)
+settings.register_profile("thorough", settings.get_profile("short"), max_examples=2000, derandomize=False)
+settings.load_profile("short")
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,13 @@ class LlamaFile:
     def write(self, path: Path) -> Path:
         writer = gguf.GGUFWriter(path, self.architecture, **self.writer_args)
         for key, value in self.metadata.items():
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+            add: dict[type, Any] = {
+                np.int64: writer.add_int64,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+                list: writer.add_array,
+            }
             add[type(value)](key, value)
         for name, (kind, rows, heads) in self.tensors.items():
             qtype = gguf.GGMLQuantizationType[kind]

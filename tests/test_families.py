@@ -279,8 +279,9 @@ def test_dense_weights_are_freed_layer_by_layer(scheme, fuse, monkeypatch):
     quantize, alive = kind.quantize, []
 
     def spy(weight, *args, **kwargs):
-        index = next(layer for layer, ref in linears if ref() is not None and ref().data_ptr() == weight.data_ptr())
-        alive.append((index, {layer for layer, ref in linears if ref() is not None}))
+        for index, ref in linears:
+            if ref() is not None and ref().data_ptr() == weight.data_ptr():
+                alive.append((index, {layer for layer, other in linears if other() is not None}))
         return quantize(weight, *args, **kwargs)
 
     monkeypatch.setattr(kind, "quantize", spy)

@@ -206,6 +206,10 @@ def tensor(name, kind, *shape):
         (metadata(llama__attention__value_length=8), "llama.attention.value_length must equal the head dimension 16"),
         (metadata(llama__rope__dimension_count=8), "rope.dimension_count must equal the head dimension 16, got 8"),
         (metadata(llama__rope__freq_base=float("nan")), "key llama.rope.freq_base must be positive, got nan"),
+        (
+            metadata(llama__attention__layer_norm_rms_epsilon=float("inf")),
+            "layer_norm_rms_epsilon must be finite in flo",
+        ),
         (metadata(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type must be 'none' or 'linear', got 'yarn'"),
         (metadata(llama__expert_count=8), "mixtures of experts are not supported"),
         (metadata(llama__vocab_size=80), r"token_embd.weight must have shape \[80, 64\], got \[72, 64\]"),
@@ -218,6 +222,10 @@ def tensor(name, kind, *shape):
         (tensor("blk.1.ffn_down.weight", "Q5_0", 64, 96), "ffn_down.weight has type Q5_0, supported are Q4_0, Q4_1"),
         (tensor("output_norm.weight", "Q8_0", 64), "output_norm.weight has type Q8_0, supported are F32, F16, BF16"),
         (tensor("rope_freqs.weight", "F32", 9), r"rope_freqs.weight must have shape \[8\], got \[9\]"),
+        (
+            lambda file: file.tensors.update({"rope_freqs.weight": ("F32", np.zeros(8, np.float32), 0)}),
+            "tensor rope_freqs.weight must hold positive finite numbers",
+        ),
     ],
 )
 def test_unsupported_files_are_refused(tmp_path, bend, message):
@@ -305,6 +313,13 @@ def test_hostile_containers_are_refused(tmp_path, content):
         GGUFFile(tmp_path / "hostile.gguf")
 
 
+def test_a_string_that_is_no_text_names_its_key(tmp_path):
+    path = llama_file().write(tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes().replace(b"llama", b"\xff\xfe\xff\xfe\xff", 1))
+    with pytest.raises(ValueError, match=r"m\.gguf: key general\.architecture: .*decode"):
+        GGUFFile(path)
+
+
 def test_another_byte_order_is_refused(tmp_path):
     file = llama_file()
     file.writer_args["endianess"] = gguf.GGUFEndian.BIG
@@ -351,9 +366,11 @@ def test_tokenizer_with_chat_template(tmp_path):
     assert special == (1, 2, 0)
 
 
-def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path):
+# The last ones pass what the tokenizers package takes for an id.
+@pytest.mark.parametrize("token", [999, 2**32 - 1, -1, "<pad>"])
+def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path, token):
     file = tokenizer_file()
-    file.metadata["tokenizer.ggml.padding_token_id"] = 999
+    file.metadata["tokenizer.ggml.padding_token_id"] = np.int64(token) if token == -1 else token
     # By Transformers or here, by its release.
     with pytest.raises(ValueError, match=r"m\.gguf: (Transformers finds no tokenizer|.* must be the id of a token)"):
         load_tokenizer(file.write(tmp_path / "m.gguf"))

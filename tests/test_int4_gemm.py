@@ -364,7 +364,7 @@ def test_perm_out_of_range(bad):
 
 def test_grad_is_refused():
     w = make_weight(16, 32, 32, "symmetric", 0)
-    refused = pytest.raises(RuntimeError, match=r"qops\.int4_gemm: an input requires grad")
+    refused = pytest.raises(RuntimeError, match=r"qops\.int4_gemm: \w+ must not require grad")
     with torch.inference_mode(False), torch.enable_grad(), refused:
         qops.int4_gemm(torch.ones(1, 32, requires_grad=True), w)
 

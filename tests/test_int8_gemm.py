@@ -472,7 +472,7 @@ def test_grad_is_refused():
     with torch.inference_mode(False), torch.enable_grad():
         grad = torch.ones(2, requires_grad=True)
         for args in ((Q, grad, w), (Q, torch.ones(2), w, torch.ones(16, requires_grad=True))):
-            with pytest.raises(RuntimeError, match=r"qops\.int8_gemm: an input requires grad"):
+            with pytest.raises(RuntimeError, match=r"qops\.int8_gemm: \w+ must not require grad"):
                 qops.int8_gemm(*args)
 
 

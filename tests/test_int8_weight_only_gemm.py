@@ -207,7 +207,7 @@ def test_errors_of_the_out_form(case):
 
 def test_grad_is_refused():
     w = make_weight(16, 32, 32, 0)
-    refused = pytest.raises(RuntimeError, match=r"qops\.int8_weight_only_gemm: an input requires grad")
+    refused = pytest.raises(RuntimeError, match=r"qops\.int8_weight_only_gemm: \w+ must not require grad")
     with torch.inference_mode(False), torch.enable_grad(), refused:
         qops.int8_weight_only_gemm(torch.ones(1, 32, requires_grad=True), w)
 

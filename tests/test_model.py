@@ -477,6 +477,11 @@ SCALES = "model.layers.1.mlp.up_proj.weight.scales"
         (lambda f: edit_config(f, lambda c: c["quantization_config"].update(format_version=9)), "must be 1, got 9"),
         (lambda f: edit_config(f, lambda c: c["quantization_config"].update(weights=3)), "weights must map names"),
         (
+            lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-15]: 4})),
+            "weights must map names to kinds",
+        ),
+        (lambda f: edit_config(f, lambda c: c.update(quantization_config=[1])), "must be of a model saved by qops"),
+        (
             lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-15]: "int3"})),
             "up_proj.weight has unknown kind 'int3'",
         ),

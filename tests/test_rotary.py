@@ -392,7 +392,7 @@ def test_grad_is_refused():
     with torch.inference_mode(False), torch.enable_grad():
         q, k = inputs(5, dtype=torch.float32)
         for op in (qops.rotary, qops.rotary_):
-            with pytest.raises(RuntimeError, match=rf"qops\.{op.__name__}: an input requires grad"):
+            with pytest.raises(RuntimeError, match=rf"qops\.{op.__name__}: \w+ must not require grad"):
                 op(q, k.clone().requires_grad_(), *tables(5, 64))
 
 

@@ -198,7 +198,7 @@ def test_grad_is_refused():
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.ones(1, 8, requires_grad=True)
         for args in ((x,), (x, torch.ones(1, 8)), (torch.ones(1, 8), x)):
-            with pytest.raises(RuntimeError, match=r"qops\.silu_mul_int8: an input requires grad"):
+            with pytest.raises(RuntimeError, match=r"qops\.silu_mul_int8: \w+ must not require grad"):
                 qops.silu_mul_int8(*args)
 
 

@@ -39,15 +39,15 @@ def needs_four_digits(x: np.ndarray, dtype: torch.dtype, blocks) -> bool:
 
 
 def fixed_point(x: np.ndarray, four: bool) -> tuple[np.ndarray, np.float32]:
-    """(v, scale) with x ~ v * scale, for one block whose maximum is neither tiny nor infinite."""
+    """(v, scale) with x ~ v * scale, for one block of finite values."""
     a = np.abs(x).max()
     if a == 0:
         return np.zeros(len(x), np.int64), np.float32(0)
     if not four:
         inverse = np.float32(32767) / a
         return np.rint(x * inverse).astype(np.int64), a / np.float32(32767)
-    exponent = int(np.floor(np.log2(a.astype(np.float64))))
-    return np.rint(x * np.float32(2.0 ** (30 - exponent))).astype(np.int64), np.float32(2.0 ** (exponent - 30))
+    exponent = max(int(np.floor(np.log2(a.astype(np.float64)))) - 30, -149)  # no float32 has a bit below 2^-149
+    return np.rint(x.astype(np.float64) * 2.0**-exponent).astype(np.int64), np.float32(2.0**exponent)
 
 
 def split(v: np.ndarray, four: bool) -> list[np.ndarray]:

@@ -1,9 +1,11 @@
 #include "binding/checks.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
 
 namespace qops::binding {
-
 std::string to_string(Sizes sizes) {
   std::string text = "[";
   for (size_t i = 0; i < sizes.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
@@ -24,51 +26,100 @@ std::string dtype_name(ScalarType dtype) {
     case ScalarType::Bool: return "bool";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt64: return "uint64";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e4m3fnuz: return "float8_e4m3fnuz";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    case ScalarType::Float8_e5m2fnuz: return "float8_e5m2fnuz";
     default: return "another dtype";
   }
 }
 
+namespace {
+
+constexpr double kMaxFloat = std::numeric_limits<float>::max();
+
+int64_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte:
+    case ScalarType::Char: return 1;
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 2;
+    default: return 4;
+  }
+}
+
+std::string device_name(const Tensor& t) {
+  switch (t.device().type()) {
+    case torch::headeronly::DeviceType::CPU: return "cpu";
+    case torch::headeronly::DeviceType::CUDA: return "cuda";
+    case torch::headeronly::DeviceType::Meta: return "meta";
+    default: return "another device";
+  }
+}
+
+}  // namespace
+
+void Checker::require_tensor(const Tensor& t, const char* arg) const {
+  if (!t.defined()) unsupported(std::string(arg) + " must be a tensor, got None");
+}
+
+ScalarType Checker::dtype_of(const Tensor& t, const char* arg) const {
+  require_tensor(t, arg);
+  try {
+    return t.scalar_type();
+  } catch (const std::exception&) {
+    return ScalarType::Undefined;
+  }
+}
+
 DType Checker::float_dtype(const Tensor& t, const char* arg) const {
-  switch (t.scalar_type()) {
+  const ScalarType dtype = dtype_of(t, arg);
+  switch (dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
-    default:
-      unsupported(std::string(arg) + " must have dtype float32, float16 or bfloat16, got " +
-                  dtype_name(t.scalar_type()));
+    default: unsupported(std::string(arg) + " must have dtype float32, float16 or bfloat16, got " + dtype_name(dtype));
   }
 }
 
 void Checker::dtype(const Tensor& t, const char* arg, ScalarType expected) const {
-  if (t.scalar_type() != expected) {
-    unsupported(std::string(arg) + " must have dtype " + dtype_name(expected) + ", got " + dtype_name(t.scalar_type()));
+  if (const ScalarType actual = dtype_of(t, arg); actual != expected) {
+    unsupported(std::string(arg) + " must have dtype " + dtype_name(expected) + ", got " + dtype_name(actual));
   }
 }
 
 void Checker::same_dtype(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const {
-  if (t.scalar_type() != other.scalar_type()) {
-    unsupported(std::string(arg) + " must have the dtype of " + other_arg + " = " + dtype_name(other.scalar_type()) +
-                ", got " + dtype_name(t.scalar_type()));
+  const ScalarType actual = dtype_of(t, arg), expected = dtype_of(other, other_arg);
+  if (actual != expected) {
+    unsupported(std::string(arg) + " must have the dtype of " + other_arg + " = " + dtype_name(expected) + ", got " +
+                dtype_name(actual));
   }
 }
 
 DType Checker::float32_or_same_dtype(const Tensor& t, const char* arg, const Tensor& other,
                                      const char* other_arg) const {
-  if (t.scalar_type() != ScalarType::Float && t.scalar_type() != other.scalar_type()) {
+  const ScalarType actual = dtype_of(t, arg), expected = dtype_of(other, other_arg);
+  if (actual != ScalarType::Float && actual != expected) {
     unsupported(std::string(arg) + " must have dtype float32 or the dtype of " + other_arg + " = " +
-                dtype_name(other.scalar_type()) + ", got " + dtype_name(t.scalar_type()));
+                dtype_name(expected) + ", got " + dtype_name(actual));
   }
   return float_dtype(t, arg);
 }
 
 void Checker::index_dtype(const Tensor& t, const char* arg) const {
-  if (t.scalar_type() != ScalarType::Int && t.scalar_type() != ScalarType::Long) {
-    unsupported(std::string(arg) + " must have dtype int32 or int64, got " + dtype_name(t.scalar_type()));
+  const ScalarType actual = dtype_of(t, arg);
+  if (actual != ScalarType::Int && actual != ScalarType::Long) {
+    unsupported(std::string(arg) + " must have dtype int32 or int64, got " + dtype_name(actual));
   }
 }
 
 void Checker::cpu(const Tensor& t, const char* arg) const {
-  if (!t.is_cpu()) unsupported(std::string(arg) + " must be on the CPU like the other arguments");
+  require_tensor(t, arg);
+  if (!t.is_cpu()) unsupported(std::string(arg) + " must be on cpu, got " + device_name(t));
 }
 
 void Checker::shape(const Tensor& t, const char* arg, const char* letters, Sizes expected) const {
@@ -194,6 +245,16 @@ bool Checker::rounding_is_hf(std::string_view rounding) const {
 }
 
 RmsNormStyle Checker::rms_norm_style(double eps, double weight_offset, std::string_view rounding) const {
+  const auto shown = [](double value) {
+    std::ostringstream text;
+    text << value;
+    return text.str();
+  };
+  // Beyond float32, which kernels compute in, is infinite too.
+  if (!(eps >= 0.0 && eps <= kMaxFloat)) refuse("eps", "be a float32 that is finite and not negative", shown(eps));
+  if (!(std::abs(weight_offset) <= kMaxFloat)) {
+    refuse("weight_offset", "be a finite float32", shown(weight_offset));
+  }
   const bool hf = rounding_is_hf(rounding);
   if (weight_offset != 0.0 && hf) refuse("rounding", "be \"fp32\" with a non-zero weight_offset", "\"hf\"");
   return {static_cast<float>(eps), static_cast<float>(weight_offset), hf};
@@ -202,6 +263,21 @@ RmsNormStyle Checker::rms_norm_style(double eps, double weight_offset, std::stri
 Rows Checker::rows(const Tensor& t, const char* arg, int trailing_dims) const {
   Rows rows;
   const auto sizes = t.sizes(), strides = t.strides();
+  if (t.numel() == 0) {
+    // Nothing is addressed, and strides may be any: all rows are the first one.
+    for (int64_t d = 0; d < t.dim() - trailing_dims; ++d) {
+      if (sizes[d] == 0) {
+        rows.count = 0;
+        break;
+      }
+      if (__builtin_mul_overflow(rows.count, sizes[d], &rows.count)) {
+        refuse(arg, "have fewer than 2^63 rows", "shape " + to_string(sizes));
+      }
+    }
+    rows.dims = 1;
+    rows.size[0] = rows.count;
+    return rows;
+  }
   // Built from the innermost leading dimension outwards, then turned round.
   for (int64_t d = t.dim() - trailing_dims - 1; d >= 0; --d) {
     rows.count *= sizes[d];
@@ -247,9 +323,20 @@ std::vector<int64_t> with_last_size(const Tensor& t, int64_t last) {
 
 std::vector<int64_t> leading_sizes(const Tensor& t) { return {t.sizes().begin(), t.sizes().end() - 1}; }
 
-Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, std::nullopt,
-                              like.device());
+Tensor Checker::new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) const {
+  const Sizes shape(sizes.data(), sizes.size());
+  int64_t bytes = element_bytes(dtype);
+  for (const int64_t size : sizes) {
+    // Sizes of 0 are left out: torch's strides are products of the others.
+    if (size != 0 && __builtin_mul_overflow(bytes, size, &bytes)) {
+      refuse("the result", "take fewer than 2^63 bytes", dtype_name(dtype) + " " + to_string(shape));
+    }
+  }
+  try {
+    return torch::stable::empty(shape, dtype, std::nullopt, like.device());
+  } catch (const std::exception&) {  // whose text is a place in torch's sources
+    unsupported("the result must fit into memory, got " + dtype_name(dtype) + " " + to_string(shape));
+  }
 }
 
 }  // namespace qops::binding

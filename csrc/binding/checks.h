@@ -40,6 +40,10 @@ class Checker {
     if (!ok) refuse(arg, requirement, actual);
   }
 
+  // The dispatcher lets None pass for a tensor; cpu() and everything that looks at a dtype asks this first.
+  void require_tensor(const Tensor& t, const char* arg) const;
+  // Undefined for a dtype that the stable ABI has no name for.
+  ScalarType dtype_of(const Tensor& t, const char* arg) const;
   // x is float32, float16 or bfloat16.
   DType float_dtype(const Tensor& t, const char* arg) const;
   void same_dtype(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
@@ -67,11 +71,17 @@ class Checker {
   void output(const Tensor& t, const char* arg, ScalarType expected, const char* letters, Sizes sizes) const;
   // "hf" -> true, "fp32" -> false.
   bool rounding_is_hf(std::string_view rounding) const;
+  // What every form of rms_norm adds: eps >= 0 and weight_offset, both finite in float32.
   RmsNormStyle rms_norm_style(double eps, double weight_offset, std::string_view rounding) const;
   QuantizeRule quantize_rule(std::string_view rule) const;
   // Leading dimensions, merged where the strides allow.
   Rows rows(const Tensor& t, const char* arg, int trailing_dims = 1) const;
   void ok(Status status) const;
+  // Uninitialised contiguous tensor on the device of `like`.
+  Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) const;
+  Tensor contiguous_like(const Tensor& like) const {
+    return new_tensor(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
+  }
 
  private:
   std::string prefix() const { return std::string("qops.") + op_ + ": "; }
@@ -88,11 +98,5 @@ ThreadPool thread_pool();
 // The sizes of t, the last one replaced; or without the last one.
 std::vector<int64_t> with_last_size(const Tensor& t, int64_t last);
 std::vector<int64_t> leading_sizes(const Tensor& t);
-
-// Uninitialised contiguous tensor on the device of `like`.
-Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
-inline Tensor contiguous_like(const Tensor& like) {
-  return new_tensor(like, {like.sizes().begin(), like.sizes().end()}, like.scalar_type());
-}
 
 }  // namespace qops::binding

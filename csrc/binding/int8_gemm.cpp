@@ -68,7 +68,7 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
     check.refuse("packed", "hold a multiple of 8 columns of 16 elements a strip", std::to_string(packed.size(1)));
   }
   p.k = packed.size(1) / kStripRows;
-  const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
+  const int64_t strips = p.n / kStripRows + (p.n % kStripRows != 0);
   check.shape(packed, "packed", "[S, 16 K]", {strips, p.k * kStripRows});
   if (const int64_t columns = q.size(q.dim() - 1); columns != p.k) {
     check.refuse("q", "have last dimension K = " + std::to_string(p.k), std::to_string(columns));
@@ -105,7 +105,7 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
 Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
                  const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype) {
   Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be");
-  Tensor y = new_tensor(q, output_sizes(q, out_features), out_dtype);
+  Tensor y = check.new_tensor(q, output_sizes(q, out_features), out_dtype);
   p.y = y.mutable_data_ptr();
   check.ok(cpu::int8_gemm(p, thread_pool()));
   return y;
@@ -114,8 +114,8 @@ Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tenso
 void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
                    const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out) {
   check.cpu(out, "out");
-  Int8GemmParams p =
-      checked(q, scale, zero_point, packed, w_scale, bias, out_features, out.scalar_type(), "out must have dtype");
+  Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, check.dtype_of(out, "out"),
+                             "out must have dtype");
   const std::vector<int64_t> sizes = output_sizes(q, out_features);
   const torch::headeronly::IntHeaderOnlyArrayRef expected(sizes.data(), sizes.size());
   if (!out.sizes().equals(expected)) {

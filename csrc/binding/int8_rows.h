@@ -8,8 +8,9 @@
 
 namespace qops::binding {
 
-inline std::pair<Tensor, Tensor> new_int8_rows(const Tensor& x, int64_t k) {
-  return {new_tensor(x, with_last_size(x, k), ScalarType::Char), new_tensor(x, leading_sizes(x), ScalarType::Float)};
+inline std::pair<Tensor, Tensor> new_int8_rows(const Checker& check, const Tensor& x, int64_t k) {
+  return {check.new_tensor(x, with_last_size(x, k), ScalarType::Char),
+          check.new_tensor(x, leading_sizes(x), ScalarType::Float)};
 }
 
 // `inputs`: what the op reads; the outputs must not share its memory.

@@ -73,7 +73,7 @@ void run(QuantizeInt8StaticParams& p, const Tensor& q) {
 
 std::tuple<Tensor, Tensor> quantize_int8(const Tensor& x, std::string_view rule) {
   QuantizeInt8Params p = checked_dynamic(x, rule);
-  auto [q, scale] = new_int8_rows(x, p.k);
+  auto [q, scale] = new_int8_rows(check_dynamic, x, p.k);
   run(p, q, scale);
   return {q, scale};
 }
@@ -86,8 +86,8 @@ void quantize_int8_out(const Tensor& x, std::string_view rule, const Tensor& q, 
 
 std::tuple<Tensor, Tensor, Tensor> quantize_int8_asym(const Tensor& x) {
   auto p = checked<QuantizeInt8AsymParams>(check_asym, x);
-  auto [q, scale] = new_int8_rows(x, p.k);
-  Tensor zero_point = new_tensor(x, leading_sizes(x), ScalarType::Int);
+  auto [q, scale] = new_int8_rows(check_asym, x, p.k);
+  Tensor zero_point = check_asym.new_tensor(x, leading_sizes(x), ScalarType::Int);
   run(p, q, scale, zero_point);
   return {q, scale, zero_point};
 }
@@ -104,7 +104,7 @@ void quantize_int8_asym_out(const Tensor& x, const Tensor& q, const Tensor& scal
 
 Tensor quantize_int8_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point) {
   QuantizeInt8StaticParams p = checked_static(x, scale, zero_point);
-  Tensor q = new_tensor(x, with_last_size(x, p.k), ScalarType::Char);
+  Tensor q = check_static.new_tensor(x, with_last_size(x, p.k), ScalarType::Char);
   run(p, q);
   return q;
 }

@@ -63,7 +63,7 @@ void run(const Checker& check, const RmsNormParams& norm, const Tensor& q, const
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset, std::string_view rounding) {
   constexpr Checker check("rms_norm");
   RmsNormParams p = checked(check, x, weight, eps, weight_offset, rounding);
-  Tensor y = contiguous_like(x);
+  Tensor y = check.contiguous_like(x);
   run(check, p, y);
   return y;
 }
@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
                                         double weight_offset, std::string_view rounding) {
   constexpr Checker check("add_rms_norm");
   RmsNormParams p = checked(check, x, residual, weight, eps, weight_offset, rounding);
-  Tensor y = contiguous_like(x);
-  Tensor sum = contiguous_like(x);
+  Tensor y = check.contiguous_like(x);
+  Tensor sum = check.contiguous_like(x);
   run(check, p, y, sum);
   return {y, sum};
 }
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor> rms_norm_int8(const Tensor& x, const Tensor& weight, 
   constexpr Checker check("rms_norm_int8");
   const RmsNormParams p = checked(check, x, weight, eps, weight_offset, rounding);
   const QuantizeRule quantize_rule = check.quantize_rule(rule);
-  auto [q, scale] = new_int8_rows(x, p.h);
+  auto [q, scale] = new_int8_rows(check, x, p.h);
   run(check, p, q, scale, quantize_rule);
   return {q, scale};
 }
@@ -128,8 +128,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_int8(const Tensor& x, const Tens
   constexpr Checker check("add_rms_norm_int8");
   RmsNormParams p = checked(check, x, residual, weight, eps, weight_offset, rounding);
   const QuantizeRule quantize_rule = check.quantize_rule(rule);
-  auto [q, scale] = new_int8_rows(x, p.h);
-  Tensor sum = contiguous_like(x);
+  auto [q, scale] = new_int8_rows(check, x, p.h);
+  Tensor sum = check.contiguous_like(x);
   p.residual_out = sum.mutable_data_ptr();
   run(check, p, q, scale, quantize_rule);
   return {q, scale, sum};

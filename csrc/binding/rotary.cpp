@@ -163,8 +163,8 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
                                   const std::optional<Tensor>& positions, bool interleaved) {
   constexpr Checker check("rotary");
   RotaryParams p = checked(check, q, k, cos, sin, positions, interleaved);
-  Tensor q_out = contiguous_like(q);
-  Tensor k_out = contiguous_like(k);
+  Tensor q_out = check.contiguous_like(q);
+  Tensor k_out = check.contiguous_like(k);
   set_outputs(check, p, q_out, k_out);
   run(check, p);
   return {q_out, k_out};
@@ -186,8 +186,8 @@ std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, cons
   constexpr Checker check("qk_norm_rotary");
   QkNormRotaryParams p =
       checked(check, q, k, q_weight, k_weight, cos, sin, eps, positions, interleaved, weight_offset, rounding);
-  Tensor q_out = contiguous_like(q);
-  Tensor k_out = contiguous_like(k);
+  Tensor q_out = check.contiguous_like(q);
+  Tensor k_out = check.contiguous_like(k);
   set_outputs(check, p.rotary, q_out, k_out);
   run(check, p);
   return {q_out, k_out};

@@ -53,7 +53,7 @@ void run(SiluMulParams& p, const Tensor& y) {
 }
 
 Tensor run_new(SiluMulParams& p, const Tensor& like) {
-  Tensor y = new_tensor(like, with_last_size(like, p.columns), like.scalar_type());
+  Tensor y = check_float.new_tensor(like, with_last_size(like, p.columns), like.scalar_type());
   run(p, y);
   return y;
 }
@@ -67,7 +67,7 @@ void run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& q, const T
 }
 
 std::tuple<Tensor, Tensor> run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& like) {
-  auto [q, scale] = new_int8_rows(like, gated.columns);
+  auto [q, scale] = new_int8_rows(check_int8, like, gated.columns);
   run(gated, rule, q, scale);
   return {q, scale};
 }

@@ -22,7 +22,7 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
   check.require(packed.size(1) % (8 * strip_elements_per_column) == 0, "packed",
                 "hold a multiple of 8 columns of " + std::to_string(strip_elements_per_column) + " elements a strip",
                 std::to_string(packed.size(1)));
-  const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
+  const int64_t strips = p.n / kStripRows + (p.n % kStripRows != 0);
   check.shape(packed, "packed", "[S, K-strip]", {strips, p.k * strip_elements_per_column});
   check.require(x.size(x.dim() - 1) == p.k, "x", "have last dimension K = " + std::to_string(p.k),
                 std::to_string(x.size(x.dim() - 1)));
@@ -85,8 +85,8 @@ WeightOnlyGemmParams checked_int8(const Tensor& x, const Tensor& packed, const T
   return checked(check_int8, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
 }
 
-Tensor new_output(const Tensor& x, int64_t out_features) {
-  return new_tensor(x, with_last_size(x, out_features), x.scalar_type());
+Tensor new_output(const Checker& check, const Tensor& x, int64_t out_features) {
+  return check.new_tensor(x, with_last_size(x, out_features), x.scalar_type());
 }
 
 void check_output(const Checker& check, const Tensor& out, const Tensor& x, const Tensor& packed, const Tensor& scales,
@@ -100,9 +100,12 @@ void check_output(const Checker& check, const Tensor& out, const Tensor& x, cons
 
 void run_int4(WeightOnlyGemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
+  int64_t bad_index = 0;
+  p.bad_index = &bad_index;
   const Status status = cpu::int4_gemm(p, thread_pool());
-  check_int4.require(status != Status::kIndexOutOfRange, "perm", "hold indices in 0 .. " + std::to_string(p.k - 1),
-                     "another value");
+  if (status == Status::kIndexOutOfRange) {
+    check_int4.refuse("perm", "hold indices in 0 .. " + std::to_string(p.k - 1), std::to_string(bad_index));
+  }
   check_int4.ok(status);
 }
 
@@ -118,7 +121,7 @@ Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, st
                  std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
                  int64_t kind, bool /*batch_invariant*/) {
   WeightOnlyGemmParams p = checked_int4(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
-  Tensor y = new_output(x, out_features);
+  Tensor y = new_output(check_int4, x, out_features);
   run_int4(p, y);
   return y;
 }
@@ -136,7 +139,7 @@ void int4_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, 
 Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                              int64_t out_features, int64_t group_size) {
   WeightOnlyGemmParams p = checked_int8(x, packed, scales, bias, out_features, group_size);
-  Tensor y = new_output(x, out_features);
+  Tensor y = new_output(check_int8, x, out_features);
   run_int8(p, y);
   return y;
 }

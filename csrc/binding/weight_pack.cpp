@@ -3,19 +3,25 @@
 namespace qops::binding {
 namespace {
 
+constexpr int64_t kMaxColumns = int64_t{1} << 58;
+
 using Pack = Status (*)(const WeightPackParams&, const ThreadPool&);
 
-int64_t strips_of(int64_t n) { return (n + kStripRows - 1) / kStripRows; }
+int64_t strips_of(int64_t n) { return n / kStripRows + (n % kStripRows != 0); }
 
 // codes_per_element: 2 for int4 (two codes in a byte), 1 for int8.
 Tensor pack(const Checker& check, const Tensor& qweight, ScalarType dtype, int64_t codes_per_element, Pack kernel) {
   check.dtype(qweight, "qweight", dtype);
   check.require(qweight.dim() == 2, "qweight", "have 2 dimensions", std::to_string(qweight.dim()));
-  const int64_t n = qweight.size(0), k = qweight.size(1) * codes_per_element;
+  const int64_t n = qweight.size(0);
   check.require(n % 8 == 0, "qweight", "have a multiple of 8 rows", std::to_string(n));
+  // A row of a packed weight is 16 rows of this one.
+  check.require(qweight.size(1) < kMaxColumns, "qweight", "have fewer than 2^58 elements in a row",
+                std::to_string(qweight.size(1)));
+  const int64_t k = qweight.size(1) * codes_per_element;
   check.require(k % 8 == 0, "qweight", "have a multiple of 8 columns", std::to_string(k));
   check.contiguous(qweight, "qweight");
-  Tensor packed = new_tensor(qweight, {strips_of(n), k / codes_per_element * kStripRows}, dtype);
+  Tensor packed = check.new_tensor(qweight, {strips_of(n), k / codes_per_element * kStripRows}, dtype);
   check.ok(kernel({qweight.const_data_ptr(), packed.mutable_data_ptr(), n, k}, thread_pool()));
   return packed;
 }
@@ -34,7 +40,7 @@ Tensor unpack(const Checker& check, const Tensor& packed, int64_t out_features, 
                 std::to_string(packed.size(1)));
   check.contiguous(packed, "packed");
   const int64_t elements = packed.size(1) / kStripRows;
-  Tensor qweight = new_tensor(packed, {out_features, elements}, dtype);
+  Tensor qweight = check.new_tensor(packed, {out_features, elements}, dtype);
   check.ok(kernel({packed.const_data_ptr(), qweight.mutable_data_ptr(), out_features, elements * codes_per_element},
                   thread_pool()));
   return qweight;

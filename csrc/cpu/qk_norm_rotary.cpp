@@ -54,7 +54,6 @@ void norm_and_rotate(const RotaryParams& p, const RmsNormStyle& style, const Rot
 template <class T, class A>
 Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
   const RotaryParams& p = params.rotary;
-  if (p.d == 0) return Status::kOk;  // however many heads
   const int64_t weight_floats = whole_vectors(p.d), angle_floats = whole_vectors(2 * p.pairs);
   Scratch weights(2 * Scratch::bytes<float>(weight_floats));
   if (!weights.ok()) return Status::kOutOfMemory;
@@ -78,6 +77,7 @@ Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
 }  // namespace
 
 Status qk_norm_rotary(const QkNormRotaryParams& p, const ThreadPool& pool) {
+  if (p.rotary.d == 0 || (p.rotary.q.heads == 0 && p.rotary.k.heads == 0)) return Status::kOk;  // however many tokens
   if (const Status status = check_positions(p.rotary); status != Status::kOk) return status;
   return with_dtype(p.rotary.dtype, [&](auto* element) {
     return with_dtype(p.rotary.table_dtype, [&](auto* angle) {

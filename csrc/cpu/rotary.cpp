@@ -26,6 +26,7 @@ void rotate_heads(const RotaryParams& p, const RotaryHeads& heads, int64_t token
 // Elements R .. D - 1 of every head.
 template <class T>
 void copy_unrotated(const RotaryParams& p, const RotaryHeads& heads, int64_t token) {
+  if (heads.x == heads.y) return;  // in place, or without heads
   const int64_t x_begin = heads.x_tokens.offset(token), y_begin = heads.y_tokens.offset(token);
   for (int64_t head = 0; head < heads.heads; ++head) {
     const T* x = static_cast<const T*>(heads.x) + x_begin + head * heads.x_head_stride;
@@ -38,7 +39,6 @@ template <class T, class W>
 void run(const RotaryParams& p, const ThreadPool& pool) {
   // 16 K elements are about 4 us of work, some four times what waking a thread costs.
   const int64_t grain = 1 + (16 << 10) / ((p.q.heads + p.k.heads) * p.d + 1);
-  const bool in_place = p.q.x == p.q.y;
   parallel_for(pool, p.q.x_tokens.count, grain, [&](int64_t begin, int64_t end) {
     // All angles of a head of up to 256 elements, which is rotated at a time.
     float cos[2 * kBlockPairs], sin[2 * kBlockPairs];
@@ -51,7 +51,6 @@ void run(const RotaryParams& p, const ThreadPool& pool) {
         rotate_heads<T>(p, p.q, token, first, pairs, angles);
         rotate_heads<T>(p, p.k, token, first, pairs, angles);
       }
-      if (in_place) continue;
       copy_unrotated<T>(p, p.q, token);
       copy_unrotated<T>(p, p.k, token);
     }
@@ -61,6 +60,7 @@ void run(const RotaryParams& p, const ThreadPool& pool) {
 }  // namespace
 
 Status rotary(const RotaryParams& p, const ThreadPool& pool) {
+  if (p.d == 0 || (p.q.heads == 0 && p.k.heads == 0)) return Status::kOk;  // however many tokens
   if (const Status status = check_positions(p); status != Status::kOk) return status;
   return with_dtype(p.dtype, [&](auto* element) {
     return with_dtype(p.table_dtype, [&](auto* angle) {

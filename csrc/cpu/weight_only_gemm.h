@@ -114,9 +114,12 @@ inline float abs_sum(const float* x, int64_t n) {
   return sum_lanes(sum);
 }
 
-inline bool valid_permutation_range(const int32_t* perm, int64_t k) {
+inline bool valid_permutation_range(const WeightOnlyGemmParams& p) {
   bool valid = true;
-  for (int64_t j = 0; j < k; ++j) valid &= perm[j] >= 0 && perm[j] < k;
+  for (int64_t j = 0; j < p.k; ++j) valid &= p.perm[j] >= 0 && p.perm[j] < p.k;
+  for (int64_t j = 0; !valid && j < p.k; ++j) {
+    if (p.perm[j] < 0 || p.perm[j] >= p.k) *p.bad_index = p.perm[j];
+  }
   return valid;
 }
 
@@ -335,7 +338,7 @@ inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const
 template <class Codes, class T>
 inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
   const int64_t m = p.x_rows.count;
-  if (p.perm != nullptr && !valid_permutation_range(p.perm, p.k)) return Status::kIndexOutOfRange;
+  if (p.perm != nullptr && !valid_permutation_range(p)) return Status::kIndexOutOfRange;
   if (m == 0 || p.n == 0) return Status::kOk;
   const Blocks blocks(p.k, p.group_size);
   const auto row_of_x = [&](int64_t row) { return static_cast<const T*>(p.x) + p.x_rows.offset(row); };

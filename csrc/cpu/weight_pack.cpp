@@ -42,6 +42,7 @@ Status run(const WeightPackParams& p, const ThreadPool& pool) {
   constexpr int64_t kFrom = kPack ? kWordBytes : kWordBytes * kStripRows;
   constexpr int64_t kTo = kPack ? kWordBytes * kStripRows : kWordBytes;
   const int64_t words = p.k / Layout::kColumns;  // of one row
+  if (words == 0) return Status::kOk;            // however many rows
   const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
   const char* source = static_cast<const char*>(p.source);
   char* target = static_cast<char*>(p.target);

@@ -150,7 +150,7 @@ def assert_bitwise(a: Tensor, b: Tensor, what: str = "") -> None:
     if a.is_floating_point():
         assert torch.equal(a.isnan(), b.isnan()), f"{what}: NaNs differ"
         a, b = torch.where(a.isnan(), 0, a), torch.where(b.isnan(), 0, b)
-        a, b = (torch.atleast_1d(t.contiguous()).view(torch.uint8) for t in (a, b))
+        a, b = (torch.atleast_1d(t.clone(memory_format=torch.contiguous_format)).view(torch.uint8) for t in (a, b))
     if not torch.equal(a, b):
         where = (a != b).nonzero()
         raise AssertionError(

@@ -27,7 +27,7 @@ from qops._transformers import require_transformers
 from qops.weights import Int4Weight, Int8Weight
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    from gguf import GGUFReader, ReaderField
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 __all__ = ["GGUFFile", "int4_weight", "int8_weight", "load_tokenizer", "unpermute_rows"]
@@ -35,6 +35,7 @@ __all__ = ["GGUFFile", "int4_weight", "int8_weight", "load_tokenizer", "unpermut
 BLOCK = 32
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 DENSE_TYPES = ("F32", "F16", "BF16")
+_MAX_FLOAT = torch.finfo(torch.float32).max
 
 _TOP_LEVEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _IN_LAYER = {
@@ -231,7 +232,7 @@ class GGUFFile:
             if default is None:
                 raise self._error(f"key {key} is missing")
             return default
-        value = field.contents()
+        value = self._contents(field)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -239,7 +240,15 @@ class GGUFFile:
             raise self._error(f"key {key} must be one {kind.__name__}, got {shown}")
         if kind is not str and not value > 0 and not key.endswith("_token_id"):
             raise self._error(f"key {key} must be positive, got {value}")
+        if kind is float and value > _MAX_FLOAT:
+            raise self._error(f"key {key} must be finite in float32, got {value}")
         return value
+
+    def _contents(self, field: ReaderField) -> Any:
+        try:
+            return field.contents()
+        except ValueError as error:  # a string that is not UTF-8
+            raise self._error(f"key {field.name}: {error}") from error
 
     def _token_id(self, token: str, vocab_size: int) -> int | None:
         key = f"tokenizer.ggml.{token}_token_id"
@@ -253,7 +262,7 @@ class GGUFFile:
     def _read_config(self) -> LlamaConfig:
         from transformers import LlamaConfig
 
-        if "llama.expert_count" in self._fields and self._fields["llama.expert_count"].contents():
+        if "llama.expert_count" in self._fields and self._contents(self._fields["llama.expert_count"]):
             raise self._error("key llama.expert_count: mixtures of experts are not supported")
         if "token_embd.weight" not in self._tensors:
             raise self._error("tensor token_embd.weight is missing")
@@ -311,6 +320,8 @@ class GGUFFile:
             self._expected_shapes["rope_freqs.weight"] = [head_dim // 2]
             self._check_tensor("rope_freqs.weight")
             divisors = self._rows("rope_freqs.weight").tolist()
+            if not all(0 < divisor <= _MAX_FLOAT for divisor in divisors):
+                raise self._error(f"tensor rope_freqs.weight must hold positive finite numbers, got {divisors}")
             rope |= {
                 "rope_type": "longrope",
                 "short_factor": divisors,
@@ -393,11 +404,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     # Transformers 5.17 takes the begin-of-sequence token for the end-of-sequence token, so the file has the last word.
     for stored, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         field = fields.get(f"tokenizer.ggml.{stored}_token_id")
-        if field is None or field.contents() == getattr(tokenizer, f"{name}_token_id"):
+        if field is None:
             continue
-        token = tokenizer.convert_ids_to_tokens(field.contents())
-        if token is None:
-            raise ValueError(f"{path}: key {field.name} must be the id of a token, got {field.contents()}")
+        try:
+            value = field.contents()
+            if value == getattr(tokenizer, f"{name}_token_id"):
+                continue
+            token = tokenizer.convert_ids_to_tokens(value)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"{path}: key {field.name} must be the id of a token: {error}") from error
+        if not isinstance(token, str):
+            raise ValueError(f"{path}: key {field.name} must be the id of a token, got {value}")
         setattr(tokenizer, f"{name}_token", token)
     return tokenizer
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_ROW_DIMS = 4
+MAX_FLOAT = torch.finfo(torch.float32).max
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.")
 
 
 def _shape(sizes: Sequence[int]) -> str:
@@ -32,6 +36,18 @@ class Checker:
         """RuntimeError unless ok: a dtype or device without a kernel."""
         if not ok:
             raise RuntimeError(f"qops.{self.op}: {arg} must {requirement}, got {actual}")
+
+    def tensors(self, required: Mapping[str, Tensor], optional: Mapping[str, Tensor | None] | None = None) -> None:
+        """All on the device of the first: the dispatcher brings a call with one tensor on meta here, whatever the
+        device of the others, and lets None pass for a tensor."""
+        first: Tensor | None = None
+        for arg, t in required.items():
+            self.supported(t is not None, arg, "be a tensor", "None")
+            first = t if first is None else first
+        for arg, t in {**required, **(optional or {})}.items():
+            if t is not None and first is not None:
+                self.supported(t.device == first.device, arg, f"be on {first.device}", str(t.device))
+                self.supported(t.layout == torch.strided, arg, "have layout strided", _name(t.layout))
 
     def float_dtype(self, t: Tensor, arg: str) -> None:
         self.supported(t.dtype in FLOAT_DTYPES, arg, "have dtype float32, float16 or bfloat16", _name(t.dtype))
@@ -65,6 +81,21 @@ class Checker:
         ok = t.stride(-1) == 1 or t.shape[-1] <= 1 or t.numel() == 0
         self.require(ok, arg, "have stride 1 in its last dimension", lambda: str(t.stride(-1)))
 
+    def rows(self, t: Tensor, arg: str, trailing: int = 1) -> None:
+        """Leading dimensions that kernels can walk: what does not merge is at most 4 dimensions."""
+        if t.dim() - trailing <= MAX_ROW_DIMS or t.numel() == 0:  # the first saves guards on symbolic strides
+            return
+        dims: list[tuple[int, int]] = []
+        for size, stride in reversed(list(zip(t.shape, t.stride(), strict=True))[: t.dim() - trailing]):
+            if size == 1:
+                continue
+            if dims and stride == dims[-1][0] * dims[-1][1]:
+                dims[-1] = (dims[-1][0] * size, dims[-1][1])
+            else:
+                dims.append((size, stride))
+        requirement = f"have at most {MAX_ROW_DIMS} leading dimensions that cannot be merged"
+        self.require(len(dims) <= MAX_ROW_DIMS, arg, requirement, lambda: f"strides {_shape(t.stride())}")
+
     def contiguous(self, t: Tensor, arg: str) -> None:
         self.require(t.is_contiguous(), arg, "be contiguous", lambda: f"strides {_shape(t.stride())}")
 
@@ -79,28 +110,62 @@ class Checker:
         leading = other.shape[:-1]
         ok = t.dim() == 0 or (t.dim() == len(leading) and all(a == b for a, b in zip(t.shape, leading, strict=True)))
         self.require(ok, arg, f"have shape [...] = {_shape(leading)} or []", lambda: _shape(t.shape))
+        self.rows(t, arg, 0)
 
-    def rounding(self, rounding: str) -> None:
-        self.require(rounding in ("hf", "fp32"), "rounding", 'be "hf" or "fp32"', lambda: f'"{rounding}"')
-
-    def rms_norm_style(self, weight_offset: float, rounding: str) -> None:
+    def rms_norm_style(self, eps: float, weight_offset: float, rounding: str) -> None:
+        """What every form of rms_norm adds."""
+        requirement = "be a float32 that is finite and not negative"
+        self.require(0 <= eps <= MAX_FLOAT, "eps", requirement, lambda: f"{eps:g}")
+        self.require(
+            abs(weight_offset) <= MAX_FLOAT, "weight_offset", "be a finite float32", lambda: f"{weight_offset:g}"
+        )
         self.rounding(rounding)
         if weight_offset != 0.0:
             requirement = 'be "fp32" with a non-zero weight_offset'
             self.require(rounding != "hf", "rounding", requirement, lambda: f'"{rounding}"')
+
+    def new_empty(self, like: Tensor, sizes: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """A result."""
+        dtype = like.dtype if dtype is None else dtype
+        if all(isinstance(size, int) for size in sizes):  # not symbols
+            # Sizes of 0 are left out: strides are products of the others.
+            ok = math.prod(size for size in sizes if size) * dtype.itemsize < 2**63
+            self.require(ok, "the result", "take fewer than 2^63 bytes", lambda: f"{_name(dtype)} {_shape(sizes)}")
+        return like.new_empty(sizes, dtype=dtype)
+
+    def rounding(self, rounding: str) -> None:
+        self.require(rounding in ("hf", "fp32"), "rounding", 'be "hf" or "fp32"', lambda: f'"{rounding}"')
 
     def quantize_rule(self, rule: str) -> None:
         requirement = 'be "127", "compressed-tensors" or "torchao"'
         self.require(rule in ("127", "compressed-tensors", "torchao"), "rule", requirement, lambda: f'"{rule}"')
 
 
-def refuse_grad(op: str, *tensors: Tensor | None) -> None:
+def refuse_grad(op: str, **tensors: Tensor | None) -> None:
     """The ops are inference-only: a silent loss of gradients would be worse than this error."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(
-            f"qops.{op}: an input requires grad, and qops has no autograd kernels; "
-            "call it under torch.no_grad() or torch.inference_mode()"
-        )
+    if not torch.is_grad_enabled():
+        return
+    for arg, t in tensors.items():
+        if isinstance(t, Tensor) and t.requires_grad:
+            raise RuntimeError(
+                f"qops.{op}: {arg} must not require grad, as qops has no autograd kernels (torch.no_grad() or "
+                "torch.inference_mode() around the call allows it), got requires_grad = True"
+            )
+
+
+def require_weight(op: str, weight: object, expected: str) -> None:
+    """By name: qops.weights imports the operators."""
+    name = type(weight).__name__
+    if name != expected and all(base.__name__ != expected for base in type(weight).__mro__):
+        raise TypeError(f"qops.{op}: weight must be a qops.{expected}, got {name}")
+
+
+def outputs(op: str, out: object, *names: str) -> tuple[Any, ...]:
+    """The tensors of an argument ``out`` that holds several."""
+    if not isinstance(out, tuple | list) or len(out) != len(names):
+        actual = f"{len(out)} of them" if isinstance(out, tuple | list) else type(out).__name__
+        raise TypeError(f"qops.{op}: out must be a tuple of {len(names)} tensors ({', '.join(names)}), got {actual}")
+    return tuple(out)
 
 
 def check_weight_only(
@@ -115,6 +180,7 @@ def check_weight_only(
     group_size: int,
 ) -> int:
     """The arguments that int4_gemm and int8_weight_only_gemm share; returns K."""
+    check.tensors({"x": x, "packed": packed, "scales": scales}, {"bias": bias})
     check.float_dtype(x, "x")
     check.dtype(packed, "packed", packed_dtype)
     check.float_dtype(scales, "scales")
@@ -140,29 +206,35 @@ def check_weight_only(
         check.float_dtype(bias, "bias")
         check.shape(bias, "bias", "[N]", (out_features,))
         check.dense_last_dim(bias, "bias")
+    check.rows(x, "x")
     return k
 
 
-def check_rms_norm(check: Checker, x: Tensor, weight: Tensor, weight_offset: float, rounding: str) -> None:
+def check_rms_norm(check: Checker, x: Tensor, weight: Tensor, eps: float, weight_offset: float, rounding: str) -> None:
     """What all forms of rms_norm take."""
+    check.tensors({"x": x, "weight": weight})
     check.float_dtype(x, "x")
     check.float_dtype(weight, "weight")
     check.at_least_1d(x, "x")
     check.shape(weight, "weight", "[H]", (x.shape[-1],))
     check.dense_last_dim(x, "x")
     check.dense_last_dim(weight, "weight")
-    check.rms_norm_style(weight_offset, rounding)
+    check.rms_norm_style(eps, weight_offset, rounding)
+    check.rows(x, "x")
 
 
 def check_second(check: Checker, t: Tensor, arg: str, first: Tensor, first_arg: str) -> None:
     """A tensor that goes with the first element by element, with strides of its own."""
+    check.tensors({first_arg: first, arg: t})
     check.same_dtype(t, arg, first, first_arg)
     check.same_shape(t, arg, first, first_arg)
     check.dense_last_dim(t, arg)
+    check.rows(t, arg)
 
 
 def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
     """What all forms of rotary take."""
+    check.tensors({"q": q, "k": k, "cos": cos, "sin": sin}, {"positions": positions})
     check.float_dtype(q, "q")
     check.same_dtype(k, "k", q, "q")
     check.float32_or_same_dtype(cos, "cos", q, "q")
@@ -176,6 +248,8 @@ def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
     half = q.shape[-1] // 2
     check.require(cos.shape[1] <= half, "cos", f"have at most D / 2 = {half} columns", lambda: str(cos.shape[1]))
     check.same_shape(sin, "sin", cos, "cos")
+    check.rows(q, "q", 2)
+    check.rows(k, "k", 2)
     t = q.shape[-3]
     if positions is None:
         requirement = f"have at least T = {t} rows without positions"
@@ -186,11 +260,13 @@ def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
     requirement = f"have shape [T] = [{t}] or [..., T] = {leading}"
     fits = list(positions.shape) in ([t], leading)
     check.require(fits, "positions", requirement, lambda: str(list(positions.shape)))
+    check.rows(positions, "positions", 0)
 
 
-def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None, rounding: str) -> int:
+def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None = None, *, rounding: str) -> int:
     """Gate and up, merged or apart; returns I."""
     arg = "gate_up" if up is None else "gate"
+    check.tensors({arg: gate})
     check.float_dtype(gate, arg)
     check.at_least_1d(gate, arg)
     check.dense_last_dim(gate, arg)
@@ -200,14 +276,17 @@ def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None, rounding: st
     else:
         check_second(check, up, "up", gate, arg)
     check.rounding(rounding)
+    check.rows(gate, arg)
     return last // 2 if up is None else last
 
 
-def new_int8_rows(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def new_int8_rows(check: Checker, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """q [..., K] and scale [...], the results of the ops that emit per-token int8."""
-    return x.new_empty((*x.shape[:-1], k), dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    q = check.new_empty(x, (*x.shape[:-1], k), torch.int8)
+    return q, check.new_empty(x, x.shape[:-1], torch.float32)
 
 
 def check_int8_rows(check: Checker, q: Tensor, scale: Tensor, x: Tensor, k: int) -> None:
+    check.tensors({"x": x, "q": q, "scale": scale})
     check.output(q, "q", torch.int8, "[..., K]", (*x.shape[:-1], k))
     check.output(scale, "scale", torch.float32, "[...]", x.shape[:-1])

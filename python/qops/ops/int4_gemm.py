@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_weight_only, refuse_grad
+from qops.ops._checks import Checker, check_weight_only, refuse_grad, require_weight
 
 if TYPE_CHECKING:
     from qops.weights import Int4Weight
@@ -63,7 +63,8 @@ def int4_gemm(
         >>> y.shape
         torch.Size([1, 16])
     """
-    refuse_grad("int4_gemm", x, bias, out)
+    refuse_grad("int4_gemm", x=x, bias=bias, out=out)
+    require_weight("int4_gemm", weight, "Int4Weight")
     weight._require_packed()
     # Module.__getattr__ would take 0.6 us for each of them, as much as half the operator's own overhead.
     buffers = weight._buffers
@@ -109,6 +110,7 @@ def _check(
     requirement = "be None for kind 0" if kind == 0 else "be given for this kind"
     actual = "None" if zeros is None else "a tensor"
     check.require((zeros is None) == (kind == 0), "zeros", requirement, lambda: actual)
+    check.tensors({"x": x}, {"zeros": zeros, "perm": perm})
     if zeros is not None:
         check.dtype(zeros, "zeros", torch.uint8 if kind == 1 else torch.float32)
         check.same_shape(zeros, "zeros", scales, "scales")
@@ -133,8 +135,8 @@ def _(
     kind: int,
     batch_invariant: bool = False,
 ) -> Tensor:
-    _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    return x.new_empty(*x.shape[:-1], out_features)
+    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
+    return check.new_empty(x, (*x.shape[:-1], out_features))
 
 
 # Which memory overlaps, and which indices of perm are out of range, only the kernel can see.
@@ -154,4 +156,5 @@ def _(
     out: Tensor,
 ) -> None:
     check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
+    check.tensors({"x": x, "out": out})
     check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, refuse_grad
+from qops.ops._checks import Checker, refuse_grad, require_weight
 
 if TYPE_CHECKING:
     from qops.weights import Int8Weight
@@ -71,7 +71,9 @@ def int8_gemm(
         >>> qops.int8_gemm(q, torch.tensor([0.5]), w)[0, :4]
         tensor([32., 32., 32., 32.], dtype=torch.bfloat16)
     """
-    refuse_grad("int8_gemm", scale, bias, out)
+    refuse_grad("int8_gemm", scale=scale, bias=bias, out=out)
+    require_weight("int8_gemm", weight, "Int8Weight")
+    _check_out_dtype(out_dtype, "out_dtype must be")
     weight._require_packed()
     if weight.group_size != weight.in_features:
         raise ValueError(
@@ -94,6 +96,12 @@ def int8_gemm_ref(
     return y if bias is None else y + bias.double()
 
 
+def _check_out_dtype(out_dtype: torch.dtype, subject: str) -> None:
+    if out_dtype not in OUT_DTYPES:
+        actual = str(out_dtype).removeprefix("torch.")
+        raise RuntimeError(f"qops.int8_gemm: {subject} float32, float16, bfloat16 or int32, got {actual}")
+
+
 def _check(
     q: Tensor,
     scale: Tensor,
@@ -107,15 +115,15 @@ def _check(
 ) -> list[int]:
     """Returns the shape of y."""
     check = Checker("int8_gemm")
+    optional = {"zero_point": zero_point, "bias": bias}
+    check.tensors({"q": q, "scale": scale, "packed": packed, "w_scale": w_scale}, optional)
     check.dtype(q, "q", torch.int8)
     check.dtype(scale, "scale", torch.float32)
     if zero_point is not None:
         check.dtype(zero_point, "zero_point", torch.int32)
     check.dtype(packed, "packed", torch.int8)
     check.float_dtype(w_scale, "w_scale")
-    if out_dtype not in OUT_DTYPES:
-        actual = str(out_dtype).removeprefix("torch.")
-        raise RuntimeError(f"qops.int8_gemm: {out_subject} float32, float16, bfloat16 or int32, got {actual}")
+    _check_out_dtype(out_dtype, out_subject)
     if bias is not None:
         check.float_dtype(bias, "bias")
     check.at_least_1d(q, "q")
@@ -135,6 +143,7 @@ def _check(
     check.contiguous(packed, "packed")
     check.contiguous(w_scale, "w_scale")
     check.dense_last_dim(q, "q")
+    check.rows(q, "q")
     check.per_row(scale, "scale", q)
     if zero_point is not None:
         check.per_row(zero_point, "zero_point", q)
@@ -157,7 +166,7 @@ def _(
     out_dtype: torch.dtype,
 ) -> Tensor:
     shape = _check(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be")
-    return q.new_empty(shape, dtype=out_dtype)
+    return Checker("int8_gemm").new_empty(q, shape, out_dtype)
 
 
 @torch.library.register_fake("qops::int8_gemm.out")
@@ -172,7 +181,8 @@ def _(
     *,
     out: Tensor,
 ) -> None:
-    shape = _check(q, scale, zero_point, packed, w_scale, bias, out_features, out.dtype, "out must have dtype")
     check = Checker("int8_gemm")
+    check.tensors({"q": q, "out": out})
+    shape = _check(q, scale, zero_point, packed, w_scale, bias, out_features, out.dtype, "out must have dtype")
     check.shape(out, "out", "[..., N]", shape)
     check.contiguous(out, "out")

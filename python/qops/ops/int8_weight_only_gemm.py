@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_weight_only, refuse_grad
+from qops.ops._checks import Checker, check_weight_only, refuse_grad, require_weight
 
 if TYPE_CHECKING:
     from qops.weights import Int8Weight
@@ -48,7 +48,8 @@ def int8_weight_only_gemm(
         >>> qops.int8_weight_only_gemm(torch.ones(1, 16), w)[0, :4]
         tensor([1., 1., 1., 1.])
     """
-    refuse_grad("int8_weight_only_gemm", x, bias, out)
+    refuse_grad("int8_weight_only_gemm", x=x, bias=bias, out=out)
+    require_weight("int8_weight_only_gemm", weight, "Int8Weight")
     weight._require_packed()
     args = (x, weight.packed, weight.scales, bias, weight.out_features, weight.group_size)
     if out is None:
@@ -67,7 +68,7 @@ def int8_weight_only_gemm_ref(x: Tensor, weight: Int8Weight, bias: Tensor | None
 def _(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, group_size: int) -> Tensor:
     check = Checker("int8_weight_only_gemm")
     check_weight_only(check, x, packed, torch.int8, 16, scales, bias, out_features, group_size)
-    return x.new_empty(*x.shape[:-1], out_features)
+    return check.new_empty(x, (*x.shape[:-1], out_features))
 
 
 # Which memory overlaps, only the kernel can see.
@@ -84,4 +85,5 @@ def _(
 ) -> None:
     check = Checker("int8_weight_only_gemm")
     check_weight_only(check, x, packed, torch.int8, 16, scales, bias, out_features, group_size)
+    check.tensors({"x": x, "out": out})
     check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))

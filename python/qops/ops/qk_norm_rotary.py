@@ -75,7 +75,7 @@ def qk_norm_rotary(
         >>> qops.qk_norm_rotary(q, q + 2, one, one, torch.tensor([[0.6]]), torch.tensor([[0.8]]), eps=0.0)
         (tensor([[[0.8485, 1.1314]]]), tensor([[[0.2530, 1.3914]]]))
     """
-    refuse_grad("qk_norm_rotary", q, k, q_weight, k_weight, cos, sin)
+    refuse_grad("qk_norm_rotary", q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     return torch.ops.qops.qk_norm_rotary.default(
         q, k, q_weight, k_weight, cos, sin, eps, positions, interleaved, weight_offset, rounding
     )
@@ -123,7 +123,7 @@ def qk_norm_rotary_(
         >>> q
         tensor([[[0.8485, 1.1314]]])
     """
-    refuse_grad("qk_norm_rotary_", q, k, q_weight, k_weight, cos, sin)
+    refuse_grad("qk_norm_rotary_", q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     torch.ops.qops.qk_norm_rotary_.default(
         q, k, q_weight, k_weight, cos, sin, eps, positions, interleaved, weight_offset, rounding
     )
@@ -163,11 +163,13 @@ def _check(
     k_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
+    eps: float,
     positions: Tensor | None,
     weight_offset: float,
     rounding: str,
-) -> None:
+) -> Checker:
     check = Checker(op)
+    check.tensors({"q": q, "q_weight": q_weight, "k_weight": k_weight})
     check_rotary(check, q, k, cos, sin, positions)
     weights = ((q_weight, "q_weight"), (k_weight, "k_weight"))
     for weight, arg in weights:
@@ -176,7 +178,8 @@ def _check(
         check.shape(weight, arg, "[D]", (q.shape[-1],))
     for weight, arg in weights:
         check.dense_last_dim(weight, arg)
-    check.rms_norm_style(weight_offset, rounding)
+    check.rms_norm_style(eps, weight_offset, rounding)
+    return check
 
 
 @torch.library.register_fake("qops::qk_norm_rotary")
@@ -193,9 +196,8 @@ def _(
     weight_offset: float = 0.0,
     rounding: str = "hf",
 ) -> tuple[Tensor, Tensor]:
-    _check("qk_norm_rotary", q, k, q_weight, k_weight, cos, sin, positions, weight_offset, rounding)
-    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    return q_out, k_out
+    check = _check("qk_norm_rotary", q, k, q_weight, k_weight, cos, sin, eps, positions, weight_offset, rounding)
+    return check.new_empty(q, q.shape), check.new_empty(k, k.shape)
 
 
 # Which memory overlaps, and which positions are out of range, only the kernel can see.
@@ -213,4 +215,4 @@ def _(
     weight_offset: float = 0.0,
     rounding: str = "hf",
 ) -> None:
-    _check("qk_norm_rotary_", q, k, q_weight, k_weight, cos, sin, positions, weight_offset, rounding)
+    _check("qk_norm_rotary_", q, k, q_weight, k_weight, cos, sin, eps, positions, weight_offset, rounding)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_int8_rows, new_int8_rows, refuse_grad
+from qops.ops._checks import Checker, check_int8_rows, new_int8_rows, outputs, refuse_grad
 
 
 def quantize_int8(x: Tensor, rule: str = "127", *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -54,10 +54,10 @@ def quantize_int8(x: Tensor, rule: str = "127", *, out: tuple[Tensor, Tensor] | 
         >>> scale
         tensor([2., 0.])
     """
-    refuse_grad("quantize_int8", x)
+    refuse_grad("quantize_int8", x=x)
     if out is None:
         return torch.ops.qops.quantize_int8.default(x, rule)
-    q, scale = out
+    q, scale = outputs("quantize_int8", out, "q", "scale")
     torch.ops.qops.quantize_int8.out(x, rule, q=q, scale=scale)
     return out
 
@@ -101,10 +101,10 @@ def quantize_int8_asym(x: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None =
         >>> qops.quantize_int8_asym(torch.tensor([[0.0, 100.0, 255.0]]))
         (tensor([[-128,  -28,  127]], dtype=torch.int8), tensor([1.]), tensor([-128], dtype=torch.int32))
     """
-    refuse_grad("quantize_int8_asym", x)
+    refuse_grad("quantize_int8_asym", x=x)
     if out is None:
         return torch.ops.qops.quantize_int8_asym.default(x)
-    q, scale, zero_point = out
+    q, scale, zero_point = outputs("quantize_int8_asym", out, "q", "scale", "zero_point")
     torch.ops.qops.quantize_int8_asym.out(x, q=q, scale=scale, zero_point=zero_point)
     return out
 
@@ -143,7 +143,7 @@ def quantize_int8_static(
         >>> qops.quantize_int8_static(torch.tensor([-1.0, 0.25, 0.75, 99.0]), torch.tensor(0.5))
         tensor([ -2,   0,   2, 127], dtype=torch.int8)
     """
-    refuse_grad("quantize_int8_static", x, scale)
+    refuse_grad("quantize_int8_static", x=x, scale=scale)
     if out is None:
         return torch.ops.qops.quantize_int8_static.default(x, scale, zero_point)
     torch.ops.qops.quantize_int8_static.out(x, scale, zero_point, q=out)
@@ -205,14 +205,17 @@ def quantize_int8_static_ref(x: Tensor, scale: Tensor, zero_point: Tensor | None
 
 def _check(op: str, x: Tensor) -> Checker:
     check = Checker(op)
+    check.tensors({"x": x})
     check.float_dtype(x, "x")
     check.at_least_1d(x, "x")
     check.dense_last_dim(x, "x")
+    check.rows(x, "x")
     return check
 
 
 def _check_static(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Checker:
     check = _check("quantize_int8_static", x)
+    check.tensors({"x": x, "scale": scale}, {"zero_point": zero_point})
     for t, arg, dtype in ((scale, "scale", torch.float32), (zero_point, "zero_point", torch.int32)):
         if t is not None:
             check.dtype(t, arg, dtype)
@@ -223,8 +226,9 @@ def _check_static(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Checke
 # Which memory overlaps, and the value of a scale, only the kernel can see.
 @torch.library.register_fake("qops::quantize_int8")
 def _(x: Tensor, rule: str = "127") -> tuple[Tensor, Tensor]:
-    _check("quantize_int8", x).quantize_rule(rule)
-    return new_int8_rows(x, x.shape[-1])
+    check = _check("quantize_int8", x)
+    check.quantize_rule(rule)
+    return new_int8_rows(check, x, x.shape[-1])
 
 
 @torch.library.register_fake("qops::quantize_int8.out")
@@ -236,23 +240,25 @@ def _(x: Tensor, rule: str = "127", *, q: Tensor, scale: Tensor) -> None:
 
 @torch.library.register_fake("qops::quantize_int8_asym")
 def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check("quantize_int8_asym", x)
-    return *new_int8_rows(x, x.shape[-1]), x.new_empty(x.shape[:-1], dtype=torch.int32)
+    check = _check("quantize_int8_asym", x)
+    return *new_int8_rows(check, x, x.shape[-1]), check.new_empty(x, x.shape[:-1], torch.int32)
 
 
 @torch.library.register_fake("qops::quantize_int8_asym.out")
 def _(x: Tensor, *, q: Tensor, scale: Tensor, zero_point: Tensor) -> None:
     check = _check("quantize_int8_asym", x)
+    check.tensors({"x": x, "zero_point": zero_point})
     check.output(zero_point, "zero_point", torch.int32, "[...]", x.shape[:-1])
     check_int8_rows(check, q, scale, x, x.shape[-1])
 
 
 @torch.library.register_fake("qops::quantize_int8_static")
 def _(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    _check_static(x, scale, zero_point)
-    return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    return _check_static(x, scale, zero_point).new_empty(x, x.shape, torch.int8)
 
 
 @torch.library.register_fake("qops::quantize_int8_static.out")
 def _(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, q: Tensor) -> None:
-    _check_static(x, scale, zero_point).output(q, "q", torch.int8, "[..., K]", x.shape)
+    check = _check_static(x, scale, zero_point)
+    check.tensors({"x": x, "q": q})
+    check.output(q, "q", torch.int8, "[..., K]", x.shape)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_rms_norm, check_second, refuse_grad
+from qops.ops._checks import Checker, check_rms_norm, check_second, outputs, refuse_grad
 
 
 def rms_norm(
@@ -28,8 +28,8 @@ def rms_norm(
     Args:
         x: float32, float16 or bfloat16 ``[..., H]``; any leading dimensions and strides, last dimension dense.
         weight: float32, float16 or bfloat16 ``[H]``, independent of the dtype of ``x``.
-        eps: added to the mean of squares.
-        weight_offset: added to the weight in float32 (1.0 for Gemma); needs ``rounding="fp32"`` when not zero.
+        eps: added to the mean of squares; finite in float32, not negative.
+        weight_offset: added to the weight in float32 (1.0 for Gemma); finite; needs ``rounding="fp32"`` when not zero.
         rounding: ``"hf"`` or ``"fp32"``.
         out: the tensor to write to, contiguous, sharing no memory with the inputs, except that it may be ``x`` itself;
             default: a new one.
@@ -44,7 +44,7 @@ def rms_norm(
         subnormal is flushed.
 
     Raises:
-        ValueError: shapes, strides, ``rounding`` or ``weight_offset`` do not fit; ``out`` overlaps an input.
+        ValueError: shapes, strides, ``eps``, ``weight_offset`` or ``rounding`` do not fit; ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
     Source:
@@ -55,7 +55,7 @@ def rms_norm(
         >>> qops.rms_norm(x, torch.ones(2), eps=0.0)
         tensor([[0.8485, 1.1314]])
     """
-    refuse_grad("rms_norm", x, weight, out)
+    refuse_grad("rms_norm", x=x, weight=weight, out=out)
     if out is None:
         return torch.ops.qops.rms_norm.default(x, weight, eps, weight_offset, rounding)
     torch.ops.qops.rms_norm.out(x, weight, eps, weight_offset, rounding, out=out)
@@ -92,7 +92,7 @@ def add_rms_norm(
         :func:`rms_norm`.
 
     Raises:
-        ValueError: shapes, strides, ``rounding`` or ``weight_offset`` do not fit; ``out`` overlaps an input.
+        ValueError: shapes, strides, ``eps``, ``weight_offset`` or ``rounding`` do not fit; ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
     Source:
@@ -104,10 +104,10 @@ def add_rms_norm(
         tensor([[3., 4.]])
     """
     if out is None:
-        refuse_grad("add_rms_norm", x, residual, weight)
+        refuse_grad("add_rms_norm", x=x, residual=residual, weight=weight)
         return torch.ops.qops.add_rms_norm.default(x, residual, weight, eps, weight_offset, rounding)
-    refuse_grad("add_rms_norm", x, residual, weight, *out)
-    y, z = out
+    y, z = outputs("add_rms_norm", out, "y", "residual_out")
+    refuse_grad("add_rms_norm", x=x, residual=residual, weight=weight, y=y, residual_out=z)
     torch.ops.qops.add_rms_norm.out(x, residual, weight, eps, weight_offset, rounding, y=y, residual_out=z)
     return out
 
@@ -123,21 +123,23 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float 
 
 @torch.library.register_fake("qops::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
-    check_rms_norm(Checker("rms_norm"), x, weight, weight_offset, rounding)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    check = Checker("rms_norm")
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
+    return check.new_empty(x, x.shape)
 
 
 # Which memory overlaps, only the kernel can see.
 @torch.library.register_fake("qops::rms_norm.out")
 def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf", *, out: Tensor) -> None:
     check = Checker("rms_norm")
-    check_rms_norm(check, x, weight, weight_offset, rounding)
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
+    check.tensors({"x": x, "out": out})
     check.output(out, "out", x.dtype, "[..., H]", x.shape)
 
 
-def _check_add(x: Tensor, residual: Tensor, weight: Tensor, weight_offset: float, rounding: str) -> Checker:
+def _check_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float, rounding: str) -> Checker:
     check = Checker("add_rms_norm")
-    check_rms_norm(check, x, weight, weight_offset, rounding)
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
     check_second(check, residual, "residual", x, "x")
     return check
 
@@ -146,9 +148,8 @@ def _check_add(x: Tensor, residual: Tensor, weight: Tensor, weight_offset: float
 def _(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf"
 ) -> tuple[Tensor, Tensor]:
-    _check_add(x, residual, weight, weight_offset, rounding)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return out, torch.empty_like(out)
+    check = _check_add(x, residual, weight, eps, weight_offset, rounding)
+    return check.new_empty(x, x.shape), check.new_empty(x, x.shape)
 
 
 @torch.library.register_fake("qops::add_rms_norm.out")
@@ -163,6 +164,7 @@ def _(
     y: Tensor,
     residual_out: Tensor,
 ) -> None:
-    check = _check_add(x, residual, weight, weight_offset, rounding)
+    check = _check_add(x, residual, weight, eps, weight_offset, rounding)
+    check.tensors({"x": x, "y": y, "residual_out": residual_out})
     check.output(y, "y", x.dtype, "[..., H]", x.shape)
     check.output(residual_out, "residual_out", x.dtype, "[..., H]", x.shape)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_int8_rows, check_rms_norm, check_second, new_int8_rows, refuse_grad
+from qops.ops._checks import Checker, check_int8_rows, check_rms_norm, check_second, new_int8_rows, outputs, refuse_grad
 
 
 def rms_norm_int8(
@@ -35,7 +35,8 @@ def rms_norm_int8(
         to the dtype of ``x`` before it is quantised.
 
     Raises:
-        ValueError: shapes, strides, ``rounding``, ``weight_offset`` or ``rule`` do not fit; ``out`` overlaps an input.
+        ValueError: shapes, strides, ``eps``, ``weight_offset``, ``rounding`` or ``rule`` do not fit; ``out`` overlaps
+            an input.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
     Source:
@@ -47,10 +48,10 @@ def rms_norm_int8(
         >>> q
         tensor([[ 95, 127]], dtype=torch.int8)
     """
-    refuse_grad("rms_norm_int8", x, weight)
+    refuse_grad("rms_norm_int8", x=x, weight=weight)
     if out is None:
         return torch.ops.qops.rms_norm_int8.default(x, weight, eps, weight_offset, rounding, rule)
-    q, scale = out
+    q, scale = outputs("rms_norm_int8", out, "q", "scale")
     torch.ops.qops.rms_norm_int8.out(x, weight, eps, weight_offset, rounding, rule, q=q, scale=scale)
     return out
 
@@ -87,7 +88,8 @@ def add_rms_norm_int8(
         another.
 
     Raises:
-        ValueError: shapes, strides, ``rounding``, ``weight_offset`` or ``rule`` do not fit; ``out`` overlaps an input.
+        ValueError: shapes, strides, ``eps``, ``weight_offset``, ``rounding`` or ``rule`` do not fit; ``out`` overlaps
+            an input.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
     Source:
@@ -99,23 +101,19 @@ def add_rms_norm_int8(
         >>> q, z
         (tensor([[ 95, 127]], dtype=torch.int8), tensor([[3., 4.]]))
     """
-    refuse_grad("add_rms_norm_int8", x, residual, weight)
+    refuse_grad("add_rms_norm_int8", x=x, residual=residual, weight=weight)
     if out is None:
         return torch.ops.qops.add_rms_norm_int8.default(x, residual, weight, eps, weight_offset, rounding, rule)
-    q, scale, z = out
+    q, scale, z = outputs("add_rms_norm_int8", out, "q", "scale", "z")
     torch.ops.qops.add_rms_norm_int8.out(
         x, residual, weight, eps, weight_offset, rounding, rule, q=q, scale=scale, residual_out=z
     )
     return out
 
 
-def _check(
-    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, weight_offset: float, rounding: str, rule: str
-) -> Checker:
+def _check(op: str, x: Tensor, weight: Tensor, eps: float, weight_offset: float, rounding: str, rule: str) -> Checker:
     check = Checker(op)
-    check_rms_norm(check, x, weight, weight_offset, rounding)
-    if residual is not None:
-        check_second(check, residual, "residual", x, "x")
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
     check.quantize_rule(rule)
     return check
 
@@ -125,8 +123,8 @@ def _check(
 def _(
     x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf", rule: str = "127"
 ) -> tuple[Tensor, Tensor]:
-    _check("rms_norm_int8", x, None, weight, weight_offset, rounding, rule)
-    return new_int8_rows(x, x.shape[-1])
+    check = _check("rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
+    return new_int8_rows(check, x, x.shape[-1])
 
 
 @torch.library.register_fake("qops::rms_norm_int8.out")
@@ -141,7 +139,7 @@ def _(
     q: Tensor,
     scale: Tensor,
 ) -> None:
-    check = _check("rms_norm_int8", x, None, weight, weight_offset, rounding, rule)
+    check = _check("rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
     check_int8_rows(check, q, scale, x, x.shape[-1])
 
 
@@ -155,8 +153,9 @@ def _(
     rounding: str = "hf",
     rule: str = "127",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check("add_rms_norm_int8", x, residual, weight, weight_offset, rounding, rule)
-    return *new_int8_rows(x, x.shape[-1]), torch.empty_like(x, memory_format=torch.contiguous_format)
+    check = _check("add_rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
+    check_second(check, residual, "residual", x, "x")
+    return *new_int8_rows(check, x, x.shape[-1]), check.new_empty(x, x.shape)
 
 
 @torch.library.register_fake("qops::add_rms_norm_int8.out")
@@ -173,6 +172,8 @@ def _(
     scale: Tensor,
     residual_out: Tensor,
 ) -> None:
-    check = _check("add_rms_norm_int8", x, residual, weight, weight_offset, rounding, rule)
+    check = _check("add_rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
+    check_second(check, residual, "residual", x, "x")
+    check.tensors({"x": x, "residual_out": residual_out})
     check.output(residual_out, "residual_out", x.dtype, "[..., H]", x.shape)
     check_int8_rows(check, q, scale, x, x.shape[-1])

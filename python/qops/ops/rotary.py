@@ -53,7 +53,7 @@ def rotary(
         >>> qops.rotary(q, 2 * q, torch.tensor([[0.6]]), torch.tensor([[0.8]]))
         (tensor([[[0.6000, 0.8000]]]), tensor([[[1.2000, 1.6000]]]))
     """
-    refuse_grad("rotary", q, k, cos, sin)
+    refuse_grad("rotary", q=q, k=k, cos=cos, sin=sin)
     return torch.ops.qops.rotary.default(q, k, cos, sin, positions, interleaved)
 
 
@@ -87,7 +87,7 @@ def rotary_(
         >>> q
         tensor([[[0.6000, 0.8000]]])
     """
-    refuse_grad("rotary_", q, k, cos, sin)
+    refuse_grad("rotary_", q=q, k=k, cos=cos, sin=sin)
     torch.ops.qops.rotary_.default(q, k, cos, sin, positions, interleaved)
 
 
@@ -113,9 +113,9 @@ def rotary_ref(
 def _(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    check_rotary(Checker("rotary"), q, k, cos, sin, positions)
-    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    return q_out, k_out
+    check = Checker("rotary")
+    check_rotary(check, q, k, cos, sin, positions)
+    return check.new_empty(q, q.shape), check.new_empty(k, k.shape)
 
 
 # Which memory overlaps, and which positions are out of range, only the kernel can see.

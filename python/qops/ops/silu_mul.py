@@ -46,7 +46,7 @@ def silu_mul(gate: Tensor, up: Tensor | None = None, /, *, rounding: str = "hf",
         >>> qops.silu_mul(torch.tensor([1.0, -1.0, 2.0, 2.0]))
         tensor([ 1.4621, -0.5379])
     """
-    refuse_grad("silu_mul", gate, up, out)
+    refuse_grad("silu_mul", gate=gate, up=up, out=out)
     op = torch.ops.qops.silu_mul
     if out is None:
         return op.default(gate, rounding) if up is None else op.gate_up(gate, up, rounding)
@@ -68,26 +68,31 @@ def silu_mul_ref(gate: Tensor, up: Tensor, *, rounding: str = "hf") -> Tensor:
 
 @torch.library.register_fake("qops::silu_mul")
 def _(gate_up: Tensor, rounding: str = "hf") -> Tensor:
-    columns = check_silu_mul(Checker("silu_mul"), gate_up, None, rounding)
-    return gate_up.new_empty((*gate_up.shape[:-1], columns))
+    check = Checker("silu_mul")
+    columns = check_silu_mul(check, gate_up, rounding=rounding)
+    return check.new_empty(gate_up, (*gate_up.shape[:-1], columns))
 
 
 @torch.library.register_fake("qops::silu_mul.gate_up")
 def _(gate: Tensor, up: Tensor, rounding: str = "hf") -> Tensor:
-    check_silu_mul(Checker("silu_mul"), gate, up, rounding)
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+    check = Checker("silu_mul")
+    check.tensors({"gate": gate, "up": up})
+    check_silu_mul(check, gate, up, rounding=rounding)
+    return check.new_empty(gate, gate.shape)
 
 
 # Which memory overlaps, only the kernel can see.
 @torch.library.register_fake("qops::silu_mul.out")
 def _(gate_up: Tensor, rounding: str = "hf", *, out: Tensor) -> None:
     check = Checker("silu_mul")
-    columns = check_silu_mul(check, gate_up, None, rounding)
+    check.tensors({"gate_up": gate_up, "out": out})
+    columns = check_silu_mul(check, gate_up, rounding=rounding)
     check.output(out, "out", gate_up.dtype, "[..., I]", (*gate_up.shape[:-1], columns))
 
 
 @torch.library.register_fake("qops::silu_mul.gate_up_out")
 def _(gate: Tensor, up: Tensor, rounding: str = "hf", *, out: Tensor) -> None:
     check = Checker("silu_mul")
-    check_silu_mul(check, gate, up, rounding)
+    check.tensors({"gate": gate, "up": up, "out": out})
+    check_silu_mul(check, gate, up, rounding=rounding)
     check.output(out, "out", gate.dtype, "[..., I]", gate.shape)

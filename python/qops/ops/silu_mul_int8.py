@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_int8_rows, check_silu_mul, new_int8_rows, refuse_grad
+from qops.ops._checks import Checker, check_int8_rows, check_silu_mul, new_int8_rows, outputs, refuse_grad
 
 
 def silu_mul_int8(
@@ -49,11 +49,11 @@ def silu_mul_int8(
         >>> q
         tensor([127, -47], dtype=torch.int8)
     """
-    refuse_grad("silu_mul_int8", gate, up)
+    refuse_grad("silu_mul_int8", gate=gate, up=up)
     op = torch.ops.qops.silu_mul_int8
     if out is None:
         return op.default(gate, rounding, rule) if up is None else op.gate_up(gate, up, rounding, rule)
-    q, scale = out
+    q, scale = outputs("silu_mul_int8", out, "q", "scale")
     if up is None:
         op.out(gate, rounding, rule, q=q, scale=scale)
     else:
@@ -61,9 +61,11 @@ def silu_mul_int8(
     return out
 
 
-def _check(gate: Tensor, up: Tensor | None, rounding: str, rule: str) -> tuple[Checker, int]:
+def _check(gate: dict[str, Tensor], rounding: str, rule: str) -> tuple[Checker, int]:
+    """gate_up alone, or gate and up."""
     check = Checker("silu_mul_int8")
-    columns = check_silu_mul(check, gate, up, rounding)
+    check.tensors(gate)
+    columns = check_silu_mul(check, *gate.values(), rounding=rounding)
     check.quantize_rule(rule)
     return check, columns
 
@@ -71,23 +73,23 @@ def _check(gate: Tensor, up: Tensor | None, rounding: str, rule: str) -> tuple[C
 # Which memory overlaps, only the kernel can see.
 @torch.library.register_fake("qops::silu_mul_int8")
 def _(gate_up: Tensor, rounding: str = "hf", rule: str = "127") -> tuple[Tensor, Tensor]:
-    _, columns = _check(gate_up, None, rounding, rule)
-    return new_int8_rows(gate_up, columns)
+    check, columns = _check({"gate_up": gate_up}, rounding, rule)
+    return new_int8_rows(check, gate_up, columns)
 
 
 @torch.library.register_fake("qops::silu_mul_int8.gate_up")
 def _(gate: Tensor, up: Tensor, rounding: str = "hf", rule: str = "127") -> tuple[Tensor, Tensor]:
-    _, columns = _check(gate, up, rounding, rule)
-    return new_int8_rows(gate, columns)
+    check, columns = _check({"gate": gate, "up": up}, rounding, rule)
+    return new_int8_rows(check, gate, columns)
 
 
 @torch.library.register_fake("qops::silu_mul_int8.out")
 def _(gate_up: Tensor, rounding: str = "hf", rule: str = "127", *, q: Tensor, scale: Tensor) -> None:
-    check, columns = _check(gate_up, None, rounding, rule)
+    check, columns = _check({"gate_up": gate_up}, rounding, rule)
     check_int8_rows(check, q, scale, gate_up, columns)
 
 
 @torch.library.register_fake("qops::silu_mul_int8.gate_up_out")
 def _(gate: Tensor, up: Tensor, rounding: str = "hf", rule: str = "127", *, q: Tensor, scale: Tensor) -> None:
-    check, columns = _check(gate, up, rounding, rule)
+    check, columns = _check({"gate": gate, "up": up}, rounding, rule)
     check_int8_rows(check, q, scale, gate, columns)

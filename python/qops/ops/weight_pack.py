@@ -20,17 +20,21 @@ def strips_of(n: int) -> int:
 
 def _pack(op: str, qweight: Tensor, dtype: torch.dtype, codes: int) -> Tensor:
     check = Checker(op)
+    check.tensors({"qweight": qweight})
     check.dtype(qweight, "qweight", dtype)
     check.require(qweight.dim() == 2, "qweight", "have 2 dimensions", lambda: str(qweight.dim()))
-    n, k = qweight.shape[0], qweight.shape[1] * codes
+    n, elements = qweight.shape
     check.require(n % 8 == 0, "qweight", "have a multiple of 8 rows", lambda: str(n))
+    check.require(elements < 1 << 58, "qweight", "have fewer than 2^58 elements in a row", lambda: str(elements))
+    k = elements * codes
     check.require(k % 8 == 0, "qweight", "have a multiple of 8 columns", lambda: str(k))
     check.contiguous(qweight, "qweight")
-    return qweight.new_empty(strips_of(n), k // codes * STRIP_ROWS)
+    return check.new_empty(qweight, (strips_of(n), elements * STRIP_ROWS))
 
 
 def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, codes: int) -> Tensor:
     check = Checker(op)
+    check.tensors({"packed": packed})
     check.dtype(packed, "packed", dtype)
     check.require(packed.dim() == 2, "packed", "have 2 dimensions", lambda: str(packed.dim()))
     ok = out_features >= 0 and out_features % 8 == 0
@@ -42,7 +46,7 @@ def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, code
     requirement = f"have strips of a multiple of {row}"
     check.require(packed.shape[1] % row == 0, "packed", requirement, lambda: str(packed.shape[1]))
     check.contiguous(packed, "packed")
-    return packed.new_empty(out_features, packed.shape[1] // STRIP_ROWS)
+    return check.new_empty(packed, (out_features, packed.shape[1] // STRIP_ROWS))
 
 
 @torch.library.register_fake("qops::int4_pack")

@@ -1,0 +1,122 @@
+"""Contracts written a second time, in numpy or torch operations that round where the docstring says: bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weight_only_oracle import fma
+
+
+def tree_sum_of_squares(z: Tensor) -> Tensor:
+    """The reduction that rms_norm promises, element by element in float32, independent of the kernel's code."""
+    z = z.float()
+    h = z.shape[-1]
+    threads = 32 if h <= 1024 else 128 if h <= 8192 else 512
+    lanes = 8 * threads
+    padded = F.pad(z * z, (0, -h % lanes)).view(*z.shape[:-1], -1, lanes)
+    partials = padded[..., 0, :]
+    for i in range(1, padded.shape[-2]):
+        partials = partials + padded[..., i, :]
+
+    def halve(t: Tensor) -> Tensor:
+        while t.shape[-1] > 1:
+            t = t[..., : t.shape[-1] // 2] + t[..., t.shape[-1] // 2 :]
+        return t[..., 0]
+
+    per_thread = halve(partials.view(*z.shape[:-1], threads, 8))
+    per_warp = halve(per_thread.view(*z.shape[:-1], threads // 32, 32))
+    return halve(per_warp)
+
+
+def rms_norm_exact(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
+    """The contract of rms_norm in float32 torch operations."""
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=x.dtype)
+    variance = tree_sum_of_squares(x) / x.shape[-1] + eps
+    # Through float64, where rounding twice is harmless: torch.sqrt of float32 goes to MKL and misses the last bit.
+    rstd = 1.0 / torch.sqrt(variance.double()).float()
+    normed = x.float() * rstd[..., None]
+    if rounding == "hf":
+        return (normed.to(x.dtype).float() * weight.float()).to(x.dtype)
+    return (normed * (weight.float() + weight_offset)).to(x.dtype)
+
+
+def _float32(text: str) -> np.float32:
+    return np.float32(float.fromhex(text))
+
+
+def exp_exact(x: np.ndarray) -> np.ndarray:
+    """The polynomial of csrc/exp_poly.h in float32."""
+    x = np.where(x > -104, x, np.where(np.isnan(x), x, np.float32(-104)))
+    x = np.where(x < 89, x, np.where(np.isnan(x), x, np.float32(89))).astype(np.float32)
+    n = np.rint(x * _float32("0x1.715476p+0"))
+    r = fma(n, _float32("-0x1.62e430p-1"), x)
+    r = fma(n, _float32("0x1.05c610p-29"), r)
+    p = _float32("0x1.6a244cp-10")
+    for coefficient in ("0x1.1239d4p-7", "0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2", "0x1p0", "0x1p0"):
+        p = fma(p, r, _float32(coefficient))
+    finite = np.where(np.isnan(n), 0, n).astype(np.int32)
+    return np.ldexp(p.astype(np.longdouble), finite).astype(np.float32)
+
+
+def silu_mul_exact(gate: Tensor, up: Tensor, rounding: str = "hf") -> Tensor:
+    """The contract of silu_mul."""
+    g = gate.float().resolve_neg().numpy()
+    with np.errstate(all="ignore"):
+        silu = torch.from_numpy(g / (np.float32(1) + exp_exact(np.float32(0) - g)))
+    if rounding == "hf":
+        silu = silu.to(gate.dtype).float()
+    return (silu * up.float()).to(gate.dtype)
+
+
+def rotary_exact(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
+    """The contract of rotary for one of q and k."""
+    if positions is None:
+        positions = torch.arange(x.shape[-3])
+    c, s = (table.float()[positions.long()].unsqueeze(-2) for table in (cos, sin))
+    r = 2 * cos.shape[1]
+    wide = x.float()
+    x1, x2 = (wide[..., 0:r:2], wide[..., 1:r:2]) if interleaved else (wide[..., : r // 2], wide[..., r // 2 : r])
+    y1, y2 = x1 * c - x2 * s, x2 * c + x1 * s
+    rotated = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
+    return torch.cat((rotated.to(x.dtype), x[..., r:]), dim=-1)
+
+
+def int8_gemm_exact(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The contract of int8_gemm. codes: int8 [N, K]; w_scale: [N]."""
+    a = q.long() if zero_point is None else q.long() - zero_point.long()[..., None]
+    acc = (a @ codes.long().T).to(torch.int32)
+    if out_dtype == torch.int32:
+        return acc
+    with np.errstate(all="ignore"):
+        t = acc.float().numpy() * w_scale.float().numpy() if codes.shape[1] > 0 else acc.float().numpy()
+        s = scale.float()[..., None].numpy()
+        y = s * t if bias is None else fma(s, t, bias.float().numpy())
+    return torch.from_numpy(np.ascontiguousarray(y)).to(out_dtype)
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Strips of 16 rows of codes [N, K] (0 .. 15 for 4 bits), as csrc/cpu/weight_pack.cpp draws them."""
+    n, k = codes.shape
+    strips = -(-n // 16)
+    if bits == 8:
+        padded = F.pad(codes, (0, 0, 0, strips * 16 - n))
+        return padded.view(strips, 16, k // 4, 4).transpose(1, 2).reshape(strips, 16 * k)
+    padded = F.pad(codes, (0, 0, 0, strips * 16 - n), value=8).view(strips, 16, k // 8, 2, 4)
+    return (padded[..., 0, :] | padded[..., 1, :] << 4).transpose(1, 2).reshape(strips, 8 * k)
+
+
+def nibbles(qweight: Tensor) -> Tensor:
+    """Canonical bytes [N, K/2] to codes [N, K]; the even one lies low."""
+    return torch.stack((qweight & 15, qweight >> 4), dim=-1).flatten(1)

@@ -1,0 +1,448 @@
+"""Random calls of the matrix products and of the packing operators behind their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import qops
+from contracts import int8_gemm_exact, nibbles, packed
+from property_calls import Call, Fault, Result
+from property_draws import INT64, Sampler
+from property_rows import F32, INT8, Ways, finish, give_outputs, leading_of, output_ways, zero_dim
+from qops.ops.int4_gemm import KINDS
+from qops.testing import FLOAT_DTYPES, generator
+from weight_only_oracle import gemm_row
+
+ROWS = (8, 16, 24, 40, 0, 72)
+SIZES = (8, 16, 48, 32, 64, 0, 80, 144, 256)
+OUT_DTYPES = (*FLOAT_DTYPES, torch.int32)
+
+
+def strips(t: Tensor) -> Tensor:
+    """[N, groups] to [S, groups, 16], zeros behind row N."""
+    n, groups = t.shape
+    whole = torch.zeros((-(-n // 16), 16, groups), dtype=t.dtype)
+    whole.view(-1)[: t.numel()] = t.reshape(-1)
+    return whole.transpose(1, 2).contiguous()
+
+
+def scales_of(s: Sampler, shape: tuple[int, int], dtype: torch.dtype, *, exact: bool) -> Tensor:
+    """Of one size; where the typed weight need not take them, NaN and infinity are among them."""
+    t = torch.randn(shape, generator=generator(s.integer(0, 2**20))) * s.choice((1.0, 0.01, 1e-6, 0.0))
+    if not exact and t.numel() > 0:
+        t.view(-1)[s.integer(0, t.numel() - 1)] = s.choice((float("nan"), float("inf"), 1e37))
+    return t.to(dtype)
+
+
+def size_ways(s: Sampler, call: Call, k: int, *, grouped: bool) -> Ways:
+    """out_features and group_size at the ends of int64, and near what would fit."""
+
+    def replaced(name: str, values: tuple[int, ...], *blamed: str) -> Callable[[], Fault | None]:
+        def replace() -> Fault | None:
+            value = s.choice([value for value in values if value != call.arguments[name]])
+            if name == "group_size" and (value == k or (value > 0 and value % 16 == 0 and k % value == 0)):
+                # A size that fits K, but not these scales, unless both say that there is no group.
+                if call.arguments["scales"].shape[1] == (k // value if value else 0):
+                    return None
+                blamed_now = (*blamed, "scales")
+            else:
+                blamed_now = blamed
+            call.arguments[name], call.typed = value, None
+            return Fault((name, *blamed_now), (ValueError,))
+
+        return replace
+
+    n = call.arguments["out_features"]
+    near = tuple(n + d for d in (-16, 16, 4, 1))
+    ways: Ways = [("out_features packed", replaced("out_features", (*INT64[1:], *near), "packed"))]
+    if grouped:
+        ways.append(("group_size scales", replaced("group_size", (*INT64, 16, 24, k + 16, 2 * k, 8), "packed")))
+    return [*ways, *s.scalar(call, "out_features", (2**63, -(2**63) - 1, 2**70, 8.5), (RuntimeError, TypeError))]
+
+
+def untyped(call: Call, ways: Ways, *names: str) -> Ways:
+    """Faults of arguments that the typed function takes out of its weight."""
+
+    def wrap(way: Callable[[], Fault | None]) -> Callable[[], Fault | None]:
+        def apply() -> Fault | None:
+            fault = way()
+            if fault is not None:
+                call.typed = None
+            return fault
+
+        return apply
+
+    return [(touched, wrap(way) if set(touched.split()) & set(names) else way) for touched, way in ways]
+
+
+def give_weight(call: Call, public: Callable[[dict[str, Any], Any], object], weight: object) -> None:
+    """The typed function takes a weight for several of the arguments."""
+    call.typed = lambda a: public(a, weight)
+    call.typed_with = public
+
+
+def weight_ways(s: Sampler, call: Call) -> Ways:
+    """A weight that is none, for the typed function."""
+
+    def replace() -> Fault | None:
+        public = call.typed_with
+        if call.typed is None or public is None:
+            return None
+        weight = s.choice((torch.zeros(8, 8), None, torch.nn.Linear(8, 8)))
+        call.typed = lambda a: public(a, weight)
+        return Fault(("weight",), (TypeError,), typed_only=True)
+
+    return [("weight", replace)]
+
+
+# --- weight-only products --------------------------------------------------------------------------------------------
+
+
+def weight_only_exact(
+    a: dict[str, Any], codes: Tensor, scales: Tensor, zeros: Tensor | None, kind: str, perm: Tensor | None
+) -> Tensor:
+    x, n, k = a["x"], codes.shape[0], codes.shape[1]
+    if n == 0:  # however many rows
+        return torch.empty((*x.shape[:-1], 0), dtype=x.dtype)
+    rows = x.resolve_neg().reshape(-1, k) if x.numel() > 0 else torch.zeros((torch.Size(x.shape[:-1]).numel(), k))
+    y = torch.zeros((rows.shape[0], n), dtype=x.dtype)
+    numbers = codes.numpy().astype(np.int64) - (0 if kind in ("int8", "zero_point") else 8)
+    with np.errstate(all="ignore"):
+        for index, row in enumerate(rows):
+            row = row if perm is None else row[perm.long()]
+            if not row.isfinite().all():
+                y[index] = float("nan")
+                continue
+            if k == 0:
+                y[index] = 0 if a["bias"] is None else a["bias"].to(x.dtype)
+                continue
+            z = None if zeros is None else zeros.numpy()
+            total = gemm_row(row, numbers, scales.float().numpy(), z, kind, k // scales.shape[1], a["bias"])
+            y[index] = total.to(x.dtype)
+    return y.view(*x.shape[:-1], n)
+
+
+def weight_only(s: Sampler, *, bits: int) -> Call:
+    leading, n, k, dtype = leading_of(s), s.choice(ROWS), s.choice(SIZES), s.dtype()
+    groups = s.choice([1, *(k // g for g in range(16, k, 16) if k % g == 0)]) if k > 0 else 0
+    group_size = k // groups if groups else 0
+    kind = s.choice(KINDS) if bits == 4 else "int8"
+    exact = not s.one_in(6)
+    rng = generator(s.integer(0, 2**20))
+    low, high = (0, 16) if bits == 4 else (-128, 128)
+    codes = torch.randint(low, high, (n, k), generator=rng).to(torch.uint8 if bits == 4 else INT8)
+    scales = scales_of(s, (n, groups), s.dtype(), exact=exact)
+    zeros, perm = None, None
+    if kind == "zero_point":
+        zeros = torch.randint(17 if exact else 256, (n, groups), generator=rng).to(torch.uint8)
+    elif kind in ("float_zero", "offset"):
+        zeros = torch.randn((n, groups), generator=rng) * 4
+    if bits == 4 and s.one_in(3):
+        perm = torch.randperm(k, generator=rng).int() if exact else torch.randint(max(k, 1), (k,), generator=rng).int()
+    x = s.values((*leading, k), dtype)
+    arguments: dict[str, Any] = {"x": s.rows(x), "packed": packed(codes, bits), "scales": strips(scales)}
+    if bits == 4:
+        arguments |= {"zeros": None if zeros is None else strips(zeros), "perm": perm}
+    arguments["bias"] = None if s.one_in(2) else s.contiguous(torch.randn(n, generator=rng).to(s.dtype()))
+    arguments |= {"out_features": n, "group_size": group_size}
+    if bits == 4:
+        arguments |= {"kind": KINDS.index(kind), "batch_invariant": s.one_in(2)}
+
+    def results(leading: tuple[int, ...]) -> list[Result]:
+        return [((*leading, n), dtype)]
+
+    def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
+        return (weight_only_exact(a, codes, scales, zeros, kind, perm),)
+
+    op = "int4_gemm" if bits == 4 else "int8_weight_only_gemm"
+    call = Call(op, "default", arguments, expected, results(leading))
+    if s.one_in(2):
+        call.overload = "out"
+        give_outputs(s, call, "out")
+
+    def out() -> dict[str, Any]:
+        return {"out": call.arguments["out"]} if call.written else {}
+
+    if exact and n > 0 and k > 0:
+        if bits == 4:
+            qweight = codes[:, 0::2] | codes[:, 1::2] << 4
+            weight: Any = qops.Int4Weight.from_canonical(qweight, scales, kind=kind, zeros=zeros, perm=perm)
+
+            def public(a: dict[str, Any], weight: Any) -> object:
+                return qops.int4_gemm(a["x"], weight, a["bias"], batch_invariant=a["batch_invariant"], **out())
+
+        else:
+            weight = qops.Int8Weight.from_canonical(codes, scales)
+
+            def public(a: dict[str, Any], weight: Any) -> object:
+                return qops.int8_weight_only_gemm(a["x"], weight, a["bias"], **out())
+
+        give_weight(call, public, weight)
+    return finish(s, call, lambda: weight_only_ways(s, call, k, bits), ["x"], results)
+
+
+def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
+    a = call.arguments
+    codes = torch.uint8 if bits == 4 else INT8
+    dtypes: dict[str, tuple[torch.dtype, ...]] = {"x": FLOAT_DTYPES, "scales": FLOAT_DTYPES, "bias": FLOAT_DTYPES}
+    dtypes |= {"packed": (codes,), "perm": (torch.int32,), "out": FLOAT_DTYPES}
+    inner = [name for name in ("packed", "scales", "zeros", "perm") if a.get(name) is not None]
+    if bits == 4:
+        dtypes["zeros"] = (torch.uint8,) if a["kind"] == 1 else (F32,)
+    optional = ["bias", "perm", "zeros"]
+
+    def x_columns() -> Fault:
+        a["x"] = torch.ones((2, k + s.choice((1, 8, -1) if k > 0 else (1, 8))), dtype=a["x"].dtype)
+        return Fault(("x",), (ValueError,))
+
+    def bad_perm() -> Fault | None:
+        if a["perm"] is None or k == 0:
+            return None
+        a["perm"] = a["perm"].clone()
+        a["perm"][s.integer(0, k - 1)] = s.choice((-1, k, 2**31 - 1, -(2**31)))
+        return Fault(("perm",), (ValueError,), fake=False)
+
+    def other_kind() -> Fault | None:
+        kind = s.choice([kind for kind in (0, 1, 2, 3) if kind != a["kind"]])
+        if a["kind"] >= 2 and kind >= 2:
+            return None
+        a["kind"] = kind
+        return Fault(("zeros",), (ValueError, RuntimeError))
+
+    def zeros_or_none() -> Fault:
+        a["zeros"] = torch.zeros(a["scales"].shape, dtype=torch.uint8) if a["zeros"] is None else None
+        return Fault(("zeros",), (ValueError,))
+
+    ways = [
+        *s.tensor_faults(call, dtypes, call.written, optional),
+        *output_ways(s, call, [name for name in ("x", "bias", *inner) if a[name] is not None and name != "perm"]),
+        *s.last_dim(call, "x", *(["bias"] if a["bias"] is not None else [])),
+        *zero_dim(s, call, "x"),
+        *s.not_contiguous(call, *inner),
+        *s.shapes(call, inner, ["x", "scales"]),
+        *(s.shapes(call, ["bias"]) if a["bias"] is not None else []),
+        *size_ways(s, call, k, grouped=True),
+        *s.requires_grad(call, "x", "bias", *call.written),
+        ("x", x_columns),
+    ]
+    if bits == 4:
+        ways += [
+            ("perm", bad_perm),
+            ("zeros scales", zeros_or_none),
+            ("kind zeros", other_kind),
+            *s.scalar(call, "kind", (-1, 4, *INT64[3:])),
+        ]
+    names = (*inner, "perm", "kind", "zeros", "out_features", "group_size")
+    return [*untyped(call, ways, *names), *weight_ways(s, call)]
+
+
+# --- int8_gemm -------------------------------------------------------------------------------------------------------
+
+
+def int8_gemm(s: Sampler) -> Call:
+    leading, n, k = leading_of(s), s.choice(ROWS), s.choice(SIZES)
+    rng = generator(s.integer(0, 2**20))
+    exact = not s.one_in(6)
+    codes = torch.randint(-128, 128, (n, k), generator=rng).to(INT8)
+    w_scale = scales_of(s, (n, 1), s.dtype(), exact=exact)
+    out_dtype = s.choice(OUT_DTYPES)
+    rows = () if s.one_in(4) else leading
+    arguments: dict[str, Any] = {
+        "q": s.rows(s.values((*leading, k), INT8)),
+        "scale": s.strided(s.values(rows, F32)) if rows else s.values((), F32),
+        "zero_point": None,
+    }
+    if s.one_in(2):
+        rows = s.choice((rows, ()))
+        low, high = (-128, 127) if s.one_in(2) else (-(2**31), 2**31 - 1)
+        values = torch.randint(low, high, rows, generator=rng).int()
+        arguments["zero_point"] = s.strided(values) if rows else values
+    arguments |= {"packed": packed(codes, 8), "w_scale": strips(w_scale)[:, : 1 if k else 0], "bias": None}
+    if out_dtype != torch.int32 and s.one_in(2):
+        arguments["bias"] = s.contiguous(torch.randn(n, generator=rng).to(s.dtype()))
+    arguments["out_features"] = n
+
+    def results(leading: tuple[int, ...]) -> list[Result]:
+        return [((*leading, n), out_dtype)]
+
+    def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
+        zero = a["zero_point"]
+        scale = a["scale"].resolve_neg()
+        return (int8_gemm_exact(a["q"], scale, zero, codes, w_scale[:, 0], a["bias"], out_dtype),)
+
+    call = Call("int8_gemm", "default", arguments, expected, results(leading))
+    if s.one_in(2):
+        call.overload = "out"
+        give_outputs(s, call, "out")
+    else:
+        arguments["out_dtype"] = out_dtype
+    if exact and n > 0 and k > 0:
+        weight: Any = qops.Int8Weight.from_canonical(codes, w_scale)
+
+        def public(a: dict[str, Any], weight: Any) -> object:
+            rest = {name: a[name] for name in ("zero_point", "out" if call.written else "out_dtype")}
+            return qops.int8_gemm(a["q"], a["scale"], weight, a["bias"], **rest)
+
+        give_weight(call, public, weight)
+    return finish(s, call, lambda: int8_gemm_ways(s, call, k))
+
+
+def int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
+    a = call.arguments
+    dtypes = {"q": (INT8,), "scale": (F32,), "zero_point": (torch.int32,), "packed": (INT8,)}
+    dtypes |= {"w_scale": FLOAT_DTYPES, "bias": FLOAT_DTYPES, "out": OUT_DTYPES}
+    inputs = [name for name in ("q", "scale", "zero_point", "packed", "w_scale", "bias") if a[name] is not None]
+
+    def columns() -> Fault:
+        a["q"] = torch.ones((2, k + s.choice((1, 8, -1) if k > 0 else (1, 8))), dtype=INT8)
+        return Fault(("q",), (ValueError,))
+
+    def too_many_columns() -> Fault:
+        most = 131071 if a["zero_point"] is None else 65793
+        wide = (most // 8 + 1) * 8
+        a["packed"] = torch.zeros((-(-a["out_features"] // 16), 16 * wide), dtype=INT8)
+        a["q"] = torch.zeros((*a["q"].shape[:-1], 1), dtype=INT8).expand(*a["q"].shape[:-1], wide)
+        return Fault(("q",), (ValueError,))
+
+    def bias_of_integers() -> Fault | None:
+        if call.written:
+            return None
+        a["out_dtype"], a["bias"] = torch.int32, torch.zeros(a["out_features"])
+        return Fault(("bias",), (ValueError,))
+
+    def rows(name: str) -> Callable[[], Fault | None]:
+        def replace() -> Fault | None:
+            if a[name] is None:
+                return None
+            a[name] = torch.zeros((*a["q"].shape[:-1], 3), dtype=a[name].dtype)
+            return Fault((name,), (ValueError,))
+
+        return replace
+
+    ways = [
+        *s.tensor_faults(call, dtypes, ["bias"], ["zero_point", "bias"]),
+        *s.last_dim(call, "q", *(["bias"] if a["bias"] is not None else [])),
+        *zero_dim(s, call, "q"),
+        *s.not_contiguous(call, "packed", "w_scale"),
+        *s.shapes(call, ["packed", "w_scale"], ["q"]),
+        *(s.shapes(call, ["bias"]) if a["bias"] is not None else []),
+        *output_ways(s, call, inputs),
+        *size_ways(s, call, k, grouped=False),
+        ("q", columns),
+        ("q packed out_features", too_many_columns),
+        ("bias out_dtype out_features", bias_of_integers),
+        ("scale q", rows("scale")),
+        ("zero_point q", rows("zero_point")),
+        *s.requires_grad(call, "scale", "bias"),
+    ]
+    if not call.written:
+        bad = (torch.float64, torch.int8, torch.int64, torch.bool, torch.float8_e5m2)
+        ways += s.scalar(call, "out_dtype", bad, (RuntimeError,))[:2]
+    names = ("packed", "w_scale", "out_features")
+    return [*untyped(call, ways, *names), *weight_ways(s, call)]
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+def pack(s: Sampler, *, bits: int) -> Call:
+    n, k = s.choice(ROWS), s.choice(SIZES)
+    dtype = torch.uint8 if bits == 4 else INT8
+    if s.one_in(12):  # sizes that only nothing has
+        n, k = s.choice(((2**40, 0), (0, 2**40), (2**62, 0)))
+        shape = (n, k)
+        qweight, result = torch.empty(shape, dtype=dtype), (n // 16, 16 * k)
+    else:
+        qweight = s.contiguous(s.values((n, k * bits // 8), dtype))
+        result = (-(-n // 16), 2 * bits * k)
+
+    def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
+        q = a["qweight"]
+        if q.numel() == 0:
+            return (torch.empty(result, dtype=dtype),)
+        return (packed(nibbles(q) if bits == 4 else q, bits),)
+
+    call = Call(f"int{bits}_pack", "default", {"qweight": qweight}, expected, [(result, dtype)])
+
+    def sized() -> Fault:
+        shape = s.choice(((12, 32), (8, 3), (8, 33), (8,), (8, 32, 1), (), (0, 2**58), (0, 2**62), (4, 0)))
+        call.arguments["qweight"] = torch.empty(shape, dtype=dtype)
+        return Fault(("qweight",), (ValueError,))
+
+    def ways() -> Ways:
+        return [
+            *s.tensor_faults(call, {"qweight": (dtype,)}),
+            *s.not_contiguous(call, "qweight"),
+            *[("qweight", sized)] * 3,
+        ]
+
+    return finish(s, call, ways)
+
+
+def unpack(s: Sampler, *, bits: int) -> Call:
+    n, k = s.choice(ROWS), s.choice(SIZES)
+    dtype = torch.uint8 if bits == 4 else INT8
+    result = (n, k * bits // 8)
+    if s.one_in(12):
+        n, k = s.choice(((2**40, 0), (2**63 - 8, 0), (0, 2**40)))
+        result = (n, k // (2 if bits == 4 else 1))
+        strips_packed = torch.empty((n // 16 + (n % 16 > 0), 2 * bits * k), dtype=dtype)
+    else:
+        strips_packed = s.contiguous(s.values((-(-n // 16), 2 * bits * k), dtype))
+
+    def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
+        p = a["packed"]
+        if p.numel() == 0:
+            return (torch.empty(result, dtype=dtype),)
+        per = 8 if bits == 4 else 4
+        lanes = p.view(-1, k // per, 16, 4)
+        if bits == 4:
+            lanes = torch.cat((lanes & 15, lanes >> 4), dim=-1)
+        codes = lanes.transpose(1, 2).reshape(-1, k)[:n]
+        return (codes[:, 0::2] | codes[:, 1::2] << 4 if bits == 4 else codes,)
+
+    arguments = {"packed": strips_packed, "out_features": n}
+    call = Call(f"int{bits}_unpack", "default", arguments, expected, [(result, dtype)])
+
+    def features() -> Fault:
+        here = call.arguments["packed"].shape[0]
+        options = [
+            v
+            for v in (*INT64, min(n + 16, 2**63 - 1), n + 4, -8)
+            if not (v % 8 == 0 and v >= 0 and -(-v // 16) == here)
+        ]
+        call.arguments["out_features"] = s.choice(options)
+        return Fault(("out_features", "packed"), (ValueError,))
+
+    def sized() -> Fault:
+        strip = 16 * 8 * bits // 8
+        shape = (call.arguments["packed"].shape[0], strip + s.choice((1, strip // 2, 16)))
+        call.arguments["packed"] = torch.empty(shape[1:] if s.one_in(3) or shape[0] > 100 else shape, dtype=dtype)
+        return Fault(("packed",), (ValueError,))
+
+    def ways() -> Ways:
+        bad = (2**63, -(2**63) - 1, 8.5)
+        return [
+            *s.tensor_faults(call, {"packed": (dtype,)}),
+            *s.not_contiguous(call, "packed"),
+            *[("packed", sized), ("out_features packed", features)] * 2,
+            *s.scalar(call, "out_features", bad, (RuntimeError, TypeError)),
+        ]
+
+    return finish(s, call, ways)
+
+
+GEMM_OPS: dict[str, Callable[[Sampler], Call]] = {
+    "int4_gemm": lambda s: weight_only(s, bits=4),
+    "int8_weight_only_gemm": lambda s: weight_only(s, bits=8),
+    "int8_gemm": int8_gemm,
+    "int4_pack": lambda s: pack(s, bits=4),
+    "int4_unpack": lambda s: unpack(s, bits=4),
+    "int8_pack": lambda s: pack(s, bits=8),
+    "int8_unpack": lambda s: unpack(s, bits=8),
+}

@@ -1,0 +1,170 @@
+"""Errors that the property test found missing or misleading, each by its text, for real and for fake tensors."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import qops
+from contracts import rotary_exact
+from qops.testing import FLOAT_DTYPES, assert_bitwise
+
+HUGE = 2**40
+ops = torch.ops.qops
+ROW = torch.ones(1, 16)
+WEIGHT = torch.ones(16)
+
+
+def fake(call, arguments):
+    mode = FakeTensorMode()
+    with mode:
+        return call(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def codes(*shape, dtype=torch.uint8):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+Q = codes(2, 16, dtype=torch.int8)
+SCALE = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "kind", "text"),
+    [
+        # One tensor on meta brings the call to the fake kernel, which gave an uninitialised result on the CPU.
+        (ops.rms_norm, (ROW, meta(16), 1e-5), RuntimeError, "rms_norm: weight must be on cpu, got meta"),
+        (ops.rms_norm, (meta(1, 16), WEIGHT, 1e-5), RuntimeError, "rms_norm: weight must be on meta, got cpu"),
+        (ops.silu_mul.gate_up, (ROW, meta(1, 16)), RuntimeError, "silu_mul: up must be on cpu, got meta"),
+        # None passes the dispatcher where a schema says Tensor.
+        (ops.rms_norm, (None, WEIGHT, 1e-5), RuntimeError, "rms_norm: x must be a tensor, got None"),
+        (ops.silu_mul.gate_up, (ROW, None), RuntimeError, "silu_mul: up must be a tensor, got None"),
+        (ops.silu_mul_int8.gate_up, (None, ROW), RuntimeError, "silu_mul_int8: gate must be a tensor, got None"),
+        (ops.add_rms_norm_int8, (ROW, None, WEIGHT, 1e-5), RuntimeError, "residual must be a tensor, got None"),
+        (ops.rms_norm, (ROW, WEIGHT, float("nan")), ValueError, "eps must be a float32 that is .*, got nan"),
+        (ops.rms_norm, (ROW, WEIGHT, -1e-9), ValueError, "eps must be a float32 that is finite .*, got -1e-09"),
+        (ops.rms_norm, (ROW, WEIGHT, 1e39), ValueError, r"eps must be a float32 that is finite .*, got 1e\+39"),
+        (ops.rms_norm, (ROW, WEIGHT, 0.0, -1e40, "fp32"), ValueError, r"weight_offset must be .*, got -1e\+40"),
+        # Sizes whose products pass 2^63.
+        (
+            ops.rms_norm,
+            (ROW.expand(2**57, 16), WEIGHT, 1e-5),
+            ValueError,
+            "the result must take fewer than 2\\^63 byte",
+        ),
+        (ops.int4_unpack, (codes(1, 64), 2**63 - 8), ValueError, "ceil.* = 576460752303423488 strips, got 1"),
+        (ops.int4_pack, (codes(0, 2**62),), ValueError, "qweight must have fewer than 2\\^58 elements in a row"),
+        (
+            ops.int8_gemm,
+            (Q, SCALE, None, codes(1, 256, dtype=torch.int8), torch.ones(1, 1, 16), None, 2**63 - 8, torch.float32),
+            ValueError,
+            r"packed must have shape \[S, 16 K\] = \[576460752303423488, 256\], got \[1, 256\]",
+        ),
+        (
+            ops.quantize_int8,
+            (torch.zeros(4, 4, 4, 4, 4, 8)[::2, ::2, ::2, ::2, ::2],),
+            ValueError,
+            "x must have at most 4 leading dimensions that cannot be merged, got strides",
+        ),
+        (ops.quantize_int8, (ROW.to(torch.float8_e4m3fn),), RuntimeError, "x must have dtype .*, got float8_e4m3fn"),
+    ],
+)
+def test_errors_are_named(call, arguments, kind, text):
+    with pytest.raises(kind, match=text) as real:
+        call(*arguments)
+    assert str(real.value).startswith("qops.")
+    with pytest.raises(kind, match=re.escape(str(real.value))):
+        fake(call, arguments)
+
+
+def test_sparse_tensors_have_no_kernel_and_no_fake_one():
+    with pytest.raises(NotImplementedError, match=r"Could not run 'qops::quantize_int8' .* 'SparseCPU'"):
+        ops.quantize_int8(ROW.to_sparse())
+    with pytest.raises(RuntimeError, match="quantize_int8: x must have layout strided, got sparse_coo"):
+        fake(ops.quantize_int8, (ROW.to_sparse(),))
+
+
+def test_a_dtype_that_the_stable_abi_does_not_know():
+    x = torch.zeros(1, 16, dtype=torch.uint8).view(torch.uint4)
+    with pytest.raises(RuntimeError, match=r"qops\.quantize_int8: x must have dtype .*, got another dtype"):
+        qops.quantize_int8(x)
+
+
+def test_results_that_do_not_fit_into_memory():
+    x = ROW.expand(HUGE, 16)
+    with pytest.raises(
+        RuntimeError, match=r"rms_norm: the result must fit into memory, got float32 \[1099511627776, 1"
+    ):
+        qops.rms_norm(x, WEIGHT, 1e-5)
+    assert fake(ops.rms_norm.default, (x, WEIGHT, 1e-5)).shape == (HUGE, 16)
+    assert ops.rms_norm(meta(HUGE, 16), meta(16), 1e-5).shape == (HUGE, 16)
+
+
+def test_any_number_of_empty_rows_takes_no_time():
+    assert qops.rms_norm(torch.empty(HUGE, 0), torch.empty(0), 1e-5).shape == (HUGE, 0)
+    assert ops.int8_pack(torch.empty(HUGE, 0, dtype=torch.int8)).shape == (HUGE // 16, 0)
+    q, table = torch.empty(HUGE, 0, 8), torch.zeros(1, 4).expand(HUGE, 4)
+    assert qops.rotary(q, q, table, table)[0].shape == (HUGE, 0, 8)
+    # Strides of an empty tensor may be any, their products included.
+    x = torch.empty(0).as_strided((2, 3, 0), (2**62, 2**61, 1))
+    assert qops.quantize_int8(x)[1].tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_rotary_copies_what_it_does_not_rotate_when_q_has_no_heads(dtype):
+    # An empty q and its result have the same address, which was taken for in place.
+    q, k = torch.empty(2, 0, 8, dtype=dtype), torch.randn(2, 3, 8).to(dtype)
+    table = torch.zeros(2, 1)
+    assert_bitwise(qops.rotary(q, k, table, table)[1], rotary_exact(k, table, table, None, False))
+
+
+def test_perm_error_shows_the_index():
+    weight = qops.Int4Weight.quantize(torch.randn(16, 32), group_size=16)
+    b = weight._buffers
+    perm = torch.arange(32, dtype=torch.int32)
+    perm[7] = -5
+    with pytest.raises(ValueError, match=r"int4_gemm: perm must hold indices in 0 \.\. 31, got -5"):
+        ops.int4_gemm(torch.ones(1, 32), b["packed"], b["scales"], None, perm, None, 16, 16, 0)
+
+
+def test_typed_functions_name_what_is_no_weight_and_no_outputs():
+    x = torch.ones(1, 16)
+    int8 = qops.Int8Weight.quantize(torch.ones(16, 16))
+    for weight in (x, None, int8):
+        with pytest.raises(TypeError, match=r"qops\.int4_gemm: weight must be a qops\.Int4Weight, got (T|N|Int8W)"):
+            qops.int4_gemm(x, weight)
+    with pytest.raises(TypeError, match=r"int8_weight_only_gemm: weight must be a qops\.Int8Weight, got Tensor"):
+        qops.int8_weight_only_gemm(x, x)
+    with pytest.raises(TypeError, match=r"int8_gemm: weight must be a qops\.Int8Weight, got Tensor"):
+        qops.int8_gemm(Q, SCALE, x)
+    with pytest.raises(RuntimeError, match=r"int8_gemm: out_dtype must be .*, got uint4"):
+        qops.int8_gemm(Q, SCALE, int8, out_dtype=torch.uint4)
+    text = r"qops\.quantize_int8: out must be a tuple of 2 tensors \(q, scale\), got "
+    with pytest.raises(TypeError, match=text + "Tensor"):
+        qops.quantize_int8(x, out=x)
+    with pytest.raises(TypeError, match=text + "3 of them"):
+        qops.quantize_int8(x, out=(x, x, x))
+
+
+def test_a_subclass_of_a_weight_is_one():
+    class Named(qops.Int8Weight):
+        pass
+
+    weight = Named.quantize(torch.eye(16))
+    assert qops.int8_weight_only_gemm(torch.ones(1, 16), weight)[0, 0] == 1
+
+
+def test_grad_errors_name_the_argument():
+    with torch.inference_mode(False), torch.enable_grad():
+        weight = torch.ones(16, requires_grad=True)
+        with pytest.raises(
+            RuntimeError, match=r"qops\.rms_norm: weight must not require grad, .* got requires_grad = "
+        ):
+            qops.rms_norm(ROW.clone(), weight, 1e-5)
