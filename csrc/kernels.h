@@ -103,7 +103,7 @@ struct QuantizeInt8StaticParams {
   int64_t k;
   const float* scale;         // positive and finite
   const int32_t* zero_point;  // -128 .. 127; null: 0
-  int8_t* q;           // contiguous [rows, K]
+  int8_t* q;                  // contiguous [rows, K]
 };
 
 struct RmsNormStyle {

@@ -5,6 +5,8 @@
 #include <limits>
 #include <sstream>
 
+#include "binding/device.h"
+
 namespace qops::binding {
 std::string to_string(Sizes sizes) {
   std::string text = "[";
@@ -55,7 +57,7 @@ int64_t element_bytes(ScalarType dtype) {
 std::string device_name(const Tensor& t) {
   switch (t.device().type()) {
     case torch::headeronly::DeviceType::CPU: return "cpu";
-    case torch::headeronly::DeviceType::CUDA: return "cuda";
+    case torch::headeronly::DeviceType::CUDA: return "cuda:" + std::to_string(t.get_device_index());
     case torch::headeronly::DeviceType::Meta: return "meta";
     default: return "another device";
   }
@@ -117,9 +119,12 @@ void Checker::index_dtype(const Tensor& t, const char* arg) const {
   }
 }
 
-void Checker::cpu(const Tensor& t, const char* arg) const {
+void Checker::device(const Tensor& t, const char* arg, const Tensor& like) const {
   require_tensor(t, arg);
-  if (!t.is_cpu()) unsupported(std::string(arg) + " must be on cpu, got " + device_name(t));
+  const bool is_here = device::kIsCuda ? t.is_cuda() && t.get_device_index() == like.get_device_index() : t.is_cpu();
+  if (is_here) return;
+  const std::string here = device::kIsCuda ? like.is_cuda() ? device_name(like) : "a CUDA device" : "cpu";
+  unsupported(std::string(arg) + " must be on " + here + ", got " + device_name(t));
 }
 
 void Checker::shape(const Tensor& t, const char* arg, const char* letters, Sizes expected) const {
@@ -224,8 +229,9 @@ void Checker::no_overlap_unless_same(const Tensor& t, const char* arg, const Ten
   no_overlap(t, arg, other, other_arg);
 }
 
-void Checker::output(const Tensor& t, const char* arg, ScalarType expected, const char* letters, Sizes sizes) const {
-  cpu(t, arg);
+void Checker::output(const Tensor& t, const char* arg, const Tensor& like, ScalarType expected, const char* letters,
+                     Sizes sizes) const {
+  device(t, arg, like);
   dtype(t, arg, expected);
   shape(t, arg, letters, sizes);
   contiguous(t, arg);
@@ -305,14 +311,8 @@ Rows Checker::rows(const Tensor& t, const char* arg, int trailing_dims) const {
 
 void Checker::ok(Status status) const {
   if (status == Status::kOutOfMemory) unsupported("out of memory for the scratch of this call");
+  if (status == Status::kLaunchFailed) unsupported("CUDA refused to launch the kernel: " + device::last_error());
   if (status != Status::kOk) unsupported("no kernel for this combination of arguments");
-}
-
-ThreadPool thread_pool() {
-  return {[](int64_t n, int64_t grain, ThreadPool::Body body, void* arg) {
-            torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(arg, begin, end); });
-          },
-          static_cast<int>(torch::stable::get_num_threads())};
 }
 
 std::vector<int64_t> with_last_size(const Tensor& t, int64_t last) {

@@ -40,7 +40,7 @@ class Checker {
     if (!ok) refuse(arg, requirement, actual);
   }
 
-  // The dispatcher lets None pass for a tensor; cpu() and everything that looks at a dtype asks this first.
+  // The dispatcher lets None pass for a tensor; device() and everything that looks at a dtype asks this first.
   void require_tensor(const Tensor& t, const char* arg) const;
   // Undefined for a dtype that the stable ABI has no name for.
   ScalarType dtype_of(const Tensor& t, const char* arg) const;
@@ -51,7 +51,8 @@ class Checker {
   DType float32_or_same_dtype(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
   // int32 or int64.
   void index_dtype(const Tensor& t, const char* arg) const;
-  void cpu(const Tensor& t, const char* arg) const;
+  // On the device that these bindings are for; with several of its kind, on that of `like`.
+  void device(const Tensor& t, const char* arg, const Tensor& like) const;
   // Exactly this shape; `letters` names it, e.g. "[N, K]".
   void shape(const Tensor& t, const char* arg, const char* letters, Sizes expected) const;
   void same_shape(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
@@ -67,8 +68,9 @@ class Checker {
   // As no_overlap(), for a contiguous t of the dtype and shape of `other`: it may also be `other` itself, where the
   // kernel reads each element before it writes there.
   void no_overlap_unless_same(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
-  // A tensor that an op writes, given by the caller: on the CPU, of this dtype and shape, contiguous.
-  void output(const Tensor& t, const char* arg, ScalarType expected, const char* letters, Sizes sizes) const;
+  // A tensor that an op writes, given by the caller: on the device of `like`, of this dtype and shape, contiguous.
+  void output(const Tensor& t, const char* arg, const Tensor& like, ScalarType expected, const char* letters,
+              Sizes sizes) const;
   // "hf" -> true, "fp32" -> false.
   bool rounding_is_hf(std::string_view rounding) const;
   // What every form of rms_norm adds: eps >= 0 and weight_offset, both finite in float32.
@@ -91,9 +93,6 @@ class Checker {
 
 std::string to_string(Sizes sizes);
 std::string dtype_name(ScalarType dtype);
-
-// torch's intra-op threads.
-ThreadPool thread_pool();
 
 // The sizes of t, the last one replaced; or without the last one.
 std::vector<int64_t> with_last_size(const Tensor& t, int64_t last);

@@ -1,3 +1,4 @@
+#include "binding/device.h"
 #include "binding/ops.h"
 
 namespace qops::binding {
@@ -47,11 +48,11 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
                        const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
                        int64_t out_features, ScalarType out_dtype, const char* out_subject) {
   Int8GemmParams p{};
-  check.cpu(scale, "scale");
-  if (zero_point) check.cpu(*zero_point, "zero_point");
-  check.cpu(packed, "packed");
-  check.cpu(w_scale, "w_scale");
-  if (bias) check.cpu(*bias, "bias");
+  check.device(scale, "scale", q);
+  if (zero_point) check.device(*zero_point, "zero_point", q);
+  check.device(packed, "packed", q);
+  check.device(w_scale, "w_scale", q);
+  if (bias) check.device(*bias, "bias", q);
   check.dtype(q, "q", ScalarType::Char);
   check.dtype(scale, "scale", ScalarType::Float);
   if (zero_point) check.dtype(*zero_point, "zero_point", ScalarType::Int);
@@ -107,13 +108,13 @@ Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tenso
   Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be");
   Tensor y = check.new_tensor(q, output_sizes(q, out_features), out_dtype);
   p.y = y.mutable_data_ptr();
-  check.ok(cpu::int8_gemm(p, thread_pool()));
+  check.ok(device::run(&device::kernels::int8_gemm, p, y));
   return y;
 }
 
 void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
                    const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out) {
-  check.cpu(out, "out");
+  check.device(out, "out", q);
   Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, check.dtype_of(out, "out"),
                              "out must have dtype");
   const std::vector<int64_t> sizes = output_sizes(q, out_features);
@@ -129,7 +130,7 @@ void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Ten
   check.no_overlap(out, "out", w_scale, "w_scale");
   if (bias) check.no_overlap(out, "out", *bias, "bias");
   p.y = out.mutable_data_ptr();
-  check.ok(cpu::int8_gemm(p, thread_pool()));
+  check.ok(device::run(&device::kernels::int8_gemm, p, out));
 }
 
 }  // namespace qops::binding

@@ -16,8 +16,8 @@ inline std::pair<Tensor, Tensor> new_int8_rows(const Checker& check, const Tenso
 // `inputs`: what the op reads; the outputs must not share its memory.
 inline void check_int8_rows(const Checker& check, const Tensor& q, const Tensor& scale, const Tensor& x, int64_t k,
                             std::initializer_list<std::pair<const Tensor*, const char*>> inputs) {
-  check.output(q, "q", ScalarType::Char, "[..., K]", with_last_size(x, k));
-  check.output(scale, "scale", ScalarType::Float, "[...]", leading_sizes(x));
+  check.output(q, "q", x, ScalarType::Char, "[..., K]", with_last_size(x, k));
+  check.output(scale, "scale", x, ScalarType::Float, "[...]", leading_sizes(x));
   check.no_overlap(scale, "scale", q, "q");
   for (const auto& [input, name] : inputs) {
     check.no_overlap(q, "q", *input, name);

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "binding/device.h"
 #include "binding/int8_rows.h"
 #include "binding/ops.h"
 
@@ -10,7 +11,7 @@ namespace {
 template <class Params>
 Params checked(const Checker& check, const Tensor& x) {
   Params p{};
-  check.cpu(x, "x");
+  check.device(x, "x", x);
   p.dtype = check.float_dtype(x, "x");
   check.at_least_1d(x, "x");
   check.dense_last_dim(x, "x");
@@ -32,26 +33,26 @@ QuantizeInt8Params checked_dynamic(const Tensor& x, std::string_view rule) {
 
 void run(QuantizeInt8Params& p, const Tensor& q, const Tensor& scale) {
   p.out = int8_rows(q, scale, p.out.rule);
-  check_dynamic.ok(cpu::quantize_int8(p, thread_pool()));
+  check_dynamic.ok(device::run(&device::kernels::quantize_int8, p, q));
 }
 
 void run(QuantizeInt8AsymParams& p, const Tensor& q, const Tensor& scale, const Tensor& zero_point) {
   p.q = q.mutable_data_ptr<int8_t>();
   p.scale = scale.mutable_data_ptr<float>();
   p.zero_point = zero_point.mutable_data_ptr<int32_t>();
-  check_asym.ok(cpu::quantize_int8_asym(p, thread_pool()));
+  check_asym.ok(device::run(&device::kernels::quantize_int8_asym, p, q));
 }
 
-void check_one_element(const Tensor& t, const char* arg, ScalarType dtype) {
-  check_static.cpu(t, arg);
+void check_one_element(const Tensor& t, const char* arg, ScalarType dtype, const Tensor& x) {
+  check_static.device(t, arg, x);
   check_static.dtype(t, arg, dtype);
   if (t.numel() != 1) check_static.refuse(arg, "have 1 element", std::to_string(t.numel()));
 }
 
 QuantizeInt8StaticParams checked_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point) {
   QuantizeInt8StaticParams p = checked<QuantizeInt8StaticParams>(check_static, x);
-  check_one_element(scale, "scale", ScalarType::Float);
-  if (zero_point) check_one_element(*zero_point, "zero_point", ScalarType::Int);
+  check_one_element(scale, "scale", ScalarType::Float, x);
+  if (zero_point) check_one_element(*zero_point, "zero_point", ScalarType::Int, x);
   p.scale = scale.const_data_ptr<float>();
   p.zero_point = zero_point ? zero_point->const_data_ptr<int32_t>() : nullptr;
   if (!device::kValuesAreReadable) return p;
@@ -66,7 +67,7 @@ QuantizeInt8StaticParams checked_static(const Tensor& x, const Tensor& scale, co
 
 void run(QuantizeInt8StaticParams& p, const Tensor& q) {
   p.q = q.mutable_data_ptr<int8_t>();
-  check_static.ok(cpu::quantize_int8_static(p, thread_pool()));
+  check_static.ok(device::run(&device::kernels::quantize_int8_static, p, q));
 }
 
 }  // namespace
@@ -94,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_int8_asym(const Tensor& x) {
 
 void quantize_int8_asym_out(const Tensor& x, const Tensor& q, const Tensor& scale, const Tensor& zero_point) {
   auto p = checked<QuantizeInt8AsymParams>(check_asym, x);
-  check_asym.output(zero_point, "zero_point", ScalarType::Int, "[...]", leading_sizes(x));
+  check_asym.output(zero_point, "zero_point", x, ScalarType::Int, "[...]", leading_sizes(x));
   check_int8_rows(check_asym, q, scale, x, p.k, {{&x, "x"}});
   for (const auto& [other, name] : {std::pair{&x, "x"}, std::pair{&q, "q"}, std::pair{&scale, "scale"}}) {
     check_asym.no_overlap(zero_point, "zero_point", *other, name);
@@ -112,7 +113,7 @@ Tensor quantize_int8_static(const Tensor& x, const Tensor& scale, const std::opt
 void quantize_int8_static_out(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
                               const Tensor& q) {
   QuantizeInt8StaticParams p = checked_static(x, scale, zero_point);
-  check_static.output(q, "q", ScalarType::Char, "[..., K]", x.sizes());
+  check_static.output(q, "q", x, ScalarType::Char, "[..., K]", x.sizes());
   check_static.no_overlap(q, "q", x, "x");
   run(p, q);
 }

@@ -1,87 +1,11 @@
-// The full list of schemas, their CPU kernels, and the module that Python imports.
+// The operators with their CPU kernels, and the module that Python imports.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
 #include "binding/ops.h"
+#include "binding/schemas.h"
 
-STABLE_TORCH_LIBRARY(qops, m) {
-  m.def(
-      "int4_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, "
-      "int group_size, int kind, bool batch_invariant=False) -> Tensor");
-  m.def(
-      "int4_gemm.out(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
-      "int out_features, int group_size, int kind, bool batch_invariant=False, *, Tensor(a!) out) -> ()");
-  m.def("int4_pack(Tensor qweight) -> Tensor");
-  m.def("int4_unpack(Tensor packed, int out_features) -> Tensor");
-  m.def(
-      "int8_gemm(Tensor q, Tensor scale, Tensor? zero_point, Tensor packed, Tensor w_scale, Tensor? bias, "
-      "int out_features, ScalarType out_dtype) -> Tensor");
-  m.def(
-      "int8_gemm.out(Tensor q, Tensor scale, Tensor? zero_point, Tensor packed, Tensor w_scale, Tensor? bias, "
-      "int out_features, *, Tensor(a!) out) -> ()");
-  m.def("int8_pack(Tensor qweight) -> Tensor");
-  m.def("int8_unpack(Tensor packed, int out_features) -> Tensor");
-  m.def(
-      "int8_weight_only_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, int group_size) "
-      "-> Tensor");
-  m.def(
-      "int8_weight_only_gemm.out(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, "
-      "int group_size, *, Tensor(a!) out) -> ()");
-  m.def("quantize_int8(Tensor x, str rule=\"127\") -> (Tensor, Tensor)");
-  m.def("quantize_int8.out(Tensor x, str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale) -> ()");
-  m.def("quantize_int8_asym(Tensor x) -> (Tensor, Tensor, Tensor)");
-  m.def("quantize_int8_asym.out(Tensor x, *, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) zero_point) -> ()");
-  m.def("quantize_int8_static(Tensor x, Tensor scale, Tensor? zero_point=None) -> Tensor");
-  m.def("quantize_int8_static.out(Tensor x, Tensor scale, Tensor? zero_point=None, *, Tensor(a!) q) -> ()");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\") -> Tensor");
-  m.def(
-      "rms_norm.out(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\", *, "
-      "Tensor(a!) out) -> ()");
-  m.def(
-      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
-      "str rounding=\"hf\") -> (Tensor, Tensor)");
-  m.def(
-      "add_rms_norm.out(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
-      "str rounding=\"hf\", *, Tensor(a!) y, Tensor(b!) residual_out) -> ()");
-  m.def(
-      "rms_norm_int8(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\", "
-      "str rule=\"127\") -> (Tensor, Tensor)");
-  m.def(
-      "rms_norm_int8.out(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\", "
-      "str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale) -> ()");
-  m.def(
-      "add_rms_norm_int8(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
-      "str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "add_rms_norm_int8.out(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset=0.0, "
-      "str rounding=\"hf\", str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) residual_out) -> ()");
-  m.def(
-      "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "rotary_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False) "
-      "-> ()");
-  m.def(
-      "qk_norm_rotary(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, "
-      "Tensor? positions=None, bool interleaved=False, float weight_offset=0.0, str rounding=\"hf\") "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "qk_norm_rotary_(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
-      "float eps, Tensor? positions=None, bool interleaved=False, float weight_offset=0.0, str rounding=\"hf\") "
-      "-> ()");
-  m.def("silu_mul(Tensor gate_up, str rounding=\"hf\") -> Tensor");
-  m.def("silu_mul.gate_up(Tensor gate, Tensor up, str rounding=\"hf\") -> Tensor");
-  m.def("silu_mul.out(Tensor gate_up, str rounding=\"hf\", *, Tensor(a!) out) -> ()");
-  m.def("silu_mul.gate_up_out(Tensor gate, Tensor up, str rounding=\"hf\", *, Tensor(a!) out) -> ()");
-  m.def("silu_mul_int8(Tensor gate_up, str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor)");
-  m.def("silu_mul_int8.gate_up(Tensor gate, Tensor up, str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor)");
-  m.def(
-      "silu_mul_int8.out(Tensor gate_up, str rounding=\"hf\", str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale) "
-      "-> ()");
-  m.def(
-      "silu_mul_int8.gate_up_out(Tensor gate, Tensor up, str rounding=\"hf\", str rule=\"127\", *, Tensor(a!) q, "
-      "Tensor(b!) scale) -> ()");
-}
+STABLE_TORCH_LIBRARY(qops, m) { qops::binding::define_schemas(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
   m.impl("int4_gemm", TORCH_BOX(&qops::binding::int4_gemm));

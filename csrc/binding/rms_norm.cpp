@@ -1,3 +1,4 @@
+#include "binding/device.h"
 #include "binding/int8_rows.h"
 #include "binding/ops.h"
 
@@ -8,7 +9,8 @@ namespace {
 RmsNormParams checked(const Checker& check, const Tensor& x, const Tensor& weight, double eps, double weight_offset,
                       std::string_view rounding) {
   RmsNormParams p{};
-  check.cpu(weight, "weight");
+  check.device(x, "x", x);
+  check.device(weight, "weight", x);
   p.dtype = check.float_dtype(x, "x");
   p.weight_dtype = check.float_dtype(weight, "weight");
   check.at_least_1d(x, "x");
@@ -27,7 +29,7 @@ RmsNormParams checked(const Checker& check, const Tensor& x, const Tensor& weigh
 RmsNormParams checked(const Checker& check, const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
                       double weight_offset, std::string_view rounding) {
   RmsNormParams p = checked(check, x, weight, eps, weight_offset, rounding);
-  check.cpu(residual, "residual");
+  check.device(residual, "residual", x);
   check.same_dtype(residual, "residual", x, "x");
   check.same_shape(residual, "residual", x, "x");
   check.dense_last_dim(residual, "residual");
@@ -46,7 +48,7 @@ void check_overlap(const Checker& check, const Tensor& residual_out, const Tenso
 
 void run(const Checker& check, RmsNormParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
-  check.ok(cpu::rms_norm(p, thread_pool()));
+  check.ok(device::run(&device::kernels::rms_norm, p, y));
 }
 
 void run(const Checker& check, RmsNormParams& p, const Tensor& y, const Tensor& residual_out) {
@@ -55,7 +57,7 @@ void run(const Checker& check, RmsNormParams& p, const Tensor& y, const Tensor& 
 }
 
 void run(const Checker& check, const RmsNormParams& norm, const Tensor& q, const Tensor& scale, QuantizeRule rule) {
-  check.ok(cpu::rms_norm_int8({norm, int8_rows(q, scale, rule)}, thread_pool()));
+  check.ok(device::run(&device::kernels::rms_norm_int8, {norm, int8_rows(q, scale, rule)}, q));
 }
 
 }  // namespace
@@ -72,7 +74,7 @@ void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, double weig
                   const Tensor& out) {
   constexpr Checker check("rms_norm");
   RmsNormParams p = checked(check, x, weight, eps, weight_offset, rounding);
-  check.output(out, "out", x.scalar_type(), "[..., H]", x.sizes());
+  check.output(out, "out", x, x.scalar_type(), "[..., H]", x.sizes());
   check.no_overlap_unless_same(out, "out", x, "x");
   check.no_overlap(out, "out", weight, "weight");
   run(check, p, out);
@@ -92,8 +94,8 @@ void add_rms_norm_out(const Tensor& x, const Tensor& residual, const Tensor& wei
                       std::string_view rounding, const Tensor& y, const Tensor& residual_out) {
   constexpr Checker check("add_rms_norm");
   RmsNormParams p = checked(check, x, residual, weight, eps, weight_offset, rounding);
-  check.output(y, "y", x.scalar_type(), "[..., H]", x.sizes());
-  check.output(residual_out, "residual_out", x.scalar_type(), "[..., H]", x.sizes());
+  check.output(y, "y", x, x.scalar_type(), "[..., H]", x.sizes());
+  check.output(residual_out, "residual_out", x, x.scalar_type(), "[..., H]", x.sizes());
   check.no_overlap(residual_out, "residual_out", y, "y");
   // A row of x is read in full before its y is written.
   check.no_overlap_unless_same(y, "y", x, "x");
@@ -141,7 +143,7 @@ void add_rms_norm_int8_out(const Tensor& x, const Tensor& residual, const Tensor
   constexpr Checker check("add_rms_norm_int8");
   RmsNormParams p = checked(check, x, residual, weight, eps, weight_offset, rounding);
   const QuantizeRule quantize_rule = check.quantize_rule(rule);
-  check.output(residual_out, "residual_out", x.scalar_type(), "[..., H]", x.sizes());
+  check.output(residual_out, "residual_out", x, x.scalar_type(), "[..., H]", x.sizes());
   check_int8_rows(check, q, scale, x, p.h,
                   {{&x, "x"}, {&residual, "residual"}, {&weight, "weight"}, {&residual_out, "residual_out"}});
   check_overlap(check, residual_out, x, residual, weight);

@@ -1,6 +1,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "binding/device.h"
 #include "binding/ops.h"
 
 namespace qops::binding {
@@ -28,7 +29,7 @@ void check_shapes(const Checker& check, const Tensor& q, const Tensor& k, const 
 
 // Positions of shape [T] serve every sequence.
 Rows checked_positions(const Checker& check, const Tensor& positions, const Tensor& q, int64_t tokens) {
-  check.cpu(positions, "positions");
+  check.device(positions, "positions", q);
   check.index_dtype(positions, "positions");
   const torch::headeronly::IntHeaderOnlyArrayRef leading(q.sizes().data(), static_cast<size_t>(q.dim() - 2));
   const int64_t t = leading.back();
@@ -67,10 +68,10 @@ void set_output(const Checker& check, RotaryHeads& heads, const Tensor& y, const
 RotaryParams checked(const Checker& check, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                      const std::optional<Tensor>& positions, bool interleaved) {
   RotaryParams p{};
-  check.cpu(q, "q");
-  check.cpu(k, "k");
-  check.cpu(cos, "cos");
-  check.cpu(sin, "sin");
+  check.device(q, "q", q);
+  check.device(k, "k", q);
+  check.device(cos, "cos", q);
+  check.device(sin, "sin", q);
   p.dtype = check.float_dtype(q, "q");
   check.same_dtype(k, "k", q, "q");
   p.table_dtype = check.float32_or_same_dtype(cos, "cos", q, "q");
@@ -108,8 +109,8 @@ QkNormRotaryParams checked(const Checker& check, const Tensor& q, const Tensor& 
                            std::string_view rounding) {
   QkNormRotaryParams p{};
   p.rotary = checked(check, q, k, cos, sin, positions, interleaved);
-  check.cpu(q_weight, "q_weight");
-  check.cpu(k_weight, "k_weight");
+  check.device(q_weight, "q_weight", q);
+  check.device(k_weight, "k_weight", q);
   p.q_weight_dtype = check.float_dtype(q_weight, "q_weight");
   p.k_weight_dtype = check.float_dtype(k_weight, "k_weight");
   check.shape(q_weight, "q_weight", "[D]", {p.rotary.d});
@@ -140,13 +141,12 @@ void set_outputs(const Checker& check, RotaryParams& p, const Tensor& q, const T
   set_output(check, p.k, k, "k");
 }
 
-// kernel: cpu::rotary or cpu::qk_norm_rotary, whose parameters hold p.
+// kernel: rotary or qk_norm_rotary, whose parameters hold p.
 template <class Params>
-void run(const Checker& check, RotaryParams& p, Status (*kernel)(const Params&, const ThreadPool&),
-         const Params& params) {
+void run(const Checker& check, RotaryParams& p, device::Kernel<Params> kernel, const Params& params, const Tensor& q) {
   int64_t bad_position = 0;
   p.bad_position = &bad_position;
-  const Status status = kernel(params, thread_pool());
+  const Status status = device::run(kernel, params, q);
   if (status == Status::kIndexOutOfRange) {
     check.refuse("positions", "lie in [0, " + std::to_string(p.table_rows) + "), the rows of cos",
                  std::to_string(bad_position));
@@ -154,8 +154,10 @@ void run(const Checker& check, RotaryParams& p, Status (*kernel)(const Params&, 
   check.ok(status);
 }
 
-void run(const Checker& check, RotaryParams& p) { run(check, p, &cpu::rotary, p); }
-void run(const Checker& check, QkNormRotaryParams& p) { run(check, p.rotary, &cpu::qk_norm_rotary, p); }
+void run(const Checker& check, RotaryParams& p, const Tensor& q) { run(check, p, &device::kernels::rotary, p, q); }
+void run(const Checker& check, QkNormRotaryParams& p, const Tensor& q) {
+  run(check, p.rotary, &device::kernels::qk_norm_rotary, p, q);
+}
 
 }  // namespace
 
@@ -166,7 +168,7 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
   Tensor q_out = check.contiguous_like(q);
   Tensor k_out = check.contiguous_like(k);
   set_outputs(check, p, q_out, k_out);
-  run(check, p);
+  run(check, p, q);
   return {q_out, k_out};
 }
 
@@ -176,7 +178,7 @@ void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& 
   RotaryParams p = checked(check, q, k, cos, sin, positions, interleaved);
   check_in_place(check, q, k, {{&cos, "cos"}, {&sin, "sin"}}, positions);
   set_outputs(check, p, q, k);
-  run(check, p);
+  run(check, p, q);
 }
 
 std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, const Tensor& q_weight,
@@ -189,7 +191,7 @@ std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, cons
   Tensor q_out = check.contiguous_like(q);
   Tensor k_out = check.contiguous_like(k);
   set_outputs(check, p.rotary, q_out, k_out);
-  run(check, p);
+  run(check, p, q);
   return {q_out, k_out};
 }
 
@@ -202,7 +204,7 @@ void qk_norm_rotary_(const Tensor& q, const Tensor& k, const Tensor& q_weight, c
   check_in_place(check, q, k, {{&q_weight, "q_weight"}, {&k_weight, "k_weight"}, {&cos, "cos"}, {&sin, "sin"}},
                  positions);
   set_outputs(check, p.rotary, q, k);
-  run(check, p);
+  run(check, p, q);
 }
 
 }  // namespace qops::binding

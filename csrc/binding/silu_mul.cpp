@@ -1,3 +1,4 @@
+#include "binding/device.h"
 #include "binding/int8_rows.h"
 #include "binding/ops.h"
 
@@ -27,8 +28,8 @@ SiluMulParams checked(const Checker& check, const Tensor& gate_up, std::string_v
 }
 
 SiluMulParams checked(const Checker& check, const Tensor& gate, const Tensor& up, std::string_view rounding) {
-  check.cpu(gate, "gate");
-  check.cpu(up, "up");
+  check.device(gate, "gate", gate);
+  check.device(up, "up", gate);
   check_rows(check, gate, "gate");
   check.same_dtype(up, "up", gate, "gate");
   check.same_shape(up, "up", gate, "gate");
@@ -49,7 +50,7 @@ constexpr Checker check_int8("silu_mul_int8");
 
 void run(SiluMulParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
-  check_float.ok(cpu::silu_mul(p, thread_pool()));
+  check_float.ok(device::run(&device::kernels::silu_mul, p, y));
 }
 
 Tensor run_new(SiluMulParams& p, const Tensor& like) {
@@ -59,11 +60,11 @@ Tensor run_new(SiluMulParams& p, const Tensor& like) {
 }
 
 void check_output(const Tensor& out, const Tensor& gate, int64_t columns) {
-  check_float.output(out, "out", gate.scalar_type(), "[..., I]", with_last_size(gate, columns));
+  check_float.output(out, "out", gate, gate.scalar_type(), "[..., I]", with_last_size(gate, columns));
 }
 
 void run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& q, const Tensor& scale) {
-  check_int8.ok(cpu::silu_mul_int8({gated, int8_rows(q, scale, rule)}, thread_pool()));
+  check_int8.ok(device::run(&device::kernels::silu_mul_int8, {gated, int8_rows(q, scale, rule)}, q));
 }
 
 std::tuple<Tensor, Tensor> run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& like) {

@@ -1,3 +1,4 @@
+#include "binding/device.h"
 #include "binding/ops.h"
 
 namespace qops::binding {
@@ -9,8 +10,8 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
                              int64_t strip_elements_per_column, const Tensor& scales, const std::optional<Tensor>& bias,
                              int64_t out_features, int64_t group_size) {
   WeightOnlyGemmParams p{};
-  check.cpu(packed, "packed");
-  check.cpu(scales, "scales");
+  check.device(packed, "packed", x);
+  check.device(scales, "scales", x);
   p.dtype = check.float_dtype(x, "x");
   check.dtype(packed, "packed", packed_dtype);
   p.scale_dtype = check.float_dtype(scales, "scales");
@@ -36,7 +37,7 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
   check.contiguous(scales, "scales");
   check.dense_last_dim(x, "x");
   if (bias) {
-    check.cpu(*bias, "bias");
+    check.device(*bias, "bias", x);
     p.bias_dtype = check.float_dtype(*bias, "bias");
     check.shape(*bias, "bias", "[N]", {p.n});
     check.dense_last_dim(*bias, "bias");
@@ -64,14 +65,14 @@ WeightOnlyGemmParams checked_int4(const Tensor& x, const Tensor& packed, const T
   check.require(zeros.has_value() == (kind != 0), "zeros", kind == 0 ? "be None for kind 0" : "be given for this kind",
                 zeros ? "a tensor" : "None");
   if (zeros) {
-    check.cpu(*zeros, "zeros");
+    check.device(*zeros, "zeros", x);
     check.dtype(*zeros, "zeros", kind == 1 ? ScalarType::Byte : ScalarType::Float);
     check.same_shape(*zeros, "zeros", scales, "scales");
     check.contiguous(*zeros, "zeros");
     p.zeros = zeros->const_data_ptr();
   }
   if (perm) {
-    check.cpu(*perm, "perm");
+    check.device(*perm, "perm", x);
     check.dtype(*perm, "perm", ScalarType::Int);
     check.shape(*perm, "perm", "[K]", {p.k});
     check.contiguous(*perm, "perm");
@@ -91,7 +92,7 @@ Tensor new_output(const Checker& check, const Tensor& x, int64_t out_features) {
 
 void check_output(const Checker& check, const Tensor& out, const Tensor& x, const Tensor& packed, const Tensor& scales,
                   const std::optional<Tensor>& bias, int64_t out_features) {
-  check.output(out, "out", x.scalar_type(), "[..., N]", with_last_size(x, out_features));
+  check.output(out, "out", x, x.scalar_type(), "[..., N]", with_last_size(x, out_features));
   check.no_overlap(out, "out", x, "x");
   check.no_overlap(out, "out", packed, "packed");
   check.no_overlap(out, "out", scales, "scales");
@@ -102,7 +103,7 @@ void run_int4(WeightOnlyGemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
   int64_t bad_index = 0;
   p.bad_index = &bad_index;
-  const Status status = cpu::int4_gemm(p, thread_pool());
+  const Status status = device::run(&device::kernels::int4_gemm, p, y);
   if (status == Status::kIndexOutOfRange) {
     check_int4.refuse("perm", "hold indices in 0 .. " + std::to_string(p.k - 1), std::to_string(bad_index));
   }
@@ -111,7 +112,7 @@ void run_int4(WeightOnlyGemmParams& p, const Tensor& y) {
 
 void run_int8(WeightOnlyGemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
-  check_int8.ok(cpu::int8_weight_only_gemm(p, thread_pool()));
+  check_int8.ok(device::run(&device::kernels::int8_weight_only_gemm, p, y));
 }
 
 }  // namespace

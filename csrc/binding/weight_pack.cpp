@@ -1,3 +1,4 @@
+#include "binding/device.h"
 #include "binding/ops.h"
 
 namespace qops::binding {
@@ -22,7 +23,7 @@ Tensor pack(const Checker& check, const Tensor& qweight, ScalarType dtype, int64
   check.require(k % 8 == 0, "qweight", "have a multiple of 8 columns", std::to_string(k));
   check.contiguous(qweight, "qweight");
   Tensor packed = check.new_tensor(qweight, {strips_of(n), k / codes_per_element * kStripRows}, dtype);
-  check.ok(kernel({qweight.const_data_ptr(), packed.mutable_data_ptr(), n, k}, thread_pool()));
+  check.ok(kernel({qweight.const_data_ptr(), packed.mutable_data_ptr(), n, k}, device::thread_pool()));
   return packed;
 }
 
@@ -42,7 +43,7 @@ Tensor unpack(const Checker& check, const Tensor& packed, int64_t out_features, 
   const int64_t elements = packed.size(1) / kStripRows;
   Tensor qweight = check.new_tensor(packed, {out_features, elements}, dtype);
   check.ok(kernel({packed.const_data_ptr(), qweight.mutable_data_ptr(), out_features, elements * codes_per_element},
-                  thread_pool()));
+                  device::thread_pool()));
   return qweight;
 }
 

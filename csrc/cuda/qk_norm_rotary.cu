@@ -8,7 +8,8 @@ namespace qops::cuda {
 namespace {
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::kBlock) qk_norm_rotary_kernel(const __grid_constant__ QkNormRotaryParams params) {
+__global__ void __launch_bounds__(Shape::kBlock)
+    qk_norm_rotary_kernel(const __grid_constant__ QkNormRotaryParams params) {
   QOPS_SHARED(float, sums, Shape::kWarps);
   QOPS_DYNAMIC_SHARED(shared);
   const RotaryParams& p = params.rotary;

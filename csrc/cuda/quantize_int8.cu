@@ -9,7 +9,8 @@ namespace {
 template <class T, class Shape>
 QOPS_DEVICE void load_row(const T* x, int64_t columns, float (&held)[Shape::kHeld ? Shape::kChunks : 1][kVector]) {
   if constexpr (Shape::kHeld) {
-    for_chunks<Shape>(columns, [&](int chunk, int64_t at, int64_t n) { load<Shape::kAligned>(x + at, n, held[chunk]); });
+    for_chunks<Shape>(columns,
+                      [&](int chunk, int64_t at, int64_t n) { load<Shape::kAligned>(x + at, n, held[chunk]); });
   }
 }
 
@@ -33,9 +34,8 @@ __global__ void __launch_bounds__(Shape::kBlock) quantize_kernel(const __grid_co
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
   float held[Shape::kHeld ? Shape::kChunks : 1][kVector];
   load_row<T, Shape>(x, p.k, held);
-  quantise_row<T, Shape>(row, p.k, p.out, maxima, [&](int chunk, int64_t at, int64_t n, Vector& v) {
-    get<T, Shape>(x, held, chunk, at, n, v);
-  });
+  quantise_row<T, Shape>(row, p.k, p.out, maxima,
+                         [&](int chunk, int64_t at, int64_t n, Vector& v) { get<T, Shape>(x, held, chunk, at, n, v); });
 }
 
 // Floats as integers of the same order, for those that are not NaN.
@@ -44,9 +44,7 @@ QOPS_DEVICE uint32_t ordered(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-QOPS_DEVICE float unordered(uint32_t bits) {
-  return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
-}
+QOPS_DEVICE float unordered(uint32_t bits) { return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits); }
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kBlock) asym_kernel(const __grid_constant__ QuantizeInt8AsymParams p) {

@@ -84,7 +84,8 @@ Status run(const SiluMulParams& p, const Int8Rows& out, cudaStream_t stream) {
   return with_element(p.dtype, [&](auto element) {
     return with_row_shape(p.columns, is_aligned, [&](auto shape) {
       using Shape = decltype(shape);
-      return launch_rows<Shape>(&silu_mul_kernel<decltype(element), Shape, kInt8>, p.gate_rows.count, 0, stream, p, out);
+      return launch_rows<Shape>(&silu_mul_kernel<decltype(element), Shape, kInt8>, p.gate_rows.count, 0, stream, p,
+                                out);
     });
   });
 }
