@@ -496,7 +496,7 @@ def rotary_ways(s: Sampler, call: Call, t: int, p: int) -> Ways:
     ]
     if a["positions"] is not None:
         ways.append(replaced("positions", sized("positions", -1)))
-        ways.append(replaced("positions", lambda: a["positions"][..., None].clone()))
+        ways.append(replaced("positions", lambda: a["positions"][..., None, None, None].clone()))
     if call.written:
         others = ["cos", "sin", *(["positions"] if a["positions"] is not None else [])]
         ways += s.overlap(call, ("q", "k"), *((w, o) for w in ("q", "k") for o in others))
