@@ -518,7 +518,7 @@ def rotary_ways(s: Sampler, call: Call, t: int, p: int) -> Ways:
     ]
     if a["positions"] is not None:
         ways.append(replaced("positions", sized("positions", -1)))
-        ways.append(replaced("positions", lambda: a["positions"][..., None].clone()))
+        ways.append(replaced("positions", lambda: a["positions"][..., None, None, None].clone()))
     if weights:
         ways += [
             *s.last_dim(call, *weights),
