@@ -353,7 +353,7 @@ def silu_mul(s: Sampler, *, int8: bool = False) -> Call:
     if s.one_in(2):
         call.overload = "gate_up_out" if apart else "out"
         replaces = [("out", name) for name in names] if apart and not int8 else []
-        give_outputs(s, call, *(["q", "scale"] if int8 else ["out"]), replaces=replaces[: s.integer(1, 2)])
+        give_outputs(s, call, *(["q", "scale"] if int8 else ["out"]), replaces=replaces)
 
     def odd() -> Fault:
         call.arguments["gate_up"] = torch.ones((*leading, last + 1), dtype=dtype)
@@ -518,7 +518,7 @@ def rotary_ways(s: Sampler, call: Call, t: int, p: int) -> Ways:
     ]
     if a["positions"] is not None:
         ways.append(replaced("positions", sized("positions", -1)))
-        ways.append(replaced("positions", lambda: a["positions"][..., None].clone()))
+        ways.append(replaced("positions", lambda: a["positions"][..., None, None, None].clone()))
     if weights:
         ways += [
             *s.last_dim(call, *weights),
