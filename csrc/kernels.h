@@ -20,6 +20,7 @@ enum class Status : int32_t {
   kUnsupported,  // no kernel for this combination; the binding should have refused it
   kOutOfMemory,
   kIndexOutOfRange,  // a position lies outside its table; nothing was written
+  kLaunchFailed,     // CUDA refused a launch
 };
 
 // Rows of a tensor [..., H]: its leading dimensions, merged where their strides allow it. The row r = (i0, i1, ...)
