@@ -182,11 +182,13 @@ void end_shared_memory(Block& block) {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(array.data - kGuardBytes, kGuardBytes + array.bytes + kGuardBytes);
 #else
-    for (std::size_t i = 0; i < kGuardBytes; ++i) {
-      const bool before = array.data[-1 - static_cast<std::ptrdiff_t>(i)] != kGuard;
-      if (!before && array.data[array.bytes + i] == kGuard) continue;
-      fault(array.at, "block (%u,%u,%u) has written %zu bytes %s %s of %zu bytes", block.index.x, block.index.y,
-            block.index.z, i + 1, before ? "before" : "past the end of", array.name, array.bytes);
+    const auto end = static_cast<std::ptrdiff_t>(array.bytes);
+    for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(kGuardBytes); ++i) {
+      for (const std::ptrdiff_t offset : {-1 - i, end + i}) {
+        if (array.data[offset] == kGuard) continue;
+        fault(array.at, "block (%u,%u,%u) has written to offset %td of %s, which has %zu bytes", block.index.x,
+              block.index.y, block.index.z, offset, array.name, array.bytes);
+      }
     }
 #endif
   }

@@ -60,8 +60,8 @@ inline void __syncwarp(unsigned mask = 0xffffffff, emu::Site at = emu::Site::cur
 }
 
 // Others may run here; memory is sequentially consistent, so that a missing fence does not show.
-inline void __threadfence() { emu::yield(); }
-inline void __threadfence_block() { emu::yield(); }
+inline void __threadfence() { emu::pause(); }
+inline void __threadfence_block() { emu::pause(); }
 inline void __nanosleep(unsigned) { emu::yield(); }
 inline long long clock64() { return static_cast<long long>(emu::clock()); }
 [[noreturn]] inline void __trap(emu::Site at = emu::Site::current()) { emu::fault(at, "__trap"); }
@@ -176,7 +176,7 @@ concept OneOf = (std::same_as<T, Allowed> || ...);
 template <class T, class F>
 T atomic(T* address, const char* name, const Site& at, F&& next) {
   require_aligned(address, sizeof(T), name, at);
-  yield();
+  pause();
   const T before = *address;
   *address = next(before);
   return before;

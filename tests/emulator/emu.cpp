@@ -81,7 +81,7 @@ std::string lanes_text(uint32_t lanes) {
 std::string state_of(const Thread& thread) {
   if (!(thread.warp->live & thread.bit())) return "exited";
   if (thread.warp->ready & thread.bit()) return "can run";
-  std::string text = std::string("waits in ") + thread.waits_in;
+  std::string text = std::string("waiting in ") + thread.waits_in;
   if (thread.waits_barrier >= 0) {
     text += " (barrier " + std::to_string(thread.waits_barrier) + ", ";
     text += thread.waits_threads == 0 ? "all threads)" : std::to_string(thread.waits_threads) + " threads)";
@@ -142,8 +142,7 @@ std::size_t choose_warp(Scheduler& scheduler, bool yielded) {
     case Policy::kRandom: return first_ready_warp(scheduler, scheduler.random_below(static_cast<uint32_t>(n)));
     case Policy::kPrio: break;
   }
-  // Priorities hold for 64 switches or so: long enough to run a pipeline's length ahead.
-  if (scheduler.random_below(64) == 0) {
+  if (scheduler.random_below(scheduler.priorities_hold) == 0) {
     for (Warp* warp : scheduler.warps) warp->priority = 1 + scheduler.random_below(1 << 20);
   }
   // A warp that spins waits for one of the others.
@@ -275,6 +274,8 @@ void run(Scheduler& scheduler, dim3 grid, dim3 dim) {
                               ? static_cast<uint32_t>(scheduler.options.resident_blocks)
                               : 1 + scheduler.random_below(4);
   const uint32_t slots = std::min(wanted, count);
+  // From an instruction's length, for bugs between neighbours, to one in which a warp of 32 lanes runs a pipeline ahead.
+  scheduler.priorities_hold = 16u << (2 * scheduler.random_below(4));
   for (uint32_t i = 0; i < slots; ++i) {
     Block& block = *scheduler.resident.emplace_back(make_block(grid, dim));
     for (Warp& warp : block.warps) scheduler.warps.push_back(&warp);
@@ -307,6 +308,13 @@ std::string to_text(const Site& at) {
 }
 
 void run_another() { switch_to_another(false); }
+
+void pause() {
+  Thread& self = *t_scheduler->current;
+  self.warp->ready |= self.bit();
+  // Fifo has no chance to move on by itself, and the thread may be spinning after all.
+  switch_to_another(t_scheduler->options.policy == Policy::kFifo);
+}
 
 void yield() {
   Thread& self = *t_scheduler->current;

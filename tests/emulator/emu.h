@@ -79,7 +79,10 @@ struct Indices {
 extern constinit thread_local const Indices* t_indices;
 inline const Indices& indices() { return *t_indices; }
 
-// Lets others run first.
+// Lets others run first, if they are chosen.
+void pause();
+
+// Of a thread that spins: lets others run, so that what it waits for can happen.
 void yield();
 
 // Switches so far: the emulator's clock.

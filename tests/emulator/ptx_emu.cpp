@@ -307,7 +307,7 @@ void st_hint(uint4* destination, uint4 s, uint64_t policy, Site at) {
   store_global(destination, s, "st.global.v4", at);
 }
 
-// --- between blocks: others run before each of them, so that a thread that spins waits for somebody ------------------
+// --- between blocks: others may run before each of them, and do while a thread spins ---------------------------------
 
 uint32_t ld_acquire(const uint32_t* source, Site at) {
   yield();
@@ -315,14 +315,14 @@ uint32_t ld_acquire(const uint32_t* source, Site at) {
 }
 
 void st_release(uint32_t* destination, uint32_t s, Site at) {
-  yield();
+  pause();
   store_global(destination, s, "st.release", at);
 }
 
 void red_release_add(uint32_t* destination, uint32_t s, Site at) { atom_acq_rel_add(destination, s, at); }
 
 uint32_t atom_acq_rel_add(uint32_t* destination, uint32_t s, Site at) {
-  yield();
+  pause();
   const uint32_t before = load_global(destination, "atom.add", at);
   *destination = before + s;
   return before;

@@ -119,6 +119,7 @@ struct Scheduler {
   std::vector<std::unique_ptr<Block>> resident;
   std::vector<Warp*> warps;  // of all resident blocks
   std::size_t cursor = 0;    // the warp that ran last
+  uint32_t priorities_hold = 0;  // switches, on average
   Block* finished = nullptr;
   std::string fault;
   Stats stats;

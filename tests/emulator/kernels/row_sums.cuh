@@ -1,4 +1,5 @@
-// y[r] = sum of x[r, :], rows of any stride: 16-byte loads where they are aligned, one reduction tree per block.
+// y[r, w] = sum of x[r, :], rows of any stride: 16-byte loads where they are aligned, one reduction tree per block. Every
+// warp w of it has the sum in the end, as a kernel needs that goes on with it.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -60,10 +61,9 @@ __global__ void row_sums(const float* x, float* y, int rows, int columns, int64_
     } else if constexpr (kBug != Bug::kMissingBarrier) {
       __syncthreads();
     }
-    // Every warp adds them up, as a kernel would that goes on to use the sum.
     float total = 0;
     for (int w = 0; w < kWarps; ++w) total += partial[w];
-    if (threadIdx.x == kThreads - 1) y[row] = total;
+    if (threadIdx.x % 32 == 0) y[row * kWarps + warp] = total;
     if constexpr (kBug != Bug::kMissingReuseBarrier) __syncthreads();
   }
 }
