@@ -298,10 +298,10 @@ __device__ __forceinline__ void st_cs(uint4* destination, uint4 s) {
 
 // st.global.L2::cache_hint.v4.u32, sm_80
 __device__ __forceinline__ void st_hint(uint4* destination, uint4 s, uint64_t policy) {
-  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(
-                   __cvta_generic_to_global(destination)),
-               "r"(s.x), "r"(s.y), "r"(s.z), "r"(s.w), "l"(policy)
-               : "memory");
+  asm volatile(
+      "st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(__cvta_generic_to_global(destination)),
+      "r"(s.x), "r"(s.y), "r"(s.z), "r"(s.w), "l"(policy)
+      : "memory");
 }
 
 // --- between blocks --------------------------------------------------------------------------------------------------
@@ -335,7 +335,9 @@ __device__ __forceinline__ uint32_t atom_acq_rel_add(uint32_t* destination, uint
 }
 
 // nanosleep.u32, sm_70: at most 1 ms, a hint
-__device__ __forceinline__ void nanosleep(uint32_t nanoseconds) { asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds)); }
+__device__ __forceinline__ void nanosleep(uint32_t nanoseconds) {
+  asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
+}
 
 // --- inside a block --------------------------------------------------------------------------------------------------
 

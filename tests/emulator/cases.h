@@ -20,8 +20,9 @@ struct Case {
   void (*run)();  // under emu::options(); throws emu::Fault or WrongResult
 };
 
-std::span<const Case> block_cases();   // barriers, shuffles, shared memory, several blocks
-std::span<const Case> matrix_cases();  // asynchronous copies, ldmatrix, stmatrix, mma
-std::span<const Case> small_cases();   // single instructions, limits of a launch
+std::span<const Case> block_cases();        // barriers, shuffles, shared memory, several blocks
+std::span<const Case> matrix_cases();       // asynchronous copies, ldmatrix, stmatrix, mma
+std::span<const Case> instruction_cases();  // every form of every instruction
+std::span<const Case> small_cases();        // votes, reductions, atomics; limits of a launch
 
 }  // namespace cases

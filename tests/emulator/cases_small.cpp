@@ -62,8 +62,19 @@ void run_counts() {
 
 void run_conversions() {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  const std::vector<float> x = {0.5f, 1.5f, 2.5f, -0.5f, -1.5f, 126.5f, 127.5f, 300.0f, -128.5f, -129.0f,
-                                kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN()};
+  const std::vector<float> x = {0.5f,
+                                1.5f,
+                                2.5f,
+                                -0.5f,
+                                -1.5f,
+                                126.5f,
+                                127.5f,
+                                300.0f,
+                                -128.5f,
+                                -129.0f,
+                                kInfinity,
+                                -kInfinity,
+                                std::numeric_limits<float>::quiet_NaN()};
   const std::vector<int> want = {0, 2, 2, 0, -2, 126, 127, 127, -128, -128, 127, -128, 0};
   auto y = poisoned<int>(x.size());
   launch(small::conversions, 1, 32, 0, x.data(), y.data(), static_cast<int>(x.size()));

@@ -1,6 +1,6 @@
-// CUDA C++'s own vocabulary for g++: what nvcc knows without an include, and what NVIDIA's headers define for nvcc alone.
-// Barriers, shuffles and atomics are the emulator's; the arithmetic intrinsics are one-line equivalents that round the
-// same way.
+// CUDA C++'s own vocabulary for g++: what nvcc knows without an include, and what NVIDIA's headers define for nvcc
+// alone. Barriers, shuffles and atomics are the emulator's; the arithmetic intrinsics are one-line equivalents that
+// round the same way.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -55,9 +55,7 @@ inline int __syncthreads_and(int predicate, emu::Site at = emu::Site::current())
 inline int __syncthreads_or(int predicate, emu::Site at = emu::Site::current()) {
   return emu::barrier_reduce("__syncthreads_or", 0, 0, predicate != 0, at).any;
 }
-inline void __syncwarp(unsigned mask = 0xffffffff, emu::Site at = emu::Site::current()) {
-  emu::sync_warp(mask, at);
-}
+inline void __syncwarp(unsigned mask = 0xffffffff, emu::Site at = emu::Site::current()) { emu::sync_warp(mask, at); }
 
 // Others may run here; memory is sequentially consistent, so that a missing fence does not show.
 inline void __threadfence() { emu::pause(); }
@@ -271,9 +269,7 @@ inline float __expf(float a) { return std::exp(a); }
 inline __half __hfma(__half a, __half b, __half c) {
   return __double2half(static_cast<double>(__half2float(a) * __half2float(b)) + __half2float(c));
 }
-inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
-  return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
-}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }
 inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
   return __double2bfloat16(static_cast<double>(__bfloat162float(a) * __bfloat162float(b)) + __bfloat162float(c));
 }

@@ -210,7 +210,7 @@ void switch_to_another(bool yielded) {
   Thread& next = choose_thread(scheduler, false);
   set_current(scheduler, &next);
   leave_fiber(self.fiber, next.fiber);
-  std::abort();
+  __builtin_trap();
 }
 
 std::unique_ptr<Block> make_block(dim3 grid, dim3 dim) {
@@ -274,7 +274,8 @@ void run(Scheduler& scheduler, dim3 grid, dim3 dim) {
                               ? static_cast<uint32_t>(scheduler.options.resident_blocks)
                               : 1 + scheduler.random_below(4);
   const uint32_t slots = std::min(wanted, count);
-  // From an instruction's length, for bugs between neighbours, to one in which a warp of 32 lanes runs a pipeline ahead.
+  // From an instruction's length, for bugs between neighbours, to one in which a warp of 32 lanes runs a pipeline
+  // ahead.
   scheduler.priorities_hold = 16u << (2 * scheduler.random_below(4));
   for (uint32_t i = 0; i < slots; ++i) {
     Block& block = *scheduler.resident.emplace_back(make_block(grid, dim));
@@ -348,7 +349,7 @@ void fault(const Site& at, const char* format, ...) {
   Thread& self = *scheduler.current;
   set_current(scheduler, nullptr);
   leave_fiber(self.fiber, scheduler.main);
-  std::abort();
+  __builtin_trap();
 }
 
 void require_arch(int arch, const char* instruction, const Site& at) {

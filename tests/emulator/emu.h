@@ -67,7 +67,7 @@ Stats launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_
 using Site = std::source_location;
 
 // Ends the launch with a Fault, on the stack of launch(): none crosses a fiber. What the kernel's threads hold is lost.
-[[noreturn]] void fault(const Site& at, const char* format, ...) __attribute__((format(printf, 2, 3)));
+[[noreturn]] void fault(const Site& at, const char* format, ...) __attribute__((format(__printf__, 2, 3)));
 
 struct Indices {
   uint3 thread;
@@ -155,10 +155,10 @@ void copies_wait_all(const Site& at);
 }  // namespace emu
 
 // Each declaration has an identity of its own, and each instance of a template around it too.
-#define EMU_STATIC_SHARED(T, count, alignment)                                                          \
-  *reinterpret_cast<T(*)[count]>(::emu::static_shared(                                                  \
-      [] {                                                                                              \
-        static const char identity = 0;                                                                 \
-        return static_cast<const void*>(&identity);                                                     \
-      }(),                                                                                              \
+#define EMU_STATIC_SHARED(T, count, alignment)         \
+  *reinterpret_cast<T(*)[count]>(::emu::static_shared( \
+      [] {                                             \
+        static const char identity = 0;                \
+        return static_cast<const void*>(&identity);    \
+      }(),                                             \
       #T "[" #count "]", sizeof(T) * (count), alignment))

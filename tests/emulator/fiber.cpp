@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -101,7 +100,7 @@ void arrived([[maybe_unused]] void* fake_stack) {
 void first_arrival() {
   arrived(nullptr);
   t_entry();
-  std::abort();
+  __builtin_trap();
 }
 
 void go(Fiber& from, Fiber& to, [[maybe_unused]] bool for_good) {
@@ -116,7 +115,8 @@ void go(Fiber& from, Fiber& to, [[maybe_unused]] bool for_good) {
 void* map_stack(std::size_t bytes) {
   // An overflow runs into the page without access below the stack.
   const std::size_t guard = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  void* mapped = mmap(nullptr, guard + bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* mapped =
+      mmap(nullptr, guard + bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapped == MAP_FAILED) throw std::bad_alloc();
   mprotect(mapped, guard, PROT_NONE);
   return static_cast<uint8_t*>(mapped) + guard;

@@ -80,7 +80,7 @@ struct Barrier {
   bool whole_block = false;
   bool waited_in = false;  // by a warp, and not only arrived at
   bool reduces = false;    // what those warps wait for
-  int threads = 0;      // expected
+  int threads = 0;         // expected
   int warps_arrived = 0;
   Tally tally{};
   Site at;  // of the first arrival
@@ -117,8 +117,8 @@ struct Scheduler {
   Fiber main;
   Thread* current = nullptr;  // null: launch() itself runs
   std::vector<std::unique_ptr<Block>> resident;
-  std::vector<Warp*> warps;  // of all resident blocks
-  std::size_t cursor = 0;    // the warp that ran last
+  std::vector<Warp*> warps;      // of all resident blocks
+  std::size_t cursor = 0;        // the warp that ran last
   uint32_t priorities_hold = 0;  // switches, on average
   Block* finished = nullptr;
   std::string fault;

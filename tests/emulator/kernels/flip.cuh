@@ -9,8 +9,8 @@ using namespace qops;
 
 enum class Bug {
   kNone,
-  kMissingSyncwarp,       // before ldmatrix reads what other lanes have stored
-  kMissingLastSyncwarp,   // before lanes read what stmatrix has stored elsewhere
+  kMissingSyncwarp,      // before ldmatrix reads what other lanes have stored
+  kMissingLastSyncwarp,  // before lanes read what stmatrix has stored elsewhere
   kNotTransposed,
 };
 

@@ -1,5 +1,5 @@
-// c[M, N] = a[M, K] b[N, K]^T by cp.async, ldmatrix and mma.sync, for 16-bit floats and int8: a k-step of mma is 32 bytes
-// of a row in both. A block computes 64 x 32, a warp 16 x 32; a stage holds 64 bytes of each row.
+// c[M, N] = a[M, K] b[N, K]^T by cp.async, ldmatrix and mma.sync, for 16-bit floats and int8: a k-step of mma is 32
+// bytes of a row in both. A block computes 64 x 32, a warp 16 x 32; a stage holds 64 bytes of each row.
 #pragma once
 
 #include <type_traits>
@@ -12,14 +12,14 @@ using namespace qops;
 
 enum class Bug {
   kNone,
-  kMissingBarrier,      // before a stage is filled again
-  kRegistersSwapped,    // a[1] and a[2]
-  kUnswizzledRead,      // written swizzled, read straight
-  kMmaInBranch,         // half of the warp
-  kMisalignedMatrix,    // rows at multiples of 8 bytes
-  kMatrixPastEnd,       // the warp after the last one's rows
-  kRowPastEnd,          // stores row M
-  kPlaceOfMmaDiffers,   // even and odd lanes in two branches
+  kMissingBarrier,     // before a stage is filled again
+  kRegistersSwapped,   // a[1] and a[2]
+  kUnswizzledRead,     // written swizzled, read straight
+  kMmaInBranch,        // half of the warp
+  kMisalignedMatrix,   // rows at multiples of 8 bytes
+  kMatrixPastEnd,      // the warp after the last one's rows
+  kRowPastEnd,         // stores row M
+  kPlaceOfMmaDiffers,  // even and odd lanes in two branches
 };
 
 constexpr int kThreads = 128;

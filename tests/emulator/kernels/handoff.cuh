@@ -10,12 +10,12 @@ using namespace qops;
 
 enum class Bug {
   kNone,
-  kNoWaitForEmpty,   // fills what is still being read
-  kNoArrival,        // never says that a buffer is full
-  kCountsDiffer,     // 64 threads on one side, 96 on the other
-  kCountTooLarge,    // more threads than the block has
-  kCountNotWarps,    // 48
-  kSeventeenth,      // barrier 16
+  kNoWaitForEmpty,  // fills what is still being read
+  kNoArrival,       // never says that a buffer is full
+  kCountsDiffer,    // 64 threads on one side, 96 on the other
+  kCountTooLarge,   // more threads than the block has
+  kCountNotWarps,   // 48
+  kSeventeenth,     // barrier 16
 };
 
 constexpr int kThreads = 96;

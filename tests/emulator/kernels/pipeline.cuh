@@ -19,8 +19,8 @@ enum class Bug {
   kTailSizeTooLarge,       // asks for more source bytes than are copied
   kMisalignedSource,
   kMisalignedDestination,
-  kWritesSource,           // x changes while it is copied
-  kWritesDestination,      // stores into a stage that a copy fills
+  kWritesSource,       // x changes while it is copied
+  kWritesDestination,  // stores into a stage that a copy fills
 };
 
 constexpr int kThreads = 64;

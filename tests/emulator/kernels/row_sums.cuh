@@ -1,5 +1,5 @@
-// y[r, w] = sum of x[r, :], rows of any stride: 16-byte loads where they are aligned, one reduction tree per block. Every
-// warp w of it has the sum in the end, as a kernel needs that goes on with it.
+// y[r, w] = sum of x[r, :], rows of any stride: 16-byte loads where they are aligned, one reduction tree per block.
+// Every warp w of it has the sum in the end, as a kernel needs that goes on with it.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -14,8 +14,8 @@ enum class Bug {
   kShuffleInBranch,      // half of the lanes of a full mask
   kLaneOutsideMask,      // all lanes, with a mask that leaves one out
   kWidthNotPowerOfTwo,
-  kVectorPastEnd,        // one vector more than a row has
-  kMisalignedVectors,    // 16-byte loads at any stride
+  kVectorPastEnd,      // one vector more than a row has
+  kMisalignedVectors,  // 16-byte loads at any stride
 };
 
 constexpr int kThreads = 128;

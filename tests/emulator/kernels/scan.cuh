@@ -1,4 +1,5 @@
-// y[i] = x[0] + ... + x[i] within a block's 256 integers: a scan of each warp by shuffles, then one of the warps' totals.
+// y[i] = x[0] + ... + x[i] within a block's 256 integers: a scan of each warp by shuffles, then one of the warps'
+// totals.
 #pragma once
 
 #include "cuda/ptx.cuh"

@@ -10,11 +10,11 @@ using namespace qops;
 
 enum class Bug {
   kNone,
-  kMissingBarrier,     // counts before all threads of the block have written
-  kMissingFlagBarrier, // reads the verdict before thread 0 has it
-  kCounterNotReset,    // right once
-  kOneEarly,           // takes the last but one for the last
-  kWaitsForAllBlocks,  // spins until others have run, which may not be resident
+  kMissingBarrier,      // counts before all threads of the block have written
+  kMissingFlagBarrier,  // reads the verdict before thread 0 has it
+  kCounterNotReset,     // right once
+  kOneEarly,            // takes the last but one for the last
+  kWaitsForAllBlocks,   // spins until others have run, which may not be resident
 };
 
 constexpr int kThreads = 64;

@@ -8,9 +8,9 @@ namespace transpose {
 enum class Bug {
   kNone,
   kMissingBarrier,
-  kRowPastEnd,         // <= where < is meant
-  kUnpaddedTile,       // indexed with padding, declared without
-  kStaticPastLimit,    // 49152 bytes of static shared memory are possible
+  kRowPastEnd,       // <= where < is meant
+  kUnpaddedTile,     // indexed with padding, declared without
+  kStaticPastLimit,  // 49152 bytes of static shared memory are possible
 };
 
 constexpr int kTile = 32;
