@@ -17,6 +17,7 @@ from cuda_tools import ARCHITECTURES, EMULATOR, ROOT, build_emulator, checked
 POLICIES = ("fifo", "random", "prio")
 PTX = (ROOT / "csrc/cuda/ptx.cuh").read_text()
 PTX_EMU = (EMULATOR / "ptx_emu.h").read_text()
+README = (EMULATOR / "README.md").read_text()
 
 
 @pytest.fixture(scope="session")
@@ -225,6 +226,37 @@ def test_sanitizers_change_no_schedule(plain, sanitized):
 @pytest.mark.parametrize("bug", ["shared_one_past_end", "shared_one_before"])
 def test_sanitizers_see_the_guards_of_shared_memory(sanitized, bug):
     assert GUARD in run_cases(sanitized, 1, bug)[1]
+
+
+# --- the README ------------------------------------------------------------------------------------------------------
+
+
+def test_readme_counts_what_is_there(plain):
+    sound = len(cases_of(plain, "sound"))
+    text = " ".join(README.split())
+    assert f"{len(PLANTED)} planted bugs" in text and f"the {sound} sound kernels" in text
+    assert f"{len(PLANTED)} planted bugs" in " ".join((ROOT / "CHANGELOG.md").read_text().split())
+
+
+def test_readme_example_runs(plain, tmp_path):
+    """As by somebody who takes the emulator along: against its library, with the flags of the README."""
+    example = re.search(r"```cpp\n(.*?)```", README, flags=re.DOTALL)[1]
+    kernel, _, use = example.partition("emu::options()")
+    source = tmp_path / "example.cpp"
+    source.write_text(
+        f"#include <vector>\n{kernel}"
+        "int main() {\n"
+        "  std::vector<float> from(256), to(256, -1.0f);\n"
+        "  for (int i = 0; i < 256; ++i) from[i] = i;\n"
+        "  const float* x = from.data();\n  float* y = to.data();\n  cudaStream_t stream{};\n"
+        f"  emu::options(){use}"
+        "  for (int i = 0; i < 256; ++i) {\n    if (to[i] != 255 - i) return 1;\n  }\n}\n"
+    )
+    flags = re.search(r"take `(-std=[^`]*)`", README)[1].split()
+    include = ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"), "-isystem", str(cuda_tools.require_cuda_include())]
+    program = tmp_path / "example"
+    checked("g++", *flags, *include, str(source), str(plain.parent / "libemulator.a"), "-o", str(program))
+    checked(str(program))
 
 
 # --- PTX -------------------------------------------------------------------------------------------------------------

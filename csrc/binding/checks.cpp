@@ -229,6 +229,7 @@ Rows Checker::rows(const Tensor& t, const char* arg, int trailing_dims) const {
 
 void Checker::ok(Status status) const {
   if (status == Status::kOutOfMemory) unsupported("out of memory for the scratch of this call");
+  if (status == Status::kLaunchFailed) unsupported("CUDA refused to launch the kernel");
   if (status != Status::kOk) unsupported("no kernel for this combination of arguments");
 }
 
