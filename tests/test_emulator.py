@@ -39,9 +39,12 @@ class Run:
     message: str
 
 
-def run_cases(program: Path, seeds: int, *cases: str, policies: tuple[str, ...] = POLICIES) -> tuple[list[Run], str]:
+def run_cases(
+    program: Path, seeds: int, *cases: str, policies: tuple[str, ...] = POLICIES, without: str = ""
+) -> tuple[list[Run], str]:
     """Every run of every case, and what a sanitizer had to say where it ended the process."""
-    command = [str(program), "run", f"0:{seeds}", ",".join(policies), *cases]
+    verb = ["without", without] if without else ["run"]
+    command = [str(program), *verb, f"0:{seeds}", ",".join(policies), *cases]
     # Kernels of an abandoned launch leave what they hold.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     environment.pop("LD_PRELOAD", None)
@@ -226,6 +229,21 @@ def test_sanitizers_change_no_schedule(plain, sanitized):
 @pytest.mark.parametrize("bug", ["shared_one_past_end", "shared_one_before"])
 def test_sanitizers_see_the_guards_of_shared_memory(sanitized, bug):
     assert GUARD in run_cases(sanitized, 1, bug)[1]
+
+
+def test_every_synchronisation_is_needed(plain):
+    """Sound kernels with one barrier, wait, commit or arrival left out at a time: each must be missed in some run."""
+    cases = cases_of(plain, "sound")
+    unnoticed, places = [], set()
+    for case in cases:
+        lines = checked(str(plain), "synchronisations", case).splitlines()
+        for place in [line.split()[0] for line in lines if not line.startswith(case)]:
+            places.add(place)
+            runs, _ = run_cases(plain, SEEDS, case, without=place)
+            if all(run.outcome == "ok" for run in runs):
+                unnoticed.append((case, place))
+    assert not unnoticed
+    assert len(places) >= 25
 
 
 # --- the README ------------------------------------------------------------------------------------------------------

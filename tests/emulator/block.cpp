@@ -108,6 +108,7 @@ void arrive(BarrierArgs args, const Site& at) {
 }  // namespace
 
 Tally barrier_sync(const char* name, int barrier, int threads, const Site& at) {
+  if (is_left_out(name, at)) return {};
   arrive({name, barrier, threads, false, false, false}, at);
   return t_scheduler->current->tally;
 }
@@ -118,6 +119,7 @@ Tally barrier_reduce(const char* name, int barrier, int threads, bool predicate,
 }
 
 void barrier_arrive(const char* name, int barrier, int threads, const Site& at) {
+  if (is_left_out(name, at)) return;
   arrive({name, barrier, threads, true, false, false}, at);
 }
 
@@ -292,12 +294,14 @@ void copy_async(uint8_t* destination, const void* source, int bytes, int source_
   t_scheduler->current->copies.push_back(copy);
 }
 
-void copies_commit() {
+void copies_commit(const Site& at) {
+  if (is_left_out("cp.async.commit_group", at)) return;
   Thread& self = *t_scheduler->current;
   self.group_ends.push_back(self.copies.size());
 }
 
 void copies_wait(std::size_t pending_groups, const Site& at) {
+  if (is_left_out("cp.async.wait_group", at)) return;
   Thread& self = *t_scheduler->current;
   if (self.group_ends.size() <= pending_groups) return;
   const auto done = static_cast<std::ptrdiff_t>(self.group_ends.size() - pending_groups);
@@ -308,6 +312,7 @@ void copies_wait(std::size_t pending_groups, const Site& at) {
 }
 
 void copies_wait_all(const Site& at) {
+  if (is_left_out("cp.async.wait_all", at)) return;
   Thread& self = *t_scheduler->current;
   land_first(self, self.copies.size(), at);
   self.group_ends.clear();

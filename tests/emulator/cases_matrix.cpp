@@ -29,7 +29,8 @@ T from_integer(float value) {
 
 template <class T, gemm::Bug kBug>
 void run_gemm() {
-  constexpr int kM = 70, kN = 40, kK = 80;
+  // Three stages' worth of K: the first one is filled again.
+  constexpr int kM = 70, kN = 40, kK = 160 / sizeof(T);
   constexpr std::size_t kShared = gemm::kStages * gemm::kStageBytes;
   Random random(12);
   const auto x = generate(kM * kK, [&] { return random.integer(); });

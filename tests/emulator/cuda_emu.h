@@ -226,6 +226,9 @@ inline unsigned atomicInc(unsigned* address, unsigned limit, emu::Site at = emu:
 
 // --- loads, bits, arithmetic -----------------------------------------------------------------------------------------
 
+using std::max;
+using std::min;
+
 template <class T>
 T __ldg(const T* pointer, emu::Site at = emu::Site::current()) {
   emu::require_global(pointer, alignof(T), "__ldg", at);
@@ -241,8 +244,10 @@ inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 inline int __dp4a(int a, int b, int c) {
-  for (int i = 0; i < 32; i += 8) c += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
-  return c;
+  auto sum = static_cast<unsigned>(c);  // wraps
+  for (int i = 0; i < 32; i += 8)
+    sum += static_cast<unsigned>(static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i));
+  return static_cast<int>(sum);
 }
 
 // Builds of the emulator never contract, so that plain operators round once as these do.

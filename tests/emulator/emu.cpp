@@ -21,7 +21,14 @@ constinit thread_local Scheduler* t_scheduler = nullptr;
 
 namespace {
 
-thread_local std::vector<Fiber> t_spare_stacks;
+struct SpareStacks {
+  std::vector<Fiber> fibers;
+  ~SpareStacks() {
+    for (Fiber& fiber : fibers) release_stack(fiber);
+  }
+};
+thread_local SpareStacks t_spare_stacks;
+thread_local std::vector<Synchronisation> t_synchronisations;
 
 const char* name_of(Policy policy) {
   switch (policy) {
@@ -224,9 +231,9 @@ std::unique_ptr<Block> make_block(dim3 grid, dim3 dim) {
     thread.indices = {{linear % dim.x, linear / dim.x % dim.y, linear / (dim.x * dim.y)}, {}, dim, grid, i % kWarpSize};
     thread.warp = &block->warps[i / kWarpSize];
     thread.warp->existing |= thread.bit();
-    if (!t_spare_stacks.empty()) {
-      thread.fiber = t_spare_stacks.back();
-      t_spare_stacks.pop_back();
+    if (!t_spare_stacks.fibers.empty()) {
+      thread.fiber = t_spare_stacks.fibers.back();
+      t_spare_stacks.fibers.pop_back();
     }
   }
   for (std::size_t i = 0; i < block->warps.size(); ++i) {
@@ -323,6 +330,18 @@ void yield() {
   switch_to_another(true);
 }
 
+const std::vector<Synchronisation>& synchronisations() { return t_synchronisations; }
+
+bool is_left_out(const char* name, const Site& at) {
+  const auto here = [&](const Synchronisation& s) {
+    return s.at.line() == at.line() && s.at.column() == at.column() && s.at.file_name() == at.file_name();
+  };
+  if (std::none_of(t_synchronisations.begin(), t_synchronisations.end(), here))
+    t_synchronisations.push_back({name, at});
+  const std::string& left_out = t_scheduler->options.left_out;
+  return !left_out.empty() && left_out == to_text(at);
+}
+
 uint64_t clock() { return t_scheduler->stats.switches; }
 
 Options& options() {
@@ -382,6 +401,7 @@ std::string limits_violated(const Options& options, dim3 grid, dim3 block, std::
 
 Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
              const std::function<void()>& thread_body) {
+  if (t_scheduler != nullptr) fault(Site(), "a kernel launches another one");
   Scheduler scheduler;
   scheduler.options = options();
   scheduler.kernel = name_of_kernel(kernel);
@@ -397,7 +417,7 @@ Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes
       t_indices = nullptr;
       for (const auto& resident : scheduler.resident) {
         for (const Thread& thread : resident->threads) {
-          if (thread.fiber.stack != nullptr) t_spare_stacks.push_back(thread.fiber);
+          if (thread.fiber.stack != nullptr) t_spare_stacks.fibers.push_back(thread.fiber);
         }
       }
     }

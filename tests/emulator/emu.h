@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 namespace emu {
 
@@ -34,16 +35,32 @@ struct Options {
   // 7 million.
   uint64_t max_switches = 20'000'000;
   std::size_t stack_bytes = 128 * 1024;
+  // A synchronisation that all threads skip, by its place: "pipeline.cuh:64". A kernel that never fails without one of
+  // its synchronisations does not need it, or is not tested enough.
+  std::string left_out;
 };
 
 // Of the next launches of this OS thread.
 Options& options();
+
+// Where in a kernel's source an instruction stands: a default argument of everything that can wait or fail.
+using Site = std::source_location;
 
 // What a kernel did wrong. The message names kernel, block, thread, what is wrong and where, and how to replay it.
 class Fault : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
+
+// Where launches of this OS thread have synchronised so far, in order of first use.
+struct Synchronisation {
+  const char* name;
+  Site at;
+};
+const std::vector<Synchronisation>& synchronisations();
+
+// "pipeline.cuh:64".
+std::string to_text(const Site& at);
 
 struct Stats {
   uint64_t switches = 0;
@@ -63,9 +80,6 @@ Stats launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_
 
 // --- inside a kernel -------------------------------------------------------------------------------------------------
 
-// Where in the kernel's source an instruction stands: a default argument of everything that can wait or fail.
-using Site = std::source_location;
-
 // Ends the launch with a Fault, on the stack of launch(): none crosses a fiber. What the kernel's threads hold is lost.
 [[noreturn]] void fault(const Site& at, const char* format, ...) __attribute__((format(__printf__, 2, 3)));
 
@@ -84,6 +98,9 @@ void pause();
 
 // Of a thread that spins: lets others run, so that what it waits for can happen.
 void yield();
+
+// Whether options().left_out names this place; every synchronisation asks first.
+bool is_left_out(const char* name, const Site& at);
 
 // Switches so far: the emulator's clock.
 uint64_t clock();
@@ -148,7 +165,7 @@ void store_late(uint8_t* destination, const void* source, std::size_t bytes);
 // changes in between, and a destination that is written in between, are faults.
 void copy_async(uint8_t* destination, const void* source, int bytes, int source_bytes, const char* instruction,
                 const Site& at);
-void copies_commit();
+void copies_commit(const Site& at);
 void copies_wait(std::size_t pending_groups, const Site& at);
 void copies_wait_all(const Site& at);
 

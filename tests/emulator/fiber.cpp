@@ -39,7 +39,7 @@ emu_switch_stack:
 .size emu_switch_stack, . - emu_switch_stack
 )");
 #elif defined(__aarch64__)
-// Written from the calling convention: no machine was at hand to assemble or run it.
+// Run by an instruction emulator, which compared the registers; no such machine was at hand.
 asm(R"(
 .text
 .globl emu_switch_stack

@@ -1,5 +1,5 @@
-// Runs cases by name: `emulator_tests list`, or `emulator_tests run SEEDS POLICIES NAME...` with SEEDS as in 0:50 and
-// POLICIES as in fifo,random,prio. One line per run: outcome, case, policy, seed and what was wrong.
+// Runs cases by name: see usage(). One line per run: case, policy, seed, outcome and what was wrong.
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
 #include <string>
@@ -32,9 +32,10 @@ std::vector<std::string_view> split(std::string_view text, char separator) {
   return parts;
 }
 
-void run(const cases::Case& the_case, std::string_view policy, uint64_t seed) {
+void run(const cases::Case& the_case, std::string_view policy, uint64_t seed, std::string_view left_out) {
   emu::Options& options = emu::options();
   options = {};
+  options.left_out = left_out;
   options.seed = seed;
   options.max_switches = kMaxSwitches;
   options.policy = policy == "fifo"     ? emu::Policy::kFifo
@@ -60,37 +61,56 @@ void run(const cases::Case& the_case, std::string_view policy, uint64_t seed) {
   std::printf("%s %s\n", outcome.c_str(), message.c_str());
 }
 
+int usage() {
+  std::fprintf(stderr,
+               "usage: emulator_tests list\n"
+               "       emulator_tests run FIRST:LAST POLICY,... NAME...\n"
+               "       emulator_tests without FILE:LINE FIRST:LAST POLICY,... NAME...   a synchronisation left out\n"
+               "       emulator_tests synchronisations NAME...                          those that a run comes past\n");
+  return 2;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::vector<std::string_view> args(argv + 1, argv + argc);
+  std::vector<std::string_view> args(argv + 1, argv + argc);
   const std::vector<cases::Case> all = all_cases();
-  if (args.size() == 1 && args[0] == "list") {
+  if (args.empty()) return usage();
+  const std::string_view command = args[0];
+  args.erase(args.begin());
+  if (command == "list") {
     for (const cases::Case& c : all) {
       std::printf("%s %s\n", c.kind == cases::Kind::kSound ? "sound" : "planted", c.name);
     }
     return 0;
   }
-  if (args.size() < 4 || args[0] != "run") {
-    std::fprintf(stderr, "usage: emulator_tests list | run FIRST:LAST POLICY,... NAME...\n");
-    return 2;
+  std::string_view left_out, seeds = "0:1", policies = "fifo";
+  const auto take = [&](std::string_view& argument) {
+    if (args.empty()) return;
+    argument = args[0];
+    args.erase(args.begin());
+  };
+  if (command == "without") take(left_out);
+  if (command == "without" || command == "run") {
+    take(seeds);
+    take(policies);
+  } else if (command != "synchronisations") {
+    return usage();
   }
-  const std::vector<std::string_view> range = split(args[1], ':');
   uint64_t first = 0, last = 0;
+  const std::vector<std::string_view> range = split(seeds, ':');
   std::from_chars(range.front().begin(), range.front().end(), first);
   std::from_chars(range.back().begin(), range.back().end(), last);
-  for (std::size_t i = 3; i < args.size(); ++i) {
-    bool known = false;
-    for (const cases::Case& c : all) {
-      if (args[i] != c.name) continue;
-      known = true;
-      for (std::string_view policy : split(args[2], ',')) {
-        for (uint64_t seed = first; seed < last; ++seed) run(c, policy, seed);
-      }
+  for (std::string_view name : args) {
+    const auto found = std::find_if(all.begin(), all.end(), [&](const cases::Case& c) { return c.name == name; });
+    if (found == all.end()) return usage();
+    for (std::string_view policy : split(policies, ',')) {
+      for (uint64_t seed = first; seed < last; ++seed) run(*found, policy, seed, left_out);
     }
-    if (!known) {
-      std::fprintf(stderr, "no case %s\n", argv[i + 1]);
-      return 2;
+  }
+  if (command == "synchronisations") {
+    for (const emu::Synchronisation& s : emu::synchronisations()) {
+      std::printf("%s %s\n", emu::to_text(s.at).c_str(), s.name);
     }
   }
   return 0;

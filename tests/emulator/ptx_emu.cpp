@@ -216,7 +216,7 @@ void cp_async_cg_zfill_hint(uint32_t shared, const void* source, uint32_t source
   cp_async(shared, source, 16, source_bytes, at);
 }
 
-void cp_async_commit(Site) { copies_commit(); }
+void cp_async_commit(Site at) { copies_commit(at); }
 
 void cp_async_wait_all(Site at) { copies_wait_all(at); }
 

@@ -132,7 +132,6 @@ extern constinit thread_local Scheduler* t_scheduler;
 // Returns when the current thread is chosen again. Unless its bit in warp->ready is set, somebody has to set it.
 void run_another();
 
-std::string to_text(const Site& at);
 std::string limits_violated(const Options& options, dim3 grid, dim3 block, std::size_t shared_bytes);
 std::size_t max_shared_bytes(int arch);
 

@@ -125,7 +125,6 @@ __global__ void gemm(const T* a, const T* b, Accumulator<T>* c, int m, int n, in
       if (row < limit && column < n) c[static_cast<int64_t>(row) * n + column] = acc[tile][i];
     }
   }
-  ptx::cp_async_wait_all();
 }
 
 }  // namespace gemm

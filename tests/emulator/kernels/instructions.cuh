@@ -24,13 +24,15 @@ __global__ void copies(const uint8_t* x, uint4* y, uint32_t size) {
     ptx::cp_async_ca<16>(to + 32, x + 32);
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
+    ptx::st_cs(y, target[0]);
     ptx::cp_async_ca_zfill<16>(to + 48, x + 48, size);
     ptx::cp_async_cg(to + 64, x + 64);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
+    for (int i = 1; i < 5; ++i) ptx::st_cs(y + i, target[i]);
     ptx::cp_async_cg_zfill_hint(to + 80, x + 80, size, ptx::policy_evict_last());
     ptx::cp_async_wait_all();
-    for (int i = 0; i < kCopyBytes / 16; ++i) ptx::st_cs(y + i, target[i]);
+    ptx::st_cs(y + 5, target[5]);
   }
 }
 

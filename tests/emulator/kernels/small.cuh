@@ -50,7 +50,6 @@ __global__ void counts(const int* x, int* y, float* sums, unsigned long long* ex
   atomicAdd(&y[0], x[i]);
   atomicMin(&y[1], x[i]);
   atomicCAS(exchanged, 0ull, static_cast<unsigned long long>(i) + 1);
-  __syncthreads();
   // Half of the threads leave: the barrier below counts those that are left.
   if (threadIdx.x % 2 == 1) return;
   __syncthreads();
