@@ -140,10 +140,10 @@ PLANTED = {
     "handoff_count_too_large": Caught(fault="bar.arrive: waits for 128 threads, the block has 96"),
     "handoff_count_not_warps": Caught(fault="must be a multiple of 32, got 48"),
     "handoff_seventeenth_barrier": Caught(fault="a block has barriers 0 to 15, got 16"),
-    "pipeline_waits_too_little": Caught(wrong=True),
+    "pipeline_waits_too_little": Caught(fault="the thread exits with 1 copies in flight"),
     "pipeline_missing_barrier": Caught(wrong=True),
     "pipeline_refills_stage_being_read": Caught(wrong=True),
-    "pipeline_missing_commit": Caught(fault="was written while it was in flight"),
+    "pipeline_missing_commit": Caught(fault="the thread exits with 6 copies in flight"),
     "pipeline_no_final_wait": Caught(fault=r"the thread exits with \d+ copies in flight"),
     "pipeline_tail_read_whole": Caught(sanitizer=OVERFLOW),
     "pipeline_tail_size_too_large": Caught(fault="cp.async: reads 32 bytes to write 16"),
@@ -237,7 +237,7 @@ def test_every_synchronisation_is_needed(plain):
     unnoticed, places = [], set()
     for case in cases:
         lines = checked(str(plain), "synchronisations", case).splitlines()
-        for place in [line.split()[0] for line in lines if not line.startswith(case)]:
+        for place in [line.split()[0] for line in lines if ".cuh:" in line]:
             places.add(place)
             runs, _ = run_cases(plain, SEEDS, case, without=place)
             if all(run.outcome == "ok" for run in runs):
