@@ -337,24 +337,29 @@ def test_emulated_kernels_compile_with_nvcc(tmp_path):
     compile_with_nvcc(str(EMULATOR / "kernels.cu"), tmp_path / "kernels.o", ("80", "90a"))
 
 
-IMMEDIATES = """
+REFUSALS = """
+#include "cuda/launch.h"
 #include "cuda/ptx.cuh"
-template <int k> concept Copies = requires {{ qops::ptx::cp_async_ca<k>(0u, nullptr); }};
-template <int k> concept Waits = requires {{ qops::ptx::cp_async_wait<k>(); }};
-template <int k> concept Looks = requires {{ qops::ptx::lop3<k>(0u, 0u, 0u); }};
-template <int k> concept Grows = requires {{ qops::ptx::setmaxnreg_inc<k>(); }};
-template <int k> concept Shrinks = requires {{ qops::ptx::setmaxnreg_dec<k>(); }};
+template <int k> concept Copies = requires { qops::ptx::cp_async_ca<k>(0u, nullptr); };
+template <int k> concept Waits = requires { qops::ptx::cp_async_wait<k>(); };
+template <int k> concept Looks = requires { qops::ptx::lop3<k>(0u, 0u, 0u); };
+template <int k> concept Grows = requires { qops::ptx::setmaxnreg_inc<k>(); };
+template <int k> concept Shrinks = requires { qops::ptx::setmaxnreg_dec<k>(); };
 static_assert(Copies<4> && Copies<8> && Copies<16> && !Copies<2> && !Copies<12> && !Copies<32>);
 static_assert(Waits<0> && Waits<7> && !Waits<-1>);
 static_assert(Looks<0> && Looks<255> && !Looks<-1> && !Looks<256>);
 static_assert(Grows<24> && Grows<256> && !Grows<16> && !Grows<257> && !Grows<100>);
 static_assert(Shrinks<24> && Shrinks<256> && !Shrinks<16> && !Shrinks<257> && !Shrinks<100>);
+void kernel(float);
+template <class Stream> concept Launches = requires(Stream s) { qops::cuda::launch(kernel, 1, 1, 0, s, 1.0f); };
+static_assert(Launches<cudaStream_t> && !Launches<std::nullptr_t> && !Launches<int>);
 """
 
 
-def test_immediates_are_refused_where_ptxas_refuses_them(tmp_path):
-    source = tmp_path / "immediates.cpp"
-    source.write_text(IMMEDIATES.format())
+def test_refusals_of_the_compiler(tmp_path):
+    """Immediates that ptxas refuses, a literal for a stream: what must not compile does not."""
+    source = tmp_path / "refusals.cpp"
+    source.write_text(REFUSALS)
     include = ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"), "-isystem", str(cuda_tools.require_cuda_include())]
     checked("g++", "-std=c++20", "-fsyntax-only", *include, str(source))
 

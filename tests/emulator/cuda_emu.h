@@ -57,9 +57,9 @@ inline int __syncthreads_or(int predicate, emu::Site at = emu::Site::current()) 
 }
 inline void __syncwarp(unsigned mask = 0xffffffff, emu::Site at = emu::Site::current()) { emu::sync_warp(mask, at); }
 
-// Others may run here; memory is sequentially consistent, so that a missing fence does not show.
-inline void __threadfence() { emu::pause(); }
-inline void __threadfence_block() { emu::pause(); }
+// Memory is sequentially consistent, but for what stmatrix has stored: most missing fences do not show.
+inline void __threadfence() { emu::fence(); }
+inline void __threadfence_block() { emu::fence(); }
 inline void __nanosleep(unsigned) { emu::yield(); }
 inline long long clock64() { return static_cast<long long>(emu::clock()); }
 [[noreturn]] inline void __trap(emu::Site at = emu::Site::current()) { emu::fault(at, "__trap"); }

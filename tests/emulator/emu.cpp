@@ -154,10 +154,12 @@ std::size_t choose_warp(Scheduler& scheduler, bool yielded) {
   }
   // A warp that spins waits for one of the others.
   if (yielded) scheduler.warps[scheduler.cursor]->priority = 0;
+  // From the next one on, so that of warps that all spin each has its turn.
   std::size_t best = n;
-  for (std::size_t i = 0; i < n; ++i) {
-    if (scheduler.warps[i]->ready == 0) continue;
-    if (best == n || scheduler.warps[i]->priority > scheduler.warps[best]->priority) best = i;
+  for (std::size_t i = 1; i <= n; ++i) {
+    const std::size_t at = (scheduler.cursor + i) % n;
+    if (scheduler.warps[at]->ready == 0) continue;
+    if (best == n || scheduler.warps[at]->priority > scheduler.warps[best]->priority) best = at;
   }
   return best;
 }
@@ -262,7 +264,6 @@ void start_block(Scheduler& scheduler, Block& block, uint3 index) {
     warp.late_stores.clear();
   }
   start_shared_memory(block, scheduler.dynamic_bytes);
-  ++scheduler.stats.blocks;
 }
 
 // Every order of blocks is legal, and none of them waits for another one to start.

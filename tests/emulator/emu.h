@@ -63,9 +63,7 @@ const std::vector<Synchronisation>& synchronisations();
 std::string to_text(const Site& at);
 
 struct Stats {
-  uint64_t switches = 0;
-  uint64_t blocks = 0;
-  uint64_t collectives = 0;
+  uint64_t switches = 0;  // between threads
 };
 
 // Runs thread_body() once per CUDA thread. `kernel` is the function whose name messages give.
@@ -123,8 +121,9 @@ struct Collective {
 using Combine = bool (*)(void* const* args, uint32_t lanes, const Site& at);
 void meet(const Collective& collective, void* args, Combine combine, const Site& at);
 
-// Also makes what the warp has stored with store_late() visible.
+// Both also make visible what the warp has stored with store_late(); others may run at a fence.
 void sync_warp(uint32_t mask, const Site& at);
+void fence();
 
 // Bits of another lane, by PTX's rules for shfl.sync.
 enum class Shuffle : uint8_t { kIndex, kUp, kDown, kXor };
@@ -158,7 +157,7 @@ uint32_t shared_address(const void* pointer, const Site& at);
 uint8_t* shared_pointer(uint32_t address, std::size_t bytes, std::size_t alignment, const char* instruction,
                         const Site& at);
 
-// A store that lands as late as is legal: when the current warp synchronises its memory. Until then, poison.
+// A store that lands as late as is legal: when the current warp synchronises or fences. Until then, poison.
 void store_late(uint8_t* destination, const void* source, std::size_t bytes);
 
 // A copy that lands as late as is legal: the destination is poisoned now and written in copies_wait(); a source that

@@ -17,7 +17,6 @@ void complete(Warp& warp, std::size_t i) {
   // combine() may not see the meeting: it can start the next one.
   const Meeting meeting = warp.meetings[i];
   warp.meetings.erase(warp.meetings.begin() + static_cast<std::ptrdiff_t>(i));
-  ++t_scheduler->stats.collectives;
   const bool go_on = meeting.combine == nullptr || meeting.combine(meeting.args.data(), meeting.arrived, meeting.at);
   if (go_on) warp.ready |= meeting.arrived;
 }
@@ -76,6 +75,11 @@ void sync_warp(uint32_t mask, const Site& at) {
     return true;
   };
   meet({.name = "__syncwarp", .mask = mask}, nullptr, combine, at);
+}
+
+void fence() {
+  land_stores(*t_scheduler->current->warp);
+  pause();
 }
 
 void lane_exited(Warp& warp) {
