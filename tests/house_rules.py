@@ -101,9 +101,28 @@ class Layer:
     never: dict[str, str]
 
 
+_CUDA_INCLUDES = (_STD, r"<cuda\w*\.h(pp)?>", r"<mma\.h>", r'"(kernels|exp_poly|row_tree)\.h"', r'"cuda/\w+\.(h|cuh)"')
+_CUDA_NEVER = {
+    r"\btorch\b": "torch",
+    r"cudaDeviceSynchronize": "device-wide synchronisation",
+    r"cudaStream(Default|Legacy|PerThread)|\bcudaMem(cpy|set)(?!\w*Async)\w*\(": "the default stream",
+}
+
+# The emulator without the kernels that test it: nothing of this project, so that others can take it along.
+EMULATOR = Layer(
+    r"tests/emulator/(block|cuda_emu|emu|fiber|fragments|ptx_emu|state|warp)\.(h|cpp)",
+    (
+        _STD,
+        r"<(cstdio|cxxabi\.h|dlfcn\.h|sanitizer/\w+\.h|sys/mman\.h|unistd\.h)>",
+        r"<(cuda_(bf16|fp16|runtime)|vector_types)\.h>",
+        r'"emulator/(cuda_emu|emu|fiber|fragments|ptx_emu|state)\.h"',
+    ),
+    {r"\bqops\b|QOPS_": "names of the project", r"\bstd::j?thread\b": "threads of its own"},
+)
+
 LAYERS = (
     Layer(
-        r"csrc/(kernels|exp_poly|cuda/gemm_config)\.h", (r"<cstd(int|def)>", r'"[a-z_]+\.h"'), {r"std::": "containers"}
+        r"csrc/(kernels|exp_poly|row_tree|cuda/gemm_config)\.h", (r"<cstd(int|def)>", r'"[a-z_]+\.h"'), {r"std::": "containers"}
     ),
     Layer(
         r"csrc/cpu/.*",
@@ -112,15 +131,19 @@ LAYERS = (
             r"<immintrin\.h>",
             r"<arm_neon\.h>",
             r"<(unistd|sys/syscall)\.h>",
-            r'"(kernels|exp_poly)\.h"',
+            r'"(kernels|exp_poly|row_tree)\.h"',
             r'"cpu/\w+\.h"',
         ),
         {r"\btorch\b": "torch", r"#\s*pragma\s+omp|\bomp_|\bstd::j?thread\b": "threads of its own"},
     ),
+    # What stands between kernels and nvcc, or g++ and the emulator.
+    Layer(r"csrc/cuda/(port\.cuh|ptx\.cuh|launch\.h)", (*_CUDA_INCLUDES, r'"emulator/(cuda|ptx)_emu\.h"'), _CUDA_NEVER),
+    Layer(r"csrc/cuda/.*", _CUDA_INCLUDES, _CUDA_NEVER),
+    EMULATOR,
     Layer(
-        r"csrc/cuda/.*",
-        (_STD, r"<cuda\w*\.h(pp)?>", r"<mma\.h>", r'"(kernels|exp_poly)\.h"', r'"cuda/\w+\.(h|cuh)"'),
-        {r"\btorch\b": "torch", r"cudaDeviceSynchronize": "device-wide synchronisation"},
+        r"csrc/binding/device\.h",  # streams and devices
+        (_STD, r"<cuda_runtime_api\.h>", r"<torch/csrc/(stable|inductor/aoti_torch/c)/\w+\.h>", r'"binding/checks\.h"'),
+        {},
     ),
     Layer(
         r"csrc/binding/.*",
@@ -135,17 +158,21 @@ LAYERS = (
 )
 # Everywhere but in the named files.
 CONFINED = {
-    r"\b(asm|__asm__|__asm)\b": (r"csrc/cpu/simd\w*\.h|csrc/cuda/ptx\.cuh", "raw assembly"),
+    r"\b(asm|__asm__|__asm)\b": (
+        r"csrc/cpu/simd\w*\.h|csrc/cuda/ptx\.cuh|tests/emulator/fiber\.cpp",
+        "raw assembly",
+    ),
+    r"\b__shared__\b": (r"csrc/cuda/port\.cuh", "declarations of shared memory"),
     r"<(unistd|sys/\w+)\.h>": (r"csrc/cpu/cpu_dispatch\.cpp", "system calls"),
     r"<<<": (r"csrc/cuda/launch\.h", "kernel launches"),
-    r"<Python\.h>": (r"csrc/binding/registration\.cpp", "Python"),
+    r"<Python\.h>": (r"csrc/binding/registration(_cuda)?\.cpp", "Python"),
     r"<pybind11/": (r"csrc/testing/.*", "pybind11"),
     _OUTPUT: (r"$", "output and exits"),
 }
 
 
 def cpp_layer_violations(path: str, text: str, ops: Iterable[str] = ()) -> list[str]:
-    """Of a file under csrc/, by its path relative to the root; ``ops`` are the stems that have files of their own."""
+    """Of a file of csrc/ or the emulator, by its path from the root; ``ops``: stems that have files of their own."""
     code = strip_cpp_comments(text)
     found = []
     for pattern, (home, what) in CONFINED.items():

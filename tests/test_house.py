@@ -104,6 +104,12 @@ BAD_CPP = {
     "torch in CUDA": ("csrc/cuda/silu_mul.cu", "#include <torch/csrc/stable/tensor.h>"),
     "a launch": ("csrc/cuda/silu_mul.cu", "kernel<<<1, 32, 0, stream>>>(p);"),
     "assembly in CUDA": ("csrc/cuda/silu_mul.cu", 'asm("bar.sync 0;");'),
+    "shared memory in CUDA": ("csrc/cuda/silu_mul.cuh", "__shared__ float tile[32];"),
+    "the default stream by name": ("csrc/cuda/silu_mul.cu", "launch(kernel, 1, 32, 0, cudaStreamPerThread, p);"),
+    "the default stream by a copy": ("csrc/cuda/silu_mul.cu", "cudaMemcpy(to, from, n, cudaMemcpyDeviceToDevice);"),
+    "the emulator in CUDA": ("csrc/cuda/silu_mul.cuh", '#include "emulator/emu.h"'),
+    "the project in the emulator": ("tests/emulator/emu.cpp", '#include "kernels.h"'),
+    "a name of the project in the emulator": ("tests/emulator/emu.cpp", "qops::Status status;"),
     "no layer": ("csrc/misc/silu_mul.cpp", "int x;"),
 }
 GOOD_CPP = {
@@ -113,8 +119,11 @@ GOOD_CPP = {
     "csrc/cpu/simd_avx2.h": '#include <immintrin.h>\nasm("");',
     "csrc/binding/silu_mul.cpp": '#include <torch/csrc/stable/tensor.h>\n#include "kernels.h"\nauto s = "c10::";',
     "csrc/binding/rotary.cpp": "return a.sizes().equals(b) && n == a.sizes().size() && a.sizes()[0] == b.sizes()[0];",
-    "csrc/cuda/ptx.cuh": 'asm("bar.sync 0;");',
+    "csrc/cuda/ptx.cuh": '#include "emulator/ptx_emu.h"\nasm("bar.sync 0;");',
+    "csrc/cuda/port.cuh": "#define QOPS_SHARED(T, name, n) __shared__ T name[n]",
     "csrc/cuda/launch.h": "kernel<<<1, 32, 0, stream>>>(p);",
+    "csrc/cuda/rms_norm.cu": '#include "cuda/ptx.cuh"\ncudaMemcpyAsync(to, from, n, kind, stream);',
+    "tests/emulator/fiber.cpp": '#include <sys/mman.h>\nasm("ret");',
     "csrc/kernels.h": "#include <cstdint>",
 }
 
@@ -127,6 +136,9 @@ def test_cpp_rules_can_fail(case):
 def test_cpp_layers():
     assert_none({path: rules.cpp_layer_violations(path, text, ["rms_norm"]) for path, text in GOOD_CPP.items()})
     assert_none({path: rules.cpp_layer_violations(path, text, STEMS) for path, text in CPP.items()})
+    emulator = {path: text for path, text in FILES.items() if re.fullmatch(rules.EMULATOR.files, path)}
+    assert "tests/emulator/emu.cpp" in emulator
+    assert_none({path: rules.cpp_layer_violations(path, text) for path, text in emulator.items()})
 
 
 # --- Python layers ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+// The one way to start a kernel: on the caller's stream under nvcc, in the emulator under g++.
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <type_traits>
+
+#include "cuda/port.cuh"
+#include "kernels.h"
+
+namespace qops::cuda {
+
+// Runs kernel(args...) on `grid` blocks of `block` threads with `shared_bytes` of dynamic shared memory. Arguments
+// convert to the kernel's parameter types here, on the host. The stream is a stream and never a literal, so that no
+// caller falls back on the default stream by writing 0. In the emulator the launch has ended when this returns, and a
+// fault of the kernel is an exception.
+template <class... Params, std::same_as<cudaStream_t> Stream>
+Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, Stream stream,
+              const std::type_identity_t<Params>&... args) {
+#if defined(__CUDACC__)
+  // Above 48 KiB a kernel has to ask, once per device; asking is cheap next to a launch.
+  constexpr std::size_t kUnasked = 48 * 1024;
+  if (shared_bytes > kUnasked && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                      static_cast<int>(shared_bytes)) != cudaSuccess) {
+    return Status::kLaunchFailed;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args...) == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+#else
+  static_cast<void>(stream);
+  ::emu::launch_kernel(kernel, grid, block, shared_bytes, args...);
+  return Status::kOk;
+#endif
+}
+
+}  // namespace qops::cuda

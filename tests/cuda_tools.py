@@ -1,0 +1,108 @@
+"""What CUDA tests need, and where this machine has it: nvcc, CUDA's headers, CMake. None is where it has not."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "tests" / "emulator"
+BUILD = ROOT / "build" / "emulator"
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+
+
+@functools.cache
+def nvcc() -> Path | None:
+    """Of a toolkit with C++20, or None."""
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return Path(found) if found else None
+
+
+def _toolkit() -> Path | None:
+    """The folder that nvcc says it lives in: the one on PATH may be a wrapper."""
+    if nvcc() is None:
+        return None
+    lines = subprocess.run([str(nvcc()), "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
+    return next((Path(line.partition("TOP=")[2].strip()) for line in lines.splitlines() if "TOP=" in line), None)
+
+
+def _site_packages() -> Iterator[Path]:
+    yield from (Path(path) for path in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]) if path)
+
+
+@functools.cache
+def cuda_include() -> Path | None:
+    """The folder of cuda_runtime.h: of the toolkit, else of the PyPI packages nvidia-cuda-{runtime,crt,cccl}."""
+    toolkit = _toolkit()
+    folders = [toolkit / "include"] if toolkit else []
+    for packages in _site_packages():
+        folders += sorted(packages.glob("nvidia/cu*/include"), reverse=True)
+    needed = ("cuda_runtime.h", "crt/host_config.h", "nv/target")
+    return next((folder for folder in folders if all((folder / name).is_file() for name in needed)), None)
+
+
+@functools.cache
+def cute_includes() -> list[Path] | None:
+    """The folders of cute/ (PyPI's nvidia-cutlass) and of cuda/std/ (a toolkit, or PyPI's nvidia-cuda-cccl)."""
+    spec = importlib.util.find_spec("cutlass_library")
+    include = cuda_include()
+    if spec is None or not spec.submodule_search_locations or include is None:
+        return None
+    cute = Path(spec.submodule_search_locations[0]) / "source" / "include"
+    candidates = [include / "cccl", *(p / "nvidia/cu13/include/cccl" for p in _site_packages())]
+    cccl = next((folder for folder in candidates if (folder / "cuda/std/utility").is_file()), None)
+    return [cute, cccl] if cccl else None
+
+
+def require_nvcc() -> Path:
+    path = nvcc()
+    if path is None:
+        pytest.skip("needs nvcc")
+    return path
+
+
+def require_cuda_include() -> Path:
+    include = cuda_include()
+    if include is None:
+        pytest.skip(
+            "needs CUDA's headers: a toolkit, or `pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl`"
+        )
+    return include
+
+
+def build_emulator(sanitizers: str = "") -> Path:
+    """The folder of a build of tests/emulator, brought up to date; skips the test where it cannot be built."""
+    include = require_cuda_include()
+    for module in ("cmake", "ninja"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs the package {module}")
+    import cmake
+    import ninja
+
+    # The packages' own programs: on PATH there may be wrappers of environments that are gone.
+    tool = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+    folder = BUILD / (sanitizers.replace(",", "_") or "plain")
+    options = {
+        "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
+        "CUDA_INCLUDE_DIR": include,
+        "EMULATOR_SANITIZE": sanitizers,
+    }
+    configure = [tool, "-S", str(EMULATOR), "-B", str(folder), "-G", "Ninja"]
+    checked(*configure, *(f"-D{name}={value}" for name, value in options.items()))
+    checked(tool, "--build", str(folder))
+    return folder
+
+
+def checked(*command: str) -> str:
+    """What a command printed; its failure, with that, fails the test."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
