@@ -12,6 +12,8 @@
 #define QOPS_ALWAYS_INLINE inline __attribute__((always_inline))
 #endif
 
+struct CUstream_st;  // cudaStream_t points to it
+
 namespace qops {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
@@ -298,8 +300,7 @@ const char* isa_error();
 
 namespace cuda {
 
-// A cudaStream_t.
-using Stream = struct CUstream_st*;
+using Stream = ::CUstream_st*;
 
 #define QOPS_DECLARE(name, Params) Status name(const Params& params, Stream stream);
 QOPS_FOR_EACH_CUDA_KERNEL(QOPS_DECLARE)
