@@ -133,7 +133,9 @@ PLANTED = {
     "split_sum_missing_flag_barrier": Caught(sanitizer="load of value 255, which is not a valid value for type 'bool'"),
     "split_sum_counter_not_reset": Caught(wrong=True),
     "split_sum_one_early": Caught(wrong=True),
-    "split_sum_waits_for_all_blocks": Caught(fault=r"hangs: still running after \d+ switches.*warp 0: lane 0 can run;"),
+    "split_sum_waits_for_all_blocks": Caught(
+        fault=r"hangs: no thread has ended in \d+ switches.*warp 0: lane 0 can run;"
+    ),
     "handoff_no_wait_for_empty": Caught(fault="deadlock", always=False),
     "handoff_no_arrival": Caught(fault=r"deadlock: .*warp 1: all waiting in bar.sync \(barrier 1, 64 threads\)"),
     "handoff_counts_differ": Caught(fault=r"barrier 1 expects \d+ threads here, and \d+ at handoff.cuh:\d+"),

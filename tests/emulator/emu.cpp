@@ -170,8 +170,8 @@ Thread& choose_thread(Scheduler& scheduler, bool yielded) {
   if (chosen == scheduler.warps.size()) {
     fault(Site(), "deadlock: no thread can run%s", who_waits_where(scheduler).c_str());
   }
-  if (++scheduler.stats.switches > scheduler.options.max_switches) {
-    fault(Site(), "hangs: still running after %llu switches%s",
+  if (++scheduler.stats.switches - scheduler.switches_at_exit > scheduler.options.max_switches) {
+    fault(Site(), "hangs: no thread has ended in %llu switches%s",
           static_cast<unsigned long long>(scheduler.options.max_switches), who_waits_where(scheduler).c_str());
   }
   Warp& warp = *scheduler.warps[chosen];
@@ -206,6 +206,7 @@ void switch_to_another(bool yielded) {
   require_no_copies(self);
   Warp& warp = *self.warp;
   warp.live &= ~self.bit();
+  scheduler.switches_at_exit = scheduler.stats.switches;
   lane_exited(warp);
   if (warp.live == 0) {
     --warp.block->live_warps;

@@ -123,11 +123,21 @@ float from_f16(uint16_t bits) {
 
 float from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
-// Products of 16-bit floats are exact in float32. In which order the hardware adds them is not specified; here k goes
-// up, and the accumulator comes last.
+// d += a b. In which order the hardware adds is not specified for floats; here k goes up, and the accumulator comes
+// last. Products of 16-bit floats are exact in float32.
+template <int kK, class In, class Sum>
+void multiply(const In (&a)[16][kK], const In (&b)[kK][8], Sum (&sum)[16][8]) {
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) sum[row][column] = 0;
+    for (int k = 0; k < kK; ++k) {
+      for (int column = 0; column < 8; ++column) sum[row][column] += a[row][k] * b[k][column];
+    }
+  }
+}
+
 template <float (*kToFloat)(uint16_t)>
 bool combine_mma_16(void* const* args, uint32_t, const Site&) {
-  float a[16][16], b[8][16];
+  float a[16][16], b[16][8], sum[16][8];
   const auto element = [](const uint32_t* registers, int i) {
     return kToFloat(static_cast<uint16_t>(registers[i / 2] >> (i % 2 * 16)));
   };
@@ -139,23 +149,22 @@ bool combine_mma_16(void* const* args, uint32_t, const Site&) {
     }
     for (int i = 0; i < 4; ++i) {
       const auto e = fragments::mma_m16n8k16_b(lane, i);
-      b[e.column][e.row] = element(mine->b, i);
+      b[e.row][e.column] = element(mine->b, i);
     }
   }
+  multiply(a, b, sum);
   for (int lane = 0; lane < kLanes; ++lane) {
     float* d = static_cast<const MmaArgs<float>*>(args[lane])->d;
     for (int i = 0; i < 4; ++i) {
       const auto e = fragments::mma_m16n8_c(lane, i);
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += a[e.row][k] * b[e.column][k];
-      d[i] += sum;
+      d[i] += sum[e.row][e.column];
     }
   }
   return true;
 }
 
 bool combine_mma_s8(void* const* args, uint32_t, const Site&) {
-  int8_t a[16][32], b[8][32];
+  int32_t a[16][32], b[32][8], sum[16][8];
   const auto element = [](const uint32_t* registers, int i) {
     return static_cast<int8_t>(registers[i / 4] >> (i % 4 * 8));
   };
@@ -167,16 +176,15 @@ bool combine_mma_s8(void* const* args, uint32_t, const Site&) {
     }
     for (int i = 0; i < 8; ++i) {
       const auto e = fragments::mma_m16n8k32_b(lane, i);
-      b[e.column][e.row] = element(mine->b, i);
+      b[e.row][e.column] = element(mine->b, i);
     }
   }
+  multiply(a, b, sum);
   for (int lane = 0; lane < kLanes; ++lane) {
     int32_t* d = static_cast<const MmaArgs<int32_t>*>(args[lane])->d;
     for (int i = 0; i < 4; ++i) {
       const auto e = fragments::mma_m16n8_c(lane, i);
-      int32_t sum = 0;
-      for (int k = 0; k < 32; ++k) sum += a[e.row][k] * b[e.column][k];
-      d[i] = static_cast<int32_t>(static_cast<uint32_t>(d[i]) + static_cast<uint32_t>(sum));
+      d[i] = static_cast<int32_t>(static_cast<uint32_t>(d[i]) + static_cast<uint32_t>(sum[e.row][e.column]));
     }
   }
   return true;

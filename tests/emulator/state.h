@@ -122,6 +122,7 @@ struct Scheduler {
   uint32_t priorities_hold = 0;  // switches, on average
   Block* finished = nullptr;
   std::string fault;
+  uint64_t switches_at_exit = 0;  // when a thread ended last
   Stats stats;
 
   uint32_t random();

@@ -23,15 +23,13 @@ constexpr int kWarps = kThreads / 32;
 
 template <Bug kBug>
 __device__ float warp_sum(float sum) {
-  const unsigned lane = threadIdx.x % 32;
   constexpr unsigned kMask = kBug == Bug::kLaneOutsideMask ? 0x7fffffff : 0xffffffff;
   for (int step = 16; step > 0; step /= 2) {
     if constexpr (kBug == Bug::kShuffleInBranch) {
-      if (step == 1 && lane >= 16) break;
+      if (step == 1 && threadIdx.x % 32 >= 16) break;
     }
     sum += __shfl_xor_sync(kMask, sum, step, kBug == Bug::kWidthNotPowerOfTwo ? 24 : 32);
   }
-  static_cast<void>(lane);
   return sum;
 }
 
