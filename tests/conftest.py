@@ -18,6 +18,12 @@ settings.register_profile("thorough", settings.get_profile("short"), max_example
 settings.load_profile("short")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulator-sanitizers", default="", help="of the emulated operators, e.g. address,undefined; preload them too"
+    )
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty() is filled with NaN (or the largest integer), so that an element no kernel writes shows."""

@@ -80,6 +80,22 @@ def require_cuda_include() -> Path:
 
 def build_emulator(sanitizers: str = "") -> Path:
     """The folder of a build of tests/emulator, brought up to date; skips the test where it cannot be built."""
+    return _build(EMULATOR, BUILD, sanitizers, {})
+
+
+def build_emulated_operators(sanitizers: str = "") -> Path:
+    """The module of a build of tests/emulated, likewise."""
+    import torch
+
+    options: dict[str, object] = {
+        "QOPS_TORCH_DIR": Path(torch.__file__).parent,
+        "Python_EXECUTABLE": sys.executable,
+    }
+    folder = _build(ROOT / "tests" / "emulated", ROOT / "build" / "emulated", sanitizers, options)
+    return next(folder.glob("qops_emulated*.so"))
+
+
+def _build(source: Path, builds: Path, sanitizers: str, more: dict[str, object]) -> Path:
     include = require_cuda_include()
     for module in ("cmake", "ninja"):
         if importlib.util.find_spec(module) is None:
@@ -89,13 +105,14 @@ def build_emulator(sanitizers: str = "") -> Path:
 
     # The packages' own programs: on PATH there may be wrappers of environments that are gone.
     tool = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
-    folder = BUILD / (sanitizers.replace(",", "_") or "plain")
-    options = {
+    folder = builds / (sanitizers.replace(",", "_") or "plain")
+    options: dict[str, object] = {
+        **more,
         "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
         "CUDA_INCLUDE_DIR": include,
         "EMULATOR_SANITIZE": sanitizers,
     }
-    configure = [tool, "-S", str(EMULATOR), "-B", str(folder), "-G", "Ninja"]
+    configure = [tool, "-S", str(source), "-B", str(folder), "-G", "Ninja"]
     checked(*configure, *(f"-D{name}={value}" for name, value in options.items()))
     checked(tool, "--build", str(folder))
     return folder

@@ -122,7 +122,9 @@ EMULATOR = Layer(
 
 LAYERS = (
     Layer(
-        r"csrc/(kernels|exp_poly|row_tree|cuda/gemm_config)\.h", (r"<cstd(int|def)>", r'"[a-z_]+\.h"'), {r"std::": "containers"}
+        r"csrc/(kernels|exp_poly|row_tree|cuda/gemm_config)\.h",
+        (r"<cstd(int|def)>", r'"[a-z_]+\.h"'),
+        {r"std::": "containers"},
     ),
     Layer(
         r"csrc/cpu/.*",
@@ -163,7 +165,7 @@ CONFINED = {
         "raw assembly",
     ),
     r"\b__shared__\b": (r"csrc/cuda/port\.cuh", "declarations of shared memory"),
-    r"<(unistd|sys/\w+)\.h>": (r"csrc/cpu/cpu_dispatch\.cpp", "system calls"),
+    r"<(unistd|sys/\w+)\.h>": (r"csrc/cpu/cpu_dispatch\.cpp|tests/emulator/.*", "system calls"),
     r"<<<": (r"csrc/cuda/launch\.h", "kernel launches"),
     r"<Python\.h>": (r"csrc/binding/registration(_cuda)?\.cpp", "Python"),
     r"<pybind11/": (r"csrc/testing/.*", "pybind11"),
@@ -260,7 +262,7 @@ def prints(text: str) -> list[str]:
 
 
 def schemas(registration: str) -> list[str]:
-    """The schemas of registration.cpp, string literals joined."""
+    """The schemas of schemas.h, string literals joined."""
     code = strip_cpp_comments(registration)
     calls = re.findall(r"m\.def\(\s*((?:\"(?:\\.|[^\"\\])*\"\s*)+)\)", code)
     return ["".join(re.findall(r"\"((?:\\.|[^\"\\])*)\"", call)).replace('\\"', '"') for call in calls]
@@ -290,7 +292,7 @@ def missing_files(ops: Iterable[str], exists: Callable[[str], bool]) -> list[str
 def nameless_files(ops: Iterable[str], files: Iterable[str]) -> list[str]:
     """Binding, wrapper and benchmark files that belong to no operator."""
     known = {file for op in ops for file in files_of(op)}
-    known |= {"csrc/binding/registration.cpp", "csrc/binding/checks.cpp"}
+    known |= {f"csrc/binding/{stem}.cpp" for stem in ("checks", "registration", "registration_cuda")}
     pattern = r"csrc/binding/.*\.cpp|python/qops/ops/[^_].*\.py|bench/bench_.*\.py"
     return [f"{file} belongs to no operator" for file in files if re.fullmatch(pattern, file) and file not in known]
 

@@ -92,14 +92,14 @@ def check_call(call: Call) -> None:
     expected = call.expected(detached) if valid and not on_meta else None
     operator = getattr(getattr(torch.ops.qops, call.op), call.overload)
     with torch.inference_mode(False), grad:
-        _check_one(call, "torch.ops", lambda: operator(**call.arguments), expected, typed=False)
+        check_one(call, "torch.ops", lambda: operator(**call.arguments), expected, typed=False)
         if call.typed is not None:
             typed = call.typed
-            _check_one(call, "typed", lambda: typed(call.arguments), expected, typed=True)
+            check_one(call, "typed", lambda: typed(call.arguments), expected, typed=True)
         _check_fake(call, operator)
 
 
-def _check_one(
+def check_one(
     call: Call, how: str, run: Callable[[], object], expected: tuple[Tensor, ...] | None, *, typed: bool
 ) -> None:
     faults = [fault for fault in call.faults if typed or not fault.typed_only]

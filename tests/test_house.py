@@ -27,7 +27,7 @@ FILES = {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path 
 CPP = {path: text for path, text in FILES.items() if path.startswith("csrc/")}
 PYTHON = {path: text for path, text in FILES.items() if path.endswith(".py")}
 README = FILES["README.md"]
-SCHEMAS = rules.schemas(CPP["csrc/binding/registration.cpp"])
+SCHEMAS = rules.schemas(CPP["csrc/binding/schemas.h"])
 OPS = sorted({rules.op_name(schema) for schema in SCHEMAS})
 PUBLIC_OPS = [op for op in OPS if op not in rules.INTERNAL_OPS]
 STEMS = {rules.stem_of(op) for op in OPS}

@@ -40,14 +40,12 @@ STABLE_TORCH_LIBRARY_IMPL(qops, CUDA, m) {
   m.impl("silu_mul_int8.gate_up_out", TORCH_BOX(&qops::binding::silu_mul_int8_gate_up_out));
 }
 
+#if !defined(QOPS_EMULATED)
 namespace {
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, QOPS_MODULE, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-#if defined(QOPS_EMULATED)
-PyMODINIT_FUNC PyInit_qops_emulated() { return PyModule_Create(&module); }
-#else
 PyMODINIT_FUNC PyInit__C_cuda() { return PyModule_Create(&module); }
 #endif

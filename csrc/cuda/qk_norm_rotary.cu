@@ -8,7 +8,7 @@ namespace qops::cuda {
 namespace {
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::kBlock)
+__global__ void __launch_bounds__(Shape::kBlock, 1)
     qk_norm_rotary_kernel(const __grid_constant__ QkNormRotaryParams params) {
   QOPS_SHARED(float, sums, Shape::kWarps);
   QOPS_DYNAMIC_SHARED(shared);

@@ -27,7 +27,7 @@ QOPS_DEVICE void get(const T* x, const float (&held)[Shape::kHeld ? Shape::kChun
 }
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::kBlock) quantize_kernel(const __grid_constant__ QuantizeInt8Params p) {
+__global__ void __launch_bounds__(Shape::kBlock, 1) quantize_kernel(const __grid_constant__ QuantizeInt8Params p) {
   QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
   if (row >= p.x_rows.count) return;  // a whole warp; rows of several warps have a block each
@@ -47,7 +47,7 @@ QOPS_DEVICE uint32_t ordered(float x) {
 QOPS_DEVICE float unordered(uint32_t bits) { return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits); }
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::kBlock) asym_kernel(const __grid_constant__ QuantizeInt8AsymParams p) {
+__global__ void __launch_bounds__(Shape::kBlock, 1) asym_kernel(const __grid_constant__ QuantizeInt8AsymParams p) {
   QOPS_SHARED(uint32_t, maxima, 3 * Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
   if (row >= p.x_rows.count) return;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Shape::kBlock) asym_kernel(const __grid_consta
 }
 
 template <class T, class Shape>
-__global__ void __launch_bounds__(Shape::kBlock) static_kernel(const __grid_constant__ QuantizeInt8StaticParams p) {
+__global__ void __launch_bounds__(Shape::kBlock, 1) static_kernel(const __grid_constant__ QuantizeInt8StaticParams p) {
   const int64_t row = row_of_thread<Shape>();
   if (row >= p.x_rows.count) return;
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);

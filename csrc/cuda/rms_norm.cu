@@ -8,7 +8,7 @@ namespace qops::cuda {
 namespace {
 
 template <class T, class Shape, bool kInt8>
-__global__ void __launch_bounds__(Shape::kBlock)
+__global__ void __launch_bounds__(Shape::kBlock, 1)
     norm_kernel(const __grid_constant__ RmsNormParams p, const __grid_constant__ Int8Rows out) {
   QOPS_SHARED(float, sums, Shape::kWarps);
   QOPS_SHARED(uint32_t, maxima, Shape::kWarps);

@@ -10,18 +10,19 @@ namespace {
 constexpr int kMaxThreads = 256;
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads) rotary_kernel(const __grid_constant__ RotaryParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) rotary_kernel(const __grid_constant__ RotaryParams p) {
   const int64_t token = blockIdx.x;
   const int64_t position = position_of(p, token);
   const int rotating = rotating_units(p);
-  const bool in_place = p.q.x == p.q.y;
-  const unsigned units = static_cast<unsigned>(rotating + (in_place ? 0 : copying_units(p)));
-  const unsigned q_units = static_cast<unsigned>(p.q.heads) * units;
-  const unsigned all_units = q_units + static_cast<unsigned>(p.k.heads) * units;
-  for (unsigned i = threadIdx.x; i < all_units; i += blockDim.x) {
-    const bool is_q = i < q_units;
+  // In place, or without heads, nothing is copied.
+  const unsigned q_units = static_cast<unsigned>(rotating + (p.q.x == p.q.y ? 0 : copying_units(p)));
+  const unsigned k_units = static_cast<unsigned>(rotating + (p.k.x == p.k.y ? 0 : copying_units(p)));
+  const unsigned all_q = static_cast<unsigned>(p.q.heads) * q_units;
+  const unsigned all = all_q + static_cast<unsigned>(p.k.heads) * k_units;
+  for (unsigned i = threadIdx.x; i < all; i += blockDim.x) {
+    const bool is_q = i < all_q;
     const RotaryHeads& heads = is_q ? p.q : p.k;
-    const unsigned at = is_q ? i : i - q_units;
+    const unsigned at = is_q ? i : i - all_q, units = is_q ? q_units : k_units;
     const int64_t head = at / units;
     const int unit = static_cast<int>(at % units);
     const T* x = static_cast<const T*>(heads.x) + heads.x_tokens.offset(token) + head * heads.x_head_stride;

@@ -44,7 +44,7 @@ QOPS_DEVICE void gated(const T* gate, const T* up, int64_t n, bool round_before_
 }
 
 template <class T, class Shape, bool kInt8>
-__global__ void __launch_bounds__(Shape::kBlock)
+__global__ void __launch_bounds__(Shape::kBlock, 1)
     silu_mul_kernel(const __grid_constant__ SiluMulParams p, const __grid_constant__ Int8Rows out) {
   QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
