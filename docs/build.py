@@ -1,7 +1,8 @@
 """Builds the API pages with pdoc and checks them: ``python docs/build.py FOLDER``.
 
-The front page is README.md; CHANGELOG.md and CONTRIBUTING.md have pages too. The other pages are the docstrings of
-MODULES. A warning, a public name without an anchor, a role that became no link, or a link to nowhere is an error.
+The front page is README.md; CHANGELOG.md, CONTRIBUTING.md and the emulator's README have pages too. The other pages are
+the docstrings of MODULES. A warning, a public name without an anchor, a role that became no link, or a link to nowhere
+is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("qops", "qops.nn", "qops.quantize", "qops.model", "qops.formats.gguf", "qops.testing")
 # Page -> what it shows. Their links to one another become links between pages.
-PROSE = {"index.html": "README.md", "changelog.html": "CHANGELOG.md", "contributing.html": "CONTRIBUTING.md"}
+PROSE = {
+    "index.html": "README.md",
+    "changelog.html": "CHANGELOG.md",
+    "contributing.html": "CONTRIBUTING.md",
+    "emulator.html": "tests/emulator/README.md",
+}
 # Overrides of nn.Module that users do not call.
 _HOOKS = ("extra_repr",)
 _ROLES = "mod|func|data|const|class|meth|attr|exc|obj"
