@@ -2,6 +2,7 @@
 //
 // Bound by memory, which one pass halves: a head is read once, waits normalised and rounded in shared memory for its
 // partners, and is written once. The rows of row.cuh are the heads, those of a token side by side.
+#include "cuda/norm_row.cuh"
 #include "cuda/rotate_head.cuh"
 
 namespace qops::cuda {
@@ -29,29 +30,18 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
   const auto read = [&](int64_t at, int64_t n, Vector& v) {
     load_strided<Shape::kAligned>(x + at * heads.x_stride, heads.x_stride, n, v);
   };
-  float held[Shape::kHeld ? Shape::kChunks : 1][kVector];
+  Held<Shape> held;
   Vector partials = {};
   for_chunks<Shape>(p.d, [&](int chunk, int64_t at, int64_t n) {
-    read(at, n, held[chunk]);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) partials[i] += held[chunk][i] * held[chunk][i];
+    read(at, n, held.vectors[chunk]);
+    add_squares(held.vectors[chunk], partials);
   });
-  const float mean = sum_of_row<Shape>(partials, sums) / static_cast<float>(p.d);
-  const float rstd = 1.0f / sqrtf(mean + params.style.eps);
+  const float rstd = rstd_of_row<Shape>(partials, p.d, params.style, sums);
   for_chunks<Shape>(p.d, [&](int chunk, int64_t at, int64_t n) {
     Vector v, w;
-    if constexpr (Shape::kHeld) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) v[i] = held[chunk][i];
-    } else {
-      read(at, n, v);
-    }
+    held.get(chunk, at, n, v, read);
     load<Shape::kAligned>(weight, weight_dtype, at, n, w);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const float z = v[i] * rstd;
-      v[i] = params.style.round_before_weight ? round_to<T>(z) * w[i] : z * (w[i] + params.style.weight_offset);
-    }
+    normalise<T>(v, w, rstd, params.style);
     store<Shape::kAligned>(normed + at, n, v);
   });
   if constexpr (Shape::kThreads == kWarp) {

@@ -7,44 +7,19 @@ namespace qops::cuda {
 namespace {
 
 template <class T, class Shape>
-QOPS_DEVICE void load_row(const T* x, int64_t columns, float (&held)[Shape::kHeld ? Shape::kChunks : 1][kVector]) {
-  if constexpr (Shape::kHeld) {
-    for_chunks<Shape>(columns,
-                      [&](int chunk, int64_t at, int64_t n) { load<Shape::kAligned>(x + at, n, held[chunk]); });
-  }
-}
-
-// A vector that load_row() has read, or that is read now.
-template <class T, class Shape>
-QOPS_DEVICE void get(const T* x, const float (&held)[Shape::kHeld ? Shape::kChunks : 1][kVector], int chunk, int64_t at,
-                     int64_t n, Vector& v) {
-  if constexpr (Shape::kHeld) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = held[chunk][i];
-  } else {
-    load<Shape::kAligned>(x + at, n, v);
-  }
-}
-
-template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kBlock, 1) quantize_kernel(const __grid_constant__ QuantizeInt8Params p) {
   QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
   if (row >= p.x_rows.count) return;  // a whole warp; rows of several warps have a block each
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-  float held[Shape::kHeld ? Shape::kChunks : 1][kVector];
-  load_row<T, Shape>(x, p.k, held);
+  const auto read = [&](int64_t at, int64_t n, Vector& v) { load<Shape::kAligned>(x + at, n, v); };
+  Held<Shape> held;
+  if constexpr (Shape::kHeld) {
+    for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) { read(at, n, held.vectors[chunk]); });
+  }
   quantise_row<T, Shape>(row, p.k, p.out, maxima,
-                         [&](int chunk, int64_t at, int64_t n, Vector& v) { get<T, Shape>(x, held, chunk, at, n, v); });
+                         [&](int chunk, int64_t at, int64_t n, Vector& v) { held.get(chunk, at, n, v, read); });
 }
-
-// Floats as integers of the same order, for those that are not NaN.
-QOPS_DEVICE uint32_t ordered(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-QOPS_DEVICE float unordered(uint32_t bits) { return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits); }
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kBlock, 1) asym_kernel(const __grid_constant__ QuantizeInt8AsymParams p) {
@@ -52,25 +27,28 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) asym_kernel(const __grid_con
   const int64_t row = row_of_thread<Shape>();
   if (row >= p.x_rows.count) return;
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-  float held[Shape::kHeld ? Shape::kChunks : 1][kVector];
-  load_row<T, Shape>(x, p.k, held);
+  const auto read = [&](int64_t at, int64_t n, Vector& v) { load<Shape::kAligned>(x + at, n, v); };
+  Held<Shape> held;
+  if constexpr (Shape::kHeld) {
+    for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) { read(at, n, held.vectors[chunk]); });
+  }
 
   // The range takes in 0; NaN counts as 0 there, and shows in the magnitude.
-  uint32_t most = 0, high = ordered(0.0f), negated_low = ordered(0.0f);
+  uint32_t most = 0, high = 0, negated_low = 0;  // floats that are not negative have the order of their bits
   for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) {
     Vector v;
-    get<T, Shape>(x, held, chunk, at, n, v);
+    held.get(chunk, at, n, v, read);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const uint32_t m = magnitude(v[i]);
       most = m > most ? m : most;
-      if (v[i] > 0.0f) high = ordered(v[i]) > high ? ordered(v[i]) : high;
-      if (v[i] < 0.0f) negated_low = ordered(-v[i]) > negated_low ? ordered(-v[i]) : negated_low;
+      if (v[i] > 0.0f) high = m > high ? m : high;
+      if (v[i] < 0.0f) negated_low = m > negated_low ? m : negated_low;
     }
   });
   const float a = __uint_as_float(max_of_row<Shape>(most, maxima));
-  const float top = unordered(max_of_row<Shape>(high, maxima + Shape::kWarps));
-  const float low = -unordered(max_of_row<Shape>(negated_low, maxima + 2 * Shape::kWarps));
+  const float top = __uint_as_float(max_of_row<Shape>(high, maxima + Shape::kWarps));
+  const float low = -__uint_as_float(max_of_row<Shape>(negated_low, maxima + 2 * Shape::kWarps));
   const float width = top - low;
   const float scale = width / 255.0f;
   const float factor = 1.0f / scale;
@@ -84,7 +62,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) asym_kernel(const __grid_con
   }
   for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) {
     Vector v;
-    get<T, Shape>(x, held, chunk, at, n, v);
+    held.get(chunk, at, n, v, read);
     int q[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {

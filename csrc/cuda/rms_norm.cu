@@ -2,6 +2,7 @@
 //
 // Bound by memory: x (and residual) are read once, y (and the sum) written once; 4 bytes an element in bf16, 8 with a
 // residual. The order of the sum: row_tree.h.
+#include "cuda/norm_row.cuh"
 #include "cuda/quantize_row.cuh"
 
 namespace qops::cuda {
@@ -22,10 +23,10 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
     sum = static_cast<T*>(p.residual_out) + row * p.h;
   }
 
-  float held[Shape::kHeld ? Shape::kChunks : 1][kVector];
+  Held<Shape> held;
   Vector partials = {};
   for_chunks<Shape>(p.h, [&](int chunk, int64_t at, int64_t n) {
-    Vector& z = held[chunk];
+    Vector& z = held.vectors[chunk];
     load<Shape::kAligned>(x + at, n, z);
     if (residual != nullptr) {
       Vector r;
@@ -34,46 +35,35 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
       for (int i = 0; i < kVector; ++i) z[i] = round_to<T>(z[i] + r[i]);
       store<Shape::kAligned>(sum + at, n, z);
     }
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) partials[i] += z[i] * z[i];
+    add_squares(z, partials);
   });
-  const float mean = sum_of_row<Shape>(partials, sums) / static_cast<float>(p.h);
-  const float rstd = 1.0f / sqrtf(mean + p.style.eps);
+  const float rstd = rstd_of_row<Shape>(partials, p.h, p.style, sums);
 
-  // z becomes R(y). Vectors that are not held are read again, the sum from where this thread has written it.
-  const auto normalise = [&](int chunk, int64_t at, int64_t n, Vector& y) {
-    if constexpr (Shape::kHeld) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) y[i] = held[chunk][i];
-    } else {
-      load<Shape::kAligned>((residual != nullptr ? sum : x) + at, n, y);
-    }
+  // The sum is read again from where this thread has written it.
+  const auto read = [&](int64_t at, int64_t n, Vector& z) {
+    load<Shape::kAligned>((residual != nullptr ? sum : x) + at, n, z);
+  };
+  const auto finish = [&](int64_t at, int64_t n, Vector& z) {
     Vector w;
     load<Shape::kAligned>(p.weight, p.weight_dtype, at, n, w);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const float normed = y[i] * rstd;
-      y[i] = p.style.round_before_weight ? round_to<T>(normed) * w[i] : normed * (w[i] + p.style.weight_offset);
-      y[i] = round_to<T>(y[i]);
-    }
+    normalise<T>(z, w, rstd, p.style);
   };
   if constexpr (!kInt8) {
     for_chunks<Shape>(p.h, [&](int chunk, int64_t at, int64_t n) {
       Vector y;
-      normalise(chunk, at, n, y);
+      held.get(chunk, at, n, y, read);
+      finish(at, n, y);
       store<Shape::kAligned>(static_cast<T*>(p.y) + row * p.h + at, n, y);
     });
   } else {
     if constexpr (Shape::kHeld) {
-      for_chunks<Shape>(p.h, [&](int chunk, int64_t at, int64_t n) { normalise(chunk, at, n, held[chunk]); });
+      for_chunks<Shape>(p.h, [&](int chunk, int64_t at, int64_t n) { finish(at, n, held.vectors[chunk]); });
     }
     quantise_row<T, Shape>(row, p.h, out, maxima, [&](int chunk, int64_t at, int64_t n, Vector& y) {
-      if constexpr (Shape::kHeld) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) y[i] = held[chunk][i];
-      } else {
-        normalise(chunk, at, n, y);
-      }
+      held.get(chunk, at, n, y, [&](int64_t at, int64_t n, Vector& z) {
+        read(at, n, z);
+        finish(at, n, z);
+      });
     });
   }
 }

@@ -52,6 +52,23 @@ QOPS_DEVICE void for_chunks(int64_t columns, const F& f) {
   }
 }
 
+// What a thread keeps of its row between passes.
+template <class Shape>
+struct Held {
+  float vectors[Shape::kHeld ? Shape::kChunks : 1][kVector];
+
+  // A vector that was put here; where none is held, read(at, n, v) reads it again.
+  template <class Read>
+  QOPS_DEVICE void get(int chunk, int64_t at, int64_t n, Vector& v, const Read& read) const {
+    if constexpr (Shape::kHeld) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) v[i] = vectors[chunk][i];
+    } else {
+      read(at, n, v);
+    }
+  }
+};
+
 // One value of each warp, combined over the threads of a row; every thread gets the result. `shared` has a place for
 // each warp and is used once.
 template <class Shape, class V, class F>

@@ -58,20 +58,15 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
       store<Shape::kAligned>(static_cast<T*>(p.y) + row * p.columns + at, n, y);
     });
   } else {
-    float held[Shape::kHeld ? Shape::kChunks : 1][kVector];
+    const auto read = [&](int64_t at, int64_t n, Vector& y) {
+      gated<T, Shape::kAligned>(gate + at, up + at, n, p.round_before_up, y);
+    };
+    Held<Shape> held;
     if constexpr (Shape::kHeld) {
-      for_chunks<Shape>(p.columns, [&](int chunk, int64_t at, int64_t n) {
-        gated<T, Shape::kAligned>(gate + at, up + at, n, p.round_before_up, held[chunk]);
-      });
+      for_chunks<Shape>(p.columns, [&](int chunk, int64_t at, int64_t n) { read(at, n, held.vectors[chunk]); });
     }
-    quantise_row<T, Shape>(row, p.columns, out, maxima, [&](int chunk, int64_t at, int64_t n, Vector& y) {
-      if constexpr (Shape::kHeld) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) y[i] = held[chunk][i];
-      } else {
-        gated<T, Shape::kAligned>(gate + at, up + at, n, p.round_before_up, y);
-      }
-    });
+    quantise_row<T, Shape>(row, p.columns, out, maxima,
+                           [&](int chunk, int64_t at, int64_t n, Vector& y) { held.get(chunk, at, n, y, read); });
   }
 }
 
