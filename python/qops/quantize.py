@@ -160,13 +160,10 @@ class QuantizationReport:
             "decoder layers: " + ("fused" if self.not_fused is None else f"not fused: {self.not_fused}"),
         ]
         for reason, names in reasons.items():
-            lines.append(
-                f"left dense: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}: {reason}"
-            )
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"left dense: {', '.join(names[:3])}{more}: {reason}")
         before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
-        lines.append(
-            f"weights: {before:.1f} MB -> {after:.1f} MB ({self.bytes_before / max(1, self.bytes_after):.2f}x)"
-        )
+        lines.append(f"weights: {before:.1f} MB -> {after:.1f} MB ({before / after:.2f}x)")
         if self.passes_before is not None and self.passes_after is not None:
             lines.append(f"passes over memory per layer: {self.passes_before:.0f} -> {self.passes_after:.0f}")
         return "\n".join(lines)
@@ -296,6 +293,7 @@ def _described(module: Any) -> str:
 
 
 def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()

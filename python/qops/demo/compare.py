@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from qops.quantize import weight_bytes as weight_bytes
+
 PASSAGE_TITLE = "the United States Declaration of Independence (1776)"
 PASSAGE_TOKENS = 1024
 DECODE_TOKENS = 64
@@ -122,12 +124,6 @@ def interleave(ours: Callable[[], float], dense: Callable[[], float], rounds: in
         Spread.of([b for _, b in samples]),
         Spread.of([a / b for a, b in samples]),
     )
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, tied ones once."""
-    tensors = {(t.data_ptr(), t.numel()): t for t in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def passage_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
