@@ -73,6 +73,8 @@ class CMakeBuild(build_ext):
                 f"-DQOPS_TORCH_DIR={find_torch()}",
                 f"-DQOPS_VERSION={self.distribution.get_version()}",
                 f"-DQOPS_OUTPUT_DIR={binary.parent}",
+                f"-DQOPS_CUDA={os.environ.get('QOPS_CUDA', 'AUTO')}",
+                f"-DQOPS_CUDA_ARCHS={os.environ.get('QOPS_CUDA_ARCHS') or os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
             ]
         )
         subprocess.check_call([tool, "--build", str(build), "-j", jobs])

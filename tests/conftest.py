@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--emulator-sanitizers", default="", help="of the emulated operators, e.g. address,undefined; preload them too"
     )
+    parser.addoption(
+        "--cuda-archs", default="8.0 9.0a 12.0", help="what the compiler gates build for (test_cuda_compile.py)"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,34 @@ def cute_includes() -> list[Path] | None:
     return [cute, cccl] if cccl else None
 
 
+def cmake() -> str:
+    """The program; skips the test where its package is missing."""
+    # The packages' own programs: on PATH there may be wrappers of environments that are gone.
+    return str(Path(_package("cmake").CMAKE_BIN_DIR) / "cmake")
+
+
+def ninja() -> str:
+    """The program, likewise."""
+    return str(Path(_package("ninja").BIN_DIR) / "ninja")
+
+
+def _package(name: str) -> Any:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs the package {name}")
+    return importlib.import_module(name)
+
+
+def require_cuobjdump() -> Path:
+    """The program, with nvdisasm beside it: of a toolkit, else of PyPI's nvidia-cuda-{cuobjdump,nvdisasm}."""
+    folders = [nvcc().resolve().parent] if nvcc() else []
+    for packages in _site_packages():
+        folders += packages.glob("nvidia/cu*/bin")
+    for folder in folders:
+        if all((folder / name).is_file() for name in ("cuobjdump", "nvdisasm")):
+            return folder / "cuobjdump"
+    pytest.skip("needs cuobjdump and nvdisasm: a toolkit, or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`")
+
+
 def require_nvcc() -> Path:
     path = nvcc()
     if path is None:
@@ -97,18 +127,11 @@ def build_emulated_operators(sanitizers: str = "") -> Path:
 
 def _build(source: Path, builds: Path, sanitizers: str, more: dict[str, object]) -> Path:
     include = require_cuda_include()
-    for module in ("cmake", "ninja"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"needs the package {module}")
-    import cmake
-    import ninja
-
-    # The packages' own programs: on PATH there may be wrappers of environments that are gone.
-    tool = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+    tool = cmake()
     folder = builds / (sanitizers.replace(",", "_") or "plain")
     options: dict[str, object] = {
         **more,
-        "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
+        "CMAKE_MAKE_PROGRAM": ninja(),
         "CUDA_INCLUDE_DIR": include,
         "EMULATOR_SANITIZE": sanitizers,
     }
@@ -118,8 +141,8 @@ def _build(source: Path, builds: Path, sanitizers: str, more: dict[str, object])
     return folder
 
 
-def checked(*command: str) -> str:
+def checked(*command: str, cwd: Path | None = None) -> str:
     """What a command printed; its failure, with that, fails the test."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
     return result.stdout

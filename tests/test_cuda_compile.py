@@ -1,33 +1,202 @@
-"""What ptxas makes of the CUDA kernels; needs nvcc, no GPU."""
+"""What nvcc and ptxas make of the CUDA kernels; needs nvcc, no GPU.
+
+The preset cuda-check is built with warnings, spills and local memory as errors; its report and its machine code are
+then held against what is checked in.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import re
+import shlex
 import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 
-from cuda_tools import ROOT, require_nvcc
+import cuda_tools
+import house_rules as rules
+from cuda_tools import ROOT, checked
 
-KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-GATED = ("80", "90a")
-# Launch bounds see to it that a block fits. With more, fewer than three blocks of 128 threads would share an SM.
-MAX_REGISTERS = 168
+pytestmark = pytest.mark.slow
+BUDGETS = ROOT / "tests/data/cuda_budgets.json"
+BUILD = ROOT / "build/cuda-check"
+OBJECTS = BUILD / "csrc/cuda/CMakeFiles/_C_cuda.dir"
+MODULE = BUILD / "qops/_C_cuda.abi3.so"
+# Threads of a block by the threads of a row (row.cuh); of a kernel without a row shape, its kMaxThreads.
+BLOCK = {"32": 128, "128": 128, "512": 512}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
-def test_kernels_compile_without_spills(path, tmp_path):
-    command = [str(require_nvcc()), "-std=c++20", "-fmad=false", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
-    command += ["-Werror", "all-warnings", "--threads", "2", "-I", str(ROOT / "csrc"), "-c", str(path)]
-    command += ["-o", str(tmp_path / "kernels.o")]
-    for arch in GATED:
-        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    log = result.stdout + result.stderr
-    assert result.returncode == 0, "\n".join(line for line in log.splitlines() if "error" in line)
-    # Information of ptxas that is no warning: something was ignored or injected.
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one architecture."""
+
+    kernel: str
+    instance: str
+    arch: str  # "90a"
+    registers: int
+    shared_bytes: int
+
+    @property
+    def threads(self) -> int:
+        shape = re.search(r"RowShape<(\d+),", self.instance)
+        return BLOCK[shape.group(1)] if shape else max_threads(self.kernel)
+
+    @property
+    def shape(self) -> str:
+        shape = re.search(r"RowShape<(\d+), (\d+), (true|false)>", self.instance)
+        return f"{self.kernel} {' '.join(shape.groups())}" if shape else self.kernel
+
+
+@functools.cache
+def max_threads(kernel: str) -> int:
+    source = (ROOT / f"csrc/cuda/{kernel.removesuffix('_kernel')}.cu").read_text()
+    header = (ROOT / "csrc/cuda/rotate_head.cuh").read_text()
+    found = re.search(r"kMaxThreads = (\d+);", source + header)
+    assert found, kernel
+    return int(found.group(1))
+
+
+@pytest.fixture(scope="module")
+def log(request) -> str:
+    """What the build of the preset printed."""
+    cuda_tools.require_nvcc()
+    archs = request.config.getoption("--cuda-archs")
+    options = {
+        "QOPS_CUDA_ARCHS": archs,
+        "QOPS_TORCH_DIR": Path(torch.__file__).parent,
+        "Python_EXECUTABLE": sys.executable,
+        "CMAKE_MAKE_PROGRAM": cuda_tools.ninja(),
+    }
+    cmake = cuda_tools.cmake()
+    checked(cmake, "--preset", "cuda-check", *(f"-D{name}={value}" for name, value in options.items()), cwd=ROOT)
+    return checked(cmake, "--build", "--preset", "cuda-check", "--clean-first", cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def compiled(log) -> list[Compiled]:
+    entry = r"Compiling entry function '(\w+)' for 'sm_(\w+)'"
+    used = r"Used (\d+) registers, used \d+ barriers(?:, (\d+) bytes smem)?"
+    rows = re.findall(rf"{entry}(?:(?!Compiling entry)[\s\S])*?{used}", log)
+    assert len(rows) == len(re.findall(entry, log)) > 0
+    names = checked("c++filt", *(row[0] for row in rows)).splitlines()
+    return [
+        Compiled(re.findall(r"(\w+)<", name)[0], name, arch, int(registers), int(shared or 0))
+        for (_, arch, registers, shared), name in zip(rows, names, strict=True)
+    ]
+
+
+def occupancy(kernels: list[Compiled], folder: Path) -> list[int]:
+    """Blocks that a multiprocessor holds, by NVIDIA's header."""
+    program = folder / "occupancy"
+    include = cuda_tools.require_cuda_include()
+    checked("g++", "-O1", f"-I{include}", str(ROOT / "tests/occupancy.cpp"), "-o", str(program))
+    text = ""
+    for kernel in kernels:
+        number = kernel.arch.rstrip("af")
+        text += f"{number[:-1]} {number[-1]} {kernel.registers} {kernel.shared_bytes} {kernel.threads}\n"
+    result = subprocess.run([str(program)], input=text, capture_output=True, text=True, check=True)
+    return [int(line) for line in result.stdout.split()]
+
+
+# What the preset has to refuse. An array that is indexed at run time lives in memory; so many live values spill.
+REFUSED = {
+    "local memory": """
+__global__ void kernel(int* x, int i) {
+  int a[32];
+  for (int k = 0; k < 32; ++k) a[(k * i) & 31] = x[k];
+  x[i] = a[x[i] & 31];
+}""",
+    "spills": """
+__global__ void __launch_bounds__(1024, 2) kernel(float* x) {
+  float a[96];
+#pragma unroll
+  for (int k = 0; k < 96; ++k) a[k] = x[k * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < 96; ++k) x[k * 1024 + threadIdx.x] = a[95 - k] * a[(k * 7) % 96];
+}""",
+    "a warning of nvcc": "__global__ void kernel(float* x) { int unused; x[0] = 1; }",
+    "a warning of the host compiler": """
+__global__ void kernel(float* x) { x[0] = 1; }
+int host(int a, unsigned b) { return a < b; }""",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_the_preset_refuses(log, what, tmp_path):
+    commands = json.loads((BUILD / "compile_commands.json").read_text())
+    command = next(entry["command"] for entry in commands if entry["file"].endswith("rms_norm.cu"))
+    source, fine = tmp_path / "planted.cu", tmp_path / "fine.cu"
+    fine.write_text("__global__ void kernel(float* x) { x[0] = 1; }")
+    source.write_text(REFUSED[what])
+    for path in (fine, source):
+        words = [str(path) if word.endswith("rms_norm.cu") else word for word in shlex.split(command)]
+        words[words.index("-o") + 1] = str(tmp_path / "planted.o")
+        result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=BUILD)
+        assert (result.returncode == 0) == (path == fine), result.stderr
+
+
+def test_nothing_is_ignored_or_injected(log):
+    # Information of ptxas, no warning: a setmaxnreg that has no effect, a wait that serialises.
     assert re.findall(r".*C75\d\d.*", log) == []
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
-    assert registers and max(registers) <= MAX_REGISTERS, max(registers)
-    assert set(re.findall(r"(\d+) bytes spill", log)) <= {"0"}
+    assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
+    assert set(re.findall(r"(\d+) bytes stack frame", log)) == {"0"}
+
+
+def test_registers_shared_memory_and_occupancy_are_within_budget(compiled, tmp_path):
+    """The budgets hold for every architecture and element type: registers as they are allocated, in eights."""
+    budgets = json.loads(BUDGETS.read_text())["kernels"]
+    blocks = occupancy(compiled, tmp_path)
+    measured: dict[str, dict[str, int]] = {}
+    for c, resident in zip(compiled, blocks, strict=True):
+        row = measured.setdefault(c.shape, {"registers": 0, "shared_bytes": 0, "threads_per_sm": 1 << 20})
+        row["registers"] = max(row["registers"], -(-c.registers // 8) * 8)
+        row["shared_bytes"] = max(row["shared_bytes"], c.shared_bytes)
+        row["threads_per_sm"] = min(row["threads_per_sm"], resident * c.threads)
+    assert sorted(measured) == sorted(budgets), "kernels and budgets differ"
+    over = {
+        shape: row
+        for shape, row in measured.items()
+        if row["registers"] > budgets[shape]["registers"]
+        or row["shared_bytes"] > budgets[shape]["shared_bytes"]
+        or row["threads_per_sm"] < budgets[shape]["threads_per_sm"]
+    }
+    assert not over, f"over {BUDGETS.name}: {json.dumps(over)}"
+
+
+def test_norms_move_16_bytes_at_a_time(log):
+    sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(OBJECTS / "rms_norm.cu.o"))
+    functions = re.split(r"\n\s*Function : (?=\S)", sass)[1:]
+    names = checked("c++filt", *(function.split(maxsplit=1)[0] for function in functions)).splitlines()
+    assert functions
+    wide_stores = 0
+    for name, code in zip(names, functions, strict=True):
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+        element, is_aligned, is_int8 = re.search(
+            r"norm_kernel<(\w+), .*RowShape<\d+, \d+, (true|false)>, (true|false)>", name
+        ).groups()
+        if is_aligned == "false":
+            continue
+        # A vector of eight 16-bit elements or half of one of float32; eight codes take 8 bytes.
+        assert "LDG.E.128" in code, f"{element}: {name}"
+        assert ("STG.E.64" if is_int8 == "true" else "STG.E.128") in code, name
+        wide_stores += 1
+    assert wide_stores > 0
+
+
+def test_the_module_needs_what_every_torch_with_cuda_has(log):
+    listed = (ROOT / "tests/data/torch_2_11_symbols.txt").read_text().split()
+    undefined = checked("nm", "--dynamic", "--undefined-only", str(MODULE))
+    assert rules.foreign_symbols(undefined, [*listed, "aoti_torch_get_current_cuda_stream"]) == []
+    dynamic = checked("readelf", "--dynamic", str(MODULE))
+    assert re.findall(r"\[(lib(?:torch|cud|c10)\w*\.so[.\d]*)\]", dynamic) == ["libtorch_cpu.so", "libtorch_cuda.so"]
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    # Its CUDA runtime is its own: a process that has loaded another must not take these calls.
+    exported = checked("nm", "--dynamic", "--defined-only", str(MODULE))
+    assert not re.search(r"\bcuda[A-Z]\w+$", exported, flags=re.MULTILINE)
+    assert "PyInit__C_cuda" in exported

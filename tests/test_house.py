@@ -24,7 +24,7 @@ from qops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path in rules.authored_files(ROOT)}
-CPP = {path: text for path, text in FILES.items() if path.startswith("csrc/")}
+CPP = {p: text for p, text in FILES.items() if p.startswith("csrc/") and not p.endswith("CMakeLists.txt")}
 PYTHON = {path: text for path, text in FILES.items() if path.endswith(".py")}
 README = FILES["README.md"]
 SCHEMAS = rules.schemas(CPP["csrc/binding/schemas.h"])

@@ -2,7 +2,7 @@
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
-#include "binding/ops.h"
+#include "binding/row_kernels.h"
 #include "binding/schemas.h"
 
 STABLE_TORCH_LIBRARY(qops, m) { qops::binding::define_schemas(m); }
@@ -18,32 +18,7 @@ STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
   m.impl("int8_unpack", TORCH_BOX(&qops::binding::int8_unpack));
   m.impl("int8_weight_only_gemm", TORCH_BOX(&qops::binding::int8_weight_only_gemm));
   m.impl("int8_weight_only_gemm.out", TORCH_BOX(&qops::binding::int8_weight_only_gemm_out));
-  m.impl("quantize_int8", TORCH_BOX(&qops::binding::quantize_int8));
-  m.impl("quantize_int8.out", TORCH_BOX(&qops::binding::quantize_int8_out));
-  m.impl("quantize_int8_asym", TORCH_BOX(&qops::binding::quantize_int8_asym));
-  m.impl("quantize_int8_asym.out", TORCH_BOX(&qops::binding::quantize_int8_asym_out));
-  m.impl("quantize_int8_static", TORCH_BOX(&qops::binding::quantize_int8_static));
-  m.impl("quantize_int8_static.out", TORCH_BOX(&qops::binding::quantize_int8_static_out));
-  m.impl("rms_norm", TORCH_BOX(&qops::binding::rms_norm));
-  m.impl("rms_norm.out", TORCH_BOX(&qops::binding::rms_norm_out));
-  m.impl("add_rms_norm", TORCH_BOX(&qops::binding::add_rms_norm));
-  m.impl("add_rms_norm.out", TORCH_BOX(&qops::binding::add_rms_norm_out));
-  m.impl("rms_norm_int8", TORCH_BOX(&qops::binding::rms_norm_int8));
-  m.impl("rms_norm_int8.out", TORCH_BOX(&qops::binding::rms_norm_int8_out));
-  m.impl("add_rms_norm_int8", TORCH_BOX(&qops::binding::add_rms_norm_int8));
-  m.impl("add_rms_norm_int8.out", TORCH_BOX(&qops::binding::add_rms_norm_int8_out));
-  m.impl("rotary", TORCH_BOX(&qops::binding::rotary));
-  m.impl("rotary_", TORCH_BOX(&qops::binding::rotary_));
-  m.impl("qk_norm_rotary", TORCH_BOX(&qops::binding::qk_norm_rotary));
-  m.impl("qk_norm_rotary_", TORCH_BOX(&qops::binding::qk_norm_rotary_));
-  m.impl("silu_mul", TORCH_BOX(&qops::binding::silu_mul));
-  m.impl("silu_mul.gate_up", TORCH_BOX(&qops::binding::silu_mul_gate_up));
-  m.impl("silu_mul.out", TORCH_BOX(&qops::binding::silu_mul_out));
-  m.impl("silu_mul.gate_up_out", TORCH_BOX(&qops::binding::silu_mul_gate_up_out));
-  m.impl("silu_mul_int8", TORCH_BOX(&qops::binding::silu_mul_int8));
-  m.impl("silu_mul_int8.gate_up", TORCH_BOX(&qops::binding::silu_mul_int8_gate_up));
-  m.impl("silu_mul_int8.out", TORCH_BOX(&qops::binding::silu_mul_int8_out));
-  m.impl("silu_mul_int8.gate_up_out", TORCH_BOX(&qops::binding::silu_mul_int8_gate_up_out));
+  qops::binding::define_row_kernels(m);
 }
 
 namespace {

@@ -17,7 +17,9 @@ from qops import build_info
 def info() -> str:
     """Versions, build state, ISA levels and devices, one ``name: value`` a line."""
     build = build_info()
-    native = "CPU and CUDA kernels" if build["cuda"] else "CPU kernels only"
+    native = "CPU kernels only"
+    if build["cuda"]:
+        native = f"CPU and CUDA kernels for {build['cuda_archs']} by nvcc {build['nvcc']}"
     lines = {
         "qops": build["version"],
         "python": f"{platform.python_version()} ({sys.executable})",
