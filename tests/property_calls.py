@@ -8,6 +8,7 @@ with fake tensors, and looks at results, errors and memory.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -71,6 +72,23 @@ class Call:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, value) for name, value in self.arguments.items() if isinstance(value, Tensor))
+
+    def on(self, device: str) -> Call:
+        """The same call there: every storage copied whole, so that views still share what they shared."""
+        copies: dict[int, Tensor] = {}
+
+        def moved(value: object) -> object:
+            if not isinstance(value, Tensor):
+                return value
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in copies:
+                copies[storage.data_ptr()] = _bytes_of(storage).to(device, copy=True)
+            there = copies[storage.data_ptr()].untyped_storage()
+            view = torch.empty(0, dtype=value.dtype, device=device)
+            view = view.set_(there, value.storage_offset(), value.shape, value.stride())
+            return torch._neg_view(view) if value.is_neg() else view
+
+        return dataclasses.replace(self, arguments={name: moved(value) for name, value in self.arguments.items()})
 
     def __str__(self) -> str:
         def shown(value: object) -> object:
@@ -193,11 +211,11 @@ def _storages(call: Call) -> dict[int, Any]:
 
 
 def _bytes_of(storage: Any) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _snapshot(call: Call) -> dict[int, bytes]:
-    return {address: _bytes_of(s).numpy().tobytes() for address, s in _storages(call).items()}
+    return {address: _bytes_of(s).cpu().numpy().tobytes() for address, s in _storages(call).items()}
 
 
 def _restore(call: Call, before: dict[int, bytes]) -> None:

@@ -1,9 +1,13 @@
-"""The CUDA operators in the emulator: bindings, launches and kernels as they are built for a GPU, on CPU tensors."""
+"""The CUDA operators against the CPU's, bit for bit: in the emulator, which runs bindings, launches and kernels as they
+are built for a GPU on CPU tensors, and on a GPU where there is one.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -14,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cuda_tools
-import qops  # noqa: F401  registers torch.ops.qops
-from property_calls import check_one
+import qops
+from property_calls import Call, check_one
 from property_draws import HUGE, Sampler
 from property_rows import ROW_OPS
 from qops.testing import FLOAT_DTYPES, assert_bitwise, generator, random_activations
@@ -25,6 +29,17 @@ POLICIES = {"fifo": 0, "random": 1, "prio": 2}
 # One H or more for each shape of row.cuh: threads of a row, vectors that a thread holds, aligned or not, too many.
 ALIGNED = (8, 256, 512, 1024, 1032, 2048, 4096, 8192, 8200, 16384, 20480, 32768, 33000)
 UNALIGNED = (1, 7, 100, 513, 1023, 1030, 4099, 8191, 8195, 16390)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where CUDA kernels run: the namespace of their operators, and the device of its tensors."""
+
+    ops: Any
+    device: str
+
+    def on_device(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
 
 
 @pytest.fixture(scope="session")
@@ -37,19 +52,40 @@ def emulated(request) -> ModuleType:
     return module
 
 
-@pytest.fixture(params=POLICIES)
-def policy(request, emulated):
+def a_gpu() -> Backend:
+    if not qops.build_info()["cuda"] or not torch.cuda.is_available():
+        pytest.skip("needs a build with CUDA kernels, and a GPU")
+    return Backend(torch.ops.qops, "cuda")
+
+
+@pytest.fixture(params=[*POLICIES, "gpu"])
+def each(request) -> Iterator[Backend]:
+    """The emulator with each policy, and a GPU."""
+    if request.param == "gpu":
+        yield a_gpu()
+        return
+    emulated = request.getfixturevalue("emulated")
     emulated.configure(1, POLICIES[request.param], "")
-    yield request.param
+    yield Backend(torch.ops.qops_emu, "cpu")
     emulated.configure(1, POLICIES["prio"], "")
 
 
-def assert_same(op: str, *args: Any, overload: str = "default") -> None:
+@pytest.fixture(params=["emulated", "gpu"])
+def backend(request) -> Backend:
+    if request.param == "gpu":
+        return a_gpu()
+    request.getfixturevalue("emulated").configure(1, POLICIES["prio"], "")
+    return Backend(torch.ops.qops_emu, "cpu")
+
+
+def assert_same(backend: Backend, op: str, *args: Any, overload: str = "default") -> None:
     """CUDA's kernel gives the CPU's bits."""
-    got, want = (getattr(getattr(ops, op), overload)(*args) for ops in (torch.ops.qops_emu, torch.ops.qops))
+    want = getattr(getattr(torch.ops.qops, op), overload)(*args)
+    got = getattr(getattr(backend.ops, op), overload)(*map(backend.on_device, args))
     got, want = ((t,) if isinstance(t, Tensor) else t for t in (got, want))
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert_bitwise(a, b, f"{op} {[list(t.shape) if isinstance(t, Tensor) else t for t in args]}, result {index}")
+        what = f"{op} {[list(t.shape) if isinstance(t, Tensor) else t for t in args]}, result {index}"
+        assert_bitwise(a.cpu(), b, what)
 
 
 def test_what_is_registered_has_kernels(emulated):
@@ -67,53 +103,62 @@ def test_what_is_registered_has_kernels(emulated):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_rows_of_every_shape(policy, dtype):
+def test_rows_of_every_shape(each, dtype):
     for h in (*ALIGNED, *UNALIGNED):
         rows = 1 if h > 2048 else 6  # more than a block has where a row has a warp
         x, r = (random_activations(rows, h, dtype=dtype, seed=h + i) for i in range(2))
         w = random_activations(h, dtype=FLOAT_DTYPES[h % 3], seed=3, outliers=False)
-        assert_same("rms_norm", x, w, 1e-5)
-        assert_same("add_rms_norm", x, r, w, 1e-5, 1.0, "fp32")
-        assert_same("rms_norm_int8", x, w, 1e-5, 0.0, "hf", ("127", "compressed-tensors", "torchao")[h % 3])
-        assert_same("add_rms_norm_int8", x, r, w, 1e-5)
+        assert_same(each, "rms_norm", x, w, 1e-5)
+        assert_same(each, "add_rms_norm", x, r, w, 1e-5, 1.0, "fp32")
+        assert_same(each, "rms_norm_int8", x, w, 1e-5, 0.0, "hf", ("127", "compressed-tensors", "torchao")[h % 3])
+        assert_same(each, "add_rms_norm_int8", x, r, w, 1e-5)
         for rule in ("127", "compressed-tensors", "torchao"):
-            assert_same("quantize_int8", x, rule)
-        assert_same("quantize_int8_asym", x)
-        assert_same("quantize_int8_static", x, torch.tensor(0.02), torch.tensor(3, dtype=torch.int32))
-        assert_same("silu_mul", x, r, overload="gate_up")
-        assert_same("silu_mul_int8", torch.cat((x, r), dim=-1), "fp32")
+            assert_same(each, "quantize_int8", x, rule)
+        assert_same(each, "quantize_int8_asym", x)
+        assert_same(each, "quantize_int8_static", x, torch.tensor(0.02), torch.tensor(3, dtype=torch.int32))
+        assert_same(each, "silu_mul", x, r, overload="gate_up")
+        assert_same(each, "silu_mul_int8", torch.cat((x, r), dim=-1), "fp32")
 
 
-def test_rows_that_begin_anywhere(policy):
+def test_rows_that_begin_anywhere(each):
     """Aligned rows, and rows one element off, of one tensor: another kernel, the same bits."""
     for dtype in FLOAT_DTYPES:
         memory = random_activations(3, 1100, dtype=dtype, seed=1)
         for start, h in ((0, 1024), (1, 1024), (8, 1000), (5, 77)):
             x = memory[:, start : start + h]
             w = memory[0, start : start + h]
-            assert_same("rms_norm", x, w, 1e-5)
-            assert_same("add_rms_norm_int8", x, x.flip(0), w, 1e-5)
-            assert_same("quantize_int8", x)
-            assert_same("silu_mul", x, x.flip(0), overload="gate_up")
+            assert_same(each, "rms_norm", x, w, 1e-5)
+            assert_same(each, "add_rms_norm_int8", x, x.flip(0), w, 1e-5)
+            assert_same(each, "quantize_int8", x)
+            assert_same(each, "silu_mul", x, x.flip(0), overload="gate_up")
 
 
-def test_values_that_are_not_finite(policy):
+def test_values_that_are_not_finite(each):
     for dtype in FLOAT_DTYPES:
         x = random_activations(5, 300, dtype=dtype, seed=1)
         x[1, 7], x[2, 8], x[3] = float("nan"), float("-inf"), 0.0
         x[4] = torch.finfo(dtype).tiny / 4
         w = torch.ones(300)
         for rule in ("127", "compressed-tensors", "torchao"):
-            assert_same("quantize_int8", x, rule)
-            assert_same("rms_norm_int8", x, w, 1e-5, 0.0, "hf", rule)
-        assert_same("quantize_int8_asym", x)
-        assert_same("quantize_int8_static", x, torch.tensor(0.02))
-        assert_same("silu_mul", x, x.flip(0), overload="gate_up")
-        assert_same("rms_norm", x, w, 0.0)
+            assert_same(each, "quantize_int8", x, rule)
+            assert_same(each, "rms_norm_int8", x, w, 1e-5, 0.0, "hf", rule)
+        assert_same(each, "quantize_int8_asym", x)
+        assert_same(each, "quantize_int8_static", x, torch.tensor(0.02))
+        assert_same(each, "silu_mul", x, x.flip(0), overload="gate_up")
+        assert_same(each, "rms_norm", x, w, 0.0)
+
+
+def test_what_lies_behind_a_row_does_not_count(each):
+    """The squares underflow, so with eps = 0 the factor is infinite, and 0 times it NaN."""
+    for rule in ("127", "compressed-tensors", "torchao"):
+        for h in (1, 7, 1030, 8195):
+            x, w = torch.full((2, h), 1e-30), torch.ones(h)
+            assert_same(each, "rms_norm_int8", x, w, 0.0, 0.0, "hf", rule)
+            assert_same(each, "add_rms_norm_int8", x, torch.zeros(2, h), w, 0.0, 0.0, "fp32", rule)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
-def test_heads(policy, interleaved):
+def test_heads(each, interleaved):
     positions = torch.tensor([[1, 8, 3], [0, 2, 2]])
     for index, (d, r) in enumerate(
         ((64, 64), (128, 128), (64, 32), (100, 60), (16, 6), (6, 2), (256, 256), (1040, 512))
@@ -125,22 +170,24 @@ def test_heads(policy, interleaved):
         w = random_activations(d, dtype=dtype, seed=5, outliers=False)
         for table in (torch.float32, dtype):
             tables = (cos.to(table), sin.to(table))
-            assert_same("rotary", q, k, *tables, None, interleaved)
-            assert_same("rotary", q, k, *tables, positions, interleaved)
-            assert_same("qk_norm_rotary", q, k, w, w.flip(0), *tables, 1e-6, positions.int(), interleaved)
-        got, want = qkv.clone(), qkv.clone()
-        for ops, whole in ((torch.ops.qops_emu, got), (torch.ops.qops, want)):
-            args = (whole[:, :, :4], whole[:, :, 4:6], w, w, cos, sin, 1e-6, positions, interleaved, 1.0, "fp32")
-            ops.qk_norm_rotary_(*args)
-            ops.rotary_(*args[:2], cos, sin, None, interleaved)
-        assert_bitwise(got, want, f"in place, D = {d}, R = {r}")
+            assert_same(each, "rotary", q, k, *tables, None, interleaved)
+            assert_same(each, "rotary", q, k, *tables, positions, interleaved)
+            assert_same(each, "qk_norm_rotary", q, k, w, w.flip(0), *tables, 1e-6, positions.int(), interleaved)
+        got, want = qkv.clone().to(each.device), qkv.clone()
+        for ops, whole in ((each.ops, got), (torch.ops.qops, want)):
+            heads = (whole[:, :, :4], whole[:, :, 4:6])
+            weights, tables, at = ([t.to(whole.device) for t in ts] for ts in ((w, w), (cos, sin), (positions,)))
+            ops.qk_norm_rotary_(*heads, *weights, *tables, 1e-6, *at, interleaved, 1.0, "fp32")
+            ops.rotary_(*heads, *tables, None, interleaved)
+        assert_bitwise(got.cpu(), want, f"in place, D = {d}, R = {r}")
 
 
-def test_positions_out_of_range_give_nan(emulated):
-    q, k = torch.ones(2, 1, 8), torch.ones(2, 1, 8)
-    cos, sin = torch.ones(3, 2), torch.zeros(3, 2)
+def test_positions_out_of_range_give_nan(backend):
+    q, k, cos, sin = (
+        backend.on_device(torch.full(s, v)) for s, v in (((2, 1, 8), 1.0),) * 2 + (((3, 2), 1.0), ((3, 2), 0.0))
+    )
     for bad in (-1, 3, 2**62):
-        got, _ = torch.ops.qops_emu.rotary(q, k, cos, sin, torch.tensor([0, bad]))
+        got, _ = backend.ops.rotary(q, k, cos, sin, backend.on_device(torch.tensor([0, bad])))
         assert bool(got[1, :, :4].isnan().all()), bad
         assert torch.equal(got[0], q[0]) and torch.equal(got[1, :, 4:], q[1, :, 4:])
 
@@ -148,18 +195,49 @@ def test_positions_out_of_range_give_nan(emulated):
 # Random calls --------------------------------------------------------------------------------------------------------
 
 
+def draw_valid(data: st.DataObject, op: str) -> Call | None:
+    call = ROW_OPS[op](Sampler(lambda low, high: data.draw(st.integers(low, high))))
+    usable = not (
+        call.faults or call.grad or any(t.is_meta or max(t.shape, default=0) >= HUGE for _, t in call.tensors())
+    )
+    if usable:
+        note(str(call))
+    return call if usable else None
+
+
 @pytest.mark.parametrize("op", ROW_OPS)
 @given(data=st.data())
 def test_random_valid_calls(emulated, op, data):
-    call = ROW_OPS[op](Sampler(lambda low, high: data.draw(st.integers(low, high))))
-    if call.faults or call.grad or any(t.is_meta or max(t.shape, default=0) >= HUGE for _, t in call.tensors()):
-        return
-    emulated.configure(data.draw(st.integers(0, 1000)), data.draw(st.integers(0, 2)), "")
-    note(str(call))
+    if call := draw_valid(data, op):
+        emulated.configure(data.draw(st.integers(0, 1000)), data.draw(st.integers(0, 2)), "")
+        check_valid(call, call, Backend(torch.ops.qops_emu, "cpu"))
+
+
+@pytest.mark.parametrize("op", ROW_OPS)
+@given(data=st.data())
+def test_random_valid_calls_on_a_gpu(op, data):
+    gpu = a_gpu()
+    if call := draw_valid(data, op):
+        check_valid(call, call.on(gpu.device), gpu)
+
+
+def check_valid(call: Call, there: Call, backend: Backend) -> None:
     with torch.no_grad():
-        expected = call.expected(call.arguments)
-    operator = getattr(getattr(torch.ops.qops_emu, call.op), call.overload)
-    check_one(call, "emulated", lambda: operator(**call.arguments), expected, typed=False)
+        expected = tuple(backend.on_device(t) for t in call.expected(call.arguments))
+    operator = getattr(getattr(backend.ops, call.op), call.overload)
+    check_one(there, backend.device, lambda: operator(**there.arguments), expected, typed=False)
+
+
+@pytest.mark.parametrize("op", ROW_OPS)
+@given(data=st.data())
+def test_a_call_moved_to_a_device_is_the_same_call(op, data):
+    """What the test on a GPU relies on, tried where there is none."""
+    if call := draw_valid(data, op):
+        there = call.on("cpu")
+        check_valid(call, there, Backend(torch.ops.qops, "cpu"))
+        for (name, a), (_, b) in zip(call.tensors(), there.tensors(), strict=True):
+            assert a.stride() == b.stride() and a.storage_offset() == b.storage_offset(), name
+            assert a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.numel() == 0, name
 
 
 # The emulator notices ------------------------------------------------------------------------------------------------
@@ -200,7 +278,7 @@ def test_every_synchronisation_is_missed_when_it_is_gone(emulated):
         assert missed > 0, f"{place}: nothing shows that it is there"
 
 
-def test_errors_are_those_of_the_cpu(emulated):
+def test_errors_are_those_of_the_cpu(backend):
     x = torch.ones(2, 8)
     cases = [
         ("rms_norm", (x, torch.ones(7), 1e-5)),
@@ -211,8 +289,8 @@ def test_errors_are_those_of_the_cpu(emulated):
     ]
     for op, args in cases:
         texts = []
-        for ops in (torch.ops.qops, torch.ops.qops_emu):
+        for where in (Backend(torch.ops.qops, "cpu"), backend):
             with pytest.raises((ValueError, RuntimeError)) as caught:
-                getattr(ops, op).default(*args)
+                getattr(where.ops, op).default(*map(where.on_device, args))
             texts.append(str(caught.value))
         assert texts[0] == texts[1] and texts[0].startswith(f"qops.{op}: ")

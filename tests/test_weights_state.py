@@ -264,7 +264,8 @@ def test_a_move_without_kernels_there_changes_nothing(monkeypatch):
 
 
 @pytest.mark.skipif(
-    not qops.build_info()["cuda"] or not torch.cuda.is_available(), reason="needs CUDA kernels and a GPU"
+    not torch.cuda.is_available() or not torch._C._dispatch_has_kernel_for_dispatch_key("qops::int4_pack", "CUDA"),
+    reason="needs a GPU, and CUDA kernels that pack",
 )
 def test_moves_to_cuda_and_back():
     for tensors, weight in some_weights():

@@ -51,7 +51,8 @@ struct RowQuantizer {
   }
 };
 
-// Quantises the row whose vectors of a thread get(chunk, at, n, v) gives, twice the same.
+// Quantises the row whose vectors of a thread get(chunk, at, n, v) gives, twice the same. Behind the row's end a vector
+// may hold anything: a norm leaves NaN there where it multiplies zeros by an infinite factor.
 template <class T, class Shape, class Get>
 QOPS_DEVICE void quantise_row(int64_t row, int64_t columns, const Int8Rows& out, uint32_t* shared, const Get& get) {
   uint32_t most = 0;
@@ -60,7 +61,7 @@ QOPS_DEVICE void quantise_row(int64_t row, int64_t columns, const Int8Rows& out,
     get(chunk, at, n, v);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const uint32_t m = magnitude(v[i]);
+      const uint32_t m = Shape::kAligned || i < n ? magnitude(v[i]) : 0;
       most = m > most ? m : most;
     }
   });

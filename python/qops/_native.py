@@ -27,7 +27,7 @@ if torch.version.cuda is not None and importlib.util.find_spec("qops._C_cuda") i
     except ImportError as error:
         raise ImportError(
             f"qops: the CUDA kernels qops._C_cuda do not load with torch {torch.__version__} ({error}). Reinstall qops "
-            "from source in this environment, or without them: `QOPS_CUDA=OFF pip install --force-reinstall --no-deps .`"
+            "from source in this environment: `pip install --force-reinstall --no-deps .`, or so with QOPS_CUDA=OFF"
         ) from error
 
 

@@ -1,0 +1,202 @@
+"""What only a GPU can show of the CUDA operators: streams, graphs, compilation, tensors past 2^31 elements. That they
+give the CPU's bits is in test_cuda_ops.py, with and without one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import qops
+from qops.testing import assert_bitwise, random_activations
+
+pytestmark = pytest.mark.skipif(
+    not qops.build_info()["cuda"] or not torch.cuda.is_available(), reason="needs a build with CUDA kernels, and a GPU"
+)
+EPS = 1e-5
+T, H, HEADS, D = 33, 1000, 4, 64
+Inputs = dict[str, Tensor]
+# Long enough for work that has not waited to overtake it.
+SLEEP_CYCLES = 200_000_000
+
+
+def inputs(seed: int = 0, device: str = "cuda") -> Inputs:
+    made = {name: random_activations(T, H, dtype=torch.bfloat16, seed=seed + i) for i, name in enumerate("xr")}
+    made["w"] = random_activations(H, dtype=torch.float32, seed=2, outliers=False)
+    made["qkv"] = random_activations(T, 2 * HEADS, D, dtype=torch.bfloat16, seed=seed + 3)
+    made["cos"], made["sin"] = (f(torch.arange(T * D // 2).view(T, D // 2) / 7.0) for f in (torch.cos, torch.sin))
+    return {name: t.to(device) for name, t in made.items()}
+
+
+def heads(i: Inputs) -> tuple[Tensor, Tensor]:
+    return i["qkv"][:, :HEADS], i["qkv"][:, HEADS:]
+
+
+def in_place(i: Inputs, run: Callable[[Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
+    q, k = (t.clone() for t in heads(i))
+    run(q, k)
+    return q, k
+
+
+OPS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
+    "quantize_int8": lambda i: qops.quantize_int8(i["x"]),
+    "quantize_int8_asym": lambda i: qops.quantize_int8_asym(i["x"]),
+    "quantize_int8_static": lambda i: qops.quantize_int8_static(i["x"], i["w"][:1].view(()).abs()),
+    "rms_norm": lambda i: qops.rms_norm(i["x"], i["w"], EPS),
+    "add_rms_norm": lambda i: qops.add_rms_norm(i["x"], i["r"], i["w"], EPS),
+    "rms_norm_int8": lambda i: qops.rms_norm_int8(i["x"], i["w"], EPS),
+    "add_rms_norm_int8": lambda i: qops.add_rms_norm_int8(i["x"], i["r"], i["w"], EPS),
+    "rotary": lambda i: qops.rotary(*heads(i), i["cos"], i["sin"]),
+    "rotary_": lambda i: in_place(i, lambda q, k: qops.rotary_(q, k, i["cos"], i["sin"])),
+    "qk_norm_rotary": lambda i: qops.qk_norm_rotary(*heads(i), i["w"][:D], i["w"][:D], i["cos"], i["sin"], EPS),
+    "qk_norm_rotary_": lambda i: in_place(
+        i, lambda q, k: qops.qk_norm_rotary_(q, k, i["w"][:D], i["w"][:D], i["cos"], i["sin"], EPS)
+    ),
+    "silu_mul": lambda i: qops.silu_mul(i["x"]),
+    "silu_mul_int8": lambda i: qops.silu_mul_int8(i["x"]),
+}
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+def tupled(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def on_the_cpu(op: str, seed: int = 0) -> tuple[Tensor, ...]:
+    return tupled(OPS[op](inputs(seed, "cpu")))
+
+
+def assert_equal(op: str, got: Tensor | tuple[Tensor, ...], seed: int = 0) -> None:
+    for index, (a, b) in enumerate(zip(tupled(got), on_the_cpu(op, seed), strict=True)):
+        assert_bitwise(a.cpu(), b, f"{op}, result {index}")
+
+
+@each_op
+def test_runs_on_the_current_stream_and_waits_for_nobody(op):
+    """On a side stream, behind a copy that comes late; and the host does not wait."""
+    there, host = inputs(), inputs(1, "cpu")
+    late = {name: t.pin_memory() for name, t in host.items()}
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP_CYCLES)
+        for name, t in there.items():
+            t.copy_(late[name], non_blocking=True)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = OPS[op](there)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not stream.query(), "the host has waited for the stream"
+    stream.synchronize()
+    assert_equal(op, got, 1)
+
+
+@each_op
+def test_is_captured_into_a_graph(op):
+    static = inputs()
+    OPS[op](static)  # loads the kernels, which capture does not allow
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = OPS[op](static)
+    for seed in (5, 9):
+        for name, t in inputs(seed).items():
+            static[name].copy_(t)
+        graph.replay()
+        assert_equal(op, got, seed)
+
+
+@each_op
+def test_gives_the_same_bits_every_time(op):
+    first = tupled(OPS[op](inputs()))
+    for _ in range(20):
+        for a, b in zip(tupled(OPS[op](inputs())), first, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@each_op
+def test_runs_in_eight_threads_on_their_own_streams(op):
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+                there = inputs(seed)
+                for _ in range(8):
+                    got = OPS[op](there)
+                torch.cuda.current_stream().synchronize()
+                assert_equal(op, got, seed)
+        except BaseException as error:  # what a thread raises is lost
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles(op, backend):
+    if op.endswith("_") and backend == "inductor":
+        pytest.skip("functionalised like the others; aot_eager shows it")
+    torch._dynamo.reset()
+    assert_equal(op, torch.compile(OPS[op], fullgraph=True, backend=backend)(inputs()))
+
+
+@pytest.mark.parametrize("op", ["quantize_int8", "rms_norm", "silu_mul"])
+def test_opcheck(op):
+    with torch.inference_mode(False), torch.no_grad():
+        x, w = inputs()["x"].clone(), inputs()["w"].clone()
+        args = {"rms_norm": (x, w, EPS)}.get(op, (x,))
+        torch.library.opcheck(getattr(torch.ops.qops, op).default, args)
+
+
+def test_tensors_past_two_to_the_31():
+    """The last rows of 2^31 elements and more; the first ones are the same values."""
+    rows, columns = (1 << 31) // 4096 + 3, 4096
+    free, _ = torch.cuda.mem_get_info()
+    if free < 5 * rows * columns:
+        pytest.skip("needs 20 GiB of GPU memory")
+    tail = random_activations(3, columns, dtype=torch.bfloat16, seed=0)
+    w = torch.ones(columns, dtype=torch.bfloat16)
+    x = torch.zeros(rows, columns, dtype=torch.bfloat16, device="cuda")
+    x[:3], x[-3:] = tail.cuda(), tail.cuda()
+    for got, want in (
+        (qops.rms_norm(x, w.cuda(), EPS), qops.rms_norm(tail, w, EPS)),
+        (qops.quantize_int8(x)[0], qops.quantize_int8(tail)[0]),
+        (qops.silu_mul(x), qops.silu_mul(tail)),
+    ):
+        assert_bitwise(got[-3:].cpu(), want)
+        assert_bitwise(got[:3].cpu(), want)
+
+
+def test_a_stride_past_two_to_the_31():
+    base = torch.zeros((1 << 31) + 4096, dtype=torch.float16, device="cuda")
+    tail = random_activations(2, 1000, dtype=torch.float16, seed=0)
+    x = base.as_strided((2, 1000), ((1 << 31) + 8, 1))
+    x.copy_(tail)
+    assert_bitwise(
+        qops.rms_norm(x, torch.ones(1000, device="cuda"), EPS).cpu(), qops.rms_norm(tail, torch.ones(1000), EPS)
+    )
+
+
+def test_tensors_of_two_devices_are_refused():
+    x, w = inputs()["x"], inputs()["w"]
+    for wrong in (w.cpu(), w.to("meta")):
+        with pytest.raises(RuntimeError, match=r"qops\.rms_norm: weight must be on cuda:0, got (cpu|meta)"):
+            qops.rms_norm(x, wrong, EPS)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_a_device_that_is_not_current():
+    with torch.cuda.device(0):
+        for op in OPS:
+            assert_equal(op, OPS[op](inputs(device="cuda:1")))
