@@ -1,0 +1,118 @@
+"""The command that is to spend a GPU's minutes: what it records, when it stops, what it does not do twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+
+from bench import gpu_evidence
+from bench.gpu_evidence import Evidence
+
+
+@pytest.fixture
+def evidence(tmp_path) -> Evidence:
+    return Evidence(tmp_path, "", "a source", None, deadline=time.monotonic() + 60)
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_how_a_step_ends(evidence):
+    assert evidence.run("s", "good", python("print('first'); print('last')"))
+    assert not evidence.run("s", "bad", python("print('so'); raise SystemExit(3)"))
+    assert not evidence.run("s", "hangs", python("import time; print('here', flush=True); time.sleep(60)"), limit=1)
+    assert not evidence.run("s", "missing", ["no-such-tool", "x"])
+    assert not evidence.run(
+        "s", "refused", python("print('Device not supported'); exit(1)"), unavailable="not supported"
+    )
+    found = {step.name: (step.status, step.note) for step in evidence.steps}
+    assert found == {
+        "good": ("passed", "last"),
+        "bad": ("failed", "so"),
+        "hangs": ("timed out", "here"),
+        "missing": ("unavailable", "no-such-tool is not installed"),
+        "refused": ("unavailable", "Device not supported"),
+    }
+    assert next(step.seconds for step in evidence.steps if step.name == "hangs") < 30
+    document = json.loads((evidence.out / "evidence.json").read_text())
+    assert document["schema"] == gpu_evidence.SCHEMA and len(document["steps"]) == 5
+    assert "first\nlast\n" in (evidence.out / "evidence.log").read_text()
+    text = gpu_evidence.table(evidence)
+    assert "timed out" in text and text.startswith("no GPU")
+
+
+def test_a_hanging_step_leaves_no_process_behind(evidence):
+    file = evidence.out / "alive"
+    child = f"import time\nwhile True: open({str(file)!r}, 'w').write(str(time.time())); time.sleep(0.05)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    evidence.run("s", "hangs", python(code), limit=2)
+    time.sleep(0.2)
+    before = file.read_text()
+    time.sleep(0.3)
+    assert file.read_text() == before
+
+
+def test_a_stage_has_passed_when_all_its_steps_have_on_this_source(evidence):
+    assert not evidence.passed("s")
+    evidence.record("s", "a", [], "passed", 1.0, "")
+    assert evidence.passed("s")
+    evidence.record("s", "b", [], "unavailable", 1.0, "")
+    assert not evidence.passed("s")
+    evidence.record("s", "b", [], "passed", 1.0, "")  # in the place of the first
+    assert evidence.passed("s") and len(evidence.steps) == 2
+    evidence.source = "another source"
+    assert not evidence.passed("s")
+
+
+def test_what_pytest_counted_is_the_summary():
+    lines = ["....\n", "= 12 passed, 3 skipped in 4.00s =\n", "\n", "Exception ignored in atexit\n"]
+    assert gpu_evidence.summary(lines, r"(?!)") == "12 passed, 3 skipped in 4.00s"
+
+
+def test_stages_are_resumed(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def stage(name: str, status: str):
+        def run(evidence: Evidence) -> None:
+            ran.append(name)
+            evidence.record(name, "step", [], status, 1.0, "")
+
+        return run
+
+    monkeypatch.setattr(
+        gpu_evidence, "STAGES", {"tests": stage("tests", "passed"), "sanitize": stage("sanitize", "failed")}
+    )
+    arguments = ["--out", str(tmp_path)]
+    assert gpu_evidence.main(arguments) == 1 and ran == ["tests", "sanitize"]
+    assert gpu_evidence.main(arguments) == 1 and ran == ["tests", "sanitize", "sanitize"]
+    assert gpu_evidence.main([*arguments, "--stage", "tests"]) == 0 and ran[3:] == []
+    assert gpu_evidence.main([*arguments, "--stage", "tests", "--again"]) == 0 and ran[3:] == ["tests"]
+    assert "tests: has passed" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_evidence, "fingerprint", lambda: "changed")
+    assert gpu_evidence.main([*arguments, "--stage", "tests"]) == 0 and ran[4:] == ["tests"]
+    with pytest.raises(SystemExit):
+        gpu_evidence.main([*arguments, "--stage", "test"])
+
+
+def test_nothing_runs_on_a_build_that_failed(tmp_path, monkeypatch):
+    ran = []
+    stages = {
+        "build": lambda evidence: evidence.record("build", "pip install", [], "failed", 1.0, ""),
+        "tests": lambda evidence: ran.append("tests"),
+    }
+    monkeypatch.setattr(gpu_evidence, "STAGES", stages)
+    assert gpu_evidence.main(["--out", str(tmp_path)]) == 1 and not ran
+
+
+def test_every_stage_ends_within_eight_minutes():
+    assert gpu_evidence.STAGE_SECONDS < 480
+
+
+def test_tests_are_found_by_their_names():
+    """A new operator's file tests/test_cuda_<op>.py is run without being listed."""
+    files = [path.name for path in (gpu_evidence.ROOT / "tests").glob("test_cuda_*.py")]
+    assert {"test_cuda_ops.py", "test_cuda_gpu.py"} <= set(files)
