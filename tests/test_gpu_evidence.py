@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-
 from bench import gpu_evidence
 from bench.gpu_evidence import Evidence
 
