@@ -125,6 +125,15 @@ def build_emulated_operators(sanitizers: str = "") -> Path:
     return next(folder.glob("qops_emulated*.so"))
 
 
+def build_hardware_tests(folder: Path) -> Path:
+    """The sound cases of tests/emulator as a program for an sm_90a, by nvcc."""
+    compiler = [str(require_nvcc()), "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a"]
+    compiler += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"), "-Werror", "all-warnings"]
+    sources = [*sorted(EMULATOR.glob("cases_*.cpp")), EMULATOR / "hardware.cu"]
+    checked(*compiler, "-x", "cu", "--threads", "0", *map(str, sources), "-o", str(folder / "hardware_tests"))
+    return folder / "hardware_tests"
+
+
 def _build(source: Path, builds: Path, sanitizers: str, more: dict[str, object]) -> Path:
     include = require_cuda_include()
     tool = cmake()

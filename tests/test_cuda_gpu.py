@@ -4,6 +4,7 @@ give the CPU's bits is in test_cuda_ops.py, with and without one.
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cuda_tools
 import qops
 from qops.testing import assert_bitwise, random_activations
 
@@ -73,6 +75,15 @@ def on_the_cpu(op: str, seed: int = 0) -> tuple[Tensor, ...]:
 def assert_equal(op: str, got: Tensor | tuple[Tensor, ...], seed: int = 0) -> None:
     for index, (a, b) in enumerate(zip(tupled(got), on_the_cpu(op, seed), strict=True)):
         assert_bitwise(a.cpu(), b, f"{op}, result {index}")
+
+
+def test_a_gpu_computes_what_the_emulator_does(tmp_path):
+    """Every form of every instruction, every sound kernel of tests/emulator: the one result that is right."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs an sm_90a, which has all the instructions")
+    program = cuda_tools.build_hardware_tests(tmp_path)
+    result = subprocess.run([str(program), "20"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr
 
 
 @each_op

@@ -339,6 +339,14 @@ def test_emulated_kernels_compile_with_nvcc(tmp_path):
     compile_with_nvcc(str(EMULATOR / "kernels.cu"), tmp_path / "kernels.o", ("80", "90a"))
 
 
+@pytest.mark.slow
+def test_the_cases_compile_for_a_gpu(tmp_path):
+    """test_cuda_gpu.py runs them where there is one."""
+    program = cuda_tools.build_hardware_tests(tmp_path)
+    result = subprocess.run([str(program), "1"], capture_output=True, text=True, check=False)
+    assert re.search(r"^\d+ runs, \d+ wrong$", result.stdout, flags=re.MULTILINE), result.stderr
+
+
 REFUSALS = """
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"

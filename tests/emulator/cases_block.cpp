@@ -18,7 +18,7 @@ void run_row_sums() {
   const auto x = generate((kRows - 1) * kStride + kColumns, [&] { return random.integer(); });
   auto y = poisoned<float>(kRows * row_sums::kWarps);
   launch(row_sums::row_sums<kBug>, 2, row_sums::kThreads, 0, x.data(), y.data(), kRows, kColumns, kStride);
-  std::vector<float> want;
+  Vector<float> want;
   for (int r = 0; r < kRows; ++r) {
     const auto row = x.begin() + r * kStride;
     want.insert(want.end(), row_sums::kWarps, std::accumulate(row, row + kColumns, 0.0f));
@@ -34,7 +34,7 @@ void run_transpose() {
   auto y = poisoned<float>(kM * kN);
   launch(transpose::transpose<kBug>, dim3(2, 2), dim3(transpose::kTile, transpose::kRows), 0, x.data(), y.data(), kM,
          kN);
-  std::vector<float> want(kM * kN);
+  Vector<float> want(kM * kN);
   for (int r = 0; r < kM; ++r) {
     for (int c = 0; c < kN; ++c) want[c * kM + r] = x[r * kN + c];
   }
@@ -48,7 +48,7 @@ void run_scan() {
   const auto x = generate(kBlocks * scan::kThreads, [&] { return random.below(100) + 1; });
   auto y = poisoned<int>(x.size());
   launch(scan::scan<kBug>, kBlocks, scan::kThreads, 0, x.data(), y.data());
-  std::vector<int> want(x.size());
+  Vector<int> want(x.size());
   for (int b = 0; b < kBlocks; ++b) {
     const auto begin = x.begin() + b * scan::kThreads;
     std::partial_sum(begin, begin + scan::kThreads, want.begin() + b * scan::kThreads);
@@ -61,14 +61,14 @@ void run_split_sum() {
   constexpr int kTiles = 3, kSplits = 4, kColumns = 5, kThreads = split_sum::kThreads;
   constexpr int kPerTile = kSplits * kColumns * kThreads;
   auto partial = poisoned<float>(kTiles * kSplits * kThreads);
-  std::vector<uint32_t> counter(kTiles, 0);
+  Vector<uint32_t> counter(kTiles, 0);
   for (int repeat = 0; repeat < 2; ++repeat) {
     Random random(4 + static_cast<uint64_t>(repeat));
     const auto x = generate(kTiles * kPerTile, [&] { return random.integer(); });
     auto y = poisoned<float>(kTiles * kThreads);
     launch(split_sum::split_sum<kBug>, dim3(kTiles, kSplits), kThreads, 0, x.data(), partial.data(), counter.data(),
            y.data(), kColumns);
-    std::vector<float> want(kTiles * kThreads, 0.0f);
+    Vector<float> want(kTiles * kThreads, 0.0f);
     for (int i = 0; i < kTiles * kPerTile; ++i) want[i / kPerTile * kThreads + i % kThreads] += x[i];
     require_equal(y, want);
   }
@@ -81,7 +81,7 @@ void run_handoff() {
   const auto x = generate(kTiles * 32, [&] { return random.integer(); });
   auto y = poisoned<float>(x.size());
   launch(handoff::handoff<kBug>, 1, handoff::kThreads, 0, x.data(), y.data(), kTiles);
-  std::vector<float> want = x;
+  Vector<float> want = x;
   for (float& v : want) v *= 2;
   require_equal(y, want);
 }

@@ -13,7 +13,7 @@ void run_pipeline() {
   constexpr std::size_t kShared = pipeline::kStages * pipeline::kTile * sizeof(float);
   Random random(11);
   auto x = generate(kN, [&] { return random.integer(); });
-  std::vector<float> want = x;
+  Vector<float> want = x;
   for (float& v : want) v *= 2;
   auto y = poisoned<float>(kN);
   launch(pipeline::pipeline<kBug>, 1, pipeline::kThreads, kShared, x.data(), y.data(), kN);
@@ -35,15 +35,15 @@ void run_gemm() {
   Random random(12);
   const auto x = generate(kM * kK, [&] { return random.integer(); });
   const auto w = generate(kN * kK, [&] { return random.integer(); });
-  const auto convert = [](const std::vector<float>& values) {
-    std::vector<T> converted;
+  const auto convert = [](const Vector<float>& values) {
+    Vector<T> converted;
     for (float v : values) converted.push_back(from_integer<T>(v));
     return converted;
   };
-  const std::vector<T> a = convert(x), b = convert(w);
+  const Vector<T> a = convert(x), b = convert(w);
   auto c = poisoned<gemm::Accumulator<T>>(kM * kN);
   launch(gemm::gemm<T, kBug>, dim3(2, 2), gemm::kThreads, kShared, a.data(), b.data(), c.data(), kM, kN, kK);
-  std::vector<gemm::Accumulator<T>> want(kM * kN);
+  Vector<gemm::Accumulator<T>> want(kM * kN);
   for (int m = 0; m < kM; ++m) {
     for (int n = 0; n < kN; ++n) {
       float sum = 0;
@@ -61,7 +61,7 @@ void run_dequantize() {
   const auto packed = generate(kN, [&] { return random.bits(); });
   auto y = poisoned<uint4>(kN);
   launch(dequantize::dequantize<kBug>, 2, 64, 0, packed.data(), reinterpret_cast<uint32_t*>(y.data()), kN);
-  std::vector<float> got, want;
+  Vector<float> got, want;
   for (int i = 0; i < kN * 8; ++i) {
     got.push_back(__half2float(reinterpret_cast<const __half*>(y.data())[i]));
     want.push_back(static_cast<float>(packed[i / 8] >> (4 * (i % 8)) & 15) - 8);
@@ -76,12 +76,12 @@ void run_flip() {
   struct alignas(16) Matrix {
     uint16_t element[kElements];
   };
-  std::vector<Matrix> x(kBlocks), y(kBlocks);
+  Vector<Matrix> x(kBlocks), y(kBlocks);
   for (Matrix& matrix : x) {
     for (uint16_t& e : matrix.element) e = static_cast<uint16_t>(random.below(0xffff));
   }
   launch(flip::flip<kBug>, kBlocks, 32, 0, x[0].element, y[0].element);
-  std::vector<int> got, want;
+  Vector<int> got, want;
   for (int b = 0; b < kBlocks; ++b) {
     for (int i = 0; i < kElements; ++i) {
       got.push_back(y[b].element[i]);

@@ -11,8 +11,27 @@
 
 #include "cuda/launch.h"
 #include "emulator/cases.h"
+#if defined(__CUDACC__)
+#include "emulator/hardware.cuh"
+#endif
 
 namespace cases {
+
+// Of what kernels read and write.
+#if defined(__CUDACC__)
+template <class T>
+using Vector = std::vector<T, hardware::Allocator<T>>;
+using hardware::launch;
+#else
+template <class T>
+using Vector = std::vector<T>;
+
+template <class... Params>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
+            const std::type_identity_t<Params>&... args) {
+  static_cast<void>(qops::cuda::launch(kernel, grid, block, shared_bytes, cudaStream_t{}, args...));
+}
+#endif
 
 class Random {
  public:
@@ -31,7 +50,7 @@ class Random {
 
 template <class F>
 auto generate(std::size_t n, F&& next) {
-  std::vector<std::remove_cvref_t<decltype(next())>> values;
+  Vector<std::remove_cvref_t<decltype(next())>> values;
   values.reserve(n);
   for (std::size_t i = 0; i < n; ++i) values.push_back(next());
   return values;
@@ -39,25 +58,19 @@ auto generate(std::size_t n, F&& next) {
 
 // What a kernel writes starts out as NaN, or as -1.
 template <class T>
-std::vector<T> poisoned(std::size_t n) {
-  std::vector<T> values(n);
+Vector<T> poisoned(std::size_t n) {
+  Vector<T> values(n);
   std::memset(static_cast<void*>(values.data()), 0xff, n * sizeof(T));
   return values;
 }
 
 template <class T>
-void require_equal(const std::vector<T>& got, const std::vector<T>& want) {
+void require_equal(const Vector<T>& got, const Vector<T>& want) {
   for (std::size_t i = 0; i < want.size(); ++i) {
     if (got[i] == want[i]) continue;
     throw WrongResult("element " + std::to_string(i) + " of " + std::to_string(want.size()) + " is " +
                       std::to_string(got[i]) + ", should be " + std::to_string(want[i]));
   }
-}
-
-template <class... Params>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
-            const std::type_identity_t<Params>&... args) {
-  static_cast<void>(qops::cuda::launch(kernel, grid, block, shared_bytes, cudaStream_t{}, args...));
 }
 
 }  // namespace cases

@@ -94,15 +94,15 @@ __global__ void message(uint32_t* word, uint32_t* flag, uint32_t* received, uint
 }
 
 // What sm_90a alone has: two warpgroups that move registers from one to the other.
-#if !defined(__CUDACC__)
-__global__ void registers(int* y) {
+__global__ void __launch_bounds__(256, 1) registers(int* y) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<40>();
   } else {
     ptx::setmaxnreg_inc<232>();
   }
+#endif
   y[threadIdx.x] = static_cast<int>(threadIdx.x);
 }
-#endif
 
 }  // namespace instructions
