@@ -251,7 +251,7 @@ def reference(op: str, problem: Problem) -> tuple[Tensor, ...]:
         return (sums * at(problem.w_scale, columns).double() * at(problem.scale).double()[:, None],)
     if isinstance(problem, Int4Gemm | Int8WeightOnlyGemm):
         assert columns is not None
-        return (at(problem.x).double() @ dequantize(problem, columns).T,)
+        return (at(problem.x).double() @ dequantize(problem, columns).cpu().T,)
     if isinstance(problem, Norm):
         z, weight = at(problem.x), problem.weight.cpu()
         if problem.residual is not None:
@@ -273,21 +273,23 @@ def reference(op: str, problem: Problem) -> tuple[Tensor, ...]:
     return _int8_rows(y) if op.endswith("_int8") else (y,)
 
 
-def dequantize(problem: Int4Gemm | Int8WeightOnlyGemm, rows: Tensor | None = None) -> Tensor:
-    """The exact weight in float64 ``[N, K]``, or the named rows of it, on the CPU."""
+def dequantize(
+    problem: Int4Gemm | Int8WeightOnlyGemm, rows: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The weight ``[N, K]``, or the named rows of it, computed in ``dtype``: float64 is exact."""
 
     def at(tensor: Tensor) -> Tensor:
-        return (tensor if rows is None else tensor[rows.to(tensor.device)]).cpu()
+        return tensor if rows is None else tensor[rows.to(tensor.device)]
 
-    scales = at(problem.scales).double()[..., None]
+    scales = at(problem.scales).to(dtype)[..., None]
     if isinstance(problem, Int8WeightOnlyGemm):
-        codes = at(problem.codes).double().view(*scales.shape[:2], problem.group_size)
+        codes = at(problem.codes).to(dtype).view(*scales.shape[:2], problem.group_size)
         return (codes * scales).flatten(1)
     qweight = at(problem.qweight)
-    codes = torch.stack((qweight & 15, qweight >> 4), dim=-1).double().view(*scales.shape[:2], problem.group_size)
+    codes = torch.stack((qweight & 15, qweight >> 4), dim=-1).to(dtype).view(*scales.shape[:2], problem.group_size)
     if problem.zeros is None:
         return (scales * (codes - 8)).flatten(1)
-    zeros = at(problem.zeros).double()[..., None]
+    zeros = at(problem.zeros).to(dtype)[..., None]
     weight = scales * codes + zeros if problem.kind == "offset" else scales * (codes - zeros)
     return weight.flatten(1)
 

@@ -4,4 +4,4 @@ A module has a list ``PROVIDERS`` and imports what it wraps inside ``build``, so
 """
 
 # In the order of tables, ours first.
-MODULES = ["ours"]
+MODULES = ["ours", "vendor", "eager", "compiled"]
