@@ -175,9 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--noise", type=float, default=NOISE, help="an interval this close to 1 is no difference; default: %(default)s"
     )
-    parser.add_argument(
-        "--across-machines", action="store_true", help="compare runs of different machines all the same"
-    )
+    parser.add_argument("--across-machines", action="store_true", help="different machines are no error")
     options = parser.parse_args(arguments)
     if len(options.files) > 2:
         parser.error("one file or two")

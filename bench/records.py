@@ -68,7 +68,7 @@ def vendor(provider: str) -> bool:
 
 def dense(provider: str) -> bool:
     """The vendor library's GEMM of unquantised weights, which a quantised one has to beat to be worth its error."""
-    return vendor(provider) and re.search(r"\b(bf16|fp16|f16|fp32|f32)\b", provider) is not None
+    return vendor(provider) and re.search(r"F\.linear|\b(bf16|fp16)\b", provider) is not None
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Case:
         return provider in self.rows and not self.rows[provider].error
 
     def peers(self) -> list[Row]:
-        """Fastest first."""
-        peers = [r for name, r in self.rows.items() if name not in (OURS, LIMIT) and not r.error]
+        """Fastest first, without our own operators one by one."""
+        peers = [r for name, r in self.rows.items() if name != LIMIT and not name.startswith(OURS) and not r.error]
         return sorted(peers, key=lambda r: (r.median_us, r.provider))
 
     def dense(self) -> Row | None:
