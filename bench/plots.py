@@ -3,8 +3,8 @@ matplotlib, which ``draw`` alone needs.
 
 All colours are of middle luminance, with a contrast of at least 3 against white and against GitHub's dark grey, and
 stay apart under three kinds of colour blindness; the background is transparent. Lines also differ in marker, and carry
-their names. A file holds the hash of what it shows: another version of matplotlib or of its fonts writes other bytes for the
-same data, so that a check of bytes would fail where nothing is wrong.
+their names. A file holds the hash of what it shows: another version of matplotlib or of its fonts writes other bytes
+for the same data, so that a check of bytes would fail where nothing is wrong.
 """
 
 from __future__ import annotations
@@ -351,9 +351,11 @@ def draw(figure: Figure) -> str:
 
 
 def _compact(svg: str) -> str:
-    """A third of the bytes: no indentation, two decimals, and styles that many marks have in common as classes."""
-    text = re.sub(r"\n\s+|(?<=\d)\n(?=[LMCz])", "\n", svg)
-    text = re.sub(r"(?<=\d\.\d{2})\d+", "", text)
+    """A third of the bytes: no indentation, tenths of a point, short names of markers, common styles as classes."""
+    text = re.sub(r"\s*\n\s*", "\n", svg)
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(?<=\d\.\d)\d+", "", tag[0]), text)
+    for i, marker in enumerate(dict.fromkeys(re.findall(r'"#(m[0-9a-f]{10})"', text))):
+        text = text.replace(marker, f"m{i}")
     styles = Counter(re.findall(r'<use [^>]*style="([^"]*)"', text))
     names = {style: f"c{i}" for i, style in enumerate(sorted(styles))}
     text = re.sub(r'(<use [^>]*)style="([^"]*)"', lambda match: f'{match[1]}class="{names[match[2]]}"', text)
