@@ -110,6 +110,8 @@ WEIGHT_ONLY = ("int4_gemm", "int8_weight_only_gemm")
 GEMMS = (*WEIGHT_ONLY, "int8_gemm")
 NORMS = ("rms_norm", "add_rms_norm", "rms_norm_int8", "add_rms_norm_int8")
 QUANTIZERS = ("quantize_int8", "quantize_int8_asym", "quantize_int8_static")
+# What a row's scale and zero point take.
+SCALE_BYTES = {"quantize_int8": 4, "quantize_int8_asym": 8, "quantize_int8_static": 0}
 ROTARIES = ("rotary", "qk_norm_rotary")
 SILUS = ("silu_mul", "silu_mul_int8")
 OPS = (*GEMMS, *NORMS, *QUANTIZERS, *ROTARIES, *SILUS)
@@ -323,8 +325,7 @@ def bytes_and_flops(op: str, axes: Axes) -> tuple[int, int]:
         return t * row + h * size, t * h * (4 + added + 3 * quantized)
     if op in QUANTIZERS:
         t, k = _sizes(axes, "T K")
-        per_row = {"quantize_int8": 4, "quantize_int8_asym": 8, "quantize_int8_static": 0}[op]
-        return t * (k * (size + 1) + per_row), 3 * t * k
+        return t * (k * (size + 1) + SCALE_BYTES[op]), 3 * t * k
     if op in ROTARIES:
         t, q_heads, k_heads, d = _sizes(axes, "T Hq Hk D")
         elements = t * (q_heads + k_heads) * d
@@ -334,6 +335,25 @@ def bytes_and_flops(op: str, axes: Axes) -> tuple[int, int]:
     if op == "silu_mul_int8":
         return outputs * (2 * size + 1) + 4 * t, 8 * outputs
     return 3 * outputs * size, 5 * outputs
+
+
+def written_bytes(op: str, axes: Axes) -> int:
+    """The part of the bytes that are results."""
+    size = dtype_of(axes).itemsize
+    if op in GEMMS:
+        m, n = _sizes(axes, "M N")
+        return m * n * size
+    if op in NORMS:
+        t, h = _sizes(axes, "T H")
+        return t * ((h + 4 if op.endswith("_int8") else h * size) + (h * size if op.startswith("add_") else 0))
+    if op in QUANTIZERS:
+        t, k = _sizes(axes, "T K")
+        return t * (k + SCALE_BYTES[op])
+    if op in ROTARIES:
+        t, q_heads, k_heads, d = _sizes(axes, "T Hq Hk D")
+        return t * (q_heads + k_heads) * d * size
+    t, columns = _sizes(axes, "T I")
+    return t * (columns + 4 if op == "silu_mul_int8" else columns * size)
 
 
 def weight_bytes(op: str, axes: Axes, bits: int | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.peers import MODULES
@@ -12,6 +12,7 @@ from bench.problems import Axes, Result
 
 OURS = "qops"
 LIMIT = "limit"
+DEFAULT_MODULES = tuple(f"bench.peers.{name}" for name in MODULES)
 # Largest error of a result, relative to its largest value. These tell a rounding from another operation, not good
 # roundings from bad ones: the error itself stands in every row, beside the class.
 LARGEST_ERROR = 0.02
@@ -68,10 +69,10 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def all(op: str, device: str) -> list[Provider]:
+def all(op: str, device: str, modules: Sequence[str] = DEFAULT_MODULES) -> list[Provider]:
     """Every provider of an operator on a kind of device, ours first, installed or not."""
-    modules = [importlib.import_module(f"bench.peers.{name}") for name in MODULES]
-    found = [p for module in modules for p in module.PROVIDERS if p.op == op and device in p.devices]
+    lists = [importlib.import_module(name).PROVIDERS for name in modules]
+    found = [p for providers in lists for p in providers if p.op == op and device in p.devices]
     names = [provider.name for provider in found]
     assert len(set(names)) == len(names), f"{op}: providers of one name: {names}"
     return found
