@@ -158,18 +158,18 @@ class Packages(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         file = self.file(module)
         if file is None:
             return None
-        parent = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, Definition) and node.name == name:
-                return node
-            targets = node.targets if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) else ()
-            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-                return self.definition(module, node.value.id)
-            if isinstance(node, ast.ImportFrom) and node.level <= 1:
-                origin = f"{parent}.{node.module or ''}".rstrip(".") if node.level else node.module or ""
-                for alias in node.names:
-                    if alias.name == "*" or (alias.asname or alias.name) == name:
-                        found = self.definition(origin, name if alias.name == "*" else alias.name)
-                        if found is not None:
-                            return found
+            match node:
+                case ast.FunctionDef(name=defined) | ast.ClassDef(name=defined) if defined == name:
+                    return node
+                case ast.Assign(targets=[ast.Name(id=defined)], value=ast.Name(id=other)) if defined == name != other:
+                    return self.definition(module, other)
+                case ast.ImportFrom(level=0 | 1, module=source, names=aliases):
+                    origin = ".".join(part for part in (package if node.level else "", source) if part)
+                    for alias in aliases:
+                        if alias.name == "*" or (alias.asname or alias.name) == name:
+                            found = self.definition(origin, name if alias.name == "*" else alias.name)
+                            if found is not None:
+                                return found
         return None
