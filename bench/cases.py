@@ -1,0 +1,199 @@
+"""Which cases there are: the layers of real models, awkward shapes, and how many tokens; and selections of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from bench import problems
+
+# (N, K) of the projections of a layer, merged as inference engines merge them.
+LAYERS = {
+    "llama3-8b qkv": (6144, 4096),
+    "llama3-8b o": (4096, 4096),
+    "llama3-8b gate_up": (28672, 4096),
+    "llama3-8b down": (4096, 14336),
+    "llama3-70b qkv": (10240, 8192),
+    "llama3-70b o": (8192, 8192),
+    "llama3-70b gate_up": (57344, 8192),
+    "llama3-70b down": (8192, 28672),
+    "qwen2.5-7b qkv": (4608, 3584),
+    "qwen2.5-7b o": (3584, 3584),
+    "qwen2.5-7b gate_up": (37888, 3584),
+    "qwen2.5-7b down": (3584, 18944),
+    "smollm2-135m qkv": (960, 576),
+    "smollm2-135m o": (576, 576),
+    "smollm2-135m gate_up": (3072, 576),
+    "smollm2-135m down": (576, 1536),
+    "smollm2-135m lm_head": (49152, 576),
+    # A model over several GPUs: of 2, and of 8.
+    "llama3-8b tp2 qkv": (3072, 4096),
+    "llama3-8b tp2 o": (4096, 2048),
+    "llama3-8b tp2 gate_up": (14336, 4096),
+    "llama3-8b tp2 down": (4096, 7168),
+    "llama3-70b tp8 qkv": (1280, 8192),
+    "llama3-70b tp8 o": (8192, 1024),
+    "llama3-70b tp8 gate_up": (7168, 8192),
+    "llama3-70b tp8 down": (8192, 3584),
+    # Sizes that are multiples of little.
+    "deepseek-v2-lite down": (2048, 10944),
+    "qwen2.5-72b down": (8192, 29568),
+    "moe expert": (704, 2048),
+    "deepseek-v3 qkv_a": (2112, 7168),
+}
+# With the numbers beside powers of two, which show cliffs.
+ROWS = (1, 2, 4, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096, 8192)
+# SmolLM2 135M, Qwen2.5 7B, Llama 3 8B and 70B.
+HIDDEN = (576, 3584, 4096, 8192)
+INTERMEDIATE = (1536, 18944, 14336, 28672)
+# Heads of q, of k, head dimension: SmolLM2, Llama 3 8B and 70B; with norms, Qwen3 0.6B and 8B, Gemma 3 1B.
+HEADS = {
+    "rotary": ((9, 3, 64), (32, 8, 128), (64, 8, 128)),
+    "qk_norm_rotary": ((16, 8, 128), (32, 8, 128), (4, 1, 256)),
+}
+RULES = {
+    "quantize_int8": ("127", "compressed-tensors", "torchao"),
+    "quantize_int8_asym": ("asym",),
+    "quantize_int8_static": ("static",),
+}
+KINDS = ("symmetric", "zero_point", "offset")
+
+# Few tokens are found in the cache, where the layer before has just written them; many are not.
+HOT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator and what tells this computation from others of it."""
+
+    op: str
+    axes: dict[str, int | str]
+
+    def __str__(self) -> str:
+        return " ".join((self.op, *(f"{name}={value}" for name, value in self.axes.items())))
+
+    def with_axes(self, **axes: int | str) -> Case:
+        """The same, with more axes."""
+        return Case(self.op, {**self.axes, **axes})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is run of everything; None is all of it."""
+
+    layers: frozenset[str] | None = None
+    rows: frozenset[int] | None = None
+    widths: frozenset[int] | None = None
+    hot_weights: bool = True
+    hot_and_cold: bool = True
+    kinds: frozenset[str] = frozenset(KINDS)
+    dtypes: tuple[str, ...] = ("bfloat16",)
+
+
+FULL = Selection(dtypes=("bfloat16", "float16"))
+_CPU_WIDTHS = frozenset({576, 4096, 1536, 14336})
+# A quarter of an hour on two cores, one thread and then two, with every peer.
+CPU = Selection(
+    layers=frozenset({"llama3-8b o", "smollm2-135m gate_up", "smollm2-135m down"}),
+    rows=frozenset({1, 4, 16, 64, 256}),
+    widths=_CPU_WIDTHS,
+    hot_weights=False,
+    hot_and_cold=False,
+    kinds=frozenset({"symmetric"}),
+)
+# Two minutes.
+CPU_QUICK = Selection(
+    layers=frozenset({"llama3-8b o"}),
+    rows=frozenset({1, 64}),
+    widths=frozenset({4096, 14336}),
+    hot_weights=False,
+    hot_and_cold=False,
+    kinds=frozenset({"symmetric"}),
+)
+CUDA = Selection(
+    layers=frozenset(
+        {
+            *(name for name in LAYERS if name.startswith("llama3-8b ") and " tp" not in name),
+            "llama3-70b tp8 gate_up",
+            "llama3-70b tp8 down",
+            "qwen2.5-7b down",
+            "moe expert",
+        }
+    ),
+    rows=frozenset({1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 1024, 4096}),
+    widths=frozenset({576, 4096, 8192, 14336}),
+    kinds=frozenset({"symmetric"}),
+)
+CUDA_QUICK = Selection(
+    layers=frozenset({"llama3-8b o", "llama3-8b down"}),
+    rows=frozenset({1, 16, 256, 4096}),
+    widths=frozenset({4096, 14336}),
+    hot_weights=False,
+    kinds=frozenset({"symmetric"}),
+)
+SELECTIONS = {
+    ("cpu", "default"): CPU,
+    ("cpu", "quick"): CPU_QUICK,
+    ("cpu", "full"): FULL,
+    ("cuda", "default"): CUDA,
+    ("cuda", "quick"): CUDA_QUICK,
+    ("cuda", "full"): FULL,
+}
+
+
+def group_size(k: int) -> int:
+    """128, or 64 for the sizes that it does not divide."""
+    return 128 if k % 128 == 0 else 64
+
+
+def cases(op: str, selection: Selection) -> Iterator[Case]:
+    """Those of an operator."""
+    for dtype in selection.dtypes:
+        if op in problems.GEMMS:
+            yield from _gemms(op, dtype, selection)
+            continue
+        for shape in _shapes(op, selection):
+            for tokens in _chosen(TOKENS, selection.rows):
+                both = ("hot", "cold") if selection.hot_and_cold else ("hot" if tokens < HOT_TOKENS else "cold",)
+                for cache in both:
+                    yield Case(op, {"T": tokens, **shape, "dtype": dtype, "cache": cache})
+
+
+def _chosen(sizes: Iterable[int], wanted: frozenset[int] | None) -> list[int]:
+    return [size for size in sizes if wanted is None or size in wanted]
+
+
+def _gemms(op: str, dtype: str, selection: Selection) -> Iterator[Case]:
+    """A kind of weight but the first is another format of the same bytes: for one layer."""
+    for layer, (n, k) in LAYERS.items():
+        if selection.layers is not None and layer not in selection.layers:
+            continue
+        for m in _chosen(ROWS, selection.rows):
+            for cache in ("cold", "hot") if selection.hot_weights else ("cold",):
+                axes: dict[str, int | str] = {"layer": layer, "M": m, "N": n, "K": k}
+                if op == "int8_gemm":
+                    yield Case(op, {**axes, "dtype": dtype, "cache": cache})
+                    continue
+                group = group_size(k) if op == "int4_gemm" else 32
+                kinds = [kind for kind in KINDS if kind in selection.kinds] if op == "int4_gemm" else [""]
+                for kind in kinds:
+                    # Offsets come in the groups of GGUF.
+                    sizes = {"G": 32 if kind == "offset" else group, "dtype": dtype}
+                    yield Case(op, {**axes, **sizes, **({"kind": kind} if kind else {}), "cache": cache})
+
+
+def _shapes(op: str, selection: Selection) -> list[dict[str, int | str]]:
+    if op in problems.ROTARIES:
+        return [{"Hq": hq, "Hk": hk, "D": d} for hq, hk, d in HEADS[op]]
+    if op in problems.SILUS:
+        return [{"I": width} for width in _chosen(INTERMEDIATE, selection.widths)]
+    if op in problems.NORMS:
+        return [{"H": width} for width in _chosen(HIDDEN, selection.widths)]
+    return [{"K": width, "rule": rule} for width in _chosen(HIDDEN, selection.widths) for rule in RULES[op]]
+
+
+def interleaved(lists: Sequence[Sequence[Case]]) -> list[Case]:
+    """The first of each, then the second: a run that is cut short has something of every operator."""
+    longest = max(map(len, lists), default=0)
+    return [cases[i] for i in range(longest) for cases in lists if i < len(cases)]

@@ -1,0 +1,91 @@
+"""SGLang's kernels (sglang-kernel), from the shared object of its wheel for sm_90.
+
+Its fused norm and rotary embedding computes the cosines itself from a base and a scaling, which is another operator.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.peers import libraries
+from bench.peers.layouts import multiples
+from bench.peers.vllm_rows import cos_sin_cache, one_qkv
+from bench.problems import Axes, Int8Gemm, Norm, Result, Rotary, SiluMul
+from bench.providers import Provider
+
+REQUIRES = ("sglang-kernel",)
+LIBRARY = "sgl_kernel/sm90/common_ops.abi3.so"
+NEEDS = ("libnuma.so.1",)
+PDL = True  # as its own wrappers choose on Hopper
+
+
+def ops() -> Any:
+    libraries.load(LIBRARY, NEEDS)
+    return torch.ops.sgl_kernel
+
+
+def int8_gemm(p: Int8Gemm) -> Callable[[], Result]:
+    columns = p.codes.clone().T
+    return functools.partial(ops().int8_scaled_mm, p.q, columns, p.scale, p.w_scale.clone(), p.out_dtype, None)
+
+
+def rms_norm(p: Norm) -> Callable[[], Result]:
+    op, y = ops().rmsnorm, torch.empty_like(p.x)
+
+    def call() -> Tensor:
+        op(y, p.x, p.weight, p.eps, PDL)
+        return y
+
+    return call
+
+
+def add_rms_norm(p: Norm) -> Callable[[], Result]:
+    assert p.residual is not None
+    op, x, residual = ops().fused_add_rmsnorm, p.x.clone(), p.residual.clone()
+
+    def call() -> tuple[Tensor, Tensor]:
+        op(x, residual, p.weight, p.eps, PDL)
+        return x, residual
+
+    return call
+
+
+def rotary(p: Rotary) -> Callable[[], Result]:
+    op, head = ops().rotary_embedding, p.q.shape[2]
+    positions, cache = cos_sin_cache(p, p.q.dtype)
+    _, q, k = one_qkv(p)
+
+    def call() -> tuple[Tensor, Tensor]:
+        op(positions, q.flatten(1), k.flatten(1), head, cache, True)
+        return q, k
+
+    return call
+
+
+def silu_mul(p: SiluMul) -> Callable[[], Result]:
+    op = ops().silu_and_mul
+    y = torch.empty(p.gate_up.shape[0], p.gate_up.shape[1] // 2, dtype=p.gate_up.dtype, device=p.gate_up.device)
+
+    def call() -> Tensor:
+        op(y, p.gate_up)
+        return y
+
+    return call
+
+
+def _gemm_unsupported(device: str, axes: Axes) -> str | None:
+    return multiples(8, 16)(int(axes["N"]), int(axes["K"]))
+
+
+PROVIDERS = [
+    Provider("sglang", "int8_gemm", ("cuda",), int8_gemm, "exact sums", REQUIRES, unsupported=_gemm_unsupported),
+    Provider("sglang", "rms_norm", ("cuda",), rms_norm, "rounded once", REQUIRES),
+    Provider("sglang", "add_rms_norm", ("cuda",), add_rms_norm, "fp32 sum of x and residual, in place", REQUIRES),
+    Provider("sglang", "rotary", ("cuda",), rotary, "cosines in x's dtype, rounded once, in place", REQUIRES),
+    Provider("sglang", "silu_mul", ("cuda",), silu_mul, "rounded once", REQUIRES),
+]

@@ -1,0 +1,245 @@
+"""The rounds of a case: every provider in a process of its own, one sample each in turn, A B C, B C A, C A B."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import problems
+from bench.cases import Case
+from bench.providers import DEFAULT_MODULES, LIMIT, OURS, Provider
+from bench.timing import Protocol
+
+ROOT = Path(__file__).resolve().parent.parent
+# A provider whose process has crashed or hung so many times is not started again.
+MOST_CRASHES = 3
+START_SECONDS = 120.0
+# Of the memory that is free, all providers together: some hold their weights twice.
+MEMORY_SHARE = 0.5
+CUDA_MEMORY_SHARE = 0.7
+
+
+class Failure(Exception):
+    """Why a provider has no time."""
+
+
+class WorkerProcess:
+    """A worker, on CPUs of its own choice, that runs only while it is asked: idle threads of others do not spin."""
+
+    def __init__(
+        self, device: str, threads: int, cpus: Sequence[int], modules: Sequence[str], protocol: Protocol
+    ) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        self._stops = device == "cpu"
+        options = {
+            "file": theirs.fileno(),
+            "device": device,
+            "threads": threads,
+            "modules": list(modules),
+            "protocol": asdict(protocol),
+        }
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }
+        self._errors = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (as long as the process)
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cpus)  # children inherit it, and so do all threads of theirs
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bench.worker", json.dumps(options)],
+                cwd=ROOT,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                start_new_session=True,  # Ctrl-C is the parent's
+            )
+        finally:
+            os.sched_setaffinity(0, before)
+        theirs.close()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, method: str, timeout: float, **arguments: Any) -> Any:
+        """What the method returns. Raises Failure when it raises; the process is gone when it crashes or hangs."""
+        try:
+            if self._stops:
+                os.killpg(self._process.pid, signal.SIGCONT)
+            self._connection.send((method, arguments))
+            if not self._connection.poll(timeout):
+                self.kill()
+                raise Failure(f"no answer in {timeout:.0f} s")
+            good, answer = self._connection.recv()
+            if self._stops:
+                os.killpg(self._process.pid, signal.SIGSTOP)
+        except (EOFError, ConnectionError, ProcessLookupError):
+            raise Failure(self._last_words()) from None
+        if not good:
+            raise Failure(answer)
+        return answer
+
+    def _last_words(self) -> str:
+        self.kill()
+        code = self._process.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f"crashed: {how}" + (f": {lines[-1][:300]}" if lines else "")
+
+    def kill(self) -> None:
+        """With all processes that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._connection.close()
+
+
+def new_row(case: Case, name: str, accuracy: str) -> dict[str, Any]:
+    """A row of the JSON document before anything was measured."""
+    moved, flops = problems.bytes_and_flops(case.op, case.axes)
+    return {
+        "op": case.op,
+        "provider": name,
+        "axes": dict(case.axes),
+        "accuracy": accuracy,
+        "bytes": moved,
+        "flops": flops,
+        "max_err": None,
+        "rotated_inputs": 0,
+        "calls_per_sample": 0,
+        "error": None,
+        "samples_us": [],
+    }
+
+
+def rounds_of(costs: Sequence[float], protocol: Protocol) -> int:
+    """How many rounds of samples that take so many seconds fit into the time of a case."""
+    fitting = int(protocol.case_seconds / max(sum(costs), 1e-9))
+    return max(protocol.least_rounds, min(protocol.rounds, fitting))
+
+
+def turns(names: Sequence[str], index: int) -> list[str]:
+    """The order of a round: another one goes first each time."""
+    first = index % max(1, len(names))
+    return [*names[first:], *names[:first]]
+
+
+class Session:
+    """The workers of one device and thread count, which live from case to case."""
+
+    def __init__(
+        self,
+        device: str,
+        threads: int,
+        cpus: Sequence[int],
+        protocol: Protocol,
+        modules: Sequence[str] = DEFAULT_MODULES,
+        clocks: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        self._device, self._threads, self._cpus, self._protocol, self._modules = (
+            device,
+            threads,
+            cpus,
+            protocol,
+            modules,
+        )
+        self._clocks = clocks
+        self._workers: dict[str, WorkerProcess] = {}
+        self._crashes: Counter[str] = Counter()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._workers.values():
+            worker.kill()
+        self._workers.clear()
+
+    def ask(self, name: str, method: str, **arguments: Any) -> Any:
+        """Of the process that serves a provider; the limit is measured in ours."""
+        process = OURS if name == LIMIT else name
+        worker = self._workers.get(process)
+        if worker is None or not worker.alive:
+            if self._crashes[process] >= MOST_CRASHES:
+                raise Failure(f"given up after {MOST_CRASHES} crashes")
+            worker = self._workers[process] = self._start()
+        try:
+            return worker.ask(method, self._protocol.timeout_seconds, **arguments)
+        finally:
+            if not worker.alive:
+                self._crashes[process] += 1
+
+    def run(self, case: Case, offered: Sequence[Provider]) -> list[dict[str, Any]]:
+        """The rows of a case. Whatever a provider does, the others have theirs."""
+        rows = {p.name: new_row(case, p.name, p.accuracy) for p in offered}
+        rows[LIMIT] = new_row(case, LIMIT, "")
+        try:
+            costs = self._prepare(case, rows)
+            self._measure(rows, rounds_of(list(costs.values()), self._protocol), list(costs))
+        finally:
+            for name, worker in self._workers.items():
+                if worker.alive:
+                    with contextlib.suppress(Failure):
+                        self.ask(name, "release")
+        return list(rows.values())
+
+    def _prepare(self, case: Case, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+        """What a sample of each provider takes that can be timed."""
+        memory_bytes = free_memory_bytes(self._device) // len(rows)
+        costs = {}
+        for name, row in rows.items():
+            try:
+                found = self.ask(name, "prepare", name=name, op=case.op, axes=case.axes, memory_bytes=memory_bytes)
+            except Failure as failure:
+                row["error"] = str(failure)
+                continue
+            costs[name] = found.pop("seconds")
+            row.update(found)
+        return costs
+
+    def _measure(self, rows: dict[str, dict[str, Any]], rounds: int, names: list[str]) -> None:
+        for index in range(rounds):
+            for name in turns(names, index):
+                row = rows[name]
+                try:
+                    sample = self.ask(name, "sample", name=name)
+                except Failure as failure:
+                    row["error"], row["samples_us"] = str(failure), []
+                    names.remove(name)
+                    continue
+                row["samples_us"].append(sample.pop("us"))
+                for key, value in sample.items():
+                    row.setdefault(key, []).append(value)
+            if self._clocks and index in (0, rounds // 2, rounds - 1):
+                rows[LIMIT].setdefault("clocks", []).append(self._clocks())
+
+
+def free_memory_bytes(device: str) -> int:
+    """What all providers of a case may hold."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return int(CUDA_MEMORY_SHARE * free)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return int(MEMORY_SHARE * 1024 * available)
