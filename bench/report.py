@@ -1,8 +1,9 @@
 """Pages, plots and the README's tables from JSON: ``python -m bench.report bench/results/*.json``.
 
 Writes, beside this file, ``RESULTS.md`` (with several machines, an index of ``RESULTS-<machine>.md``) and ``plots/``,
-and what stands between the markers of README.md. With ``--out DIR`` pages and plots go there, and README.md stays as it
-is. ``--check`` writes nothing and fails where a file is not what the JSON gives. Only drawing needs matplotlib.
+and what stands between the markers of README.md and, where a GPU was measured, of ``TARGETS.md``. With ``--out DIR``
+all but README.md go there, and that stays as it is. ``--check`` writes nothing and fails where a file is not what the
+JSON gives. Only drawing needs matplotlib.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import plots, tables
+from bench import plots, tables, targets
 from bench.records import SCHEMA, Document, Machine, machines, parse
 
 BENCH = Path(__file__).resolve().parent
 README = BENCH.parent / "README.md"
 BEGIN = "<!-- bench: begin; python -m bench.report writes what follows -->\n"
+TARGETS = "TARGETS.md"
 END = "<!-- bench: end -->\n"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a set of documents gives. Paths are relative to the folder of the pages."""
+    """What a set of documents gives: files, by their paths from the folder of the pages, and parts of files."""
 
     pages: dict[str, str]
     figures: dict[str, plots.Figure]
     readme: str
+    targets: str
 
 
 def figures_of(machine: Machine) -> dict[str, list[plots.Figure]]:
@@ -52,16 +55,25 @@ def report(documents: Iterable[Document]) -> Report:
         pages[name] = tables.page(machine, shown)
     if len(found) > 1:
         pages["RESULTS.md"] = tables.index({machine.title: name for name, machine in names.items()})
-    return Report(pages, figures, tables.readme_section({f"bench/{name}": m for name, m in names.items()}))
+    summary = tables.readme_section({f"bench/{name}": machine for name, machine in names.items()})
+    return Report(pages, figures, summary, targets.section(found))
 
 
 def with_section(readme: str, section: str) -> str:
-    """README.md with other text between the markers."""
+    """A page with other text between its markers."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README.md must hold the lines {BEGIN.strip()} and {END.strip()}")
+        raise ValueError(f"a page must hold the lines {BEGIN.strip()} and {END.strip()}")
     return f"{before}{begin}\n{section}\n{end}{after}"
+
+
+def _sections(expected: Report, folder: Path, readme: Path | None) -> Iterator[tuple[Path, str]]:
+    """Files of which a part is generated, and that part."""
+    if readme:
+        yield readme, expected.readme
+    if expected.targets:
+        yield folder / TARGETS, expected.targets
 
 
 def stale(expected: Report, folder: Path, readme: Path | None) -> list[str]:
@@ -82,8 +94,11 @@ def stale(expected: Report, folder: Path, readme: Path | None) -> list[str]:
             found.append(f"{name} shows other data")
     present = [path.relative_to(folder).as_posix() for p in ("RESULTS*.md", "plots/*.svg") for path in folder.glob(p)]
     found += [f"{name} has no results" for name in sorted({*present} - {*expected.pages} - {*expected.figures})]
-    if readme and readme.read_text() != with_section(readme.read_text(), expected.readme):
-        found.append(f"{readme.name} differs")
+    for path, section in _sections(expected, folder, readme):
+        if not path.exists():
+            found.append(f"{path.name} is missing")
+        elif path.read_text() != with_section(path.read_text(), section):
+            found.append(f"{path.name} differs")
     return found
 
 
@@ -95,8 +110,9 @@ def write(expected: Report, folder: Path, readme: Path | None) -> None:
     for name, text in {**expected.pages, **drawn}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    if readme:
-        readme.write_text(with_section(readme.read_text(), expected.readme))
+    for path, section in _sections(expected, folder, readme):
+        text = path.read_text() if path.exists() else f"# Targets\n\n{BEGIN}{END}"
+        path.write_text(with_section(text, section))
 
 
 def read_all(paths: Iterable[Path]) -> list[Document]:

@@ -35,9 +35,10 @@ above 1 qops is ahead. The fastest peer is bold. *Level*: the 95 % interval of t
 it. *Of the limit*: what the slower of memory and arithmetic would take at the speeds measured in the same round,
 divided by what qops takes.""".splitlines()
 HOW_TO_READ_THE_SUMMARY = """\
-How many times longer the fastest peer takes than qops, over all rounds of all cases of a line (weights and activations
-out of the caches, all threads); in how many cases qops is ahead beyond noise; and its share of what the machine's
-memory and arithmetic allow, measured in the same rounds. All cases and peers, and where qops loses:""".splitlines()
+How many times longer the fastest peer takes than qops, over all rounds of all cases of a line, every case counting the
+same (weights and activations out of the caches, all threads); in how many cases qops is ahead beyond noise; and its
+share of what the machine's memory and arithmetic allow, measured in the same rounds. All cases and peers, and where
+qops loses:""".splitlines()
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -54,6 +55,11 @@ def factor(value: float) -> str:
 
 def spread(samples: Sequence[float], text: Callable[[float], str]) -> str:
     return f"{text(quantile(samples, 0.2))} - {text(quantile(samples, 0.8))}"
+
+
+def pooled(samples: Iterable[Sequence[float]]) -> list[float]:
+    """Twenty quantiles of each, so that a case with more rounds does not count for more."""
+    return [quantile(values, (i + 0.5) / 20) for values in samples for i in range(20)]
 
 
 def percent(value: float | None) -> str:
@@ -113,9 +119,10 @@ def by_operator(cases: Iterable[Case]) -> dict[str, list[Case]]:
     return found
 
 
-def coarser(peer: Row, ours: Row) -> bool:
-    """Whether the peer buys its time with accuracy: it rounds the activations to 8 bits where we do not."""
-    return "int8 activations" in peer.accuracy and "int8 activations" not in ours.accuracy
+def coarser(peer: Row) -> bool:
+    """Whether the peer buys its time with accuracy: it rounds activations to 8 bits, which we do where that is asked
+    for alone."""
+    return "int8 activations" in peer.accuracy
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ def standing(case: Case, *, same_accuracy: bool = False) -> Standing | None:
     """Against the fastest peer; None where we or all peers have no time."""
     if not case.timed(OURS):
         return None
-    peers = [p for p in case.peers() if not (same_accuracy and coarser(p, case.rows[OURS]))]
+    peers = [p for p in case.peers() if not (same_accuracy and coarser(p))]
     return Standing(case, peers[0]) if peers else None
 
 
@@ -383,13 +390,13 @@ def _names(rows: Sequence[Row]) -> str:
     return ", ".join(ordered[:2] + more)
 
 
-def _pooled(found: Sequence[Standing]) -> str:
-    factors = [f for s in found for f in s.factors]
+def _factors(found: Sequence[Standing]) -> str:
+    factors = pooled(s.factors for s in found)
     return f"{factor(median(factors))} ({spread(factors, factor)})"
 
 
 def summary_rows(cases: Sequence[Case]) -> Iterator[tuple[str, ...]]:
-    """Cold caches, all threads. Pooled over all rounds of all cases of a line, so nothing was picked."""
+    """Cold caches, all threads. Nothing is picked: all cases of a line count, and count the same."""
     threads = max((int(case.axes.get("threads", 1)) for case in cases), default=1)
     cold = [c for c in cases if c.axes.get("cache") != "hot" and int(c.axes.get("threads", 1)) == threads]
     for op, ranges in SUMMARY.items():
@@ -401,15 +408,15 @@ def summary_rows(cases: Sequence[Case]) -> Iterator[tuple[str, ...]]:
             axis = rows_axis(members[0].axes)[0]
             present = sorted({rows_axis(s.case.axes)[1] for s in best})
             shares = [share for s in best if (share := share_of_limit(s.case, OURS)) is not None]
-            coarse = [s for s in standings(members) if coarser(s.peer, s.case.rows[OURS])]
+            coarse = [s for s in standings(members) if coarser(s.peer)]
             yield (
                 f"`{op}`",
                 f"{axis} {present[0]}" + (f" - {present[-1]}" if len(present) > 1 else ""),
                 _names([s.peer for s in best]),
-                _pooled(best),
+                _factors(best),
                 f"{sum(s.verdict == AHEAD for s in best)} / {len(best)}",
                 percent(median(shares)) if shares else "",
-                f"{_names([s.peer for s in coarse])}: {_pooled(coarse)}" if coarse else "",
+                f"{_names([s.peer for s in coarse])}: {_factors(coarse)}" if coarse else "",
             )
 
 

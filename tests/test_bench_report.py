@@ -220,6 +220,42 @@ def test_several_machines_have_an_index():
     assert "**Invented GPU**" in found.readme and "**Invented CPU, 2 threads, avx2**" in found.readme
 
 
+def test_summary_counts_every_case_the_same():
+    rng, rows = random.Random(0), []
+    for m, peer, rounds in ((65, 150.0, 30), (66, 300.0, 7), (67, 300.0, 7)):  # slow cases get fewer rounds
+        case = invented.case("int4_gemm", {"M": m, "N": 8, "K": 8}, {"qops": 100.0, "peer": peer}, rng)
+        rows += [{**row, "samples_us": row["samples_us"][:rounds]} for row in case]
+    section = report.report([records.parse("a.json", invented.document(rows))]).readme
+    (line,) = lines_with(section, "`int4_gemm`", "| M 65 - 67 |", "| 3 / 3 |")
+    assert 2.9 < float(line.split(" | ")[3].partition("x")[0]) < 3.1
+
+
+def test_targets(tmp_path):
+    """A dense GEMM at 4.4 times the limit, a peer at 1.25 times; ours does not matter."""
+    rng, rows, coarse = random.Random(0), [], {"coarse": invented.COARSE}
+    for m in (1, 8, 16):
+        axes: invented.Axes = {"M": m, "N": 14336, "K": 4096, "cache": "cold"}
+        us = {"qops": 500.0, "cublas F.linear": 440.0, "marlin": 125.0, "coarse": 110.0, records.LIMIT: 100.0}
+        rows += invented.case("int4_gemm", axes, us, rng, coarse)
+        rows += invented.case(
+            "int4_gemm", {**axes, "K": 512}, {**us, "cublas F.linear": 1.0}, rng, coarse
+        )  # a small layer
+    gpu = invented.document(rows, kind="cuda", name="Invented GPU")
+    expected = report.report([records.parse("a.json", gpu)])
+    dense, sixteen, peers = (line.strip("| ").split(" | ") for line in lines_with(expected.targets, "int4_gemm"))
+    assert dense[1:4] == ["M 1 - 8", "cublas F.linear", "2"] and sixteen[1] == "M 16"
+    assert dense[5] == "3.20x" and float(dense[6].rstrip("x")) == pytest.approx(0.88 * 4.4, rel=0.02)
+    assert dense[7] == "**3.20x**"  # the stated one
+    assert peers[1:4] == ["M 1 - 16", "marlin", "6"]
+    assert peers[7] == f"**{peers[6]}**" and float(peers[6].rstrip("x")) < 1.13  # the limit leaves no more
+    assert report.report([records.parse("a.json", invented.document(rows))]).targets == ""  # a CPU
+    assert report.stale(expected, tmp_path, None)[-1] == "TARGETS.md is missing"
+    (tmp_path / "TARGETS.md").write_text(f"By hand.\n{report.BEGIN}{report.END}")
+    assert report.stale(expected, tmp_path, None)[-1] == "TARGETS.md differs"
+    (tmp_path / "TARGETS.md").write_text(report.with_section(f"By hand.\n{report.BEGIN}{report.END}", expected.targets))
+    assert "TARGETS.md" not in " ".join(report.stale(expected, tmp_path, None))
+
+
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
