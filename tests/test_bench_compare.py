@@ -12,7 +12,7 @@ import pytest
 from bench import compare, stats
 from bench.records import LIMIT, parse
 
-import bench_documents as invented
+import invented_results as invented
 
 AXES = {"M": 1, "N": 64, "K": 64, "dtype": "bfloat16", "cache": "cold"}
 

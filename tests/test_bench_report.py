@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from bench import plots, records, report, tables
 
-import bench_documents as invented
+import invented_results as invented
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="draws plots: needs matplotlib (extra `bench`)"
