@@ -183,14 +183,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(runs) == 1:
         found = within_run(runs[0], options.provider, options.confidence)
     else:
-        machine = differences(dict(runs[0].machine), dict(runs[1].machine))
+        before, after = runs
+        machine = differences(dict(before.machine), dict(after.machine))
         if machine and not options.across_machines:
             sys.stderr.write("different machines (--across-machines compares them all the same):\n")
             sys.stderr.writelines(f"  {line}\n" for line in machine)
             return 2
-        for line in [*machine, *differences(runs[0].protocol, runs[1].protocol)]:
+        for line in [*machine, *differences(before.protocol, after.protocol)]:
             sys.stdout.write(f"WARNING: the runs differ in {line}\n")
-        found = between_runs(*runs, options.provider, options.relative_to, options.confidence)
+        found = between_runs(before, after, options.provider, options.relative_to, options.confidence)
     if not found.ratios and not found.broken:
         sys.stderr.write(f"nothing to compare: no case in which {options.provider} has times on both sides\n")
         return 2

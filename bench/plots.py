@@ -201,7 +201,7 @@ def figures(op: str, cases: Sequence[Case]) -> list[Figure]:
 
 LINEAR_UP_TO = 8
 _TICKS = tuple(step * 10**power for power in range(-3, 6) for step in (1, 2, 5))
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: small files, and the viewer's fonts
     "svg.hashsalt": "qops",  # else the names of clip paths are random
     "font.family": "sans-serif",

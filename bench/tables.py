@@ -19,6 +19,7 @@ NOISE = 0.02
 ROWS = ("M", "T")
 SHAPE = ("layer", "N", "K", "H", "I", "Hq", "Hk", "D")
 AHEAD, LEVEL, BEHIND = 1, 0, -1
+LARGE_BYTES = 4 << 20  # what a call moves where the bandwidth of memory can be seen; less is start-up
 WORST = 12  # lost cases listed before the tables; the tables have all of them
 
 # README.md: operator -> ranges of rows, one line each. Decoding is M <= 8; elementwise operators matter in prefill.
@@ -233,8 +234,8 @@ def crossovers(cases: Sequence[Case]) -> Iterator[str]:
         yield ""
 
 
-def case_table(cases: Sequence[Case]) -> Iterator[str]:
-    """Cases of one setting: a line each, a column a peer, with time and factor."""
+def case_table(cases: Sequence[Case], hot: Mapping[object, Case]) -> Iterator[str]:
+    """Cases of one setting: a line each, a column a peer, with time and factor; ``hot``: what may stand beside them."""
     name = rows_axis(cases[0].axes)[0]
     order = {layer: i for i, layer in enumerate(dict.fromkeys(shape(case.axes) for case in cases))}
     lines = sorted(cases, key=lambda case: (order[shape(case.axes)], rows_axis(case.axes)[1]))
@@ -257,11 +258,27 @@ def case_table(cases: Sequence[Case]) -> Iterator[str]:
             text = number(case.rows[peer].median_us)
             ratio = f" ({factor(median(case.ratios(peer, OURS)))})" if case.timed(OURS) else ""
             yield f"**{text}{ratio}**" if found and found.peer.provider == peer else f"{text}{ratio}"
+        if beside:
+            yield hot_cell(hot.get(without_cache(case.axes)))
 
-    header = ("shape", name, "against the fastest peer", "qops us", "p20 - p80", "of the limit", *peers)
-    classes = ("*accuracy*", "", "", f"*{ours}*", "", "", *(f"*{accuracy[peer]}*" for peer in peers))
+    beside = ["hot: qops us (fastest peer)"] if any(without_cache(case.axes) in hot for case in cases) else []
+    header = ("shape", name, "against the fastest peer", "qops us", "p20 - p80", "of the limit", *peers, *beside)
+    classes = ["*accuracy*", "", "", f"*{ours}*", "", "", *(f"*{accuracy[peer]}*" for peer in peers)]
+    classes += [""] * len(beside)
     yield from table(header, [classes, *(list(line(case)) for case in lines)])
     yield ""
+
+
+def without_cache(axes: Axes) -> object:
+    return tuple(sorted((name, value) for name, value in axes.items() if name != "cache"))
+
+
+def hot_cell(case: Case | None) -> str:
+    if case is None or not case.timed(OURS):
+        return ""
+    found = standing(case)
+    peer = f" ({found.peer.provider} {factor(median(found.factors))})" if found else ""
+    return f"{number(case.rows[OURS].median_us)}{peer}"
 
 
 def limits(cases: Sequence[Case]) -> Iterator[str]:
@@ -270,9 +287,11 @@ def limits(cases: Sequence[Case]) -> Iterator[str]:
     peaks: dict[str, list[float]] = {}
     for case in cases:
         if case.timed(LIMIT):
-            row, where = case.rows[LIMIT], f"{case.axes.get('cache', '')}, {setting_threads(case.axes)}".strip(", ")
-            bandwidth.setdefault(f"bandwidth, {where}", []).extend(row.bandwidth_gbs)
-            threads = setting_threads(case.axes)
+            row = case.rows[LIMIT]
+            threads = setting({name: value for name, value in case.axes.items() if name == "threads"})
+            if row.bytes >= LARGE_BYTES:
+                where = f"bandwidth, {case.axes.get('cache', '')}, {threads}".strip(", ")
+                bandwidth.setdefault(where, []).extend(row.bandwidth_gbs)
             peaks.setdefault(f"{row.peak_kind} peak, {threads}".strip(", "), []).extend(row.peak_gflops)
     rows = [(name, "GB/s", number(median(v)), spread(v, number)) for name, v in bandwidth.items() if v]
     rows += [(name, "Gop/s", number(median(v)), spread(v, number)) for name, v in peaks.items() if v]
@@ -281,10 +300,6 @@ def limits(cases: Sequence[Case]) -> Iterator[str]:
         yield ""
         yield from table(("limit", "unit", "median", "p20 - p80"), rows, left=2)
         yield ""
-
-
-def setting_threads(axes: Axes) -> str:
-    return setting({name: value for name, value in axes.items() if name == "threads"})
 
 
 def failures(cases: Sequence[Case]) -> Iterator[str]:
@@ -341,15 +356,14 @@ def operator_section(op: str, cases: Sequence[Case], plots: Mapping[str, str]) -
         yield f"![{title}]({path})"
         yield ""
     yield from crossovers(cases)
+    hot = {without_cache(case.axes): case for case in cases if case.axes.get("cache") == "hot"}
     for name, members in groups(cases, setting).items():
-        hot = members[0].axes.get("cache") == "hot"
-        if hot:
-            yield f"<details><summary>{name}</summary>"
-        else:
-            yield f"**{name}**"
+        # Weights that stay in the cache are for those who wonder; they stand beside the others, and whole below.
+        folded = "N" in members[0].axes and members[0].axes.get("cache") == "hot"
+        yield f"<details><summary>{name}</summary>" if folded else f"**{name}**"
         yield ""
-        yield from case_table(members)
-        if hot:
+        yield from case_table(members, {} if members[0].axes.get("cache") == "hot" else hot)
+        if folded:
             yield "</details>"
             yield ""
 

@@ -124,6 +124,7 @@ def test_case_tables_hold_every_time_with_its_accuracy():
             assert f"{tables.number(np.median(row['samples_us']))} " in line
     assert "**" in line and "**behind**" not in line
     assert lines_with(text, "*accuracy*", f"*{invented.COARSE}*", f"*{invented.EXACT}*")
+    assert re.search(r"\| 1\d\d \(onednn F\.linear 2\.\d\dx\) \|$", line), "hot, beside it"
     share = float(line.split(" | ")[5].rstrip(" %"))
     assert share == pytest.approx(100 * 112 / 164, abs=1)
 
