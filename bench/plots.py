@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -200,6 +201,7 @@ def figures(op: str, cases: Sequence[Case]) -> list[Figure]:
 # --- how -------------------------------------------------------------------------------------------------------------
 
 LINEAR_UP_TO = 8
+LETTER = 0.075  # of the font, in inches, with something to spare
 _TICKS = tuple(step * 10**power for power in range(-3, 6) for step in (1, 2, 5))
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: small files, and the viewer's fonts
@@ -292,14 +294,18 @@ def _draw_categories(figure: Figure, panel: Panel, axes: Any, styles: dict[str, 
     axes.set_ylim(len(figure.categories) - 0.5, -0.5)
 
 
-def _legend(canvas: Any, figure: Figure, styles: dict[str, dict[str, Any]]) -> None:
-    """Dots have no ends to put names at: one line of names above the panels."""
+def _legend(canvas: Any, figure: Figure, styles: dict[str, dict[str, Any]]) -> float:
+    """Dots have no ends to put names at: names stand above the panels. Returns the height that they take, in inches."""
     from matplotlib.lines import Line2D
 
+    needed = sum(LETTER * len(name) + 0.5 for name in figure.labels)
+    rows = math.ceil(needed / canvas.get_figwidth())
+    columns = math.ceil(len(figure.labels) / rows)
     handles = [Line2D([], [], **{**styles[name], "linestyle": "none"}, label=name) for name in figure.labels]
-    legend = canvas.legend(handles=handles, loc="upper center", ncols=len(handles), frameon=False, handletextpad=0.2)
+    legend = canvas.legend(handles=handles, loc="upper center", ncols=columns, frameon=False, handletextpad=0.2)
     for text, name in zip(legend.get_texts(), figure.labels, strict=True):
         text.set_color(styles[name]["color"])
+    return 0.1 + 0.2 * rows
 
 
 def _height(figure: Figure) -> float:
@@ -318,8 +324,8 @@ def draw(figure: Figure) -> str:
     columns = min(MAX_ROW_PANELS if figure.categories else 3, count)
     lines = -(-count // columns)
     # Pages are about nine inches wide; what is wider is shrunk with its text.
-    names = 0.075 * max(map(len, figure.categories or figure.labels))
-    size = (names + 0.5 + columns * min(3.2, (8.2 - names) / columns), 0.6 + lines * _height(figure))
+    names = LETTER * max(map(len, figure.categories or figure.labels))
+    size = (names + 0.5 + columns * min(3.2, (8.2 - names) / columns), 0.7 + lines * _height(figure))
     with matplotlib.rc_context(_SETTINGS):
         canvas, grid = pyplot.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
         places = list(grid.flat)
@@ -337,8 +343,7 @@ def draw(figure: Figure) -> str:
                 axes.set_ylabel(figure.y_label)
         if figure.categories:
             places[0].set_xlim(left=0)
-            _legend(canvas, figure, styles)
-            canvas.tight_layout(rect=(0, 0, 1, 1 - 0.3 / size[1]))
+            canvas.tight_layout(rect=(0, 0, 1, 1 - _legend(canvas, figure, styles) / size[1]))
         else:
             _scale(places[0])
             canvas.tight_layout(rect=(0, 0, 1 - names / size[0], 1))

@@ -1,7 +1,8 @@
 """Markdown tables of one machine's results. Text alone: no plots, nothing random, the same bytes everywhere.
 
 A factor is a peer's time divided by ours, round by round: above 1 we are ahead. A case is ahead or behind when the 95 %
-interval of the factor's median leaves 1 and the band of 2 % around it; else it is level.
+interval of the factor's median leaves 1 and the band of 2 % around it; else it is level, or, when that interval is
+wide, unclear. What is unclear counts against us where a page tells what we lose.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ NOISE = 0.02
 # Axes that say how large the problem is; the others (dtype, group size, cache, threads) make a table of their own.
 ROWS = ("M", "T")
 SHAPE = ("layer", "N", "K", "H", "I", "Hq", "Hk", "D")
-AHEAD, LEVEL, BEHIND = 1, 0, -1
+AHEAD, LEVEL, UNCLEAR, BEHIND = "ahead", "level", "unclear", "**behind**"
+WIDE = 0.1
 LARGE_BYTES = 4 << 20  # what a call moves where the bandwidth of memory can be seen; less is start-up
 WORST = 12  # lost cases listed before the tables; the tables have all of them
 
@@ -33,8 +35,8 @@ SUMMARY: dict[str, tuple[tuple[int, int], ...]] = {
 HOW_TO_READ = """\
 Times are medians in microseconds. In brackets: how many times longer than qops a peer takes, taken round by round;
 above 1 qops is ahead. The fastest peer is bold. *Level*: the 95 % interval of that factor holds 1, or is within 2 % of
-it. *Of the limit*: what the slower of memory and arithmetic would take at the speeds measured in the same round,
-divided by what qops takes.""".splitlines()
+it; *unclear*: it holds 1 and is wide, or there were too few rounds for one. *Of the limit*: what the slower of memory
+and arithmetic would take at the speeds measured in the same round, divided by what qops takes.""".splitlines()
 HOW_TO_READ_THE_SUMMARY = """\
 How many times longer the fastest peer takes than qops, over all rounds of all cases of a line, every case counting the
 same (weights and activations out of the caches, all threads); in how many cases qops is ahead beyond noise; and its
@@ -138,20 +140,23 @@ class Standing:
         return self.case.ratios(self.peer.provider, OURS)
 
     @property
-    def verdict(self) -> int:
-        return median_interval(self.factors, CONFIDENCE).verdict(NOISE)
+    def verdict(self) -> str:
+        interval = median_interval(self.factors, CONFIDENCE)
+        if sign := interval.verdict(NOISE):
+            return AHEAD if sign > 0 else BEHIND
+        return LEVEL if interval.low >= 1 / (1 + WIDE) and interval.high <= 1 + WIDE else UNCLEAR
 
     @property
-    def words(self) -> str:
-        return {AHEAD: "ahead", LEVEL: "level", BEHIND: "**behind**"}[self.verdict]
+    def lost(self) -> bool:
+        return self.verdict == BEHIND or (self.verdict == UNCLEAR and median(self.factors) < 1)
 
 
 def standing(case: Case, *, same_accuracy: bool = False) -> Standing | None:
-    """Against the fastest peer; None where we or all peers have no time."""
+    """Against the fastest peer, round by round; None where we or all peers have no time."""
     if not case.timed(OURS):
         return None
-    peers = [p for p in case.peers() if not (same_accuracy and coarser(p))]
-    return Standing(case, peers[0]) if peers else None
+    peers = [Standing(case, p) for p in case.peers() if not (same_accuracy and coarser(p))]
+    return min(peers, key=lambda s: median(s.factors), default=None)
 
 
 def standings(cases: Iterable[Case], *, same_accuracy: bool = False) -> list[Standing]:
@@ -161,8 +166,7 @@ def standings(cases: Iterable[Case], *, same_accuracy: bool = False) -> list[Sta
 
 def tally(found: Sequence[Standing]) -> str:
     counts = Counter(s.verdict for s in found)
-    words = {AHEAD: "ahead in", LEVEL: "level in", BEHIND: "**behind in**"}
-    parts = [f"{words[verdict]} {counts[verdict]}" for verdict in (AHEAD, LEVEL, BEHIND) if counts[verdict]]
+    parts = [f"{verdict} in {counts[verdict]}" for verdict in (AHEAD, LEVEL, UNCLEAR, BEHIND) if counts[verdict]]
     return f"{', '.join(parts)} of {len(found)} cases"
 
 
@@ -170,19 +174,21 @@ def tally(found: Sequence[Standing]) -> str:
 
 
 def lost_cases(found: Sequence[Standing]) -> Iterator[str]:
-    lost = sorted((s for s in found if s.verdict == BEHIND), key=lambda s: median(s.factors))
+    lost = sorted((s for s in found if s.lost), key=lambda s: median(s.factors))
     if not lost:
         return
     more = f", the worst {WORST} of {len(lost)}" if len(lost) > WORST else ""
-    yield f"Where we lose{more}:"
+    unclear = ", or may" * any(s.verdict == UNCLEAR for s in lost)
+    yield f"Where we lose{unclear}{more}:"
     yield ""
-    header = ("case", "", "faster peer", "its accuracy", "ours", "factor", "p20 - p80")
+    header = ("case", "", "", "faster peer", "its accuracy", "ours", "factor", "p20 - p80")
     yield from table(
         header,
         (
             (
                 f"{shape(s.case.axes)}, {' '.join(map(str, rows_axis(s.case.axes)))}",
                 setting(s.case.axes),
+                s.verdict,
                 s.peer.provider,
                 s.peer.accuracy,
                 s.case.rows[OURS].accuracy,
@@ -191,7 +197,7 @@ def lost_cases(found: Sequence[Standing]) -> Iterator[str]:
             )
             for s in lost[:WORST]
         ),
-        left=5,
+        left=6,
     )
     yield ""
 
@@ -201,7 +207,7 @@ def crossover(cases: Sequence[Case]) -> tuple[str, str] | None:
     against = [
         (rows_axis(case.axes)[1], Standing(case, peer)) for case in cases if (peer := case.dense()) and case.timed(OURS)
     ]
-    faster = {rows: s.verdict == BEHIND for rows, s in sorted(against, key=lambda pair: pair[0])}
+    faster = {rows: s.lost for rows, s in sorted(against, key=lambda pair: pair[0])}
     if not faster:
         return None
     start: int | None = None
@@ -247,7 +253,7 @@ def case_table(cases: Sequence[Case], hot: Mapping[object, Case]) -> Iterator[st
         yield shape(case.axes)
         yield str(rows_axis(case.axes)[1])
         found = standing(case)
-        yield f"{found.words}" if found else ""
+        yield found.verdict if found else ""
         yield number(case.rows[OURS].median_us) if case.timed(OURS) else "fails"
         yield spread(case.rows[OURS].samples_us, number) if case.timed(OURS) else ""
         yield percent(share_of_limit(case, OURS))
@@ -396,9 +402,9 @@ def index(pages: Mapping[str, str]) -> str:
 # --- README.md -------------------------------------------------------------------------------------------------------
 
 
-def _names(rows: Sequence[Row]) -> str:
-    """With the accuracy that the names stand for, in the order of how often they come."""
-    counts = Counter(f"{row.provider} ({row.accuracy})" if row.accuracy else row.provider for row in rows)
+def _names(names: Iterable[str]) -> str:
+    """In the order of how often they come."""
+    counts = Counter(names)
     ordered = sorted(counts, key=lambda name: (-counts[name], name))
     more = [f"{len(ordered) - 2} more"] if len(ordered) > 2 else []
     return ", ".join(ordered[:2] + more)
@@ -426,11 +432,11 @@ def summary_rows(cases: Sequence[Case]) -> Iterator[tuple[str, ...]]:
             yield (
                 f"`{op}`",
                 f"{axis} {present[0]}" + (f" - {present[-1]}" if len(present) > 1 else ""),
-                _names([s.peer for s in best]),
+                _names(f"{s.peer.provider} ({s.peer.accuracy})" for s in best),
                 _factors(best),
                 f"{sum(s.verdict == AHEAD for s in best)} / {len(best)}",
                 percent(median(shares)) if shares else "",
-                f"{_names([s.peer for s in coarse])}: {_factors(coarse)}" if coarse else "",
+                f"{_names(s.peer.provider for s in coarse)}: {_factors(coarse)}" if coarse else "",
             )
 
 
