@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import plots, tables, targets
-from bench.records import SCHEMA, Document, Machine, machines, parse
+from bench.figures import Figure, figures_of
+from bench.records import SCHEMA, Document, machines, parse
 
 BENCH = Path(__file__).resolve().parent
 README = BENCH.parent / "README.md"
-BEGIN = "<!-- bench: begin; python -m bench.report writes what follows -->\n"
 TARGETS = "TARGETS.md"
+BEGIN = "<!-- bench: begin; python -m bench.report writes what follows -->\n"
 END = "<!-- bench: end -->\n"
 
 
@@ -30,20 +31,15 @@ class Report:
     """What a set of documents gives: files, by their paths from the folder of the pages, and parts of files."""
 
     pages: dict[str, str]
-    figures: dict[str, plots.Figure]
+    figures: dict[str, Figure]
     readme: str
     targets: str
-
-
-def figures_of(machine: Machine) -> dict[str, list[plots.Figure]]:
-    by_op = tables.by_operator(machine.cases)
-    return {op: plots.figures(op, cases) for op, cases in by_op.items()}
 
 
 def report(documents: Iterable[Document]) -> Report:
     found = machines(documents)
     pages: dict[str, str] = {}
-    figures: dict[str, plots.Figure] = {}
+    figures: dict[str, Figure] = {}
     names = {f"RESULTS-{m.slug}.md" if len(found) > 1 else "RESULTS.md": m for m in found}
     for name, machine in names.items():
         shown: dict[str, dict[str, str]] = {}

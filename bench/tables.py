@@ -254,7 +254,7 @@ def case_table(cases: Sequence[Case], hot: Mapping[object, Case]) -> Iterator[st
         yield str(rows_axis(case.axes)[1])
         found = standing(case)
         yield found.verdict if found else ""
-        yield number(case.rows[OURS].median_us) if case.timed(OURS) else "fails"
+        yield number(case.rows[OURS].median_us) if case.timed(OURS) else "fails" if OURS in case.rows else ""
         yield spread(case.rows[OURS].samples_us, number) if case.timed(OURS) else ""
         yield percent(share_of_limit(case, OURS))
         for peer in peers:
@@ -442,6 +442,8 @@ def summary_rows(cases: Sequence[Case]) -> Iterator[tuple[str, ...]]:
 
 def summary(machine: Machine) -> Iterator[str]:
     rows = list(summary_rows(machine.cases))
+    if not rows:  # peers alone were measured
+        return
     coarse = any(row[-1] for row in rows)
     header = ["operator", "rows", "fastest peer", "factor (p20 - p80)", "ahead in", "of the limit"]
     header += ["fastest with int8 activations"] if coarse else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bench import plots, records, report, tables
+from bench.figures import Figure, figures_of, figures_of_operator
 
 import invented_results as invented
 
@@ -279,11 +281,28 @@ def test_targets(tmp_path):
     assert "TARGETS.md" not in " ".join(report.stale(expected, tmp_path, None))
 
 
+def test_peers_alone():
+    """Measured before there is anything of ours."""
+
+    def without_ours(m: int) -> dict[str, Any]:
+        return {name: us for name, us in invented.int4_times(m).items() if name != "qops"}
+
+    document = invented.full(times=without_ours, kind="cuda", name="Invented GPU")
+    document["results"] = [row for row in document["results"] if row["provider"] != "qops"]
+    text = page(document)
+    assert re.search(r"\| qkv \(6144 x 4096\) \| 64 \|  \|  \|  \|  \| \d+ \| \d+ \| \d+ \| \d+ \|", text)
+    assert "Against the fastest" not in text and "fails" not in text
+    found = report.report([records.parse("a.json", document)])
+    assert [figure.name for figure in found.figures.values()] == ["speedup", "share", "bandwidth", "share"]
+    assert all("torch" in " ".join(figure.labels) for figure in found.figures.values())
+    assert "| int4_gemm | M 65" not in found.readme and "operator" not in found.readme and found.targets
+
+
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
-def figures(document: Any) -> list[plots.Figure]:
-    return [figure for found in report.figures_of(machine(document)).values() for figure in found]
+def figures(document: Any) -> list[Figure]:
+    return [figure for found in figures_of(machine(document)).values() for figure in found]
 
 
 def test_figures_of_every_kind():
@@ -298,12 +317,21 @@ def test_figures_of_every_kind():
     assert [panel.title for panel in share.panels] == ["M = 1", "M = 16", "M = 64", "M = 256"]
     ours = next(line for line in share.panels[2].lines if line.label == "qops")
     assert ours.x == pytest.approx((68.3, 68.3), abs=1) and ours.y == (0, 1)
+    assert [panel.title for panel in bandwidth.panels] == ["T = 1", "T = 1024"]
     ours = bandwidth.panels[0].lines[0]
     assert ours.x == (1024, 2048, 4096) and ours.y[0] > 1.9 * ours.y[1]
 
 
+def test_the_order_of_cases_decides_nothing():
+    document = invented.full()
+    shuffled = copy.deepcopy(document)
+    shuffled["results"].sort(key=lambda row: -row["axes"].get("T", 0))
+    names = [figure.digest for figure in figures(document)]
+    assert sorted(names) == sorted(figure.digest for figure in figures(shuffled))
+
+
 def test_digest_is_of_the_data_shown():
-    first, again, other = (plots.figures("a", machine(invented.full(seed=s)).cases[:8])[0] for s in (0, 0, 1))
+    first, again, other = (figures_of_operator("a", machine(invented.full(seed=s)).cases[:8])[0] for s in (0, 0, 1))
     assert first.digest == again.digest != other.digest
 
 
