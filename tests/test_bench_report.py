@@ -79,8 +79,9 @@ def test_check_finds_changed_json_and_files_too_many_or_missing(site):
     found = report.stale(other, site, site / "README.md")
     assert {"RESULTS.md differs", "README.md differs"} <= {*found}
     assert sum("shows other data" in line for line in found) == len(other.figures) > 2
-    (site / "RESULTS-gone.md").write_text("")
-    (site / "plots" / "gone.svg").write_text("")
+    (site / "RESULTS-gone.md").write_text(tables.index({}))
+    (site / "plots" / "gone.svg").write_text("sha256:")
+    (site / "plots" / "mine.svg").write_text("<svg/>")
     plot = next(iter(expected.figures))
     (site / plot).unlink()
     wanted = [f"{plot} is missing", "RESULTS-gone.md has no results", "plots/gone.svg has no results"]
@@ -338,9 +339,12 @@ def test_digest_is_of_the_data_shown():
 @needs_matplotlib
 def test_plots(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(invented.full()))
+    for name in ("RESULTS-gone.md", "RESULTS-mine.md"):
+        (tmp_path / name).write_text(tables.index({}) if "gone" in name else "mine")
     assert report.main([str(tmp_path / "a.json"), "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*.md")} == {"RESULTS.md", "RESULTS-mine.md"}
     assert report.main([str(tmp_path / "a.json"), "--out", str(tmp_path), "--check"]) == 0
-    drawn = {f"{figure.title}": figure for figure in figures(invented.full())}
+    drawn = {figure.title: figure for figure in figures(invented.full())}
     files = sorted((tmp_path / "plots").glob("*.svg"))
     assert len(files) == len(drawn)
     for file in files:
