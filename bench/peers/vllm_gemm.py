@@ -107,7 +107,7 @@ def int8_gemm(p: Int8Gemm) -> Callable[[], Result]:
 
 
 def _marlin_shapes(n: int, k: int) -> str | None:
-    fits = n % 64 == 0 and k % 128 == 0 or n % 128 == 0 and k % 64 == 0
+    fits = (n % 64 == 0 and k % 128 == 0) or (n % 128 == 0 and k % 64 == 0)
     return None if fits else "multiples of 64 and 128 only"
 
 
