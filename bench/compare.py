@@ -32,6 +32,7 @@ class Ratio:
     """Of one case, or of all cases of an operator: their geometric mean."""
 
     op: str
+    provider: str
     label: str
     ratio: float
     interval: stats.Interval
@@ -52,7 +53,7 @@ def _times(case: Case, provider: str, relative_to: str | None) -> Sequence[float
 
 
 def _ratio(
-    op: str, label: str, above: Sequence[float], below: Sequence[float], paired: bool, confidence: float
+    op: str, provider: str, label: str, above: Sequence[float], below: Sequence[float], paired: bool, confidence: float
 ) -> Ratio:
     """Each from its own generator, so that a case's interval does not depend on the others'."""
     if paired:  # an interrupted run may lack somebody's last sample
@@ -64,17 +65,19 @@ def _ratio(
     resampled = stats.bootstrap(above, below, paired=paired, rng=np.random.default_rng(SEED))
     enough = min(len(above), len(below)) >= stats.MIN_ROUNDS
     interval = stats.percentile_interval(resampled, confidence) if enough else stats.UNKNOWN
-    return Ratio(op, label, ratio, interval, resampled)
+    return Ratio(op, provider, label, ratio, interval, resampled)
 
 
-def mean_ratio(ratios: Sequence[Ratio], label: str, confidence: float) -> Ratio:
+def mean_ratio(ratios: Sequence[Ratio], provider: str, label: str, confidence: float) -> Ratio:
     """The geometric mean over cases. Its interval is about the noise of these cases, not about others."""
     shuffle = np.random.default_rng(SEED)  # each case was resampled with the same seed: break that up
     logs = [shuffle.permutation(np.log(r.resampled)) for r in ratios]
     resampled = np.exp(np.mean(logs, axis=0))
     few = any(r.interval == stats.UNKNOWN for r in ratios)
     interval = stats.UNKNOWN if few else stats.percentile_interval(resampled, confidence)
-    return Ratio(ratios[0].op, label, stats.geometric_mean([r.ratio for r in ratios]), interval, resampled)
+    return Ratio(
+        ratios[0].op, ratios[0].provider, label, stats.geometric_mean([r.ratio for r in ratios]), interval, resampled
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def between_runs(
                 elif name != relative_to:
                     above, below = _times(new, name, relative_to), _times(old, name, relative_to)
                     target = found.ratios if ours else found.control
-                    target.append(_ratio(op, label, above, below, False, confidence))
+                    target.append(_ratio(op, name, label, above, below, False, confidence))
             elif ours and sides == (True, False):
                 error = new.rows[name].error if name in new.rows else "not measured"
                 found.broken.append(f"{op} {label}: {name} fails in {after.name}: {error}")
@@ -116,7 +119,7 @@ def between_runs(
 
 
 def within_run(run: Document, provider: str, confidence: float) -> Comparison:
-    """Everyone against one provider; labels end in the other's name."""
+    """Everyone against one provider."""
     found = Comparison([], [], [], [])
     for case in run.cases.values():
         label = case_label(case.axes)
@@ -125,7 +128,7 @@ def within_run(run: Document, provider: str, confidence: float) -> Comparison:
                 found.notes.append(f"{case.op} {label}: {name}: {row.error}")
             elif name != provider and case.timed(provider):
                 above, below = row.samples_us, case.rows[provider].samples_us
-                found.ratios.append(_ratio(case.op, f"{label} {name}", above, below, True, confidence))
+                found.ratios.append(_ratio(case.op, name, label, above, below, True, confidence))
     return found
 
 
@@ -138,20 +141,29 @@ def differences(before: Mapping[str, object], after: Mapping[str, object]) -> li
 
 
 def lines(found: Comparison, confidence: float, noise: float) -> Iterator[str]:
-    rows = [("operator", "case", "ratio", f"{confidence:.0%} interval", "")]
+    rows = [("operator", "provider", "case", "ratio", f"{confidence:.0%} interval", "")]
     warnings = []
-    for op in dict.fromkeys(r.op for r in found.ratios):
-        ratios = [r for r in found.ratios if r.op == op]
-        means = [mean_ratio(ratios, f"all {len(ratios)} cases", confidence)] if len(ratios) > 1 else []
+    for op, provider in dict.fromkeys((r.op, r.provider) for r in found.ratios):
+        ratios = [r for r in found.ratios if (r.op, r.provider) == (op, provider)]
+        means = [mean_ratio(ratios, provider, f"all {len(ratios)} cases", confidence)] if len(ratios) > 1 else []
         control = [r for r in found.control if r.op == op]
         if control:
-            means.append(mean_ratio(control, f"control: {len(control)} rows of others", confidence))
+            means.append(mean_ratio(control, "others", f"control: all {len(control)} rows", confidence))
             if means[-1].interval.verdict(noise):
                 warnings.append(f"WARNING: {op}: what is not ours changed too; try --relative-to {LIMIT}")
         for r in (*ratios, *means):
             interval = "" if r.interval == stats.UNKNOWN else f"{r.interval.low:.3f} - {r.interval.high:.3f}"
-            rows.append((r.op, r.label, f"{r.ratio:.3f}", interval, r.words(noise)))
-    widths = [max(len(r[column]) for r in rows) for column in range(5)]
+            rows.append(
+                (
+                    r.op,
+                    "" if r in means and control else r.provider,
+                    r.label,
+                    f"{r.ratio:.3f}",
+                    interval,
+                    r.words(noise),
+                )
+            )
+    widths = [max(len(r[column]) for r in rows) for column in range(6)]
     for r in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip()
     yield from warnings
@@ -183,14 +195,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(runs) == 1:
         found = within_run(runs[0], options.provider, options.confidence)
     else:
-        machine = differences(dict(runs[0].machine), dict(runs[1].machine))
+        before, after = runs
+        machine = differences(dict(before.machine), dict(after.machine))
         if machine and not options.across_machines:
             sys.stderr.write("different machines (--across-machines compares them all the same):\n")
             sys.stderr.writelines(f"  {line}\n" for line in machine)
             return 2
-        for line in [*machine, *differences(runs[0].protocol, runs[1].protocol)]:
+        for line in [*machine, *differences(before.protocol, after.protocol)]:
             sys.stdout.write(f"WARNING: the runs differ in {line}\n")
-        found = between_runs(*runs, options.provider, options.relative_to, options.confidence)
+        found = between_runs(before, after, options.provider, options.relative_to, options.confidence)
     if not found.ratios and not found.broken:
         sys.stderr.write(f"nothing to compare: no case in which {options.provider} has times on both sides\n")
         return 2

@@ -79,6 +79,11 @@ class Case:
     axes: Axes
     rows: Mapping[str, Row]
 
+    @property
+    def bytes(self) -> int:
+        """What has to be moved at least; the same for all."""
+        return next(iter(self.rows.values())).bytes
+
     def timed(self, provider: str) -> bool:
         return provider in self.rows and not self.rows[provider].error
 

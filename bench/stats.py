@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Samples = Sequence[float] | np.ndarray
 # A bootstrap of fewer rounds than this is as narrow as luck makes it.
 MIN_ROUNDS = 5
 
@@ -68,7 +69,7 @@ def _resampled(rounds: int, resamples: int, rng: np.random.Generator) -> np.ndar
 
 
 def bootstrap(
-    above: Sequence[float], below: Sequence[float], *, paired: bool, rng: np.random.Generator, resamples: int = 2000
+    above: Samples, below: Samples, *, paired: bool, rng: np.random.Generator, resamples: int = 2000
 ) -> np.ndarray:
     """Resampled ratios of two sets of times.
 

@@ -1,7 +1,8 @@
 """Markdown tables of one machine's results. Text alone: no plots, nothing random, the same bytes everywhere.
 
 A factor is a peer's time divided by ours, round by round: above 1 we are ahead. A case is ahead or behind when the 95 %
-interval of the factor's median leaves 1 and the band of 2 % around it; else it is level.
+interval of the factor's median leaves 1 and the band of 2 % around it; else it is level, or, when that interval is
+wide, unclear. What is unclear counts against us where a page tells what we lose.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ NOISE = 0.02
 # Axes that say how large the problem is; the others (dtype, group size, cache, threads) make a table of their own.
 ROWS = ("M", "T")
 SHAPE = ("layer", "N", "K", "H", "I", "Hq", "Hk", "D")
-AHEAD, LEVEL, BEHIND = 1, 0, -1
+AHEAD, LEVEL, UNCLEAR, BEHIND = "ahead", "level", "unclear", "**behind**"
+WIDE = 0.1
+LARGE_BYTES = 4 << 20  # what a call moves where the bandwidth of memory can be seen; less is start-up
 WORST = 12  # lost cases listed before the tables; the tables have all of them
 
 # README.md: operator -> ranges of rows, one line each. Decoding is M <= 8; elementwise operators matter in prefill.
@@ -32,12 +35,13 @@ SUMMARY: dict[str, tuple[tuple[int, int], ...]] = {
 HOW_TO_READ = """\
 Times are medians in microseconds. In brackets: how many times longer than qops a peer takes, taken round by round;
 above 1 qops is ahead. The fastest peer is bold. *Level*: the 95 % interval of that factor holds 1, or is within 2 % of
-it. *Of the limit*: what the slower of memory and arithmetic would take at the speeds measured in the same round,
-divided by what qops takes.""".splitlines()
+it; *unclear*: it holds 1 and is wide, or there were too few rounds for one. *Of the limit*: what the slower of memory
+and arithmetic would take at the speeds measured in the same round, divided by what qops takes.""".splitlines()
 HOW_TO_READ_THE_SUMMARY = """\
-How many times longer the fastest peer takes than qops, over all rounds of all cases of a line (weights and activations
-out of the caches, all threads); in how many cases qops is ahead beyond noise; and its share of what the machine's
-memory and arithmetic allow, measured in the same rounds. All cases and peers, and where qops loses:""".splitlines()
+How many times longer the fastest peer takes than qops, over all rounds of all cases of a line, every case counting the
+same (weights and activations out of the caches, all threads); in how many cases qops is ahead beyond noise; and its
+share of what the machine's memory and arithmetic allow, measured in the same rounds. All cases and peers, and where
+qops loses:""".splitlines()
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -54,6 +58,11 @@ def factor(value: float) -> str:
 
 def spread(samples: Sequence[float], text: Callable[[float], str]) -> str:
     return f"{text(quantile(samples, 0.2))} - {text(quantile(samples, 0.8))}"
+
+
+def pooled(samples: Iterable[Sequence[float]]) -> list[float]:
+    """Twenty quantiles of each, so that a case with more rounds does not count for more."""
+    return [quantile(values, (i + 0.5) / 20) for values in samples for i in range(20)]
 
 
 def percent(value: float | None) -> str:
@@ -113,9 +122,10 @@ def by_operator(cases: Iterable[Case]) -> dict[str, list[Case]]:
     return found
 
 
-def coarser(peer: Row, ours: Row) -> bool:
-    """Whether the peer buys its time with accuracy: it rounds the activations to 8 bits where we do not."""
-    return "int8 activations" in peer.accuracy and "int8 activations" not in ours.accuracy
+def coarser(peer: Row) -> bool:
+    """Whether the peer buys its time with accuracy: it rounds activations to 8 bits, which we do where that is asked
+    for alone."""
+    return "int8 activations" in peer.accuracy
 
 
 @dataclass(frozen=True)
@@ -130,20 +140,23 @@ class Standing:
         return self.case.ratios(self.peer.provider, OURS)
 
     @property
-    def verdict(self) -> int:
-        return median_interval(self.factors, CONFIDENCE).verdict(NOISE)
+    def verdict(self) -> str:
+        interval = median_interval(self.factors, CONFIDENCE)
+        if sign := interval.verdict(NOISE):
+            return AHEAD if sign > 0 else BEHIND
+        return LEVEL if interval.low >= 1 / (1 + WIDE) and interval.high <= 1 + WIDE else UNCLEAR
 
     @property
-    def words(self) -> str:
-        return {AHEAD: "ahead", LEVEL: "level", BEHIND: "**behind**"}[self.verdict]
+    def lost(self) -> bool:
+        return self.verdict == BEHIND or (self.verdict == UNCLEAR and median(self.factors) < 1)
 
 
 def standing(case: Case, *, same_accuracy: bool = False) -> Standing | None:
-    """Against the fastest peer; None where we or all peers have no time."""
+    """Against the fastest peer, round by round; None where we or all peers have no time."""
     if not case.timed(OURS):
         return None
-    peers = [p for p in case.peers() if not (same_accuracy and coarser(p, case.rows[OURS]))]
-    return Standing(case, peers[0]) if peers else None
+    peers = [Standing(case, p) for p in case.peers() if not (same_accuracy and coarser(p))]
+    return min(peers, key=lambda s: median(s.factors), default=None)
 
 
 def standings(cases: Iterable[Case], *, same_accuracy: bool = False) -> list[Standing]:
@@ -153,8 +166,7 @@ def standings(cases: Iterable[Case], *, same_accuracy: bool = False) -> list[Sta
 
 def tally(found: Sequence[Standing]) -> str:
     counts = Counter(s.verdict for s in found)
-    words = {AHEAD: "ahead in", LEVEL: "level in", BEHIND: "**behind in**"}
-    parts = [f"{words[verdict]} {counts[verdict]}" for verdict in (AHEAD, LEVEL, BEHIND) if counts[verdict]]
+    parts = [f"{verdict} in {counts[verdict]}" for verdict in (AHEAD, LEVEL, UNCLEAR, BEHIND) if counts[verdict]]
     return f"{', '.join(parts)} of {len(found)} cases"
 
 
@@ -162,19 +174,21 @@ def tally(found: Sequence[Standing]) -> str:
 
 
 def lost_cases(found: Sequence[Standing]) -> Iterator[str]:
-    lost = sorted((s for s in found if s.verdict == BEHIND), key=lambda s: median(s.factors))
+    lost = sorted((s for s in found if s.lost), key=lambda s: median(s.factors))
     if not lost:
         return
     more = f", the worst {WORST} of {len(lost)}" if len(lost) > WORST else ""
-    yield f"Where we lose{more}:"
+    unclear = ", or may" * any(s.verdict == UNCLEAR for s in lost)
+    yield f"Where we lose{unclear}{more}:"
     yield ""
-    header = ("case", "", "faster peer", "its accuracy", "ours", "factor", "p20 - p80")
+    header = ("case", "", "", "faster peer", "its accuracy", "ours", "factor", "p20 - p80")
     yield from table(
         header,
         (
             (
                 f"{shape(s.case.axes)}, {' '.join(map(str, rows_axis(s.case.axes)))}",
                 setting(s.case.axes),
+                s.verdict,
                 s.peer.provider,
                 s.peer.accuracy,
                 s.case.rows[OURS].accuracy,
@@ -183,7 +197,7 @@ def lost_cases(found: Sequence[Standing]) -> Iterator[str]:
             )
             for s in lost[:WORST]
         ),
-        left=5,
+        left=6,
     )
     yield ""
 
@@ -193,7 +207,7 @@ def crossover(cases: Sequence[Case]) -> tuple[str, str] | None:
     against = [
         (rows_axis(case.axes)[1], Standing(case, peer)) for case in cases if (peer := case.dense()) and case.timed(OURS)
     ]
-    faster = {rows: s.verdict == BEHIND for rows, s in sorted(against, key=lambda pair: pair[0])}
+    faster = {rows: s.lost for rows, s in sorted(against, key=lambda pair: pair[0])}
     if not faster:
         return None
     start: int | None = None
@@ -226,8 +240,8 @@ def crossovers(cases: Sequence[Case]) -> Iterator[str]:
         yield ""
 
 
-def case_table(cases: Sequence[Case]) -> Iterator[str]:
-    """Cases of one setting: a line each, a column a peer, with time and factor."""
+def case_table(cases: Sequence[Case], hot: Mapping[object, Case]) -> Iterator[str]:
+    """Cases of one setting: a line each, a column a peer, with time and factor; ``hot``: what may stand beside them."""
     name = rows_axis(cases[0].axes)[0]
     order = {layer: i for i, layer in enumerate(dict.fromkeys(shape(case.axes) for case in cases))}
     lines = sorted(cases, key=lambda case: (order[shape(case.axes)], rows_axis(case.axes)[1]))
@@ -239,8 +253,8 @@ def case_table(cases: Sequence[Case]) -> Iterator[str]:
         yield shape(case.axes)
         yield str(rows_axis(case.axes)[1])
         found = standing(case)
-        yield f"{found.words}" if found else ""
-        yield number(case.rows[OURS].median_us) if case.timed(OURS) else "fails"
+        yield found.verdict if found else ""
+        yield number(case.rows[OURS].median_us) if case.timed(OURS) else "fails" if OURS in case.rows else ""
         yield spread(case.rows[OURS].samples_us, number) if case.timed(OURS) else ""
         yield percent(share_of_limit(case, OURS))
         for peer in peers:
@@ -250,11 +264,27 @@ def case_table(cases: Sequence[Case]) -> Iterator[str]:
             text = number(case.rows[peer].median_us)
             ratio = f" ({factor(median(case.ratios(peer, OURS)))})" if case.timed(OURS) else ""
             yield f"**{text}{ratio}**" if found and found.peer.provider == peer else f"{text}{ratio}"
+        if beside:
+            yield hot_cell(hot.get(without_cache(case.axes)))
 
-    header = ("shape", name, "against the fastest peer", "qops us", "p20 - p80", "of the limit", *peers)
-    classes = ("*accuracy*", "", "", f"*{ours}*", "", "", *(f"*{accuracy[peer]}*" for peer in peers))
+    beside = ["hot: qops us (fastest peer)"] if any(without_cache(case.axes) in hot for case in cases) else []
+    header = ("shape", name, "against the fastest peer", "qops us", "p20 - p80", "of the limit", *peers, *beside)
+    classes = ["*accuracy*", "", "", f"*{ours}*", "", "", *(f"*{accuracy[peer]}*" for peer in peers)]
+    classes += [""] * len(beside)
     yield from table(header, [classes, *(list(line(case)) for case in lines)])
     yield ""
+
+
+def without_cache(axes: Axes) -> object:
+    return tuple(sorted((name, value) for name, value in axes.items() if name != "cache"))
+
+
+def hot_cell(case: Case | None) -> str:
+    if case is None or not case.timed(OURS):
+        return ""
+    found = standing(case)
+    peer = f" ({found.peer.provider} {factor(median(found.factors))})" if found else ""
+    return f"{number(case.rows[OURS].median_us)}{peer}"
 
 
 def limits(cases: Sequence[Case]) -> Iterator[str]:
@@ -263,9 +293,11 @@ def limits(cases: Sequence[Case]) -> Iterator[str]:
     peaks: dict[str, list[float]] = {}
     for case in cases:
         if case.timed(LIMIT):
-            row, where = case.rows[LIMIT], f"{case.axes.get('cache', '')}, {setting_threads(case.axes)}".strip(", ")
-            bandwidth.setdefault(f"bandwidth, {where}", []).extend(row.bandwidth_gbs)
-            threads = setting_threads(case.axes)
+            row = case.rows[LIMIT]
+            threads = setting({name: value for name, value in case.axes.items() if name == "threads"})
+            if row.bytes >= LARGE_BYTES:
+                where = f"bandwidth, {case.axes.get('cache', '')}, {threads}".strip(", ")
+                bandwidth.setdefault(where, []).extend(row.bandwidth_gbs)
             peaks.setdefault(f"{row.peak_kind} peak, {threads}".strip(", "), []).extend(row.peak_gflops)
     rows = [(name, "GB/s", number(median(v)), spread(v, number)) for name, v in bandwidth.items() if v]
     rows += [(name, "Gop/s", number(median(v)), spread(v, number)) for name, v in peaks.items() if v]
@@ -274,10 +306,6 @@ def limits(cases: Sequence[Case]) -> Iterator[str]:
         yield ""
         yield from table(("limit", "unit", "median", "p20 - p80"), rows, left=2)
         yield ""
-
-
-def setting_threads(axes: Axes) -> str:
-    return setting({name: value for name, value in axes.items() if name == "threads"})
 
 
 def failures(cases: Sequence[Case]) -> Iterator[str]:
@@ -334,15 +362,14 @@ def operator_section(op: str, cases: Sequence[Case], plots: Mapping[str, str]) -
         yield f"![{title}]({path})"
         yield ""
     yield from crossovers(cases)
+    hot = {without_cache(case.axes): case for case in cases if case.axes.get("cache") == "hot"}
     for name, members in groups(cases, setting).items():
-        hot = members[0].axes.get("cache") == "hot"
-        if hot:
-            yield f"<details><summary>{name}</summary>"
-        else:
-            yield f"**{name}**"
+        # Weights that stay in the cache are for those who wonder; they stand beside the others, and whole below.
+        folded = "N" in members[0].axes and members[0].axes.get("cache") == "hot"
+        yield f"<details><summary>{name}</summary>" if folded else f"**{name}**"
         yield ""
-        yield from case_table(members)
-        if hot:
+        yield from case_table(members, {} if members[0].axes.get("cache") == "hot" else hot)
+        if folded:
             yield "</details>"
             yield ""
 
@@ -375,21 +402,21 @@ def index(pages: Mapping[str, str]) -> str:
 # --- README.md -------------------------------------------------------------------------------------------------------
 
 
-def _names(rows: Sequence[Row]) -> str:
-    """With the accuracy that the names stand for, in the order of how often they come."""
-    counts = Counter(f"{row.provider} ({row.accuracy})" if row.accuracy else row.provider for row in rows)
+def _names(names: Iterable[str]) -> str:
+    """In the order of how often they come."""
+    counts = Counter(names)
     ordered = sorted(counts, key=lambda name: (-counts[name], name))
     more = [f"{len(ordered) - 2} more"] if len(ordered) > 2 else []
     return ", ".join(ordered[:2] + more)
 
 
-def _pooled(found: Sequence[Standing]) -> str:
-    factors = [f for s in found for f in s.factors]
+def _factors(found: Sequence[Standing]) -> str:
+    factors = pooled(s.factors for s in found)
     return f"{factor(median(factors))} ({spread(factors, factor)})"
 
 
 def summary_rows(cases: Sequence[Case]) -> Iterator[tuple[str, ...]]:
-    """Cold caches, all threads. Pooled over all rounds of all cases of a line, so nothing was picked."""
+    """Cold caches, all threads. Nothing is picked: all cases of a line count, and count the same."""
     threads = max((int(case.axes.get("threads", 1)) for case in cases), default=1)
     cold = [c for c in cases if c.axes.get("cache") != "hot" and int(c.axes.get("threads", 1)) == threads]
     for op, ranges in SUMMARY.items():
@@ -401,20 +428,22 @@ def summary_rows(cases: Sequence[Case]) -> Iterator[tuple[str, ...]]:
             axis = rows_axis(members[0].axes)[0]
             present = sorted({rows_axis(s.case.axes)[1] for s in best})
             shares = [share for s in best if (share := share_of_limit(s.case, OURS)) is not None]
-            coarse = [s for s in standings(members) if coarser(s.peer, s.case.rows[OURS])]
+            coarse = [s for s in standings(members) if coarser(s.peer)]
             yield (
                 f"`{op}`",
                 f"{axis} {present[0]}" + (f" - {present[-1]}" if len(present) > 1 else ""),
-                _names([s.peer for s in best]),
-                _pooled(best),
+                _names(f"{s.peer.provider} ({s.peer.accuracy})" for s in best),
+                _factors(best),
                 f"{sum(s.verdict == AHEAD for s in best)} / {len(best)}",
                 percent(median(shares)) if shares else "",
-                f"{_names([s.peer for s in coarse])}: {_pooled(coarse)}" if coarse else "",
+                f"{_names(s.peer.provider for s in coarse)}: {_factors(coarse)}" if coarse else "",
             )
 
 
 def summary(machine: Machine) -> Iterator[str]:
     rows = list(summary_rows(machine.cases))
+    if not rows:  # peers alone were measured
+        return
     coarse = any(row[-1] for row in rows)
     header = ["operator", "rows", "fastest peer", "factor (p20 - p80)", "ahead in", "of the limit"]
     header += ["fastest with int8 activations"] if coarse else []

@@ -12,7 +12,7 @@ import pytest
 from bench import compare, stats
 from bench.records import LIMIT, parse
 
-import bench_documents as invented
+import invented_results as invented
 
 AXES = {"M": 1, "N": 64, "K": 64, "dtype": "bfloat16", "cache": "cold"}
 
@@ -92,7 +92,7 @@ def test_five_percent_are_found_and_nothing_is_no_difference():
 def test_a_drift_of_the_machine_is_shown_and_taken_out():
     before, after = run_of(1), run_of(2, drift=1.2)
     text = "\n".join(compare.lines(compared(before, after), compare.CONFIDENCE, compare.NOISE))
-    assert "control: 2 rows of others" in text and "WARNING: int4_gemm: what is not ours changed too" in text
+    assert "control: all 2 rows" in text and "WARNING: int4_gemm: what is not ours changed too" in text
     assert words(compared(before, after, LIMIT)) == ["no difference"]
     assert words(compared(before, run_of(2, 110.0, drift=1.2), LIMIT)) == ["slower"]
     assert "WARNING" not in "\n".join(compare.lines(compared(before, run_of(3)), 0.99, compare.NOISE))
@@ -100,7 +100,7 @@ def test_a_drift_of_the_machine_is_shown_and_taken_out():
 
 def test_mean_over_cases_is_narrower_than_a_case():
     found = compared(run_of(1, noise=0.05, cases=8), run_of(2, 102.5, noise=0.05, cases=8)).ratios
-    mean = compare.mean_ratio(found, "all", 0.99)
+    mean = compare.mean_ratio(found, "qops", "all", 0.99)
     assert mean.interval.low > 1
     width = mean.interval.high - mean.interval.low
     assert all(width < 0.6 * (r.interval.high - r.interval.low) for r in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import json
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from bench import plots, records, report, tables
+from bench.figures import Figure, figures_of, figures_of_operator
 
-import bench_documents as invented
+import invented_results as invented
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="draws plots: needs matplotlib (extra `bench`)"
@@ -77,8 +79,9 @@ def test_check_finds_changed_json_and_files_too_many_or_missing(site):
     found = report.stale(other, site, site / "README.md")
     assert {"RESULTS.md differs", "README.md differs"} <= {*found}
     assert sum("shows other data" in line for line in found) == len(other.figures) > 2
-    (site / "RESULTS-gone.md").write_text("")
-    (site / "plots" / "gone.svg").write_text("")
+    (site / "RESULTS-gone.md").write_text(tables.index({}))
+    (site / "plots" / "gone.svg").write_text("sha256:")
+    (site / "plots" / "mine.svg").write_text("<svg/>")
     plot = next(iter(expected.figures))
     (site / plot).unlink()
     wanted = [f"{plot} is missing", "RESULTS-gone.md has no results", "plots/gone.svg has no results"]
@@ -107,11 +110,33 @@ def test_without_results(tmp_path):
 
 def test_page_says_where_we_lose():
     text = page(invented.full())
-    assert "Against the fastest peer: ahead in 8, level in 4, **behind in** 4 of 16 cases." in text
+    assert "Against the fastest peer: ahead in 8, level in 4, **behind** in 4 of 16 cases." in text
     assert "Against the fastest that does not round the activations to 8 bits: ahead in 12, level in 4 of 16" in text
     (lost,) = lines_with(text, "| qkv (6144 x 4096), M 1 |", "cold")
-    assert lost.split(" | ")[2:5] == ["onnxruntime acc4", invented.COARSE, invented.EXACT]
-    assert 0.88 < float(lost.split(" | ")[5].rstrip("x")) < 0.94
+    assert lost.split(" | ")[2:6] == ["**behind**", "onnxruntime acc4", invented.COARSE, invented.EXACT]
+    assert 0.88 < float(lost.split(" | ")[6].rstrip("x")) < 0.94
+
+
+def test_what_is_unclear_counts_against_us():
+    """Few rounds, or wild ones."""
+    axes: invented.Axes = {"M": 1, "N": 64, "K": 64, "cache": "cold"}
+    few = invented.case("int4_gemm", axes, {"qops": 100.0, "cublas F.linear": 50.0}, random.Random(0))
+    for row in few:
+        del row["samples_us"][5:]
+    times = [10.0, 1000.0, 90.0] * 10
+    wild = [
+        invented.row("int4_gemm", name, axes, t) for name, t in (("qops", [100.0] * 30), ("cublas F.linear", times))
+    ]
+    for rows in (few, wild):
+        (case,) = machine(invented.document(rows)).cases
+        (standing,) = tables.standings([case])
+        assert standing.verdict == tables.UNCLEAR and standing.lost
+        assert tables.crossover([case]) == ("1 (the smallest measured)", "nowhere")
+        assert lines_with(page(invented.document(rows)), "| 64 x 64, M 1 |", "| unclear |")
+        assert "Where we lose, or may:" in page(invented.document(rows))
+    rows = [invented.row("int4_gemm", name, axes, t) for name, t in (("qops", [100.0] * 30), ("a", [95.0, 105.0] * 15))]
+    (standing,) = tables.standings(machine(invented.document(rows)).cases)
+    assert standing.verdict == tables.LEVEL and not standing.lost
 
 
 def test_case_tables_hold_every_time_with_its_accuracy():
@@ -124,6 +149,7 @@ def test_case_tables_hold_every_time_with_its_accuracy():
             assert f"{tables.number(np.median(row['samples_us']))} " in line
     assert "**" in line and "**behind**" not in line
     assert lines_with(text, "*accuracy*", f"*{invented.COARSE}*", f"*{invented.EXACT}*")
+    assert re.search(r"\| 1\d\d \(onednn F\.linear 2\.\d\dx\) \|$", line), "hot, beside it"
     share = float(line.split(" | ")[5].rstrip(" %"))
     assert share == pytest.approx(100 * 112 / 164, abs=1)
 
@@ -192,7 +218,7 @@ def test_summary_pools_all_cases():
     cells = line.strip("| ").split(" | ")
     assert cells[2] == f"torch int4pack ({invented.EXACT})" and cells[4] == "2 / 2"
     assert 1.75 < float(cells[3].partition("x")[0]) < 1.87
-    assert cells[6].startswith(f"onnxruntime acc4 ({invented.COARSE}): 0.9")  # where we lose
+    assert cells[6].startswith("onnxruntime acc4: 0.9")  # where we lose
     (line,) = lines_with(section, "`int4_gemm`", "| M 256 |")
     assert "| 0 / 2 |" in line and "onednn F.linear" in line
     assert len(lines_with(section, "| `")) == 5
@@ -220,11 +246,64 @@ def test_several_machines_have_an_index():
     assert "**Invented GPU**" in found.readme and "**Invented CPU, 2 threads, avx2**" in found.readme
 
 
+def test_summary_counts_every_case_the_same():
+    rng, rows = random.Random(0), []
+    for m, peer, rounds in ((65, 150.0, 30), (66, 300.0, 7), (67, 300.0, 7)):  # slow cases get fewer rounds
+        case = invented.case("int4_gemm", {"M": m, "N": 8, "K": 8}, {"qops": 100.0, "peer": peer}, rng)
+        rows += [{**row, "samples_us": row["samples_us"][:rounds]} for row in case]
+    section = report.report([records.parse("a.json", invented.document(rows))]).readme
+    (line,) = lines_with(section, "`int4_gemm`", "| M 65 - 67 |", "| 3 / 3 |")
+    assert 2.9 < float(line.split(" | ")[3].partition("x")[0]) < 3.1
+
+
+def test_targets(tmp_path):
+    """A dense GEMM at 4.4 times the limit, a peer at 1.25 times; ours does not matter."""
+    rng, rows, coarse = random.Random(0), [], {"coarse": invented.COARSE}
+    for m in (1, 8, 16):
+        axes: invented.Axes = {"M": m, "N": 14336, "K": 4096, "cache": "cold"}
+        us = {"qops": 500.0, "cublas F.linear": 440.0, "marlin": 125.0, "coarse": 110.0, records.LIMIT: 100.0}
+        rows += invented.case("int4_gemm", axes, us, rng, coarse)
+        rows += invented.case(
+            "int4_gemm", {**axes, "K": 512}, {**us, "cublas F.linear": 1.0}, rng, coarse
+        )  # a small layer
+    gpu = invented.document(rows, kind="cuda", name="Invented GPU")
+    expected = report.report([records.parse("a.json", gpu)])
+    dense, sixteen, peers = (line.strip("| ").split(" | ") for line in lines_with(expected.targets, "int4_gemm"))
+    assert dense[1:4] == ["M 1 - 8", "cublas F.linear", "2"] and sixteen[1] == "M 16"
+    assert dense[5] == "3.20x" and float(dense[6].rstrip("x")) == pytest.approx(0.88 * 4.4, rel=0.02)
+    assert dense[7] == "**3.20x**"  # the stated one
+    assert peers[1:4] == ["M 1 - 16", "marlin", "6"]
+    assert peers[7] == f"**{peers[6]}**" and float(peers[6].rstrip("x")) < 1.13  # the limit leaves no more
+    assert report.report([records.parse("a.json", invented.document(rows))]).targets == ""  # a CPU
+    assert report.stale(expected, tmp_path, None)[-1] == "TARGETS.md is missing"
+    (tmp_path / "TARGETS.md").write_text(f"By hand.\n{report.BEGIN}{report.END}")
+    assert report.stale(expected, tmp_path, None)[-1] == "TARGETS.md differs"
+    (tmp_path / "TARGETS.md").write_text(report.with_section(f"By hand.\n{report.BEGIN}{report.END}", expected.targets))
+    assert "TARGETS.md" not in " ".join(report.stale(expected, tmp_path, None))
+
+
+def test_peers_alone():
+    """Measured before there is anything of ours."""
+
+    def without_ours(m: int) -> dict[str, Any]:
+        return {name: us for name, us in invented.int4_times(m).items() if name != "qops"}
+
+    document = invented.full(times=without_ours, kind="cuda", name="Invented GPU")
+    document["results"] = [row for row in document["results"] if row["provider"] != "qops"]
+    text = page(document)
+    assert re.search(r"\| qkv \(6144 x 4096\) \| 64 \|  \|  \|  \|  \| \d+ \| \d+ \| \d+ \| \d+ \|", text)
+    assert "Against the fastest" not in text and "fails" not in text
+    found = report.report([records.parse("a.json", document)])
+    assert [figure.name for figure in found.figures.values()] == ["speedup", "share", "bandwidth", "share"]
+    assert all("torch" in " ".join(figure.labels) for figure in found.figures.values())
+    assert "| int4_gemm | M 65" not in found.readme and "operator" not in found.readme and found.targets
+
+
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
-def figures(document: Any) -> list[plots.Figure]:
-    return [figure for found in report.figures_of(machine(document)).values() for figure in found]
+def figures(document: Any) -> list[Figure]:
+    return [figure for found in figures_of(machine(document)).values() for figure in found]
 
 
 def test_figures_of_every_kind():
@@ -239,21 +318,33 @@ def test_figures_of_every_kind():
     assert [panel.title for panel in share.panels] == ["M = 1", "M = 16", "M = 64", "M = 256"]
     ours = next(line for line in share.panels[2].lines if line.label == "qops")
     assert ours.x == pytest.approx((68.3, 68.3), abs=1) and ours.y == (0, 1)
+    assert [panel.title for panel in bandwidth.panels] == ["T = 1", "T = 1024"]
     ours = bandwidth.panels[0].lines[0]
     assert ours.x == (1024, 2048, 4096) and ours.y[0] > 1.9 * ours.y[1]
 
 
+def test_the_order_of_cases_decides_nothing():
+    document = invented.full()
+    shuffled = copy.deepcopy(document)
+    shuffled["results"].sort(key=lambda row: -row["axes"].get("T", 0))
+    names = [figure.digest for figure in figures(document)]
+    assert sorted(names) == sorted(figure.digest for figure in figures(shuffled))
+
+
 def test_digest_is_of_the_data_shown():
-    first, again, other = (plots.figures("a", machine(invented.full(seed=s)).cases[:8])[0] for s in (0, 0, 1))
+    first, again, other = (figures_of_operator("a", machine(invented.full(seed=s)).cases[:8])[0] for s in (0, 0, 1))
     assert first.digest == again.digest != other.digest
 
 
 @needs_matplotlib
 def test_plots(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(invented.full()))
+    for name in ("RESULTS-gone.md", "RESULTS-mine.md"):
+        (tmp_path / name).write_text(tables.index({}) if "gone" in name else "mine")
     assert report.main([str(tmp_path / "a.json"), "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*.md")} == {"RESULTS.md", "RESULTS-mine.md"}
     assert report.main([str(tmp_path / "a.json"), "--out", str(tmp_path), "--check"]) == 0
-    drawn = {f"{figure.title}": figure for figure in figures(invented.full())}
+    drawn = {figure.title: figure for figure in figures(invented.full())}
     files = sorted((tmp_path / "plots").glob("*.svg"))
     assert len(files) == len(drawn)
     for file in files:

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.peers.layouts import unsupported
+from bench.peers.layouts import int32_words, unsupported
 from bench.problems import Int4Gemm, Int8WeightOnlyGemm, Result
 from bench.providers import Provider
 
 
 def _packed_zeros(zeros: Tensor) -> Tensor:
     """uint8 [N, K/G] to int32 [N / 8, K/G], eight rows in a word, the first lowest."""
-    rows = zeros.T.contiguous()
-    return (rows[:, 0::2] | (rows[:, 1::2] << 4)).contiguous().view(torch.int32).T.contiguous()
+    by_group = zeros.T
+    return int32_words(by_group[:, 0::2] | (by_group[:, 1::2] << 4), rows=len(by_group)).T.contiguous()
 
 
 def build(p: Int4Gemm | Int8WeightOnlyGemm) -> Callable[[], Result]:

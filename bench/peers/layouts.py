@@ -26,6 +26,11 @@ def added_to_centred(p: Int4Gemm) -> Tensor:
     return zeros + SYMMETRIC_ZERO * scales if p.kind == "offset" else (SYMMETRIC_ZERO - zeros) * scales
 
 
+def int32_words(packed: Tensor, rows: int) -> Tensor:
+    """uint8 as int32 [rows, ...], the first byte lowest. Not ``view`` alone: a single row may have any stride."""
+    return packed.reshape(-1).view(torch.int32).view(rows, -1)
+
+
 def unsupported(
     *,
     kinds: tuple[str, ...] = ("symmetric", "zero_point"),

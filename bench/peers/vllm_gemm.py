@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.peers import libraries
-from bench.peers.layouts import multiples, unsupported
+from bench.peers.layouts import int32_words, multiples, unsupported
 from bench.problems import Axes, Int4Gemm, Int8Gemm, Int8WeightOnlyGemm, Result
 from bench.providers import Provider
 
@@ -46,7 +46,7 @@ def marlin_zeros(zeros: Tensor) -> Tensor:
     """uint8 [N, K/G] to int32 [K/G, N / 8]: the order of grouped scales, then even nibbles before odd ones."""
     ordered = marlin_scales(zeros, single_group=False)
     nibbles = ordered.view(ordered.shape[0], -1, 4, 2).transpose(2, 3).flatten(2)
-    return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).contiguous().view(torch.int32).flatten(1)
+    return int32_words(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), rows=ordered.shape[0])
 
 
 def _gptq(p: Int4Gemm | Int8WeightOnlyGemm) -> tuple[Tensor, int, int]:
