@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from bench import problems
 
@@ -80,41 +81,60 @@ class Case:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is run of everything; None is all of it."""
+    """What is run of everything; None is all of it.
+
+    Attributes:
+        layers, rows: of GEMMs.
+        tokens: of the other operators,
+        widths: and their H, I or K.
+        formats: kinds of 4-bit weight, and rules of quantisation.
+        both_caches: hot and cold, else as the operator finds its input: cold weights, and hot activations if they are
+            few.
+        dtypes: of activations.
+    """
 
     layers: frozenset[str] | None = None
     rows: frozenset[int] | None = None
+    tokens: frozenset[int] | None = None
     widths: frozenset[int] | None = None
-    hot_weights: bool = True
-    hot_and_cold: bool = True
-    kinds: frozenset[str] = frozenset(KINDS)
+    formats: frozenset[str] | None = None
+    both_caches: bool = True
     dtypes: tuple[str, ...] = ("bfloat16",)
+
+    def caches_of(self, tokens: int | None) -> tuple[str, ...]:
+        """Of a number of tokens that were just written; of weights where that is None."""
+        if self.both_caches:
+            return "cold", "hot"
+        return ("cold",) if tokens is None or tokens >= HOT_TOKENS else ("hot",)
 
 
 FULL = Selection(dtypes=("bfloat16", "float16"))
-_CPU_WIDTHS = frozenset({576, 4096, 1536, 14336})
+USUAL = frozenset({"symmetric", "127", "asym", "static"})
 # A quarter of an hour on two cores, one thread and then two, with every peer.
 CPU = Selection(
     layers=frozenset({"llama3-8b o", "smollm2-135m gate_up", "smollm2-135m down"}),
     rows=frozenset({1, 4, 16, 64, 256}),
-    widths=_CPU_WIDTHS,
-    hot_weights=False,
-    hot_and_cold=False,
-    kinds=frozenset({"symmetric"}),
+    tokens=frozenset({1, 64, 2048}),
+    widths=frozenset({576, 4096, 1536, 14336}),
+    formats=USUAL,
+    both_caches=False,
 )
 # Two minutes.
 CPU_QUICK = Selection(
     layers=frozenset({"llama3-8b o"}),
     rows=frozenset({1, 64}),
+    tokens=frozenset({1, 256}),
     widths=frozenset({4096, 14336}),
-    hot_weights=False,
-    hot_and_cold=False,
-    kinds=frozenset({"symmetric"}),
+    formats=USUAL,
+    both_caches=False,
 )
 CUDA = Selection(
     layers=frozenset(
         {
-            *(name for name in LAYERS if name.startswith("llama3-8b ") and " tp" not in name),
+            "llama3-8b qkv",
+            "llama3-8b o",
+            "llama3-8b gate_up",
+            "llama3-8b down",
             "llama3-70b tp8 gate_up",
             "llama3-70b tp8 down",
             "qwen2.5-7b down",
@@ -122,15 +142,17 @@ CUDA = Selection(
         }
     ),
     rows=frozenset({1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 1024, 4096}),
+    tokens=frozenset({1, 16, 64, 256, 1024, 4096}),
     widths=frozenset({576, 4096, 8192, 14336}),
-    kinds=frozenset({"symmetric"}),
+    formats=USUAL,
 )
 CUDA_QUICK = Selection(
     layers=frozenset({"llama3-8b o", "llama3-8b down"}),
     rows=frozenset({1, 16, 256, 4096}),
+    tokens=frozenset({1, 256, 4096}),
     widths=frozenset({4096, 14336}),
-    hot_weights=False,
-    kinds=frozenset({"symmetric"}),
+    formats=USUAL,
+    both_caches=False,
 )
 SELECTIONS = {
     ("cpu", "default"): CPU,
@@ -142,45 +164,44 @@ SELECTIONS = {
 }
 
 
-def group_size(k: int) -> int:
-    """128, or 64 for the sizes that it does not divide."""
-    return 128 if k % 128 == 0 else 64
-
-
-def cases(op: str, selection: Selection) -> Iterator[Case]:
+def cases(op: str, selection: Selection) -> list[Case]:
     """Those of an operator."""
-    for dtype in selection.dtypes:
-        if op in problems.GEMMS:
-            yield from _gemms(op, dtype, selection)
-            continue
-        for shape in _shapes(op, selection):
-            for tokens in _chosen(TOKENS, selection.rows):
-                both = ("hot", "cold") if selection.hot_and_cold else ("hot" if tokens < HOT_TOKENS else "cold",)
-                for cache in both:
-                    yield Case(op, {"T": tokens, **shape, "dtype": dtype, "cache": cache})
+    if op in problems.GEMMS:
+        return [case for dtype in selection.dtypes for case in _gemms(op, dtype, selection)]
+    return [
+        Case(op, {"T": tokens, **shape, "dtype": dtype, "cache": cache})
+        for dtype in selection.dtypes
+        for shape in _shapes(op, selection)
+        for tokens in _chosen(TOKENS, selection.tokens)
+        for cache in selection.caches_of(tokens)
+    ]
 
 
-def _chosen(sizes: Iterable[int], wanted: frozenset[int] | None) -> list[int]:
-    return [size for size in sizes if wanted is None or size in wanted]
+T = TypeVar("T", int, str)
+
+
+def _chosen(values: Iterable[T], wanted: frozenset[T] | None) -> list[T]:
+    return [value for value in values if wanted is None or value in wanted]
 
 
 def _gemms(op: str, dtype: str, selection: Selection) -> Iterator[Case]:
-    """A kind of weight but the first is another format of the same bytes: for one layer."""
-    for layer, (n, k) in LAYERS.items():
-        if selection.layers is not None and layer not in selection.layers:
-            continue
+    for layer in _chosen(LAYERS, selection.layers):
+        n, k = LAYERS[layer]
         for m in _chosen(ROWS, selection.rows):
-            for cache in ("cold", "hot") if selection.hot_weights else ("cold",):
-                axes: dict[str, int | str] = {"layer": layer, "M": m, "N": n, "K": k}
-                if op == "int8_gemm":
-                    yield Case(op, {**axes, "dtype": dtype, "cache": cache})
-                    continue
-                group = group_size(k) if op == "int4_gemm" else 32
-                kinds = [kind for kind in KINDS if kind in selection.kinds] if op == "int4_gemm" else [""]
-                for kind in kinds:
-                    # Offsets come in the groups of GGUF.
-                    sizes = {"G": 32 if kind == "offset" else group, "dtype": dtype}
-                    yield Case(op, {**axes, **sizes, **({"kind": kind} if kind else {}), "cache": cache})
+            for weight in _weights(op, k, selection):
+                for cache in selection.caches_of(None):
+                    sizes = {"layer": layer, "M": m, "N": n, "K": k}
+                    yield Case(op, {**sizes, **weight, "dtype": dtype, "cache": cache})
+
+
+def _weights(op: str, k: int, selection: Selection) -> list[dict[str, int | str]]:
+    """Group size and kind; those of GGUF's formats for 8 bits and for offsets."""
+    if op == "int8_gemm":
+        return [{}]
+    if op == "int8_weight_only_gemm":
+        return [{"G": 32}]
+    usual = 128 if k % 128 == 0 else 64
+    return [{"G": 32 if kind == "offset" else usual, "kind": kind} for kind in _chosen(KINDS, selection.formats)]
 
 
 def _shapes(op: str, selection: Selection) -> list[dict[str, int | str]]:
@@ -190,7 +211,8 @@ def _shapes(op: str, selection: Selection) -> list[dict[str, int | str]]:
         return [{"I": width} for width in _chosen(INTERMEDIATE, selection.widths)]
     if op in problems.NORMS:
         return [{"H": width} for width in _chosen(HIDDEN, selection.widths)]
-    return [{"K": width, "rule": rule} for width in _chosen(HIDDEN, selection.widths) for rule in RULES[op]]
+    rules = _chosen(RULES[op], selection.formats)
+    return [{"K": width, "rule": rule} for width in _chosen(HIDDEN, selection.widths) for rule in rules]
 
 
 def interleaved(lists: Sequence[Sequence[Case]]) -> list[Case]:

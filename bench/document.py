@@ -13,8 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import qops
 from bench.cases import Case
 from bench.providers import Provider, version
@@ -48,6 +46,19 @@ def cpus() -> list[int]:
         (second if core in cores else first).append(cpu)
         cores.add(core)
     return [*first, *second]
+
+
+def slots(threads: int) -> list[list[int]]:
+    """Disjoint sets of so many CPUs, the first ones first; near the same memory, or there is one set alone."""
+    available, near = cpus(), set[int]()
+    for node in Path("/sys/devices/system/node").glob("node*"):
+        here = {int(path.name[3:]) for path in node.glob("cpu[0-9]*")}
+        near |= here if available[0] in here else set()
+    if near.issuperset(available[:threads]):
+        available = [cpu for cpu in available if cpu in near]
+    else:
+        available = available[:threads]
+    return [available[i : i + threads] for i in range(0, len(available) - threads + 1, threads)]
 
 
 def cores() -> int:
@@ -110,7 +121,7 @@ class Document:
             "device": dict(device),
             "protocol": {
                 "timer": "CUDA events" if device["kind"] == "cuda" else "perf_counter_ns",
-                "order": "every provider in a process of its own, one sample each in turn, another one first each round",
+                "order": "a process for each provider, one sample each in turn, another one first each round",
                 "inputs": inputs_text(device["kind"]),
                 **asdict(protocol),
             },
@@ -172,7 +183,7 @@ def inputs_text(kind: str) -> str:
             "cold: one call per copy in a CUDA graph, copies past 3 x L2, 100 MB and 8 of them; "
             "hot: the same input in each call, L2 as that leaves it; no flush"
         )
-    return "cold: copies past min(3 x last-level cache, cap), each of another seed; hot: the same input in each call"
+    return "cold: copies past min(3 x last-level cache, caps), each weight another; hot: the same input in each call"
 
 
 def _rounded(value: Any) -> Any:

@@ -231,9 +231,13 @@ def _sampled(op: str, problem: Problem) -> tuple[Tensor, Tensor | None]:
 
 
 def sample(op: str, problem: Problem, outputs: Result) -> tuple[Tensor, ...]:
-    """The part of an operator's results that ``reference`` gives, on the CPU."""
+    """The part of an operator's results that ``reference`` gives, on the CPU. Other shapes are a ValueError."""
     rows, columns = _sampled(op, problem)
     tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+    sizes = tuple(int(places[-1]) + 1 for places in (rows, columns) if places is not None)
+    for tensor in tensors:
+        if tensor.shape[: len(sizes)] != sizes:
+            raise ValueError(f"wrong result: shape {tuple(tensor.shape)}, expected to start with {sizes}")
     taken = [tensor[rows.to(tensor.device)] for tensor in tensors]
     if columns is not None:
         taken = [tensor[:, columns.to(tensor.device)] for tensor in taken]

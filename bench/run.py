@@ -1,30 +1,236 @@
-"""``python -m bench.run OP ... | all``: times operators against every peer that is installed, and the machine's limit.
+"""Times operators against every peer that is installed, and against the limit of this machine.
 
-    python -m bench.run int4_gemm --out r.json            # ours, oneDNN, peers, the limit; 1 thread, then all
-    python -m bench.run all --quick                        # two minutes
-    python -m bench.run int4_gemm --layers "llama3-70b o" --rows 1,16 --threads all
-    python -m bench.run all --device cuda --out bench/results/cuda.json
-    python -m bench.run all --list                         # cases and providers; nothing runs
+    python -m bench.run int4_gemm --out r.json        # one thread, then all
+    python -m bench.run all --quick                    # two minutes
+    python -m bench.run int4_gemm --layers "llama3-70b o" --rows 1,16 --threads all --providers "qops,onednn*"
+    python -m bench.run all --device cuda --out r.json
+    python -m bench.run all --list                     # cases and providers; nothing runs
 
-Ctrl-C keeps what was measured; the same command with the same ``--out`` goes on from there.
+Ctrl-C keeps what was measured; the same command with the same --out goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from bench import cases, document, problems, providers, timing
-from bench.cases import Case, Selection
+from bench import document, problems, providers, timing
+from bench.cases import LAYERS, SELECTIONS, Case, Selection, cases, interleaved
 from bench.document import Document, OtherRun
 from bench.providers import DEFAULT_MODULES, LIMIT, OURS, Provider
 from bench.session import Failure, Session
-from bench.stats import quantile
+from bench.stats import median
+
+QUICK_SECONDS = 120.0
+# So many providers prepare their calls at a time on a GPU.
+CUDA_SLOTS = 6
+PROTOCOLS = {"default": timing.Protocol(), "quick": timing.QUICK, "full": timing.FULL}
+
+
+class Mistake(Exception):
+    """What is wrong with a command line or a machine, in one line."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for."""
+
+    device: str
+    threads: list[int]
+    cases: list[Case]
+    offered: Mapping[str, list[Provider]]
+    protocol: timing.Protocol
+    budget_seconds: float | None
+
+    def steps(self) -> Iterator[tuple[int, Case]]:
+        """In their order: workers are started for one number of threads after the other."""
+        for threads in self.threads:
+            for case in self.cases:
+                yield threads, case.with_axes(threads=threads) if self.device == "cpu" else case
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, formatter_class=form)
+    parser.add_argument("ops", nargs="+", metavar="OP", help=f"all, or some of {', '.join(problems.OPS)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", help='on the CPU: numbers and "all" (cores); default 1,all, or all with --quick')
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON document, written after each case, or continued")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="few cases, two minutes")
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="every case: many hours on a CPU")
+    parser.add_argument("--providers", help='names, with "*": those alone, installed or not; the limit is always there')
+    parser.add_argument("--layers", help='names, with "*", of GEMMs\' layers, out of all')
+    parser.add_argument("--rows", help="numbers of rows (tokens), out of all")
+    parser.add_argument("--budget-seconds", type=float, metavar="S", help="start no case after so many")
+    parser.add_argument("--list", action="store_true", help="print cases and providers, and run nothing")
+    parser.set_defaults(size="default")
+    return parser.parse_args(argv)
+
+
+def _matching(names: Sequence[str], patterns: str, what: str) -> list[str]:
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    for pattern in wanted:
+        if not fnmatch.filter(names, pattern):
+            raise Mistake(f"no {what} {pattern!r}; there are: {', '.join(names)}")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
+
+
+def _numbers(text: str, what: str) -> list[int]:
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise Mistake(f"{what} must be numbers with commas between, got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def _selection(args: argparse.Namespace) -> Selection:
+    """Of a size; what is named comes from everything there is."""
+    selection = SELECTIONS[args.device, args.size]
+    if args.layers:
+        selection = replace(selection, layers=frozenset(_matching([*LAYERS], args.layers, "layer")))
+    if args.rows:
+        rows = frozenset(_numbers(args.rows, "--rows"))
+        selection = replace(selection, rows=rows, tokens=rows)
+    return selection
+
+
+def _threads(args: argparse.Namespace) -> list[int]:
+    if args.device == "cuda":
+        return [document.cores()]
+    words = (args.threads or ("all" if args.size == "quick" else "1,all")).split(",")
+    wanted = [document.cores() if word == "all" else _numbers(word, "--threads")[0] for word in words]
+    if not all(1 <= threads <= len(document.cpus()) for threads in wanted):
+        raise Mistake(f"--threads must lie in 1 ... {len(document.cpus())}, got {args.threads}")
+    return list(dict.fromkeys(wanted))
+
+
+def plan(args: argparse.Namespace, modules: Sequence[str] = DEFAULT_MODULES) -> Plan:
+    ops = [*problems.OPS] if "all" in args.ops else _matching(problems.OPS, ",".join(args.ops), "operator")
+    offered = {op: providers.all(op, args.device, modules) for op in ops}
+    if args.providers:
+        names = list(dict.fromkeys(p.name for found in offered.values() for p in found))
+        wanted = _matching(names, args.providers, "provider")
+        offered = {op: [p for p in found if p.name in wanted] for op, found in offered.items()}
+    else:
+        offered = {op: [p for p in found if not p.missing()] for op, found in offered.items()}
+    selection = _selection(args)
+    budget = args.budget_seconds or (QUICK_SECONDS if args.size == "quick" else None)
+    chosen = interleaved([list(cases(op, selection)) for op in ops])
+    if not chosen:
+        raise Mistake("no case is left")
+    return Plan(args.device, _threads(args), chosen, offered, PROTOCOLS[args.size], budget)
+
+
+def listing(wanted: Plan, modules: Sequence[str] = DEFAULT_MODULES) -> str:
+    """Cases, and providers with what they lack."""
+    lines = [str(case) for _, case in wanted.steps()]
+    lines.append(f"{len(lines)} cases\n")
+    for op in wanted.offered:
+        for provider in providers.all(op, wanted.device, modules):
+            lack = ", ".join(provider.missing())
+            lines.append(f"{op}: {provider.name} ({provider.accuracy})" + (f": not installed: {lack}" if lack else ""))
+    return "\n".join(lines)
+
+
+def measure(wanted: Plan, results: Document, sessions: Mapping[int, Session]) -> str | None:
+    """Runs what the document does not have; why it ended early, if it did."""
+    started = time.monotonic()
+    steps = list(wanted.steps())
+
+    def names(case: Case) -> list[str]:
+        return [*(p.name for p in wanted.offered[case.op]), LIMIT]
+
+    todo = [(threads, case) for threads, case in steps if not results.has(case, names(case))]
+    with tqdm(total=len(steps), initial=len(steps) - len(todo), unit="case", disable=None, file=sys.stderr) as bar:
+        for index, (threads, case) in enumerate(todo):
+            if wanted.budget_seconds is not None and time.monotonic() - started > wanted.budget_seconds:
+                return f"the time is up, {len(todo) - index} of {len(steps)} cases are left"
+            bar.set_description(str(case))
+            try:
+                rows = sessions[threads].run(case, wanted.offered[case.op])
+            except KeyboardInterrupt:
+                return f"interrupted, {len(todo) - index} of {len(steps)} cases are left"
+            results.add(case, rows, wanted.offered[case.op])
+            bar.update()
+    return None
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a case: our median, the fastest peer, how many times our time it takes, and our share of the limit.
+
+    Ratios are medians of the ratios of each round. Below, what was not timed and why.
+    """
+    by_case: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_case.setdefault(str(Case(row["op"], row["axes"])), {})[row["provider"]] = row
+    lines = [("case", "qops us", "fastest peer", "its us / ours", "of the limit")]
+    for case, found in by_case.items():
+        samples = {name: row["samples_us"] for name, row in found.items() if row["samples_us"]}
+        ours = samples.pop(OURS, None)
+        limit = samples.pop(LIMIT, None)
+        cells = [case, "-", "-", "-", "-"]
+        peer = min(samples, key=lambda name: median(samples[name]), default=None)
+        if peer is not None:
+            cells[2] = peer
+        if ours is not None:
+            cells[1] = f"{median(ours):.4g}"
+            if peer is not None:
+                cells[3] = f"{median([a / b for a, b in zip(samples[peer], ours, strict=True)]):.2f}"
+            if limit is not None:
+                cells[4] = f"{median([a / b for a, b in zip(limit, ours, strict=True)]):.0%}"
+        lines.append(tuple(cells))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    align = (str.ljust, str.rjust, str.ljust, str.rjust, str.rjust)
+    text = ["  ".join(f(cell, w) for f, cell, w in zip(align, line, widths, strict=True)).rstrip() for line in lines]
+    lost = Counter((row["provider"], row["error"]) for row in rows if row["error"])
+    text += [f"not timed: {name}: {error} ({count} cases)" for (name, error), count in lost.items()]
+    return "\n".join(text)
+
+
+def main(argv: Sequence[str] | None = None, modules: Sequence[str] = DEFAULT_MODULES) -> int:
+    """Run the command line and return the process's exit code."""
+    args = arguments(argv)
+    sessions: dict[int, Session] = {}
+    try:
+        wanted = plan(args, modules)
+        if args.list:
+            print(listing(wanted, modules))
+            return 0
+        if wanted.device == "cuda" and not torch.cuda.is_available():
+            raise Mistake("no CUDA device is visible to torch")
+        clocks = document.gpu_clocks if wanted.device == "cuda" else None
+        for threads in wanted.threads:
+            slots = document.slots(threads) if wanted.device == "cpu" else [document.cpus()] * CUDA_SLOTS
+            sessions[threads] = Session(wanted.device, slots, wanted.protocol, modules, clocks)
+        device = (
+            document.cuda_device(sessions[wanted.threads[0]].ask(OURS, "machine"))
+            if wanted.device == "cuda"
+            else document.cpu_device()
+        )
+        results = Document(args.out, device, wanted.protocol)
+        early = measure(wanted, results, sessions)
+    except (Mistake, OtherRun, Failure) as problem:
+        print(f"bench.run: {problem}", file=sys.stderr)
+        return 2
+    finally:
+        for session in sessions.values():
+            session.close()
+    print(table(results.rows))
+    if early:
+        print(f"bench.run: {early}; the same command goes on" if args.out else f"bench.run: {early}", file=sys.stderr)
+    if args.out:
+        print(f"wrote {args.out}")
+    return 130 if early and early.startswith("interrupted") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

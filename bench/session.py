@@ -7,17 +7,17 @@ import functools
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bench import problems
 from bench.cases import Case
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A provider whose process has crashed or hung so many times is not started again.
 MOST_CRASHES = 3
 START_SECONDS = 120.0
-# Of the memory that is free, all providers together: some hold their weights twice.
+# For all providers together, some of which hold their weights twice; of the memory that is free, of all of a GPU's.
 MEMORY_SHARE = 0.5
 CUDA_MEMORY_SHARE = 0.7
 
@@ -40,11 +40,11 @@ class Failure(Exception):
 class WorkerProcess:
     """A worker, on CPUs of its own choice, that runs only while it is asked: idle threads of others do not spin."""
 
-    def __init__(
-        self, device: str, threads: int, cpus: Sequence[int], modules: Sequence[str], protocol: Protocol
-    ) -> None:
+    def __init__(self, device: str, cpus: Sequence[int], modules: Sequence[str], protocol: Protocol) -> None:
+        threads = len(cpus)
         self._connection, theirs = multiprocessing.Pipe()
         self._stops = device == "cpu"
+        self._started = False
         options = {
             "file": theirs.fileno(),
             "device": device,
@@ -81,16 +81,16 @@ class WorkerProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, method: str, timeout: float, **arguments: Any) -> Any:
+    def ask(self, method: str, timeout: float, /, **arguments: Any) -> Any:
         """What the method returns. Raises Failure when it raises; the process is gone when it crashes or hangs."""
         try:
+            if not self._started:
+                self._receive(START_SECONDS)
+                self._started = True
             if self._stops:
                 os.killpg(self._process.pid, signal.SIGCONT)
             self._connection.send((method, arguments))
-            if not self._connection.poll(timeout):
-                self.kill()
-                raise Failure(f"no answer in {timeout:.0f} s")
-            good, answer = self._connection.recv()
+            good, answer = self._receive(timeout)
             if self._stops:
                 os.killpg(self._process.pid, signal.SIGSTOP)
         except (EOFError, ConnectionError, ProcessLookupError):
@@ -99,6 +99,12 @@ class WorkerProcess:
             raise Failure(answer)
         return answer
 
+    def _receive(self, timeout: float) -> tuple[bool, Any]:
+        if not self._connection.poll(timeout):
+            self.kill()
+            raise Failure(f"no answer in {timeout:.0f} s")
+        return self._connection.recv()
+
     def _last_words(self) -> str:
         self.kill()
         code = self._process.returncode
@@ -106,6 +112,22 @@ class WorkerProcess:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return f"crashed: {how}" + (f": {lines[-1][:300]}" if lines else "")
+
+    @contextlib.contextmanager
+    def on(self, cpus: Sequence[int], afterwards: Sequence[int]) -> Iterator[None]:
+        """All threads that it has and will have run on these CPUs meanwhile."""
+        self._pin(cpus)
+        try:
+            yield
+        finally:
+            self._pin(afterwards)
+
+    def _pin(self, cpus: Sequence[int]) -> None:
+        # Threads end meanwhile, or all of it has.
+        with contextlib.suppress(FileNotFoundError):
+            for task in Path(f"/proc/{self._process.pid}/task").iterdir():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(task.name), cpus)
 
     def kill(self) -> None:
         """With all processes that it has started."""
@@ -136,7 +158,7 @@ def new_row(case: Case, name: str, accuracy: str) -> dict[str, Any]:
 def rounds_of(costs: Sequence[float], protocol: Protocol) -> int:
     """How many rounds of samples that take so many seconds fit into the time of a case."""
     fitting = int(protocol.case_seconds / max(sum(costs), 1e-9))
-    return max(protocol.least_rounds, min(protocol.rounds, fitting))
+    return min(protocol.rounds, max(protocol.least_rounds, fitting))
 
 
 def turns(names: Sequence[str], index: int) -> list[str]:
@@ -146,49 +168,49 @@ def turns(names: Sequence[str], index: int) -> list[str]:
 
 
 class Session:
-    """The workers of one device and thread count, which live from case to case."""
+    """The workers of one device and thread count, which live from case to case.
+
+    ``slots`` are sets of CPUs, as many as there are threads in each: calls are timed on the first, and prepared on all.
+    """
 
     def __init__(
         self,
         device: str,
-        threads: int,
-        cpus: Sequence[int],
+        slots: Sequence[Sequence[int]],
         protocol: Protocol,
         modules: Sequence[str] = DEFAULT_MODULES,
         clocks: Callable[[], dict[str, float]] | None = None,
     ) -> None:
-        self._device, self._threads, self._cpus, self._protocol, self._modules = (
-            device,
-            threads,
-            cpus,
-            protocol,
-            modules,
-        )
-        self._clocks = clocks
+        self._device, self._protocol, self._clocks = device, protocol, clocks
+        self._slots = slots
+        self._start = functools.partial(WorkerProcess, device, slots[0], modules, protocol)
         self._workers: dict[str, WorkerProcess] = {}
         self._crashes: Counter[str] = Counter()
 
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Ends all workers, whatever they do."""
         for worker in self._workers.values():
             worker.kill()
         self._workers.clear()
 
-    def ask(self, name: str, method: str, **arguments: Any) -> Any:
-        """Of the process that serves a provider; the limit is measured in ours."""
-        process = OURS if name == LIMIT else name
+    def _worker(self, provider: str) -> WorkerProcess:
+        """The process that serves a provider; the limit is measured in ours."""
+        process = OURS if provider == LIMIT else provider
         worker = self._workers.get(process)
         if worker is None or not worker.alive:
             if self._crashes[process] >= MOST_CRASHES:
                 raise Failure(f"given up after {MOST_CRASHES} crashes")
             worker = self._workers[process] = self._start()
+        return worker
+
+    def ask(self, provider: str, method: str, /, **arguments: Any) -> Any:
+        """Of the process of a provider."""
+        worker = self._worker(provider)
         try:
             return worker.ask(method, self._protocol.timeout_seconds, **arguments)
         finally:
             if not worker.alive:
-                self._crashes[process] += 1
+                self._crashes[OURS if provider == LIMIT else provider] += 1
 
     def run(self, case: Case, offered: Sequence[Provider]) -> list[dict[str, Any]]:
         """The rows of a case. Whatever a provider does, the others have theirs."""
@@ -204,19 +226,47 @@ class Session:
                         self.ask(name, "release")
         return list(rows.values())
 
+    def _memory_bytes(self) -> int:
+        """What all providers of a case may hold."""
+        if self._device == "cpu":
+            return free_memory_bytes()
+        return int(CUDA_MEMORY_SHARE * self.ask(OURS, "machine")["memory_bytes"])
+
     def _prepare(self, case: Case, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         """What a sample of each provider takes that can be timed."""
-        memory_bytes = free_memory_bytes(self._device) // len(rows)
-        costs = {}
-        for name, row in rows.items():
+        memory_bytes = self._memory_bytes() // len(rows)
+        free: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
+        for slot in self._slots:
+            free.put(slot)
+        costs: dict[str, float] = {}
+
+        def prepare(name: str) -> None:
+            slot = free.get()
             try:
-                found = self.ask(name, "prepare", name=name, op=case.op, axes=case.axes, memory_bytes=memory_bytes)
+                with self._worker(name).on(slot, self._slots[0]):
+                    found = self.ask(name, "prepare", name=name, op=case.op, axes=case.axes, memory_bytes=memory_bytes)
             except Failure as failure:
-                row["error"] = str(failure)
-                continue
-            costs[name] = found.pop("seconds")
-            row.update(found)
-        return costs
+                rows[name]["error"] = str(failure)
+            else:
+                costs[name] = found.pop("seconds")
+                rows[name].update(found)
+            finally:
+                free.put(slot)
+
+        # Here, since a worker ends with the thread that has started it.
+        for name in rows:
+            with contextlib.suppress(Failure):
+                self._worker(name)
+        with ThreadPoolExecutor(len(self._slots)) as pool:
+            try:
+                for future in [pool.submit(prepare, name) for name in rows if name != LIMIT]:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.close()
+                raise
+        prepare(LIMIT)  # in the process of ours
+        return {name: costs[name] for name in rows if name in costs}
 
     def _measure(self, rows: dict[str, dict[str, Any]], rounds: int, names: list[str]) -> None:
         for index in range(rounds):
@@ -235,11 +285,8 @@ class Session:
                 rows[LIMIT].setdefault("clocks", []).append(self._clocks())
 
 
-def free_memory_bytes(device: str) -> int:
-    """What all providers of a case may hold."""
-    if device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        return int(CUDA_MEMORY_SHARE * free)
+def free_memory_bytes() -> int:
+    """What the providers of a case may hold of the memory that is free."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     return int(MEMORY_SHARE * 1024 * available)

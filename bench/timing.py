@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,7 @@ class Protocol:
     """
 
     rounds: int = 30
-    case_seconds: float = 6.0
+    case_seconds: float = 3.0
     least_rounds: int = 7
     sample_seconds: float = 2e-3
     warm_up_seconds: float = 20e-3
@@ -110,6 +112,16 @@ def verify(provider: Provider, problem: Problem, outputs: Result) -> Error:
     return worst
 
 
+class Sampled(typing.Protocol):
+    """What is timed in a round."""
+
+    calls: int
+
+    def sample(self) -> dict[str, Any]:
+        """``us``, and whatever else was measured."""
+        ...
+
+
 class Sampler:
     """Times batches of calls, in turn; each sample starts with calls that are not timed."""
 
@@ -122,7 +134,8 @@ class Sampler:
             best = min(best, self.seconds())
         self.calls = max(1, min(1000, round(protocol.sample_seconds / best)))
 
-    def _batch(self, size: int) -> list[Callable[[], object]]:
+    def batch(self, size: int) -> list[Callable[[], object]]:
+        """The next calls."""
         batch = [self._functions[(self._next + i) % len(self._functions)] for i in range(size)]
         self._next = (self._next + size) % len(self._functions)
         return batch
@@ -130,15 +143,18 @@ class Sampler:
     def sample(self) -> dict[str, Any]:
         return {"us": 1e6 * self.seconds()}
 
+    @staticmethod
+    def run(batch: Sequence[Callable[[], object]]) -> None:
+        for call in batch:
+            call()
+
     def seconds(self) -> float:
         """Per call, of one sample."""
         # After other processes have run here, the first calls find cold caches and sleeping threads.
-        for call in self._batch(max(1, self.calls // 4)):
-            call()
-        batch = self._batch(self.calls)
+        self.run(self.batch(max(1, self.calls // 4)))
+        batch = self.batch(self.calls)
         start = time.perf_counter_ns()
-        for call in batch:
-            call()
+        self.run(batch)
         return (time.perf_counter_ns() - start) * 1e-9 / self.calls
 
 
@@ -195,3 +211,39 @@ class CudaSampler:
         self._end.record()
         self._end.synchronize()
         return self._start.elapsed_time(self._end) * 1e-3 / self.calls
+
+
+def another(op: str, axes: Axes, device: str, problem: Problem, seed: int) -> Problem:
+    """The same numbers in other memory; for GEMMs other numbers, too, since libraries may merge equal weights."""
+    return problems.make(op, axes, device, seed) if op in problems.GEMMS else copy.deepcopy(problem)
+
+
+def cache_bytes(device: str) -> int:
+    """Of the cache that inputs rotate past."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else last_level_cache_bytes()
+
+
+def prepare(
+    provider: Provider, axes: Axes, device: str, protocol: Protocol, memory_bytes: int
+) -> tuple[Sampled, dict[str, Any]]:
+    """Builds, verifies and calibrates a provider, whose inputs may take so much memory; with what its row says."""
+    if reason := provider.unsupported(device, axes):
+        raise NotImplementedError(reason)
+    problem = problems.make(provider.op, axes, device, seed=0)
+    call = provider.build(problem)
+    error = verify(provider, problem, call())
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    if (seconds := time.perf_counter() - start) > protocol.slowest_call_seconds:
+        raise TimeoutError(f"a call takes {seconds:.1f} s, longer than is timed")
+    copies = 1
+    if axes["cache"] == "cold":
+        copies = rotation(call_bytes(provider, axes), cache_bytes(device), protocol, memory_bytes, device)
+    calls = [call, *(provider.build(another(provider.op, axes, device, problem, i)) for i in range(1, copies))]
+    found = {"max_err": error.absolute, "rel_err": error.relative, "rotated_inputs": copies}
+    if device == "cpu":
+        return Sampler(calls, protocol), found
+    graph = {} if provider.graph else {"graph": False}
+    return CudaSampler(calls, protocol, graph=provider.graph), {**found, **graph}

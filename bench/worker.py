@@ -13,17 +13,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from bench import limits, problems, providers, timing
+from bench import limits, providers, timing
 from bench.problems import Axes
 from bench.providers import LIMIT
-from bench.timing import CudaSampler, Sampler
+from bench.timing import Sampled
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,6 @@ class Options:
     threads: int
     modules: list[str]
     protocol: dict[str, Any]
-
-
-class Sampled(Protocol):
-    """What is timed in a round."""
-
-    calls: int
-
-    def sample(self) -> dict[str, Any]: ...
 
 
 class Worker:
@@ -81,49 +72,15 @@ class Worker:
                 if self._device == "cuda"
                 else limits.CpuLimit(op, axes, self._protocol, memory_bytes)
             )
-            return self._ready(name, limit, {"rotated_inputs": limit.copies, "peak_kind": limit.kind})
-        provider = next(p for p in providers.all(op, self._device, self._modules) if p.name == name)
-        if reason := provider.unsupported(self._device, axes):
-            raise NotImplementedError(reason)
-        problem = problems.make(op, axes, self._device, seed=0)
-        call = provider.build(problem)
-        error = timing.verify(provider, problem, call())
-        if (seconds := self._seconds(call)) > self._protocol.slowest_call_seconds:
-            raise TimeoutError(f"a call takes {seconds:.1f} s, longer than is timed")
-        copies = 1
-        if axes["cache"] == "cold":
-            size = timing.call_bytes(provider, axes)
-            cache_bytes = (
-                torch.cuda.get_device_properties(0).L2_cache_size
-                if self._device == "cuda"
-                else timing.last_level_cache_bytes()
-            )
-            copies = timing.rotation(size, cache_bytes, self._protocol, memory_bytes, self._device)
-        rest = (problems.make(op, axes, self._device, seed=seed) for seed in range(1, copies))
-        calls = [call, *(provider.build(problem) for problem in rest)]
-        sampler: Sampled = (
-            CudaSampler(calls, self._protocol, graph=provider.graph)
-            if self._device == "cuda"
-            else Sampler(calls, self._protocol)
-        )
-        found = {"max_err": error.absolute, "rel_err": error.relative, "rotated_inputs": copies}
-        if not provider.graph and self._device == "cuda":
-            found["graph"] = False
-        return self._ready(name, sampler, found)
-
-    def _ready(self, name: str, sampled: Sampled, found: dict[str, Any]) -> dict[str, Any]:
+            sampled, found = limit, {"rotated_inputs": limit.copies, "peak_kind": limit.kind}
+        else:
+            provider = next(p for p in providers.all(op, self._device, self._modules) if p.name == name)
+            sampled, found = timing.prepare(provider, axes, self._device, self._protocol, memory_bytes)
         self._sampled[name] = sampled
         gc.collect()
         start = time.perf_counter()
         self.sample(name)
         return {**found, "calls_per_sample": sampled.calls, "seconds": time.perf_counter() - start}
-
-    def _seconds(self, call: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        call()
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     def sample(self, name: str) -> dict[str, Any]:
         """One sample: ``us``, and what else a limit has measured."""
@@ -140,7 +97,11 @@ class Worker:
 
 
 def serve(connection: Connection, worker: Worker) -> None:
-    """Answers requests (method, arguments) with (True, result) or (False, reason), until the pipe closes."""
+    """Answers requests (method, arguments) with (True, result) or (False, reason), until the pipe closes.
+
+    The first answer, to nothing, says that it has started.
+    """
+    connection.send((True, None))
     while True:
         try:
             method, arguments = connection.recv()

@@ -21,7 +21,7 @@ from bench.problems import (
 )
 from bench.providers import OURS, Provider
 
-ONE_BY_ONE = "qops, one by one"
+ONE_BY_ONE = "qops unfused"
 EXACT = "exact weights, fp32 sums"
 
 
