@@ -447,6 +447,7 @@ def test_the_table_takes_ratios_round_by_round():
 
 
 def test_pytest_writes_the_same_document(tmp_path):
+    pytest.importorskip("pytest_benchmark")
     path = tmp_path / "r.json"
     node = "bench/bench_silu_mul.py::bench_silu_mul[silu_mul T=1 I=1536 dtype=bfloat16 cache=hot]"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", node, "--benchmark-only"]
