@@ -48,7 +48,7 @@ class Comparison:
             problem = problems.make(case.op, case.axes)
             for provider in offered:
                 timing.verify(provider, problem, provider.build(problem)())
-            self._benchmark.pedantic(provider.build(problem))
+            self._benchmark.pedantic(offered[0].build(problem))  # a benchmark that calls nothing is a warning
             return
         rows = {provider.name: new_row(case, provider.name, provider.accuracy) for provider in offered}
         memory_bytes = free_memory_bytes() // (len(offered) + 1)

@@ -82,6 +82,15 @@ class Worker:
         self.sample(name)
         return {**found, "calls_per_sample": sampled.calls, "seconds": time.perf_counter() - start}
 
+    def healthy(self) -> bool:
+        """Whether CUDA works in this process: after an error in a kernel it never does again."""
+        if self._device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                return False
+        return True
+
     def sample(self, name: str) -> dict[str, Any]:
         """One sample: ``us``, and what else a limit has measured."""
         return self._sampled[name].sample()
@@ -114,11 +123,13 @@ def serve(connection: Connection, worker: Worker) -> None:
             answer = False, f"{type(error).__name__}: {text.splitlines()[0][:300]}"
             del error
         connection.send(answer)
+        if not worker.healthy():
+            return
 
 
 def main() -> None:
     options = Options(**json.loads(sys.argv[1]))
-    if sys.platform == "linux":  # so that it never outlives the parent, not even when it is stopped
+    if sys.platform == "linux":  # it must not outlive the parent, above all not stopped
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     os.dup2(2, 1)
