@@ -102,16 +102,16 @@ def cuda_device(machine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Document:
-    """The rows of a run, in the file at ``path`` (nowhere when that is None)."""
+    """The rows of a run, in the file at ``path`` (nowhere when that is None); ``commit``: if git does not know it."""
 
-    def __init__(self, path: Path | None, device: Mapping[str, Any], protocol: Protocol) -> None:
+    def __init__(self, path: Path | None, device: Mapping[str, Any], protocol: Protocol, commit: str = "") -> None:
         self.path = path
         build = qops.build_info()
         names = {"qops": build["version"], "torch": build["torch"], "python": platform.python_version()}
         self._head: dict[str, Any] = {
             "schema": SCHEMA,
             "meta": {
-                "git_sha": git("rev-parse", "HEAD"),
+                "git_sha": git("rev-parse", "HEAD") or commit,
                 # Results of other runs say nothing about the code.
                 "dirty": bool(git("status", "--porcelain", "--", ".", ":!bench/results")),
                 "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],

@@ -3,11 +3,15 @@
     python -m bench.gpu_evidence --out DIR                        # all stages; those that have passed are not run again
     python -m bench.gpu_evidence --out DIR --stage tests,sanitize
     python -m bench.gpu_evidence --out DIR --modules FOLDER       # _C.abi3.so and _C_cuda.abi3.so built elsewhere
+    python -m bench.gpu_evidence --out DIR --stage build,install-peers,peers --peers FOLDER
 
     build         installs this tree into build/gpu_evidence, without a network; or takes modules built elsewhere
+    install-peers what bench.peers.collect has put into FOLDER; one folder after the other, if they come in parts
     tests         the CUDA operators against the CPU's bits, streams, graphs, compilation, tensors past 2^31 elements
     sanitize      compute-sanitizer's memcheck, racecheck, initcheck and synccheck on a part of the tests
     bench-norms   bench.run on everything that is bound by memory, with every peer that is installed
+    bench-gemms   the same for the products
+    peers         limits, cuBLAS and the peers alone, for all operators: nothing of ours has to work for it
 
 DIR gets evidence.json (every step: what it was, how it ended, how long it took), evidence.log (what the steps printed)
 and one JSON document for each benchmark. A tool that this machine does not have is a result, "unavailable", no failure.
@@ -33,11 +37,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu_evidence" / "site"
+PEERS = ROOT / "build" / "gpu_evidence" / "peers"
 SCHEMA = "qops-gpu-evidence-1"
 STAGE_SECONDS = 460.0
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # A few minutes under a sanitizer: every kernel, aligned and not, with and without values past the row's end.
 SANITIZED_TESTS = "gpu and (begin_anywhere or behind_a_row or heads)"
+GEMMS = ("int4_gemm", "int8_gemm")
 ROW_OPS = (
     *("rms_norm", "add_rms_norm", "rms_norm_int8", "add_rms_norm_int8", "quantize_int8", "quantize_int8_asym"),
     *("quantize_int8_static", "rotary", "qk_norm_rotary", "silu_mul", "silu_mul_int8"),
@@ -65,7 +71,9 @@ class Evidence:
     out: Path
     device: str
     source: str
-    modules: Path | None
+    modules: Path | None = None
+    peers: Path | None = None
+    commit: str = ""
     steps: list[Step] = field(default_factory=list)
     deadline: float = 0.0
 
@@ -116,7 +124,7 @@ class Evidence:
         limit = max(1.0, min(limit, self.deadline - time.monotonic()))
         print(f"\n=== {stage}, {name}: at most {limit:.0f} s\n+ {' '.join(command)}", flush=True)
         start = time.monotonic()
-        environment = {**os.environ, "PYTHONPATH": str(SITE), "PYTHONUNBUFFERED": "1", **(env or {})}
+        environment = {**os.environ, "PYTHONPATH": f"{SITE}{os.pathsep}{PEERS}", "PYTHONUNBUFFERED": "1", **(env or {})}
         lines: list[str] = []
         try:
             process = subprocess.Popen(
@@ -209,6 +217,12 @@ def build(evidence: Evidence) -> None:
     evidence.run("build", "import", [sys.executable, "-c", loads])
 
 
+def install_peers(evidence: Evidence) -> None:
+    if evidence.peers is not None:
+        command = [sys.executable, "-m", "bench.peers.install", str(evidence.peers.resolve()), "--to", str(PEERS)]
+        evidence.run("install-peers", evidence.peers.name, command)
+
+
 def tests(evidence: Evidence) -> None:
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda_*.py"))
     chosen = "gpu" if evidence.has_gpu else "not gpu"
@@ -235,19 +249,31 @@ def bench_norms(evidence: Evidence) -> None:
     bench(evidence, "bench-norms", ROW_OPS)
 
 
-def bench(evidence: Evidence, stage: str, ops: Sequence[str]) -> None:
+def bench_gemms(evidence: Evidence) -> None:
+    bench(evidence, "bench-gemms", GEMMS)
+
+
+def peers(evidence: Evidence) -> None:
+    bench(evidence, "peers", (*GEMMS, *ROW_OPS), "--providers", "!qops")
+
+
+def bench(evidence: Evidence, stage: str, ops: Sequence[str], *more: str) -> None:
     if not evidence.has_gpu:
         return evidence.record(stage, "bench.run", [], "unavailable", 0.0, "no GPU")
     budget = evidence.deadline - time.monotonic() - 40  # the case that has begun, and its report
-    command = [sys.executable, "-m", "bench.run", *ops, "--device", "cuda", "--budget-seconds", f"{budget:.0f}"]
+    command = [sys.executable, "-m", "bench.run", *ops, "--device", "cuda", "--budget-seconds", f"{budget:.0f}", *more]
+    command += ["--commit", evidence.commit] if evidence.commit else []
     evidence.run(stage, "bench.run", [*command, "--out", str(evidence.out / f"{stage}.json")])
 
 
 STAGES: dict[str, Callable[[Evidence], None]] = {
     "build": build,
+    "install-peers": install_peers,
     "tests": tests,
     "sanitize": sanitize,
     "bench-norms": bench_norms,
+    "bench-gemms": bench_gemms,
+    "peers": peers,
 }
 
 
@@ -261,12 +287,12 @@ def table(evidence: Evidence) -> str:
     return "\n".join([evidence.device or "no GPU: the emulator stands in for it", *lines])
 
 
-def load(out: Path, modules: Path | None) -> Evidence:
+def load(out: Path) -> Evidence:
     """What is there already, as far as it was seen on this device."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    evidence = Evidence(out, device, fingerprint(), modules)
+    evidence = Evidence(out, device, fingerprint())
     file = out / "evidence.json"
     if file.is_file():
         document = json.loads(file.read_text())
@@ -282,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets the results; kept and continued")
     parser.add_argument("--stage", default="all", help=f"all, or some of {', '.join(STAGES)}")
     parser.add_argument("--modules", type=Path, metavar="FOLDER", help="_C.abi3.so and _C_cuda.abi3.so built elsewhere")
+    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="archives of bench.peers.collect")
+    parser.add_argument("--commit", default="", metavar="SHA", help="of this tree, where it is a copy without .git")
     parser.add_argument("--again", action="store_true", help="also what has passed")
     args = parser.parse_args(argv)
     chosen = list(STAGES) if args.stage == "all" else args.stage.split(",")
@@ -291,9 +319,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--modules: {args.modules} holds no _C.abi3.so")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    evidence = load(args.out.resolve(), args.modules)
+    evidence = load(args.out.resolve())
+    evidence.modules, evidence.peers, evidence.commit = args.modules, args.peers, args.commit
     for stage in chosen:
-        if evidence.passed(stage) and not args.again and (stage != "build" or SITE.is_dir()):
+        if (
+            evidence.passed(stage)
+            and not args.again
+            and stage != "install-peers"
+            and (stage != "build" or SITE.is_dir())
+        ):
             print(f"=== {stage}: has passed", flush=True)
             continue
         evidence.deadline = time.monotonic() + STAGE_SECONDS

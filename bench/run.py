@@ -69,21 +69,32 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="size", action="store_const", const="quick", help="few cases, two minutes")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="every case: many hours on a CPU")
-    parser.add_argument("--providers", help='names, with "*": those alone, installed or not; the limit is always there')
+    parser.add_argument(
+        "--providers",
+        help='names, with "*": those alone, installed or not; "!NAME": all others; the limit is always there',
+    )
     parser.add_argument("--layers", help='names, with "*", of GEMMs\' layers, out of all')
     parser.add_argument("--rows", help="numbers of rows (tokens), out of all")
     parser.add_argument("--budget-seconds", type=float, metavar="S", help="start no case after so many")
+    parser.add_argument("--commit", default="", metavar="SHA", help="of this tree, where it is a copy without .git")
     parser.add_argument("--list", action="store_true", help="print cases and providers, and run nothing")
     parser.set_defaults(size="default")
     return parser.parse_args(argv)
 
 
 def _matching(names: Sequence[str], patterns: str, what: str) -> list[str]:
-    wanted = [pattern.strip() for pattern in patterns.split(",")]
-    for pattern in wanted:
-        if not fnmatch.filter(names, pattern):
-            raise Mistake(f"no {what} {pattern!r}; there are: {', '.join(names)}")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
+    """The names that match one of the patterns (all, if each begins with "!") and none of those behind a "!"."""
+    given = [pattern.strip() for pattern in patterns.split(",")]
+    for pattern in given:
+        if not fnmatch.filter(names, pattern.removeprefix("!")):
+            raise Mistake(f"no {what} {pattern.removeprefix('!')!r}; there are: {', '.join(names)}")
+    wanted = [pattern for pattern in given if not pattern.startswith("!")] or ["*"]
+    refused = [pattern[1:] for pattern in given if pattern.startswith("!")]
+
+    def matches(name: str, some: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
+
+    return [name for name in names if matches(name, wanted) and not matches(name, refused)]
 
 
 def _numbers(text: str, what: str) -> list[int]:
@@ -120,13 +131,16 @@ def plan(args: argparse.Namespace, modules: Sequence[str] = DEFAULT_MODULES) -> 
         names = list(dict.fromkeys(p.name for found in offered.values() for p in found))
         wanted = _matching(names, args.providers, "provider")
         offered = {op: [p for p in found if p.name in wanted] for op, found in offered.items()}
-    else:
+    if not args.providers or args.providers.startswith("!"):
         offered = {op: [p for p in found if not p.missing()] for op, found in offered.items()}
     selection = _selection(args)
     budget = args.budget_seconds or (QUICK_SECONDS if args.size == "quick" else None)
     chosen = interleaved([list(cases(op, selection)) for op in ops])
     if not chosen:
         raise Mistake("no case is left")
+    # The most telling ones first, should the time not suffice.
+    telling = {str(case) for op in ops for case in cases(op, SELECTIONS[args.device, "quick"])}
+    chosen.sort(key=lambda case: str(case) not in telling)
     return Plan(args.device, _threads(args), chosen, offered, PROTOCOLS[args.size], budget)
 
 
@@ -216,7 +230,7 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] = DEFAULT_MOD
             if wanted.device == "cuda"
             else document.cpu_device()
         )
-        results = Document(args.out, device, wanted.protocol)
+        results = Document(args.out, device, wanted.protocol, args.commit)
         early = measure(wanted, results, sessions)
     except (Mistake, OtherRun, Failure) as problem:
         print(f"bench.run: {problem}", file=sys.stderr)

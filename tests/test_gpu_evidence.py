@@ -7,13 +7,13 @@ import sys
 import time
 
 import pytest
-from bench import gpu_evidence
+from bench import gpu_evidence, run
 from bench.gpu_evidence import Evidence
 
 
 @pytest.fixture
 def evidence(tmp_path) -> Evidence:
-    return Evidence(tmp_path, "", "a source", None, deadline=time.monotonic() + 60)
+    return Evidence(tmp_path, "", "a source", deadline=time.monotonic() + 60)
 
 
 def python(code: str) -> list[str]:
@@ -105,6 +105,27 @@ def test_nothing_runs_on_a_build_that_failed(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(gpu_evidence, "STAGES", stages)
     assert gpu_evidence.main(["--out", str(tmp_path)]) == 1 and not ran
+
+
+def test_benchmarks_are_given_what_they_need(evidence, monkeypatch):
+    """Their command lines, as far as bench.run gets without a GPU: to the list of cases."""
+    commands = []
+    monkeypatch.setattr(Evidence, "run", lambda self, stage, name, command: commands.append(command))
+    evidence.device, evidence.commit = "a GPU", "abc"
+    evidence.deadline = time.monotonic() + gpu_evidence.STAGE_SECONDS
+    for stage in ("bench-norms", "bench-gemms", "peers"):
+        gpu_evidence.STAGES[stage](evidence)
+    assert len(commands) == 3
+    for command in commands:
+        assert command[1:3] == ["-m", "bench.run"] and command[-4:-2] == ["--commit", "abc"]
+        args = run.arguments(command[3:])
+        plan = run.plan(args)
+        assert plan.device == "cuda" and plan.cases and 60 < plan.budget_seconds < 480
+        names = {p.name for offered in plan.offered.values() for p in offered}
+        assert ("qops" in names) == ("!qops" not in command) and names
+    evidence.device = ""
+    gpu_evidence.STAGES["peers"](evidence)
+    assert len(commands) == 3 and evidence.steps[-1].status == "unavailable"
 
 
 def test_every_stage_ends_within_eight_minutes():
