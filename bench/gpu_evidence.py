@@ -322,12 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     evidence = load(args.out.resolve())
     evidence.modules, evidence.peers, evidence.commit = args.modules, args.peers, args.commit
     for stage in chosen:
-        if (
-            evidence.passed(stage)
-            and not args.again
-            and stage != "install-peers"
-            and (stage != "build" or SITE.is_dir())
-        ):
+        kept = SITE.is_dir() if stage == "build" else stage != "install-peers"
+        if kept and evidence.passed(stage) and not args.again:
             print(f"=== {stage}: has passed", flush=True)
             continue
         evidence.deadline = time.monotonic() + STAGE_SECONDS
