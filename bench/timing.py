@@ -38,7 +38,7 @@ class Protocol:
     """
 
     rounds: int = 30
-    case_seconds: float = 3.0
+    case_seconds: float = 2.0
     least_rounds: int = 7
     sample_seconds: float = 2e-3
     warm_up_seconds: float = 20e-3
@@ -50,6 +50,9 @@ class Protocol:
 
 QUICK = Protocol(rounds=10, case_seconds=1.0, least_rounds=5, rotation_cap_bytes=GIB // 8, slowest_call_seconds=0.5)
 FULL = Protocol(case_seconds=30.0, slowest_call_seconds=30.0, timeout_seconds=600.0)
+
+# Some libraries hold a weight five times: with less than this part of the memory free, no copies are added.
+LEAST_FREE_MEMORY = 0.15
 
 # On a GPU: three times the L2 cache and no less than this, in no fewer copies, as outputs and whatever else a call
 # touches live in the cache, too; no fewer calls than this in a graph, whose launch costs as much as one of them.
@@ -63,6 +66,13 @@ def last_level_cache_bytes() -> int:
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
+
+
+def free_memory() -> float:
+    """The part of the memory that is free."""
+    lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+    sizes = {name: int(size) for name, size, *_ in lines}
+    return sizes["MemAvailable:"] / sizes["MemTotal:"]
 
 
 def rotation(bytes_per_input: int, cache_bytes: int, protocol: Protocol, memory_bytes: int, device: str) -> int:
@@ -241,8 +251,10 @@ def prepare(
     copies = 1
     if axes["cache"] == "cold":
         copies = rotation(call_bytes(provider, axes), cache_bytes(device), protocol, memory_bytes, device)
-    calls = [call, *(provider.build(another(provider.op, axes, device, problem, i)) for i in range(1, copies))]
-    found = {"max_err": error.absolute, "rel_err": error.relative, "rotated_inputs": copies}
+    calls = [call]
+    while len(calls) < copies and (device == "cuda" or free_memory() > LEAST_FREE_MEMORY):
+        calls.append(provider.build(another(provider.op, axes, device, problem, len(calls))))
+    found = {"max_err": error.absolute, "rel_err": error.relative, "rotated_inputs": len(calls)}
     if device == "cpu":
         return Sampler(calls, protocol), found
     graph = {} if provider.graph else {"graph": False}

@@ -197,6 +197,15 @@ def test_a_graph_holds_a_call_for_each_copy(monkeypatch, copies, in_graph, graph
     assert len(cuda.log) == 2 * in_graph  # the first ones are not timed
 
 
+def test_clocks_are_those_of_nvidia_smi(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert document.gpu_clocks() == {} and document.cuda_device({"name": "a GPU"})["kind"] == "cuda"
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '1980, 2619, 350.25, [N/A]'\n")
+    program.chmod(0o755)
+    assert document.gpu_clocks() == {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "power_w": 350.25}
+
+
 def test_copies_have_weights_of_their_own():
     axes = axes_of("int8_gemm")
     first = problems.make("int8_gemm", axes)
@@ -207,6 +216,14 @@ def test_copies_have_weights_of_their_own():
     other = timing.another("rms_norm", axes_of("rms_norm"), "cpu", norm, 1)
     assert isinstance(norm, problems.Norm) and isinstance(other, problems.Norm)
     assert torch.equal(norm.x, other.x) and norm.x.data_ptr() != other.x.data_ptr()
+
+
+def test_copies_leave_memory_free(monkeypatch):
+    (provider,) = offered("good")
+    assert timing.prepare(provider, SMALL.axes, "cpu", FAST, 1 << 30)[1]["rotated_inputs"] == FAST.rotation_cap_copies
+    assert 0 < timing.free_memory() < 1
+    monkeypatch.setattr(timing, "free_memory", lambda: 0.1)
+    assert timing.prepare(provider, SMALL.axes, "cpu", FAST, 1 << 30)[1]["rotated_inputs"] == 1
 
 
 def test_a_dense_weight_takes_more_bytes():
@@ -275,7 +292,7 @@ def test_a_provider_that_fails_later_loses_its_row():
 def test_slow_cases_have_fewer_rounds():
     protocol = timing.Protocol()
     assert session.rounds_of([0.002] * 5, protocol) == 30
-    assert session.rounds_of([0.1, 0.1], protocol) == 15
+    assert session.rounds_of([0.1, 0.1], protocol) == 10
     assert session.rounds_of([10, 10], protocol) == protocol.least_rounds
     assert protocol.rounds <= 30
 
