@@ -86,7 +86,7 @@ class Selection:
     Attributes:
         layers, rows: of GEMMs.
         tokens: of the other operators,
-        widths: and their H, I or K.
+        widths: and their H, I or K, or what all heads of q have.
         formats: kinds of 4-bit weight, and rules of quantisation.
         both_caches: hot and cold, else as the operator finds its input: cold weights, and hot activations if they are
             few.
@@ -206,7 +206,8 @@ def _weights(op: str, k: int, selection: Selection) -> list[dict[str, int | str]
 
 def _shapes(op: str, selection: Selection) -> list[dict[str, int | str]]:
     if op in problems.ROTARIES:
-        return [{"Hq": hq, "Hk": hk, "D": d} for hq, hk, d in HEADS[op]]
+        wanted = _chosen([hq * d for hq, _, d in HEADS[op]], selection.widths)
+        return [{"Hq": hq, "Hk": hk, "D": d} for hq, hk, d in HEADS[op] if hq * d in wanted]
     if op in problems.SILUS:
         return [{"I": width} for width in _chosen(INTERMEDIATE, selection.widths)]
     if op in problems.NORMS:
