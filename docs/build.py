@@ -1,6 +1,6 @@
 """Builds the API pages with pdoc and checks them: ``python docs/build.py FOLDER``.
 
-The front page is README.md; CHANGELOG.md, CONTRIBUTING.md and the emulator's README have pages too. The other pages are
+The front page is README.md; CHANGELOG.md, CONTRIBUTING.md and two READMEs have pages too. The other pages are
 the docstrings of MODULES. A warning, a public name without an anchor, a role that became no link, or a link to nowhere
 is an error.
 """
@@ -28,6 +28,7 @@ PROSE = {
     "changelog.html": "CHANGELOG.md",
     "contributing.html": "CONTRIBUTING.md",
     "emulator.html": "tests/emulator/README.md",
+    "peers.html": "bench/peers/README.md",
 }
 # Overrides of nn.Module that users do not call.
 _HOOKS = ("extra_repr",)
