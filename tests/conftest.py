@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from qops._native import _C
+
 # One fixed set of calls for every day; `--hypothesis-profile=thorough` draws new ones each time.
 settings.register_profile(
     "short",
@@ -29,7 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty() is filled with NaN (or the largest integer), so that an element no kernel writes shows."""
+    """Results and torch.empty() are filled with NaN (or an odd integer), so that an element no kernel writes shows."""
+    _C.poison_outputs(True)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     with torch.inference_mode():

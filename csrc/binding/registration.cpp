@@ -29,8 +29,14 @@ PyObject* build_info(PyObject*, PyObject*) {
                        qops::cpu::isa_levels_available(), "isa_error", qops::cpu::isa_error());
 }
 
+PyObject* poison_outputs(PyObject*, PyObject* on) {
+  qops::binding::poison_outputs(PyObject_IsTrue(on) == 1);
+  return Py_BuildValue("");
+}
+
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS, "What this module was built with and which ISA level it chose."},
+    {"poison_outputs", poison_outputs, METH_O, "For tests: whether new tensors are filled with NaN."},
     {nullptr, nullptr, 0, nullptr},
 };
 

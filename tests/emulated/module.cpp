@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "binding/checks.h"
 #include "emulator/emu.h"
 
 namespace {
@@ -30,8 +31,14 @@ PyObject* synchronisations(PyObject*, PyObject*) {
   return list;
 }
 
+PyObject* poison_outputs(PyObject*, PyObject* on) {
+  qops::binding::poison_outputs(PyObject_IsTrue(on) == 1);
+  return Py_BuildValue("");
+}
+
 PyMethodDef methods[] = {
     {"configure", configure, METH_VARARGS, "configure(seed, policy, left_out)"},
+    {"poison_outputs", poison_outputs, METH_O, "As that of qops._C, for this module's own bindings."},
     {"synchronisations", synchronisations, METH_NOARGS, "Places of synchronisation that launches have come past."},
     {nullptr, nullptr, 0, nullptr},
 };
