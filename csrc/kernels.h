@@ -151,6 +151,13 @@ enum class WeightKind : int32_t {
   kOffset = 3,     // s q + o, o float32
 };
 
+// What becomes of t = R(x @ w.T + bias).
+enum class Epilogue : int32_t {
+  kNone,     // y = t, or R(t + residual)
+  kSiluMul,  // y = silu_mul(gate, up), rounding="hf": rows 0 .. 7 and 8 .. 15 of each strip; no residual
+  kInt8,     // y = quantize_int8_static of t; no residual
+};
+
 // y = x @ w.T + bias over packed integer weights with one scale per row and group of group_size columns.
 // Strips of 16 rows: packed [S, ...], scales and zeros [S, K / group_size, 16].
 struct WeightOnlyGemmParams {
@@ -159,10 +166,15 @@ struct WeightOnlyGemmParams {
   const int32_t* perm;  // [K] or null: column j of the packed weight multiplies x[perm[j]]
   const void* packed;
   const void* scales;
-  const void* zeros;  // uint8 for kZeroPoint, float32 for kFloatZero and kOffset, else null
-  const void* bias;   // [N] or null
-  void* y;            // contiguous [rows, N]
-  DType dtype;        // of x and y
+  const void* zeros;     // uint8 for kZeroPoint, float32 for kFloatZero and kOffset, else null
+  const void* bias;      // [N] or null; in the order of w's rows before gate and up are mixed
+  Epilogue epilogue;     // of int4_gemm alone, as all that belongs to it
+  const void* residual;  // [rows, N] or null; may be y
+  Rows residual_rows;
+  const float* out_scale;         // of kInt8: positive and finite
+  const int32_t* out_zero_point;  // of kInt8: -128 .. 127; null: 0
+  void* y;                        // contiguous [rows, N], or [rows, N / 2] for kSiluMul
+  DType dtype;                    // of x, residual and y (but int8 for kInt8)
   DType scale_dtype;
   DType bias_dtype;
   WeightKind kind;
