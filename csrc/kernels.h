@@ -182,6 +182,7 @@ struct WeightOnlyGemmParams {
   int64_t k;
   int64_t group_size;
   int64_t* bad_index;  // set to the value of perm when the result is kIndexOutOfRange
+  void* scratch;       // of int4_gemm_scratch_bytes() bytes on a GPU
 };
 
 // y = R(fmaf(s_x, (q - zero_point) @ w.T * s_w, bias)), or the integer product itself where dtype is kInt32.
@@ -300,6 +301,7 @@ const char* isa_error();
 
 // Every CUDA kernel, likewise: `Status name(const Params&, stream)`.
 #define QOPS_FOR_EACH_CUDA_KERNEL(X)                \
+  X(int4_gemm, WeightOnlyGemmParams)                \
   X(qk_norm_rotary, QkNormRotaryParams)             \
   X(quantize_int8, QuantizeInt8Params)              \
   X(quantize_int8_asym, QuantizeInt8AsymParams)     \
@@ -317,6 +319,9 @@ using Stream = ::CUstream_st*;
 #define QOPS_DECLARE(name, Params) Status name(const Params& params, Stream stream);
 QOPS_FOR_EACH_CUDA_KERNEL(QOPS_DECLARE)
 #undef QOPS_DECLARE
+
+// What int4_gemm needs of the current GPU's memory while it runs.
+int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& params);
 
 }  // namespace cuda
 }  // namespace qops
