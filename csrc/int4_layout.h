@@ -21,9 +21,6 @@
 //
 // Scales and zeros [S, K / group_size, 16] stand, within a strip, with the two rows of a lane side by side: row r at
 // 2 (r % 8) + r / 8.
-//
-// The strips of a gate_up weight (rows of gate, then as many of up) take 8 rows of each: row r < 8 of strip s is row
-// 8 s + r of gate, row r + 8 the same row of up. A lane then holds gate and up of one output, whatever the tile.
 #pragma once
 
 #include "kernels.h"
@@ -75,11 +72,6 @@ QOPS_ALWAYS_INLINE constexpr int bit_of(int64_t n, int64_t k) {
 QOPS_ALWAYS_INLINE constexpr int scale_place(int row) { return 2 * (row % 8) + row / 8; }
 QOPS_ALWAYS_INLINE constexpr int scale_row(int place) { return place / 2 + 8 * (place % 2); }
 
-// The row of a canonical gate_up weight [n = 2 I, K] that is row `row` of the packed one.
-QOPS_ALWAYS_INLINE constexpr int64_t gate_up_row(int64_t row, int64_t n) {
-  return row / kStripRows * 8 + row % 8 + (row % kStripRows < 8 ? 0 : n / 2);
-}
-
 namespace proof {
 
 constexpr bool codes_have_one_place_each() {
@@ -110,7 +102,6 @@ static_assert(code_of({5, 0, 4}).row == 1 && code_of({5, 0, 4}).column == 3);
 static_assert(code_of({5, 0, 1}).row == 9 && code_of({5, 0, 1}).column == 2);
 static_assert(code_of({5, 3, 2}).row == 1 && code_of({5, 3, 2}).column == 58);
 static_assert(scale_place(8) == scale_place(0) + 1);
-static_assert(gate_up_row(7, 48) == 7 && gate_up_row(8, 48) == 24 && gate_up_row(17, 48) == 9);
 
 }  // namespace proof
 }  // namespace qops::int4

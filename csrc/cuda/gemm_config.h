@@ -56,12 +56,17 @@ inline constexpr int kTokenStageBytes = 2 * int4::kBlockColumns;
 // Group sizes that are multiples of 64 (or K itself) need one scale per row and stage.
 constexpr bool is_fine(int64_t k, int64_t group_size) { return group_size != k && group_size % int4::kBlockColumns != 0; }
 
+// Whether w = s (q - 8) + o with an o of its own.
+constexpr bool has_offset(WeightKind kind) { return kind == WeightKind::kFloatZero || kind == WeightKind::kOffset; }
+
 // --- the plan --------------------------------------------------------------------------------------------------------
 
 inline constexpr int kDecodeTokens = 16;     // rows of x up to which the decode kernel is used
 inline constexpr int kMaxStripsOfWarp = 4;   // of the decode kernel: that share a fragment of x
 inline constexpr int kTileStrips = 8;        // of a tile of the tiled kernel
 inline constexpr int kTileTokens[] = {32, 64, 128};
+// The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes spilled).
+constexpr int max_tile_tokens(bool offset) { return offset ? 64 : 128; }
 // Floats between the rows of a tile of sums in shared memory. 2 * stride = 8 modulo 32 makes the accesses of a
 // fragment, lanes 4 g + t at row 2 t and column g, free of bank conflicts.
 QOPS_ALWAYS_INLINE constexpr int sum_stride(int strips) { return strips * kStripRows + 4; }
@@ -143,8 +148,8 @@ constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, int tokens,
 }  // namespace plan
 
 // Total: some plan with at least 2 stages for every shape, on every GPU with 99 KiB of shared memory.
-constexpr GemmPlan plan_int4_gemm(int64_t m, int64_t n, int64_t k, int64_t group_size, Gpu gpu) {
-  const bool fine = is_fine(k, group_size);
+constexpr GemmPlan plan_int4_gemm(int64_t m, int64_t n, int64_t k, int64_t group_size, WeightKind kind, Gpu gpu) {
+  const bool fine = is_fine(k, group_size), offset = has_offset(kind);
   GemmPlan best{};
   const auto consider = [&](const GemmPlan& p) {
     if (p.stages >= 2 && (best.blocks == 0 || p.time < best.time)) best = p;
@@ -153,7 +158,9 @@ constexpr GemmPlan plan_int4_gemm(int64_t m, int64_t n, int64_t k, int64_t group
     if (m <= kDecodeTokens) {
       consider(plan::decode(m, n, k, fine, k_parts, gpu));
     } else {
-      for (const int tokens : kTileTokens) consider(plan::tiled(m, n, k, fine, tokens, k_parts, gpu));
+      for (const int tokens : kTileTokens) {
+        if (tokens <= max_tile_tokens(offset)) consider(plan::tiled(m, n, k, fine, tokens, k_parts, gpu));
+      }
     }
   }
   return best;

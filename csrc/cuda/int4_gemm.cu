@@ -59,7 +59,7 @@ int64_t copy_bytes(const WeightOnlyGemmParams& p) {
 }
 
 GemmPlan plan_of(const WeightOnlyGemmParams& p) {
-  return plan_int4_gemm(p.x_rows.count, p.n, p.k, p.group_size, current_gpu());
+  return plan_int4_gemm(p.x_rows.count, p.n, p.k, p.group_size, p.kind, current_gpu());
 }
 
 bool is_empty(const WeightOnlyGemmParams& p) { return p.x_rows.count == 0 || p.n == 0; }

@@ -20,7 +20,7 @@ Status int4_gemm_tiled(const Int4Job& job, cudaStream_t stream);
 template <class F>
 Status with_int4_kernel(const WeightOnlyGemmParams& p, const F& run) {
   const auto with_type = [&](auto element) {
-    const bool offset = p.kind == WeightKind::kFloatZero || p.kind == WeightKind::kOffset;
+    const bool offset = has_offset(p.kind);
     if (is_fine(p.k, p.group_size)) {
       return offset ? run(element, std::true_type{}, std::true_type{}) : run(element, std::true_type{}, std::false_type{});
     }

@@ -148,9 +148,11 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 Status int4_gemm_tiled(const Int4Job& job, cudaStream_t stream) {
   return with_int4_kernel(job.p, [&](auto element, auto fine, auto offset) {
     using T = decltype(element);
-    const auto kernel = job.plan.tokens == 32   ? &tiled_kernel<T, 32, fine.value, offset.value>
-                        : job.plan.tokens == 64 ? &tiled_kernel<T, 64, fine.value, offset.value>
-                                                : &tiled_kernel<T, 128, fine.value, offset.value>;
+    auto kernel = job.plan.tokens == 32 ? &tiled_kernel<T, 32, fine.value, offset.value>
+                                        : &tiled_kernel<T, 64, fine.value, offset.value>;
+    if constexpr (max_tile_tokens(offset.value) == 128) {
+      if (job.plan.tokens == 128) kernel = &tiled_kernel<T, 128, fine.value, offset.value>;
+    }
     return launch(kernel, dim3(static_cast<unsigned>(job.plan.blocks)), dim3(kGemmThreads),
                   static_cast<size_t>(job.plan.shared_bytes), stream, job.p, job.plan, job.aligned, job.slices);
   });
