@@ -53,6 +53,24 @@ QOPS_ALWAYS_INLINE constexpr int strip_stage_bytes(bool fine) { return int4::kBl
 // 64 columns of a row of x.
 inline constexpr int kTokenStageBytes = 2 * int4::kBlockColumns;
 
+// Where 16 bytes of x lie in a stage: rows of 8 chunks, permuted so that eight rows of one column of chunks, which
+// ldmatrix reads at a time, are in different banks.
+QOPS_ALWAYS_INLINE constexpr int x_place(int token, int chunk) {
+  return token * kTokenStageBytes + ((chunk ^ token) & 7) * 16;
+}
+
+// What lane `lane` gives to ldmatrix for k16 steps 2 half and 2 half + 1 of eight tokens from `tile` on.
+QOPS_ALWAYS_INLINE constexpr int x_address(int tile, int half, int lane) {
+  return x_place(8 * tile + lane % 8, 4 * half + lane / 8);
+}
+
+// Of a fragment of sums of 16 rows x 8 tokens: element i of a lane.
+QOPS_ALWAYS_INLINE constexpr int sum_token(int lane, int i) { return lane % 4 * 2 + i % 2; }
+QOPS_ALWAYS_INLINE constexpr int sum_row(int lane, int i) { return lane / 4 + i / 2 * 8; }
+// Floats between the tokens of a tile of sums in shared memory: 4 modulo 16, so that the lanes of a
+// fragment, 2 tokens apart for each of 4, are in different banks.
+QOPS_ALWAYS_INLINE constexpr int sum_stride(int strips) { return strips * kStripRows + 4; }
+
 // Group sizes that are multiples of 64 (or K itself) need one scale per row and stage.
 constexpr bool is_fine(int64_t k, int64_t group_size) {
   return group_size != k && group_size % int4::kBlockColumns != 0;
@@ -70,9 +88,6 @@ inline constexpr int kTileTokens[] = {32, 64, 128};
 // The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes
 // spilled).
 constexpr int max_tile_tokens(bool offset) { return offset ? 64 : 128; }
-// Floats between the rows of a tile of sums in shared memory. 2 * stride = 8 modulo 32 makes the accesses of a
-// fragment, lanes 4 g + t at row 2 t and column g, free of bank conflicts.
-QOPS_ALWAYS_INLINE constexpr int sum_stride(int strips) { return strips * kStripRows + 4; }
 
 struct GemmPlan {
   bool decode;
