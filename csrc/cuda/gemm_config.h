@@ -130,11 +130,14 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
   p.ranges = max_of(1, min_of(strips, gpu.multiprocessors / k_parts));
   p.blocks = p.ranges * k_parts;
   const int64_t of_block = ceil_div(strips, p.ranges), of_warp = ceil_div(of_block, k_parts);
-  // Passes of as many strips as possible, none of them much smaller than the others.
-  p.strips = static_cast<int>(max_of(1, ceil_div(of_warp, ceil_div(max_of(of_warp, 1), kMaxStripsOfWarp))));
+  // Passes of as many strips as there is room for with two stages or more, none much smaller than the others.
   const int64_t sums = 4 * p.tokens * sum_stride(kMaxStripsOfWarp);
-  const int64_t stage = kGemmWarps * (p.strips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes);
-  p.stages = static_cast<int>(min_of(kMaxStages, (gpu.shared_bytes - sums) / stage));
+  int64_t stage = 0;
+  for (int64_t most = kMaxStripsOfWarp; most > 0 && p.stages < 2; --most) {
+    p.strips = static_cast<int>(max_of(1, ceil_div(of_warp, max_of(1, ceil_div(of_warp, most)))));
+    stage = kGemmWarps * (p.strips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes);
+    p.stages = static_cast<int>(min_of(kMaxStages, (gpu.shared_bytes - sums) / stage));
+  }
   p.shared_bytes = sums + p.stages * stage;
   const int64_t block_bytes = of_block * int4::strip_bytes(k) / k_parts;
   const int64_t x_bytes = ceil_div(of_block, p.strips) * m * 2 * int4::kBlockColumns * blocks / k_parts;
