@@ -81,7 +81,7 @@ constexpr bool has_offset(WeightKind kind) { return kind == WeightKind::kFloatZe
 
 // --- the plan --------------------------------------------------------------------------------------------------------
 
-inline constexpr int kDecodeTokens = 16;    // rows of x up to which the decode kernel is used
+inline constexpr int kDecodeTokens = 16;    // rows of x up to which there is a decode kernel
 inline constexpr int kMaxStripsOfWarp = 4;  // of the decode kernel: that share a fragment of x
 inline constexpr int kTileStrips = 8;       // of a tile of the tiled kernel
 inline constexpr int kTileTokens[] = {32, 64, 128};
@@ -176,12 +176,9 @@ constexpr GemmPlan plan_int4_gemm(int64_t m, int64_t n, int64_t k, int64_t group
     if (p.stages >= 2 && (best.blocks == 0 || p.time < best.time)) best = p;
   };
   for (int k_parts = 1; k_parts <= kSlices; k_parts *= 2) {
-    if (m <= kDecodeTokens) {
-      consider(plan::decode(m, n, k, fine, k_parts, gpu));
-    } else {
-      for (const int tokens : kTileTokens) {
-        if (tokens <= max_tile_tokens(offset)) consider(plan::tiled(m, n, k, fine, tokens, k_parts, gpu));
-      }
+    if (m <= kDecodeTokens) consider(plan::decode(m, n, k, fine, k_parts, gpu));
+    for (const int tokens : kTileTokens) {
+      if (tokens <= max_tile_tokens(offset)) consider(plan::tiled(m, n, k, fine, tokens, k_parts, gpu));
     }
   }
   return best;
