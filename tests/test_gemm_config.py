@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from cuda_tools import ROOT, checked
+import gemm_plans
+from cuda_tools import checked
+from gemm_plans import Plan, plans
 
 KIB = 1024
 # Multiprocessors, and KiB of shared memory that a block may have: as A100, H100 PCIe, RTX 4090, H100 SXM, RTX 5090.
@@ -33,39 +32,7 @@ LAYERS = (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    decode: int
-    tokens: int
-    k_parts: int
-    ranges: int
-    strips: int
-    stages: int
-    shared_bytes: int
-    blocks: int
-    time: int
-    scratch_bytes: int
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("plans") / "gemm_plans"
-    sources = ["-I", str(ROOT / "csrc"), str(ROOT / "tests/gemm_plans.cpp")]
-    checked("g++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", *sources, "-o", str(path))
-    return path
-
-
-@pytest.fixture(scope="module")
-def plans(program):
-    def ask(questions: list[tuple[int, ...]]) -> list[Plan]:
-        text = "".join(" ".join(map(str, question)) + "\n" for question in questions)
-        result = subprocess.run([str(program)], input=text, capture_output=True, text=True, check=True)
-        return [Plan(*map(int, line.split())) for line in result.stdout.splitlines()]
-
-    return ask
-
-
-def test_every_shape_has_a_plan_that_fits(plans):
+def test_every_shape_has_a_plan_that_fits():
     sizes = (8, 24, 64, 72, 136, 1000, 4096, 28672)
     questions = [
         (m, n, k, group_size, kind, multiprocessors, shared * KIB)
@@ -85,14 +52,14 @@ def test_every_shape_has_a_plan_that_fits(plans):
         assert plan.scratch_bytes == (plan.k_parts > 1) * 8 * m * strips * 16 * 4, question
         if plan.decode:
             # All blocks run at a time, each has something to do, and a warp never takes more than it has room for.
-            assert plan.blocks <= max(multiprocessors, plan.k_parts) and plan.ranges <= strips, question
+            assert plan.blocks <= multiprocessors and plan.ranges <= strips, question
             assert m <= plan.tokens and 1 <= plan.strips <= 4, question
         else:
             assert plan.blocks == -(-m // plan.tokens) * -(-strips // 8) * plan.k_parts, question
             assert kind == 0 or plan.tokens <= 64, question
 
 
-def test_time_never_falls_with_more_rows(plans):
+def test_time_never_falls_with_more_rows():
     """Nor does it jump by more than a wave of tiles can."""
     for multiprocessors, shared in GPUS:
         for n, k in LAYERS:
@@ -119,13 +86,13 @@ def balance(plan: Plan, n: int, multiprocessors: int) -> float:
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_blocks_of_the_decode_kernel_are_balanced(plans, gpu):
+def test_blocks_of_the_decode_kernel_are_balanced(gpu):
     found = plans([(1, n, k, 128, 0, gpu[0], gpu[1] * KIB) for n, k in LAYERS])
     uneven = {layer for layer, plan in zip(LAYERS, found, strict=True) if balance(plan, layer[0], gpu[0]) < 0.9}
     assert uneven == UNBALANCED[gpu]
 
 
-def test_bytes_in_flight(plans):
+def test_bytes_in_flight():
     """Of weights, for each multiprocessor: what covers the latency of the memory of an A100 and of an H100."""
     for (multiprocessors, shared), needed in (((108, 163), 24 * KIB), ((132, 227), 64 * KIB)):
         for n, k in ((28672, 4096), (57344, 8192), (8192, 28672)):
@@ -134,8 +101,8 @@ def test_bytes_in_flight(plans):
                 assert (plan.stages - 1) * 8 * plan.strips * 512 >= needed, (n, k, m)
 
 
-def test_shared_memory_has_no_bank_conflicts(program):
-    lines = [line.split() for line in checked(str(program), "banks").splitlines()]
+def test_shared_memory_has_no_bank_conflicts():
+    lines = [line.split() for line in checked(str(gemm_plans.program()), "banks").splitlines()]
     measured = {name: [float(value) for other, value in lines if other == name] for name, _ in lines}
     assert measured.pop("rows_in_order") == [8.0]  # the measure sees conflicts where there are some
     assert measured.pop("stage") == [0.0, 0.0]  # all of these patterns begin at multiples of 128 bytes

@@ -176,7 +176,7 @@ constexpr GemmPlan plan_int4_gemm(int64_t m, int64_t n, int64_t k, int64_t group
     if (p.stages >= 2 && (best.blocks == 0 || p.time < best.time)) best = p;
   };
   for (int k_parts = 1; k_parts <= kSlices; k_parts *= 2) {
-    if (m <= kDecodeTokens) consider(plan::decode(m, n, k, fine, k_parts, gpu));
+    if (m <= kDecodeTokens && k_parts <= gpu.multiprocessors) consider(plan::decode(m, n, k, fine, k_parts, gpu));
     for (const int tokens : kTileTokens) {
       if (tokens <= max_tile_tokens(offset)) consider(plan::tiled(m, n, k, fine, tokens, k_parts, gpu));
     }
