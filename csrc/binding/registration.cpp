@@ -9,8 +9,6 @@
 STABLE_TORCH_LIBRARY(qops, m) { qops::binding::define_schemas(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
-  m.impl("int4_gemm", TORCH_BOX(&qops::binding::int4_gemm));
-  m.impl("int4_gemm.out", TORCH_BOX(&qops::binding::int4_gemm_out));
   m.impl("int8_gemm", TORCH_BOX(&qops::binding::int8_gemm));
   m.impl("int8_gemm.out", TORCH_BOX(&qops::binding::int8_gemm_out));
   m.impl("int8_pack", TORCH_BOX(&qops::binding::int8_pack));
