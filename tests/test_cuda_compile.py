@@ -175,6 +175,12 @@ def test_registers_shared_memory_and_occupancy_are_within_budget(compiled, tmp_p
     assert not over, f"over {BUDGETS.name}: {json.dumps(over)}"
 
 
+def test_the_number_of_gemm_kernels_is_within_budget(compiled):
+    """120 for each architecture, of which int8 is to have as many."""
+    for arch in {c.arch for c in compiled}:
+        assert sum(c.arch == arch and "WeightOnlyGemmParams" in c.instance for c in compiled) <= 60, arch
+
+
 def machine_code(source: str) -> list[tuple[str, str]]:
     """Name and code of each kernel of a file, none of which may use local memory."""
     sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(OBJECTS / f"{source}.o"))

@@ -215,7 +215,7 @@ def test_runs_on_a_device_that_is_not_current():
 
 @pytest.mark.parametrize("m", [1, 5, 33])
 def test_int4_gemm_in_graphs_on_streams_and_behind_late_inputs(m):
-    """Its sums have the order of the GPU: against a call alone, bit for bit. Permuted columns and a split K need scratch."""
+    """Against a call alone, bit for bit; permuted columns, and a split K, take scratch."""
     weight = qops.Int4Weight.quantize(torch.randn(64, 8192, generator=generator(1)), group_size=64)
     perm = torch.randperm(8192, generator=generator(2)).int()
     w = qops.Int4Weight.from_canonical(**weight.canonical(), perm=perm, kind="symmetric").to("cuda")
