@@ -116,11 +116,10 @@ def int4_gemm(
         weight.group_size,
         KINDS.index(weight.kind),
         batch_invariant,
-        residual,
-        silu_mul,
-        out_scale,
-        out_zero_point,
     )
+    # Where they are not wanted, four more arguments would take 0.4 us.
+    if silu_mul or residual is not None or out_scale is not None or out_zero_point is not None:
+        args += (residual, silu_mul, out_scale, out_zero_point)
     if out is None:
         return torch.ops.qops.int4_gemm.default(*args)
     torch.ops.qops.int4_gemm.out(*args, out=out)
