@@ -218,9 +218,9 @@ def test_gemm_loops_hold_what_they_have_to(log):
                 continue
             loop = [instruction.split(".")[0] for instruction in instructions[mma[0] : mma[-1] + 1]]
             assert loop.count("LDSM") <= 2 * tiles, name
-            # Four for each fragment of codes; at most 15 with its shifts, subtractions and share of the loop.
+            # Four for each fragment of codes; at most 18 with its shifts, subtractions and share of the loop.
             others = len(loop) - len(mma) - loop.count("NOP")
-            assert loop.count("LOP3") <= 4.25 * 4 * strips and others <= 15 * 4 * strips, f"{name}: {others}"
+            assert loop.count("LOP3") <= 4.25 * 4 * strips and others <= 18 * 4 * strips, f"{name}: {others}"
             assert not {"I2F", "F2F", "F2FP", "LDG", "DADD", "BAR"} & set(loop), name
             loops += 1
         assert loops > 0
