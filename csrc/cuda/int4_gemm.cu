@@ -79,7 +79,7 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
     return Status::kUnsupported;
   }
   Int4Job job{p, plan_of(p), {}, nullptr};
-  if (job.plan.blocks == 0) return Status::kUnsupported;
+  if (job.plan.blocks == 0 || job.plan.blocks > 0x7fffffff) return Status::kUnsupported;
   job.aligned = {multiple_of_16(p.y), multiple_of_16(p.bias),
                  p.residual != nullptr && aligned(p.residual, p.residual_rows, p.n, p.dtype)};
   job.slices = reinterpret_cast<float*>(static_cast<uint8_t*>(p.scratch) + copy_bytes(p));

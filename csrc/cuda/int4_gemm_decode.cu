@@ -12,11 +12,12 @@
 //   from DRAM          512 s bytes of codes, each once, in full 512-byte lines; scales once per group
 //   from L2            128 M of x: no more than the codes for M <= 4 s (16 at s = 4; 8 at s = 2, as N = 4096 has on 132
 //                      multiprocessors, where M = 16 reads twice the bytes of the codes from L2)
-//   shared memory      1024 s (codes in and out) + 128 M (x in) + 1024 (M <= 8) or 2048 (x out): 1.25 to 2.5 x the
-//                      bytes of codes at s = 4; at 14 bytes of codes a cycle, 3 TB/s over 132 x 1.7 GHz, 35 of the 128
-//                      bytes that a cycle can move
-//   issue slots        per k16 step and strip: 9 (fp16) or 11 (bf16) for the codes, 1 or 2 mma, for 256 weights; at 27
-//                      weights a cycle about 1.3 of 4 slots
+//   shared memory      1024 s (codes in and out) + 128 M (x in) + 1024 (M <= 8) or 2048 (x out): at s = 4 between 2.6
+//                      (M = 1) and 4 times (M = 16) the bytes of the codes. At 14 bytes of codes a cycle, 3 TB/s over
+//                      132 x 1.7 GHz, that is 36 to 56 of the 128 bytes that a cycle can move
+//   issue slots        per k16 step and strip, 256 weights, in the machine code of sm_80, 90a and 120: 4 lop3, 1 (fp16)
+//                      or 3 shifts, 4 subtractions, 3 of the branch around strips that are not there, 1 or 2 mma, 14
+//                      to 19 in all; at 27 weights a cycle 1.5 to 2 of 4 slots
 //   in flight          (stages - 1) x 8 x 512 s bytes of codes: 112 KB at 8 stages (sm_90, M <= 8), 64 KB at 5 (sm_80),
 //                      32 KB at 3 (99 KB of shared memory)
 // M in 17 .. 32 would read 2 bytes of x from L2 for each byte of codes here: the tiled kernel shares x among its warps.
