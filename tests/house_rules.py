@@ -129,7 +129,7 @@ EMULATOR = Layer(
 LAYERS = (
     Layer(
         r"csrc/(kernels|exp_poly|int4_layout|row_tree|cuda/gemm_config)\.h",
-        (r"<cstd(int|def)>", r'"[a-z_]+\.h"'),
+        (r"<cstd(int|def)>", r'"[a-z0-9_]+\.h"'),
         {r"std::": "containers"},
     ),
     Layer(
