@@ -135,7 +135,8 @@ struct RmsNormInt8Params {
   Int8Rows out;
 };
 
-// Canonical integer weights [N, K] <-> packed strips of 16 rows (layouts: csrc/cpu/weight_pack.cpp).
+// Canonical integer weights [N, K] <-> packed strips of 16 rows (layouts: csrc/cpu/weight_pack.cpp; of 4-bit codes on
+// a GPU: csrc/int4_layout.h).
 struct WeightPackParams {
   const void* source;
   void* target;
@@ -151,6 +152,21 @@ enum class WeightKind : int32_t {
   kOffset = 3,     // s q + o, o float32
 };
 
+// A gate_up weight [N = 2 I, K] is I rows of gate above I rows of up. Packed for kSiluMul, a strip takes 8 rows of
+// each: its rows 0 .. 7 are gate, 8 .. 15 the same rows of up. (In a fragment of mma.m16n8k16 both then lie in one
+// lane, whatever the tile.) This is the canonical row of a packed one.
+QOPS_ALWAYS_INLINE constexpr int64_t gate_up_row(int64_t packed_row, int64_t n) {
+  return packed_row / kStripRows * 8 + packed_row % 8 + (packed_row % kStripRows < 8 ? 0 : n / 2);
+}
+static_assert(gate_up_row(7, 48) == 7 && gate_up_row(8, 48) == 24 && gate_up_row(17, 48) == 9);
+
+// What becomes of t = R(x @ w.T + bias).
+enum class Epilogue : int32_t {
+  kNone,     // y = t, or R(t + residual)
+  kSiluMul,  // y = silu_mul(gate, up), rounding="hf", of a gate_up weight; no residual
+  kInt8,     // y = quantize_int8_static of t; no residual
+};
+
 // y = x @ w.T + bias over packed integer weights with one scale per row and group of group_size columns.
 // Strips of 16 rows: packed [S, ...], scales and zeros [S, K / group_size, 16].
 struct WeightOnlyGemmParams {
@@ -159,10 +175,15 @@ struct WeightOnlyGemmParams {
   const int32_t* perm;  // [K] or null: column j of the packed weight multiplies x[perm[j]]
   const void* packed;
   const void* scales;
-  const void* zeros;  // uint8 for kZeroPoint, float32 for kFloatZero and kOffset, else null
-  const void* bias;   // [N] or null
-  void* y;            // contiguous [rows, N]
-  DType dtype;        // of x and y
+  const void* zeros;     // uint8 for kZeroPoint, float32 for kFloatZero and kOffset, else null
+  const void* bias;      // [N] or null; of a gate_up weight in canonical order
+  Epilogue epilogue;     // of int4_gemm alone, as all that belongs to it
+  const void* residual;  // [rows, N] or null; may be y
+  Rows residual_rows;
+  const float* out_scale;         // of kInt8: positive and finite
+  const int32_t* out_zero_point;  // of kInt8: -128 .. 127; null: 0
+  void* y;                        // contiguous [rows, N], or [rows, N / 2] for kSiluMul
+  DType dtype;                    // of x, residual and y (but int8 for kInt8)
   DType scale_dtype;
   DType bias_dtype;
   WeightKind kind;
@@ -170,6 +191,21 @@ struct WeightOnlyGemmParams {
   int64_t k;
   int64_t group_size;
   int64_t* bad_index;  // set to the value of perm when the result is kIndexOutOfRange
+};
+
+// The weights of an int4 GEMM as numbers, columns in the order in which they are stored.
+struct Int4DequantizeParams {
+  const void* packed;
+  const void* scales;
+  const void* zeros;  // as in WeightOnlyGemmParams
+  void* w;            // contiguous [N, K]
+  DType dtype;        // of w
+  DType scale_dtype;
+  WeightKind kind;
+  bool gate_up;  // packed for kSiluMul; w is canonical
+  int64_t n;
+  int64_t k;
+  int64_t group_size;
 };
 
 // y = R(fmaf(s_x, (q - zero_point) @ w.T * s_w, bias)), or the integer product itself where dtype is kInt32.
@@ -255,6 +291,7 @@ struct SiluMulInt8Params {
 // Every CPU kernel: X(name, Params). Each is `Status name(const Params&, const ThreadPool&)`, compiled once per ISA
 // level; cpu::name() calls the level chosen at load.
 #define QOPS_FOR_EACH_CPU_KERNEL(X)                 \
+  X(int4_dequantize, Int4DequantizeParams)          \
   X(int4_gemm, WeightOnlyGemmParams)                \
   X(int4_pack, WeightPackParams)                    \
   X(int4_unpack, WeightPackParams)                  \
@@ -288,6 +325,9 @@ const char* isa_error();
 
 // Every CUDA kernel, likewise: `Status name(const Params&, stream)`.
 #define QOPS_FOR_EACH_CUDA_KERNEL(X)                \
+  X(int4_dequantize, Int4DequantizeParams)          \
+  X(int4_pack, WeightPackParams)                    \
+  X(int4_unpack, WeightPackParams)                  \
   X(qk_norm_rotary, QkNormRotaryParams)             \
   X(quantize_int8, QuantizeInt8Params)              \
   X(quantize_int8_asym, QuantizeInt8AsymParams)     \

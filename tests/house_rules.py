@@ -101,7 +101,13 @@ class Layer:
     never: dict[str, str]
 
 
-_CUDA_INCLUDES = (_STD, r"<cuda\w*\.h(pp)?>", r"<mma\.h>", r'"(kernels|exp_poly|row_tree)\.h"', r'"cuda/\w+\.(h|cuh)"')
+_CUDA_INCLUDES = (
+    _STD,
+    r"<cuda\w*\.h(pp)?>",
+    r"<mma\.h>",
+    r'"(kernels|exp_poly|int4_layout|row_tree)\.h"',
+    r'"cuda/\w+\.(h|cuh)"',
+)
 _CUDA_NEVER = {
     r"\btorch\b": "torch",
     r"cudaDeviceSynchronize": "device-wide synchronisation",
@@ -122,7 +128,7 @@ EMULATOR = Layer(
 
 LAYERS = (
     Layer(
-        r"csrc/(kernels|exp_poly|row_tree|cuda/gemm_config)\.h",
+        r"csrc/(kernels|exp_poly|int4_layout|row_tree|cuda/gemm_config)\.h",
         (r"<cstd(int|def)>", r'"[a-z_]+\.h"'),
         {r"std::": "containers"},
     ),
@@ -133,7 +139,7 @@ LAYERS = (
             r"<immintrin\.h>",
             r"<arm_neon\.h>",
             r"<(unistd|sys/syscall)\.h>",
-            r'"(kernels|exp_poly|row_tree)\.h"',
+            r'"(kernels|exp_poly|int4_layout|row_tree)\.h"',
             r'"cpu/\w+\.h"',
         ),
         {r"\btorch\b": "torch", r"#\s*pragma\s+omp|\bomp_|\bstd::j?thread\b": "threads of its own"},

@@ -1,14 +1,13 @@
 #include "binding/device.h"
 #include "binding/ops.h"
+#include "binding/weight_strips.h"
 
 namespace qops::binding {
 namespace {
 
 constexpr int64_t kMaxColumns = int64_t{1} << 58;
 
-using Pack = Status (*)(const WeightPackParams&, const ThreadPool&);
-
-int64_t strips_of(int64_t n) { return n / kStripRows + (n % kStripRows != 0); }
+using Pack = device::Kernel<WeightPackParams>;
 
 // codes_per_element: 2 for int4 (two codes in a byte), 1 for int8.
 Tensor pack(const Checker& check, const Tensor& qweight, ScalarType dtype, int64_t codes_per_element, Pack kernel) {
@@ -22,8 +21,8 @@ Tensor pack(const Checker& check, const Tensor& qweight, ScalarType dtype, int64
   const int64_t k = qweight.size(1) * codes_per_element;
   check.require(k % 8 == 0, "qweight", "have a multiple of 8 columns", std::to_string(k));
   check.contiguous(qweight, "qweight");
-  Tensor packed = check.new_tensor(qweight, {strips_of(n), k / codes_per_element * kStripRows}, dtype);
-  check.ok(kernel({qweight.const_data_ptr(), packed.mutable_data_ptr(), n, k}, device::thread_pool()));
+  Tensor packed = check.new_tensor(qweight, {strips_of(n), stored_columns(k) / codes_per_element * kStripRows}, dtype);
+  check.ok(device::run(kernel, {qweight.const_data_ptr(), packed.mutable_data_ptr(), n, k}, packed));
   return packed;
 }
 
@@ -37,32 +36,37 @@ Tensor unpack(const Checker& check, const Tensor& packed, int64_t out_features, 
                 "have ceil(out_features / 16) = " + std::to_string(strips_of(out_features)) + " strips",
                 std::to_string(packed.size(0)));
   const int64_t row_bytes = 8 / codes_per_element * kStripRows;  // 8 columns of a strip
-  check.require(packed.size(1) % row_bytes == 0, "packed", "have strips of a multiple of " + std::to_string(row_bytes),
+  const int64_t least = stored_columns(8) / 8 * row_bytes;
+  check.require(packed.size(1) % least == 0, "packed", "have strips of a multiple of " + std::to_string(least),
                 std::to_string(packed.size(1)));
   check.contiguous(packed, "packed");
+  check_alignment(check, packed, "packed");
   const int64_t elements = packed.size(1) / kStripRows;
   Tensor qweight = check.new_tensor(packed, {out_features, elements}, dtype);
-  check.ok(kernel({packed.const_data_ptr(), qweight.mutable_data_ptr(), out_features, elements * codes_per_element},
-                  device::thread_pool()));
+  check.ok(device::run(
+      kernel, {packed.const_data_ptr(), qweight.mutable_data_ptr(), out_features, elements * codes_per_element},
+      qweight));
   return qweight;
 }
 
 }  // namespace
 
 Tensor int4_pack(const Tensor& qweight) {
-  return pack(Checker("int4_pack"), qweight, ScalarType::Byte, 2, &cpu::int4_pack);
+  return pack(Checker("int4_pack"), qweight, ScalarType::Byte, 2, &device::kernels::int4_pack);
 }
 
 Tensor int4_unpack(const Tensor& packed, int64_t out_features) {
-  return unpack(Checker("int4_unpack"), packed, out_features, ScalarType::Byte, 2, &cpu::int4_unpack);
+  return unpack(Checker("int4_unpack"), packed, out_features, ScalarType::Byte, 2, &device::kernels::int4_unpack);
 }
 
+#if !defined(QOPS_CUDA)
 Tensor int8_pack(const Tensor& qweight) {
-  return pack(Checker("int8_pack"), qweight, ScalarType::Char, 1, &cpu::int8_pack);
+  return pack(Checker("int8_pack"), qweight, ScalarType::Char, 1, &device::kernels::int8_pack);
 }
 
 Tensor int8_unpack(const Tensor& packed, int64_t out_features) {
-  return unpack(Checker("int8_unpack"), packed, out_features, ScalarType::Char, 1, &cpu::int8_unpack);
+  return unpack(Checker("int8_unpack"), packed, out_features, ScalarType::Char, 1, &device::kernels::int8_unpack);
 }
+#endif
 
 }  // namespace qops::binding
