@@ -191,6 +191,7 @@ struct WeightOnlyGemmParams {
   int64_t k;
   int64_t group_size;
   int64_t* bad_index;  // set to the value of perm when the result is kIndexOutOfRange
+  void* scratch;       // of int4_gemm_scratch_bytes() bytes on a GPU
 };
 
 // The weights of an int4 GEMM as numbers, columns in the order in which they are stored.
@@ -326,6 +327,7 @@ const char* isa_error();
 // Every CUDA kernel, likewise: `Status name(const Params&, stream)`.
 #define QOPS_FOR_EACH_CUDA_KERNEL(X)                \
   X(int4_dequantize, Int4DequantizeParams)          \
+  X(int4_gemm, WeightOnlyGemmParams)                \
   X(int4_pack, WeightPackParams)                    \
   X(int4_unpack, WeightPackParams)                  \
   X(qk_norm_rotary, QkNormRotaryParams)             \
@@ -345,6 +347,9 @@ using Stream = ::CUstream_st*;
 #define QOPS_DECLARE(name, Params) Status name(const Params& params, Stream stream);
 QOPS_FOR_EACH_CUDA_KERNEL(QOPS_DECLARE)
 #undef QOPS_DECLARE
+
+// What int4_gemm needs of the current GPU's memory while it runs.
+int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& params);
 
 }  // namespace cuda
 }  // namespace qops

@@ -5,10 +5,23 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "cuda/gemm_config.h"
 #include "cuda/port.cuh"
 #include "kernels.h"
 
 namespace qops::cuda {
+
+inline Gpu current_gpu() {
+#if defined(__CUDACC__)
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return {multiprocessors, shared_bytes};
+#else
+  return {::emu::options().multiprocessors, static_cast<int64_t>(::emu::max_shared_bytes(::emu::options().arch))};
+#endif
+}
 
 // Runs kernel(args...) on `grid` blocks of `block` threads with `shared_bytes` of dynamic shared memory. Arguments
 // convert to the kernel's parameter types here, on the host. The stream is a stream and never a literal, so that no

@@ -8,15 +8,18 @@
 
 namespace {
 
-// configure(seed, policy, left_out): of all launches from now on.
+// configure(seed, policy, left_out, arch=90, multiprocessors=132): of all launches from now on.
 PyObject* configure(PyObject*, PyObject* arguments) {
   unsigned long long seed = 0;
   int policy = 0;
   const char* left_out = nullptr;
-  if (!PyArg_ParseTuple(arguments, "Kis", &seed, &policy, &left_out)) return nullptr;
+  int arch = emu::Options().arch, multiprocessors = emu::Options().multiprocessors;
+  if (!PyArg_ParseTuple(arguments, "Kis|ii", &seed, &policy, &left_out, &arch, &multiprocessors)) return nullptr;
   emu::options().seed = seed;
   emu::options().policy = static_cast<emu::Policy>(policy);
   emu::options().left_out = left_out;
+  emu::options().arch = arch;
+  emu::options().multiprocessors = multiprocessors;
   Py_RETURN_NONE;
 }
 
@@ -31,7 +34,7 @@ PyObject* synchronisations(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"configure", configure, METH_VARARGS, "configure(seed, policy, left_out)"},
+    {"configure", configure, METH_VARARGS, "configure(seed, policy, left_out, arch=90, multiprocessors=132)"},
     {"synchronisations", synchronisations, METH_NOARGS, "Places of synchronisation that launches have come past."},
     {nullptr, nullptr, 0, nullptr},
 };

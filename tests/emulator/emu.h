@@ -30,6 +30,7 @@ struct Options {
   uint64_t seed = 1;  // of every choice: a seed and a policy replay a launch exactly
   Policy policy = Policy::kPrio;
   int arch = 90;            // compute capability times ten: what it lacks is a fault
+  int multiprocessors = 132;  // that a launch may ask for; any number of blocks runs
   int resident_blocks = 0;  // that run interleaved; 0: one to four, drawn from the seed
   // Switches between threads, while none of them ends, until a launch counts as one that hangs: about two seconds. A
   // block that multiplies 64 x 4096 by 4096 x 32 by mma.sync takes 0.3 million.
@@ -45,6 +46,9 @@ Options& options();
 
 // Where in a kernel's source an instruction stands: a default argument of everything that can wait or fail.
 using Site = std::source_location;
+
+// Dynamic shared memory that a block may have.
+std::size_t max_shared_bytes(int arch);
 
 // What a kernel did wrong. The message names kernel, block, thread, what is wrong and where, and how to replay it.
 class Fault : public std::runtime_error {

@@ -134,7 +134,6 @@ extern constinit thread_local Scheduler* t_scheduler;
 void run_another();
 
 std::string limits_violated(const Options& options, dim3 grid, dim3 block, std::size_t shared_bytes);
-std::size_t max_shared_bytes(int arch);
 
 void start_shared_memory(Block& block, std::size_t dynamic_bytes);
 void end_shared_memory(Block& block);  // throws Fault where something wrote past an array

@@ -1,0 +1,369 @@
+// What the kernels of int4_gemm share: from packed codes and scales in shared memory to float32 sums in the canonical
+// order, and from those to y.
+//
+// w is the A operand of mma.m16n8k16 (16 rows, a strip), tokens are the n8 side. Exact integers q - z go into the
+// product; the sum of a group, float32 from 0 on, is scaled once:
+//     part = sum of (q - z) x;   total = fmaf(s, part, total);   w with an offset: total = fmaf(o, sum of x, total)
+// The sum of x comes from the tensor cores as well, as the product with a fragment of ones: the same instruction shape
+// in every kernel, no pass of its own, and each lane gets it for the tokens that it has sums for.
+#pragma once
+
+#include "cuda/elements.cuh"
+#include "cuda/gemm_config.h"
+#include "cuda/ptx.cuh"
+#include "int4_layout.h"
+
+namespace qops::cuda {
+
+// --- shared memory ---------------------------------------------------------------------------------------------------
+
+// Where 16 bytes of x lie in a stage: rows of 8 chunks, permuted so that eight rows of one column of chunks, which
+// ldmatrix reads at a time, are in different banks.
+QOPS_ALWAYS_INLINE constexpr int x_place(int token, int chunk) {
+  return token * kTokenStageBytes + ((chunk ^ token) & 7) * 16;
+}
+
+// What lane `lane` gives to ldmatrix for k16 steps 2 half and 2 half + 1 of eight tokens from `tile` on.
+QOPS_ALWAYS_INLINE constexpr int x_address(int tile, int half, int lane) {
+  return x_place(8 * tile + lane % 8, 4 * half + lane / 8);
+}
+
+// 16 bytes of weights, which no other block reads. sm_120 refuses the hint where it can see that it is of no use to
+// it ("illegal instruction" in the wild), and does without.
+QOPS_DEVICE void copy_codes(uint32_t shared, const uint8_t* source, uint64_t policy) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  ptx::cp_async_cg(shared, source);
+#else
+  ptx::cp_async_cg_zfill_hint(shared, source, 16, policy);
+#endif
+}
+
+// Until at most `pending` of this thread's newest groups of copies are in flight; pending < kMaxStages - 1.
+QOPS_DEVICE void wait_for_copies(int pending) {
+  switch (pending) {
+    case 0: return ptx::cp_async_wait<0>();
+    case 1: return ptx::cp_async_wait<1>();
+    case 2: return ptx::cp_async_wait<2>();
+    case 3: return ptx::cp_async_wait<3>();
+    case 4: return ptx::cp_async_wait<4>();
+    case 5: return ptx::cp_async_wait<5>();
+    default: return ptx::cp_async_wait<kMaxStages - 2>();
+  }
+}
+
+// --- codes to fragments ----------------------------------------------------------------------------------------------
+
+template <class T>
+inline constexpr bool kIsHalf = std::is_same_v<T, __half>;
+
+template <class T>
+QOPS_DEVICE uint32_t subtract(uint32_t a, uint32_t b) {
+  if constexpr (kIsHalf<T>) {
+    const __half2 d = __hsub2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+    return *reinterpret_cast<const uint32_t*>(&d);
+  } else {
+    const __nv_bfloat162 d =
+        __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+    return *reinterpret_cast<const uint32_t*>(&d);
+  }
+}
+
+// A code as the low bits of the mantissa of 1024 (fp16) or 128 (bf16) is 1024 + q; what is subtracted is 1024 + z.
+template <class T>
+inline constexpr uint32_t kBase = kIsHalf<T> ? 0x64006400u : 0x43004300u;
+
+// The pair to subtract for a zero point of 0 .. 16. fp16 reads row g + 8 four bits higher, as 1024 + 16 q, and takes it
+// down by fma(1024 + 16 q, 1 / 16, -(64 + z)), which is exact: half of the shifts are saved.
+template <class T>
+QOPS_DEVICE uint32_t zero_pair(int half_of_strip, uint32_t z) {
+  if constexpr (kIsHalf<T>) {
+    // 64 + z in fp16: 0x5400 + 16 z up to 127.
+    return half_of_strip == 0 ? kBase<T> + z * 0x00010001u : 0xd400d400u + z * 0x00100010u;
+  } else {
+    return kBase<T> + z * 0x00010001u;
+  }
+}
+
+// The codes of one k16 step of a lane as its A fragment q - z. zero: of rows g and g + 8.
+template <class T>
+QOPS_DEVICE void dequantise(uint32_t word, const uint32_t (&zero)[2], uint32_t (&a)[4]) {
+  constexpr int kAndOr = 0xea;  // (a & b) | c
+  if constexpr (kIsHalf<T>) {
+    const __half2 sixteenth = __half2(__ushort_as_half(0x2c00), __ushort_as_half(0x2c00));
+    const uint32_t high = word >> 8;
+    const uint32_t low_rows[2] = {ptx::lop3<kAndOr>(word, 0x000f000fu, kBase<T>),
+                                  ptx::lop3<kAndOr>(high, 0x000f000fu, kBase<T>)};
+    const uint32_t high_rows[2] = {ptx::lop3<kAndOr>(word, 0x00f000f0u, kBase<T>),
+                                   ptx::lop3<kAndOr>(high, 0x00f000f0u, kBase<T>)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      a[2 * i] = subtract<T>(low_rows[i], zero[0]);
+      const __half2 d = __hfma2(*reinterpret_cast<const __half2*>(&high_rows[i]), sixteenth,
+                                *reinterpret_cast<const __half2*>(&zero[1]));
+      a[2 * i + 1] = *reinterpret_cast<const uint32_t*>(&d);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = subtract<T>(ptx::lop3<kAndOr>(word >> (4 * i), 0x000f000fu, kBase<T>), zero[i % 2]);
+  }
+}
+
+template <class T>
+QOPS_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (kIsHalf<T>) {
+    ptx::mma_m16n8k16_f16(d, a, b);
+  } else {
+    ptx::mma_m16n8k16_bf16(d, a, b);
+  }
+}
+
+// --- groups ----------------------------------------------------------------------------------------------------------
+
+// A walk along K in units of one k16 step where groups may end at any of them (fine), else of 64 columns.
+template <bool kFine>
+struct GroupWalk {
+  static constexpr int kUnits = kFine ? int4::kSteps : 1;  // of a block of 64 columns
+
+  int size;   // units of a group
+  int group;
+  int left;   // units of it that are still to come
+
+  QOPS_DEVICE GroupWalk(int64_t k, int64_t group_size)
+      : size(static_cast<int>(group_size == k ? int4::blocks(k) * kUnits
+                                              : group_size * kUnits / int4::kBlockColumns)),
+        group(0),
+        left(size) {}
+
+  QOPS_DEVICE void seek(int64_t block) {
+    const int unit = static_cast<int>(block) * kUnits;
+    group = unit / size;
+    left = size - unit % size;
+  }
+  QOPS_DEVICE bool begins() const { return left == size; }
+  // Past one unit; whether the group ended with it.
+  QOPS_DEVICE bool next() {
+    if (--left > 0) return false;
+    ++group;
+    left = size;
+    return true;
+  }
+  // Past a block; how many groups it touched.
+  QOPS_DEVICE int next_block() {
+    int touched = 1;
+    for (left -= kUnits; left < 0; left += size) {
+      ++group;
+      ++touched;
+    }
+    if (left == 0) {
+      ++group;
+      left = size;
+    }
+    return touched;
+  }
+};
+
+// Where scales and zeros come from, and how they lie in a stage: [groups][16] scales, then as many zeros.
+struct ScaleSource {
+  const uint8_t* scales;
+  const uint8_t* zeros;  // or null
+  int groups;
+  int scale_bytes;  // of 16 rows: 32 or 64
+  int zero_bytes;   // 16, 64, or 0
+  WeightKind kind;
+  DType dtype;
+
+  QOPS_DEVICE explicit ScaleSource(const WeightOnlyGemmParams& p)
+      : scales(static_cast<const uint8_t*>(p.scales)),
+        zeros(static_cast<const uint8_t*>(p.zeros)),
+        groups(p.k == 0 ? 0 : static_cast<int>(p.k / p.group_size)),
+        scale_bytes(p.scale_dtype == DType::kFloat32 ? 64 : 32),
+        zero_bytes(p.zeros == nullptr ? 0 : p.kind == WeightKind::kZeroPoint ? 16 : 64),
+        kind(p.kind),
+        dtype(p.scale_dtype) {}
+
+  // Piece i (of kPieces) of what a strip needs of `count` groups from `group` on.
+  template <bool kFine>
+  static constexpr int kPieces = scale_bytes_of_strip(kFine) / 16;
+
+  template <bool kFine>
+  QOPS_DEVICE void copy(uint32_t shared, int64_t strip, int group, int count, int piece) const {
+    constexpr int kHalf = kPieces<kFine> / 2;
+    const bool of_zeros = piece >= kHalf;
+    const int bytes = of_zeros ? zero_bytes : scale_bytes, at = 16 * (piece % kHalf);
+    if (at >= count * bytes) return;
+    const uint8_t* source = of_zeros ? zeros : scales;
+    ptx::cp_async_cg(shared + 16 * piece, source + (strip * groups + group) * bytes + at);
+  }
+};
+
+// Scales and zeros of a lane's two rows of a strip, for one group.
+template <class T, bool kOffset>
+struct RowScales {
+  float scale[2];
+  uint32_t zero[2];
+  float offset[2];
+
+  // `slot`: of the strip in the stage; `index`: of the group in it.
+  template <bool kFine>
+  QOPS_DEVICE void load(const ScaleSource& source, const uint8_t* slot, int index, int lane) {
+    const int pair = lane / 4;
+    const uint8_t* scales = slot + index * source.scale_bytes;
+    const uint8_t* zeros = slot + kGroupRowBytes * groups_of_stage(kFine) + index * source.zero_bytes;
+    if (source.dtype == DType::kFloat32) {
+      const float2 both = reinterpret_cast<const float2*>(scales)[pair];
+      scale[0] = both.x;
+      scale[1] = both.y;
+    } else {
+      const uint32_t both = reinterpret_cast<const uint32_t*>(scales)[pair];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t bits = both >> (16 * i) & 0xffff;
+        scale[i] = source.dtype == DType::kFloat16 ? widen(from_bits<__half>(bits)) : __uint_as_float(bits << 16);
+      }
+    }
+    if constexpr (kOffset) {
+      const float2 both = reinterpret_cast<const float2*>(zeros)[pair];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float z = i == 0 ? both.x : both.y;
+        offset[i] = source.kind == WeightKind::kOffset ? fmaf(scale[i], 8.0f, z) : scale[i] * (8.0f - z);
+        zero[i] = zero_pair<T>(i, 8);
+      }
+    } else {
+      uint32_t both = 0x0808;
+      if (source.kind == WeightKind::kZeroPoint) both = reinterpret_cast<const uint16_t*>(zeros)[pair];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) zero[i] = zero_pair<T>(i, both >> (8 * i) & 0xff);
+    }
+  }
+};
+
+// The sums of a warp: kStrips strips x kTiles tiles of eight tokens. `total` is that of the slice so far, `part` of the
+// group; x_sum of x in the group.
+template <class T, int kStrips, int kTiles, bool kFine, bool kOffset>
+struct WarpSums {
+  float total[kStrips][kTiles][4];
+  float part[kStrips][kTiles][4];
+  float x_sum[kTiles][4];
+  RowScales<T, kOffset> scales[kStrips];
+
+  QOPS_DEVICE void begin_slice() {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x_sum[t][i] = 0.0f;
+#pragma unroll
+        for (int s = 0; s < kStrips; ++s) total[s][t][i] = part[s][t][i] = 0.0f;
+      }
+    }
+  }
+
+  QOPS_DEVICE void end_group(int count) {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      if (s >= count) continue;
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          total[s][t][i] = fmaf(scales[s].scale[i / 2], part[s][t][i], total[s][t][i]);
+          if constexpr (kOffset) total[s][t][i] = fmaf(scales[s].offset[i / 2], x_sum[t][i % 2], total[s][t][i]);
+          part[s][t][i] = 0.0f;
+        }
+      }
+    }
+    if constexpr (kOffset) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x_sum[t][i] = 0.0f;
+      }
+    }
+  }
+
+  // One block of 64 columns. `codes` and `slots`: of the first strip, the next ones behind it; `x`: x_address() of
+  // this lane for the first tile, in shared memory; tokens from there on. `is_first`, `is_last`: of the slice.
+  QOPS_DEVICE void add_block(const uint8_t* codes, const uint8_t* slots, uint32_t x, int lane, int count,
+                             const ScaleSource& source, GroupWalk<kFine>& walk, bool is_first, bool is_last) {
+    uint32_t raw[kStrips][4];
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      if (s >= count) continue;
+      const uint4 words = *reinterpret_cast<const uint4*>(codes + s * int4::kBlockBytes + lane * int4::kLaneBytes);
+      raw[s][0] = words.x;
+      raw[s][1] = words.y;
+      raw[s][2] = words.z;
+      raw[s][3] = words.w;
+    }
+    const int first_group = walk.group;
+    uint32_t b[kTiles][4];
+#pragma unroll
+    for (int j = 0; j < int4::kSteps; ++j) {
+      if (j % 2 == 0) {
+        const uint32_t base = x + (x_address(0, j / 2, lane) - x_address(0, 0, lane));
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) ptx::ldmatrix_x4(b[t], base + 8 * t * kTokenStageBytes);
+      }
+      if ((kFine || j == 0) && ((j == 0 && is_first) || walk.begins())) {
+        if (!kFine || walk.group < source.groups) {
+#pragma unroll
+          for (int s = 0; s < kStrips; ++s) {
+            if (s < count) {
+              scales[s].template load<kFine>(source, slots + s * scale_bytes_of_strip(kFine), walk.group - first_group,
+                                             lane);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        if (s >= count) continue;
+        uint32_t a[4];
+        dequantise<T>(raw[s][j], scales[s].zero, a);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) multiply<T>(part[s][t], a, {b[t][j % 2 * 2], b[t][j % 2 * 2 + 1]});
+      }
+      if constexpr (kOffset) {
+        constexpr uint32_t kOne = kIsHalf<T> ? 0x3c003c00u : 0x3f803f80u;
+        const uint32_t ones[4] = {kOne, kOne, kOne, kOne};
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) multiply<T>(x_sum[t], ones, {b[t][j % 2 * 2], b[t][j % 2 * 2 + 1]});
+      }
+      if (kFine || j == int4::kSteps - 1) {
+        const bool ended = walk.next();
+        if (ended || (j == int4::kSteps - 1 && is_last)) end_group(count);
+      }
+    }
+  }
+};
+
+// --- y ---------------------------------------------------------------------------------------------------------------
+
+// Which addresses allow accesses of 16 bytes, decided on the host.
+struct Alignment {
+  bool y, bias, residual;
+};
+
+// Eight sums of one row of y from column n on, rounded and stored.
+template <class T>
+QOPS_DEVICE void finish(const WeightOnlyGemmParams& p, Alignment aligned, int64_t m, int64_t n, Vector& sums) {
+  if (p.bias != nullptr) {
+    Vector bias;
+    if (aligned.bias) {
+      load<true>(p.bias, p.bias_dtype, n, kVector, bias);
+    } else {
+      load<false>(p.bias, p.bias_dtype, n, kVector, bias);
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sums[i] = sums[i] + bias[i];
+  }
+  T* y = static_cast<T*>(p.y) + m * p.n + n;
+  if (aligned.y) {
+    store<true>(y, kVector, sums);
+  } else {
+    store<false>(y, kVector, sums);
+  }
+}
+
+}  // namespace qops::cuda
