@@ -58,16 +58,6 @@ QOPS_ALWAYS_INLINE constexpr Code code_of(Place p) {
   return {p.lane / 4 + 8 * (a % 2), kStepColumns * p.step + 2 * (p.lane % 4) + 8 * (a / 2) + p.nibble / 4};
 }
 
-// Byte of w[n, k] in the packed array, and the bit in it where its code begins.
-QOPS_ALWAYS_INLINE constexpr int64_t byte_of(int64_t n, int64_t k, int64_t columns) {
-  const Place p = place_of({static_cast<int>(n % kStripRows), static_cast<int>(k % kBlockColumns)});
-  return n / kStripRows * strip_bytes(columns) + k / kBlockColumns * kBlockBytes + kLaneBytes * p.lane + 4 * p.step +
-         p.nibble / 2;
-}
-QOPS_ALWAYS_INLINE constexpr int bit_of(int64_t n, int64_t k) {
-  return 4 * (place_of({static_cast<int>(n % kStripRows), static_cast<int>(k % kBlockColumns)}).nibble % 2);
-}
-
 // Where the scale and the zero of row r of a strip stand, and the row of what stands there.
 QOPS_ALWAYS_INLINE constexpr int scale_place(int row) { return 2 * (row % 8) + row / 8; }
 QOPS_ALWAYS_INLINE constexpr int scale_row(int place) { return place / 2 + 8 * (place % 2); }

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+
+import cuda_tools
+from cuda_backend import POLICIES, Backend, a_gpu
 
 # One fixed set of calls for every day; `--hypothesis-profile=thorough` draws new ones each time.
 settings.register_profile(
@@ -43,3 +50,35 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated(request) -> ModuleType:
+    """The module that registers the CUDA operators as torch.ops.qops_emu, and sets the emulator."""
+    path = cuda_tools.build_emulated_operators(request.config.getoption("--emulator-sanitizers"))
+    spec = importlib.util.spec_from_file_location("qops_emulated", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=[*POLICIES, "gpu"])
+def each(request) -> Iterator[Backend]:
+    """The emulator with each policy, and a GPU."""
+    if request.param == "gpu":
+        yield a_gpu()
+        return
+    emulated = request.getfixturevalue("emulated")
+    emulated.configure(1, POLICIES[request.param], "")
+    yield Backend(torch.ops.qops_emu, "cpu")
+    emulated.configure(1, POLICIES["prio"], "")
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def backend(request) -> Backend:
+    """The emulator, and a GPU."""
+    if request.param == "gpu":
+        return a_gpu()
+    request.getfixturevalue("emulated").configure(1, POLICIES["prio"], "")
+    return Backend(torch.ops.qops_emu, "cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -115,6 +117,19 @@ def packed(codes: Tensor, bits: int) -> Tensor:
         return padded.view(strips, 16, k // 4, 4).transpose(1, 2).reshape(strips, 16 * k)
     padded = F.pad(codes, (0, 0, 0, strips * 16 - n), value=8).view(strips, 16, k // 8, 2, 4)
     return (padded[..., 0, :] | padded[..., 1, :] << 4).transpose(1, 2).reshape(strips, 8 * k)
+
+
+def packed_for_gpu(codes: Tensor) -> Tensor:
+    """The same as csrc/int4_layout.h draws it: blocks of 16 rows x 64 columns in the order of mma's A fragments."""
+    n, k = codes.shape
+    strips, blocks = -(-n // 16), -(-k // 64)
+    padded = F.pad(codes, (0, 64 * blocks - k, 0, 16 * strips - n), value=8).view(strips, 16, blocks, 64)
+    order = torch.empty(strips, blocks, 32, 4, 8, dtype=torch.uint8)
+    for lane, step, register, odd in itertools.product(range(32), range(4), range(4), range(2)):
+        row = lane // 4 + 8 * (register % 2)
+        column = 16 * step + 2 * (lane % 4) + 8 * (register // 2) + odd
+        order[:, :, lane, step, register + 4 * odd] = padded[:, row, :, column]
+    return (order[..., 0::2] | order[..., 1::2] << 4).view(strips, 512 * blocks)
 
 
 def nibbles(qweight: Tensor) -> Tensor:

@@ -155,7 +155,13 @@ LAYERS = (
     ),
     Layer(
         r"csrc/binding/.*",
-        (_STD, r"<Python\.h>", r"<torch/(csrc/stable|headeronly)/[\w/.]+>", r'"kernels\.h"', r'"binding/\w+\.h"'),
+        (
+            _STD,
+            r"<Python\.h>",
+            r"<torch/(csrc/stable|headeronly)/[\w/.]+>",
+            r'"(kernels|int4_layout)\.h"',
+            r'"binding/\w+\.h"',
+        ),
         {
             r"\bat::|\bc10::": "ATen and c10",
             r"\bSTD_TORCH_CHECK\b": "a message with a build path (use checks.h)",

@@ -4,12 +4,7 @@ are built for a GPU on CPU tensors, and on a GPU where there is one.
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -18,78 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cuda_tools
-import qops
+from cuda_backend import POLICIES, Backend, a_gpu, assert_same
 from property_calls import Call, check_one
 from property_draws import HUGE, Sampler
 from property_rows import ROW_OPS
 from qops.testing import FLOAT_DTYPES, assert_bitwise, generator, random_activations
 
 ROOT = cuda_tools.ROOT
-POLICIES = {"fifo": 0, "random": 1, "prio": 2}
 # One H or more for each shape of row.cuh: threads of a row, vectors that a thread holds, aligned or not, too many.
 ALIGNED = (8, 256, 512, 1024, 1032, 2048, 4096, 8192, 8200, 16384, 20480, 32768, 33000)
 UNALIGNED = (1, 7, 100, 513, 1023, 1030, 4099, 8191, 8195, 16390)
 
 
-@dataclass(frozen=True)
-class Backend:
-    """Where CUDA kernels run: the namespace of their operators, and the device of its tensors."""
-
-    ops: Any
-    device: str
-
-    def on_device(self, value: Any) -> Any:
-        return value.to(self.device) if isinstance(value, Tensor) else value
-
-
-@pytest.fixture(scope="session")
-def emulated(request) -> ModuleType:
-    path = cuda_tools.build_emulated_operators(request.config.getoption("--emulator-sanitizers"))
-    spec = importlib.util.spec_from_file_location("qops_emulated", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def a_gpu() -> Backend:
-    if not qops.build_info()["cuda"] or not torch.cuda.is_available():
-        pytest.skip("needs a build with CUDA kernels, and a GPU")
-    return Backend(torch.ops.qops, "cuda")
-
-
-@pytest.fixture(params=[*POLICIES, "gpu"])
-def each(request) -> Iterator[Backend]:
-    """The emulator with each policy, and a GPU."""
-    if request.param == "gpu":
-        yield a_gpu()
-        return
-    emulated = request.getfixturevalue("emulated")
-    emulated.configure(1, POLICIES[request.param], "")
-    yield Backend(torch.ops.qops_emu, "cpu")
-    emulated.configure(1, POLICIES["prio"], "")
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def backend(request) -> Backend:
-    if request.param == "gpu":
-        return a_gpu()
-    request.getfixturevalue("emulated").configure(1, POLICIES["prio"], "")
-    return Backend(torch.ops.qops_emu, "cpu")
-
-
-def assert_same(backend: Backend, op: str, *args: Any, overload: str = "default") -> None:
-    """CUDA's kernel gives the CPU's bits."""
-    want = getattr(getattr(torch.ops.qops, op), overload)(*args)
-    got = getattr(getattr(backend.ops, op), overload)(*map(backend.on_device, args))
-    got, want = ((t,) if isinstance(t, Tensor) else t for t in (got, want))
-    for index, (a, b) in enumerate(zip(got, want, strict=True)):
-        what = f"{op} {[list(t.shape) if isinstance(t, Tensor) else t for t in args]}, result {index}"
-        assert_bitwise(a.cpu(), b, what)
-
-
 def test_what_is_registered_has_kernels(emulated):
-    registration = (ROOT / "csrc/binding/row_kernels.h").read_text()
+    registration = "".join((ROOT / f"csrc/binding/{name}_kernels.h").read_text() for name in ("int4", "row"))
     listed = re.findall(r'm\.impl\("([\w.]+)"', registration)
     kernels = {
         name.removeprefix("qops_emu::")
@@ -97,9 +34,9 @@ def test_what_is_registered_has_kernels(emulated):
         if name.startswith("qops_emu::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
     }
     assert kernels == set(listed) and len(listed) == len(kernels)
-    # Everything that is bound by memory, with every overload.
-    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qops::")}
-    assert kernels == {name for full in names if not (name := full.removeprefix("qops::")).startswith(("int4", "int8"))}
+    # Everything but the GEMMs, with every overload.
+    names = {name.removeprefix("qops::") for name in torch._C._dispatch_get_all_op_names() if "qops::" in name}
+    assert kernels == {name for name in names if "gemm" not in name and not name.startswith("int8")}
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

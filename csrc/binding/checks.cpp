@@ -79,12 +79,18 @@ ScalarType Checker::dtype_of(const Tensor& t, const char* arg) const {
 }
 
 DType Checker::float_dtype(const Tensor& t, const char* arg) const {
-  const ScalarType dtype = dtype_of(t, arg);
+  return one_of_float(dtype_of(t, arg), arg, "have dtype");
+}
+
+DType Checker::as_float_dtype(ScalarType dtype, const char* arg) const { return one_of_float(dtype, arg, "be"); }
+
+DType Checker::one_of_float(ScalarType dtype, const char* arg, const char* verb) const {
   switch (dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
-    default: unsupported(std::string(arg) + " must have dtype float32, float16 or bfloat16, got " + dtype_name(dtype));
+    default:
+      unsupported(std::string(arg) + " must " + verb + " float32, float16 or bfloat16, got " + dtype_name(dtype));
   }
 }
 

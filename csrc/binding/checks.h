@@ -46,6 +46,8 @@ class Checker {
   ScalarType dtype_of(const Tensor& t, const char* arg) const;
   // x is float32, float16 or bfloat16.
   DType float_dtype(const Tensor& t, const char* arg) const;
+  // The same of an argument that is a dtype.
+  DType as_float_dtype(ScalarType dtype, const char* arg) const;
   void same_dtype(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
   void dtype(const Tensor& t, const char* arg, ScalarType expected) const;
   DType float32_or_same_dtype(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
@@ -86,6 +88,7 @@ class Checker {
   }
 
  private:
+  DType one_of_float(ScalarType dtype, const char* arg, const char* verb) const;
   std::string prefix() const { return std::string("qops.") + op_ + ": "; }
 
   const char* op_;

@@ -1,10 +1,12 @@
-// What the ops that emit per-token int8 share: q [..., K] and scale [...] as outputs, new or given by the caller.
+// What the ops that emit int8 share: per token, q [..., K] and scale [...] as outputs, new or given by the caller; with
+// one scale for all, that scale.
 #pragma once
 
+#include <cmath>
 #include <initializer_list>
 #include <utility>
 
-#include "binding/checks.h"
+#include "binding/device.h"
 
 namespace qops::binding {
 
@@ -27,6 +29,31 @@ inline void check_int8_rows(const Checker& check, const Tensor& q, const Tensor&
 
 inline Int8Rows int8_rows(const Tensor& q, const Tensor& scale, QuantizeRule rule) {
   return {q.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>(), rule};
+}
+
+struct StaticScale {
+  const float* scale;
+  const int32_t* zero_point;  // null: 0
+};
+
+inline StaticScale static_scale(const Checker& check, const Tensor& scale, const char* scale_arg,
+                                const std::optional<Tensor>& zero_point, const char* zero_point_arg, const Tensor& x) {
+  const auto one_element = [&](const Tensor& t, const char* arg, ScalarType dtype) {
+    check.device(t, arg, x);
+    check.dtype(t, arg, dtype);
+    if (t.numel() != 1) check.refuse(arg, "have 1 element", std::to_string(t.numel()));
+  };
+  one_element(scale, scale_arg, ScalarType::Float);
+  if (zero_point) one_element(*zero_point, zero_point_arg, ScalarType::Int);
+  const StaticScale s{scale.const_data_ptr<float>(), zero_point ? zero_point->const_data_ptr<int32_t>() : nullptr};
+  if (!device::kValuesAreReadable) return s;
+  if (!(*s.scale > 0.0f && std::isfinite(*s.scale))) {
+    check.refuse(scale_arg, "be positive and finite", std::to_string(*s.scale));
+  }
+  if (s.zero_point != nullptr && (*s.zero_point < -128 || *s.zero_point > 127)) {
+    check.refuse(zero_point_arg, "lie in -128 .. 127", std::to_string(*s.zero_point));
+  }
+  return s;
 }
 
 }  // namespace qops::binding

@@ -1,5 +1,3 @@
-#include <cmath>
-
 #include "binding/device.h"
 #include "binding/int8_rows.h"
 #include "binding/ops.h"
@@ -43,25 +41,11 @@ void run(QuantizeInt8AsymParams& p, const Tensor& q, const Tensor& scale, const 
   check_asym.ok(device::run(&device::kernels::quantize_int8_asym, p, q));
 }
 
-void check_one_element(const Tensor& t, const char* arg, ScalarType dtype, const Tensor& x) {
-  check_static.device(t, arg, x);
-  check_static.dtype(t, arg, dtype);
-  if (t.numel() != 1) check_static.refuse(arg, "have 1 element", std::to_string(t.numel()));
-}
-
 QuantizeInt8StaticParams checked_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point) {
   QuantizeInt8StaticParams p = checked<QuantizeInt8StaticParams>(check_static, x);
-  check_one_element(scale, "scale", ScalarType::Float, x);
-  if (zero_point) check_one_element(*zero_point, "zero_point", ScalarType::Int, x);
-  p.scale = scale.const_data_ptr<float>();
-  p.zero_point = zero_point ? zero_point->const_data_ptr<int32_t>() : nullptr;
-  if (!device::kValuesAreReadable) return p;
-  if (!(*p.scale > 0.0f && std::isfinite(*p.scale))) {
-    check_static.refuse("scale", "be positive and finite", std::to_string(*p.scale));
-  }
-  if (p.zero_point != nullptr && (*p.zero_point < -128 || *p.zero_point > 127)) {
-    check_static.refuse("zero_point", "lie in -128 .. 127", std::to_string(*p.zero_point));
-  }
+  const StaticScale one = static_scale(check_static, scale, "scale", zero_point, "zero_point", x);
+  p.scale = one.scale;
+  p.zero_point = one.zero_point;
   return p;
 }
 

@@ -2,6 +2,7 @@
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
+#include "binding/int4_kernels.h"
 #include "binding/row_kernels.h"
 #include "binding/schemas.h"
 
@@ -10,14 +11,13 @@ STABLE_TORCH_LIBRARY(qops, m) { qops::binding::define_schemas(m); }
 STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
   m.impl("int4_gemm", TORCH_BOX(&qops::binding::int4_gemm));
   m.impl("int4_gemm.out", TORCH_BOX(&qops::binding::int4_gemm_out));
-  m.impl("int4_pack", TORCH_BOX(&qops::binding::int4_pack));
-  m.impl("int4_unpack", TORCH_BOX(&qops::binding::int4_unpack));
   m.impl("int8_gemm", TORCH_BOX(&qops::binding::int8_gemm));
   m.impl("int8_gemm.out", TORCH_BOX(&qops::binding::int8_gemm_out));
   m.impl("int8_pack", TORCH_BOX(&qops::binding::int8_pack));
   m.impl("int8_unpack", TORCH_BOX(&qops::binding::int8_unpack));
   m.impl("int8_weight_only_gemm", TORCH_BOX(&qops::binding::int8_weight_only_gemm));
   m.impl("int8_weight_only_gemm.out", TORCH_BOX(&qops::binding::int8_weight_only_gemm_out));
+  qops::binding::define_int4_kernels(m);
   qops::binding::define_row_kernels(m);
 }
 

@@ -3,17 +3,24 @@
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
+#include "binding/int4_kernels.h"
 #include "binding/row_kernels.h"
 #include "binding/schemas.h"
 
 #if defined(QOPS_EMULATED)
 
 STABLE_TORCH_LIBRARY(qops_emu, m) { qops::binding::define_schemas(m); }
-STABLE_TORCH_LIBRARY_IMPL(qops_emu, CPU, m) { qops::binding::define_row_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(qops_emu, CPU, m) {
+  qops::binding::define_int4_kernels(m);
+  qops::binding::define_row_kernels(m);
+}
 
 #else
 
-STABLE_TORCH_LIBRARY_IMPL(qops, CUDA, m) { qops::binding::define_row_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(qops, CUDA, m) {
+  qops::binding::define_int4_kernels(m);
+  qops::binding::define_row_kernels(m);
+}
 
 namespace {
 

@@ -6,11 +6,16 @@ namespace qops::binding {
 template <class Library>
 void define_schemas(Library& m) {
   m.def(
+      "int4_dequantize(Tensor packed, Tensor scales, Tensor? zeros, int out_features, int group_size, int kind, "
+      "ScalarType dtype, bool gate_up=False) -> Tensor");
+  m.def(
       "int4_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, "
-      "int group_size, int kind, bool batch_invariant=False) -> Tensor");
+      "int group_size, int kind, bool batch_invariant=False, Tensor? residual=None, bool silu_mul=False, "
+      "Tensor? out_scale=None, Tensor? out_zero_point=None) -> Tensor");
   m.def(
       "int4_gemm.out(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
-      "int out_features, int group_size, int kind, bool batch_invariant=False, *, Tensor(a!) out) -> ()");
+      "int out_features, int group_size, int kind, bool batch_invariant=False, Tensor? residual=None, "
+      "bool silu_mul=False, Tensor? out_scale=None, Tensor? out_zero_point=None, *, Tensor(a!) out) -> ()");
   m.def("int4_pack(Tensor qweight) -> Tensor");
   m.def("int4_unpack(Tensor packed, int out_features) -> Tensor");
   m.def(

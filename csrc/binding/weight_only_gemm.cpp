@@ -1,11 +1,12 @@
 #include "binding/device.h"
+#include "binding/int8_rows.h"
 #include "binding/ops.h"
+#include "binding/weight_strips.h"
 
 namespace qops::binding {
 namespace {
 
-// The arguments that int4_gemm and int8_weight_only_gemm share. strip_elements_per_column: elements of `packed` that
-// one column of a strip takes (8 bytes for int4, 16 for int8).
+// The arguments that int4_gemm and int8_weight_only_gemm share.
 WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor& packed, ScalarType packed_dtype,
                              int64_t strip_elements_per_column, const Tensor& scales, const std::optional<Tensor>& bias,
                              int64_t out_features, int64_t group_size) {
@@ -13,28 +14,10 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
   check.device(packed, "packed", x);
   check.device(scales, "scales", x);
   p.dtype = check.float_dtype(x, "x");
-  check.dtype(packed, "packed", packed_dtype);
-  p.scale_dtype = check.float_dtype(scales, "scales");
   check.at_least_1d(x, "x");
-  p.n = out_features;
-  check.require(p.n >= 0 && p.n % 8 == 0, "out_features", "be a multiple of 8", std::to_string(p.n));
-  check.require(packed.dim() == 2, "packed", "have 2 dimensions", std::to_string(packed.dim()));
-  p.k = packed.size(1) / strip_elements_per_column;
-  check.require(packed.size(1) % (8 * strip_elements_per_column) == 0, "packed",
-                "hold a multiple of 8 columns of " + std::to_string(strip_elements_per_column) + " elements a strip",
-                std::to_string(packed.size(1)));
-  const int64_t strips = p.n / kStripRows + (p.n % kStripRows != 0);
-  check.shape(packed, "packed", "[S, K-strip]", {strips, p.k * strip_elements_per_column});
+  take_weight(check, packed, packed_dtype, strip_elements_per_column, scales, out_features, group_size, p);
   check.require(x.size(x.dim() - 1) == p.k, "x", "have last dimension K = " + std::to_string(p.k),
                 std::to_string(x.size(x.dim() - 1)));
-  p.group_size = group_size;
-  const bool per_channel = group_size == p.k;
-  check.require(per_channel || (group_size > 0 && group_size % 16 == 0 && p.k % group_size == 0), "group_size",
-                "be K = " + std::to_string(p.k) + " or a multiple of 16 that divides it", std::to_string(group_size));
-  const int64_t groups = group_size == 0 ? 0 : p.k / group_size;
-  check.shape(scales, "scales", "[S, K / group_size, 16]", {strips, groups, kStripRows});
-  check.contiguous(packed, "packed");
-  check.contiguous(scales, "scales");
   check.dense_last_dim(x, "x");
   if (bias) {
     check.device(*bias, "bias", x);
@@ -45,8 +28,6 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
   }
   p.x_rows = check.rows(x, "x");
   p.x = x.const_data_ptr();
-  p.packed = packed.const_data_ptr();
-  p.scales = scales.const_data_ptr();
   return p;
 }
 
@@ -58,19 +39,8 @@ WeightOnlyGemmParams checked_int4(const Tensor& x, const Tensor& packed, const T
                                   const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size,
                                   int64_t kind) {
   const Checker& check = check_int4;
-  check.require(kind >= 0 && kind <= 3, "kind", "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)",
-                std::to_string(kind));
   WeightOnlyGemmParams p = checked(check, x, packed, ScalarType::Byte, 8, scales, bias, out_features, group_size);
-  p.kind = static_cast<WeightKind>(kind);
-  check.require(zeros.has_value() == (kind != 0), "zeros", kind == 0 ? "be None for kind 0" : "be given for this kind",
-                zeros ? "a tensor" : "None");
-  if (zeros) {
-    check.device(*zeros, "zeros", x);
-    check.dtype(*zeros, "zeros", kind == 1 ? ScalarType::Byte : ScalarType::Float);
-    check.same_shape(*zeros, "zeros", scales, "scales");
-    check.contiguous(*zeros, "zeros");
-    p.zeros = zeros->const_data_ptr();
-  }
+  take_zeros(check, kind, zeros, scales, p);
   if (perm) {
     check.device(*perm, "perm", x);
     check.dtype(*perm, "perm", ScalarType::Int);
@@ -81,18 +51,55 @@ WeightOnlyGemmParams checked_int4(const Tensor& x, const Tensor& packed, const T
   return p;
 }
 
+// The arguments that tell what becomes of x @ w.T + bias; at most one of residual, silu_mul and out_scale.
+void take_epilogue(const Checker& check, const Tensor& x, const std::optional<Tensor>& residual, bool silu_mul,
+                   const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
+                   WeightOnlyGemmParams& p) {
+  if (residual) {
+    check.require(!silu_mul && !out_scale, "residual", "be None with silu_mul or out_scale", "a tensor");
+    check.device(*residual, "residual", x);
+    check.same_dtype(*residual, "residual", x, "x");
+    check.shape(*residual, "residual", "[..., N]", with_last_size(x, p.n));
+    check.dense_last_dim(*residual, "residual");
+    p.residual_rows = check.rows(*residual, "residual");
+    p.residual = residual->const_data_ptr();
+  }
+  if (silu_mul) {
+    check.require(p.n % 16 == 0, "out_features", "be a multiple of 16, for gate and up, with silu_mul",
+                  std::to_string(p.n));
+    check.require(!out_scale, "out_scale", "be None with silu_mul", "a tensor");
+    p.epilogue = Epilogue::kSiluMul;
+  }
+  check.require(out_scale || !out_zero_point, "out_zero_point", "be None without out_scale", "a tensor");
+  if (out_scale) {
+    const StaticScale one = static_scale(check, *out_scale, "out_scale", out_zero_point, "out_zero_point", x);
+    p.out_scale = one.scale;
+    p.out_zero_point = one.zero_point;
+    p.epilogue = Epilogue::kInt8;
+  }
+}
+
+// Of the last dimension of y.
+int64_t output_columns(const WeightOnlyGemmParams& p) { return p.epilogue == Epilogue::kSiluMul ? p.n / 2 : p.n; }
+
+ScalarType output_dtype(const WeightOnlyGemmParams& p, const Tensor& x) {
+  return p.epilogue == Epilogue::kInt8 ? ScalarType::Char : x.scalar_type();
+}
+
 WeightOnlyGemmParams checked_int8(const Tensor& x, const Tensor& packed, const Tensor& scales,
                                   const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
   return checked(check_int8, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
 }
 
-Tensor new_output(const Checker& check, const Tensor& x, int64_t out_features) {
-  return check.new_tensor(x, with_last_size(x, out_features), x.scalar_type());
+Tensor new_output(const Checker& check, const Tensor& x, const WeightOnlyGemmParams& p) {
+  return check.new_tensor(x, with_last_size(x, output_columns(p)), output_dtype(p, x));
 }
 
 void check_output(const Checker& check, const Tensor& out, const Tensor& x, const Tensor& packed, const Tensor& scales,
-                  const std::optional<Tensor>& bias, int64_t out_features) {
-  check.output(out, "out", x, x.scalar_type(), "[..., N]", with_last_size(x, out_features));
+                  const std::optional<Tensor>& bias, const WeightOnlyGemmParams& p) {
+  const bool halved = p.epilogue == Epilogue::kSiluMul;
+  check.output(out, "out", x, output_dtype(p, x), halved ? "[..., N / 2]" : "[..., N]",
+               with_last_size(x, output_columns(p)));
   check.no_overlap(out, "out", x, "x");
   check.no_overlap(out, "out", packed, "packed");
   check.no_overlap(out, "out", scales, "scales");
@@ -118,29 +125,40 @@ void run_int8(WeightOnlyGemmParams& p, const Tensor& y) {
 }  // namespace
 
 // batch_invariant asks for nothing more here: on the CPU a row's bits never depend on M or on its position.
-Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
-                 std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
-                 int64_t kind, bool /*batch_invariant*/) {
+Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+                 const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
+                 int64_t group_size, int64_t kind, bool /*batch_invariant*/, const std::optional<Tensor>& residual,
+                 bool silu_mul, const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point) {
   WeightOnlyGemmParams p = checked_int4(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
-  Tensor y = new_output(check_int4, x, out_features);
+  take_epilogue(check_int4, x, residual, silu_mul, out_scale, out_zero_point, p);
+  Tensor y = new_output(check_int4, x, p);
   run_int4(p, y);
   return y;
 }
 
-void int4_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> zeros,
-                   std::optional<Tensor> perm, std::optional<Tensor> bias, int64_t out_features, int64_t group_size,
-                   int64_t kind, bool /*batch_invariant*/, const Tensor& out) {
+void int4_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+                   const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
+                   int64_t group_size, int64_t kind, bool /*batch_invariant*/, const std::optional<Tensor>& residual,
+                   bool silu_mul, const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
+                   const Tensor& out) {
   WeightOnlyGemmParams p = checked_int4(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
-  check_output(check_int4, out, x, packed, scales, bias, out_features);
-  if (zeros) check_int4.no_overlap(out, "out", *zeros, "zeros");
-  if (perm) check_int4.no_overlap(out, "out", *perm, "perm");
+  take_epilogue(check_int4, x, residual, silu_mul, out_scale, out_zero_point, p);
+  check_output(check_int4, out, x, packed, scales, bias, p);
+  const auto lies_apart = [&](const std::optional<Tensor>& input, const char* name) {
+    if (input) check_int4.no_overlap(out, "out", *input, name);
+  };
+  lies_apart(zeros, "zeros");
+  lies_apart(perm, "perm");
+  lies_apart(out_scale, "out_scale");
+  lies_apart(out_zero_point, "out_zero_point");
+  if (residual) check_int4.no_overlap_unless_same(out, "out", *residual, "residual");
   run_int4(p, out);
 }
 
 Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                              int64_t out_features, int64_t group_size) {
   WeightOnlyGemmParams p = checked_int8(x, packed, scales, bias, out_features, group_size);
-  Tensor y = new_output(check_int8, x, out_features);
+  Tensor y = new_output(check_int8, x, p);
   run_int8(p, y);
   return y;
 }
@@ -148,7 +166,7 @@ Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor
 void int8_weight_only_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                                int64_t out_features, int64_t group_size, const Tensor& out) {
   WeightOnlyGemmParams p = checked_int8(x, packed, scales, bias, out_features, group_size);
-  check_output(check_int8, out, x, packed, scales, bias, out_features);
+  check_output(check_int8, out, x, packed, scales, bias, p);
   run_int8(p, out);
 }
 

@@ -79,14 +79,8 @@ Status quantize_int8_asym(const QuantizeInt8AsymParams& p, const ThreadPool& poo
 
 Status quantize_int8_static(const QuantizeInt8StaticParams& p, const ThreadPool& pool) {
   if (p.k == 0) return Status::kOk;  // however many rows
-  const F32x16 f = set1(1.0f / *p.scale);
-  const F32x16 offset = set1(p.zero_point == nullptr ? 0.0f : static_cast<float>(*p.zero_point));
-  // Whatever lies beyond saturates with any zero point.
-  const F32x16 most = set1(256.0f), least = set1(-256.0f);
-  return for_rows(p, pool, [&](const auto* x, int64_t row) {
-    quantise_elements(x, p.k, p.q + row * p.k,
-                      [&](F32x16 v) { return round_to_integer(min(most, max(least, nan_to_zero(v * f)))) + offset; });
-  });
+  const StaticCodes codes(p.scale, p.zero_point);
+  return for_rows(p, pool, [&](const auto* x, int64_t row) { quantise_elements(x, p.k, p.q + row * p.k, codes); });
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

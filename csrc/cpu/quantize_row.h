@@ -46,6 +46,20 @@ inline void quantise_elements(const T* x, int64_t k, int8_t* q, const F& f) {
   if (i < k) store_saturated_n(q + i, to_int(f(load_n(x + i, k - i))), k - i);
 }
 
+// x to the codes of quantize_int8_static, before they are rounded and clamped.
+struct StaticCodes {
+  F32x16 factor, zero_point;
+
+  StaticCodes(const float* scale, const int32_t* zero_point)
+      : factor(set1(1.0f / *scale)), zero_point(set1(zero_point == nullptr ? 0.0f : static_cast<float>(*zero_point))) {}
+
+  F32x16 operator()(F32x16 x) const {
+    // Whatever lies beyond saturates with any zero point.
+    const F32x16 scaled = min(set1(256.0f), max(set1(-256.0f), nan_to_zero(x * factor)));
+    return round_to_integer(scaled) + zero_point;
+  }
+};
+
 inline void zero_row(int64_t k, int8_t* q) {
   if (k > 0) std::memset(q, 0, static_cast<size_t>(k));  // an empty row may have no address
 }

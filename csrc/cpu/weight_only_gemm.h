@@ -20,6 +20,8 @@
 
 #include <algorithm>
 
+#include "cpu/gated_row.h"
+#include "cpu/quantize_row.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
 
@@ -214,6 +216,51 @@ inline void write_digits(const WeightOnlyGemmParams& p, const T* row, const Bloc
   }
 }
 
+// --- what becomes of 16 outputs
+// ---------------------------------------------------------------------------------------
+
+// Lanes 0 .. 7 of both.
+inline F32x16 concatenate_halves(F32x16 low, F32x16 high) {
+  float lanes[kLanes + 8];
+  store(lanes, low);
+  store(lanes + 8, high);
+  return load(lanes);
+}
+
+inline F32x16 bias_of_strip(const WeightOnlyGemmParams& p, int64_t strip) {
+  if (p.epilogue == Epilogue::kSiluMul) {
+    return concatenate_halves(load_as_float(p.bias, p.bias_dtype, 8 * strip, 8),
+                              load_as_float(p.bias, p.bias_dtype, p.n / 2 + 8 * strip, 8));
+  }
+  const int64_t column = strip * kStripRows;
+  return load_as_float(p.bias, p.bias_dtype, column, p.n - column);
+}
+
+// sum: x @ w.T + bias of one row and the strip's 16 columns, not rounded yet.
+template <class T>
+inline void store_strip(const WeightOnlyGemmParams& p, int64_t row, int64_t strip, F32x16 sum) {
+  const int64_t column = strip * kStripRows;
+  const int64_t n = std::min<int64_t>(kLanes, p.n - column);
+  switch (p.epilogue) {
+    case Epilogue::kNone:
+      if (p.residual != nullptr) {
+        const T* residual = static_cast<const T*>(p.residual) + p.residual_rows.offset(row) + column;
+        sum = round_to<T>(sum) + load_n(residual, n);
+      }
+      return store_n(static_cast<T*>(p.y) + row * p.n + column, sum, n);
+    case Epilogue::kSiluMul: {
+      float lanes[kLanes];
+      store(lanes, round_to<T>(sum));
+      const F32x16 y = gated<T, true>(load_n(lanes, 8), load_n(lanes + 8, 8));
+      return store_n(static_cast<T*>(p.y) + row * (p.n / 2) + 8 * strip, y, 8);
+    }
+    case Epilogue::kInt8: {
+      const StaticCodes codes(p.out_scale, p.out_zero_point);
+      return store_saturated_n(static_cast<int8_t*>(p.y) + row * p.n + column, to_int(codes(round_to<T>(sum))), n);
+    }
+  }
+}
+
 // --- one tile of y ---------------------------------------------------------------------------------------------------
 
 // Rows x (16 * Strips) outputs from strip `strip` on; Digits as in the tile.
@@ -297,13 +344,11 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
     }
   }
   for (int s = 0; s < Strips; ++s) {
-    const int64_t column = (strip + s) * kStripRows;
-    const int64_t n = std::min<int64_t>(kLanes, p.n - column);
     if (p.bias != nullptr) {
-      const F32x16 bias = load_as_float(p.bias, p.bias_dtype, column, n);
+      const F32x16 bias = bias_of_strip(p, strip + s);
       for (int r = 0; r < Rows; ++r) y[s][r] = y[s][r] + bias;
     }
-    for (int r = 0; r < Rows; ++r) store_n(static_cast<T*>(p.y) + tile.row[r] * p.n + column, y[s][r], n);
+    for (int r = 0; r < Rows; ++r) store_strip<T>(p, tile.row[r], strip + s, y[s][r]);
   }
 }
 

@@ -54,18 +54,21 @@ QOPS_ALWAYS_INLINE constexpr int strip_stage_bytes(bool fine) { return int4::kBl
 inline constexpr int kTokenStageBytes = 2 * int4::kBlockColumns;
 
 // Group sizes that are multiples of 64 (or K itself) need one scale per row and stage.
-constexpr bool is_fine(int64_t k, int64_t group_size) { return group_size != k && group_size % int4::kBlockColumns != 0; }
+constexpr bool is_fine(int64_t k, int64_t group_size) {
+  return group_size != k && group_size % int4::kBlockColumns != 0;
+}
 
 // Whether w = s (q - 8) + o with an o of its own.
 constexpr bool has_offset(WeightKind kind) { return kind == WeightKind::kFloatZero || kind == WeightKind::kOffset; }
 
 // --- the plan --------------------------------------------------------------------------------------------------------
 
-inline constexpr int kDecodeTokens = 16;     // rows of x up to which the decode kernel is used
-inline constexpr int kMaxStripsOfWarp = 4;   // of the decode kernel: that share a fragment of x
-inline constexpr int kTileStrips = 8;        // of a tile of the tiled kernel
+inline constexpr int kDecodeTokens = 16;    // rows of x up to which the decode kernel is used
+inline constexpr int kMaxStripsOfWarp = 4;  // of the decode kernel: that share a fragment of x
+inline constexpr int kTileStrips = 8;       // of a tile of the tiled kernel
 inline constexpr int kTileTokens[] = {32, 64, 128};
-// The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes spilled).
+// The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes
+// spilled).
 constexpr int max_tile_tokens(bool offset) { return offset ? 64 : 128; }
 // Floats between the rows of a tile of sums in shared memory. 2 * stride = 8 modulo 32 makes the accesses of a
 // fragment, lanes 4 g + t at row 2 t and column g, free of bank conflicts.
@@ -73,14 +76,14 @@ QOPS_ALWAYS_INLINE constexpr int sum_stride(int strips) { return strips * kStrip
 
 struct GemmPlan {
   bool decode;
-  int tokens;       // of a tile: multiples of 8
-  int k_parts;      // 1, 2, 4 or 8 blocks share the slices; above 1, a second kernel adds them
-  int64_t ranges;   // decode: into which the strips are cut, one for each block of a part
-  int strips;       // decode: most strips that a warp takes at a time
+  int tokens;      // of a tile: multiples of 8
+  int k_parts;     // 1, 2, 4 or 8 blocks share the slices; above 1, a second kernel adds them
+  int64_t ranges;  // decode: into which the strips are cut, one for each block of a part
+  int strips;      // decode: most strips that a warp takes at a time
   int stages;
   int64_t shared_bytes;
   int64_t blocks;
-  int64_t time;     // by the model
+  int64_t time;  // by the model
 
   // float32 sums [slice][M][S * 16] between the two kernels.
   constexpr int64_t scratch_bytes(int64_t m, int64_t n) const {

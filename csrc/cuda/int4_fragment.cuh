@@ -1,5 +1,5 @@
 // What the kernels of int4_gemm share: from packed codes and scales in shared memory to float32 sums in the canonical
-// order, and from those to y.
+// order.
 //
 // w is the A operand of mma.m16n8k16 (16 rows, a strip), tokens are the n8 side. Exact integers q - z go into the
 // product; the sum of a group, float32 from 0 on, is scaled once:
@@ -104,7 +104,8 @@ QOPS_DEVICE void dequantise(uint32_t word, const uint32_t (&zero)[2], uint32_t (
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = subtract<T>(ptx::lop3<kAndOr>(word >> (4 * i), 0x000f000fu, kBase<T>), zero[i % 2]);
+    for (int i = 0; i < 4; ++i)
+      a[i] = subtract<T>(ptx::lop3<kAndOr>(word >> (4 * i), 0x000f000fu, kBase<T>), zero[i % 2]);
   }
 }
 
@@ -124,13 +125,12 @@ template <bool kFine>
 struct GroupWalk {
   static constexpr int kUnits = kFine ? int4::kSteps : 1;  // of a block of 64 columns
 
-  int size;   // units of a group
+  int size;  // units of a group
   int group;
-  int left;   // units of it that are still to come
+  int left;  // units of it that are still to come
 
   QOPS_DEVICE GroupWalk(int64_t k, int64_t group_size)
-      : size(static_cast<int>(group_size == k ? int4::blocks(k) * kUnits
-                                              : group_size * kUnits / int4::kBlockColumns)),
+      : size(static_cast<int>(group_size == k ? int4::blocks(k) * kUnits : group_size * kUnits / int4::kBlockColumns)),
         group(0),
         left(size) {}
 
@@ -177,7 +177,9 @@ struct ScaleSource {
         zeros(static_cast<const uint8_t*>(p.zeros)),
         groups(p.k == 0 ? 0 : static_cast<int>(p.k / p.group_size)),
         scale_bytes(p.scale_dtype == DType::kFloat32 ? 64 : 32),
-        zero_bytes(p.zeros == nullptr ? 0 : p.kind == WeightKind::kZeroPoint ? 16 : 64),
+        zero_bytes(p.zeros == nullptr                 ? 0
+                   : p.kind == WeightKind::kZeroPoint ? 16
+                                                      : 64),
         kind(p.kind),
         dtype(p.scale_dtype) {}
 
@@ -337,33 +339,5 @@ struct WarpSums {
     }
   }
 };
-
-// --- y ---------------------------------------------------------------------------------------------------------------
-
-// Which addresses allow accesses of 16 bytes, decided on the host.
-struct Alignment {
-  bool y, bias, residual;
-};
-
-// Eight sums of one row of y from column n on, rounded and stored.
-template <class T>
-QOPS_DEVICE void finish(const WeightOnlyGemmParams& p, Alignment aligned, int64_t m, int64_t n, Vector& sums) {
-  if (p.bias != nullptr) {
-    Vector bias;
-    if (aligned.bias) {
-      load<true>(p.bias, p.bias_dtype, n, kVector, bias);
-    } else {
-      load<false>(p.bias, p.bias_dtype, n, kVector, bias);
-    }
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) sums[i] = sums[i] + bias[i];
-  }
-  T* y = static_cast<T*>(p.y) + m * p.n + n;
-  if (aligned.y) {
-    store<true>(y, kVector, sums);
-  } else {
-    store<false>(y, kVector, sums);
-  }
-}
 
 }  // namespace qops::cuda

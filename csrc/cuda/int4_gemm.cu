@@ -3,7 +3,6 @@
 // x is copied to scratch first where the weight has a permutation, or where rows of x do not begin at multiples of 16
 // bytes: 4 M K bytes of traffic in L2 and one more launch.
 #include "cuda/int4_gemm.cuh"
-#include "cuda/row.cuh"
 
 namespace qops::cuda {
 namespace {
@@ -40,16 +39,16 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, chunks = p.n / kVector;
   if (i >= p.x_rows.count * chunks) return;
   const int64_t m = i / chunks, n = i % chunks * kVector, columns = int4::strips(p.n) * kStripRows;
-  Vector sums;
-  load<true>(slices + m * columns + n, kVector, sums);
+  finish<T>(p, aligned, m, n, [&](int64_t column, Vector& sums) {
+    load<true>(slices + m * columns + column, kVector, sums);
 #pragma unroll
-  for (int slice = 1; slice < kSlices; ++slice) {
-    Vector more;
-    load<true>(slices + (slice * p.x_rows.count + m) * columns + n, kVector, more);
+    for (int slice = 1; slice < kSlices; ++slice) {
+      Vector more;
+      load<true>(slices + (slice * p.x_rows.count + m) * columns + column, kVector, more);
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) sums[e] = sums[e] + more[e];
-  }
-  finish<T>(p, aligned, m, n, sums);
+      for (int e = 0; e < kVector; ++e) sums[e] = sums[e] + more[e];
+    }
+  });
 }
 
 bool copies_x(const WeightOnlyGemmParams& p) { return p.perm != nullptr || !aligned(p.x, p.x_rows, p.k, p.dtype); }
@@ -80,7 +79,8 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
   }
   Int4Job job{p, plan_of(p), {}, nullptr};
   if (job.plan.blocks == 0) return Status::kUnsupported;
-  job.aligned = {multiple_of_16(p.y), multiple_of_16(p.bias), multiple_of_16(p.residual)};
+  job.aligned = {multiple_of_16(p.y), multiple_of_16(p.bias),
+                 p.residual != nullptr && aligned(p.residual, p.residual_rows, p.n, p.dtype)};
   job.slices = reinterpret_cast<float*>(static_cast<uint8_t*>(p.scratch) + copy_bytes(p));
   const auto with_16_bits = [&](const auto& run) {
     return p.dtype == DType::kFloat16    ? run(__half{})

@@ -1,6 +1,7 @@
 // What int4_gemm.cu hands to the kernels of int4_gemm_decode.cu and int4_gemm_tiled.cu.
 #pragma once
 
+#include "cuda/int4_finish.cuh"
 #include "cuda/int4_fragment.cuh"
 #include "cuda/launch.h"
 
@@ -22,9 +23,11 @@ Status with_int4_kernel(const WeightOnlyGemmParams& p, const F& run) {
   const auto with_type = [&](auto element) {
     const bool offset = has_offset(p.kind);
     if (is_fine(p.k, p.group_size)) {
-      return offset ? run(element, std::true_type{}, std::true_type{}) : run(element, std::true_type{}, std::false_type{});
+      return offset ? run(element, std::true_type{}, std::true_type{})
+                    : run(element, std::true_type{}, std::false_type{});
     }
-    return offset ? run(element, std::false_type{}, std::true_type{}) : run(element, std::false_type{}, std::false_type{});
+    return offset ? run(element, std::false_type{}, std::true_type{})
+                  : run(element, std::false_type{}, std::false_type{});
   };
   switch (p.dtype) {
     case DType::kFloat16: return with_type(__half{});

@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
         const int token = lane / 8 + 4 * i;
         const bool inside = column < p.k;  // K ends at a multiple of 8
         if (token < rows) {
-          ptx::cp_async_cg_zfill(stage + x_at + x_place(token, lane % 8), x[i] + (inside ? column : 0), inside ? 16 : 0);
+          ptx::cp_async_cg_zfill(stage + x_at + x_place(token, lane % 8), x[i] + (inside ? column : 0),
+                                 inside ? 16 : 0);
         }
       }
       const bool begins = copy_walk.begins();
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       __syncwarp();  // what all lanes have copied is there; and all have read the stage that is filled next
       copy_next();
       const int at = stage * stage_bytes;
-      warp_sums.add_block(ring + at, ring + at + slots_at, ring_address + at + x_at + x_address(0, 0, lane), lane, count,
-                          source, walk, block == blocks.begin, block + 1 == blocks.end);
+      warp_sums.add_block(ring + at, ring + at + slots_at, ring_address + at + x_at + x_address(0, 0, lane), lane,
+                          count, source, walk, block == blocks.begin, block + 1 == blocks.end);
       if (++stage == plan.stages) stage = 0;
     }
 
@@ -149,7 +150,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     if (plan.k_parts > 1) {
       const int64_t columns = int4::strips(p.n) * kStripRows;
       for_sums([&](int token, int row, float total) {
-        if (token < rows) slices[(static_cast<int64_t>(slice) * rows + token) * columns + strips.begin * kStripRows + row] = total;
+        if (token < rows)
+          slices[(static_cast<int64_t>(slice) * rows + token) * columns + strips.begin * kStripRows + row] = total;
       });
       continue;
     }
@@ -172,10 +174,11 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       const int token = i / chunks, row = i % chunks * kVector;
       const int64_t n = strips.begin * kStripRows + row;
       if (n < p.n) {
-        Vector v;
+        finish<T>(p, aligned, token, n, [&](int64_t column, Vector& v) {
+          const float* from = sums + token * kStride + (column - strips.begin * kStripRows);
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) v[e] = sums[token * kStride + row + e];
-        finish<T>(p, aligned, token, n, v);
+          for (int e = 0; e < kVector; ++e) v[e] = from[e];
+        });
       }
     }
     if (pass + 1 < passes) ptx::bar_arrive(kFree, 64);

@@ -135,10 +135,11 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     const int token = i / kChunks, row = i % kChunks * kVector;
     const int64_t n = strip0 * kStripRows + row;
     if (token0 + token < rows && n < p.n) {
-      Vector v;
+      finish<T>(p, aligned, token0 + token, n, [&](int64_t column, Vector& v) {
+        const float* from = sums + token * kStride + (column - strip0 * kStripRows);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) v[e] = sums[token * kStride + row + e];
-      finish<T>(p, aligned, token0 + token, n, v);
+        for (int e = 0; e < kVector; ++e) v[e] = from[e];
+      });
     }
   }
 }

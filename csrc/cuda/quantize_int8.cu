@@ -78,20 +78,13 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) static_kernel(const __grid_c
   const int64_t row = row_of_thread<Shape>();
   if (row >= p.x_rows.count) return;
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-  const float factor = 1.0f / *p.scale;
-  const int zero_point = p.zero_point == nullptr ? 0 : *p.zero_point;
+  const StaticQuantizer quantizer(p.scale, p.zero_point);
   for_chunks<Shape>(p.k, [&](int, int64_t at, int64_t n) {
     Vector v;
     load<Shape::kAligned>(x + at, n, v);
     int q[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const float scaled = v[i] * factor;
-      // Whatever lies beyond saturates with any zero point; NaN has the code of zero.
-      const float bounded = scaled < -256.0f ? -256.0f : scaled > 256.0f ? 256.0f : scaled == scaled ? scaled : 0.0f;
-      const int code = __float2int_rn(bounded) + zero_point;
-      q[i] = code < -128 ? -128 : code > 127 ? 127 : code;
-    }
+    for (int i = 0; i < kVector; ++i) q[i] = quantizer.code(v[i]);
     store_int8<Shape::kAligned>(p.q + row * p.k + at, n, q);
   });
 }

@@ -51,6 +51,23 @@ struct RowQuantizer {
   }
 };
 
+// One scale for all rows.
+struct StaticQuantizer {
+  float factor;
+  int zero_point;
+
+  QOPS_DEVICE StaticQuantizer(const float* scale, const int32_t* zero_point)
+      : factor(1.0f / *scale), zero_point(zero_point == nullptr ? 0 : *zero_point) {}
+
+  QOPS_DEVICE int code(float x) const {
+    const float scaled = x * factor;
+    // Whatever lies beyond saturates with any zero point; NaN has the code of zero.
+    const float bounded = scaled < -256.0f ? -256.0f : scaled > 256.0f ? 256.0f : scaled == scaled ? scaled : 0.0f;
+    const int q = __float2int_rn(bounded) + zero_point;
+    return q < -128 ? -128 : q > 127 ? 127 : q;
+  }
+};
+
 // Quantises the row whose vectors of a thread get(chunk, at, n, v) gives, twice the same. Behind the row's end a vector
 // may hold anything: a norm leaves NaN there where it multiplies zeros by an infinite factor.
 template <class T, class Shape, class Get>

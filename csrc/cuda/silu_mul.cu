@@ -2,45 +2,19 @@
 //
 // Bound by memory: gate and up are read once and the product is written once; 6 bytes an output element in bf16, 5 as
 // int8. exp and silu are those of the CPU (exp_poly.h), operation by operation, so the bits are the same.
+#include "cuda/gate.cuh"
 #include "cuda/quantize_row.cuh"
-#include "exp_poly.h"
 
 namespace qops::cuda {
 namespace {
 
-// One lane of the vectors that exp_poly.h computes on.
-struct Lane {
-  float v;
-};
-
-QOPS_DEVICE Lane broadcast(float value, Lane) { return {value}; }
-QOPS_DEVICE Lane operator+(Lane a, Lane b) { return {a.v + b.v}; }
-QOPS_DEVICE Lane operator-(Lane a, Lane b) { return {a.v - b.v}; }
-QOPS_DEVICE Lane operator*(Lane a, Lane b) { return {a.v * b.v}; }
-QOPS_DEVICE Lane operator/(Lane a, Lane b) { return {a.v / b.v}; }
-QOPS_DEVICE Lane fma(Lane a, Lane b, Lane c) { return {fmaf(a.v, b.v, c.v)}; }
-QOPS_DEVICE Lane min(Lane a, Lane b) { return {a.v < b.v ? a.v : b.v}; }
-QOPS_DEVICE Lane max(Lane a, Lane b) { return {a.v > b.v ? a.v : b.v}; }
-QOPS_DEVICE Lane round_to_integer(Lane a) { return {rintf(a.v)}; }
-
-// In two steps: the first is exact, because its result is normal, so the product is rounded once.
-QOPS_DEVICE Lane scale_by_power_of_two(Lane a, Lane n) {
-  if (!(n.v == n.v)) return a;
-  const int power = static_cast<int>(n.v), half = power >> 1;
-  return {a.v * __int_as_float((half + 127) << 23) * __int_as_float((power - half + 127) << 23)};
-}
-
-// R(R(silu(gate)) * up) or R(silu(gate) * up).
 template <class T, bool kAligned>
 QOPS_DEVICE void gated(const T* gate, const T* up, int64_t n, bool round_before_up, Vector& y) {
   Vector u;
   load<kAligned>(gate, n, y);
   load<kAligned>(up, n, u);
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    const float activation = silu(Lane{y[i]}).v;
-    y[i] = round_to<T>((round_before_up ? round_to<T>(activation) : activation) * u[i]);
-  }
+  for (int i = 0; i < kVector; ++i) y[i] = gated_value<T>(y[i], u[i], round_before_up);
 }
 
 template <class T, class Shape, bool kInt8>

@@ -8,6 +8,7 @@ from qops.model import load_model, save_model
 from qops.ops import (
     add_rms_norm,
     add_rms_norm_int8,
+    int4_dequantize,
     int4_gemm,
     int8_gemm,
     int8_weight_only_gemm,
@@ -43,6 +44,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_int8",
     "build_info",
+    "int4_dequantize",
     "int4_gemm",
     "int8_gemm",
     "int8_weight_only_gemm",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qops.ops.weight_pack import STRIP_ROWS, strips_of
+from qops.ops._checks import STRIP_ROWS, strips_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,6 +60,10 @@ class QuantizedWeight(nn.Module):
         """Arguments of :meth:`_configure` for a weight like this one, out_features left out."""
         return {"in_features": self.in_features, "group_size": self.group_size, "scale_dtype": self.scale_dtype}
 
+    def _config_of_rows(self) -> dict[str, Any]:
+        """The same for a weight of some rows of this one."""
+        return self._config()
+
     def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of every canonical tensor."""
         raise NotImplementedError
@@ -74,7 +78,17 @@ class QuantizedWeight(nn.Module):
 
     @staticmethod
     def _unpack_codes(packed: Tensor, rows: int) -> Tensor:
+        """Columns of padding, where the layout has them, included."""
         raise NotImplementedError
+
+    def _row_order(self, device: torch.device) -> Tensor | None:
+        """The canonical row of each packed row; None where they are the same."""
+        return None
+
+    @staticmethod
+    def _pairs_rows(device: torch.device) -> bool:
+        """Whether the scales of rows r and r + 8 of a strip stand side by side there."""
+        return False
 
     # Form ------------------------------------------------------------------------------------------------------------
 
@@ -115,7 +129,10 @@ class QuantizedWeight(nn.Module):
 
         Shapes and dtypes stand in the docstring of the class.
         """
-        rows, perm = self._canonical_rows(0, self.out_features), getattr(self, "perm", None)
+        rows, perm = self._rows(0, self.out_features), getattr(self, "perm", None)
+        order = self._row_order(self.device) if self.is_packed else None
+        if order is not None:
+            rows = {key: torch.empty_like(tensor).index_copy_(0, order, tensor) for key, tensor in rows.items()}
         if perm is not None:
             rows["perm"] = perm.clone() if self.is_packed else perm
         return rows
@@ -147,11 +164,12 @@ class QuantizedWeight(nn.Module):
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
         perm = getattr(self, "perm", None)
         columns = slice(None) if perm is None else perm.long()
+        order = self._row_order(self.device) if self.is_packed else None
         step = chunk_rows(self.in_features)
         for start in range(0, self.out_features if self.in_features else 0, step):
             stop = min(start + step, self.out_features)
-            weight[start:stop, columns] = self._dequantize_rows(self._canonical_rows(start, stop)).to(dtype)
-        return weight
+            weight[start:stop, columns] = self._dequantize_rows(self._rows(start, stop)).to(dtype)
+        return weight if order is None else torch.empty_like(weight).index_copy_(0, order, weight)
 
     @classmethod
     @torch.no_grad()
@@ -179,7 +197,7 @@ class QuantizedWeight(nn.Module):
             key: tensor if key == "perm" else torch.cat([part[key] for part in parts])
             for key, tensor in parts[0].items()
         }
-        return cls._from_tensors(rows, first._config(), pack=True)
+        return cls._from_tensors(rows, first._config_of_rows(), pack=True)
 
     @torch.no_grad()
     def split(self, sizes: Sequence[int]) -> list[Self]:
@@ -199,7 +217,7 @@ class QuantizedWeight(nn.Module):
         whole, parts, start = self.canonical(), [], 0
         for size in sizes:
             rows = {k: (t if k == "perm" else t[start : start + size]).clone() for k, t in whole.items()}
-            parts.append(self._from_tensors(rows, self._config(), pack=False))
+            parts.append(self._from_tensors(rows, self._config_of_rows(), pack=False))
             start += size
         return parts
 
@@ -220,30 +238,35 @@ class QuantizedWeight(nn.Module):
         self._non_persistent_buffers_set = set(self._buffers)
 
     def _packed_from(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = tensors["qweight"].device
+        if (order := self._row_order(device)) is not None:
+            tensors = {key: tensor if key == "perm" else tensor[order] for key, tensor in tensors.items()}
         try:
             packed = {"packed": self._pack_codes(tensors["qweight"].contiguous())}
         except NotImplementedError as error:
-            device = tensors["qweight"].device.type
-            raise RuntimeError(f"{self._name()}: this build of qops has no kernels for device {device}") from error
+            raise RuntimeError(f"{self._name()}: this build of qops has no kernels for device {device.type}") from error
         for key in ("scales", "zeros"):
             if key in tensors:
-                packed[key] = into_strips(tensors[key])
+                packed[key] = into_strips(tensors[key], self._pairs_rows(device))
         if "perm" in tensors:
             packed["perm"] = tensors["perm"].clone()
         return packed
 
-    def _canonical_rows(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Canonical tensors of rows start ... stop, without ``perm``; start is a multiple of 16."""
+    def _rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Canonical tensors of the held rows start ... stop, without ``perm``; start is a multiple of 16."""
         tensors, rows = self._tensors(), {}
         strips = slice(start // STRIP_ROWS, strips_of(stop))
         if "packed" in tensors:
-            rows["qweight"] = self._unpack_codes(tensors["packed"][strips], stop - start)
+            (_, columns), _ = self._canonical_spec()["qweight"]
+            rows["qweight"] = self._unpack_codes(tensors["packed"][strips], stop - start)[:, :columns].contiguous()
         else:
             rows["qweight"] = tensors["qweight"][start:stop]
         for key in ("scales", "zeros"):
             if key in tensors:
                 whole = tensors[key]
-                rows[key] = out_of_strips(whole[strips], stop - start) if "packed" in tensors else whole[start:stop]
+                paired = self._pairs_rows(self.device)
+                packed = "packed" in tensors
+                rows[key] = out_of_strips(whole[strips], stop - start, paired) if packed else whole[start:stop]
         return rows
 
     @classmethod
@@ -412,17 +435,22 @@ def chunk_rows(in_features: int) -> int:
 # Layout --------------------------------------------------------------------------------------------------------------
 
 
-def into_strips(rows: Tensor) -> Tensor:
-    """[N, C] -> [S, C, 16], zeros for the rows that fill the last strip; always a copy."""
+def into_strips(rows: Tensor, paired: bool) -> Tensor:
+    """[N, C] -> [S, C, 16], zeros for the rows that fill the last strip; always a copy. Paired: rows r and r + 8 of a
+    strip side by side."""
     n, columns = rows.shape
     strips = strips_of(n)
     padded = rows.new_zeros(strips * STRIP_ROWS, columns)
     padded[:n] = rows
+    if paired:
+        return padded.view(strips, 2, STRIP_ROWS // 2, columns).permute(0, 3, 2, 1).flatten(2).contiguous()
     return padded.view(strips, STRIP_ROWS, columns).transpose(1, 2).contiguous()
 
 
-def out_of_strips(strips: Tensor, n: int) -> Tensor:
+def out_of_strips(strips: Tensor, n: int, paired: bool) -> Tensor:
     """[S, C, 16] -> [N, C]; always a copy, of N rows alone."""
+    if paired:
+        strips = strips.unflatten(2, (STRIP_ROWS // 2, 2)).transpose(2, 3).flatten(2)
     return strips.transpose(1, 2).flatten(0, 1)[:n].clone(memory_format=torch.contiguous_format)
 
 

@@ -29,8 +29,8 @@ from qops._weight_state import (
     require_multiples_of_8,
     resolve_group_size,
 )
-from qops.ops.int4_gemm import KINDS
-from qops.ops.weight_pack import STRIP_ROWS, strips_of
+from qops.ops import _checks
+from qops.ops._checks import INT4_KINDS, STRIP_ROWS, strips_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,7 +50,8 @@ class Int4Weight(QuantizedWeight):
     [N, K/G]`` (uint8 zero points, float32 zeros or offsets; none when symmetric), ``perm`` int32 ``[K]`` (act-order
     only: stored column j is column ``perm[j]`` of w).
     Packed tensors, with S = ceil(N / 16) strips: ``packed`` uint8 ``[S, 8 K]``, ``scales`` and ``zeros [S, K/G, 16]``,
-    ``perm``. Rows past N fill the last strip with code 8 and scale 0.
+    ``perm``. Rows past N fill the last strip with code 8 and scale 0. On a GPU ``packed`` has room for K rounded up to
+    a multiple of 64, and rows r and r + 8 of a strip have their scales, and zeros, side by side.
 
     The constructor makes a weight of zeros to load a state into; weights come from :meth:`quantize`,
     :meth:`from_canonical` and the readers of checkpoint formats.
@@ -62,6 +63,7 @@ class Int4Weight(QuantizedWeight):
         kind: one of ``KINDS``.
         scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
         act_order: whether there is a ``perm``.
+        gate_up: whether the strips mix gate and up, as :meth:`interleave_gate_up` says.
         device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
 
     Raises:
@@ -69,7 +71,7 @@ class Int4Weight(QuantizedWeight):
         RuntimeError: a scale dtype that no kernel reads.
     """
 
-    KINDS = KINDS
+    KINDS = INT4_KINDS
     """The kinds of zero point: "symmetric", "zero_point", "float_zero", "offset"."""
     _OPTIONAL_BUFFERS = ("zeros", "perm")
 
@@ -77,6 +79,8 @@ class Int4Weight(QuantizedWeight):
     """One of ``KINDS``."""
     act_order: bool
     """Whether stored columns are in another order than those of w."""
+    gate_up: bool
+    """Whether the packed strips mix the rows of gate and up; the canonical tensors never do."""
 
     def __init__(
         self,
@@ -87,9 +91,10 @@ class Int4Weight(QuantizedWeight):
         *,
         scale_dtype: torch.dtype,
         act_order: bool = False,
+        gate_up: bool = False,
         device: torch.device | str | None = None,
     ):
-        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order)
+        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, gate_up)
         self._hold_placeholder(device)
 
     @classmethod
@@ -218,6 +223,26 @@ class Int4Weight(QuantizedWeight):
 
         return gguf.int4_weight(blocks, qtype)
 
+    @torch.no_grad()
+    def interleave_gate_up(self) -> Self:
+        """Makes the weight one for ``int4_gemm(..., silu_mul=True)``, in place.
+
+        Its first N/2 rows are gate, the others up. Packed strips then take 8 rows of each, so that a kernel holds both
+        at once; the canonical tensors, and with them state_dict, stay as they are. For a moment there are two copies.
+
+        Returns:
+            The weight itself; as it was where it was one already.
+
+        Raises:
+            ValueError: N is no multiple of 16.
+        """
+        if not self.gate_up:
+            self._require_gate_up(self.out_features)
+            packed, canonical = self.is_packed, self.canonical()
+            self.gate_up = True
+            self._hold(self._packed_from(canonical) if packed else canonical)
+        return self
+
     def _configure(
         self,
         in_features: int,
@@ -226,11 +251,20 @@ class Int4Weight(QuantizedWeight):
         scale_dtype: torch.dtype,
         kind: str = "symmetric",
         act_order: bool = False,
+        gate_up: bool = False,
     ) -> None:
         super()._configure(in_features, out_features, group_size, scale_dtype)
         self._require_kind(kind)
+        if gate_up:
+            self._require_gate_up(out_features)
         self.kind = kind
         self.act_order = act_order
+        self.gate_up = gate_up
+
+    @classmethod
+    def _require_gate_up(cls, out_features: int) -> None:
+        if out_features % 16:
+            raise ValueError(f"{cls._name()}: N must be a multiple of 16, for gate and up, got {out_features}")
 
     @classmethod
     def _require_kind(cls, kind: str) -> None:
@@ -238,6 +272,9 @@ class Int4Weight(QuantizedWeight):
             raise ValueError(f"{cls._name()}: kind must be one of {', '.join(cls.KINDS)}, got {kind!r}")
 
     def _config(self) -> dict[str, Any]:
+        return {**self._config_of_rows(), "gate_up": self.gate_up}
+
+    def _config_of_rows(self) -> dict[str, Any]:
         return {**super()._config(), "kind": self.kind, "act_order": self.act_order}
 
     def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -262,6 +299,15 @@ class Int4Weight(QuantizedWeight):
     @staticmethod
     def _unpack_codes(packed: Tensor, rows: int) -> Tensor:
         return torch.ops.qops.int4_unpack.default(packed, rows)
+
+    def _row_order(self, device: torch.device) -> Tensor | None:
+        if not self.gate_up:
+            return None
+        return torch.arange(self.out_features, device=device).view(2, -1, 8).transpose(0, 1).flatten()
+
+    @staticmethod
+    def _pairs_rows(device: torch.device) -> bool:
+        return _checks.has_gpu_layout(device)
 
     def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
         qweight = rows["qweight"]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT4_KINDS = ("symmetric", "zero_point", "float_zero", "offset")
+STRIP_ROWS = 16
 MAX_ROW_DIMS = 4
 MAX_FLOAT = torch.finfo(torch.float32).max
 
@@ -168,39 +170,85 @@ def outputs(op: str, out: object, *names: str) -> tuple[Any, ...]:
     return tuple(out)
 
 
+def strips_of(n: int) -> int:
+    return (n + STRIP_ROWS - 1) // STRIP_ROWS
+
+
+def has_gpu_layout(device: torch.device) -> bool:
+    """Whether 4-bit weights lie there as csrc/int4_layout.h says, else as csrc/cpu/weight_pack.cpp does."""
+    return device.type == "cuda"
+
+
+def column_step(device: torch.device, *, bits: int) -> int:
+    """What the columns of a packed weight are a multiple of."""
+    return 64 if bits == 4 and has_gpu_layout(device) else 8
+
+
+def stored_columns(k: int, device: torch.device, *, bits: int) -> int:
+    """Columns that a strip holds for K of them."""
+    step = column_step(device, bits=bits)
+    return (k + step - 1) // step * step
+
+
+def check_packed_weight(
+    check: Checker, packed: Tensor, scales: Tensor, out_features: int, group_size: int, *, bits: int
+) -> int:
+    """A packed weight with scales ``[S, K / group_size, 16]``; returns K."""
+    per_column, step = 2 * bits, column_step(packed.device, bits=bits)
+    check.dtype(packed, "packed", torch.uint8 if bits == 4 else torch.int8)
+    check.float_dtype(scales, "scales")
+    ok = out_features >= 0 and out_features % 8 == 0
+    check.require(ok, "out_features", "be a multiple of 8", lambda: str(out_features))
+    check.require(packed.dim() == 2, "packed", "have 2 dimensions", lambda: str(packed.dim()))
+    requirement = f"hold a multiple of {step} columns of {per_column} elements a strip"
+    ok = packed.shape[1] % (step * per_column) == 0
+    check.require(ok, "packed", requirement, lambda: str(packed.shape[1]))
+    k = packed.shape[1] // per_column
+    if step > 8 and scales.dim() == 3 and scales.shape[1] > 0 and 0 < group_size <= k // scales.shape[1]:
+        k = group_size * scales.shape[1]  # without the columns of padding
+    strips = strips_of(out_features)
+    stored = stored_columns(k, packed.device, bits=bits)
+    check.shape(packed, "packed", "[S, K-strip]", (strips, stored * per_column))
+    ok = group_size == k or (group_size > 0 and group_size % 16 == 0 and k % group_size == 0)
+    check.require(ok, "group_size", f"be K = {k} or a multiple of 16 that divides it", lambda: str(group_size))
+    groups = k // group_size if group_size else 0
+    check.shape(scales, "scales", "[S, K / group_size, 16]", (strips, groups, STRIP_ROWS))
+    check.contiguous(packed, "packed")
+    check.contiguous(scales, "scales")
+    return k
+
+
+def check_zeros(check: Checker, kind: int, zeros: Tensor | None, scales: Tensor) -> None:
+    """The kind of an int4 weight, and the zeros that belong to it."""
+    requirement = "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)"
+    check.require(0 <= kind <= 3, "kind", requirement, lambda: str(kind))
+    requirement = "be None for kind 0" if kind == 0 else "be given for this kind"
+    actual = "None" if zeros is None else "a tensor"
+    check.require((zeros is None) == (kind == 0), "zeros", requirement, lambda: actual)
+    if zeros is not None:
+        check.tensors({"scales": scales, "zeros": zeros})
+        check.dtype(zeros, "zeros", torch.uint8 if kind == 1 else torch.float32)
+        check.same_shape(zeros, "zeros", scales, "scales")
+        check.contiguous(zeros, "zeros")
+
+
 def check_weight_only(
     check: Checker,
     x: Tensor,
     packed: Tensor,
-    packed_dtype: torch.dtype,
-    elements_per_column: int,
     scales: Tensor,
     bias: Tensor | None,
     out_features: int,
     group_size: int,
+    *,
+    bits: int,
 ) -> int:
     """The arguments that int4_gemm and int8_weight_only_gemm share; returns K."""
     check.tensors({"x": x, "packed": packed, "scales": scales}, {"bias": bias})
     check.float_dtype(x, "x")
-    check.dtype(packed, "packed", packed_dtype)
-    check.float_dtype(scales, "scales")
     check.at_least_1d(x, "x")
-    ok = out_features >= 0 and out_features % 8 == 0
-    check.require(ok, "out_features", "be a multiple of 8", lambda: str(out_features))
-    check.require(packed.dim() == 2, "packed", "have 2 dimensions", lambda: str(packed.dim()))
-    requirement = f"hold a multiple of 8 columns of {elements_per_column} elements a strip"
-    ok = packed.shape[1] % (8 * elements_per_column) == 0
-    check.require(ok, "packed", requirement, lambda: str(packed.shape[1]))
-    k = packed.shape[1] // elements_per_column
-    strips = (out_features + 15) // 16
-    check.shape(packed, "packed", "[S, K-strip]", (strips, k * elements_per_column))
+    k = check_packed_weight(check, packed, scales, out_features, group_size, bits=bits)
     check.require(x.shape[-1] == k, "x", f"have last dimension K = {k}", lambda: str(x.shape[-1]))
-    ok = group_size == k or (group_size > 0 and group_size % 16 == 0 and k % group_size == 0)
-    check.require(ok, "group_size", f"be K = {k} or a multiple of 16 that divides it", lambda: str(group_size))
-    groups = k // group_size if group_size else 0
-    check.shape(scales, "scales", "[S, K / group_size, 16]", (strips, groups, 16))
-    check.contiguous(packed, "packed")
-    check.contiguous(scales, "scales")
     check.dense_last_dim(x, "x")
     if bias is not None:
         check.float_dtype(bias, "bias")
@@ -278,6 +326,15 @@ def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None = None, *, ro
     check.rounding(rounding)
     check.rows(gate, arg)
     return last // 2 if up is None else last
+
+
+def check_static_scale(check: Checker, x: Tensor, **tensors: Tensor | None) -> None:
+    """One float32 scale and, after it, one int32 zero point for a whole tensor, by the names of their arguments."""
+    for (arg, t), dtype in zip(tensors.items(), (torch.float32, torch.int32), strict=True):
+        if t is not None:
+            check.tensors({"x": x, arg: t})
+            check.dtype(t, arg, dtype)
+            check.require(t.numel() == 1, arg, "have 1 element", lambda t=t: str(t.numel()))
 
 
 def new_int8_rows(check: Checker, x: Tensor, k: int) -> tuple[Tensor, Tensor]:

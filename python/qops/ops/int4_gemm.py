@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_weight_only, refuse_grad, require_weight
+from qops.ops._checks import INT4_KINDS as KINDS
+from qops.ops._checks import (
+    Checker,
+    check_static_scale,
+    check_weight_only,
+    check_zeros,
+    refuse_grad,
+    require_weight,
+)
 
 if TYPE_CHECKING:
     from qops.weights import Int4Weight
-
-KINDS = ("symmetric", "zero_point", "float_zero", "offset")
 
 
 def int4_gemm(
@@ -21,6 +27,10 @@ def int4_gemm(
     weight: Int4Weight,
     bias: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
     batch_invariant: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -29,15 +39,27 @@ def int4_gemm(
     The exact weight is, by ``weight.kind``, ``w = s * (q - 8)``, ``s * (q - z)`` with an integer or a float zero, or
     ``s * q + o``, with one scale ``s`` for each row and group of ``weight.group_size`` columns.
 
+    At most one of ``residual``, ``silu_mul`` and ``out_scale`` asks for more, which is done while y is in registers:
+
+        residual:   R(y + residual)
+        silu_mul:   qops.silu_mul(y), for a weight of gate above up
+        out_scale:  qops.quantize_int8_static(y, out_scale, out_zero_point)
+
     Args:
         x: float32, float16 or bfloat16 ``[..., K]``; any leading dimensions and strides, last dimension dense.
         weight: an :class:`qops.Int4Weight` ``[N, K]``, packed.
         bias: float32, float16 or bfloat16 ``[N]``, added in float32.
+        residual: ``[..., N]`` in the dtype of ``x``; any strides, last dimension dense.
+        silu_mul: True exactly where ``weight.gate_up`` is (:meth:`qops.Int4Weight.interleave_gate_up`).
+        out_scale: float32, one element, positive and finite.
+        out_zero_point: int32, one element in -128 ... 127; default 0.
         batch_invariant: one canonical order of summation for every M. On the CPU that is always so.
-        out: the tensor to write to, contiguous, sharing no memory with the inputs; default: a new one.
+        out: the tensor to write to, contiguous, sharing no memory with the inputs, but it may be ``residual`` itself;
+            default: a new one.
 
     Returns:
-        ``y [..., N]``, contiguous, in the dtype of ``x``; ``out`` where it is given.
+        ``[..., N]``, contiguous, in the dtype of ``x``; with ``silu_mul`` ``[..., N/2]``, with ``out_scale`` int8;
+        ``out`` where it is given.
 
     Numerics:
         R() is one rounding to nearest even to the dtype of ``x``. On the CPU, activations are held per block of at most
@@ -48,9 +70,13 @@ def int4_gemm(
         ``1.001 * 2^-16 sum_b a_b sum_{k in b} |w[n, k]|`` (two bytes a value), and
         ``2^-31 sum_b a_b sum_{k in b} |w[n, k]|`` for float32 and for rows whose outliers would make the first bound
         reach the rounding of the output (four bytes). NaN or infinity in a row makes all its outputs NaN.
+        ``residual``, ``silu_mul`` and ``out_scale`` give, bit for bit, what the separate operators give: y is rounded
+        to the dtype of ``x`` before each of them.
 
     Raises:
-        ValueError: shapes or strides do not fit; a ``perm`` index is out of range; ``out`` overlaps an input.
+        ValueError: shapes or strides do not fit; ``silu_mul`` does not fit the weight; arguments that exclude each
+            other; a ``perm`` index is out of range; ``out_scale`` is not positive and finite, or ``out_zero_point``
+            outside -128 ... 127 (on a GPU nobody looks); ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
             mode is on.
 
@@ -63,9 +89,12 @@ def int4_gemm(
         >>> y.shape
         torch.Size([1, 16])
     """
-    refuse_grad("int4_gemm", x=x, bias=bias, out=out)
+    refuse_grad("int4_gemm", x=x, bias=bias, residual=residual, out_scale=out_scale, out=out)
     require_weight("int4_gemm", weight, "Int4Weight")
     weight._require_packed()
+    if silu_mul != weight.gate_up:
+        requirement = f"be {weight.gate_up} for a weight with gate_up = {weight.gate_up}"
+        raise ValueError(f"qops.int4_gemm: silu_mul must {requirement}, got {silu_mul}")
     # Module.__getattr__ would take 0.6 us for each of them, as much as half the operator's own overhead.
     buffers = weight._buffers
     args = (
@@ -79,6 +108,10 @@ def int4_gemm(
         weight.group_size,
         KINDS.index(weight.kind),
         batch_invariant,
+        residual,
+        silu_mul,
+        out_scale,
+        out_zero_point,
     )
     if out is None:
         return torch.ops.qops.int4_gemm.default(*args)
@@ -86,10 +119,21 @@ def int4_gemm(
     return out
 
 
-def int4_gemm_ref(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """The formula of :func:`int4_gemm` in float64 over the same quantised weights; float64 ``[..., N]``."""
+def int4_gemm_ref(
+    x: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+) -> Tensor:
+    """The formula of :func:`int4_gemm` in float64 over the same quantised weights, nothing rounded; float64."""
     y = x.double() @ weight.dequantize(torch.float64).T
-    return y if bias is None else y + bias.double()
+    y = y if bias is None else y + bias.double()
+    if silu_mul:
+        gate, up = y.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+    return y if residual is None else y + residual.double()
 
 
 def _check(
@@ -104,24 +148,49 @@ def _check(
     kind: int,
 ) -> Checker:
     check = Checker("int4_gemm")
-    requirement = "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)"
-    check.require(0 <= kind <= 3, "kind", requirement, lambda: str(kind))
-    k = check_weight_only(check, x, packed, torch.uint8, 8, scales, bias, out_features, group_size)
-    requirement = "be None for kind 0" if kind == 0 else "be given for this kind"
-    actual = "None" if zeros is None else "a tensor"
-    check.require((zeros is None) == (kind == 0), "zeros", requirement, lambda: actual)
-    check.tensors({"x": x}, {"zeros": zeros, "perm": perm})
-    if zeros is not None:
-        check.dtype(zeros, "zeros", torch.uint8 if kind == 1 else torch.float32)
-        check.same_shape(zeros, "zeros", scales, "scales")
-        check.contiguous(zeros, "zeros")
+    k = check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=4)
+    check_zeros(check, kind, zeros, scales)
     if perm is not None:
+        check.tensors({"x": x, "perm": perm})
         check.dtype(perm, "perm", torch.int32)
         check.shape(perm, "perm", "[K]", (k,))
         check.contiguous(perm, "perm")
     return check
 
 
+def _check_epilogue(
+    check: Checker,
+    x: Tensor,
+    out_features: int,
+    residual: Tensor | None,
+    silu_mul: bool,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the result."""
+    columns, dtype = out_features, x.dtype
+    if residual is not None:
+        alone = not silu_mul and out_scale is None
+        check.require(alone, "residual", "be None with silu_mul or out_scale", lambda: "a tensor")
+        check.tensors({"x": x, "residual": residual})
+        check.same_dtype(residual, "residual", x, "x")
+        check.shape(residual, "residual", "[..., N]", (*x.shape[:-1], out_features))
+        check.dense_last_dim(residual, "residual")
+        check.rows(residual, "residual")
+    if silu_mul:
+        requirement = "be a multiple of 16, for gate and up, with silu_mul"
+        check.require(out_features % 16 == 0, "out_features", requirement, lambda: str(out_features))
+        check.require(out_scale is None, "out_scale", "be None with silu_mul", lambda: "a tensor")
+        columns = out_features // 2
+    lone = out_scale is None and out_zero_point is not None
+    check.require(not lone, "out_zero_point", "be None without out_scale", lambda: "a tensor")
+    if out_scale is not None:
+        check_static_scale(check, x, out_scale=out_scale, out_zero_point=out_zero_point)
+        dtype = torch.int8
+    return (*x.shape[:-1], columns), dtype
+
+
+# Which memory overlaps, which indices of perm are out of range, and the value of a scale, only the kernel can see.
 @torch.library.register_fake("qops::int4_gemm")
 def _(
     x: Tensor,
@@ -134,12 +203,16 @@ def _(
     group_size: int,
     kind: int,
     batch_invariant: bool = False,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
 ) -> Tensor:
     check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    return check.new_empty(x, (*x.shape[:-1], out_features))
+    shape, dtype = _check_epilogue(check, x, out_features, residual, silu_mul, out_scale, out_zero_point)
+    return check.new_empty(x, shape, dtype)
 
 
-# Which memory overlaps, and which indices of perm are out of range, only the kernel can see.
 @torch.library.register_fake("qops::int4_gemm.out")
 def _(
     x: Tensor,
@@ -152,9 +225,14 @@ def _(
     group_size: int,
     kind: int,
     batch_invariant: bool = False,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
     *,
     out: Tensor,
 ) -> None:
     check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
+    shape, dtype = _check_epilogue(check, x, out_features, residual, silu_mul, out_scale, out_zero_point)
     check.tensors({"x": x, "out": out})
-    check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))
+    check.output(out, "out", dtype, "[..., N / 2]" if silu_mul else "[..., N]", shape)

@@ -67,7 +67,7 @@ def int8_weight_only_gemm_ref(x: Tensor, weight: Int8Weight, bias: Tensor | None
 @torch.library.register_fake("qops::int8_weight_only_gemm")
 def _(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, group_size: int) -> Tensor:
     check = Checker("int8_weight_only_gemm")
-    check_weight_only(check, x, packed, torch.int8, 16, scales, bias, out_features, group_size)
+    check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=8)
     return check.new_empty(x, (*x.shape[:-1], out_features))
 
 
@@ -84,6 +84,6 @@ def _(
     out: Tensor,
 ) -> None:
     check = Checker("int8_weight_only_gemm")
-    check_weight_only(check, x, packed, torch.int8, 16, scales, bias, out_features, group_size)
+    check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=8)
     check.tensors({"x": x, "out": out})
     check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))

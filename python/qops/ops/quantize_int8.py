@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_int8_rows, new_int8_rows, outputs, refuse_grad
+from qops.ops._checks import Checker, check_int8_rows, check_static_scale, new_int8_rows, outputs, refuse_grad
 
 
 def quantize_int8(x: Tensor, rule: str = "127", *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -216,10 +216,7 @@ def _check(op: str, x: Tensor) -> Checker:
 def _check_static(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Checker:
     check = _check("quantize_int8_static", x)
     check.tensors({"x": x, "scale": scale}, {"zero_point": zero_point})
-    for t, arg, dtype in ((scale, "scale", torch.float32), (zero_point, "zero_point", torch.int32)):
-        if t is not None:
-            check.dtype(t, arg, dtype)
-            check.require(t.numel() == 1, arg, "have 1 element", lambda t=t: str(t.numel()))
+    check_static_scale(check, x, scale=scale, zero_point=zero_point)
     return check
 
 

@@ -1,6 +1,7 @@
 """int4_pack, int4_unpack, int8_pack, int8_unpack: fake kernels of the packing ops behind qops.weights.
 
-The layouts stand in csrc/cpu/weight_pack.cpp. These ops have no public wrapper: Int4Weight and Int8Weight call them.
+The layouts stand in csrc/cpu/weight_pack.cpp and csrc/int4_layout.h. A GPU's pads K to a multiple of 64, and unpacking
+gives the columns of padding too. These ops have no public wrapper: Int4Weight and Int8Weight call them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,11 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker
-
-STRIP_ROWS = 16
+from qops.ops._checks import STRIP_ROWS, Checker, column_step, stored_columns, strips_of
 
 
-def strips_of(n: int) -> int:
-    return (n + STRIP_ROWS - 1) // STRIP_ROWS
-
-
-def _pack(op: str, qweight: Tensor, dtype: torch.dtype, codes: int) -> Tensor:
+def _pack(op: str, qweight: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
+    codes = 8 // bits
     check = Checker(op)
     check.tensors({"qweight": qweight})
     check.dtype(qweight, "qweight", dtype)
@@ -29,10 +25,10 @@ def _pack(op: str, qweight: Tensor, dtype: torch.dtype, codes: int) -> Tensor:
     k = elements * codes
     check.require(k % 8 == 0, "qweight", "have a multiple of 8 columns", lambda: str(k))
     check.contiguous(qweight, "qweight")
-    return check.new_empty(qweight, (strips_of(n), elements * STRIP_ROWS))
+    return check.new_empty(qweight, (strips_of(n), stored_columns(k, qweight.device, bits=bits) // codes * STRIP_ROWS))
 
 
-def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, codes: int) -> Tensor:
+def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, bits: int) -> Tensor:
     check = Checker(op)
     check.tensors({"packed": packed})
     check.dtype(packed, "packed", dtype)
@@ -42,7 +38,7 @@ def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, code
     strips = strips_of(out_features)
     requirement = f"have ceil(out_features / 16) = {strips} strips"
     check.require(packed.shape[0] == strips, "packed", requirement, lambda: str(packed.shape[0]))
-    row = 8 // codes * STRIP_ROWS
+    row = column_step(packed.device, bits=bits) * bits // 8 * STRIP_ROWS
     requirement = f"have strips of a multiple of {row}"
     check.require(packed.shape[1] % row == 0, "packed", requirement, lambda: str(packed.shape[1]))
     check.contiguous(packed, "packed")
@@ -51,19 +47,19 @@ def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, code
 
 @torch.library.register_fake("qops::int4_pack")
 def _(qweight: Tensor) -> Tensor:
-    return _pack("int4_pack", qweight, torch.uint8, 2)
+    return _pack("int4_pack", qweight, torch.uint8, 4)
 
 
 @torch.library.register_fake("qops::int4_unpack")
 def _(packed: Tensor, out_features: int) -> Tensor:
-    return _unpack("int4_unpack", packed, out_features, torch.uint8, 2)
+    return _unpack("int4_unpack", packed, out_features, torch.uint8, 4)
 
 
 @torch.library.register_fake("qops::int8_pack")
 def _(qweight: Tensor) -> Tensor:
-    return _pack("int8_pack", qweight, torch.int8, 1)
+    return _pack("int8_pack", qweight, torch.int8, 8)
 
 
 @torch.library.register_fake("qops::int8_unpack")
 def _(packed: Tensor, out_features: int) -> Tensor:
-    return _unpack("int8_unpack", packed, out_features, torch.int8, 1)
+    return _unpack("int8_unpack", packed, out_features, torch.int8, 8)

@@ -1,0 +1,24 @@
+#include "binding/ops.h"
+#include "binding/weight_strips.h"
+
+namespace qops::binding {
+
+Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+                       int64_t out_features, int64_t group_size, int64_t kind, ScalarType dtype, bool gate_up) {
+  constexpr Checker check("int4_dequantize");
+  Int4DequantizeParams p{};
+  check.device(packed, "packed", packed);
+  check.device(scales, "scales", packed);
+  p.dtype = check.as_float_dtype(dtype, "dtype");
+  take_weight(check, packed, ScalarType::Byte, 8, scales, out_features, group_size, p);
+  take_zeros(check, kind, zeros, scales, p);
+  check.require(!gate_up || p.n % 16 == 0, "out_features", "be a multiple of 16, for gate and up, with gate_up",
+                std::to_string(p.n));
+  p.gate_up = gate_up;
+  Tensor w = check.new_tensor(packed, {p.n, p.k}, dtype);
+  p.w = w.mutable_data_ptr();
+  check.ok(device::run(&device::kernels::int4_dequantize, p, w));
+  return w;
+}
+
+}  // namespace qops::binding

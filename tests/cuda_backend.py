@@ -1,0 +1,42 @@
+"""Where CUDA kernels run in tests: in the emulator, on CPU tensors, or on a GPU. Its fixtures stand in conftest.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qops
+from qops.testing import assert_bitwise
+
+POLICIES = {"fifo": 0, "random": 1, "prio": 2}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The namespace of the operators, and the device of its tensors."""
+
+    ops: Any
+    device: str
+
+    def on_device(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+
+def a_gpu() -> Backend:
+    if not qops.build_info()["cuda"] or not torch.cuda.is_available():
+        pytest.skip("needs a build with CUDA kernels, and a GPU")
+    return Backend(torch.ops.qops, "cuda")
+
+
+def assert_same(backend: Backend, op: str, *args: Any, overload: str = "default") -> None:
+    """CUDA's kernel gives the CPU's bits."""
+    want = getattr(getattr(torch.ops.qops, op), overload)(*args)
+    got = getattr(getattr(backend.ops, op), overload)(*map(backend.on_device, args))
+    got, want = ((t,) if isinstance(t, Tensor) else t for t in (got, want))
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        what = f"{op} {[list(t.shape) if isinstance(t, Tensor) else t for t in args]}, result {index}"
+        assert_bitwise(a.cpu(), b, what)
