@@ -41,6 +41,13 @@ Status run(Kernel<Params> kernel, const std::type_identity_t<Params>& params, co
   return kernel(params, static_cast<cuda::Stream>(stream));
 }
 
+// What a kernel needs of the memory of the device of `on` while it runs.
+template <class Params>
+int64_t scratch_bytes(int64_t (*needed)(const Params&), const std::type_identity_t<Params>& params, const Tensor& on) {
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  return needed(params);
+}
+
 inline std::string last_error() { return cudaGetErrorString(cudaGetLastError()); }
 #else
 inline constexpr bool kIsCuda = false;
@@ -48,6 +55,11 @@ inline constexpr bool kIsCuda = false;
 inline std::string last_error() { return ""; }
 
 #if defined(QOPS_CUDA)
+template <class Params>
+int64_t scratch_bytes(int64_t (*needed)(const Params&), const std::type_identity_t<Params>& params, const Tensor&) {
+  return needed(params);
+}
+
 template <class Params>
 Status run(Kernel<Params> kernel, const std::type_identity_t<Params>& params, const Tensor&) {
   return kernel(params, nullptr);

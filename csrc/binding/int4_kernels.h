@@ -9,6 +9,8 @@ namespace qops::binding {
 template <class Library>
 void define_int4_kernels(Library& m) {
   m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize));
+  m.impl("int4_gemm", TORCH_BOX(&int4_gemm));
+  m.impl("int4_gemm.out", TORCH_BOX(&int4_gemm_out));
   m.impl("int4_pack", TORCH_BOX(&int4_pack));
   m.impl("int4_unpack", TORCH_BOX(&int4_unpack));
 }

@@ -10,8 +10,6 @@
 STABLE_TORCH_LIBRARY(qops, m) { qops::binding::define_schemas(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
-  m.impl("int4_gemm", TORCH_BOX(&qops::binding::int4_gemm));
-  m.impl("int4_gemm.out", TORCH_BOX(&qops::binding::int4_gemm_out));
   m.impl("int8_weight_only_gemm", TORCH_BOX(&qops::binding::int8_weight_only_gemm));
   m.impl("int8_weight_only_gemm.out", TORCH_BOX(&qops::binding::int8_weight_only_gemm_out));
   qops::binding::define_int4_kernels(m);

@@ -32,7 +32,6 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
 }
 
 constexpr Checker check_int4("int4_gemm");
-constexpr Checker check_int8("int8_weight_only_gemm");
 
 WeightOnlyGemmParams checked_int4(const Tensor& x, const Tensor& packed, const Tensor& scales,
                                   const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
@@ -40,6 +39,9 @@ WeightOnlyGemmParams checked_int4(const Tensor& x, const Tensor& packed, const T
                                   int64_t kind) {
   const Checker& check = check_int4;
   WeightOnlyGemmParams p = checked(check, x, packed, ScalarType::Byte, 8, scales, bias, out_features, group_size);
+  if (kGpuLayout && p.dtype == DType::kFloat32) {
+    check.unsupported("x must have dtype float16 or bfloat16 on a GPU, got float32");
+  }
   take_zeros(check, kind, zeros, scales, p);
   if (perm) {
     check.device(*perm, "perm", x);
@@ -86,11 +88,6 @@ ScalarType output_dtype(const WeightOnlyGemmParams& p, const Tensor& x) {
   return p.epilogue == Epilogue::kInt8 ? ScalarType::Char : x.scalar_type();
 }
 
-WeightOnlyGemmParams checked_int8(const Tensor& x, const Tensor& packed, const Tensor& scales,
-                                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
-  return checked(check_int8, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
-}
-
 Tensor new_output(const Checker& check, const Tensor& x, const WeightOnlyGemmParams& p) {
   return check.new_tensor(x, with_last_size(x, output_columns(p)), output_dtype(p, x));
 }
@@ -110,6 +107,15 @@ void run_int4(WeightOnlyGemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
   int64_t bad_index = 0;
   p.bad_index = &bad_index;
+#if defined(QOPS_CUDA)
+  // From the allocator of torch, for this call: it keeps the memory from others until this stream is done with it.
+  const int64_t bytes = device::scratch_bytes(&cuda::int4_gemm_scratch_bytes, p, y);
+  std::optional<Tensor> scratch;
+  if (bytes > 0) {
+    scratch = check_int4.new_tensor(y, {bytes}, ScalarType::Byte);
+    p.scratch = scratch->mutable_data_ptr();
+  }
+#endif
   const Status status = device::run(&device::kernels::int4_gemm, p, y);
   if (status == Status::kIndexOutOfRange) {
     check_int4.refuse("perm", "hold indices in 0 .. " + std::to_string(p.k - 1), std::to_string(bad_index));
@@ -117,14 +123,9 @@ void run_int4(WeightOnlyGemmParams& p, const Tensor& y) {
   check_int4.ok(status);
 }
 
-void run_int8(WeightOnlyGemmParams& p, const Tensor& y) {
-  p.y = y.mutable_data_ptr();
-  check_int8.ok(device::run(&device::kernels::int8_weight_only_gemm, p, y));
-}
-
 }  // namespace
 
-// batch_invariant asks for nothing more here: on the CPU a row's bits never depend on M or on its position.
+// batch_invariant asks for nothing more here: a row's bits never depend on M or on its position.
 Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
                  const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
                  int64_t group_size, int64_t kind, bool /*batch_invariant*/, const std::optional<Tensor>& residual,
@@ -155,6 +156,24 @@ void int4_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, 
   run_int4(p, out);
 }
 
+#if !defined(QOPS_CUDA)
+
+namespace {
+
+constexpr Checker check_int8("int8_weight_only_gemm");
+
+WeightOnlyGemmParams checked_int8(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
+  return checked(check_int8, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
+}
+
+void run_int8(WeightOnlyGemmParams& p, const Tensor& y) {
+  p.y = y.mutable_data_ptr();
+  check_int8.ok(device::run(&device::kernels::int8_weight_only_gemm, p, y));
+}
+
+}  // namespace
+
 Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                              int64_t out_features, int64_t group_size) {
   WeightOnlyGemmParams p = checked_int8(x, packed, scales, bias, out_features, group_size);
@@ -169,5 +188,7 @@ void int8_weight_only_gemm_out(const Tensor& x, const Tensor& packed, const Tens
   check_output(check_int8, out, x, packed, scales, bias, p);
   run_int8(p, out);
 }
+
+#endif
 
 }  // namespace qops::binding
