@@ -128,9 +128,10 @@ struct Plan {
 
 namespace model {
 
-// Bytes that reach a multiprocessor in a cycle from memory and from L2, mma.m16n8k32 that it does in a cycle (half of
-// one), and what starting a kernel and filling its ring costs.
+// Bytes that reach a multiprocessor in a cycle: its share of the memory, what it gets if others leave theirs, and from
+// L2; mma.m16n8k32 that it does in a cycle (half of one), and what starting a kernel and filling its ring costs.
 inline constexpr int64_t kBytesPerCycle = 16;
+inline constexpr int64_t kMostBytesPerCycle = 20;
 inline constexpr int64_t kL2BytesPerCycle = 40;
 inline constexpr int64_t kCyclesPerMma = 2;
 inline constexpr int64_t kStart = 2000;
@@ -156,11 +157,13 @@ constexpr Plan plan(int64_t m, int64_t n, int64_t k, int tokens, bool split, Gpu
   const int64_t of_block = split ? ceil_div(p.units(), p.blocks) : ceil_div(p.tiles(), p.blocks) * p.k_blocks;
   const int64_t of_multiprocessor = of_block * ceil_div(p.blocks, gpu.multiprocessors);
   const int64_t mma = int64_t{tokens} / 8 * kTileStrips * kFragments * kCyclesPerMma;
-  const int64_t unit = max_of(mma, tile.stage_bytes() / kL2BytesPerCycle);
+  const int64_t from_memory = kWeightBytes / (kMostBytesPerCycle * p.token_tiles);
+  const int64_t unit = max_of(max_of(mma, from_memory), tile.stage_bytes() / kL2BytesPerCycle);
   const int64_t memory = strips(n) * strip_bytes(k) / (kBytesPerCycle * gpu.multiprocessors);
   p.time = kStart + max_of(of_multiprocessor * unit, memory);
   if (split) {
-    const int64_t sums = 2 * p.blocks * min_of(m, tokens) * kTileRows * 4;  // written and read
+    const int64_t slots = p.blocks + min_of(p.blocks, p.tiles());
+    const int64_t sums = slots * min_of(m, tokens) * kTileRows * 4;  // written and read
     p.time += kSecondKernel + 2 * sums / (kL2BytesPerCycle * gpu.multiprocessors);
   }
   return p;
@@ -174,7 +177,7 @@ constexpr Plan plan_int8_gemm(int64_t m, int64_t n, int64_t k, Gpu gpu) {
   for (const int tokens : kTileTokens) {
     for (int splits = 0; splits < (k == 0 ? 1 : 2); ++splits) {
       const Plan p = model::plan(m, n, k, tokens, splits == 1, gpu);
-      if (best.blocks == 0 || p.time < best.time) best = p;
+      if (best.blocks == 0 || p.time <= best.time) best = p;
     }
     if (m <= tokens) break;
   }

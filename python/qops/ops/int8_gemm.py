@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, refuse_grad, require_weight
+from qops.ops._checks import Checker, column_step, refuse_grad, require_weight, stored_columns, strips_of
 
 if TYPE_CHECKING:
     from qops.weights import Int8Weight
@@ -130,12 +130,14 @@ def _check(
     ok = out_features >= 0 and out_features % 8 == 0
     check.require(ok, "out_features", "be a multiple of 8", lambda: str(out_features))
     check.require(packed.dim() == 2, "packed", "have 2 dimensions", lambda: str(packed.dim()))
-    requirement = "hold a multiple of 8 columns of 16 elements a strip"
-    check.require(packed.shape[1] % 128 == 0, "packed", requirement, lambda: str(packed.shape[1]))
-    k = packed.shape[1] // 16
-    strips = (out_features + 15) // 16
-    check.shape(packed, "packed", "[S, 16 K]", (strips, 16 * k))
-    check.require(q.shape[-1] == k, "q", f"have last dimension K = {k}", lambda: str(q.shape[-1]))
+    step = column_step(packed.device)
+    requirement = f"hold a multiple of {step} columns of 16 elements a strip"
+    check.require(packed.shape[1] % (16 * step) == 0, "packed", requirement, lambda: str(packed.shape[1]))
+    stored, strips = packed.shape[1] // 16, strips_of(out_features)
+    check.shape(packed, "packed", "[S, 16 K]", (strips, 16 * stored))
+    k = q.shape[-1]
+    ok = k % 8 == 0 and stored_columns(k, packed.device) == stored
+    check.require(ok, "q", f"have last dimension K = {stored}", lambda: str(k))
     max_k = MAX_K if zero_point is None else MAX_K_WITH_ZERO_POINT
     requirement = f"have at most {max_k} columns" + ("" if zero_point is None else " with a zero_point")
     check.require(k <= max_k, "q", requirement, lambda: str(k))
