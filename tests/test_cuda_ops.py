@@ -26,7 +26,7 @@ UNALIGNED = (1, 7, 100, 513, 1023, 1030, 4099, 8191, 8195, 16390)
 
 
 def test_what_is_registered_has_kernels(emulated):
-    registration = "".join((ROOT / f"csrc/binding/{name}_kernels.h").read_text() for name in ("int4", "row"))
+    registration = "".join((ROOT / f"csrc/binding/{name}_kernels.h").read_text() for name in ("int4", "int8", "row"))
     listed = re.findall(r'm\.impl\("([\w.]+)"', registration)
     kernels = {
         name.removeprefix("qops_emu::")
@@ -34,9 +34,9 @@ def test_what_is_registered_has_kernels(emulated):
         if name.startswith("qops_emu::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
     }
     assert kernels == set(listed) and len(listed) == len(kernels)
-    # Everything but the GEMMs, with every overload.
+    # Everything but the weight-only GEMM of 8-bit weights, with every overload.
     names = {name.removeprefix("qops::") for name in torch._C._dispatch_get_all_op_names() if "qops::" in name}
-    assert kernels == {name for name in names if "gemm" not in name and not name.startswith("int8")}
+    assert kernels == {name for name in names if not name.startswith("int8_weight_only")}
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

@@ -1,11 +1,11 @@
-// Which tile int8_gemm uses on a GPU, and which part of the product each block computes: pure functions of the shape and
-// of the GPU, that know nothing of epilogues. Sums are exact integers, so no plan changes a bit of the result.
+// Which tile int8_gemm uses on a GPU, and which part of the product each block computes: pure functions of the shape
+// and of the GPU, that know nothing of epilogues. Sums are exact integers, so no plan changes a bit of the result.
 //
 // A unit is one tile of tokens x 128 rows of w over one block of 64 columns of K. Units are counted tile by tile, K
-// first, and the count is cut into equal ranges, one for each block of the grid: every multiprocessor has the same work,
-// whatever the shape (N = 4096 in tiles of one block each would leave most of them idle). A range may begin and end
-// inside a tile; what it has of such a tile goes to scratch, and a second kernel adds. Where tiles fill the GPU well
-// enough, ranges are whole tiles and there is no second kernel.
+// first, and the count is cut into equal ranges, one for each block of the grid: every multiprocessor has the same
+// work, whatever the shape (N = 4096 in tiles of one block each would leave most of them idle). A range may begin and
+// end inside a tile; what it has of such a tile goes to scratch, and a second kernel adds. Where tiles fill the GPU
+// well enough, ranges are whole tiles and there is no second kernel.
 //
 // The times are a model, in cycles of a multiprocessor, that ranks plans. It has not been fitted to measurements.
 #pragma once
@@ -25,9 +25,9 @@ inline constexpr int kTokenBytes = kBlockColumns;
 inline constexpr int kWeightBytes = kTileStrips * kBlockBytes;  // of a stage
 
 // How a tile is shared by warps, and how many stages of K are in shared memory. Up to 32 tokens weights bound the
-// product: a warp for each strip, and 48 or 56 KiB of weights under way in each of two blocks. Beyond, a warp multiplies 4
-// strips by 64 tokens (2 strips where there are no more tokens): 12 reads of 512 bytes for 64 instructions, which is
-// what shared memory can do beside the tensor cores.
+// product: a warp for each strip, and 48 or 56 KiB of weights under way in each of two blocks. Beyond, a warp
+// multiplies 4 strips by 64 tokens (2 strips where there are no more tokens): 12 reads of 512 bytes for 64
+// instructions, which is what shared memory can do beside the tensor cores.
 struct TileShape {
   int tokens, strips_of_warp, token_warps, stages;
 
@@ -39,7 +39,9 @@ struct TileShape {
   // Sums of 8 tokens by the rows of a warp, on their way to memory. 2 * stride = 8 modulo 32 makes the stores of a
   // fragment, lanes 4 g + t at row 2 t and column g, free of bank conflicts.
   QOPS_ALWAYS_INLINE constexpr int sum_stride() const { return strips_of_warp * kStripRows + 4; }
-  QOPS_ALWAYS_INLINE constexpr int shared_bytes() const { return stages * stage_bytes() + warps() * 8 * sum_stride() * 4; }
+  QOPS_ALWAYS_INLINE constexpr int shared_bytes() const {
+    return stages * stage_bytes() + warps() * 8 * sum_stride() * 4;
+  }
 };
 constexpr TileShape tile_shape(int tokens) {
   if (tokens == 128) return {128, 4, 2, 4};
@@ -199,7 +201,7 @@ constexpr bool covers_the_banks(int lanes, const F& address) {
 static_assert(covers_the_banks(32, [](int lane) { return token_address(lane); }));
 static_assert(covers_the_banks(32, [](int lane) { return token_address(lane, 1); }));
 static_assert(covers_the_banks(512, [](int piece) { return token_place(piece / 4, piece % 4); }));  // the copies
-static_assert(covers_the_banks(32, [](int lane) { return lane * kLaneBytes; }));                     // fragments of w
+static_assert(covers_the_banks(32, [](int lane) { return lane * kLaneBytes; }));                    // fragments of w
 
 constexpr bool fragments_are_apart() {
   for (int lane = 0; lane < 32; ++lane) {

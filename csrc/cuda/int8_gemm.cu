@@ -1,9 +1,9 @@
 // int8_gemm: y = R(fmaf(s_x[m], float(sum_k (q[m, k] - zero_point[m]) w[n, k]) * s_w[n], bias[n])).
 //
-// Idea. w is the A operand of mma.m16n8k32 for every M and tokens are the n8 side, so few tokens are padded to eight and
-// not to 64. Sums are exact integers modulo 2^32 in any order: int8_config.h cuts the product as it suits the GPU, and
-// where blocks share a tile a second kernel adds what they have. Both operands pass through a ring of stages in shared
-// memory that runs on from tile to tile; w lies there as it does in memory, in fragments. With zero points,
+// Idea. w is the A operand of mma.m16n8k32 for every M and tokens are the n8 side, so few tokens are padded to eight
+// and not to 64. Sums are exact integers modulo 2^32 in any order: int8_config.h cuts the product as it suits the GPU,
+// and where blocks share a tile a second kernel adds what they have. Both operands pass through a ring of stages in
+// shared memory that runs on from tile to tile; w lies there as it does in memory, in fragments. With zero points,
 //     sum_k (q - zero_point) w  =  sum_k q w  -  zero_point * sum_k w,
 // and sum_k w is one more product, with a fragment of ones: the tensor cores do it on fragments that are in registers
 // anyway, and each lane gets it for the rows that it has sums of. (dp4a would take four instructions for one and leave
@@ -12,7 +12,8 @@
 // Bound by the bytes of w up to M of some 64, by the tensor cores beyond. wgmma, which is to take the place of this
 // kernel there on sm_90a, can read the same layout.
 //
-// q is copied to scratch first where its rows do not begin at multiples of 16 bytes (K an odd multiple of 8, as a rule).
+// q is copied to scratch first where its rows do not begin at multiples of 16 bytes (K an odd multiple of 8, as a
+// rule).
 #include "cuda/elements.cuh"
 #include "cuda/int8_config.h"
 #include "cuda/ptx.cuh"
@@ -212,8 +213,7 @@ struct Sums {
       }
 #pragma unroll
       for (int s = 0; s < T::kStrips; ++s) {
-        const uint4 words =
-            *reinterpret_cast<const uint4*>(weights + s * int8::kBlockBytes + f * int8::kFragmentBytes);
+        const uint4 words = *reinterpret_cast<const uint4*>(weights + s * int8::kBlockBytes + f * int8::kFragmentBytes);
         const uint32_t a[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
         for (int t = 0; t < T::kTokenTiles; ++t) ptx::mma_m16n8k32_s8(of[s][t], a, b[t]);
@@ -360,9 +360,7 @@ bool copies_q(const Int8GemmParams& p) {
 int64_t copy_stride(const Int8GemmParams& p) { return ceil_div(p.k, 16) * 16; }
 int64_t copy_bytes(const Int8GemmParams& p) { return copies_q(p) ? p.q_rows.count * copy_stride(p) : 0; }
 
-int8::Plan plan_of(const Int8GemmParams& p) {
-  return int8::plan_int8_gemm(p.q_rows.count, p.n, p.k, current_gpu());
-}
+int8::Plan plan_of(const Int8GemmParams& p) { return int8::plan_int8_gemm(p.q_rows.count, p.n, p.k, current_gpu()); }
 
 bool is_empty(const Int8GemmParams& p) { return p.q_rows.count == 0 || p.n == 0; }
 

@@ -1,8 +1,8 @@
 // int8_pack and int8_unpack: canonical codes [N, K] <-> the layout of int8_layout.h.
 //
-// Bound by memory: each byte is read once and written once. A warp turns one fragment of 16 rows x 32 columns; its lanes
-// move words of four columns, which lie in 16 sectors of 32 bytes there (two instructions use each of them up) and in
-// one range of 512 bytes here.
+// Bound by memory: each byte is read once and written once. A warp turns one fragment of 16 rows x 32 columns; its
+// lanes move words of four columns, which lie in 16 sectors of 32 bytes there (two instructions use each of them up)
+// and in one range of 512 bytes here.
 #include "cuda/row.cuh"
 #include "int8_layout.h"
 

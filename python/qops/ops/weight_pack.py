@@ -1,6 +1,6 @@
 """int4_pack, int4_unpack, int8_pack, int8_unpack: fake kernels of the packing ops behind qops.weights.
 
-The layouts stand in csrc/cpu/weight_pack.cpp, and for a GPU in csrc/int4_layout.h and csrc/int8_layout.h. A GPU's pads K
+The layouts stand in csrc/cpu/weight_pack.cpp, for a GPU in csrc/int4_layout.h and csrc/int8_layout.h. A GPU's pads K
 to a multiple of 64, and unpacking gives the columns of padding too. These ops have no public wrapper: Int4Weight and
 Int8Weight call them.
 """
