@@ -132,6 +132,25 @@ def packed_for_gpu(codes: Tensor) -> Tensor:
     return (order[..., 0::2] | order[..., 1::2] << 4).view(strips, 512 * blocks)
 
 
+def mix_gate_up(rows: Tensor) -> Tensor:
+    """Rows of gate above as many of up, as strips take them: 8 of each."""
+    half = rows.shape[0] // 2
+    return rows[[row // 16 * 8 + row % 8 + (half if row % 16 >= 8 else 0) for row in range(2 * half)]]
+
+
+def int4_dequantize_exact(codes: Tensor, scales: Tensor, zeros: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
+    """The contract of int4_dequantize; codes 0 .. 15 [N, K], scales and zeros [N, groups]."""
+    n, k = codes.shape
+    if n == 0 or k == 0:
+        return torch.empty((n, k), dtype=dtype)
+    q = codes.float().view(n, scales.shape[1], -1).numpy()
+    s = scales.float().unsqueeze(-1).numpy()
+    z = np.float32(8) if zeros is None else zeros.float().unsqueeze(-1).numpy()
+    with np.errstate(all="ignore"):
+        w = fma(s, q, z) if kind == "offset" else s * (q - z)
+    return torch.from_numpy(w).view(n, k).to(dtype)
+
+
 def nibbles(qweight: Tensor) -> Tensor:
     """Canonical bytes [N, K/2] to codes [N, K]; the even one lies low."""
     return torch.stack((qweight & 15, qweight >> 4), dim=-1).flatten(1)

@@ -1,9 +1,9 @@
 """One random call of an operator, and what must come of it.
 
-A strategy (property_rows.py, property_gemm.py) builds a :class:`Call`: arguments that fit the contract, what they must
-give, and then :class:`Fault` s, each of which breaks one rule. So whether a call is valid is decided by how it was
-made, not by the library. :func:`check_call` makes the call through ``torch.ops.qops``, through the typed function and
-with fake tensors, and looks at results, errors and memory.
+A strategy (property_rows.py, property_gemm.py, property_weights.py) builds a :class:`Call`: arguments that fit the
+contract, what they must give, and then :class:`Fault` s, each of which breaks one rule. So whether a call is valid is
+decided by how it was made, not by the library. :func:`check_call` makes the call through ``torch.ops.qops``, through
+the typed function and with fake tensors, and looks at results, errors and memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random calls of the matrix products and of the packing operators behind their weights."""
+"""Random calls of the matrix products."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import qops
-from contracts import int8_gemm_exact, nibbles, packed
+from contracts import int8_gemm_exact, mix_gate_up, packed, silu_mul_exact
 from property_calls import Call, Fault, Result
 from property_draws import INT64, Sampler
 from property_rows import F32, INT8, Ways, finish, give_outputs, leading_of, output_ways, zero_dim
 from qops.ops.int4_gemm import KINDS
+from qops.ops.quantize_int8 import quantize_int8_static_ref
 from qops.testing import FLOAT_DTYPES, generator
 from weight_only_oracle import gemm_row
 
@@ -127,8 +128,95 @@ def weight_only_exact(
     return y.view(*x.shape[:-1], n)
 
 
+EPILOGUES = ("none", "none", "residual", "silu_mul", "out_scale")
+
+
+def after_epilogue(a: dict[str, Any], y: Tensor) -> Tensor:
+    """What int4_gemm makes of its rounded product: the operators that it saves."""
+    if a["residual"] is not None:
+        return (y.float() + a["residual"].float()).to(y.dtype)
+    if a["silu_mul"]:
+        return silu_mul_exact(*y.chunk(2, dim=-1))
+    if a["out_scale"] is not None:
+        return quantize_int8_static_ref(y, a["out_scale"].view(()), a["out_zero_point"])
+    return y
+
+
+def epilogue_of(s: Sampler, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments; ``shape``: of the product."""
+    found: dict[str, Any] = {
+        "residual": None,
+        "silu_mul": name == "silu_mul",
+        "out_scale": None,
+        "out_zero_point": None,
+    }
+    if name == "residual":
+        found["residual"] = s.rows(s.values(shape, dtype))
+    if name == "out_scale":
+        found["out_scale"] = torch.tensor(s.choice((1.0, 0.02, 1e-30, 3e38, 1e-45))).reshape((1,) * s.integer(0, 3))
+        if s.one_in(2):
+            found["out_zero_point"] = torch.tensor(s.integer(-128, 127), dtype=torch.int32)
+    return found
+
+
+def epilogue_ways(s: Sampler, call: Call) -> Ways:
+    a = call.arguments
+
+    def bad_value(name: str, values: tuple[float, ...]) -> Callable[[], Fault | None]:
+        def replace() -> Fault | None:
+            if a[name] is None:
+                return None
+            a[name] = torch.tensor(s.choice(values), dtype=a[name].dtype)
+            return Fault((name,), (ValueError,), fake=False)
+
+        return replace
+
+    def lone_zero_point() -> Fault | None:
+        if a["out_scale"] is not None:
+            return None
+        a["out_zero_point"] = torch.tensor(0, dtype=torch.int32)
+        return Fault(("out_zero_point",), (ValueError,))
+
+    def two_of_them() -> Fault | None:
+        if a["residual"] is None and not a["silu_mul"]:
+            return None
+        a["out_scale"] = torch.ones(())
+        return Fault(("residual", "out_scale"), (ValueError,))
+
+    def other_dtype() -> Fault | None:
+        if a["residual"] is None:
+            return None
+        a["residual"] = a["residual"].to(s.choice([d for d in FLOAT_DTYPES if d != a["residual"].dtype]))
+        return Fault(("residual",), (RuntimeError,))
+
+    ways = [
+        ("out_scale", bad_value("out_scale", (0.0, -1.0, float("nan"), float("inf")))),
+        ("out_zero_point", bad_value("out_zero_point", (-129, 128, 2**31 - 1, -(2**31)))),
+        ("out_scale out_zero_point", lone_zero_point),
+        ("residual silu_mul out_scale out", two_of_them),
+        ("residual out", other_dtype),
+        *(s.shapes_of_one(call, "out_scale") if a["out_scale"] is not None else []),
+    ]
+
+    def unmergeable() -> Fault | None:
+        if call.written or a["residual"].shape[-1] == 0:
+            return None
+        shape = (2, 2, 2, 2, 2)
+        a["x"] = torch.ones((*shape, a["x"].shape[-1]), dtype=a["x"].dtype)
+        a["residual"] = s.unmergeable(torch.ones((*shape, a["residual"].shape[-1]), dtype=a["residual"].dtype), 5)
+        return Fault(("residual",), (ValueError,))
+
+    if a["residual"] is not None:
+        ways += [*s.last_dim(call, "residual"), *s.shapes(call, ["residual"]), *s.requires_grad(call, "residual")]
+        ways.append(("x residual", unmergeable))
+    return ways
+
+
 def weight_only(s: Sampler, *, bits: int) -> Call:
     leading, n, k, dtype = leading_of(s), s.choice(ROWS), s.choice(SIZES), s.dtype()
+    epilogue = s.choice(EPILOGUES) if bits == 4 else "none"
+    if epilogue == "silu_mul":
+        n = s.choice((16, 48, 0, 80))
     groups = s.choice([1, *(k // g for g in range(16, k, 16) if k % g == 0)]) if k > 0 else 0
     group_size = k // groups if groups else 0
     kind = s.choice(KINDS) if bits == 4 else "int8"
@@ -145,25 +233,29 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
     if bits == 4 and s.one_in(3):
         perm = torch.randperm(k, generator=rng).int() if exact else torch.randint(max(k, 1), (k,), generator=rng).int()
     x = s.values((*leading, k), dtype)
-    arguments: dict[str, Any] = {"x": s.rows(x), "packed": packed(codes, bits), "scales": strips(scales)}
+    mixed = mix_gate_up if epilogue == "silu_mul" else lambda rows: rows
+    arguments: dict[str, Any] = {"x": s.rows(x), "packed": packed(mixed(codes), bits), "scales": strips(mixed(scales))}
     if bits == 4:
-        arguments |= {"zeros": None if zeros is None else strips(zeros), "perm": perm}
+        arguments |= {"zeros": None if zeros is None else strips(mixed(zeros)), "perm": perm}
     arguments["bias"] = None if s.one_in(2) else s.contiguous(torch.randn(n, generator=rng).to(s.dtype()))
     arguments |= {"out_features": n, "group_size": group_size}
     if bits == 4:
         arguments |= {"kind": KINDS.index(kind), "batch_invariant": s.one_in(2)}
+        arguments |= epilogue_of(s, epilogue, (*leading, n), dtype)
 
     def results(leading: tuple[int, ...]) -> list[Result]:
-        return [((*leading, n), dtype)]
+        columns = n // 2 if epilogue == "silu_mul" else n
+        return [((*leading, columns), INT8 if epilogue == "out_scale" else dtype)]
 
     def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
-        return (weight_only_exact(a, codes, scales, zeros, kind, perm),)
+        y = weight_only_exact(a, codes, scales, zeros, kind, perm)
+        return (after_epilogue(a, y) if bits == 4 else y,)
 
     op = "int4_gemm" if bits == 4 else "int8_weight_only_gemm"
     call = Call(op, "default", arguments, expected, results(leading))
     if s.one_in(2):
         call.overload = "out"
-        give_outputs(s, call, "out")
+        give_outputs(s, call, "out", replaces=[("out", "residual")] if epilogue == "residual" else ())
 
     def out() -> dict[str, Any]:
         return {"out": call.arguments["out"]} if call.written else {}
@@ -172,9 +264,12 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
         if bits == 4:
             qweight = codes[:, 0::2] | codes[:, 1::2] << 4
             weight: Any = qops.Int4Weight.from_canonical(qweight, scales, kind=kind, zeros=zeros, perm=perm)
+            if epilogue == "silu_mul":
+                weight.interleave_gate_up()
 
             def public(a: dict[str, Any], weight: Any) -> object:
-                return qops.int4_gemm(a["x"], weight, a["bias"], batch_invariant=a["batch_invariant"], **out())
+                names = ("batch_invariant", "residual", "silu_mul", "out_scale", "out_zero_point")
+                return qops.int4_gemm(a["x"], weight, a["bias"], **{name: a[name] for name in names}, **out())
 
         else:
             weight = qops.Int8Weight.from_canonical(codes, scales)
@@ -183,7 +278,9 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
                 return qops.int8_weight_only_gemm(a["x"], weight, a["bias"], **out())
 
         give_weight(call, public, weight)
-    return finish(s, call, lambda: weight_only_ways(s, call, k, bits), ["x"], results)
+    # With a residual there are no huge calls: x alone must not change its leading dimensions.
+    huge = (["x"], results) if epilogue != "residual" else ([], None)
+    return finish(s, call, lambda: weight_only_ways(s, call, k, bits), *huge)
 
 
 def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
@@ -194,7 +291,10 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
     inner = [name for name in ("packed", "scales", "zeros", "perm") if a.get(name) is not None]
     if bits == 4:
         dtypes["zeros"] = (torch.uint8,) if a["kind"] == 1 else (F32,)
-    optional = ["bias", "perm", "zeros"]
+        dtypes |= {"residual": FLOAT_DTYPES, "out_scale": (F32,), "out_zero_point": (torch.int32,)}
+        dtypes["out"] = FLOAT_DTYPES if a["out_scale"] is None else (INT8,)
+    extra = [name for name in ("residual", "out_scale", "out_zero_point") if a.get(name) is not None]
+    optional = ["bias", "perm", "zeros", *extra]
 
     def x_columns() -> Fault:
         a["x"] = torch.ones((2, k + s.choice((1, 8, -1) if k > 0 else (1, 8))), dtype=a["x"].dtype)
@@ -218,16 +318,19 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
         a["zeros"] = torch.zeros(a["scales"].shape, dtype=torch.uint8) if a["zeros"] is None else None
         return Fault(("zeros",), (ValueError,))
 
+    floats = [name for name in call.written if a[name].is_floating_point() and a[name] is not a.get("residual")]
     ways = [
         *s.tensor_faults(call, dtypes, call.written, optional),
-        *output_ways(s, call, [name for name in ("x", "bias", *inner) if a[name] is not None and name != "perm"]),
+        *output_ways(
+            s, call, [name for name in ("x", "bias", *inner, *extra) if a[name] is not None and name != "perm"]
+        ),
         *s.last_dim(call, "x", *(["bias"] if a["bias"] is not None else [])),
         *zero_dim(s, call, "x"),
         *s.not_contiguous(call, *inner),
         *s.shapes(call, inner, ["x", "scales"]),
         *(s.shapes(call, ["bias"]) if a["bias"] is not None else []),
         *size_ways(s, call, k, grouped=True),
-        *s.requires_grad(call, "x", "bias", *call.written),
+        *s.requires_grad(call, "x", "bias", *floats),
         ("x", x_columns),
     ]
     if bits == 4:
@@ -236,6 +339,7 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
             ("zeros scales", zeros_or_none),
             ("kind zeros", other_kind),
             *s.scalar(call, "kind", (-1, 4, *INT64[3:])),
+            *epilogue_ways(s, call),
         ]
     names = (*inner, "perm", "kind", "zeros", "out_features", "group_size")
     return [*untyped(call, ways, *names), *weight_ways(s, call)]
@@ -347,102 +451,8 @@ def int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
     return [*untyped(call, ways, *names), *weight_ways(s, call)]
 
 
-# --- packing ---------------------------------------------------------------------------------------------------------
-
-
-def pack(s: Sampler, *, bits: int) -> Call:
-    n, k = s.choice(ROWS), s.choice(SIZES)
-    dtype = torch.uint8 if bits == 4 else INT8
-    if s.one_in(12):  # sizes that only nothing has
-        n, k = s.choice(((2**40, 0), (0, 2**40), (2**62, 0)))
-        shape = (n, k)
-        qweight, result = torch.empty(shape, dtype=dtype), (n // 16, 16 * k)
-    else:
-        qweight = s.contiguous(s.values((n, k * bits // 8), dtype))
-        result = (-(-n // 16), 2 * bits * k)
-
-    def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
-        q = a["qweight"]
-        if q.numel() == 0:
-            return (torch.empty(result, dtype=dtype),)
-        return (packed(nibbles(q) if bits == 4 else q, bits),)
-
-    call = Call(f"int{bits}_pack", "default", {"qweight": qweight}, expected, [(result, dtype)])
-
-    def sized() -> Fault:
-        shape = s.choice(((12, 32), (8, 3), (8, 33), (8,), (8, 32, 1), (), (0, 2**58), (0, 2**62), (4, 0)))
-        call.arguments["qweight"] = torch.empty(shape, dtype=dtype)
-        return Fault(("qweight",), (ValueError,))
-
-    def ways() -> Ways:
-        return [
-            *s.tensor_faults(call, {"qweight": (dtype,)}),
-            *s.not_contiguous(call, "qweight"),
-            *[("qweight", sized)] * 3,
-        ]
-
-    return finish(s, call, ways)
-
-
-def unpack(s: Sampler, *, bits: int) -> Call:
-    n, k = s.choice(ROWS), s.choice(SIZES)
-    dtype = torch.uint8 if bits == 4 else INT8
-    result = (n, k * bits // 8)
-    if s.one_in(12):
-        n, k = s.choice(((2**40, 0), (2**63 - 8, 0), (0, 2**40)))
-        result = (n, k // (2 if bits == 4 else 1))
-        strips_packed = torch.empty((n // 16 + (n % 16 > 0), 2 * bits * k), dtype=dtype)
-    else:
-        strips_packed = s.contiguous(s.values((-(-n // 16), 2 * bits * k), dtype))
-
-    def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
-        p = a["packed"]
-        if p.numel() == 0:
-            return (torch.empty(result, dtype=dtype),)
-        per = 8 if bits == 4 else 4
-        lanes = p.view(-1, k // per, 16, 4)
-        if bits == 4:
-            lanes = torch.cat((lanes & 15, lanes >> 4), dim=-1)
-        codes = lanes.transpose(1, 2).reshape(-1, k)[:n]
-        return (codes[:, 0::2] | codes[:, 1::2] << 4 if bits == 4 else codes,)
-
-    arguments = {"packed": strips_packed, "out_features": n}
-    call = Call(f"int{bits}_unpack", "default", arguments, expected, [(result, dtype)])
-
-    def features() -> Fault:
-        here = call.arguments["packed"].shape[0]
-        options = [
-            v
-            for v in (*INT64, min(n + 16, 2**63 - 1), n + 4, -8)
-            if not (v % 8 == 0 and v >= 0 and -(-v // 16) == here)
-        ]
-        call.arguments["out_features"] = s.choice(options)
-        return Fault(("out_features", "packed"), (ValueError,))
-
-    def sized() -> Fault:
-        strip = 16 * 8 * bits // 8
-        shape = (call.arguments["packed"].shape[0], strip + s.choice((1, strip // 2, 16)))
-        call.arguments["packed"] = torch.empty(shape[1:] if s.one_in(3) or shape[0] > 100 else shape, dtype=dtype)
-        return Fault(("packed",), (ValueError,))
-
-    def ways() -> Ways:
-        bad = (2**63, -(2**63) - 1, 8.5)
-        return [
-            *s.tensor_faults(call, {"packed": (dtype,)}),
-            *s.not_contiguous(call, "packed"),
-            *[("packed", sized), ("out_features packed", features)] * 2,
-            *s.scalar(call, "out_features", bad, (RuntimeError, TypeError)),
-        ]
-
-    return finish(s, call, ways)
-
-
 GEMM_OPS: dict[str, Callable[[Sampler], Call]] = {
     "int4_gemm": lambda s: weight_only(s, bits=4),
     "int8_weight_only_gemm": lambda s: weight_only(s, bits=8),
     "int8_gemm": int8_gemm,
-    "int4_pack": lambda s: pack(s, bits=4),
-    "int4_unpack": lambda s: unpack(s, bits=4),
-    "int8_pack": lambda s: pack(s, bits=8),
-    "int8_unpack": lambda s: unpack(s, bits=8),
 }

@@ -54,7 +54,8 @@ class Compiled:
 
 @functools.cache
 def max_threads(kernel: str) -> int:
-    source = (ROOT / f"csrc/cuda/{kernel.removesuffix('_kernel')}.cu").read_text()
+    sources = [path.read_text() for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    source = next(text for text in sources if re.search(rf"\b{kernel}\(const __grid_constant__", text))
     header = (ROOT / "csrc/cuda/rotate_head.cuh").read_text()
     found = re.search(r"kMaxThreads = (\d+);", source + header)
     assert found, kernel
@@ -169,14 +170,29 @@ def test_registers_shared_memory_and_occupancy_are_within_budget(compiled, tmp_p
     assert not over, f"over {BUDGETS.name}: {json.dumps(over)}"
 
 
-def test_norms_move_16_bytes_at_a_time(log):
-    sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(OBJECTS / "rms_norm.cu.o"))
+def machine_code(source: str) -> list[tuple[str, str]]:
+    """Name and code of each kernel of a file, none of which may use local memory."""
+    sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(OBJECTS / f"{source}.o"))
     functions = re.split(r"\n\s*Function : (?=\S)", sass)[1:]
     names = checked("c++filt", *(function.split(maxsplit=1)[0] for function in functions)).splitlines()
     assert functions
-    wide_stores = 0
     for name, code in zip(names, functions, strict=True):
         assert not re.search(r"\b(LDL|STL)\b", code), name
+    return list(zip(names, functions, strict=True))
+
+
+def test_packed_weights_move_16_bytes_at_a_time(log):
+    for name, code in machine_code("weight_pack.cu"):
+        wide, words = ("STG", "LDG") if "pack_kernel<true>" in name else ("LDG", "STG")
+        assert f"{wide}.E.128" in code and re.search(rf"{words}\.E (?!64|128)", code), name
+        assert not re.search(rf"{wide}\.E (?!64|128)", code), name
+    for name, code in machine_code("int4_dequantize.cu"):
+        assert "LDG.E.128" in code and set(re.findall(r"STG\.E\S*", code)) == {"STG.E.128"}, name
+
+
+def test_norms_move_16_bytes_at_a_time(log):
+    wide_stores = 0
+    for name, code in machine_code("rms_norm.cu"):
         element, is_aligned, is_int8 = re.search(
             r"norm_kernel<(\w+), .*RowShape<\d+, \d+, (true|false)>, (true|false)>", name
         ).groups()

@@ -18,9 +18,10 @@ from property_calls import Call, check_call
 from property_draws import Sampler
 from property_gemm import GEMM_OPS
 from property_rows import ROW_OPS
+from property_weights import WEIGHT_OPS
 from qops.testing import assert_bitwise
 
-OPS: dict[str, Callable[[Sampler], Call]] = ROW_OPS | GEMM_OPS
+OPS: dict[str, Callable[[Sampler], Call]] = ROW_OPS | GEMM_OPS | WEIGHT_OPS
 
 
 @pytest.mark.parametrize("op", OPS)

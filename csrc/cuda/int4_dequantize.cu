@@ -2,8 +2,9 @@
 //
 // Bound by memory: half a byte is read (and scales) and 2 or 4 are written for each weight. A warp turns one block of
 // 16 rows x 64 columns: it reads 512 bytes in one range and writes 16 pieces of rows, each of 128 bytes or 256. In
-// between, shared memory gathers a lane's pairs of columns into the 16 bytes that a store takes. Some 5 instructions a
-// weight, where an H100 has time for 20.
+// between, shared memory gathers a lane's pairs of columns into the 16 bytes that a store takes. Counted in sm_90a's
+// machine code: 11 instructions a weight where one scale serves all 64 columns, 20 in groups of 16; an H100 has issue
+// slots for 25 in the time that the bytes take at 3 TB/s.
 #include "cuda/row.cuh"
 #include "int4_layout.h"
 
@@ -12,6 +13,8 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 constexpr int kWarps = kMaxThreads / kWarp;
+// A thread's 100 instructions before the first strip are as many as 10 weights take.
+constexpr int kStripsOfBlock = 4;
 
 // The scales, or the zeros, of a lane's two rows.
 struct Pair {
@@ -29,12 +32,28 @@ QOPS_DEVICE Pair load_pair(const void* p, DType dtype, int64_t at) {
     default: return load_pair(static_cast<const float*>(p) + at);
   }
 }
-QOPS_DEVICE Pair load_zeros(const void* p, WeightKind kind, int64_t at) {
-  if (kind == WeightKind::kSymmetric) return {{8.0f, 8.0f}};
-  if (kind != WeightKind::kZeroPoint) return load_pair(static_cast<const float*>(p) + at);
-  const uint8_t* zeros = static_cast<const uint8_t*>(p) + at;
-  return {{static_cast<float>(zeros[0]), static_cast<float>(zeros[1])}};
-}
+
+// A weight of either row is fmaf(scale, q - subtracted, added) for every kind: adding -0 changes no product, not even
+// its sign.
+struct Coefficients {
+  Pair scale, subtracted, added;
+
+  // at: of the pair in both arrays.
+  QOPS_DEVICE void load(const Int4DequantizeParams& p, int64_t at) {
+    scale = load_pair(p.scales, p.scale_dtype, at);
+    subtracted = {{8.0f, 8.0f}};
+    added = {{-0.0f, -0.0f}};
+    if (p.kind == WeightKind::kZeroPoint) {
+      const uint8_t* zeros = static_cast<const uint8_t*>(p.zeros) + at;
+      subtracted = {{static_cast<float>(zeros[0]), static_cast<float>(zeros[1])}};
+    } else if (p.kind == WeightKind::kFloatZero) {
+      subtracted = load_pair(static_cast<const float*>(p.zeros) + at);
+    } else if (p.kind == WeightKind::kOffset) {
+      subtracted = {{0.0f, 0.0f}};
+      added = load_pair(static_cast<const float*>(p.zeros) + at);
+    }
+  }
+};
 
 // 2^23 has an ulp of 1, so the code goes into its mantissa; the difference is exact. A conversion takes four times as
 // long.
@@ -48,69 +67,76 @@ QOPS_DEVICE void store_pair(T* p, float a, float b) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 4)
     dequantize_kernel(const __grid_constant__ Int4DequantizeParams p, const uint32_t steps_of_group) {
   // A row of a block, and 16 bytes (32 for float32): 8 rows of pairs of elements lie in different banks.
   constexpr int kPitch = int4::kBlockColumns + 8;
   constexpr int kPieces = static_cast<int>(sizeof(T)) * int4::kBlockColumns / 16;  // of 16 bytes, in a row
   constexpr int kPieceColumns = int4::kBlockColumns / kPieces;
+  constexpr int kRowsAtOnce = kWarp / kPieces;
   QOPS_SHARED(T, shared, kWarps * kStripRows * kPitch);
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  const int64_t blocks_of_strip = int4::blocks(p.k);
-  if (block >= int4::strips(p.n) * blocks_of_strip) return;  // a whole warp
+  const int64_t blocks = int4::blocks(p.k), block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (block >= blocks) return;  // a whole warp
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int64_t strip = block / blocks_of_strip;
-  const int64_t first_step = block % blocks_of_strip * int4::kSteps;
-  const uint32_t groups = static_cast<uint32_t>(p.k / p.group_size);
   T* const tile = shared + threadIdx.x / kWarp * kStripRows * kPitch;
+  const uint32_t first_step = static_cast<uint32_t>(block) * int4::kSteps;
+  const int64_t groups = p.k / p.group_size;
+  const bool one_group = steps_of_group % int4::kSteps == 0 || groups == 1;
+  const int piece_row = lane / kPieces, piece_column = lane % kPieces * kPieceColumns;
+  const int64_t column = block * int4::kBlockColumns + piece_column;
 
-  const uint4 four = reinterpret_cast<const uint4*>(p.packed)[block * kWarp + lane];
-  const uint32_t words[int4::kSteps] = {four.x, four.y, four.z, four.w};
+  const int64_t strips = int4::strips(p.n);
+  for (int64_t strip = blockIdx.y; strip < strips; strip += gridDim.y) {
+    const uint4 four = reinterpret_cast<const uint4*>(p.packed)[(strip * blocks + block) * kWarp + lane];
+    const uint32_t words[int4::kSteps] = {four.x, four.y, four.z, four.w};
+    Coefficients c;
 #pragma unroll
-  for (int step = 0; step < int4::kSteps; ++step) {
-    // Padding takes the last group's scale; nobody reads it.
-    const uint32_t group = min(static_cast<uint32_t>(first_step + step) / steps_of_group, groups - 1);
-    const int64_t at = (strip * groups + group) * kStripRows + int4::scale_place(g);
-    const Pair scale = load_pair(p.scales, p.scale_dtype, at);
-    const Pair zero = load_zeros(p.zeros, p.kind, at);
-#pragma unroll
-    for (int a = 0; a < 4; ++a) {
-      const int4::Code place = int4::code_of({0, step, a});  // of lane 0
-      const float s = scale.v[place.row / 8], z = zero.v[place.row / 8];
-      float w[2];
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const float q = code_as_float(words[step] >> (16 * odd + 4 * a) & 15);
-        w[odd] = p.kind == WeightKind::kOffset ? fmaf(s, q, z) : s * (q - z);
+    for (int step = 0; step < int4::kSteps; ++step) {
+      if (step == 0 || !one_group) {
+        // Padding takes the last group's scale; nobody reads it.
+        const int64_t group = (first_step + step) / steps_of_group;
+        c.load(p, (strip * groups + (group < groups ? group : groups - 1)) * kStripRows + int4::scale_place(g));
       }
-      store_pair(tile + (place.row + g) * kPitch + place.column + 2 * t, w[0], w[1]);
-    }
-  }
-  __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kStripRows * kPieces / kWarp; ++i) {
-    const int piece = i * kWarp + lane;
-    const int row_in_strip = piece / kPieces, column_in_block = piece % kPieces * kPieceColumns;
-    const int64_t row = strip * kStripRows + row_in_strip;
-    const int64_t column = first_step * int4::kStepColumns + column_in_block;
-    if (row < p.n && column < p.k) {
-      const int64_t target = p.gate_up ? gate_up_row(row, p.n) : row;
-      *reinterpret_cast<uint4*>(static_cast<T*>(p.w) + target * p.k + column) =
-          *reinterpret_cast<const uint4*>(tile + row_in_strip * kPitch + column_in_block);
+      for (int a = 0; a < 4; ++a) {
+        const int4::Code place = int4::code_of({0, step, a});  // of lane 0
+        const int half = place.row / 8;
+        float w[2];
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const float q = code_as_float(words[step] >> (16 * odd + 4 * a) & 15);
+          w[odd] = fmaf(c.scale.v[half], q - c.subtracted.v[half], c.added.v[half]);
+        }
+        store_pair(tile + (place.row + g) * kPitch + place.column + 2 * t, w[0], w[1]);
+      }
     }
+    __syncwarp();
+#pragma unroll
+    for (int row = 0; row < kStripRows; row += kRowsAtOnce) {
+      const int64_t eight = strip * kStripRows + row / 8 * 8;  // N is a multiple of 8: all of these rows exist, or none
+      if (eight < p.n && column < p.k) {
+        const int64_t target = (p.gate_up ? gate_up_row(eight, p.n) : eight) + row % 8 + piece_row;
+        *reinterpret_cast<uint4*>(static_cast<T*>(p.w) + target * p.k + column) =
+            *reinterpret_cast<const uint4*>(tile + (row + piece_row) * kPitch + piece_column);
+      }
+    }
+    __syncwarp();  // before the next strip is written there
   }
 }
 
 }  // namespace
 
 Status int4_dequantize(const Int4DequantizeParams& p, cudaStream_t stream) {
-  const int64_t blocks = int4::strips(p.n) * int4::blocks(p.k);
-  if (blocks == 0) return Status::kOk;  // no groups to divide by
+  const int64_t strips = int4::strips(p.n), blocks = int4::blocks(p.k);
+  if (strips == 0 || blocks == 0) return Status::kOk;  // no groups to divide by
   // A step lies in one group: sizes are multiples of 16, or there is one group of all columns.
   const uint32_t steps_of_group = static_cast<uint32_t>((p.group_size + int4::kStepColumns - 1) / int4::kStepColumns);
+  const int64_t rows_of_blocks = (strips + kStripsOfBlock - 1) / kStripsOfBlock;
+  constexpr int64_t kMaxGridY = 65535;
+  const dim3 grid(static_cast<unsigned>((blocks + kWarps - 1) / kWarps),
+                  static_cast<unsigned>(rows_of_blocks < kMaxGridY ? rows_of_blocks : kMaxGridY));
   return with_element(p.dtype, [&](auto element) {
-    return launch_blocks(&dequantize_kernel<decltype(element)>, (blocks + kWarps - 1) / kWarps, kMaxThreads, 0, stream,
-                         p, steps_of_group);
+    return launch(&dequantize_kernel<decltype(element)>, grid, dim3(kMaxThreads), 0, stream, p, steps_of_group);
   });
 }
 
