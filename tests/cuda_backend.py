@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 import qops
+from qops.ops import _checks
 from qops.testing import assert_bitwise
 
 POLICIES = {"fifo": 0, "random": 1, "prio": 2}
@@ -40,3 +43,19 @@ def assert_same(backend: Backend, op: str, *args: Any, overload: str = "default"
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
         what = f"{op} {[list(t.shape) if isinstance(t, Tensor) else t for t in args]}, result {index}"
         assert_bitwise(a.cpu(), b, what)
+
+
+@contextmanager
+def gpu(backend: Backend) -> Iterator[None]:
+    """Weights that are made and used in here are those of a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if backend.device == "cpu":
+            patch.setattr(_checks, "has_gpu_layout", lambda device: True)
+            for name in ("int4_pack", "int4_unpack", "int4_dequantize", "int4_gemm"):
+                patch.setattr(torch.ops.qops, name, getattr(backend.ops, name))
+        yield
+
+
+def made_there(backend: Backend, tensors: dict[str, Tensor], kind: str, *, pack: bool = True) -> qops.Int4Weight:
+    there = {key: backend.on_device(tensor) for key, tensor in tensors.items()}
+    return qops.Int4Weight.from_canonical(**there, kind=kind, pack=pack)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,30 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qops
 from contracts import nibbles, packed_for_gpu
-from cuda_backend import POLICIES, Backend
-from qops.ops import _checks
+from cuda_backend import POLICIES, gpu, made_there
 from qops.testing import FLOAT_DTYPES, assert_bitwise, generator, random_activations
 from random_weights import KINDS, SCALE_DTYPES, assert_tensors_equal, empty_like, group_sizes, random_int4
 
 # Half a strip and less than a block, whole ones, a block and 8 columns, more strips and blocks than a thread block has.
 PADDINGS = ((8, 8), (16, 64), (24, 72), (16, 120), (40, 200), (136, 136), (8, 1032), (200, 64), (0, 64), (16, 0))
 DEQUANTIZED = ((8, 8), (24, 80), (48, 144), (136, 72), (16, 576))
-
-
-@contextmanager
-def gpu(backend: Backend) -> Iterator[None]:
-    """Weights that are made and used in here are those of a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        if backend.device == "cpu":
-            patch.setattr(_checks, "has_gpu_layout", lambda device: True)
-            for name in ("int4_pack", "int4_unpack", "int4_dequantize"):
-                patch.setattr(torch.ops.qops, name, getattr(backend.ops, name))
-        yield
-
-
-def made_there(backend: Backend, tensors: dict[str, Tensor], kind: str, *, pack: bool = True) -> qops.Int4Weight:
-    there = {key: backend.on_device(tensor) for key, tensor in tensors.items()}
-    return qops.Int4Weight.from_canonical(**there, kind=kind, pack=pack)
 
 
 def random_qweight(n: int, k: int) -> Tensor:

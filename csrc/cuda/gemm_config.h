@@ -53,6 +53,24 @@ QOPS_ALWAYS_INLINE constexpr int strip_stage_bytes(bool fine) { return int4::kBl
 // 64 columns of a row of x.
 inline constexpr int kTokenStageBytes = 2 * int4::kBlockColumns;
 
+// Where 16 bytes of x lie in a stage: rows of 8 chunks, permuted so that eight rows of one column of chunks, which
+// ldmatrix reads at a time, are in different banks.
+QOPS_ALWAYS_INLINE constexpr int x_place(int token, int chunk) {
+  return token * kTokenStageBytes + ((chunk ^ token) & 7) * 16;
+}
+
+// What lane `lane` gives to ldmatrix for k16 steps 2 half and 2 half + 1 of eight tokens from `tile` on.
+QOPS_ALWAYS_INLINE constexpr int x_address(int tile, int half, int lane) {
+  return x_place(8 * tile + lane % 8, 4 * half + lane / 8);
+}
+
+// Of a fragment of sums of 16 rows x 8 tokens: element i of a lane.
+QOPS_ALWAYS_INLINE constexpr int sum_token(int lane, int i) { return lane % 4 * 2 + i % 2; }
+QOPS_ALWAYS_INLINE constexpr int sum_row(int lane, int i) { return lane / 4 + i / 2 * 8; }
+// Floats between the tokens of a tile of sums in shared memory: 4 modulo 16, so that the lanes of a
+// fragment, 2 tokens apart for each of 4, are in different banks.
+QOPS_ALWAYS_INLINE constexpr int sum_stride(int strips) { return strips * kStripRows + 4; }
+
 // Group sizes that are multiples of 64 (or K itself) need one scale per row and stage.
 constexpr bool is_fine(int64_t k, int64_t group_size) {
   return group_size != k && group_size % int4::kBlockColumns != 0;
@@ -63,16 +81,13 @@ constexpr bool has_offset(WeightKind kind) { return kind == WeightKind::kFloatZe
 
 // --- the plan --------------------------------------------------------------------------------------------------------
 
-inline constexpr int kDecodeTokens = 16;    // rows of x up to which the decode kernel is used
+inline constexpr int kDecodeTokens = 16;    // rows of x up to which there is a decode kernel
 inline constexpr int kMaxStripsOfWarp = 4;  // of the decode kernel: that share a fragment of x
 inline constexpr int kTileStrips = 8;       // of a tile of the tiled kernel
 inline constexpr int kTileTokens[] = {32, 64, 128};
 // The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes
 // spilled).
 constexpr int max_tile_tokens(bool offset) { return offset ? 64 : 128; }
-// Floats between the rows of a tile of sums in shared memory. 2 * stride = 8 modulo 32 makes the accesses of a
-// fragment, lanes 4 g + t at row 2 t and column g, free of bank conflicts.
-QOPS_ALWAYS_INLINE constexpr int sum_stride(int strips) { return strips * kStripRows + 4; }
 
 struct GemmPlan {
   bool decode;
@@ -115,11 +130,14 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
   p.ranges = max_of(1, min_of(strips, gpu.multiprocessors / k_parts));
   p.blocks = p.ranges * k_parts;
   const int64_t of_block = ceil_div(strips, p.ranges), of_warp = ceil_div(of_block, k_parts);
-  // Passes of as many strips as possible, none of them much smaller than the others.
-  p.strips = static_cast<int>(max_of(1, ceil_div(of_warp, ceil_div(max_of(of_warp, 1), kMaxStripsOfWarp))));
+  // Passes of as many strips as there is room for with two stages or more, none much smaller than the others.
   const int64_t sums = 4 * p.tokens * sum_stride(kMaxStripsOfWarp);
-  const int64_t stage = kGemmWarps * (p.strips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes);
-  p.stages = static_cast<int>(min_of(kMaxStages, (gpu.shared_bytes - sums) / stage));
+  int64_t stage = 0;
+  for (int64_t most = kMaxStripsOfWarp; most > 0 && p.stages < 2; --most) {
+    p.strips = static_cast<int>(max_of(1, ceil_div(of_warp, max_of(1, ceil_div(of_warp, most)))));
+    stage = kGemmWarps * (p.strips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes);
+    p.stages = static_cast<int>(min_of(kMaxStages, (gpu.shared_bytes - sums) / stage));
+  }
   p.shared_bytes = sums + p.stages * stage;
   const int64_t block_bytes = of_block * int4::strip_bytes(k) / k_parts;
   const int64_t x_bytes = ceil_div(of_block, p.strips) * m * 2 * int4::kBlockColumns * blocks / k_parts;
@@ -158,12 +176,9 @@ constexpr GemmPlan plan_int4_gemm(int64_t m, int64_t n, int64_t k, int64_t group
     if (p.stages >= 2 && (best.blocks == 0 || p.time < best.time)) best = p;
   };
   for (int k_parts = 1; k_parts <= kSlices; k_parts *= 2) {
-    if (m <= kDecodeTokens) {
-      consider(plan::decode(m, n, k, fine, k_parts, gpu));
-    } else {
-      for (const int tokens : kTileTokens) {
-        if (tokens <= max_tile_tokens(offset)) consider(plan::tiled(m, n, k, fine, tokens, k_parts, gpu));
-      }
+    if (m <= kDecodeTokens && k_parts <= gpu.multiprocessors) consider(plan::decode(m, n, k, fine, k_parts, gpu));
+    for (const int tokens : kTileTokens) {
+      if (tokens <= max_tile_tokens(offset)) consider(plan::tiled(m, n, k, fine, tokens, k_parts, gpu));
     }
   }
   return best;

@@ -15,18 +15,7 @@
 
 namespace qops::cuda {
 
-// --- shared memory ---------------------------------------------------------------------------------------------------
-
-// Where 16 bytes of x lie in a stage: rows of 8 chunks, permuted so that eight rows of one column of chunks, which
-// ldmatrix reads at a time, are in different banks.
-QOPS_ALWAYS_INLINE constexpr int x_place(int token, int chunk) {
-  return token * kTokenStageBytes + ((chunk ^ token) & 7) * 16;
-}
-
-// What lane `lane` gives to ldmatrix for k16 steps 2 half and 2 half + 1 of eight tokens from `tile` on.
-QOPS_ALWAYS_INLINE constexpr int x_address(int tile, int half, int lane) {
-  return x_place(8 * tile + lane % 8, 4 * half + lane / 8);
-}
+// --- copies ----------------------------------------------------------------------------------------------------------
 
 // 16 bytes of weights, which no other block reads. sm_120 refuses the hint where it can see that it is of no use to
 // it ("illegal instruction" in the wild), and does without.

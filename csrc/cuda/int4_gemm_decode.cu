@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            f(8 * t + lane % 4 * 2 + i % 2, s * kStripRows + lane / 4 + i / 2 * 8, warp_sums.total[s][t][i]);
+            f(8 * t + sum_token(lane, i), s * kStripRows + sum_row(lane, i), warp_sums.total[s][t][i]);
           }
         }
       }

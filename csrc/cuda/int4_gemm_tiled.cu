@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int token = my_token + 8 * t + lane % 4 * 2 + i % 2;
-          const int row = (my_strip + s) * kStripRows + lane / 4 + i / 2 * 8;
+          const int token = my_token + 8 * t + sum_token(lane, i);
+          const int row = (my_strip + s) * kStripRows + sum_row(lane, i);
           const float total = warp_sums.total[s][t][i];
           if (plan.k_parts == 1) {
             float& sum = sums[token * kStride + row];

@@ -33,8 +33,11 @@ PyObject* synchronisations(PyObject*, PyObject*) {
   return list;
 }
 
+PyObject* copied_bytes(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(emu::copied_bytes()); }
+
 PyMethodDef methods[] = {
     {"configure", configure, METH_VARARGS, "configure(seed, policy, left_out, arch=90, multiprocessors=132)"},
+    {"copied_bytes", copied_bytes, METH_NOARGS, "Bytes that cp.async has read from global memory so far."},
     {"synchronisations", synchronisations, METH_NOARGS, "Places of synchronisation that launches have come past."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -16,6 +16,8 @@ namespace emu {
 
 namespace {
 
+thread_local uint64_t t_copied_bytes = 0;
+
 struct BarrierArgs {
   const char* name;
   int barrier;
@@ -286,12 +288,15 @@ void land_first(Thread& self, std::size_t count, const Site& at) {
 
 }  // namespace
 
+uint64_t copied_bytes() { return t_copied_bytes; }
+
 void copy_async(uint8_t* destination, const void* source, int bytes, int source_bytes, const char* instruction,
                 const Site& at) {
   AsyncCopy copy{destination, static_cast<const uint8_t*>(source), bytes, source_bytes, {}, instruction, at};
   std::memcpy(copy.at_issue.data(), source, static_cast<std::size_t>(source_bytes));
   std::memset(destination, kPoison, static_cast<std::size_t>(bytes));
   t_scheduler->current->copies.push_back(copy);
+  t_copied_bytes += static_cast<uint64_t>(source_bytes);
 }
 
 void copies_commit(const Site& at) {

@@ -66,6 +66,9 @@ const std::vector<Synchronisation>& synchronisations();
 // "pipeline.cuh:64".
 std::string to_text(const Site& at);
 
+// Bytes that cp.async has read from global memory in the launches of this OS thread so far.
+uint64_t copied_bytes();
+
 struct Stats {
   uint64_t switches = 0;  // between threads
 };
