@@ -51,8 +51,10 @@ def gpu(backend: Backend) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if backend.device == "cpu":
             patch.setattr(_checks, "has_gpu_layout", lambda device: True)
-            for name in ("int4_pack", "int4_unpack", "int4_dequantize", "int4_gemm"):
-                patch.setattr(torch.ops.qops, name, getattr(backend.ops, name))
+            for name in torch._C._dispatch_get_all_op_names():
+                if name.startswith("qops_emu::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
+                    op = name.removeprefix("qops_emu::").partition(".")[0]
+                    patch.setattr(torch.ops.qops, op, getattr(backend.ops, op))
         yield
 
 

@@ -9,8 +9,6 @@ import copy
 import itertools
 import pickle
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,9 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cuda_tools
 import qops
-from cuda_backend import POLICIES, Backend
+from cuda_backend import POLICIES, Backend, gpu
 from int8_gemm_oracle import activations, by_contract, codes, make_weight
-from qops.ops import _checks
 from qops.ops.int8_gemm import MAX_K, MAX_K_WITH_ZERO_POINT, OUT_DTYPES
 from qops.testing import FLOAT_DTYPES, Guarded, assert_bitwise, generator
 from random_weights import assert_tensors_equal
@@ -112,17 +109,6 @@ def test_codes_may_begin_anywhere(backend):
     for start in range(4):
         qweight = memory[start : start + 16 * 72].view(16, 72)
         assert_bitwise(backend.ops.int8_pack(qweight).cpu(), packed_by_hand(qweight.cpu()), str(start))
-
-
-@contextmanager
-def gpu(backend: Backend) -> Iterator[None]:
-    """Weights that are made and used in here are those of a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        if backend.device == "cpu":
-            patch.setattr(_checks, "has_gpu_layout", lambda device: True)
-            for name in ("int8_pack", "int8_unpack", "int8_gemm"):
-                patch.setattr(torch.ops.qops, name, getattr(backend.ops, name))
-        yield
 
 
 def test_a_weight_lives_on_a_gpu(backend):

@@ -5,9 +5,9 @@
 // and where blocks share a tile a second kernel adds what they have. Both operands pass through a ring of stages in
 // shared memory that runs on from tile to tile; w lies there as it does in memory, in fragments. With zero points,
 //     sum_k (q - zero_point) w  =  sum_k q w  -  zero_point * sum_k w,
-// and sum_k w is one more product, with a fragment of ones: the tensor cores do it on fragments that are in registers
-// anyway, and each lane gets it for the rows that it has sums of. (dp4a would take four instructions for one and leave
-// sums to be added across lanes; a pass of its own would read the weights twice.)
+// and sum_k w comes from dp4a with ones, on fragments that are in registers anyway: two registers for each strip and no
+// work for the tensor cores, which a product with ones would keep busy for 1 / 8 of the time at 128 tokens. A pass of
+// its own would read the weights twice.
 //
 // Bound by the bytes of w up to M of some 64, by the tensor cores beyond. wgmma, which is to take the place of this
 // kernel there on sm_90a, can read the same layout.
@@ -179,14 +179,14 @@ class Columns {
 template <class T, bool kZeroPoint>
 struct Sums {
   int32_t of[T::kStrips][T::kTokenTiles][4];
-  int32_t of_w[kZeroPoint ? T::kStrips : 1][4];  // of w alone, the same in each column
+  int32_t of_w[kZeroPoint ? T::kStrips : 1][2];  // of w alone, rows g and g + 8: this lane's share of the columns
 
   QOPS_DEVICE void clear() {
 #pragma unroll
     for (int s = 0; s < T::kStrips; ++s) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (kZeroPoint) of_w[s][i] = 0;
+        if constexpr (kZeroPoint) of_w[s][i / 2] = 0;
 #pragma unroll
         for (int t = 0; t < T::kTokenTiles; ++t) of[s][t][i] = 0;
       }
@@ -195,7 +195,7 @@ struct Sums {
 
   // One unit. weights: of the warp's first strip, this lane's 16 bytes; tokens: token_address() of its first tiles.
   QOPS_DEVICE void add(const uint8_t* weights, uint32_t tokens) {
-    constexpr uint32_t kOnes[2] = {0x01010101u, 0x01010101u};
+    constexpr int kOnes = 0x01010101;
 #pragma unroll
     for (int f = 0; f < int8::kFragments; ++f) {
       const uint32_t at = tokens ^ f * int8::kNextFragment;
@@ -217,7 +217,10 @@ struct Sums {
         const uint32_t a[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
         for (int t = 0; t < T::kTokenTiles; ++t) ptx::mma_m16n8k32_s8(of[s][t], a, b[t]);
-        if constexpr (kZeroPoint) ptx::mma_m16n8k32_s8(of_w[s], a, kOnes);
+        if constexpr (kZeroPoint) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) of_w[s][i % 2] = __dp4a(static_cast<int>(a[i]), kOnes, of_w[s][i % 2]);
+        }
       }
     }
   }
@@ -225,12 +228,22 @@ struct Sums {
   // Gives the sums of a tile to y, or to its slot of the partial sums. first_token, first_strip: of the warp, in the
   // tile; staging: the warp's own.
   QOPS_DEVICE void write(const Job& job, int64_t tile, int32_t* slot, int first_token, int first_strip,
-                         uint32_t* staging) const {
+                         uint32_t* staging) {
     constexpr int kStride = T::kShape.sum_stride(), kChunks = T::kStrips * kStripRows / 4;
     const int lane = threadIdx.x % kWarp;
     const int8::Position at = job.plan.position(tile);
     const int column = first_strip * kStripRows + lane % kChunks * 4;  // in the tile, of this lane, of all its tokens
     const Columns columns(job, at.row_tile * int8::kTileRows + column);
+    if constexpr (kZeroPoint) {
+#pragma unroll
+      for (int s = 0; s < T::kStrips; ++s) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // the four lanes of a row
+          of_w[s][half] += __shfl_xor_sync(kAllLanes, of_w[s][half], 1);
+          of_w[s][half] += __shfl_xor_sync(kAllLanes, of_w[s][half], 2);
+        }
+      }
+    }
 #pragma unroll
     for (int t = 0; t < T::kTokenTiles; ++t) {
       const int token = first_token + 8 * t;
@@ -248,7 +261,7 @@ struct Sums {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             uint32_t sum = static_cast<uint32_t>(of[s][t][2 * half + i]);
-            if constexpr (kZeroPoint) sum -= zero_point * static_cast<uint32_t>(of_w[s][2 * half + i]);
+            if constexpr (kZeroPoint) sum -= zero_point * static_cast<uint32_t>(of_w[s][half]);
             staging[of_lane * kStride + s * kStripRows + 8 * half + lane / 4] = sum;
           }
         }
