@@ -12,6 +12,8 @@ import subprocess
 
 import pytest
 import torch
+from hypothesis import given, note
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,6 +21,9 @@ import cuda_tools
 import qops
 from cuda_backend import POLICIES, Backend, gpu
 from int8_gemm_oracle import activations, by_contract, codes, make_weight
+from property_calls import check_one
+from property_draws import HUGE, Sampler
+from property_gemm import int8_gemm as int8_gemm_calls
 from qops.ops.int8_gemm import MAX_K, MAX_K_WITH_ZERO_POINT, OUT_DTYPES
 from qops.testing import FLOAT_DTYPES, Guarded, assert_bitwise, generator
 from random_weights import assert_tensors_equal
@@ -289,6 +294,23 @@ def test_out(backend, out_dtype):
         odd = backend.on_device(torch.full((m * n + 1,), 77, dtype=out_dtype))[1:].view(m, n)
         backend.ops.int8_gemm.out(*there, *weight, out=odd)
         assert_bitwise(odd.cpu(), want, f"{m}x{n}, one element further")
+
+
+@given(data=st.data())
+def test_random_valid_calls(emulated, data):
+    call = int8_gemm_calls(Sampler(lambda low, high: data.draw(st.integers(low, high))))
+    if call.faults or call.grad or any(t.is_meta or max(t.shape, default=0) >= HUGE for _, t in call.tensors()):
+        return
+    note(str(call))
+    seed, policy, multiprocessors = (data.draw(st.integers(low, high)) for low, high in ((0, 1000), (0, 2), (1, 4)))
+    emulated.configure(seed, policy, "", 90, multiprocessors)
+    with torch.no_grad():
+        expected = call.expected(call.arguments)
+    n = call.arguments["out_features"]
+    codes = torch.ops.qops.int8_unpack(call.arguments["packed"], n)
+    call.arguments["packed"] = torch.ops.qops_emu.int8_pack(codes)
+    operator = getattr(torch.ops.qops_emu.int8_gemm, call.overload)
+    check_one(call, "cpu", lambda: operator(**call.arguments), expected, typed=False)
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

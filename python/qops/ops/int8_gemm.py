@@ -53,8 +53,8 @@ def int8_gemm(
         ``acc`` is exact: within the bounds of K it fits int32, whatever the codes are, as long as zero points lie in
         -128 ... 127; beyond, it wraps around modulo 2^32. Then, each step rounded once to float32,
         ``t = float(acc) * s_w[n]`` and ``y = R(fma(scale[m], t, bias[n]))``, without a bias ``y = R(scale[m] * t)``;
-        R() is one rounding to nearest even to ``out_dtype``. The same bits for every M, position, thread count and ISA
-        level. A NaN scale makes its row NaN. Where K = 0, ``t`` is 0.
+        R() is one rounding to nearest even to ``out_dtype``. The same bits for every M, position, thread count, ISA
+        level and GPU. A NaN scale makes its row NaN. Where K = 0, ``t`` is 0.
 
     Raises:
         ValueError: shapes or strides do not fit; K above its bound; the weight has groups; a bias with int32 output;
