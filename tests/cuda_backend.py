@@ -45,16 +45,35 @@ def assert_same(backend: Backend, op: str, *args: Any, overload: str = "default"
         assert_bitwise(a.cpu(), b, what)
 
 
+def emulated_operators() -> set[str]:
+    """Whatever has a CUDA kernel."""
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qops_emu::"))
+    with_kernels = (name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"))
+    return {name.removeprefix("qops_emu::").partition(".")[0] for name in with_kernels}
+
+
+class Routed:
+    """An operator that is the emulated one but for meta tensors, which that has no kernels for."""
+
+    def __init__(self, real: Any, emulated: Any) -> None:
+        self.real, self.emulated = real, emulated
+
+    def __getattr__(self, overload: str) -> Routed:
+        return Routed(getattr(self.real, overload), getattr(self.emulated, overload))
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        is_meta = any(isinstance(t, Tensor) and t.is_meta for t in (*args, *more.values()))
+        return (self.real if is_meta else self.emulated)(*args, **more)
+
+
 @contextmanager
 def gpu(backend: Backend) -> Iterator[None]:
-    """Weights that are made and used in here are those of a GPU."""
+    """Weights that are made in here are those of a GPU, and what uses them in here are its operators."""
     with pytest.MonkeyPatch.context() as patch:
         if backend.device == "cpu":
-            patch.setattr(_checks, "has_gpu_layout", lambda device: True)
-            for name in torch._C._dispatch_get_all_op_names():
-                if name.startswith("qops_emu::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
-                    op = name.removeprefix("qops_emu::").partition(".")[0]
-                    patch.setattr(torch.ops.qops, op, getattr(backend.ops, op))
+            patch.setattr(_checks, "has_gpu_layout", lambda device: torch.device(device).type != "meta")
+            for name in emulated_operators():
+                patch.setattr(torch.ops.qops, name, Routed(getattr(torch.ops.qops, name), getattr(backend.ops, name)))
         yield
 
 

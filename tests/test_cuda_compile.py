@@ -27,7 +27,7 @@ BUDGETS = ROOT / "tests/data/cuda_budgets.json"
 BUILD = ROOT / "build/cuda-check"
 OBJECTS = BUILD / "csrc/cuda/CMakeFiles/_C_cuda.dir"
 MODULE = BUILD / "qops/_C_cuda.abi3.so"
-# Threads of a block by the threads of a row (row.cuh); of a kernel without a row shape, its kMaxThreads.
+# Threads of a block by the threads of a row (row.cuh); of a kernel without a row shape, its launch bounds.
 BLOCK = {"32": 128, "128": 128, "512": 512}
 # Of the tiles of int8_gemm, by their tokens (int8_config.h).
 INT8_THREADS = {"8": 256, "16": 256, "32": 256, "64": 128, "128": 128}
@@ -52,16 +52,21 @@ class Compiled:
 
     @property
     def shape(self) -> str:
-        shape = re.search(r"RowShape<(\d+, \d+, \w+)>|int8_gemm_kernel<(\d+, \w+)>", self.instance)
-        return f"{self.kernel} {shape[shape.lastindex].replace(',', '')}" if shape else self.kernel
+        shape = re.search(r"RowShape<(\d+), (\d+), (true|false)>", self.instance)
+        if shape:
+            return f"{self.kernel} {' '.join(shape.groups())}"
+        tile = re.search(rf"{self.kernel}<(?:[a-z_]\w*, )?(\d[\w, ]*)>", self.instance)
+        return f"{self.kernel} {tile.group(1).replace(',', '')}" if tile else self.kernel
 
 
 @functools.cache
 def max_threads(kernel: str) -> int:
     sources = [path.read_text() for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     source = next(text for text in sources if re.search(rf"\b{kernel}\(const __grid_constant__", text))
-    header = (ROOT / "csrc/cuda/rotate_head.cuh").read_text()
-    found = re.search(r"kMaxThreads = (\d+);", source + header)
+    headers = ((ROOT / f"csrc/cuda/{name}").read_text() for name in ("rotate_head.cuh", "gemm_config.h"))
+    bounds = re.search(rf"__launch_bounds__\((\w+)[^()]*\)\s+{kernel}\(", source)
+    assert bounds, kernel
+    found = re.search(rf"\b{bounds.group(1)} = (\d+);", source + "".join(headers))
     assert found, kernel
     return int(found.group(1))
 
@@ -174,6 +179,12 @@ def test_registers_shared_memory_and_occupancy_are_within_budget(compiled, tmp_p
     assert not over, f"over {BUDGETS.name}: {json.dumps(over)}"
 
 
+def test_the_number_of_gemm_kernels_is_within_budget(compiled):
+    """120 for each architecture, of which int8 is to have as many."""
+    for arch in {c.arch for c in compiled}:
+        assert sum(c.arch == arch and "WeightOnlyGemmParams" in c.instance for c in compiled) <= 60, arch
+
+
 def machine_code(source: str) -> list[tuple[str, str]]:
     """Name and code of each kernel of a file, none of which may use local memory."""
     sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(OBJECTS / f"{source}.o"))
@@ -192,6 +203,31 @@ def test_packed_weights_move_16_bytes_at_a_time(log):
         assert not re.search(rf"{wide}\.E (?!64|128)", code), name
     for name, code in machine_code("int4_dequantize.cu"):
         assert "LDG.E.128" in code and set(re.findall(r"STG\.E\S*", code)) == {"STG.E.128"}, name
+
+
+def test_gemm_loops_hold_what_they_have_to(log):
+    """Of the kernels whose groups are whole blocks of 64 columns: the code from the first to the last mma."""
+    for kernel, strips in (("decode", 4), ("tiled", 2)):
+        loops = 0
+        for name, code in machine_code(f"int4_gemm_{kernel}.cu"):
+            tile, is_fine, has_offset = re.search(rf"{kernel}_kernel<\w+, (\d+), (\w+), (\w+)>", name).groups()
+            tiles = int(tile) if kernel == "decode" else int(tile) // 16
+            instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([\w.]+)", code, flags=re.MULTILINE)
+            mma = [i for i, instruction in enumerate(instructions) if instruction.startswith("HMMA.16816.F32")]
+            # Each fragment of codes meets each tile of tokens, and so does that of ones.
+            assert len(mma) == 4 * tiles * (strips + (has_offset == "true")), name
+            copies = {instruction for instruction in instructions if instruction.startswith("LDGSTS")}
+            assert copies == {"LDGSTS.E.BYPASS.128"}, f"{name}: {copies}"
+            if is_fine == "true":
+                continue
+            loop = [instruction.split(".")[0] for instruction in instructions[mma[0] : mma[-1] + 1]]
+            assert loop.count("LDSM") <= 2 * tiles, name
+            # Four for each fragment of codes; at most 15 with its shifts, subtractions and share of the loop.
+            others = len(loop) - len(mma) - loop.count("NOP")
+            assert loop.count("LOP3") <= 4.25 * 4 * strips and others <= 15 * 4 * strips, f"{name}: {others}"
+            assert not {"I2F", "F2F", "F2FP", "LDG", "DADD", "BAR"} & set(loop), name
+            loops += 1
+        assert loops > 0
 
 
 def test_norms_move_16_bytes_at_a_time(log):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cuda_tools
 import qops
-from qops.testing import assert_bitwise, random_activations
+from qops.testing import assert_bitwise, generator, random_activations
 
 pytestmark = pytest.mark.skipif(
     not qops.build_info()["cuda"] or not torch.cuda.is_available(), reason="needs a build with CUDA kernels, and a GPU"
@@ -219,3 +219,30 @@ def test_runs_on_a_device_that_is_not_current():
     with torch.cuda.device(0):
         for op in OPS:
             assert_equal(op, OPS[op](inputs(device="cuda:1")))
+
+
+@pytest.mark.parametrize("m", [1, 5, 33])
+def test_int4_gemm_in_graphs_on_streams_and_behind_late_inputs(m):
+    """Against a call alone, bit for bit; permuted columns, and a split K, take scratch."""
+    weight = qops.Int4Weight.quantize(torch.randn(64, 8192, generator=generator(1)), group_size=64)
+    perm = torch.randperm(8192, generator=generator(2)).int()
+    w = qops.Int4Weight.from_canonical(**weight.canonical(), perm=perm, kind="symmetric").to("cuda")
+    x, other = (random_activations(m, 8192, dtype=torch.bfloat16, seed=seed).cuda() for seed in (0, 1))
+    want = [qops.int4_gemm(t, w) for t in (x, other)]
+    static = x.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = qops.int4_gemm(static, w)
+    for t, expected in zip((other, x), reversed(want), strict=True):
+        static.copy_(t)
+        graph.replay()
+        assert_bitwise(got.cpu(), expected.cpu())
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP_CYCLES)
+        static.copy_(other)
+        results = [qops.int4_gemm(static, w) for _ in range(8)]
+    stream.synchronize()
+    for result in results:
+        assert_bitwise(result.cpu(), want[1].cpu())

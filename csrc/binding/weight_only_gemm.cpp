@@ -16,8 +16,9 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
   p.dtype = check.float_dtype(x, "x");
   check.at_least_1d(x, "x");
   take_weight(check, packed, packed_dtype, strip_elements_per_column, scales, out_features, group_size, p);
-  check.require(x.size(x.dim() - 1) == p.k, "x", "have last dimension K = " + std::to_string(p.k),
-                std::to_string(x.size(x.dim() - 1)));
+  if (x.size(x.dim() - 1) != p.k) {
+    check.refuse("x", "have last dimension K = " + std::to_string(p.k), std::to_string(x.size(x.dim() - 1)));
+  }
   check.dense_last_dim(x, "x");
   if (bias) {
     check.device(*bias, "bias", x);
@@ -58,7 +59,7 @@ void take_epilogue(const Checker& check, const Tensor& x, const std::optional<Te
                    const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
                    WeightOnlyGemmParams& p) {
   if (residual) {
-    check.require(!silu_mul && !out_scale, "residual", "be None with silu_mul or out_scale", "a tensor");
+    if (silu_mul || out_scale) check.refuse("residual", "be None with silu_mul or out_scale", "a tensor");
     check.device(*residual, "residual", x);
     check.same_dtype(*residual, "residual", x, "x");
     check.shape(*residual, "residual", "[..., N]", with_last_size(x, p.n));
@@ -67,12 +68,13 @@ void take_epilogue(const Checker& check, const Tensor& x, const std::optional<Te
     p.residual = residual->const_data_ptr();
   }
   if (silu_mul) {
-    check.require(p.n % 16 == 0, "out_features", "be a multiple of 16, for gate and up, with silu_mul",
-                  std::to_string(p.n));
-    check.require(!out_scale, "out_scale", "be None with silu_mul", "a tensor");
+    if (p.n % 16 != 0) {
+      check.refuse("out_features", "be a multiple of 16, for gate and up, with silu_mul", std::to_string(p.n));
+    }
+    if (out_scale) check.refuse("out_scale", "be None with silu_mul", "a tensor");
     p.epilogue = Epilogue::kSiluMul;
   }
-  check.require(out_scale || !out_zero_point, "out_zero_point", "be None without out_scale", "a tensor");
+  if (out_zero_point && !out_scale) check.refuse("out_zero_point", "be None without out_scale", "a tensor");
   if (out_scale) {
     const StaticScale one = static_scale(check, *out_scale, "out_scale", out_zero_point, "out_zero_point", x);
     p.out_scale = one.scale;

@@ -37,13 +37,15 @@ void take_weight(const Checker& check, const Tensor& packed, ScalarType packed_d
   check.dtype(packed, "packed", packed_dtype);
   p.scale_dtype = check.float_dtype(scales, "scales");
   p.n = out_features;
-  check.require(p.n >= 0 && p.n % 8 == 0, "out_features", "be a multiple of 8", std::to_string(p.n));
-  check.require(packed.dim() == 2, "packed", "have 2 dimensions", std::to_string(packed.dim()));
+  if (p.n < 0 || p.n % 8 != 0) check.refuse("out_features", "be a multiple of 8", std::to_string(p.n));
+  if (packed.dim() != 2) check.refuse("packed", "have 2 dimensions", std::to_string(packed.dim()));
   const int64_t least = stored_columns(8);
-  check.require(packed.size(1) % (least * strip_elements_per_column) == 0, "packed",
-                "hold a multiple of " + std::to_string(least) + " columns of " +
-                    std::to_string(strip_elements_per_column) + " elements a strip",
-                std::to_string(packed.size(1)));
+  if (packed.size(1) % (least * strip_elements_per_column) != 0) {
+    check.refuse("packed",
+                 "hold a multiple of " + std::to_string(least) + " columns of " +
+                     std::to_string(strip_elements_per_column) + " elements a strip",
+                 std::to_string(packed.size(1)));
+  }
   p.k = packed.size(1) / strip_elements_per_column;
   if (kGpuLayout && scales.dim() == 3 && scales.size(1) > 0 && group_size > 0 && group_size <= p.k / scales.size(1)) {
     p.k = group_size * scales.size(1);  // without the columns of padding
@@ -52,8 +54,10 @@ void take_weight(const Checker& check, const Tensor& packed, ScalarType packed_d
   check.shape(packed, "packed", "[S, K-strip]", {strips, stored_columns(p.k) * strip_elements_per_column});
   p.group_size = group_size;
   const bool per_channel = group_size == p.k;
-  check.require(per_channel || (group_size > 0 && group_size % 16 == 0 && p.k % group_size == 0), "group_size",
-                "be K = " + std::to_string(p.k) + " or a multiple of 16 that divides it", std::to_string(group_size));
+  if (!per_channel && (group_size <= 0 || group_size % 16 != 0 || p.k % group_size != 0)) {
+    check.refuse("group_size", "be K = " + std::to_string(p.k) + " or a multiple of 16 that divides it",
+                 std::to_string(group_size));
+  }
   const int64_t groups = group_size == 0 ? 0 : p.k / group_size;
   check.shape(scales, "scales", "[S, K / group_size, 16]", {strips, groups, kStripRows});
   check.contiguous(packed, "packed");
@@ -67,11 +71,13 @@ void take_weight(const Checker& check, const Tensor& packed, ScalarType packed_d
 template <class Params>
 void take_zeros(const Checker& check, int64_t kind, const std::optional<Tensor>& zeros, const Tensor& scales,
                 Params& p) {
-  check.require(kind >= 0 && kind <= 3, "kind", "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)",
-                std::to_string(kind));
+  if (kind < 0 || kind > 3) {
+    check.refuse("kind", "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)", std::to_string(kind));
+  }
   p.kind = static_cast<WeightKind>(kind);
-  check.require(zeros.has_value() == (kind != 0), "zeros", kind == 0 ? "be None for kind 0" : "be given for this kind",
-                zeros ? "a tensor" : "None");
+  if (zeros.has_value() != (kind != 0)) {
+    check.refuse("zeros", kind == 0 ? "be None for kind 0" : "be given for this kind", zeros ? "a tensor" : "None");
+  }
   if (!zeros) return;
   check.device(*zeros, "zeros", scales);
   check.dtype(*zeros, "zeros", kind == 1 ? ScalarType::Byte : ScalarType::Float);

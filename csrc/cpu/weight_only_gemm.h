@@ -227,7 +227,7 @@ inline F32x16 concatenate_halves(F32x16 low, F32x16 high) {
   return load(lanes);
 }
 
-inline F32x16 bias_of_strip(const WeightOnlyGemmParams& p, int64_t strip) {
+[[gnu::noinline]] inline F32x16 bias_of_strip(const WeightOnlyGemmParams& p, int64_t strip) {
   if (p.epilogue == Epilogue::kSiluMul) {
     return concatenate_halves(load_as_float(p.bias, p.bias_dtype, 8 * strip, 8),
                               load_as_float(p.bias, p.bias_dtype, p.n / 2 + 8 * strip, 8));
@@ -236,28 +236,27 @@ inline F32x16 bias_of_strip(const WeightOnlyGemmParams& p, int64_t strip) {
   return load_as_float(p.bias, p.bias_dtype, column, p.n - column);
 }
 
-// sum: x @ w.T + bias of one row and the strip's 16 columns, not rounded yet.
+// Whether the sums are rounded and stored, and that is all.
+inline bool is_plain(const WeightOnlyGemmParams& p) { return p.epilogue == Epilogue::kNone && p.residual == nullptr; }
+
+// sum: x @ w.T + bias of one row and the strip's 16 columns, not rounded yet. Apart from the tile's code, which would
+// lose 2 % at 4096 x 4096 and 18 % at 1536 x 576 (M = 1).
 template <class T>
-inline void store_strip(const WeightOnlyGemmParams& p, int64_t row, int64_t strip, F32x16 sum) {
+[[gnu::noinline]] void finish_strip(const WeightOnlyGemmParams& p, int64_t row, int64_t strip, F32x16 sum) {
   const int64_t column = strip * kStripRows;
   const int64_t n = std::min<int64_t>(kLanes, p.n - column);
-  switch (p.epilogue) {
-    case Epilogue::kNone:
-      if (p.residual != nullptr) {
-        const T* residual = static_cast<const T*>(p.residual) + p.residual_rows.offset(row) + column;
-        sum = round_to<T>(sum) + load_n(residual, n);
-      }
-      return store_n(static_cast<T*>(p.y) + row * p.n + column, sum, n);
-    case Epilogue::kSiluMul: {
-      float lanes[kLanes];
-      store(lanes, round_to<T>(sum));
-      const F32x16 y = gated<T, true>(load_n(lanes, 8), load_n(lanes + 8, 8));
-      return store_n(static_cast<T*>(p.y) + row * (p.n / 2) + 8 * strip, y, 8);
-    }
-    case Epilogue::kInt8: {
-      const StaticCodes codes(p.out_scale, p.out_zero_point);
-      return store_saturated_n(static_cast<int8_t*>(p.y) + row * p.n + column, to_int(codes(round_to<T>(sum))), n);
-    }
+  sum = round_to<T>(sum);
+  if (p.epilogue == Epilogue::kSiluMul) {
+    float lanes[kLanes];
+    store(lanes, sum);
+    const F32x16 y = gated<T, true>(load_n(lanes, 8), load_n(lanes + 8, 8));
+    store_n(static_cast<T*>(p.y) + row * (p.n / 2) + 8 * strip, y, 8);
+  } else if (p.epilogue == Epilogue::kInt8) {
+    const StaticCodes codes(p.out_scale, p.out_zero_point);
+    store_saturated_n(static_cast<int8_t*>(p.y) + row * p.n + column, to_int(codes(sum)), n);
+  } else {
+    const T* residual = static_cast<const T*>(p.residual) + p.residual_rows.offset(row) + column;
+    store_n(static_cast<T*>(p.y) + row * p.n + column, sum + load_n(residual, n), n);
   }
 }
 
@@ -343,12 +342,20 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
       }
     }
   }
-  for (int s = 0; s < Strips; ++s) {
+  const bool plain = is_plain(p);
+  QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
     if (p.bias != nullptr) {
       const F32x16 bias = bias_of_strip(p, strip + s);
-      for (int r = 0; r < Rows; ++r) y[s][r] = y[s][r] + bias;
+      QOPS_UNROLL for (int r = 0; r < Rows; ++r) y[s][r] = y[s][r] + bias;
     }
-    for (int r = 0; r < Rows; ++r) store_strip<T>(p, tile.row[r], strip + s, y[s][r]);
+    const int64_t column = (strip + s) * kStripRows;
+    QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+      if (plain) {
+        store_n(static_cast<T*>(p.y) + tile.row[r] * p.n + column, y[s][r], p.n - column);
+      } else {
+        finish_strip<T>(p, tile.row[r], strip + s, y[s][r]);
+      }
+    }
   }
 }
 

@@ -89,6 +89,9 @@ inline constexpr int kTileTokens[] = {32, 64, 128};
 // spilled).
 constexpr int max_tile_tokens(bool offset) { return offset ? 64 : 128; }
 
+// Between the kernels of a split K: what an L2 may hold.
+inline constexpr int64_t kMostScratch = int64_t{32} << 20;
+
 struct GemmPlan {
   bool decode;
   int tokens;      // of a tile: multiples of 8
@@ -173,12 +176,14 @@ constexpr GemmPlan plan_int4_gemm(int64_t m, int64_t n, int64_t k, int64_t group
   const bool fine = is_fine(k, group_size), offset = has_offset(kind);
   GemmPlan best{};
   const auto consider = [&](const GemmPlan& p) {
-    if (p.stages >= 2 && (best.blocks == 0 || p.time < best.time)) best = p;
+    if (p.stages < 2 || p.scratch_bytes(m, n) > kMostScratch) return;
+    if (best.blocks == 0 || p.time < best.time) best = p;
   };
   for (int k_parts = 1; k_parts <= kSlices; k_parts *= 2) {
     if (m <= kDecodeTokens && k_parts <= gpu.multiprocessors) consider(plan::decode(m, n, k, fine, k_parts, gpu));
     for (const int tokens : kTileTokens) {
-      if (tokens <= max_tile_tokens(offset)) consider(plan::tiled(m, n, k, fine, tokens, k_parts, gpu));
+      const bool is_wasteful = tokens > kTileTokens[0] && tokens >= 2 * m;
+      if (!is_wasteful && tokens <= max_tile_tokens(offset)) consider(plan::tiled(m, n, k, fine, tokens, k_parts, gpu));
     }
   }
   return best;

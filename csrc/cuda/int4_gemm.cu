@@ -7,13 +7,14 @@
 namespace qops::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kMaxThreads = 256;
 
 // target[m, k] = x[m, perm[k]], eight columns a thread. An index out of range gives NaN: it cannot be told before the
 // launch.
 template <class T>
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ WeightOnlyGemmParams p, T* target) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, chunks = p.k / kVector;
+__global__ void __launch_bounds__(kMaxThreads)
+    gather_kernel(const __grid_constant__ WeightOnlyGemmParams p, T* target) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x, chunks = p.k / kVector;
   if (i >= p.x_rows.count * chunks) return;
   const int64_t m = i / chunks, k = i % chunks * kVector;
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(m);
@@ -34,9 +35,9 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
 
 // The slices of k_parts blocks, added left to right.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMaxThreads)
     add_slices_kernel(const __grid_constant__ WeightOnlyGemmParams p, const Alignment aligned, const float* slices) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, chunks = p.n / kVector;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x, chunks = p.n / kVector;
   if (i >= p.x_rows.count * chunks) return;
   const int64_t m = i / chunks, n = i % chunks * kVector, columns = int4::strips(p.n) * kStripRows;
   finish<T>(p, aligned, m, n, [&](int64_t column, Vector& sums) {
@@ -78,7 +79,7 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
     return Status::kUnsupported;
   }
   Int4Job job{p, plan_of(p), {}, nullptr};
-  if (job.plan.blocks == 0) return Status::kUnsupported;
+  if (job.plan.blocks == 0 || job.plan.blocks > 0x7fffffff) return Status::kUnsupported;
   job.aligned = {multiple_of_16(p.y), multiple_of_16(p.bias),
                  p.residual != nullptr && aligned(p.residual, p.residual_rows, p.n, p.dtype)};
   job.slices = reinterpret_cast<float*>(static_cast<uint8_t*>(p.scratch) + copy_bytes(p));
@@ -89,8 +90,8 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
   };
   if (copies_x(p)) {
     const Status status = with_16_bits([&](auto element) {
-      return launch_blocks(&gather_kernel<decltype(element)>, ceil_div(p.x_rows.count * (p.k / kVector), kThreads),
-                           kThreads, 0, stream, p, static_cast<decltype(element)*>(p.scratch));
+      return launch_blocks(&gather_kernel<decltype(element)>, ceil_div(p.x_rows.count * (p.k / kVector), kMaxThreads),
+                           kMaxThreads, 0, stream, p, static_cast<decltype(element)*>(p.scratch));
     });
     if (status != Status::kOk) return status;
     job.p.x = p.scratch;
@@ -104,8 +105,8 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
   const Status status = job.plan.decode ? int4_gemm_decode(job, stream) : int4_gemm_tiled(job, stream);
   if (status != Status::kOk || job.plan.k_parts == 1) return status;
   return with_16_bits([&](auto element) {
-    return launch_blocks(&add_slices_kernel<decltype(element)>, ceil_div(p.x_rows.count * (p.n / kVector), kThreads),
-                         kThreads, 0, stream, job.p, job.aligned, job.slices);
+    return launch_blocks(&add_slices_kernel<decltype(element)>, ceil_div(p.x_rows.count * (p.n / kVector), kMaxThreads),
+                         kMaxThreads, 0, stream, job.p, job.aligned, job.slices);
   });
 }
 

@@ -15,8 +15,9 @@
 //   shared memory      1024 s (codes in and out) + 128 M (x in) + 1024 (M <= 8) or 2048 (x out): 1.25 to 2.5 x the
 //                      bytes of codes at s = 4; at 14 bytes of codes a cycle, 3 TB/s over 132 x 1.7 GHz, 35 of the 128
 //                      bytes that a cycle can move
-//   issue slots        per k16 step and strip: 9 (fp16) or 11 (bf16) for the codes, 1 or 2 mma, for 256 weights; at 27
-//                      weights a cycle about 1.3 of 4 slots
+//   issue slots        per k16 step and strip, 256 weights, in the machine code of sm_80 and sm_90a: 4 lop3, 1 (fp16) or 3
+//                      shifts, 4 subtractions, 3 of the branch around strips that are not there, 1 or 2 mma, 13 to 17
+//                      in all; at 27 weights a cycle 1.4 to 1.8 of 4 slots
 //   in flight          (stages - 1) x 8 x 512 s bytes of codes: 112 KB at 8 stages (sm_90, M <= 8), 64 KB at 5 (sm_80),
 //                      32 KB at 3 (99 KB of shared memory)
 // M in 17 .. 32 would read 2 bytes of x from L2 for each byte of codes here: the tiled kernel shares x among its warps.

@@ -53,7 +53,7 @@ def int4_gemm(
         silu_mul: True exactly where ``weight.gate_up`` is (:meth:`qops.Int4Weight.interleave_gate_up`).
         out_scale: float32, one element, positive and finite.
         out_zero_point: int32, one element in -128 ... 127; default 0.
-        batch_invariant: one canonical order of summation for every M. On the CPU that is always so.
+        batch_invariant: one canonical order of summation for every M. That is always so.
         out: the tensor to write to, contiguous, sharing no memory with the inputs, but it may be ``residual`` itself;
             default: a new one.
 
@@ -70,13 +70,21 @@ def int4_gemm(
         ``1.001 * 2^-16 sum_b a_b sum_{k in b} |w[n, k]|`` (two bytes a value), and
         ``2^-31 sum_b a_b sum_{k in b} |w[n, k]|`` for float32 and for rows whose outliers would make the first bound
         reach the rounding of the output (four bytes). NaN or infinity in a row makes all its outputs NaN.
+        On a GPU (float16 and bfloat16), exact integers ``q - z`` (``q - 8`` but for integer zeros) multiply x on the
+        tensor cores: steps of 16 columns, in ascending k, give a float32 ``part`` of each group. Then
+        ``total = fma(s, part, total)``, and with float zeros or offsets
+        ``total = fma(o', sum of x in the group, total)`` with ``o' = s * (8 - zf)`` or ``fma(s, 8, o)``. K is cut into
+        8 contiguous slices of whole blocks of 64 columns, slice i from block ``blocks * i // 8`` on; a group that a cut
+        divides has a part on either side. The totals of the slices are added left to right, then the bias. That is the
+        only order there is: on one type of GPU a row has the same bits for every M, position, grid and stream. An index
+        of ``perm`` that is out of range gives NaN; NaN and infinity in x spread as in a product of matrices.
         ``residual``, ``silu_mul`` and ``out_scale`` give, bit for bit, what the separate operators give: y is rounded
         to the dtype of ``x`` before each of them.
 
     Raises:
         ValueError: shapes or strides do not fit; ``silu_mul`` does not fit the weight; arguments that exclude each
-            other; a ``perm`` index is out of range; ``out_scale`` is not positive and finite, or ``out_zero_point``
-            outside -128 ... 127 (on a GPU nobody looks); ``out`` overlaps an input.
+            other; a ``perm`` index is out of range, ``out_scale`` not positive and finite, or ``out_zero_point``
+            outside -128 ... 127 (on a GPU nobody looks at the three); ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
             mode is on.
 
@@ -108,11 +116,10 @@ def int4_gemm(
         weight.group_size,
         KINDS.index(weight.kind),
         batch_invariant,
-        residual,
-        silu_mul,
-        out_scale,
-        out_zero_point,
     )
+    # Where they are not wanted, four more arguments would take 0.4 us.
+    if silu_mul or residual is not None or out_scale is not None or out_zero_point is not None:
+        args += (residual, silu_mul, out_scale, out_zero_point)
     if out is None:
         return torch.ops.qops.int4_gemm.default(*args)
     torch.ops.qops.int4_gemm.out(*args, out=out)
