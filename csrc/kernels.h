@@ -135,8 +135,8 @@ struct RmsNormInt8Params {
   Int8Rows out;
 };
 
-// Canonical integer weights [N, K] <-> packed strips of 16 rows (layouts: csrc/cpu/weight_pack.cpp; of 4-bit codes on
-// a GPU: csrc/int4_layout.h).
+// Canonical integer weights [N, K] <-> packed strips of 16 rows (layouts: csrc/cpu/weight_pack.cpp; on a GPU
+// csrc/int4_layout.h and csrc/int8_layout.h).
 struct WeightPackParams {
   const void* source;
   void* target;
@@ -217,7 +217,7 @@ struct Int8GemmParams {
   Rows scale_rows;            // strides of 0: one scale for all rows
   const int32_t* zero_point;  // null: 0
   Rows zero_point_rows;
-  const void* packed;   // strips, as csrc/cpu/weight_pack.cpp makes them
+  const void* packed;   // strips: csrc/cpu/weight_pack.cpp, on a GPU csrc/int8_layout.h
   const void* w_scale;  // s_w, [S, 16]
   const void* bias;     // [N] or null
   void* y;              // contiguous [rows, N]
@@ -226,6 +226,7 @@ struct Int8GemmParams {
   DType bias_dtype;
   int64_t n;
   int64_t k;
+  void* scratch;  // of int8_gemm_scratch_bytes() bytes on a GPU
 };
 
 // A tensor x [..., T, heads, D] of any strides and where its rotated values go: y may be x, with the same strides.
@@ -330,6 +331,9 @@ const char* isa_error();
   X(int4_gemm, WeightOnlyGemmParams)                \
   X(int4_pack, WeightPackParams)                    \
   X(int4_unpack, WeightPackParams)                  \
+  X(int8_gemm, Int8GemmParams)                      \
+  X(int8_pack, WeightPackParams)                    \
+  X(int8_unpack, WeightPackParams)                  \
   X(qk_norm_rotary, QkNormRotaryParams)             \
   X(quantize_int8, QuantizeInt8Params)              \
   X(quantize_int8_asym, QuantizeInt8AsymParams)     \
@@ -348,8 +352,9 @@ using Stream = ::CUstream_st*;
 QOPS_FOR_EACH_CUDA_KERNEL(QOPS_DECLARE)
 #undef QOPS_DECLARE
 
-// What int4_gemm needs of the current GPU's memory while it runs.
+// What they need of the current GPU's memory while they run.
 int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& params);
+int64_t int8_gemm_scratch_bytes(const Int8GemmParams& params);
 
 }  // namespace cuda
 }  // namespace qops

@@ -105,7 +105,7 @@ _CUDA_INCLUDES = (
     _STD,
     r"<cuda\w*\.h(pp)?>",
     r"<mma\.h>",
-    r'"(kernels|exp_poly|int4_layout|row_tree)\.h"',
+    r'"(kernels|exp_poly|int[48]_layout|row_tree)\.h"',
     r'"cuda/\w+\.(h|cuh)"',
 )
 _CUDA_NEVER = {
@@ -128,8 +128,8 @@ EMULATOR = Layer(
 
 LAYERS = (
     Layer(
-        r"csrc/(kernels|exp_poly|int4_layout|row_tree|cuda/gemm_config)\.h",
-        (r"<cstd(int|def)>", r'"[a-z0-9_]+\.h"'),
+        r"csrc/(kernels|exp_poly|int[48]_layout|row_tree|cuda/(gemm|int8)_config)\.h",
+        (r"<cstd(int|def)>", r'"(cuda/)?[a-z0-9_]+\.h"'),
         {r"std::": "containers"},
     ),
     Layer(
@@ -139,7 +139,7 @@ LAYERS = (
             r"<immintrin\.h>",
             r"<arm_neon\.h>",
             r"<(unistd|sys/syscall)\.h>",
-            r'"(kernels|exp_poly|int4_layout|row_tree)\.h"',
+            r'"(kernels|exp_poly|int[48]_layout|row_tree)\.h"',
             r'"cpu/\w+\.h"',
         ),
         {r"\btorch\b": "torch", r"#\s*pragma\s+omp|\bomp_|\bstd::j?thread\b": "threads of its own"},
@@ -159,7 +159,7 @@ LAYERS = (
             _STD,
             r"<Python\.h>",
             r"<torch/(csrc/stable|headeronly)/[\w/.]+>",
-            r'"(kernels|int4_layout)\.h"',
+            r'"(kernels|int[48]_layout)\.h"',
             r'"binding/\w+\.h"',
         ),
         {

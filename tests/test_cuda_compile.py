@@ -29,6 +29,8 @@ OBJECTS = BUILD / "csrc/cuda/CMakeFiles/_C_cuda.dir"
 MODULE = BUILD / "qops/_C_cuda.abi3.so"
 # Threads of a block by the threads of a row (row.cuh); of a kernel without a row shape, its launch bounds.
 BLOCK = {"32": 128, "128": 128, "512": 512}
+# Of the tiles of int8_gemm, by their tokens (int8_config.h).
+INT8_THREADS = {"8": 256, "16": 256, "32": 256, "64": 128, "128": 128}
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Compiled:
 
     @property
     def threads(self) -> int:
+        if tile := re.search(r"int8_gemm_kernel<(\d+),", self.instance):
+            return INT8_THREADS[tile[1]]
         shape = re.search(r"RowShape<(\d+),", self.instance)
         return BLOCK[shape.group(1)] if shape else max_threads(self.kernel)
 
@@ -51,7 +55,7 @@ class Compiled:
         shape = re.search(r"RowShape<(\d+), (\d+), (true|false)>", self.instance)
         if shape:
             return f"{self.kernel} {' '.join(shape.groups())}"
-        tile = re.search(rf"{self.kernel}<\w+, ([\w, ]+)>", self.instance)
+        tile = re.search(rf"{self.kernel}<(?:[a-z_]\w*, )?(\d[\w, ]*)>", self.instance)
         return f"{self.kernel} {tile.group(1).replace(',', '')}" if tile else self.kernel
 
 
@@ -91,7 +95,7 @@ def compiled(log) -> list[Compiled]:
     assert len(rows) == len(re.findall(entry, log)) > 0
     names = checked("c++filt", *(row[0] for row in rows)).splitlines()
     return [
-        Compiled(re.findall(r"(\w+)<", name)[0], name, arch, int(registers), int(shared or 0))
+        Compiled(re.findall(r"::(\w+)[<(]", name)[0], name, arch, int(registers), int(shared or 0))
         for (_, arch, registers, shared), name in zip(rows, names, strict=True)
     ]
 
@@ -240,6 +244,26 @@ def test_norms_move_16_bytes_at_a_time(log):
         assert ("STG.E.64" if is_int8 == "true" else "STG.E.128") in code, name
         wide_stores += 1
     assert wide_stores > 0
+
+
+def test_int8_gemm_multiplies_on_tensor_cores_from_a_ring(log):
+    sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(OBJECTS / "int8_gemm.cu.o"))
+    functions = re.split(r"\n\s*Function : (?=\S)", sass)[1:]
+    names = checked("c++filt", *(function.split(maxsplit=1)[0] for function in functions)).splitlines()
+    found = 0
+    for name, code in zip(names, functions, strict=True):
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+        instance = re.search(r"int8_gemm_kernel<(\d+), (true|false)>", name)
+        if not instance:
+            continue
+        # Of one block of 64 columns: two fragments of each strip of a warp by its tiles of eight tokens. With zero
+        # points there is more to multiply, four columns at a time. Both operands come past L1, 16 bytes at a time.
+        products = {"8": 2, "16": 4, "32": 8, "64": 32, "128": 64}[instance[1]]
+        assert len(re.findall(r"\bIMMA\.16832\.S8\.S8\b", code)) == products, name
+        assert bool(re.search(r"\bIDP\.4A\.S8\.S8\b", code)) == (instance[2] == "true"), name
+        assert "LDGSTS.E.BYPASS.128" in code and "LDSM.16.M88" in code and "LDS.128" in code, name
+        found += 1
+    assert found > 0 and found % 10 == 0
 
 
 def test_the_module_needs_what_every_torch_with_cuda_has(log):

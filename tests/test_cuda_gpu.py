@@ -44,10 +44,18 @@ def in_place(i: Inputs, run: Callable[[Tensor, Tensor], None]) -> tuple[Tensor, 
     return q, k
 
 
+GPUS = torch.cuda.device_count() if qops.build_info()["cuda"] else 0
+# Packed once: under capture it would be an error.
+WEIGHTS = {
+    device: qops.Int8Weight.quantize(random_activations(72, H, dtype=torch.float32, seed=4)).to(device)
+    for device in ("cpu", *(f"cuda:{index}" for index in range(GPUS)))
+}
+
 OPS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "quantize_int8": lambda i: qops.quantize_int8(i["x"]),
     "quantize_int8_asym": lambda i: qops.quantize_int8_asym(i["x"]),
     "quantize_int8_static": lambda i: qops.quantize_int8_static(i["x"], i["w"][:1].view(()).abs()),
+    "int8_gemm": lambda i: qops.int8_gemm(*qops.quantize_int8(i["x"]), WEIGHTS[str(i["x"].device)]),
     "rms_norm": lambda i: qops.rms_norm(i["x"], i["w"], EPS),
     "add_rms_norm": lambda i: qops.add_rms_norm(i["x"], i["r"], i["w"], EPS),
     "rms_norm_int8": lambda i: qops.rms_norm_int8(i["x"], i["w"], EPS),

@@ -1,5 +1,6 @@
 #include "binding/device.h"
 #include "binding/ops.h"
+#include "binding/weight_strips.h"
 
 namespace qops::binding {
 namespace {
@@ -65,14 +66,15 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
   p.n = out_features;
   if (p.n < 0 || p.n % 8 != 0) check.refuse("out_features", "be a multiple of 8", std::to_string(p.n));
   if (packed.dim() != 2) check.refuse("packed", "have 2 dimensions", std::to_string(packed.dim()));
-  if (packed.size(1) % (8 * kStripRows) != 0) {
-    check.refuse("packed", "hold a multiple of 8 columns of 16 elements a strip", std::to_string(packed.size(1)));
+  if (const int64_t step = stored_columns(8); packed.size(1) % (step * kStripRows) != 0) {
+    check.refuse("packed", "hold a multiple of " + std::to_string(step) + " columns of 16 elements a strip",
+                 std::to_string(packed.size(1)));
   }
-  p.k = packed.size(1) / kStripRows;
-  const int64_t strips = p.n / kStripRows + (p.n % kStripRows != 0);
-  check.shape(packed, "packed", "[S, 16 K]", {strips, p.k * kStripRows});
-  if (const int64_t columns = q.size(q.dim() - 1); columns != p.k) {
-    check.refuse("q", "have last dimension K = " + std::to_string(p.k), std::to_string(columns));
+  const int64_t stored = packed.size(1) / kStripRows, strips = strips_of(p.n);
+  check.shape(packed, "packed", "[S, 16 K]", {strips, stored * kStripRows});
+  p.k = q.size(q.dim() - 1);
+  if (p.k % 8 != 0 || stored_columns(p.k) != stored) {
+    check.refuse("q", "have last dimension K = " + std::to_string(stored), std::to_string(p.k));
   }
   if (const int64_t most = zero_point ? kMaxKWithZeroPoint : kMaxK; p.k > most) {
     const char* when = zero_point ? " columns with a zero_point" : " columns";
@@ -81,6 +83,7 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
   check.shape(w_scale, "w_scale", "[S, 1, 16]", {strips, p.k == 0 ? 0 : 1, kStripRows});
   check.contiguous(packed, "packed");
   check.contiguous(w_scale, "w_scale");
+  check_alignment(check, packed, "packed");
   check.dense_last_dim(q, "q");
   p.q_rows = check.rows(q, "q");
   p.scale_rows = per_row(scale, "scale", q, p.q_rows.count);
@@ -101,14 +104,27 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
   return p;
 }
 
+void run(Int8GemmParams& p, const Tensor& y) {
+  p.y = y.mutable_data_ptr();
+#if defined(QOPS_CUDA)
+  // From the allocator of torch, for this call: it keeps the memory from others until this stream is done with it.
+  const int64_t bytes = device::scratch_bytes(&cuda::int8_gemm_scratch_bytes, p, y);
+  std::optional<Tensor> scratch;
+  if (bytes > 0) {
+    scratch = check.new_tensor(y, {bytes}, ScalarType::Byte);
+    p.scratch = scratch->mutable_data_ptr();
+  }
+#endif
+  check.ok(device::run(&device::kernels::int8_gemm, p, y));
+}
+
 }  // namespace
 
 Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
                  const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype) {
   Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be");
   Tensor y = check.new_tensor(q, output_sizes(q, out_features), out_dtype);
-  p.y = y.mutable_data_ptr();
-  check.ok(device::run(&device::kernels::int8_gemm, p, y));
+  run(p, y);
   return y;
 }
 
@@ -129,8 +145,7 @@ void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Ten
   check.no_overlap(out, "out", packed, "packed");
   check.no_overlap(out, "out", w_scale, "w_scale");
   if (bias) check.no_overlap(out, "out", *bias, "bias");
-  p.y = out.mutable_data_ptr();
-  check.ok(device::run(&device::kernels::int8_gemm, p, out));
+  run(p, out);
 }
 
 }  // namespace qops::binding

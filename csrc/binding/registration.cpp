@@ -3,19 +3,17 @@
 #include <Python.h>
 
 #include "binding/int4_kernels.h"
+#include "binding/int8_kernels.h"
 #include "binding/row_kernels.h"
 #include "binding/schemas.h"
 
 STABLE_TORCH_LIBRARY(qops, m) { qops::binding::define_schemas(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
-  m.impl("int8_gemm", TORCH_BOX(&qops::binding::int8_gemm));
-  m.impl("int8_gemm.out", TORCH_BOX(&qops::binding::int8_gemm_out));
-  m.impl("int8_pack", TORCH_BOX(&qops::binding::int8_pack));
-  m.impl("int8_unpack", TORCH_BOX(&qops::binding::int8_unpack));
   m.impl("int8_weight_only_gemm", TORCH_BOX(&qops::binding::int8_weight_only_gemm));
   m.impl("int8_weight_only_gemm.out", TORCH_BOX(&qops::binding::int8_weight_only_gemm_out));
   qops::binding::define_int4_kernels(m);
+  qops::binding::define_int8_kernels(m);
   qops::binding::define_row_kernels(m);
 }
 

@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include "binding/int4_kernels.h"
+#include "binding/int8_kernels.h"
 #include "binding/row_kernels.h"
 #include "binding/schemas.h"
 
@@ -12,6 +13,7 @@
 STABLE_TORCH_LIBRARY(qops_emu, m) { qops::binding::define_schemas(m); }
 STABLE_TORCH_LIBRARY_IMPL(qops_emu, CPU, m) {
   qops::binding::define_int4_kernels(m);
+  qops::binding::define_int8_kernels(m);
   qops::binding::define_row_kernels(m);
 }
 
@@ -19,6 +21,7 @@ STABLE_TORCH_LIBRARY_IMPL(qops_emu, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qops, CUDA, m) {
   qops::binding::define_int4_kernels(m);
+  qops::binding::define_int8_kernels(m);
   qops::binding::define_row_kernels(m);
 }
 

@@ -59,7 +59,6 @@ Tensor int4_unpack(const Tensor& packed, int64_t out_features) {
   return unpack(Checker("int4_unpack"), packed, out_features, ScalarType::Byte, 2, &device::kernels::int4_unpack);
 }
 
-#if !defined(QOPS_CUDA)
 Tensor int8_pack(const Tensor& qweight) {
   return pack(Checker("int8_pack"), qweight, ScalarType::Char, 1, &device::kernels::int8_pack);
 }
@@ -67,6 +66,5 @@ Tensor int8_pack(const Tensor& qweight) {
 Tensor int8_unpack(const Tensor& packed, int64_t out_features) {
   return unpack(Checker("int8_unpack"), packed, out_features, ScalarType::Char, 1, &device::kernels::int8_unpack);
 }
-#endif
 
 }  // namespace qops::binding

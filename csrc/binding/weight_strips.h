@@ -3,6 +3,7 @@
 
 #include "binding/device.h"
 #include "int4_layout.h"
+#include "int8_layout.h"
 
 namespace qops::binding {
 
@@ -11,6 +12,8 @@ inline constexpr bool kGpuLayout = true;
 #else
 inline constexpr bool kGpuLayout = false;
 #endif
+
+static_assert(int4::kBlockColumns == int8::kBlockColumns && int4::kLaneBytes == int8::kLaneBytes);
 
 inline int64_t strips_of(int64_t n) { return int4::strips(n); }
 

@@ -465,7 +465,12 @@ class Int8Weight(QuantizedWeight):
         # refuses it: no look at the values, which would break the graph or wait for a GPU.
         strip = torch.where((ids >= 0) & (ids < n), ids // STRIP_ROWS, strips)
         lane = ids % STRIP_ROWS
-        if self.is_packed:
+        if self.is_packed and _checks.has_gpu_layout(self.device):
+            # A row is four lanes of one half of their registers: blocks of 32 columns, four columns of each lane.
+            words = self.packed.view(strips, -1, STRIP_ROWS // 2, 4, 2, 2, 4)[strip, :, lane % 8, :, :, lane // 8]
+            qweight = words.transpose(-3, -2).flatten(-4)[..., :k]
+            scales = self.scales[strip, :, lane]
+        elif self.is_packed:
             qweight = self.packed.view(strips, k // 4, STRIP_ROWS, 4)[strip, :, lane]
             scales = self.scales[strip, :, lane]
         else:

@@ -175,18 +175,18 @@ def strips_of(n: int) -> int:
 
 
 def has_gpu_layout(device: torch.device) -> bool:
-    """Whether 4-bit weights lie there as csrc/int4_layout.h says, else as csrc/cpu/weight_pack.cpp does."""
+    """Whether weights lie there as csrc/int4_layout.h and int8_layout.h say, else as csrc/cpu/weight_pack.cpp does."""
     return device.type == "cuda"
 
 
-def column_step(device: torch.device, *, bits: int) -> int:
+def column_step(device: torch.device) -> int:
     """What the columns of a packed weight are a multiple of."""
-    return 64 if bits == 4 and has_gpu_layout(device) else 8
+    return 64 if has_gpu_layout(device) else 8
 
 
-def stored_columns(k: int, device: torch.device, *, bits: int) -> int:
+def stored_columns(k: int, device: torch.device) -> int:
     """Columns that a strip holds for K of them."""
-    step = column_step(device, bits=bits)
+    step = column_step(device)
     return (k + step - 1) // step * step
 
 
@@ -194,7 +194,7 @@ def check_packed_weight(
     check: Checker, packed: Tensor, scales: Tensor, out_features: int, group_size: int, *, bits: int
 ) -> int:
     """A packed weight with scales ``[S, K / group_size, 16]``; returns K."""
-    per_column, step = 2 * bits, column_step(packed.device, bits=bits)
+    per_column, step = 2 * bits, column_step(packed.device)
     check.dtype(packed, "packed", torch.uint8 if bits == 4 else torch.int8)
     check.float_dtype(scales, "scales")
     ok = out_features >= 0 and out_features % 8 == 0
@@ -207,7 +207,7 @@ def check_packed_weight(
     if step > 8 and scales.dim() == 3 and scales.shape[1] > 0 and 0 < group_size <= k // scales.shape[1]:
         k = group_size * scales.shape[1]  # without the columns of padding
     strips = strips_of(out_features)
-    stored = stored_columns(k, packed.device, bits=bits)
+    stored = stored_columns(k, packed.device)
     check.shape(packed, "packed", "[S, K-strip]", (strips, stored * per_column))
     ok = group_size == k or (group_size > 0 and group_size % 16 == 0 and k % group_size == 0)
     check.require(ok, "group_size", f"be K = {k} or a multiple of 16 that divides it", lambda: str(group_size))

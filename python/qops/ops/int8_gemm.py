@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, refuse_grad, require_weight
+from qops.ops._checks import Checker, column_step, refuse_grad, require_weight, stored_columns, strips_of
 
 if TYPE_CHECKING:
     from qops.weights import Int8Weight
@@ -53,8 +53,8 @@ def int8_gemm(
         ``acc`` is exact: within the bounds of K it fits int32, whatever the codes are, as long as zero points lie in
         -128 ... 127; beyond, it wraps around modulo 2^32. Then, each step rounded once to float32,
         ``t = float(acc) * s_w[n]`` and ``y = R(fma(scale[m], t, bias[n]))``, without a bias ``y = R(scale[m] * t)``;
-        R() is one rounding to nearest even to ``out_dtype``. The same bits for every M, position, thread count and ISA
-        level. A NaN scale makes its row NaN. Where K = 0, ``t`` is 0.
+        R() is one rounding to nearest even to ``out_dtype``. The same bits for every M, position, thread count, ISA
+        level and GPU. A NaN scale makes its row NaN. Where K = 0, ``t`` is 0.
 
     Raises:
         ValueError: shapes or strides do not fit; K above its bound; the weight has groups; a bias with int32 output;
@@ -130,12 +130,14 @@ def _check(
     ok = out_features >= 0 and out_features % 8 == 0
     check.require(ok, "out_features", "be a multiple of 8", lambda: str(out_features))
     check.require(packed.dim() == 2, "packed", "have 2 dimensions", lambda: str(packed.dim()))
-    requirement = "hold a multiple of 8 columns of 16 elements a strip"
-    check.require(packed.shape[1] % 128 == 0, "packed", requirement, lambda: str(packed.shape[1]))
-    k = packed.shape[1] // 16
-    strips = (out_features + 15) // 16
-    check.shape(packed, "packed", "[S, 16 K]", (strips, 16 * k))
-    check.require(q.shape[-1] == k, "q", f"have last dimension K = {k}", lambda: str(q.shape[-1]))
+    step = column_step(packed.device)
+    requirement = f"hold a multiple of {step} columns of 16 elements a strip"
+    check.require(packed.shape[1] % (16 * step) == 0, "packed", requirement, lambda: str(packed.shape[1]))
+    stored, strips = packed.shape[1] // 16, strips_of(out_features)
+    check.shape(packed, "packed", "[S, 16 K]", (strips, 16 * stored))
+    k = q.shape[-1]
+    ok = k % 8 == 0 and stored_columns(k, packed.device) == stored
+    check.require(ok, "q", f"have last dimension K = {stored}", lambda: str(k))
     max_k = MAX_K if zero_point is None else MAX_K_WITH_ZERO_POINT
     requirement = f"have at most {max_k} columns" + ("" if zero_point is None else " with a zero_point")
     check.require(k <= max_k, "q", requirement, lambda: str(k))

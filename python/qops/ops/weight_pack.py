@@ -1,7 +1,8 @@
 """int4_pack, int4_unpack, int8_pack, int8_unpack: fake kernels of the packing ops behind qops.weights.
 
-The layouts stand in csrc/cpu/weight_pack.cpp and csrc/int4_layout.h. A GPU's pads K to a multiple of 64, and unpacking
-gives the columns of padding too. These ops have no public wrapper: Int4Weight and Int8Weight call them.
+The layouts stand in csrc/cpu/weight_pack.cpp, for a GPU in csrc/int4_layout.h and csrc/int8_layout.h. A GPU's pads K
+to a multiple of 64, and unpacking gives the columns of padding too. These ops have no public wrapper: Int4Weight and
+Int8Weight call them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def _pack(op: str, qweight: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
     k = elements * codes
     check.require(k % 8 == 0, "qweight", "have a multiple of 8 columns", lambda: str(k))
     check.contiguous(qweight, "qweight")
-    return check.new_empty(qweight, (strips_of(n), stored_columns(k, qweight.device, bits=bits) // codes * STRIP_ROWS))
+    return check.new_empty(qweight, (strips_of(n), stored_columns(k, qweight.device) // codes * STRIP_ROWS))
 
 
 def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, bits: int) -> Tensor:
@@ -38,7 +39,7 @@ def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, bits
     strips = strips_of(out_features)
     requirement = f"have ceil(out_features / 16) = {strips} strips"
     check.require(packed.shape[0] == strips, "packed", requirement, lambda: str(packed.shape[0]))
-    row = column_step(packed.device, bits=bits) * bits // 8 * STRIP_ROWS
+    row = column_step(packed.device) * bits // 8 * STRIP_ROWS
     requirement = f"have strips of a multiple of {row}"
     check.require(packed.shape[1] % row == 0, "packed", requirement, lambda: str(packed.shape[1]))
     check.contiguous(packed, "packed")

@@ -1,0 +1,227 @@
+// Which tile int8_gemm uses on a GPU, and which part of the product each block computes: pure functions of the shape
+// and of the GPU, that know nothing of epilogues. Sums are exact integers, so no plan changes a bit of the result.
+//
+// A unit is one tile of tokens x 128 rows of w over one block of 64 columns of K. Units are counted tile by tile, K
+// first, and the count is cut into equal ranges, one for each block of the grid: every multiprocessor has the same
+// work, whatever the shape (N = 4096 in tiles of one block each would leave most of them idle). A range may begin and
+// end inside a tile; what it has of such a tile goes to scratch, and a second kernel adds. Where tiles fill the GPU
+// well enough, ranges are whole tiles and there is no second kernel.
+//
+// The times are a model, in cycles of a multiprocessor, that ranks plans. It has not been fitted to measurements.
+#pragma once
+
+#include "cuda/gemm_config.h"
+#include "int8_layout.h"
+
+namespace qops::cuda::int8 {
+
+using namespace qops::int8;
+
+inline constexpr int kTileStrips = 8;
+inline constexpr int kTileRows = kTileStrips * kStripRows;
+inline constexpr int kTileTokens[] = {8, 16, 32, 64, 128};
+// 64 columns of a token.
+inline constexpr int kTokenBytes = kBlockColumns;
+inline constexpr int kWeightBytes = kTileStrips * kBlockBytes;  // of a stage
+
+// How a tile is shared by warps, and how many stages of K are in shared memory. Up to 32 tokens weights bound the
+// product: a warp for each strip, and 48 or 56 KiB of weights under way in each of two blocks. Beyond, a warp
+// multiplies 4 strips by 64 tokens (2 strips where there are no more tokens): 12 reads of 512 bytes for 64
+// instructions, which is what shared memory can do beside the tensor cores.
+struct TileShape {
+  int tokens, strips_of_warp, token_warps, stages;
+
+  QOPS_ALWAYS_INLINE constexpr int strip_warps() const { return kTileStrips / strips_of_warp; }
+  QOPS_ALWAYS_INLINE constexpr int warps() const { return token_warps * strip_warps(); }
+  QOPS_ALWAYS_INLINE constexpr int threads() const { return 32 * warps(); }
+  QOPS_ALWAYS_INLINE constexpr int token_tiles() const { return tokens / 8 / token_warps; }  // of a warp
+  QOPS_ALWAYS_INLINE constexpr int stage_bytes() const { return kWeightBytes + tokens * kTokenBytes; }
+  // Sums of 8 tokens by the rows of a warp, on their way to memory. 2 * stride = 8 modulo 32 makes the stores of a
+  // fragment, lanes 4 g + t at row 2 t and column g, free of bank conflicts.
+  QOPS_ALWAYS_INLINE constexpr int sum_stride() const { return strips_of_warp * kStripRows + 4; }
+  QOPS_ALWAYS_INLINE constexpr int shared_bytes() const {
+    return stages * stage_bytes() + warps() * 8 * sum_stride() * 4;
+  }
+};
+constexpr TileShape tile_shape(int tokens) {
+  if (tokens == 128) return {128, 4, 2, 4};
+  if (tokens == 64) return {64, 2, 1, 6};
+  return {tokens, 1, 1, tokens == 32 ? 7 : 8};
+}
+
+// Where 16 bytes of a token lie in a stage, two tokens in 128 bytes: permuted so that eight tokens of one column of
+// chunks, which ldmatrix reads at a time, are in different banks.
+QOPS_ALWAYS_INLINE constexpr int token_place(int token, int chunk) {
+  return token * kTokenBytes + ((chunk ^ token >> 1) & 3) * 16;
+}
+// What `lane` gives to ldmatrix for two tiles of eight tokens (lanes 0 .. 15 for one): the B operands of one of the two
+// fragments. The second is kNextFragment away, by exclusive or.
+QOPS_ALWAYS_INLINE constexpr int token_address(int lane, int fragment = 0) {
+  return token_place(lane / 16 * 8 + lane % 8, 2 * fragment + lane / 8 % 2);
+}
+inline constexpr uint32_t kNextFragment = 32;
+
+// --- the plan --------------------------------------------------------------------------------------------------------
+
+// What a block computes: tiles first_tile .. end_tile - 1, of the first one from block first_k of K on, of the last one
+// up to end_k.
+struct Part {
+  int64_t first_tile, end_tile;
+  int first_k, end_k;
+};
+
+// A tile that blocks first .. last share; none where last < first.
+struct Split {
+  int64_t tile;
+  int64_t first, last;
+};
+
+struct Position {
+  int64_t token_tile, row_tile;
+};
+
+struct Plan {
+  int tokens;  // of a tile
+  bool split;  // ranges may end inside of tiles
+  int k_blocks;
+  int64_t token_tiles, row_tiles;
+  int64_t blocks;
+  int64_t time;  // by the model
+
+  QOPS_ALWAYS_INLINE constexpr int64_t tiles() const { return token_tiles * row_tiles; }
+  QOPS_ALWAYS_INLINE constexpr int64_t units() const { return tiles() * k_blocks; }
+  QOPS_ALWAYS_INLINE constexpr int64_t first_unit(int64_t block) const {
+    return split ? units() * block / blocks : tiles() * block / blocks * k_blocks;
+  }
+
+  QOPS_ALWAYS_INLINE constexpr Part part(int64_t block) const {
+    if (!split) return {tiles() * block / blocks, tiles() * (block + 1) / blocks, 0, k_blocks};
+    const int64_t begin = first_unit(block), end = first_unit(block + 1), end_tile = ceil_div(end, k_blocks);
+    return {begin / k_blocks, end_tile, static_cast<int>(begin % k_blocks),
+            static_cast<int>(end - (end_tile - 1) * k_blocks)};
+  }
+
+  // The block that computes a unit, of a split plan.
+  QOPS_ALWAYS_INLINE constexpr int64_t block_of(int64_t unit) const { return ((unit + 1) * blocks - 1) / units(); }
+
+  // The tile that the range of `block` begins inside of, told for one block of each such tile.
+  QOPS_ALWAYS_INLINE constexpr Split split_at(int64_t block) const {
+    const int64_t unit = first_unit(block), tile = unit / k_blocks;
+    if (unit % k_blocks == 0) return {tile, 0, -1};
+    const int64_t first = block_of(tile * k_blocks);
+    if (block != first + 1) return {tile, 0, -1};
+    return {tile, first, block_of((tile + 1) * k_blocks - 1)};
+  }
+
+  // Sums [slot][token][row] of tiles that blocks share: a block has two at most, the first and the last of its range.
+  QOPS_ALWAYS_INLINE constexpr int64_t slot(int64_t block, int64_t tile) const {
+    return 2 * block + (tile == first_unit(block) / k_blocks ? 0 : 1);
+  }
+  constexpr int64_t scratch_bytes() const { return split ? 2 * blocks * tokens * kTileRows * 4 : 0; }
+
+  // Eight tiles of tokens pass over the rows of w together, so that those which run at one time share both.
+  static constexpr int64_t kGroup = 8;
+  QOPS_ALWAYS_INLINE constexpr Position position(int64_t tile) const {
+    const int64_t group = tile / (kGroup * row_tiles), within = tile % (kGroup * row_tiles);
+    const int64_t size = token_tiles - group * kGroup < kGroup ? token_tiles - group * kGroup : kGroup;
+    return {group * kGroup + within % size, within / size};
+  }
+};
+
+namespace model {
+
+// Bytes that reach a multiprocessor in a cycle: its share of the memory, what it gets if others leave theirs, and from
+// L2; mma.m16n8k32 that it does in a cycle (half of one), and what starting a kernel and filling its ring costs.
+inline constexpr int64_t kBytesPerCycle = 16;
+inline constexpr int64_t kMostBytesPerCycle = 20;
+inline constexpr int64_t kL2BytesPerCycle = 40;
+inline constexpr int64_t kCyclesPerMma = 2;
+inline constexpr int64_t kStart = 2000;
+inline constexpr int64_t kSecondKernel = 2000;
+// A block is not worth its start for fewer.
+inline constexpr int64_t kLeastUnits = 4;
+
+constexpr int64_t blocks_per_multiprocessor(TileShape tile, Gpu gpu) {
+  constexpr int64_t kReserved = 1024;  // of each block, by CUDA
+  return max_of(1, min_of(2, (gpu.shared_bytes + kReserved) / (tile.shared_bytes() + kReserved)));
+}
+
+constexpr Plan plan(int64_t m, int64_t n, int64_t k, int tokens, bool split, Gpu gpu) {
+  const TileShape tile = tile_shape(tokens);
+  Plan p{};
+  p.tokens = tokens;
+  p.split = split;
+  p.k_blocks = static_cast<int>(int8::blocks(k));
+  p.token_tiles = ceil_div(m, tokens);
+  p.row_tiles = ceil_div(n, kTileRows);
+  const int64_t resident = gpu.multiprocessors * blocks_per_multiprocessor(tile, gpu);
+  p.blocks = min_of(split ? ceil_div(p.units(), kLeastUnits) : p.tiles(), resident);
+  const int64_t of_block = split ? ceil_div(p.units(), p.blocks) : ceil_div(p.tiles(), p.blocks) * p.k_blocks;
+  const int64_t of_multiprocessor = of_block * ceil_div(p.blocks, gpu.multiprocessors);
+  const int64_t mma = int64_t{tokens} / 8 * kTileStrips * kFragments * kCyclesPerMma;
+  const int64_t from_memory = kWeightBytes / (kMostBytesPerCycle * p.token_tiles);
+  const int64_t unit = max_of(max_of(mma, from_memory), tile.stage_bytes() / kL2BytesPerCycle);
+  const int64_t memory = strips(n) * strip_bytes(k) / (kBytesPerCycle * gpu.multiprocessors);
+  p.time = kStart + max_of(of_multiprocessor * unit, memory);
+  if (split) {
+    const int64_t slots = p.blocks + min_of(p.blocks, p.tiles());
+    const int64_t sums = slots * min_of(m, tokens) * kTileRows * 4;  // written and read
+    p.time += kSecondKernel + 2 * sums / (kL2BytesPerCycle * gpu.multiprocessors);
+  }
+  return p;
+}
+
+}  // namespace model
+
+// Total: a plan for every M and N above 0 and every K, on every GPU with 99 KiB of shared memory.
+constexpr Plan plan_int8_gemm(int64_t m, int64_t n, int64_t k, Gpu gpu) {
+  Plan best{};
+  for (const int tokens : kTileTokens) {
+    for (int splits = 0; splits < (k == 0 ? 1 : 2); ++splits) {
+      const Plan p = model::plan(m, n, k, tokens, splits == 1, gpu);
+      if (best.blocks == 0 || p.time <= best.time) best = p;
+    }
+    if (m <= tokens) break;
+  }
+  return best;
+}
+
+namespace proof {
+
+// Phases of eight lanes, 16 bytes each, touch all 32 banks once.
+template <class F>
+constexpr bool covers_the_banks(int lanes, const F& address) {
+  for (int phase = 0; phase < lanes; phase += 8) {
+    int units = 0;
+    for (int lane = phase; lane < phase + 8; ++lane) units |= 1 << address(lane) / 16 % 8;
+    if (units != 0xff) return false;
+  }
+  return true;
+}
+static_assert(covers_the_banks(32, [](int lane) { return token_address(lane); }));
+static_assert(covers_the_banks(32, [](int lane) { return token_address(lane, 1); }));
+static_assert(covers_the_banks(512, [](int piece) { return token_place(piece / 4, piece % 4); }));  // the copies
+static_assert(covers_the_banks(32, [](int lane) { return lane * kLaneBytes; }));                    // fragments of w
+
+constexpr bool fragments_are_apart() {
+  for (int lane = 0; lane < 32; ++lane) {
+    if (token_address(lane, 1) != (token_address(lane) ^ static_cast<int>(kNextFragment))) return false;
+  }
+  return true;
+}
+static_assert(fragments_are_apart());
+
+constexpr bool shapes_fit() {
+  for (const int tokens : kTileTokens) {
+    const TileShape t = tile_shape(tokens);
+    // Two blocks on an A100's 164 KiB, one on the 99 KiB of the smallest.
+    if (t.tokens != tokens || 2 * (t.shared_bytes() + 1024) > 164 * 1024 || t.shared_bytes() > 99 * 1024) return false;
+    if (t.token_tiles() * t.token_warps * 8 != tokens || 2 * t.sum_stride() % 32 != 8) return false;
+    if (t.stages < 4 || tokens * 4 % 32 != 0) return false;
+  }
+  return true;
+}
+static_assert(shapes_fit());
+
+}  // namespace proof
+}  // namespace qops::cuda::int8
