@@ -194,11 +194,12 @@ def machine_code(source: str) -> list[tuple[str, str]]:
 
 def test_packed_weights_move_16_bytes_at_a_time(log):
     for name, code in machine_code("weight_pack.cu"):
-        wide, words = ("STG", "LDG") if "pack_kernel<true>" in name else ("LDG", "STG")
-        assert f"{wide}.E.128" in code and re.search(rf"{words}\.E (?!64|128)", code), name
-        assert not re.search(rf"{wide}\.E (?!64|128)", code), name
+        # Canonical words of 4 bytes on the other side; for sm_120 nvcc does not see that they are global.
+        packed, words = ("STG", r"LDG?") if "pack_kernel<true>" in name else ("LDG", "STG")
+        assert set(re.findall(rf"\b{packed}\.E\S*", code)) == {f"{packed}.E.128"}, name
+        assert re.search(rf"\b{words}\.E ", code), name
     for name, code in machine_code("int4_dequantize.cu"):
-        assert "LDG.E.128" in code and set(re.findall(r"STG\.E\S*", code)) == {"STG.E.128"}, name
+        assert "LDG.E.128" in code and set(re.findall(r"\bSTG\.E\S*", code)) == {"STG.E.128"}, name
 
 
 def test_gemm_loops_hold_what_they_have_to(log):
