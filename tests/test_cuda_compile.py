@@ -51,7 +51,7 @@ class Compiled:
         shape = re.search(r"RowShape<(\d+), (\d+), (true|false)>", self.instance)
         if shape:
             return f"{self.kernel} {' '.join(shape.groups())}"
-        tile = re.search(rf"{self.kernel}<\w+, ([\w, ]+)>", self.instance)
+        tile = re.search(rf"{self.kernel}<\w+, (\d+, [\w, ]+)>", self.instance)
         return f"{self.kernel} {tile.group(1).replace(',', '')}" if tile else self.kernel
 
 
