@@ -29,9 +29,9 @@ enum class Policy : uint8_t {
 struct Options {
   uint64_t seed = 1;  // of every choice: a seed and a policy replay a launch exactly
   Policy policy = Policy::kPrio;
-  int arch = 90;            // compute capability times ten: what it lacks is a fault
+  int arch = 90;              // compute capability times ten: what it lacks is a fault
   int multiprocessors = 132;  // that a launch may ask for; any number of blocks runs
-  int resident_blocks = 0;  // that run interleaved; 0: one to four, drawn from the seed
+  int resident_blocks = 0;    // that run interleaved; 0: one to four, drawn from the seed
   // Switches between threads, while none of them ends, until a launch counts as one that hangs: about two seconds. A
   // block that multiplies 64 x 4096 by 4096 x 32 by mma.sync takes 0.3 million.
   uint64_t max_switches = 20'000'000;
