@@ -134,5 +134,6 @@ def test_every_stage_ends_within_eight_minutes():
 
 def test_tests_are_found_by_their_names():
     """A new operator's file tests/test_cuda_<op>.py is run without being listed."""
-    files = [path.name for path in (gpu_evidence.ROOT / "tests").glob("test_cuda_*.py")]
-    assert {"test_cuda_ops.py", "test_cuda_gpu.py"} <= set(files)
+    assert {"tests/test_cuda_ops.py", "tests/test_cuda_gpu.py", "tests/test_cuda_int4_gemm.py"} <= {
+        *gpu_evidence.cuda_tests()
+    }
