@@ -355,7 +355,7 @@ Tensor Checker::new_tensor(const Tensor& like, const std::vector<int64_t>& sizes
     unsupported("the result must fit into memory, got " + dtype_name(dtype) + " " + to_string(shape));
   }
   Tensor tensor(handle);
-  if (poisoned && tensor.is_cpu()) {
+  if (poisoned && tensor.is_cpu() && tensor.numel() > 0) {
     std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(tensor.numel() * element_bytes(dtype)));
   }
   return tensor;
