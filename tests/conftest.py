@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--emulator-sanitizers", default="", help="of the emulated operators, e.g. address,undefined; preload them too"
     )
     parser.addoption(
-        "--cuda-archs", default="8.0 9.0a 12.0", help="what the compiler gates build for (test_cuda_compile.py)"
+        "--cuda-archs", default="8.0 9.0a", help="what the compiler gates build for (test_cuda_compile.py)"
     )
 
 
