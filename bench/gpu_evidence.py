@@ -15,7 +15,8 @@
 
 DIR gets evidence.json (every step: what it was, how it ended, how long it took), evidence.log (what the steps printed)
 and one JSON document for each benchmark. A tool that this machine does not have is a result, "unavailable", no failure.
-Without a GPU some of the tests run in the emulator, and sanitize and the benchmarks are unavailable: so the way there is tried.
+Without a GPU some of the tests run in the emulator, and sanitize and the benchmarks are unavailable: so the way there
+is tried.
 """
 
 from __future__ import annotations
