@@ -168,6 +168,8 @@ def cases(op: str, selection: Selection) -> list[Case]:
     """Those of an operator."""
     if op in problems.GEMMS:
         return [case for dtype in selection.dtypes for case in _gemms(op, dtype, selection)]
+    if op in problems.DEQUANTIZERS:
+        return [case for dtype in selection.dtypes for case in _dequantizers(op, dtype, selection)]
     return [
         Case(op, {"T": tokens, **shape, "dtype": dtype, "cache": cache})
         for dtype in selection.dtypes
@@ -192,6 +194,14 @@ def _gemms(op: str, dtype: str, selection: Selection) -> Iterator[Case]:
                 for cache in selection.caches_of(None):
                     sizes = {"layer": layer, "M": m, "N": n, "K": k}
                     yield Case(op, {**sizes, **weight, "dtype": dtype, "cache": cache})
+
+
+def _dequantizers(op: str, dtype: str, selection: Selection) -> Iterator[Case]:
+    """The weights come from memory, as nobody dequantises one twice."""
+    for layer in _chosen(LAYERS, selection.layers):
+        n, k = LAYERS[layer]
+        for weight in _weights(op, k, selection):
+            yield Case(op, {"layer": layer, "N": n, "K": k, **weight, "dtype": dtype, "cache": "cold"})
 
 
 def _weights(op: str, k: int, selection: Selection) -> list[dict[str, int | str]]:

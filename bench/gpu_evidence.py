@@ -44,7 +44,7 @@ STAGE_SECONDS = 460.0
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # A few minutes under a sanitizer: every kernel, aligned and not, with and without values past the row's end.
 SANITIZED_TESTS = "gpu and (begin_anywhere or behind_a_row or heads or every_group_size or every_small_number)"
-GEMMS = ("int4_gemm", "int8_gemm")
+GEMMS = ("int4_gemm", "int8_gemm", "int4_dequantize")
 ROW_OPS = (
     *("rms_norm", "add_rms_norm", "rms_norm_int8", "add_rms_norm_int8", "quantize_int8", "quantize_int8_asym"),
     *("quantize_int8_static", "rotary", "qk_norm_rotary", "silu_mul", "silu_mul_int8"),

@@ -108,13 +108,14 @@ Problem = Int4Gemm | Int8WeightOnlyGemm | Int8Gemm | Norm | Quantize | Rotary | 
 
 WEIGHT_ONLY = ("int4_gemm", "int8_weight_only_gemm")
 GEMMS = (*WEIGHT_ONLY, "int8_gemm")
+DEQUANTIZERS = ("int4_dequantize",)
 NORMS = ("rms_norm", "add_rms_norm", "rms_norm_int8", "add_rms_norm_int8")
 QUANTIZERS = ("quantize_int8", "quantize_int8_asym", "quantize_int8_static")
 # What a row's scale and zero point take.
 SCALE_BYTES = {"quantize_int8": 4, "quantize_int8_asym": 8, "quantize_int8_static": 0}
 ROTARIES = ("rotary", "qk_norm_rotary")
 SILUS = ("silu_mul", "silu_mul_int8")
-OPS = (*GEMMS, *NORMS, *QUANTIZERS, *ROTARIES, *SILUS)
+OPS = (*GEMMS, *DEQUANTIZERS, *NORMS, *QUANTIZERS, *ROTARIES, *SILUS)
 
 
 class _Random:
@@ -155,6 +156,8 @@ def make(op: str, axes: Axes, device: str = "cpu", seed: int = 0) -> Problem:
     rng, dtype = _Random(device, seed), dtype_of(axes)
     if op in GEMMS:
         return _gemm(op, axes, rng, dtype)
+    if op in DEQUANTIZERS:  # the weight of int4_gemm; x says the dtype of the result
+        return _gemm("int4_gemm", {**axes, "M": 1}, rng, dtype)
     if op in NORMS:
         t, h = _sizes(axes, "T H")
         residual = rng.activations(t, h).to(dtype) if op.startswith("add_") else None
@@ -220,6 +223,9 @@ def _places(size: int, limit: int) -> Tensor:
 
 def _sampled(op: str, problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Rows and columns where the reference is computed; only GEMMs leave out columns, as their outputs stand alone."""
+    if op in DEQUANTIZERS:
+        assert isinstance(problem, Int4Gemm)
+        return _places(problem.scales.shape[0], SAMPLED_ROWS), None
     if isinstance(problem, Int4Gemm | Int8WeightOnlyGemm | Int8Gemm):
         a, w = (problem.q, problem.codes) if isinstance(problem, Int8Gemm) else (problem.x, problem.scales)
         m, n = a.shape[0], w.shape[0]
@@ -251,6 +257,9 @@ def reference(op: str, problem: Problem) -> tuple[Tensor, ...]:
     def at(tensor: Tensor, index: Tensor = rows) -> Tensor:
         return tensor[index.to(tensor.device)].cpu()
 
+    if op in DEQUANTIZERS:
+        assert isinstance(problem, Int4Gemm)
+        return (dequantize(problem, rows).cpu(),)
     if isinstance(problem, Int8Gemm):
         assert columns is not None
         sums = at(problem.q).double() @ at(problem.codes, columns).double().T
@@ -322,6 +331,9 @@ def bytes_and_flops(op: str, axes: Axes) -> tuple[int, int]:
         m, n, k = _sizes(axes, "M N K")
         moved = m * n * size + weight_bytes(op, axes)
         return moved + (m * (k + 4) if op == "int8_gemm" else m * k * size), 2 * m * n * k
+    if op in DEQUANTIZERS:
+        n, k = _sizes(axes, "N K")
+        return weight_bytes("int4_gemm", axes) + n * k * size, 2 * n * k
     if op in NORMS:
         t, h = _sizes(axes, "T H")
         added, quantized = op.startswith("add_"), op.endswith("_int8")
@@ -347,6 +359,9 @@ def written_bytes(op: str, axes: Axes) -> int:
     if op in GEMMS:
         m, n = _sizes(axes, "M N")
         return m * n * size
+    if op in DEQUANTIZERS:
+        n, k = _sizes(axes, "N K")
+        return n * k * size
     if op in NORMS:
         t, h = _sizes(axes, "T H")
         return t * ((h + 4 if op.endswith("_int8") else h * size) + (h * size if op.startswith("add_") else 0))

@@ -85,7 +85,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
 
 
 def rows_axis(axes: Axes) -> tuple[str, int]:
-    name = next(name for name in ROWS if name in axes)
+    name = next((name for name in ROWS if name in axes), "N")  # a dequantised weight has N rows
     return name, int(axes[name])
 
 

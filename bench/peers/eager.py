@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problems import Norm, Problem, Quantize, Result, Rotary, SiluMul
+from bench import problems
+from bench.problems import Int4Gemm, Norm, Problem, Quantize, Result, Rotary, SiluMul
 from bench.providers import Provider
 
 TRANSFORMERS = "rounded as Transformers"
@@ -164,6 +165,10 @@ def _norms(name: str, norm: Callable[..., Tensor], accuracy: str) -> list[Formul
     return [Formula(name, op, accuracy, _norm, lambda p, form=form: form) for op, form in forms.items()]
 
 
+def int4_dequantize(p: Int4Gemm) -> Callable[[], Result]:
+    return functools.partial(problems.dequantize, p, dtype=p.x.dtype)
+
+
 FORMULAS = [
     *_norms("transformers formula", transformers_norm, TRANSFORMERS),
     *(
@@ -178,6 +183,9 @@ FORMULAS = [
 ]
 
 PROVIDERS = [
-    Provider(formula.name, formula.op, ("cpu", "cuda"), formula.build, formula.accuracy)
-    for formula in (*FORMULAS, *_norms("torch F.rms_norm", functional_norm, "rounded once"))
+    Provider("torch eager", "int4_dequantize", ("cpu", "cuda"), int4_dequantize, "in 16 bits"),
+    *(
+        Provider(formula.name, formula.op, ("cpu", "cuda"), formula.build, formula.accuracy)
+        for formula in (*FORMULAS, *_norms("torch F.rms_norm", functional_norm, "rounded once"))
+    ),
 ]

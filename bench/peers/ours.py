@@ -30,6 +30,11 @@ def int4_gemm(p: Int4Gemm) -> Callable[[], Result]:
     return functools.partial(qops.int4_gemm, p.x, weight)
 
 
+def int4_dequantize(p: Int4Gemm) -> Callable[[], Result]:
+    weight = qops.Int4Weight.from_canonical(p.qweight, p.scales, kind=p.kind, zeros=p.zeros)
+    return functools.partial(qops.int4_dequantize, weight, p.x.dtype)
+
+
 def int8_weight_only_gemm(p: Int8WeightOnlyGemm) -> Callable[[], Result]:
     return functools.partial(qops.int8_weight_only_gemm, p.x, qops.Int8Weight.from_canonical(p.codes, p.scales))
 
@@ -109,6 +114,7 @@ def _provider(name: str, op: str, build: Callable[..., Callable[[], Result]], ac
 
 PROVIDERS = [
     _provider(OURS, "int4_gemm", int4_gemm, EXACT),
+    _provider(OURS, "int4_dequantize", int4_dequantize, "rounded once"),
     _provider(OURS, "int8_weight_only_gemm", int8_weight_only_gemm, EXACT),
     _provider(OURS, "int8_gemm", int8_gemm, "exact sums"),
     *(
