@@ -97,11 +97,11 @@ class Checker {
 std::string to_string(Sizes sizes);
 std::string dtype_name(ScalarType dtype);
 
-// The sizes of t, the last one replaced; or without the last one.
 // For tests: whether new tensors on the CPU are filled with NaN (integers: -1), so that an element that no kernel
 // writes shows. torch's own option for that does not reach the function that makes them.
 void poison_outputs(bool on);
 
+// The sizes of t, the last one replaced; or without the last one.
 std::vector<int64_t> with_last_size(const Tensor& t, int64_t last);
 std::vector<int64_t> leading_sizes(const Tensor& t);
 
