@@ -75,6 +75,7 @@ class Evidence:
     modules: Path | None = None
     peers: Path | None = None
     commit: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     deadline: float = 0.0
 
@@ -94,7 +95,7 @@ class Evidence:
         document = {
             "schema": SCHEMA,
             "device": self.device,
-            "versions": versions(),
+            "versions": self.versions,
             "steps": list(map(asdict, self.steps)),
         }
         whole = self.out / "evidence.json.part"
@@ -170,8 +171,8 @@ def summary(lines: Sequence[str], unavailable: str) -> str:
     return next((line.strip()[:160] for line in reversed(lines) if line.strip()), "")
 
 
-def versions() -> dict[str, str]:
-    """Of what the figures depend on, as far as this machine has it."""
+def versions(commit: str) -> dict[str, str]:
+    """Of what the figures depend on, as far as this machine has it; ``commit`` where git does not know it."""
     import torch
 
     found = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda or ""}
@@ -184,16 +185,17 @@ def versions() -> dict[str, str]:
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             lines = [line for line in run.stdout.splitlines() if line.strip()]
             found[name] = lines[-1].strip() if run.returncode == 0 and lines else ""
-    return found
+    return {**found, "git_sha": found.get("git_sha") or commit}
 
 
 def fingerprint() -> str:
     """Of the sources that a build, a test or a benchmark is made of."""
     digest = hashlib.sha256()
-    for folder in ("csrc", "python", "tests", "bench"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".h", ".cuh", ".cu", ".cpp", ".py", ".txt") and path.is_file():
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    paths = [ROOT / name for name in ("CMakeLists.txt", "pyproject.toml", "setup.py")]
+    paths += (path for folder in ("csrc", "python", "tests", "bench") for path in sorted((ROOT / folder).rglob("*")))
+    for path in paths:
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp", ".py", ".toml", ".txt") and path.is_file():
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -328,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     evidence = load(args.out.resolve())
     evidence.modules, evidence.peers, evidence.commit = args.modules, args.peers, args.commit
+    evidence.versions = versions(args.commit)
     for stage in chosen:
         kept = SITE.is_dir() if stage == "build" else stage != "install-peers"
         if kept and evidence.passed(stage) and not args.again:

@@ -137,3 +137,20 @@ def test_tests_are_found_by_their_names():
     assert {"tests/test_cuda_ops.py", "tests/test_cuda_gpu.py", "tests/test_cuda_int4_gemm.py"} <= {
         *gpu_evidence.cuda_tests()
     }
+
+
+def test_a_change_of_the_build_is_another_source(tmp_path, monkeypatch):
+    """So that what has passed before it is run again."""
+    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml"):
+        (tmp_path / name).write_text("before")
+    monkeypatch.setattr(gpu_evidence, "ROOT", tmp_path)
+    found = {gpu_evidence.fingerprint()}
+    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml"):
+        (tmp_path / name).write_text("after")
+        found.add(gpu_evidence.fingerprint())
+    assert len(found) == 4
+
+
+def test_the_commit_is_recorded_where_git_does_not_know_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_evidence, "ROOT", tmp_path)
+    assert gpu_evidence.versions("abc")["git_sha"] == "abc"
