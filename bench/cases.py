@@ -110,7 +110,7 @@ class Selection:
 
 FULL = Selection(dtypes=("bfloat16", "float16"))
 USUAL = frozenset({"symmetric", "127", "asym", "static"})
-# A quarter of an hour on two cores, one thread and then two, with every peer.
+# 94 of its cases took 690 s on two cores, two threads, with every peer (cpu_xeon_amx.json).
 CPU = Selection(
     layers=frozenset({"llama3-8b o", "smollm2-135m gate_up", "smollm2-135m down"}),
     rows=frozenset({1, 4, 16, 64, 256}),
