@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.peers import libraries
 from bench.peers.layouts import multiples
-from bench.peers.vllm_rows import cos_sin_cache, one_qkv
+from bench.peers.vllm_rows import rotary_by, silu_mul_by
 from bench.problems import Axes, Int8Gemm, Norm, Result, Rotary, SiluMul
 from bench.providers import Provider
 
@@ -56,26 +56,11 @@ def add_rms_norm(p: Norm) -> Callable[[], Result]:
 
 
 def rotary(p: Rotary) -> Callable[[], Result]:
-    op, head = ops().rotary_embedding, p.q.shape[2]
-    positions, cache = cos_sin_cache(p, p.q.dtype)
-    _, q, k = one_qkv(p)
-
-    def call() -> tuple[Tensor, Tensor]:
-        op(positions, q.flatten(1), k.flatten(1), head, cache, True)
-        return q, k
-
-    return call
+    return rotary_by(ops().rotary_embedding, p)
 
 
 def silu_mul(p: SiluMul) -> Callable[[], Result]:
-    op = ops().silu_and_mul
-    y = torch.empty(p.gate_up.shape[0], p.gate_up.shape[1] // 2, dtype=p.gate_up.dtype, device=p.gate_up.device)
-
-    def call() -> Tensor:
-        op(y, p.gate_up)
-        return y
-
-    return call
+    return silu_mul_by(ops().silu_and_mul, p)
 
 
 def _gemm_unsupported(device: str, axes: Axes) -> str | None:

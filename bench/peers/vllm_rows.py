@@ -114,8 +114,9 @@ def quantize_int8_static(p: Quantize) -> Callable[[], Result]:
     return call
 
 
-def rotary(p: Rotary) -> Callable[[], Result]:
-    op, head = ops().rotary_embedding, p.q.shape[2]
+def rotary_by(op: Callable[..., Any], p: Rotary) -> Callable[[], Result]:
+    """Of vLLM's operator, whose form others have taken over."""
+    head = p.q.shape[2]
     positions, cache = cos_sin_cache(p, p.q.dtype)
     _, q, k = one_qkv(p)
 
@@ -124,6 +125,10 @@ def rotary(p: Rotary) -> Callable[[], Result]:
         return q, k
 
     return call
+
+
+def rotary(p: Rotary) -> Callable[[], Result]:
+    return rotary_by(ops().rotary_embedding, p)
 
 
 def qk_norm_rotary(p: Rotary) -> Callable[[], Result]:
@@ -139,8 +144,8 @@ def qk_norm_rotary(p: Rotary) -> Callable[[], Result]:
     return call
 
 
-def silu_mul(p: SiluMul) -> Callable[[], Result]:
-    op = ops().silu_and_mul
+def silu_mul_by(op: Callable[..., Any], p: SiluMul) -> Callable[[], Result]:
+    """Of vLLM's operator, likewise."""
     y = torch.empty(p.gate_up.shape[0], p.gate_up.shape[1] // 2, dtype=p.gate_up.dtype, device=p.gate_up.device)
 
     def call() -> Tensor:
@@ -148,6 +153,10 @@ def silu_mul(p: SiluMul) -> Callable[[], Result]:
         return y
 
     return call
+
+
+def silu_mul(p: SiluMul) -> Callable[[], Result]:
+    return silu_mul_by(ops().silu_and_mul, p)
 
 
 def silu_then_quantize(p: SiluMul) -> Callable[[], Result]:
