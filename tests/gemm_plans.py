@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from cuda_tools import ROOT, checked
 
-
 DECODE, TILED, DENSE = range(3)
 
 

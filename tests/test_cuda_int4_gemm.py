@@ -103,7 +103,7 @@ def test_every_kernel(emulated, emulator, dtype, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_rows_through_cublas(emulated, emulator, kind):
-    """Weights are rounded to bfloat16 and some strips multiplied at a time; what comes after the product is the same."""
+    """Weights are rounded to bfloat16, some strips multiplied at a time; what comes after the product is the same."""
     configure(emulated, multiprocessors=1)
     for index, (m, n, k, group_size) in enumerate(((300, 144, 384, 64), (300, 48, 336, 112), (2000, 3744, 512, 128))):
         if m == 2000 and kind != "zero_point":

@@ -90,7 +90,7 @@ def test_time_never_falls_with_more_rows():
 
 
 def test_the_crossover_to_cublas():
-    """From some M on, for good, on the GPUs where cuBLAS has instructions of its own, and only if weights may be rounded.
+    """From some M on, for good, on GPUs where cuBLAS has instructions of its own, and only if weights may be rounded.
 
     The numbers are those of a model that no measurement has fitted yet.
     """
@@ -141,8 +141,9 @@ FEW_UNDER_WAY = {
 
 
 def test_bytes_in_flight_and_of_x():
-    """What is under way on a multiprocessor covers the latency of the memory of an A100 and of an H100. And x comes from
-    L2 in no more bytes than codes from memory, up to twice as many where a warp of the decode kernel has few strips."""
+    """What is under way on a multiprocessor covers the latency of the memory of an A100 and of an H100. And x comes
+    from L2 in no more bytes than codes from memory, up to twice as many where a warp of the decode kernel has few
+    strips."""
     for gpu, needed in ((A100, 24), (H100, 64)):
         for (n, k), m in itertools.product(LAYERS, (1, 8, 16, 17, 32)):
             (plan,) = plans([Question(m, n, k, 128, 0, gpu)])
