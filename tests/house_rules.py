@@ -25,6 +25,7 @@ FILES_OF = {
     "quantize_int8_static": "quantize_int8",
     "qk_norm_rotary_": "qk_norm_rotary",
     "rotary_": "rotary",
+    "check_layout": "weight_pack",
     "int4_pack": "weight_pack",
     "int4_unpack": "weight_pack",
     "int8_pack": "weight_pack",
@@ -41,7 +42,7 @@ LAYER_FILES_OF = {
     ("tests", "weight_pack"): "weights",
 }
 # Used through qops.Int4Weight and qops.Int8Weight alone: no public function, no benchmark.
-INTERNAL_OPS = frozenset({"int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
+INTERNAL_OPS = frozenset({"check_layout", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qops.ops._checks import STRIP_ROWS, strips_of
+from qops.ops._checks import STRIP_ROWS, layout_of, strips_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -141,6 +141,12 @@ class QuantizedWeight(nn.Module):
         """What every forward calls: packing there would copy the weight inside a compiled or captured region."""
         if not self.is_packed:
             raise RuntimeError(f"{self._name()}: the weight is not packed; call .pack() before the forward")
+        self._name_layout()
+
+    def _name_layout(self) -> None:
+        """Has an exported model refuse to run where its constants, the packed tensors, would be read another way."""
+        if torch.compiler.is_exporting():
+            torch.ops.qops.check_layout.default(self.packed, layout_of(self.device))
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

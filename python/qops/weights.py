@@ -459,6 +459,8 @@ class Int8Weight(QuantizedWeight):
         """
         if ids.dtype not in (torch.int32, torch.int64):
             raise RuntimeError(f"{self._name()}.rows: ids must have dtype int32 or int64, got {dtype_name(ids.dtype)}")
+        if self.is_packed:
+            self._name_layout()
         n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
         ids = ids.long()
         # An id out of range, the padding rows' too, becomes a strip that does not exist, so that indexing itself
