@@ -227,6 +227,19 @@ class QuantizedWeight(nn.Module):
             start += size
         return parts
 
+    @torch.no_grad()
+    def with_rows(self, order: Tensor) -> Self:
+        """A weight with the rows of this one in another order, for whom its outputs are wanted in that order.
+
+        Args:
+            order: int64 ``[N]``; row i of the result is row ``order[i]`` of this weight.
+
+        Returns:
+            A weight with memory of its own, packed where this one is.
+        """
+        rows = {key: tensor if key == "perm" else tensor[order] for key, tensor in self.canonical().items()}
+        return self._from_tensors(rows, self._config_of_rows(), pack=self.is_packed)
+
     def extra_repr(self) -> str:
         form = "packed" if self.is_packed else "canonical"
         config = ", ".join(f"{key}={value}" for key, value in self._config().items())
