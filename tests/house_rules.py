@@ -25,6 +25,7 @@ FILES_OF = {
     "quantize_int8_static": "quantize_int8",
     "qk_norm_rotary_": "qk_norm_rotary",
     "rotary_": "rotary",
+    "check_layout": "weight_pack",
     "int4_pack": "weight_pack",
     "int4_unpack": "weight_pack",
     "int8_pack": "weight_pack",
@@ -41,7 +42,7 @@ LAYER_FILES_OF = {
     ("tests", "weight_pack"): "weights",
 }
 # Used through qops.Int4Weight and qops.Int8Weight alone: no public function, no benchmark.
-INTERNAL_OPS = frozenset({"int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
+INTERNAL_OPS = frozenset({"check_layout", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -305,6 +306,7 @@ def nameless_files(ops: Iterable[str], files: Iterable[str]) -> list[str]:
     """Binding, wrapper and benchmark files that belong to no operator."""
     known = {file for op in ops for file in files_of(op)}
     known |= {f"csrc/binding/{stem}.cpp" for stem in ("checks", "registration", "registration_cuda")}
+    known.add("bench/bench_models.py")  # of many operators
     pattern = r"csrc/binding/.*\.cpp|python/qops/ops/[^_].*\.py|bench/bench_.*\.py"
     return [f"{file} belongs to no operator" for file in files if re.fullmatch(pattern, file) and file not in known]
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "binding/checks.h"
 
@@ -15,13 +16,17 @@
 
 namespace qops::binding::device {
 
+// How weights are packed there, by kind of device and version; exported models name it. A change of
+// cpu/weight_pack.cpp, or of int4_layout.h or int8_layout.h, raises the number, here and in python/qops/ops/_checks.py.
 #if defined(QOPS_CUDA)
+inline constexpr std::string_view kLayout = "cuda 1";
 namespace kernels = qops::cuda;
 // What a tensor holds is not known when the kernel is launched.
 inline constexpr bool kValuesAreReadable = false;
 template <class Params>
 using Kernel = Status (*)(const Params&, cuda::Stream);
 #else
+inline constexpr std::string_view kLayout = "cpu 1";
 namespace kernels = qops::cpu;
 inline constexpr bool kValuesAreReadable = true;
 template <class Params>

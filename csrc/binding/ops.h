@@ -36,6 +36,7 @@ Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor
 void int8_weight_only_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                                int64_t out_features, int64_t group_size, const Tensor& out);
 
+void check_layout(const Tensor& packed, std::string_view layout);
 Tensor int4_pack(const Tensor& qweight);
 Tensor int4_unpack(const Tensor& packed, int64_t out_features);
 Tensor int8_pack(const Tensor& qweight);
