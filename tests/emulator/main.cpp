@@ -62,11 +62,13 @@ void run(const cases::Case& the_case, std::string_view policy, uint64_t seed, st
 }
 
 int usage() {
-  std::fprintf(stderr,
-               "usage: emulator_tests list\n"
-               "       emulator_tests run FIRST:LAST POLICY,... NAME...\n"
-               "       emulator_tests without FILE:LINE FIRST:LAST POLICY,... NAME...   a synchronisation left out\n"
-               "       emulator_tests synchronisations NAME...                          those that a run comes past\n");
+  std::fprintf(
+      stderr,
+      "usage: emulator_tests list\n"
+      "       emulator_tests run FIRST:LAST POLICY,... NAME...\n"
+      "       emulator_tests without FILE:LINE FIRST:LAST POLICY,... NAME...   a synchronisation left out\n"
+      "       emulator_tests synchronisations NAME...                          those that a run comes past\n"
+      "       emulator_tests trace FIRST:LAST POLICY,... NAME...   races and requests, in a build that traces\n");
   return 2;
 }
 
@@ -91,7 +93,7 @@ int main(int argc, char** argv) {
     args.erase(args.begin());
   };
   if (command == "without") take(left_out);
-  if (command == "without" || command == "run") {
+  if (command == "without" || command == "run" || (emu::kTraced && command == "trace")) {
     take(seeds);
     take(policies);
   } else if (command != "synchronisations") {
@@ -106,6 +108,10 @@ int main(int argc, char** argv) {
     if (found == all.end()) return usage();
     for (std::string_view policy : split(policies, ',')) {
       for (uint64_t seed = first; seed < last; ++seed) run(*found, policy, seed, left_out);
+    }
+    if constexpr (emu::kTraced) {
+      if (command != "trace") continue;
+      for (const std::string& line : emu::take_trace()) std::printf("%s\t%s\n", found->name, line.c_str());
     }
   }
   if (command == "synchronisations") {
