@@ -249,7 +249,10 @@ void require_aligned(const void* pointer, std::size_t bytes, const char* instruc
 void begin_atomic(const void* pointer, std::size_t bytes, const char* instruction, const Site& at) {
   require_aligned(pointer, bytes, instruction, at);
   pause();
-  if constexpr (kTraced) trace::access(pointer, bytes, trace::Access::kAtomicWrite, instruction, at);
+  if constexpr (kTraced) {
+    trace::access(pointer, bytes, trace::Access::kAtomicWrite, instruction, at);
+    trace::relaxed(pointer);
+  }
 }
 
 void require_global(const void* pointer, std::size_t bytes, const char* instruction, const Site& at) {

@@ -62,13 +62,12 @@ void run(const cases::Case& the_case, std::string_view policy, uint64_t seed, st
 }
 
 int usage() {
-  std::fprintf(
-      stderr,
-      "usage: emulator_tests list\n"
-      "       emulator_tests run FIRST:LAST POLICY,... NAME...\n"
-      "       emulator_tests without FILE:LINE FIRST:LAST POLICY,... NAME...   a synchronisation left out\n"
-      "       emulator_tests synchronisations NAME...                          those that a run comes past\n"
-      "       emulator_tests trace FIRST:LAST POLICY,... NAME...   races and requests, in a build that traces\n");
+  std::fprintf(stderr,
+               "usage: emulator_tests list\n"
+               "       emulator_tests run FIRST:LAST POLICY,... NAME...\n"
+               "       emulator_tests without FILE:LINE FIRST:LAST POLICY,... NAME...   a synchronisation left out\n"
+               "       emulator_tests synchronisations NAME...                          those that a run comes past\n"
+               "A build with the tracer adds what it has seen of each case: races, requests to memory.\n");
   return 2;
 }
 
@@ -93,7 +92,7 @@ int main(int argc, char** argv) {
     args.erase(args.begin());
   };
   if (command == "without") take(left_out);
-  if (command == "without" || command == "run" || (emu::kTraced && command == "trace")) {
+  if (command == "without" || command == "run") {
     take(seeds);
     take(policies);
   } else if (command != "synchronisations") {
@@ -110,7 +109,6 @@ int main(int argc, char** argv) {
       for (uint64_t seed = first; seed < last; ++seed) run(*found, policy, seed, left_out);
     }
     if constexpr (emu::kTraced) {
-      if (command != "trace") continue;
       for (const std::string& line : emu::take_trace()) std::printf("%s\t%s\n", found->name, line.c_str());
     }
   }

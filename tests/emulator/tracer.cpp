@@ -46,6 +46,8 @@ struct ThreadTrace {
   uint32_t epoch = 1;
   SharedClock known;
   const std::vector<uint32_t>* known_of_block = nullptr;  // in `known`
+  SharedClock fenced;                                     // what later relaxed atomics release: known at the last fence
+  SharedClock seen;  // what the next fence acquires: released through words that relaxed atomics have read
 };
 
 struct Request {
@@ -182,6 +184,14 @@ void add(Clock& to, const Clock& from) {
     mine.resize(std::max(mine.size(), epochs.size()));
     for (std::size_t i = 0; i < epochs.size(); ++i) mine[i] = std::max(mine[i], epochs[i]);
   }
+}
+
+// Either may be null.
+SharedClock both(const SharedClock& a, const SharedClock& b) {
+  if (a == nullptr || b == nullptr) return a == nullptr ? b : a;
+  auto clock = std::make_shared<Clock>(*a);
+  add(*clock, *b);
+  return clock;
 }
 
 // `before`, if any, and everything that the threads know and have done; a new epoch of theirs begins.
@@ -479,12 +489,21 @@ void release(const void* word) {
 }
 
 void acquire(const void* word) {
-  const auto found = t_tracer.released.find(word);
-  if (found == t_tracer.released.end()) return;
   ThreadTrace& self = trace_of(*t_scheduler->current);
-  auto clock = std::make_shared<Clock>(*self.known);
-  add(*clock, *found->second);
-  know(self, clock);
+  know(self, both(self.known, t_tracer.released[word]));
+}
+
+void relaxed(const void* word) {
+  ThreadTrace& self = trace_of(*t_scheduler->current);
+  SharedClock& clock = t_tracer.released[word];
+  self.seen = both(self.seen, clock);
+  clock = both(clock, self.fenced);
+}
+
+void fence() {
+  ThreadTrace* const self = &trace_of(*t_scheduler->current);
+  know(*self, both(self->known, self->seen));
+  self->fenced = joined(nullptr, {&self, 1});
 }
 
 void converge(Warp& warp) { close_requests(warp.block->trace->warps[static_cast<std::size_t>(warp.number)]); }

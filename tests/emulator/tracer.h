@@ -26,9 +26,11 @@ void end_read(const void* address, std::size_t bytes, const Site& at);
 void synchronise(Warp& warp, uint32_t lanes);
 void arrive(Warp& warp, uint32_t lanes, int barrier);
 void leave(Block& block, int barrier);  // all who wait there
-// Through a word of global or shared memory.
+// Through a word of memory: by its own semantics, or by those of a relaxed atomic between two fences.
 void release(const void* word);
 void acquire(const void* word);
+void relaxed(const void* word);
+void fence();
 
 // All lanes of the warp that are left stand at one place.
 void converge(Warp& warp);

@@ -82,6 +82,7 @@ void sync_warp(uint32_t mask, const Site& at) {
 
 void fence() {
   land_stores(*t_scheduler->current->warp);
+  if constexpr (kTraced) trace::fence();
   pause();
 }
 
