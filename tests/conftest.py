@@ -61,7 +61,8 @@ def threads():
 def emulated(request) -> ModuleType:
     """The module that registers the CUDA operators as torch.ops.qops_emu, and sets the emulator."""
     option = request.config.getoption
-    path = cuda_tools.build_emulated_operators("traced" if option("--emulator-tracer") else option("--emulator-sanitizers"))
+    variant = "traced" if option("--emulator-tracer") else option("--emulator-sanitizers")
+    path = cuda_tools.build_emulated_operators(variant)
     spec = importlib.util.spec_from_file_location("qops_emulated", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""The emulator's tracer: bugs that are races have names under the tamest schedule, sound kernels none, costs are exact."""
+"""The emulator's tracer: it names races under the tamest schedule, none in sound kernels, and its costs are exact."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ def test_sound_kernels_have_no_races(traced):
 RACES = {
     "row_sums_missing_barrier": ("read after write", "total += partial[w]", "partial[warp] = sum"),
     "row_sums_missing_reuse_barrier": ("write after read", "partial[warp] = sum", "total += partial[w]"),
-    "transpose_missing_barrier": ("read after write", "= tile[threadIdx.x * kStride + i]", "= x[static_cast<int64_t>(row"),
+    "transpose_missing_barrier": (
+        "read after write",
+        "= tile[threadIdx.x * kStride + i]",
+        "tile[i * kStride + threadIdx.x] =",
+    ),
     "scan_missing_barrier": ("read after write", "sum += totals[w]", "totals[warp] = sum"),
     "split_sum_missing_barrier": ("read after write", "total += partial[", "* kThreads + threadIdx.x] = sum"),
     "split_sum_missing_flag_barrier": ("write after read", "last[0] = before", "if (!last[0])"),
@@ -124,8 +128,11 @@ def test_words_hand_memory_over_by_acquire_and_release_or_by_fences(traced):
     for line in checked(str(traced.parent / "tracer_probe")).splitlines():
         fields = line.split("\t")
         found[fields[0]] += [fields[4:7]] if fields[1] == "race" else []
-    numbers = {text: number for number, line in enumerate(PROBE.splitlines(), start=1) for text in line.split("// ")[1:]}
-    race = ["read after write", *(f"tracer_probe.cpp:{numbers[text]}" for text in ("read", "written"))]
+    lines = PROBE.splitlines()
+    written, read = (
+        f"tracer_probe.cpp:{n}" for n, line in enumerate(lines, 1) if re.search("// (read|written)$", line)
+    )
+    race = ["read after write", read, written]
     assert found == {"costs": [], "none": [race], "acquire and release": [], "fences": [], "fence missing": [race]}
 
 
