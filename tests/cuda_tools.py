@@ -113,7 +113,7 @@ def build_emulator(variant: str = "") -> Path:
 
     variant: sanitizers such as "address,undefined", "traced", or nothing.
     """
-    return _build(EMULATOR, BUILD, variant, {})
+    return _build(EMULATOR, BUILD, variant, "all", {})
 
 
 def build_emulated_operators(variant: str = "") -> Path:
@@ -124,7 +124,7 @@ def build_emulated_operators(variant: str = "") -> Path:
         "QOPS_TORCH_DIR": Path(torch.__file__).parent,
         "Python_EXECUTABLE": sys.executable,
     }
-    folder = _build(ROOT / "tests" / "emulated", ROOT / "build" / "emulated", variant, options)
+    folder = _build(ROOT / "tests" / "emulated", ROOT / "build" / "emulated", variant, "qops_emulated", options)
     return next(folder.glob("qops_emulated*.so"))
 
 
@@ -137,7 +137,7 @@ def build_hardware_tests(folder: Path) -> Path:
     return folder / "hardware_tests"
 
 
-def _build(source: Path, builds: Path, variant: str, more: dict[str, object]) -> Path:
+def _build(source: Path, builds: Path, variant: str, target: str, more: dict[str, object]) -> Path:
     include = require_cuda_include()
     tool = cmake()
     folder = builds / (variant.replace(",", "_") or "plain")
@@ -151,7 +151,7 @@ def _build(source: Path, builds: Path, variant: str, more: dict[str, object]) ->
     }
     configure = [tool, "-S", str(source), "-B", str(folder), "-G", "Ninja"]
     checked(*configure, *(f"-D{name}={value}" for name, value in options.items()))
-    checked(tool, "--build", str(folder))
+    checked(tool, "--build", str(folder), "--target", target)
     return folder
 
 

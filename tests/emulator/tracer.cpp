@@ -13,29 +13,17 @@
 // sectors of 32 bytes.
 #include "emulator/tracer.h"
 
-#include <dlfcn.h>
-#include <link.h>
 #include <pthread.h>
 
 #include <algorithm>
-#include <bit>
-#include <cstdio>
-#include <filesystem>
 #include <map>
 #include <span>
-#include <sstream>
-#include <tuple>
 #include <unordered_map>
+
+#include "emulator/tracer_report.h"
 
 namespace emu {
 namespace trace {
-
-// The number of a block in its grid, and in the lowest bits that of a thread in it.
-using ThreadId = uint64_t;
-constexpr int kThreadBits = 10;
-static_assert(1 << kThreadBits == kMaxBlockThreads);
-uint64_t block_of(ThreadId id) { return id >> kThreadBits; }
-std::size_t number_of(ThreadId id) { return id % kMaxBlockThreads; }
 
 // Last known epochs of the threads of a block, by its number.
 using Clock = std::map<uint64_t, std::vector<uint32_t>>;
@@ -54,23 +42,6 @@ struct Request {
   uint32_t lanes = 0;
   std::array<uint8_t, kWarpSize> bytes{};
   std::array<uint64_t, kWarpSize> address{};
-};
-
-// An instruction in the source: a return address in the kernel, or what keep() has of a Site.
-using Place = const void*;
-
-struct Instruction {
-  const void* kernel;
-  Place place;
-  const char* name;
-  bool shared;
-  bool operator==(const Instruction&) const = default;
-};
-
-struct HashOfInstruction {
-  std::size_t operator()(const Instruction& i) const {
-    return reinterpret_cast<std::size_t>(i.place) * 31 + reinterpret_cast<std::size_t>(i.name) * 2 + i.shared;
-  }
 };
 
 struct OpenRequests {
@@ -117,32 +88,15 @@ struct Word {
 constexpr uintptr_t kPageBytes = 1024;
 using Page = std::array<Word, kPageBytes / 4>;
 
-struct RaceKey {
-  const void* kernel;
-  const char* what;
-  Place second, first;
-  bool shared;
-  auto operator<=>(const RaceKey&) const = default;
-};
-
-struct Race {
-  ThreadId second_thread, first_thread;  // of one of them
-  uint64_t times = 0;
-};
-
-struct Cost {
-  uint64_t requests = 0, taken = 0, least = 0;
-};
-
 struct Tracer {
   const void* kernel = nullptr;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
   uintptr_t last_page = 0;
   Page* last = nullptr;
   std::unordered_map<const void*, SharedClock> released;  // through words of memory
-  std::map<std::tuple<const char*, uint32_t, uint32_t>, Site> sites;
-  std::map<RaceKey, Race> races;
-  std::unordered_map<Instruction, Cost, HashOfInstruction> costs;
+  Sites sites;
+  Races races;
+  Costs costs;
 
   // The address of the copy is the place.
   Place keep(const Site& at) { return &sites.try_emplace({at.file_name(), at.line(), at.column()}, at).first->second; }
@@ -538,164 +492,18 @@ void plain_access(const void* address, std::size_t bytes, Access kind, const cha
   access_at(thread, address, bytes, kind, name, place);
 }
 
-// --- the report ------------------------------------------------------------------------------------------------------
-
-struct Frame {
-  std::string function, file;
-  int line;
-
-  std::string place() const { return file.substr(file.rfind('/') + 1) + ":" + std::to_string(line); }
-  // Of a header of the emulator, of CUDA or of the language.
-  bool is_kernel() const {
-    if (line == 0 || file.find("/include/") != file.npos) return false;
-    const std::string name = file.substr(file.rfind('/') + 1);
-    return name != "emu.h" && name != "cuda_emu.h" && name != "ptx_emu.h";
-  }
-};
-
-// Innermost first, for each address in the program or library that this code is in.
-std::map<uintptr_t, std::vector<Frame>> frames_of(const std::vector<uintptr_t>& addresses) {
-  std::map<uintptr_t, std::vector<Frame>> frames;
-  Dl_info info;
-  link_map* map = nullptr;
-  if (dladdr1(reinterpret_cast<void*>(&frames_of), &info, reinterpret_cast<void**>(&map), RTLD_DL_LINKMAP) == 0) {
-    return frames;
-  }
-  const std::string program =
-      map->l_name[0] != '\0' ? map->l_name : std::filesystem::read_symlink("/proc/self/exe").string();
-  constexpr std::size_t kAtOnce = 4000;  // of a command line
-  for (std::size_t first = 0; first < addresses.size(); first += kAtOnce) {
-    std::ostringstream command;
-    command << "addr2line -a -i -f -C -e '" << program << "'" << std::hex;
-    for (std::size_t i = first; i < std::min(first + kAtOnce, addresses.size()); ++i) {
-      command << " 0x" << addresses[i] - map->l_addr;
-    }
-    FILE* pipe = popen(command.str().c_str(), "r");
-    if (pipe == nullptr) return frames;
-    std::vector<Frame>* current = nullptr;
-    std::array<char, 8192> buffer;
-    std::string function;
-    while (std::fgets(buffer.data(), static_cast<int>(buffer.size()), pipe) != nullptr) {
-      std::string line = buffer.data();
-      while (!line.empty() && line.back() == '\n') line.pop_back();
-      if (line.starts_with("0x")) {
-        current = &frames[std::stoull(line, nullptr, 16) + map->l_addr];
-        function.clear();
-      } else if (function.empty()) {
-        function = line;
-      } else if (current != nullptr) {
-        const std::size_t colon = line.rfind(':');
-        current->push_back({function, line.substr(0, colon), std::atoi(line.c_str() + colon + 1)});
-        function.clear();
-      }
-    }
-    pclose(pipe);
-  }
-  return frames;
-}
-
-// `norm_kernel<float, ...>` of `void qops::cuda::(anonymous namespace)::norm_kernel<float, ...>(...)`.
-std::string short_name(std::string name) {
-  for (std::size_t i; (i = name.find("(anonymous namespace)::")) != name.npos;) name.erase(i, 23);
-  int depth = 0;
-  std::size_t begin = 0, end = name.size();
-  for (std::size_t i = 0; i < name.size(); ++i) {
-    if (name[i] == '<') ++depth;
-    if (name[i] == '>') --depth;
-    if (depth > 0) continue;
-    if (name[i] == ':' || name[i] == ' ') begin = i + 1;
-    if (name[i] == '(') {
-      end = i;
-      break;
-    }
-  }
-  return name.substr(begin, end - begin);
-}
-
-class Names {
- public:
-  Names() {
-    std::vector<uintptr_t> addresses;
-    const auto want = [&](Place place) {
-      if (!is_site(place)) addresses.push_back(reinterpret_cast<uintptr_t>(place) - 1);  // in the call
-    };
-    for (const auto& [key, at] : t_tracer.sites) sites_.emplace(&at, to_text(at));
-    for (const auto& [key, race] : t_tracer.races) {
-      want(key.second);
-      want(key.first);
-      addresses.push_back(reinterpret_cast<uintptr_t>(key.kernel));
-    }
-    for (const auto& [instruction, cost] : t_tracer.costs) {
-      want(instruction.place);
-      addresses.push_back(reinterpret_cast<uintptr_t>(instruction.kernel));
-    }
-    std::sort(addresses.begin(), addresses.end());
-    addresses.erase(std::unique(addresses.begin(), addresses.end()), addresses.end());
-    frames_ = frames_of(addresses);
-  }
-
-  std::string kernel(const void* kernel) const {
-    const auto found = frames_.find(reinterpret_cast<uintptr_t>(kernel));
-    return found == frames_.end() || found->second.empty() ? "?" : short_name(found->second.back().function);
-  }
-
-  // "elements.cuh:39 < rms_norm.cu:41": a line of a kernel's source, and those that it is inlined into.
-  std::string place(Place place) const {
-    if (is_site(place)) return sites_.at(place);
-    const auto found = frames_.find(reinterpret_cast<uintptr_t>(place) - 1);
-    if (found == frames_.end()) return "?";
-    std::string text;
-    for (const Frame& frame : found->second) {
-      if (frame.is_kernel()) text += (text.empty() ? "" : " < ") + frame.place();
-    }
-    return text.empty() ? "?" : text;
-  }
-
- private:
-  bool is_site(Place place) const { return sites_.contains(place); }
-
-  std::unordered_map<Place, std::string> sites_;
-  std::map<uintptr_t, std::vector<Frame>> frames_;
-};
-
-std::string thread_text(ThreadId id) {
-  return "thread " + std::to_string(number_of(id)) + " of block " + std::to_string(block_of(id));
-}
-
 }  // namespace
 }  // namespace trace
 
-std::size_t races_seen() { return trace::t_tracer.races.size(); }
-
 std::vector<std::string> take_trace() {
-  using namespace trace;
-  const Names names;
-  std::vector<std::string> lines;
-  for (const auto& [key, race] : t_tracer.races) {
-    std::ostringstream line;
-    line << "race\t" << names.kernel(key.kernel) << "\t" << (key.shared ? "shared" : "global") << "\t" << key.what
-         << "\t" << names.place(key.second) << "\t" << names.place(key.first) << "\t" << thread_text(race.second_thread)
-         << ", " << thread_text(race.first_thread) << "\t" << race.times;
-    lines.push_back(line.str());
-  }
-  // By line: one line of the source is several instructions where it is unrolled or inlined.
-  std::map<std::string, Cost> costs;
-  for (const auto& [instruction, cost] : t_tracer.costs) {
-    Cost& sum = costs[names.kernel(instruction.kernel) + "\t" + (instruction.shared ? "shared" : "global") + "\t" +
-                      instruction.name + "\t" + names.place(instruction.place)];
-    sum.requests += cost.requests;
-    sum.taken += cost.taken;
-    sum.least += cost.least;
-  }
-  for (const auto& [text, cost] : costs) {
-    std::ostringstream line;
-    line << "requests\t" << text << "\t" << cost.requests << "\t" << cost.taken << "\t" << cost.least;
-    lines.push_back(line.str());
-  }
-  t_tracer.races.clear();
-  t_tracer.costs.clear();
+  trace::Tracer& tracer = trace::t_tracer;
+  std::vector<std::string> lines = trace::report(tracer.races, tracer.costs, tracer.sites);
+  tracer.races.clear();
+  tracer.costs.clear();
   return lines;
 }
+
+std::size_t races_seen() { return trace::t_tracer.races.size(); }
 
 }  // namespace emu
 

@@ -32,7 +32,7 @@ __global__ void costs(Memory* global) {
   sum += x[2 * lane];                                         // global load 4: 8 / 4
   sum += x[8 * lane];                                         // global load 4: 32 / 4
   sum += x[5];                                                // global load 4: 1 / 1
-  if (lane < 8) sum += x[lane + 8];                            // global load 4: 1 / 1
+  if (lane < 8) sum += x[lane + 8];                           // global load 4: 1 / 1
   sum += reinterpret_cast<const uint8_t*>(x)[lane];           // global load 1: 1 / 1
   const auto pair = reinterpret_cast<const uint2*>(x)[lane];  // global load 8: 8 / 8
   sum += pair.x ^ pair.y;
