@@ -10,6 +10,8 @@ template <class Library>
 void define_int8_kernels(Library& m) {
   m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
   m.impl("int8_gemm.out", TORCH_BOX(&int8_gemm_out));
+  m.impl("int8_gemm.fused", TORCH_BOX(&int8_gemm_fused));
+  m.impl("int8_gemm.fused_out", TORCH_BOX(&int8_gemm_fused_out));
   m.impl("int8_pack", TORCH_BOX(&int8_pack));
   m.impl("int8_unpack", TORCH_BOX(&int8_unpack));
 }
