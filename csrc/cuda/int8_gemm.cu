@@ -299,9 +299,17 @@ struct Sums {
     for (int i = 0; i < live; ++i) {
       const int token = first_token + 8 * i;
       const int64_t m = at.token_tile * job.plan.live_tokens + token;
+      uint32_t zero_points[2] = {};  // of the lane's two tokens
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int64_t row = m + 2 * (lane % 4) + j;
+        if (kZeroPoint && row < job.p.q_rows.count) {
+          zero_points[j] = static_cast<uint32_t>(job.p.zero_point[job.p.zero_point_rows.offset(row)]);
+        }
+      }
 #pragma unroll
       for (int t = 0; t < T::kTokenTiles; ++t) {  // registers have no index
-        if (t == i) stage(job, t, m, staging);
+        if (t == i) stage(t, zero_points, staging);
       }
       __syncwarp();
 #pragma unroll 1
@@ -328,23 +336,18 @@ struct Sums {
     }
   }
 
-  // The sums of a tile of eight tokens, of which m is the first, to rows of them.
-  QOPS_DEVICE void stage(const Job& job, int t, int64_t m, uint32_t* staging) const {
+  // The sums of a tile of eight tokens, to rows of them.
+  QOPS_DEVICE void stage(int t, const uint32_t (&zero_points)[2], uint32_t* staging) const {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int of_lane = 2 * (lane % 4) + i;
-      uint32_t zero_point = 0;
-      if (kZeroPoint && m + of_lane < job.p.q_rows.count) {
-        zero_point = static_cast<uint32_t>(job.p.zero_point[job.p.zero_point_rows.offset(m + of_lane)]);
-      }
 #pragma unroll
       for (int s = 0; s < T::kStrips; ++s) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t sum = static_cast<uint32_t>(of[s][t][2 * half + i]);
-          if constexpr (kZeroPoint) sum -= zero_point * static_cast<uint32_t>(of_w[s][half]);
-          staging[of_lane * T::kShape.sum_stride() + s * kStripRows + 8 * half + lane / 4] = sum;
+          if constexpr (kZeroPoint) sum -= zero_points[i] * static_cast<uint32_t>(of_w[s][half]);
+          staging[(2 * (lane % 4) + i) * T::kShape.sum_stride() + s * kStripRows + 8 * half + lane / 4] = sum;
         }
       }
     }
