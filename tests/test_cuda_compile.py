@@ -256,8 +256,8 @@ def test_int8_gemm_multiplies_on_tensor_cores_from_a_ring(log):
         instance = re.search(r"int8_gemm_kernel<(\d+), (true|false)>", name)
         if not instance:
             continue
-        # Of one block of 64 columns: two fragments of each strip of a warp by its tiles of eight tokens; of 64 tokens or
-        # more, without zero points, in a loop for full tiles and in one for others. With zero points there is more to
+        # Of one block of 64 columns: two fragments of each strip of a warp by its tiles of eight tokens; from 64 tokens
+        # on, without zero points, in a loop for full tiles and in one for others. With zero points there is more to
         # multiply, four columns at a time. Both operands come past L1, 16 bytes at a time.
         products = {"8": 2, "16": 4, "32": 8, "64": 32, "128": 64}[instance[1]]
         loops = 2 if int(instance[1]) >= 64 and instance[2] == "false" else 1
