@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from bench import problems
+from bench import models, problems
 
 # (N, K) of the projections of a layer, merged as inference engines merge them.
 LAYERS = {
@@ -42,6 +42,14 @@ LAYERS = {
     "moe expert": (704, 2048),
     "deepseek-v3 qkv_a": (2112, 7168),
 }
+# Whole models: number and sizes of their layers, and of the vocabulary.
+MODELS = {
+    "smollm2-135m": {"L": 30, "H": 576, "I": 1536, "Hq": 9, "Hk": 3, "D": 64, "V": 49152},
+    "llama3-8b": {"L": 32, "H": 4096, "I": 14336, "Hq": 32, "Hk": 8, "D": 128, "V": 128256},
+}
+# Sequences that are decoded together, and how long each is.
+SEQUENCES = (1, 8, 16)
+CONTEXT = 1024
 # With the numbers beside powers of two, which show cliffs.
 ROWS = (1, 2, 4, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 512, 1024, 2048, 4096, 8192)
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096, 8192)
@@ -84,13 +92,14 @@ class Selection:
     """What is run of everything; None is all of it.
 
     Attributes:
-        layers, rows: of GEMMs.
+        layers, rows: of GEMMs, and models by their names.
         tokens: of the other operators,
         widths: and their H, I or K, or what all heads of q have.
         formats: kinds of 4-bit weight, and rules of quantisation.
         both_caches: hot and cold, else as the operator finds its input: cold weights, and hot activations if they are
             few.
         dtypes: of activations.
+        depth: layers of a model that is decoded, where not its own number.
     """
 
     layers: frozenset[str] | None = None
@@ -100,6 +109,7 @@ class Selection:
     formats: frozenset[str] | None = None
     both_caches: bool = True
     dtypes: tuple[str, ...] = ("bfloat16",)
+    depth: int | None = None
 
     def caches_of(self, tokens: int | None) -> tuple[str, ...]:
         """Of a number of tokens that were just written; of weights where that is None."""
@@ -112,7 +122,7 @@ FULL = Selection(dtypes=("bfloat16", "float16"))
 USUAL = frozenset({"symmetric", "127", "asym", "static"})
 # 94 of its cases took 690 s on two cores, two threads, with every peer (cpu_xeon_amx.json).
 CPU = Selection(
-    layers=frozenset({"llama3-8b o", "smollm2-135m gate_up", "smollm2-135m down"}),
+    layers=frozenset({"llama3-8b o", "smollm2-135m gate_up", "smollm2-135m down", "smollm2-135m"}),
     rows=frozenset({1, 4, 16, 64, 256}),
     tokens=frozenset({1, 64, 2048}),
     widths=frozenset({576, 4096, 1536, 14336}),
@@ -121,7 +131,7 @@ CPU = Selection(
 )
 # Two minutes.
 CPU_QUICK = Selection(
-    layers=frozenset({"llama3-8b o"}),
+    layers=frozenset({"llama3-8b o", "smollm2-135m"}),
     rows=frozenset({1, 64}),
     tokens=frozenset({1, 256}),
     widths=frozenset({4096, 14336}),
@@ -131,6 +141,7 @@ CPU_QUICK = Selection(
 CUDA = Selection(
     layers=frozenset(
         {
+            "llama3-8b",
             "llama3-8b qkv",
             "llama3-8b o",
             "llama3-8b gate_up",
@@ -147,7 +158,7 @@ CUDA = Selection(
     formats=USUAL,
 )
 CUDA_QUICK = Selection(
-    layers=frozenset({"llama3-8b o", "llama3-8b down"}),
+    layers=frozenset({"llama3-8b o", "llama3-8b down", "llama3-8b"}),
     rows=frozenset({1, 16, 256, 4096}),
     tokens=frozenset({1, 256, 4096}),
     widths=frozenset({4096, 14336}),
@@ -168,6 +179,8 @@ def cases(op: str, selection: Selection) -> list[Case]:
     """Those of an operator."""
     if op in problems.GEMMS:
         return [case for dtype in selection.dtypes for case in _gemms(op, dtype, selection)]
+    if op in models.OPS:
+        return [case for dtype in selection.dtypes for case in _models(op, dtype, selection)]
     if op in problems.DEQUANTIZERS:
         return [case for dtype in selection.dtypes for case in _dequantizers(op, dtype, selection)]
     return [
@@ -202,6 +215,20 @@ def _dequantizers(op: str, dtype: str, selection: Selection) -> Iterator[Case]:
         n, k = LAYERS[layer]
         for weight in _weights(op, k, selection):
             yield Case(op, {"layer": layer, "N": n, "K": k, **weight, "dtype": dtype, "cache": "cold"})
+
+
+def _models(op: str, dtype: str, selection: Selection) -> Iterator[Case]:
+    """The weights come from memory: a layer's from copies of it, a model's are larger than a cache anyway."""
+    for name in _chosen(MODELS, selection.layers):
+        sizes = dict(MODELS[name])
+        depth, vocabulary = sizes.pop("L"), sizes.pop("V")
+        if op == "int8_layer":
+            for tokens in _chosen(TOKENS, selection.tokens):
+                yield Case(op, {"layer": name, "T": tokens, **sizes, "dtype": dtype, "cache": "cold"})
+            continue
+        sizes |= {"L": selection.depth or depth, "V": vocabulary, "C": CONTEXT}
+        for sequences in _chosen(SEQUENCES, selection.rows):
+            yield Case(op, {"layer": name, "M": sequences, **sizes, "dtype": dtype, "cache": "hot"})
 
 
 def _weights(op: str, k: int, selection: Selection) -> list[dict[str, int | str]]:

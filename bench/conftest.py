@@ -20,7 +20,7 @@ from bench.providers import LIMIT, OURS
 from bench.run import table
 from bench.session import free_memory_bytes, new_row
 
-MODULES = tuple(f"bench.peers.{name}" for name in ("ours", "vendor", "eager"))
+MODULES = tuple(f"bench.peers.{name}" for name in ("ours", "vendor", "eager", "decode"))
 PROTOCOL = timing.Protocol()
 DOCUMENT = pytest.StashKey[Document]()
 

@@ -3,6 +3,7 @@
     python -m bench.gpu_evidence --out DIR                        # all stages; those that have passed are not run again
     python -m bench.gpu_evidence --out DIR --stage tests,sanitize
     python -m bench.gpu_evidence --out DIR --modules FOLDER       # _C.abi3.so and _C_cuda.abi3.so built elsewhere
+    python -m bench.gpu_evidence --out DIR --stage decode --depth 8
     python -m bench.gpu_evidence --out DIR --stage build,install-peers,peers --peers FOLDER
 
     build         installs this tree into build/gpu_evidence, without a network; or takes modules built elsewhere
@@ -11,6 +12,10 @@
     sanitize      compute-sanitizer's memcheck, racecheck, initcheck and synccheck on a part of the tests
     bench-norms   bench.run on everything that is bound by memory, with every peer that is installed
     bench-gemms   the same for the products
+    chain         the W8A8 chain of a decoder layer (add, norm, int8, product, ..., SiLU-mul, int8, product), against
+                  vLLM's operators and a dense layer, eager and compiled
+    decode        a decode loop of a Llama 3 8B with random 4-bit weights, and of its dense twin by cuBLAS, as CUDA
+                  graphs; tokens a second are M / time; --depth N: with N layers, for a GPU that does not hold all 32
     peers         limits, cuBLAS and the peers alone, for all operators: nothing of ours has to work for it
 
 DIR gets evidence.json (every step: what it was, how it ended, how long it took), evidence.log (what the steps printed)
@@ -75,6 +80,7 @@ class Evidence:
     modules: Path | None = None
     peers: Path | None = None
     commit: str = ""
+    depth: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     deadline: float = 0.0
@@ -262,6 +268,15 @@ def bench_gemms(evidence: Evidence) -> None:
     bench(evidence, "bench-gemms", GEMMS)
 
 
+def chain(evidence: Evidence) -> None:
+    bench(evidence, "chain", ("int8_layer",))
+
+
+def decode(evidence: Evidence) -> None:
+    depth = () if evidence.depth is None else ("--depth", str(evidence.depth))
+    bench(evidence, "decode", ("int4_decode",), *depth)
+
+
 def peers(evidence: Evidence) -> None:
     bench(evidence, "peers", (*GEMMS, *ROW_OPS), "--providers", "!qops")
 
@@ -282,6 +297,8 @@ STAGES: dict[str, Callable[[Evidence], None]] = {
     "sanitize": sanitize,
     "bench-norms": bench_norms,
     "bench-gemms": bench_gemms,
+    "chain": chain,
+    "decode": decode,
     "peers": peers,
 }
 
@@ -318,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", default="all", help=f"all, or some of {', '.join(STAGES)}")
     parser.add_argument("--modules", type=Path, metavar="FOLDER", help="_C.abi3.so and _C_cuda.abi3.so built elsewhere")
     parser.add_argument("--peers", type=Path, metavar="FOLDER", help="archives of bench.peers.collect")
+    parser.add_argument("--depth", type=int, metavar="N", help="layers of the model that decodes; default: all 32")
     parser.add_argument("--commit", default="", metavar="SHA", help="of this tree, where it is a copy without .git")
     parser.add_argument("--again", action="store_true", help="also what has passed")
     args = parser.parse_args(argv)
@@ -330,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     evidence = load(args.out.resolve())
     evidence.modules, evidence.peers, evidence.commit = args.modules, args.peers, args.commit
+    evidence.depth = args.depth
     evidence.versions = versions(args.commit)
     for stage in chosen:
         kept = SITE.is_dir() if stage == "build" else stage != "install-peers"

@@ -26,7 +26,9 @@ KINDS = ("f32", "bf16", "int8")
 
 def peak_kind(op: str) -> str:
     """The unit that an operator's products could use: 16-bit floats hold the codes of a weight exactly."""
-    return "int8" if op == "int8_gemm" else "bf16" if op in problems.WEIGHT_ONLY else "f32"
+    if op in ("int8_gemm", "int8_layer"):
+        return "int8"
+    return "bf16" if op in (*problems.WEIGHT_ONLY, "int4_decode") else "f32"
 
 
 def lower_bound_us(op: str, axes: Axes, bandwidth_gbs: float, peak_gflops: float) -> float:

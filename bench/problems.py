@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench import models
+from bench.draws import Random
 from qops.ops.qk_norm_rotary import qk_norm_rotary_ref
 from qops.ops.quantize_int8 import quantize_int8_asym_ref, quantize_int8_ref, quantize_int8_static_ref
 from qops.ops.rms_norm import rms_norm_ref
@@ -104,7 +106,9 @@ class SiluMul:
     gate_up: Tensor
 
 
-Problem = Int4Gemm | Int8WeightOnlyGemm | Int8Gemm | Norm | Quantize | Rotary | SiluMul
+Problem = (
+    Int4Gemm | Int8WeightOnlyGemm | Int8Gemm | Norm | Quantize | Rotary | SiluMul | models.Int8Layer | models.Int4Decode
+)
 
 WEIGHT_ONLY = ("int4_gemm", "int8_weight_only_gemm")
 GEMMS = (*WEIGHT_ONLY, "int8_gemm")
@@ -115,32 +119,7 @@ QUANTIZERS = ("quantize_int8", "quantize_int8_asym", "quantize_int8_static")
 SCALE_BYTES = {"quantize_int8": 4, "quantize_int8_asym": 8, "quantize_int8_static": 0}
 ROTARIES = ("rotary", "qk_norm_rotary")
 SILUS = ("silu_mul", "silu_mul_int8")
-OPS = (*GEMMS, *DEQUANTIZERS, *NORMS, *QUANTIZERS, *ROTARIES, *SILUS)
-
-
-class _Random:
-    """Numbers of one seed, drawn where they are used."""
-
-    def __init__(self, device: str, seed: int) -> None:
-        self.device = device
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def bytes(self, rows: int, columns: int) -> Tensor:
-        """uint8, uniform. Eight bytes a draw, which makes a gigabyte of weights a matter of a second."""
-        words = torch.empty((rows * columns + 7) // 8, dtype=torch.int64, device=self.device)
-        words.random_(-(1 << 63), None, generator=self.generator)
-        return words.view(torch.uint8)[: rows * columns].view(rows, columns)
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.device) * (high - low) + low
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def activations(self, *shape: int) -> Tensor:
-        """Normal, about one channel in 64 20 times larger, as in the residual stream of an LLM."""
-        outliers = torch.rand(shape[-1], generator=self.generator, device=self.device) < 1 / 64
-        return self.normal(*shape) * torch.where(outliers, 20.0, 1.0)
+OPS = (*GEMMS, *DEQUANTIZERS, *NORMS, *QUANTIZERS, *ROTARIES, *SILUS, *models.OPS)
 
 
 def dtype_of(axes: Axes) -> torch.dtype:
@@ -153,7 +132,7 @@ def _sizes(axes: Axes, names: str) -> list[int]:
 
 def make(op: str, axes: Axes, device: str = "cpu", seed: int = 0) -> Problem:
     """The inputs of one case."""
-    rng, dtype = _Random(device, seed), dtype_of(axes)
+    rng, dtype = Random(device, seed), dtype_of(axes)
     if op in GEMMS:
         return _gemm(op, axes, rng, dtype)
     if op in DEQUANTIZERS:  # the weight of int4_gemm; x says the dtype of the result
@@ -172,25 +151,27 @@ def make(op: str, axes: Axes, device: str = "cpu", seed: int = 0) -> Problem:
     if op in SILUS:
         t, columns = _sizes(axes, "T I")
         return SiluMul(rng.activations(t, 2 * columns).to(dtype))
+    if op in models.OPS:
+        return models.make(op, axes, rng, dtype)
     raise ValueError(f"no operator {op!r}; there are {', '.join(OPS)}")
 
 
-def _gemm(op: str, axes: Axes, rng: _Random, dtype: torch.dtype) -> Problem:
+def _gemm(op: str, axes: Axes, rng: Random, dtype: torch.dtype) -> Problem:
     """Weights are drawn first, so that they do not depend on M. They are of a size that gives results of about 1."""
     m, n, k = _sizes(axes, "M N K")
     if op == "int8_gemm":
-        codes = rng.bytes(n, k).view(torch.int8).clamp_(min=-127)
-        w_scale = rng.uniform(0.5, 1.5, n) / (73 * k**0.5)
-        q = rng.bytes(m, k).view(torch.int8).clamp_(min=-127)
+        codes = rng.int8_codes(n, k)
+        w_scale = rng.int8_scales(k, n)
+        q = rng.int8_codes(m, k)
         return Int8Gemm(q, rng.uniform(0.01, 0.05, m), codes, w_scale, dtype)
     group = int(axes["G"])
     if op == "int8_weight_only_gemm":
-        codes = rng.bytes(n, k).view(torch.int8).clamp_(min=-127)
-        scales = (rng.uniform(0.5, 1.5, n, k // group) / (73 * k**0.5)).to(dtype)
+        codes = rng.int8_codes(n, k)
+        scales = rng.int8_scales(k, n, k // group).to(dtype)
         return Int8WeightOnlyGemm(rng.activations(m, k).to(dtype), codes, scales, group)
     kind = str(axes["kind"])
     qweight = rng.bytes(n, k // 2)
-    scales = (rng.uniform(0.5, 1.5, n, k // group) / (4.6 * k**0.5)).to(dtype)
+    scales = rng.int4_scales(k, n, k // group).to(dtype)
     zeros = None
     if kind == "zero_point":
         zeros = rng.uniform(6, 10, n, k // group).to(torch.uint8)
@@ -202,7 +183,7 @@ def _gemm(op: str, axes: Axes, rng: _Random, dtype: torch.dtype) -> Problem:
     return Int4Gemm(rng.activations(m, k).to(dtype), qweight, scales, zeros, group, kind)
 
 
-def _rotary(op: str, axes: Axes, rng: _Random, dtype: torch.dtype) -> Rotary:
+def _rotary(op: str, axes: Axes, rng: Random, dtype: torch.dtype) -> Rotary:
     t, q_heads, k_heads, d = _sizes(axes, "T Hq Hk D")
     q, k, _ = rng.activations(t, q_heads + 2 * k_heads, d).to(dtype).split((q_heads, k_heads, k_heads), dim=1)
     positions = torch.arange(t, device=rng.device)[:, None]
@@ -232,6 +213,8 @@ def _sampled(op: str, problem: Problem) -> tuple[Tensor, Tensor | None]:
         if n * a.shape[1] <= SAMPLE_FROM and m * n <= SAMPLE_FROM:
             return torch.arange(m), torch.arange(n)
         return _places(m, SAMPLED_ROWS), _places(n, SAMPLED_COLUMNS)
+    if isinstance(problem, models.Int8Layer | models.Int4Decode):
+        return _places(problem.rows, SAMPLED_ROWS), None
     x = problem.gate_up if isinstance(problem, SiluMul) else problem.q if isinstance(problem, Rotary) else problem.x
     return _places(x.shape[0], SAMPLED_ROWS if x.numel() > SAMPLE_FROM else x.shape[0]), None
 
@@ -260,6 +243,8 @@ def reference(op: str, problem: Problem) -> tuple[Tensor, ...]:
     if op in DEQUANTIZERS:
         assert isinstance(problem, Int4Gemm)
         return (dequantize(problem, rows).cpu(),)
+    if isinstance(problem, models.Int8Layer | models.Int4Decode):
+        return tuple(tensor.cpu() for tensor in problem.reference(rows.to(problem.device)))
     if isinstance(problem, Int8Gemm):
         assert columns is not None
         sums = at(problem.q).double() @ at(problem.codes, columns).double().T
@@ -326,6 +311,8 @@ def _quantized(x: Tensor, problem: Quantize) -> tuple[Tensor, ...]:
 
 def bytes_and_flops(op: str, axes: Axes) -> tuple[int, int]:
     """What must be read and written at least, and the multiplications and additions."""
+    if op in models.OPS:
+        return models.bytes_and_flops(op, axes)
     size = dtype_of(axes).itemsize
     if op in GEMMS:
         m, n, k = _sizes(axes, "M N K")
@@ -355,6 +342,8 @@ def bytes_and_flops(op: str, axes: Axes) -> tuple[int, int]:
 
 def written_bytes(op: str, axes: Axes) -> int:
     """The part of the bytes that are results."""
+    if op in models.OPS:
+        return models.written_bytes(op, axes)
     size = dtype_of(axes).itemsize
     if op in GEMMS:
         m, n = _sizes(axes, "M N")
@@ -376,7 +365,9 @@ def written_bytes(op: str, axes: Axes) -> int:
 
 
 def weight_bytes(op: str, axes: Axes, bits: int | None = None) -> int:
-    """Of a GEMM's weight as the problem stores it, or dense with so many bits a value; 0 for other operators."""
+    """Of quantised weights as the problem stores them, or dense with so many bits a value; 0 for other operators."""
+    if op in models.OPS:
+        return models.weight_bytes(op, axes, bits)
     if op not in GEMMS:
         return 0
     n, k = _sizes(axes, "N K")

@@ -7,6 +7,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from bench import models
 from bench.peers import MODULES
 from bench.problems import Axes, Result
 
@@ -17,6 +18,7 @@ DEFAULT_MODULES = tuple(f"bench.peers.{name}" for name in MODULES)
 # roundings from bad ones: the error itself stands in every row, beside the class.
 LARGEST_ERROR = 0.02
 LARGEST_ERROR_OF_INT8_ACTIVATIONS = 0.1
+LARGEST_ERROR_OF_MODELS = 0.1  # many roundings one after the other, and 8-bit activations
 
 
 def _always(device: str, axes: Axes) -> str | None:
@@ -58,6 +60,8 @@ class Provider:
     @property
     def largest_error(self) -> float:
         """A result further off, relative to its largest value, is another operation."""
+        if self.op in models.OPS:
+            return LARGEST_ERROR_OF_MODELS
         return LARGEST_ERROR_OF_INT8_ACTIVATIONS if "int8 activations" in self.accuracy else LARGEST_ERROR
 
 

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from bench import document, problems, providers, timing
-from bench.cases import LAYERS, SELECTIONS, Case, Selection, cases, interleaved
+from bench.cases import LAYERS, MODELS, SELECTIONS, Case, Selection, cases, interleaved
 from bench.document import Document, OtherRun
 from bench.providers import DEFAULT_MODULES, LIMIT, OURS, Provider
 from bench.session import Failure, Session
@@ -73,8 +73,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--providers",
         help='names, with "*": those alone, installed or not; "!NAME": all others; the limit is always there',
     )
-    parser.add_argument("--layers", help='names, with "*", of GEMMs\' layers, out of all')
+    parser.add_argument("--layers", help='names, with "*", of GEMMs\' layers and of models, out of all')
     parser.add_argument("--rows", help="numbers of rows (tokens), out of all")
+    parser.add_argument("--depth", type=int, metavar="N", help="decode with models of so many layers alone")
     parser.add_argument("--budget-seconds", type=float, metavar="S", help="start no case after so many")
     parser.add_argument("--commit", default="", metavar="SHA", help="of this tree, where it is a copy without .git")
     parser.add_argument("--list", action="store_true", help="print cases and providers, and run nothing")
@@ -107,11 +108,11 @@ def _selection(args: argparse.Namespace) -> Selection:
     """Of a size; what is named comes from everything there is."""
     selection = SELECTIONS[args.device, args.size]
     if args.layers:
-        selection = replace(selection, layers=frozenset(_matching([*LAYERS], args.layers, "layer")))
+        selection = replace(selection, layers=frozenset(_matching([*LAYERS, *MODELS], args.layers, "layer")))
     if args.rows:
         rows = frozenset(_numbers(args.rows, "--rows"))
         selection = replace(selection, rows=rows, tokens=rows)
-    return selection
+    return replace(selection, depth=args.depth)
 
 
 def _threads(args: argparse.Namespace) -> list[int]:

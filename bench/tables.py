@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 NOISE = 0.02
 # Axes that say how large the problem is; the others (dtype, group size, cache, threads) make a table of their own.
 ROWS = ("M", "T")
-SHAPE = ("layer", "N", "K", "H", "I", "Hq", "Hk", "D")
+SHAPE = ("layer", "N", "K", "H", "I", "Hq", "Hk", "D", "L", "V", "C")
 AHEAD, LEVEL, UNCLEAR, BEHIND = "ahead", "level", "unclear", "**behind**"
 WIDE = 0.1
 LARGE_BYTES = 4 << 20  # what a call moves where the bandwidth of memory can be seen; less is start-up

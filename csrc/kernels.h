@@ -177,6 +177,15 @@ struct EpilogueParams {
   QOPS_ALWAYS_INLINE bool is_plain() const { return epilogue == Epilogue::kNone && residual == nullptr; }
 };
 
+// sums = x @ w.T in float32, of bfloat16 x [M, K], rows `x_stride` apart, and contiguous w [N, K]: the library's
+// product that whoever calls the kernels has at hand.
+struct DenseProduct {
+  using Run = void (*)(void* context, const void* x, int64_t x_stride, const void* w, float* sums, int64_t m, int64_t n,
+                       int64_t k);
+  Run run;
+  void* context;
+};
+
 // y = x @ w.T + bias over packed integer weights with one scale per row and group of group_size columns.
 // Strips of 16 rows: packed [S, ...], scales and zeros [S, K / group_size, 16].
 struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
@@ -195,8 +204,10 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   int64_t n;
   int64_t k;
   int64_t group_size;
-  int64_t* bad_index;  // set to the value of perm when the result is kIndexOutOfRange
-  void* scratch;       // of int4_gemm_scratch_bytes() bytes on a GPU
+  int64_t* bad_index;    // set to the value of perm when the result is kIndexOutOfRange
+  bool batch_invariant;  // on a GPU: whether a row's bits must not depend on M
+  DenseProduct product;  // on a GPU
+  void* scratch;         // of int4_gemm_scratch_bytes() bytes on a GPU
 };
 
 // The weights of an int4 GEMM as numbers, columns in the order in which they are stored.

@@ -1,5 +1,6 @@
-// Reads lines "m n k group_size kind multiprocessors shared_bytes" and prints what csrc/cuda/gemm_config.h plans for
-// them; with an argument, what its index functions say about banks of shared memory instead.
+// Reads lines "m n k group_size kind may_round multiprocessors shared_bytes arch" and prints what
+// csrc/cuda/gemm_config.h plans for them; with an argument, what its index functions say about banks of shared memory
+// instead.
 #include <cstdio>
 #include <cstring>
 #include <set>
@@ -70,14 +71,15 @@ int main(int argc, char** argv) {
     report_banks();
     return 0;
   }
-  long long m, n, k, group_size, kind, multiprocessors, shared_bytes;
-  while (std::scanf("%lld %lld %lld %lld %lld %lld %lld", &m, &n, &k, &group_size, &kind, &multiprocessors,
-                    &shared_bytes) == 7) {
-    const GemmPlan p =
-        plan_int4_gemm(m, n, k, group_size, static_cast<WeightKind>(kind), {multiprocessors, shared_bytes});
-    std::printf("%d %d %d %lld %d %d %lld %lld %lld %lld\n", p.decode, p.tokens, p.k_parts,
-                static_cast<long long>(p.ranges), p.strips, p.stages, static_cast<long long>(p.shared_bytes),
-                static_cast<long long>(p.blocks), static_cast<long long>(p.time),
-                static_cast<long long>(p.scratch_bytes(m, n)));
+  long long m, n, k, group_size, kind, may_round, multiprocessors, shared_bytes;
+  int arch;
+  while (std::scanf("%lld %lld %lld %lld %lld %lld %lld %lld %d", &m, &n, &k, &group_size, &kind, &may_round,
+                    &multiprocessors, &shared_bytes, &arch) == 9) {
+    const GemmPlan p = plan_int4_gemm(
+        {m, n, k, group_size, static_cast<WeightKind>(kind), may_round != 0, {multiprocessors, shared_bytes, arch}});
+    const auto print = [](auto... values) { (std::printf("%lld ", static_cast<long long>(values)), ...); };
+    print(p.kind, p.stages, p.shared_bytes, p.blocks, p.time, p.tokens, p.k_parts, p.ranges, p.strips, p.live,
+          p.token_tiles, p.row_tiles, p.whole, p.scratch_bytes(m, n, k));
+    std::printf("\n");
   }
 }

@@ -10,24 +10,52 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cuda_tools import ROOT, checked
+
+DECODE, TILED, DENSE = range(3)
+
+
+class Gpu(NamedTuple):
+    multiprocessors: int
+    shared_bytes: int  # that a block may have
+    arch: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """Of int4_gemm: GemmPlan, and the bytes of its scratch."""
 
-    decode: int
-    tokens: int
-    k_parts: int
-    ranges: int
-    strips: int
+    kind: int
     stages: int
     shared_bytes: int
     blocks: int
     time: int
+    tokens: int
+    k_parts: int
+    ranges: int
+    strips: int
+    live: int
+    token_tiles: int
+    row_tiles: int
+    whole: int
     scratch_bytes: int
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a second kernel adds what blocks have."""
+        return self.k_parts > 1 and (self.kind == DECODE or self.whole < self.token_tiles * self.row_tiles)
+
+
+class Question(NamedTuple):
+    m: int
+    n: int
+    k: int
+    group_size: int
+    kind: int
+    gpu: Gpu
+    may_round: bool = False
 
 
 @functools.cache
@@ -40,8 +68,9 @@ def program() -> Path:
     return path
 
 
-def plans(questions: Iterable[tuple[int, ...]]) -> list[Plan]:
-    """For each (M, N, K, group size, kind, multiprocessors, bytes of shared memory)."""
-    text = "".join(" ".join(map(str, question)) + "\n" for question in questions)
+def plans(questions: Iterable[Question]) -> list[Plan]:
+    text = "".join(
+        f"{q.m} {q.n} {q.k} {q.group_size} {q.kind} {q.may_round:d} {' '.join(map(str, q.gpu))}\n" for q in questions
+    )
     result = subprocess.run([str(program())], input=text, capture_output=True, text=True, check=True)
     return [Plan(*map(int, line.split())) for line in result.stdout.splitlines()]

@@ -25,6 +25,7 @@ FILES_OF = {
     "quantize_int8_static": "quantize_int8",
     "qk_norm_rotary_": "qk_norm_rotary",
     "rotary_": "rotary",
+    "check_layout": "weight_pack",
     "int4_pack": "weight_pack",
     "int4_unpack": "weight_pack",
     "int8_pack": "weight_pack",
@@ -41,7 +42,7 @@ LAYER_FILES_OF = {
     ("tests", "weight_pack"): "weights",
 }
 # Used through qops.Int4Weight and qops.Int8Weight alone: no public function, no benchmark.
-INTERNAL_OPS = frozenset({"int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
+INTERNAL_OPS = frozenset({"check_layout", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -116,12 +117,12 @@ _CUDA_NEVER = {
 
 # The emulator without the kernels that test it: nothing of this project, so that others can take it along.
 EMULATOR = Layer(
-    r"tests/emulator/(block|cuda_emu|emu|fiber|fragments|ptx_emu|state|warp)\.(h|cpp)",
+    r"tests/emulator/(block|cuda_emu|emu|fiber|fragments|ptx_emu|state|tracer|tracer_report|warp)\.(h|cpp)",
     (
         _STD,
-        r"<(cstdio|cxxabi\.h|dlfcn\.h|sanitizer/\w+\.h|sys/mman\.h|unistd\.h)>",
+        r"<(cstdio|cxxabi\.h|dlfcn\.h|link\.h|pthread\.h|sanitizer/\w+\.h|sys/mman\.h|unistd\.h)>",
         r"<(cuda_(bf16|fp16|runtime)|vector_types)\.h>",
-        r'"emulator/(cuda_emu|emu|fiber|fragments|ptx_emu|state)\.h"',
+        r'"emulator/(cuda_emu|emu|fiber|fragments|ptx_emu|state|tracer|tracer_report)\.h"',
     ),
     {r"\bqops\b|QOPS_": "names of the project", r"\bstd::j?thread\b": "threads of its own"},
 )
@@ -305,6 +306,7 @@ def nameless_files(ops: Iterable[str], files: Iterable[str]) -> list[str]:
     """Binding, wrapper and benchmark files that belong to no operator."""
     known = {file for op in ops for file in files_of(op)}
     known |= {f"csrc/binding/{stem}.cpp" for stem in ("checks", "registration", "registration_cuda")}
+    known.add("bench/bench_models.py")  # of many operators
     pattern = r"csrc/binding/.*\.cpp|python/qops/ops/[^_].*\.py|bench/bench_.*\.py"
     return [f"{file} belongs to no operator" for file in files if re.fullmatch(pattern, file) and file not in known]
 

@@ -152,6 +152,8 @@ def _results(call: Call, returned: object, typed: bool) -> list[Tensor]:
     if call.written:
         assert returned is None or typed, f"{call.op} returned {returned}"
         return [call.arguments[name] for name in call.written]
+    if returned is None:
+        return []
     return list(returned) if isinstance(returned, tuple) else [returned]  # pyright: ignore[reportReturnType]
 
 
@@ -195,11 +197,10 @@ def _check_fake(call: Call, operator: Any) -> None:
         _check_error(call, "fake", error, faults)
         return
     assert not faults, f"fake: an invalid call returned\n{call}"
-    got = returned if isinstance(returned, tuple) else (returned,)
     if call.written:
         assert returned is None
         return
-    _check_metadata(call, "fake", list(got))
+    _check_metadata(call, "fake", _results(call, returned, typed=False))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -244,7 +244,9 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
     arguments |= {"out_features": n, "group_size": group_size}
     if bits == 4:
         arguments |= {"kind": KINDS.index(kind), "batch_invariant": s.one_in(2)}
-        arguments |= epilogue_of(s, epilogue, (*leading, n), dtype)
+        fused = epilogue != "none" or s.one_in(2)
+        if fused:
+            arguments |= epilogue_of(s, epilogue, (*leading, n), dtype)
 
     def results(leading: tuple[int, ...]) -> list[Result]:
         columns = n // 2 if epilogue == "silu_mul" else n
@@ -255,9 +257,10 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
         return (after_epilogue(a, y) if bits == 4 else y,)
 
     op = "int4_gemm" if bits == 4 else "int8_weight_only_gemm"
-    call = Call(op, "default", arguments, expected, results(leading))
+    has_epilogue = bits == 4 and fused
+    call = Call(op, "fused" if has_epilogue else "default", arguments, expected, results(leading))
     if s.one_in(2):
-        call.overload = "out"
+        call.overload = "fused_out" if has_epilogue else "out"
         give_outputs(s, call, "out", replaces=[("out", "residual")] if epilogue == "residual" else ())
 
     def out() -> dict[str, Any]:
@@ -272,7 +275,8 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
 
             def public(a: dict[str, Any], weight: Any) -> object:
                 names = ("batch_invariant", "residual", "silu_mul", "out_scale", "out_zero_point")
-                return qops.int4_gemm(a["x"], weight, a["bias"], **{name: a[name] for name in names}, **out())
+                given = {name: a[name] for name in names if name in a}
+                return qops.int4_gemm(a["x"], weight, a["bias"], **given, **out())
 
         else:
             weight = qops.Int8Weight.from_canonical(codes, scales)
@@ -295,7 +299,7 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
     if bits == 4:
         dtypes["zeros"] = (torch.uint8,) if a["kind"] == 1 else (F32,)
         dtypes |= {"residual": FLOAT_DTYPES, "out_scale": (F32,), "out_zero_point": (torch.int32,)}
-        dtypes["out"] = FLOAT_DTYPES if a["out_scale"] is None else (INT8,)
+        dtypes["out"] = FLOAT_DTYPES if a.get("out_scale") is None else (INT8,)
     extra = [name for name in ("residual", "out_scale", "out_zero_point") if a.get(name) is not None]
     optional = ["bias", "perm", "zeros", *extra]
 
@@ -342,7 +346,7 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
             ("zeros scales", zeros_or_none),
             ("kind zeros", other_kind),
             *s.scalar(call, "kind", (-1, 4, *INT64[3:])),
-            *epilogue_ways(s, call),
+            *(epilogue_ways(s, call) if "silu_mul" in a else []),
         ]
     names = (*inner, "perm", "kind", "zeros", "out_features", "group_size")
     return [*untyped(call, ways, *names), *weight_ways(s, call)]

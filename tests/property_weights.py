@@ -170,7 +170,17 @@ def unpack(s: Sampler, *, bits: int) -> Call:
     return finish(s, call, ways)
 
 
+def check_layout(s: Sampler) -> Call:
+    """The layout is the device's, and nothing else is looked at."""
+    dtype = s.choice((torch.uint8, INT8, F32))
+    arguments = {"packed": s.values((s.choice(ROWS), s.choice(SIZES)), dtype), "layout": "cpu 1"}
+    call = Call("check_layout", "default", arguments, lambda a: (), [])
+    bad = ("", "cpu", "cpu 0", "cpu 2", "cpu 11", "cuda 1", "CPU 1")
+    return finish(s, call, lambda: s.scalar(call, "layout", bad))
+
+
 WEIGHT_OPS: dict[str, Callable[[Sampler], Call]] = {
+    "check_layout": check_layout,
     "int4_dequantize": int4_dequantize,
     "int4_pack": lambda s: pack(s, bits=4),
     "int4_unpack": lambda s: unpack(s, bits=4),

@@ -20,7 +20,7 @@ from bench.providers import Provider
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "bench" / "peers" / "README.md").read_text()
 # Theirs are the tests of the harness.
-OWN = ("ours", "vendor", "eager", "compiled")
+OWN = ("ours", "vendor", "eager", "compiled", "decode")
 PACKAGES = (
     *("onnxruntime", "onnx", "openvino", "zentorch", "vllm", "sgl_kernel", "fbgemm_gpu"),
     *("humming", "gemlite", "quack", "flashinfer", "liger_kernel", "triton"),

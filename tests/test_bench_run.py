@@ -19,6 +19,7 @@ import torch
 from bench import cases, document, limits, problems, providers, run, session, timing
 from bench.cases import Case
 from bench.document import Document, OtherRun
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("fake_providers",)
@@ -40,8 +41,8 @@ def plan(*argv: str) -> run.Plan:
 # --- what is computed ------------------------------------------------------------------------------------------------
 
 AXES: dict[str, int | str] = {
-    "M": 5, "N": 96, "K": 256, "G": 32, "kind": "offset", "T": 5, "H": 96, "I": 48, "Hq": 3, "Hk": 2, "D": 32,
-    "dtype": "bfloat16", "cache": "cold",
+    "M": 5, "N": 96, "K": 256, "G": 32, "kind": "offset", "T": 5, "H": 96, "I": 48, "Hq": 3, "Hk": 1, "D": 32,
+    "L": 2, "V": 64, "C": 8, "dtype": "bfloat16", "cache": "cold",
 }  # fmt: skip
 RULE = {"quantize_int8": "torchao", "quantize_int8_asym": "asym", "quantize_int8_static": "static"}
 
@@ -81,7 +82,7 @@ def test_bytes_are_those_of_the_tensors(op):
     """What is counted is what the operator reads and writes."""
     axes = axes_of(op)
     problem = problems.make(op, axes)
-    tensors = [t for t in vars(problem).values() if isinstance(t, torch.Tensor)]
+    tensors = [t for t in tree_leaves(list(vars(problem).values())) if isinstance(t, torch.Tensor)]
     outputs = next(p for p in providers.all(op, "cpu") if p.name == "qops").build(problem)()
     results = outputs if isinstance(outputs, tuple) else (outputs,)
     written = sum(t.nbytes for t in results)
@@ -91,9 +92,12 @@ def test_bytes_are_those_of_the_tensors(op):
         read -= 8 if op == "quantize_int8_static" else 2 * 32 * 2  # a scale and a zero point; two weights of a head
     if op == "int4_dequantize":
         read -= problem.x.nbytes  # which says the dtype of the result alone
+    if op == "int4_decode":
+        read -= (64 - 5) * 96 * 2  # of the table, a row for each sequence
     assert problems.bytes_and_flops(op, axes)[0] == read + written
-    dense = problems.weight_bytes(op, axes, 16)
-    assert dense == (96 * 256 * 2 if op in problems.GEMMS else 0)
+    layer = 2 * (5 * 96 * 32 + 96 * 96 + 3 * 96 * 48)  # k, v; q, o; gate, up, down
+    dense = {**dict.fromkeys(problems.GEMMS, 2 * 96 * 256), "int8_layer": layer, "int4_decode": 2 * layer}
+    assert problems.weight_bytes(op, axes, 16) == dense.get(op, 0)
 
 
 def test_a_large_reference_is_sampled_at_the_edges():

@@ -13,6 +13,7 @@ import qops
 from cuda_backend import Backend, gpu
 from layerwise import assert_int8_layers_accurate, hidden_states
 from qops.decoder import DecoderLayer
+from qops.smoothing import smoothing_scales
 from qops.testing import assert_bitwise
 
 
@@ -38,10 +39,21 @@ def on_gpu(model: Any, backend: Backend) -> Any:
     return moved
 
 
+def smoothing_of(model: Any) -> dict[str, torch.Tensor]:
+    """SmoothQuant's scales for activations of 1 to 9, a channel in eight the largest."""
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    maxima = {name: 1.0 + 8 * (torch.arange(model.get_submodule(name).in_features) % 8 == 3) for name in names}
+    return smoothing_scales(model, maxima)
+
+
+@pytest.mark.parametrize("smoothed", (False, True), ids=("plain", "smoothed"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_every_layer_of_an_int8_model_has_the_bits_of_the_cpu(backend, dtype):
-    here = qops.quantize_model(model_of(dtype), "int8")
+def test_every_layer_of_an_int8_model_has_the_bits_of_the_cpu(backend, dtype, smoothed):
+    model = model_of(dtype)
+    here = qops.quantize_model(model, "int8", smoothing=smoothing_of(model) if smoothed else None)
     assert all(isinstance(layer, DecoderLayer) for layer in here.model.layers)
+    assert len(here.quantization_report.smoothed) == 10 * smoothed
+    assert here.quantization_report.passes_after == 10 < here.quantization_report.passes_before / 2
     there = on_gpu(here, backend)
     for tokens in (1, 9, 33):
         ids = torch.arange(2 * tokens).view(2, tokens) * 7 % 88

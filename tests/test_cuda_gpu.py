@@ -14,6 +14,7 @@ from torch import Tensor
 
 import cuda_tools
 import qops
+from qops.nn import MLP, Int4Linear, Int8Linear, RMSNorm
 from qops.testing import assert_bitwise, generator, random_activations
 
 pytestmark = pytest.mark.skipif(
@@ -138,27 +139,35 @@ def test_gives_the_same_bits_every_time(op):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@each_op
-def test_runs_in_eight_threads_on_their_own_streams(op):
+def in_eight_threads(work: Callable[[int], None]) -> None:
+    """``work(seed)``, each on a stream of its own."""
     errors: list[BaseException] = []
 
-    def work(seed: int) -> None:
+    def run(seed: int) -> None:
         try:
             with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
-                there = inputs(seed)
-                for _ in range(8):
-                    got = OPS[op](there)
-                torch.cuda.current_stream().synchronize()
-                assert_equal(op, got, seed)
+                work(seed)
         except BaseException as error:  # what a thread raises is lost
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not errors, errors[0]
+
+
+@each_op
+def test_runs_in_eight_threads_on_their_own_streams(op):
+    def work(seed: int) -> None:
+        there = inputs(seed)
+        for _ in range(8):
+            got = OPS[op](there)
+        torch.cuda.current_stream().synchronize()
+        assert_equal(op, got, seed)
+
+    in_eight_threads(work)
 
 
 @each_op
@@ -246,3 +255,50 @@ def test_int4_gemm_in_graphs_on_streams_and_behind_late_inputs(m):
     stream.synchronize()
     for result in results:
         assert_bitwise(result.cpu(), want[1].cpu())
+
+
+@pytest.mark.parametrize("m", [1, 33])
+def test_int4_gemm_in_eight_threads_on_their_own_streams(m):
+    """The scratch of a call is its own: against the same calls one after the other."""
+    w = qops.Int4Weight.quantize(torch.randn(64, 8192, generator=generator(1)), group_size=64).to("cuda")
+    xs = [random_activations(m, 8192, dtype=torch.bfloat16, seed=seed).cuda() for seed in range(8)]
+    want = [qops.int4_gemm(x, w).cpu() for x in xs]
+
+    def work(seed: int) -> None:
+        results = [qops.int4_gemm(xs[seed], w) for _ in range(20)]
+        torch.cuda.current_stream().synchronize()
+        for result in results:
+            assert_bitwise(result.cpu(), want[seed])
+
+    in_eight_threads(work)
+
+
+def random_mlp(scheme: str) -> MLP:
+    def linear(n: int, k: int, seed: int) -> Int4Linear | Int8Linear:
+        weight = torch.randn(n, k, generator=generator(seed)) / k**0.5
+        if scheme == "int4":
+            return Int4Linear(qops.Int4Weight.quantize(weight, 64))
+        return Int8Linear(qops.Int8Weight.quantize(weight))
+
+    return MLP(linear(704, 512, 1), linear(704, 512, 2), linear(512, 704, 3))
+
+
+@pytest.mark.parametrize("m", [1, 16, 33])
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+def test_a_chain_compiles_with_max_autotune_and_its_cuda_graphs(scheme, m):
+    """Norm, gate and up, SiLU-mul, down, addition: the bits of eager mode, with other inputs in the same graph."""
+    norm = RMSNorm(random_activations(512, dtype=torch.bfloat16, seed=4, outliers=False), EPS, int8=scheme == "int8")
+    norm, mlp = norm.cuda(), random_mlp(scheme).cuda()
+
+    def chain(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        y, z = norm.add(x, residual)
+        return mlp(y), z
+
+    torch._dynamo.reset()
+    compiled = torch.compile(chain, fullgraph=True, mode="max-autotune")
+    for seed in range(6):  # two to warm up, one to record, the rest to replay
+        x, residual = (random_activations(m, 512, dtype=torch.bfloat16, seed=2 * seed + i).cuda() for i in range(2))
+        torch.compiler.cudagraph_mark_step_begin()
+        got = [t.clone() for t in compiled(x, residual)]
+        for a, b in zip(got, chain(x, residual), strict=True):
+            assert_bitwise(a.cpu(), b.cpu(), f"{scheme}, {m} rows, call {seed}")

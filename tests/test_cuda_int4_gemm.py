@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import qops
 from cuda_backend import POLICIES, Backend, gpu, made_there
-from gemm_plans import plans
+from gemm_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans
 from qops.ops.int4_gemm import int4_gemm_ref
 from qops.testing import assert_accurate, assert_bitwise, generator, random_activations, strided_rows
 from random_weights import KINDS, SCALE_DTYPES, random_int4
@@ -21,18 +22,28 @@ from weight_only_oracle import fma
 DTYPES = (torch.float16, torch.bfloat16)
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # of a block, by the emulator's architecture
 # Every kernel that a call can lead to, by the shape, the multiprocessors and the architecture that choose it:
-# (M, N, K, multiprocessors, arch) -> (decode, tokens of a tile, whether blocks share K).
+# (M, N, K, multiprocessors, arch) -> (kind of plan, tokens of a tile, whether blocks share K, whether some tiles are
+# whole).
 PLANS = {
-    (8, 200, 576, 3, 90): (1, 8, False),
-    (5, 24, 16128, 132, 90): (1, 8, True),
-    (16, 200, 576, 3, 80): (1, 16, False),
-    (13, 24, 16128, 132, 90): (1, 16, True),
-    (31, 136, 384, 132, 90): (0, 32, False),
-    (19, 136, 2304, 132, 89): (0, 32, True),
-    (64, 264, 576, 2, 80): (0, 64, False),
-    (65, 136, 4608, 8, 90): (0, 64, True),
-    (200, 264, 576, 2, 90): (0, 128, False),
+    (8, 200, 576, 3, 90): (DECODE, 8, False, False),
+    (5, 24, 16128, 132, 90): (DECODE, 8, True, False),
+    (16, 200, 576, 3, 80): (DECODE, 16, False, False),
+    (13, 24, 16128, 132, 90): (DECODE, 16, True, False),
+    (20, 264, 576, 1, 90): (TILED, 32, False, True),
+    (19, 136, 2304, 132, 89): (TILED, 32, True, False),
+    (40, 264, 576, 2, 80): (TILED, 64, False, True),
+    (33, 264, 2304, 2, 90): (TILED, 64, True, True),
+    (33, 136, 4608, 8, 80): (TILED, 64, True, False),
+    (150, 264, 576, 3, 90): (TILED, 128, False, True),
 }
+
+
+def plan_of(
+    m: int, n: int, k: int, group_size: int, kind: str, multiprocessors: int, arch: int, may_round: bool = False
+) -> Plan:
+    gpu = Gpu(multiprocessors, SHARED[arch], arch)
+    (plan,) = plans([Question(m, n, k, group_size, KINDS.index(kind), gpu, may_round)])
+    return plan
 
 
 def call(backend: Backend, x: Tensor, w: qops.Int4Weight, bias: Tensor | None = None, **more: Any) -> Tensor:
@@ -83,11 +94,60 @@ def test_every_kernel(emulated, emulator, dtype, kind):
         for fine in (False, True):
             group_size = 48 if fine else (64, 192, k)[index % 3]
             w, here = pair(emulator, n, k, group_size, kind, scale_dtype=SCALE_DTYPES[index % 3], seed=index)
-            (plan,) = plans([(m, n, k, group_size, KINDS.index(kind), multiprocessors, SHARED[arch])])
-            assert (plan.decode, plan.tokens, plan.k_parts > 1) == expected, (shape, group_size)
+            plan = plan_of(m, n, k, group_size, kind, multiprocessors, arch)
+            assert (plan.kind, plan.tokens, plan.is_split, plan.whole > 0) == expected, (shape, group_size)
             configure(emulated, seed=index, policy=index % 3, arch=arch, multiprocessors=multiprocessors)
             x = random_activations(m, k, dtype=dtype, seed=index)
-            assert_right(call(emulator, x, w), x, here)
+            assert_right(call(emulator, x, w, batch_invariant=True), x, here)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_through_cublas(emulated, emulator, kind):
+    """Weights are rounded to bfloat16, some strips multiplied at a time; what comes after the product is the same."""
+    configure(emulated, multiprocessors=1)
+    for index, (m, n, k, group_size) in enumerate(((300, 144, 384, 64), (300, 48, 336, 112), (2000, 3744, 512, 128))):
+        if m == 2000 and kind != "zero_point":
+            continue  # takes seconds
+        plan = plan_of(m, n, k, group_size, kind, 1, 90, may_round=True)
+        assert plan.kind == DENSE and (plan.strips < n // 16) == (m == 2000)
+        w, here = pair(emulator, n, k, group_size, kind, act_order=index == 0, scale_dtype=SCALE_DTYPES[index], seed=n)
+        x = random_activations(m, k, dtype=torch.bfloat16, seed=index)
+        bias = torch.randn(n, generator=generator(1))
+        y = call(emulator, x, w, bias)
+        tensors = (here.packed, here.scales, here.zeros)
+        rounded = torch.ops.qops.int4_dequantize(*tensors, n, group_size, KINDS.index(kind), torch.bfloat16)
+        exact = (x if here.perm is None else x[:, here.perm.long()]).float() @ rounded.float().T + bias
+        one_rounding, order_of_sums = 2**-8 * exact.abs(), 1e-6 * float(exact.abs().max())
+        assert bool(((y.float() - exact).abs() <= one_rounding + order_of_sums).all())
+        if m < 2000:
+            assert_right(y, x, here, bias)
+        residual = random_activations(m, n, dtype=torch.bfloat16, seed=5)
+        assert_bitwise(call(emulator, x, w, bias, residual=residual), y + residual, "residual")
+        scale = torch.tensor([0.37])
+        assert_bitwise(call(emulator, x, w, bias, out_scale=scale), qops.quantize_int8_static(y, scale), "int8")
+        with gpu(emulator):
+            mixed = w.interleave_gate_up()
+        assert_bitwise(call(emulator, x, mixed, bias, silu_mul=True), qops.silu_mul(y), "silu_mul")
+        # Rows of several strides have none that cuBLAS could take.
+        twice = torch.stack((x, x)).transpose(0, 1)
+        assert_bitwise(call(emulator, twice, mixed, bias, silu_mul=True)[:, 1], qops.silu_mul(y), "[M, 2, K]")
+
+
+def test_what_keeps_cublas_away(emulated, emulator):
+    """batch_invariant, float16 and GPUs without wgmma: a row then has one result for every M."""
+    m, n, k = 300, 144, 384
+    w, _ = pair(emulator, n, k, 64, "symmetric")
+    for dtype, arch, more in (
+        (torch.bfloat16, 90, {"batch_invariant": True}),
+        (torch.float16, 90, {}),
+        (torch.bfloat16, 80, {}),
+    ):
+        configure(emulated, multiprocessors=1, arch=arch)
+        x = random_activations(m, k, dtype=dtype, seed=1)
+        y = call(emulator, x, w, **more)
+        assert_bitwise(call(emulator, x[:7], w, **more), y[:7], f"{dtype} {arch} {more}")
+    configure(emulated, multiprocessors=1)
+    assert not torch.equal(call(emulator, x, w), y)
 
 
 @pytest.mark.parametrize("m", [*range(1, 34), 64, 65, 129])
@@ -219,15 +279,15 @@ def test_rows_do_not_depend_on_the_plan(emulated, emulator):
     for index, (n, k, group_size) in enumerate(((40, 4608, 64), (24, 16384, 512), (200, 576, 48))):
         w, _ = pair(emulator, n, k, group_size, KINDS[index], seed=index)
         x = random_activations(40, k, dtype=DTYPES[index % 2], seed=index)
-        want, seen = call(emulator, x, w), set()
-        for (arch, shared), multiprocessors, m in itertools.product(SHARED.items(), (1, 3, 132), (1, 11, 40)):
-            (plan,) = plans([(m, n, k, group_size, index, multiprocessors, shared)])
+        want, seen = call(emulator, x, w, batch_invariant=True), set()
+        for arch, multiprocessors, m in itertools.product(SHARED, (1, 3, 132), (1, 11, 40)):
+            plan = plan_of(m, n, k, group_size, KINDS[index], multiprocessors, arch)
             if plan in seen:
                 continue
             seen.add(plan)
             configure(emulated, seed=len(seen), policy=len(seen) % 3, arch=arch, multiprocessors=multiprocessors)
-            assert_bitwise(call(emulator, x[:m], w), want[:m], str(plan))
-        assert len({(plan.decode, plan.k_parts, plan.strips, plan.stages) for plan in seen}) >= 4
+            assert_bitwise(call(emulator, x[:m], w, batch_invariant=True), want[:m], str(plan))
+        assert len({(plan.kind, plan.k_parts, plan.strips, plan.stages) for plan in seen}) >= 4
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
@@ -326,20 +386,22 @@ def test_bytes_of_one_row(emulated, emulator):
 def test_every_synchronisation_is_missed_when_it_is_gone(emulated, emulator):
     weights = {
         (n, k): pair(emulator, n, k, 64, "zero_point")[0]
-        for n, k in ((16, 1024), (32, 1024), (48, 1024), (64, 1024), (200, 1024), (24, 16384), (136, 4608))
+        for n, k in ((16, 1024), (32, 1024), (48, 1024), (64, 1024), (200, 1024), (200, 64), (24, 16384), (136, 4608))
     }
     calls = (  # M, N, K, multiprocessors, arch: one and several passes over strips, split K, tiles
         *((3, n, 1024, 1, 89) for n in (16, 32, 48, 64)),
         (12, 64, 1024, 1, 89),
         (3, 48, 1024, 1, 80),
+        (3, 48, 1024, 1, 90),
         (3, 200, 1024, 1, 90),
         (12, 200, 1024, 1, 90),
         (5, 24, 16384, 132, 90),
         (40, 200, 1024, 1, 90),
+        (40, 200, 64, 1, 90),  # slices of no columns
         (20, 136, 4608, 132, 90),
     )
-    stages = {plan.stages for plan in plans([(m, n, k, 64, 1, sms, SHARED[arch]) for m, n, k, sms, arch in calls])}
-    assert stages == set(range(2, 9))  # each waits at a place of its own
+    stages = {plan_of(m, n, k, 64, "zero_point", sms, arch).stages for m, n, k, sms, arch in calls}
+    assert stages == set(range(2, 11)), stages  # each waits at a place of its own
 
     def run(seed: int, left_out: str) -> list[Tensor]:
         results = []
@@ -350,7 +412,10 @@ def test_every_synchronisation_is_missed_when_it_is_gone(emulated, emulator):
 
     want = run(1, "")
     places = [place for place in emulated.synchronisations() if place.startswith(("int4_gemm", "int4_fragment"))]
-    assert len(places) >= 8, places
+    files = collections.Counter(place.partition(":")[0] for place in places)
+    # Waits for copies of 9 rings, the commits of two places; barriers of warps and blocks.
+    assert files == {"int4_fragment.cuh": 9, "int4_gemm_decode.cu": 7, "int4_gemm_tiled.cu": 5}, places
+    print("each of these is missed when it is gone:", *places, sep="\n  ")
     for place in places:
         for seed in range(12):
             try:

@@ -14,6 +14,7 @@ import weakref
 import pytest
 import torch
 import transformers
+from tests.families import FAMILIES, FUSED, IDS, VOCAB, random_model
 from tests.layerwise import assert_int8_layers_accurate, assert_layers_accurate, hidden_states
 from torch import nn
 from transformers import DynamicCache
@@ -26,59 +27,8 @@ from qops.quantize import QuantizationReport, quantize_model
 from qops.replacement import norm_style
 from qops.testing import assert_bitwise
 
-VOCAB = 72
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-WINDOW = {"sliding_window": 4}
-# Family -> class prefix, config class, and what makes it differ from Llama.
-FUSED = {
-    "llama": ("Llama", "LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
-    "mistral": ("Mistral", "MistralConfig", WINDOW),
-    "qwen2": ("Qwen2", "Qwen2Config", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
-    "qwen3": ("Qwen3", "Qwen3Config", {"head_dim": 24}),
-    "smollm3": ("SmolLM3", "SmolLM3Config", {"no_rope_layer_interval": 2}),
-    "gemma": ("Gemma", "GemmaConfig", {"head_dim": 16}),
-    "gemma2": ("Gemma2", "Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 24, **WINDOW}),
-    "gemma3": (
-        "Gemma3",
-        "Gemma3TextConfig",
-        {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2, **WINDOW},
-    ),
-}
-OTHER = {
-    "olmo2": ("Olmo2", "Olmo2Config", {}),
-    "granite": ("Granite", "GraniteConfig", {"residual_multiplier": 0.5}),
-    "phi3": ("Phi3", "Phi3Config", {}),
-}
-FAMILIES = FUSED | OTHER
 SCHEMES = ("int4", "int8")
 DTYPES = (torch.float32, torch.bfloat16)
-IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(7))
-
-
-def random_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
-    prefix, config, differences = FAMILIES[family]
-    torch.manual_seed(seed)
-    config = getattr(transformers, config)(**(SIZES | differences | changes))
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    assert type(model).__name__ == f"{prefix}ForCausalLM"
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        elif name.endswith("bias"):
-            parameter.data.normal_()
-    return model
 
 
 # Against float64 -----------------------------------------------------------------------------------------------------

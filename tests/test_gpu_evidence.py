@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from bench import gpu_evidence, run
@@ -113,9 +114,10 @@ def test_benchmarks_are_given_what_they_need(evidence, monkeypatch):
     monkeypatch.setattr(Evidence, "run", lambda self, stage, name, command: commands.append(command))
     evidence.device, evidence.commit = "a GPU", "abc"
     evidence.deadline = time.monotonic() + gpu_evidence.STAGE_SECONDS
-    for stage in ("bench-norms", "bench-gemms", "peers"):
+    stages = ("bench-norms", "bench-gemms", "chain", "decode", "peers")
+    for stage in stages:
         gpu_evidence.STAGES[stage](evidence)
-    assert len(commands) == 3
+    assert [Path(command[-1]).name for command in commands] == [f"{stage}.json" for stage in stages]
     for command in commands:
         assert command[1:3] == ["-m", "bench.run"] and command[-4:-2] == ["--commit", "abc"]
         args = run.arguments(command[3:])
@@ -123,13 +125,26 @@ def test_benchmarks_are_given_what_they_need(evidence, monkeypatch):
         assert plan.device == "cuda" and plan.cases and 60 < plan.budget_seconds < 480
         names = {p.name for offered in plan.offered.values() for p in offered}
         assert ("qops" in names) == ("!qops" not in command) and names
+    assert {case.op for case in run.plan(run.arguments(commands[2][3:])).cases} == {"int8_layer"}
+    evidence.depth = 3
+    gpu_evidence.STAGES["decode"](evidence)
+    sizes = [
+        {(case.op, case.axes["M"], case.axes["L"]) for case in run.plan(run.arguments(command[3:])).cases}
+        for command in (commands[3], commands[-1])
+    ]
+    assert sizes == [{("int4_decode", m, depth) for m in (1, 8, 16)} for depth in (32, 3)]
     evidence.device = ""
-    gpu_evidence.STAGES["peers"](evidence)
-    assert len(commands) == 3 and evidence.steps[-1].status == "unavailable"
+    for stage in stages:
+        gpu_evidence.STAGES[stage](evidence)
+    assert len(commands) == 6 and {step.status for step in evidence.steps} == {"unavailable"}
+    assert {step.stage for step in evidence.steps} == set(stages)
 
 
-def test_every_stage_ends_within_eight_minutes():
+def test_every_stage_ends_within_eight_minutes_and_there_are_few_files():
+    """evidence.json and evidence.log, and a document for each benchmark: eight at most."""
     assert gpu_evidence.STAGE_SECONDS < 480
+    documents = set(gpu_evidence.STAGES) - {"build", "install-peers", "tests", "sanitize"}
+    assert len(documents) + 2 <= 8
 
 
 def test_tests_are_found_by_their_names():

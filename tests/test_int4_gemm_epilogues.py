@@ -234,11 +234,11 @@ def test_errors_are_the_same_with_fake_tensors(case):
     messages = []
     for device in ("cpu", "meta"):
         with pytest.raises(error, match=rf"^qops\.int4_gemm: {text}") as caught:
-            torch.ops.qops.int4_gemm(**arguments(device, **changes))
+            torch.ops.qops.int4_gemm.fused(**arguments(device, **changes))
         messages.append(str(caught.value))
         out = torch.empty(2, 48, dtype=torch.bfloat16, device=device)
         with pytest.raises(error, match=rf"^qops\.int4_gemm: {text}"):
-            torch.ops.qops.int4_gemm.out(**arguments(device, **changes), out=out)
+            torch.ops.qops.int4_gemm.fused_out(**arguments(device, **changes), out=out)
     assert messages[0] == messages[1]
 
 
@@ -250,16 +250,16 @@ def test_out_has_the_shape_and_dtype_of_the_epilogue():
     ):
         for device in ("cpu", "meta"):
             with pytest.raises(error, match=rf"^qops\.int4_gemm: {text}$"):
-                torch.ops.qops.int4_gemm.out(**arguments(device, **extra), out=wrong.bfloat16().to(device))
+                torch.ops.qops.int4_gemm.fused_out(**arguments(device, **extra), out=wrong.bfloat16().to(device))
 
 
 @pytest.mark.parametrize("bad", (0.0, -1.0, float("nan"), float("inf")))
 def test_values_of_the_output_scale(bad):
     with pytest.raises(ValueError, match=r"^qops\.int4_gemm: out_scale must be positive and finite, got"):
-        torch.ops.qops.int4_gemm(**arguments("cpu", out_scale=torch.tensor(bad)))
+        torch.ops.qops.int4_gemm.fused(**arguments("cpu", out_scale=torch.tensor(bad)))
     with pytest.raises(ValueError, match=r"^qops\.int4_gemm: out_zero_point must lie in -128 \.\. 127, got 128"):
         far = torch.tensor(128, dtype=torch.int32)
-        torch.ops.qops.int4_gemm(**arguments("cpu", out_scale=SCALE, out_zero_point=far))
+        torch.ops.qops.int4_gemm.fused(**arguments("cpu", out_scale=SCALE, out_zero_point=far))
 
 
 def test_silu_mul_has_to_fit_the_weight():
@@ -286,9 +286,9 @@ def test_opcheck(name):
         x = random_activations(2, 3, 64, dtype=torch.bfloat16, seed=0)
         args = (x, w.packed, w.scales, w.zeros, w.perm, torch.zeros(48), 48, 32, 1, False)
         extra = {key: t.clone() if isinstance(t, Tensor) else t for key, t in epilogues(48, x)[name].items()}
-        torch.library.opcheck(torch.ops.qops.int4_gemm.default, args, extra)
-        out = torch.empty_like(torch.ops.qops.int4_gemm(*args, **extra))
-        torch.library.opcheck(torch.ops.qops.int4_gemm.out, args, {**extra, "out": out})
+        torch.library.opcheck(torch.ops.qops.int4_gemm.fused, args, extra)
+        out = torch.empty_like(torch.ops.qops.int4_gemm.fused(*args, **extra))
+        torch.library.opcheck(torch.ops.qops.int4_gemm.fused_out, args, {**extra, "out": out})
 
 
 def test_compile():

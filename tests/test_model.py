@@ -393,6 +393,23 @@ def test_state_dict_has_transformers_names_and_loads():
     assert_bitwise(other(ids).logits, expected)
 
 
+def test_act_order_of_down_goes_into_gate_and_up_at_load(tmp_path):
+    model = quantised()
+    for index, layer in enumerate(model.model.layers):
+        tensors = layer.mlp.down_proj.weight.canonical()
+        perm = torch.randperm(96, generator=torch.Generator().manual_seed(index))
+        layer.mlp.down_proj.weight = Int4Weight.from_canonical(**tensors, kind="symmetric", perm=perm)
+    ids = random_ids(2, 5)
+    save_model(model, tmp_path / "gathers")
+    loaded = load_model(tmp_path / "gathers", torch.float32)
+    assert all(layer.mlp.reordered and not layer.mlp.down_proj.weight.act_order for layer in loaded.model.layers)
+    assert_bitwise(loaded(ids).logits, model(ids).logits)
+    save_model(loaded, tmp_path / "reordered")
+    again = load_model(tmp_path / "reordered", torch.float32)
+    assert not any(layer.mlp.reordered for layer in again.model.layers)
+    assert_bitwise(again(ids).logits, model(ids).logits)
+
+
 def test_deepcopy_keeps_the_tie_and_the_logits(tmp_path):
     model = load_model(llama_file().write(tmp_path / "m.gguf"))
     twin = copy.deepcopy(model)

@@ -9,8 +9,9 @@ from torch import nn
 
 import qops
 from qops.nn import MLP, Int4Linear, Int8Embedding, Int8WeightOnlyLinear, MergedLinear, MergingModule, RMSNorm
-from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise, random_activations
+from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise, generator, random_activations
 from qops.weights import Int4Weight, Int8Weight
+from random_weights import some_weights
 
 K = 64
 
@@ -153,6 +154,43 @@ MIXTURES = {
     "int4 and int8": (lambda: [int4_linear(24, 1), int8_linear(8, 2)], False),
     "int4 and dense": (lambda: [int4_linear(24, 1), nn.Linear(K, 8)], False),
 }
+
+
+PARENTS = {
+    "int4": lambda n, seed: int4_linear(n, seed, bias=True),
+    "int8": lambda n, seed: int8_linear(n, seed, bias=True),
+    "dense": lambda n, seed: nn.Linear(K, n).requires_grad_(False),
+    "act-order": lambda n, seed: act_order_linear(n, seed, torch.randperm(K, generator=generator(5))),
+}
+
+
+@pytest.mark.parametrize("act", [None, torch.tanh])
+@pytest.mark.parametrize("up", PARENTS)
+@pytest.mark.parametrize("gate", PARENTS)
+def test_mlp_takes_downs_act_order_from_the_rows_of_gate_and_up(gate, up, act):
+    gate, up = PARENTS[gate](96, 1), PARENTS[up](96, 2)
+    weight = Int4Weight.quantize(dense(24, 3, 96), 32, False)
+    perm = torch.randperm(96, generator=generator(0)).int()
+    down = Int4Linear(Int4Weight.from_canonical(**weight.canonical(), kind="zero_point", perm=perm), dense(1, 4, 24)[0])
+    x = random_activations(5, K, dtype=torch.float32, seed=6)
+    mlp = MLP(gate, up, down, act)
+    assert mlp.reordered and "act-order of down" in repr(mlp) and not mlp.down_proj.weight.act_order
+    assert "gathers x" in repr(down) and "gathers x" not in repr(mlp.down_proj)
+    gathered = down(act(gate(x)) * up(x) if act else qops.silu_mul(gate(x), up(x)))
+    if isinstance(gate, nn.Linear) or isinstance(up, nn.Linear):  # PyTorch's sums may depend on the place of a row
+        torch.testing.assert_close(mlp(x), gathered)
+    else:
+        assert_bitwise(mlp(x), gathered)
+    assert not MLP(gate, up, mlp.down_proj, act).reordered
+
+
+def test_rows_of_a_weight_in_another_order():
+    for _, weight in some_weights():
+        order = torch.randperm(weight.out_features, generator=generator(1))
+        moved = weight.with_rows(order)
+        assert moved.is_packed
+        assert_bitwise(moved.dequantize(), weight.dequantize()[order])
+        assert not copy.deepcopy(weight).unpack().with_rows(order).is_packed
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)

@@ -38,7 +38,7 @@ def test_every_overload_is_drawn_valid_and_invalid():
     drawn: dict[bool, set[str]] = {True: set(), False: set()}
     for op, strategy in OPS.items():
         rng = random.Random(op)
-        for _ in range(80):
+        for _ in range(200):
             call = strategy(Sampler(rng.randint))
             overload = "" if call.overload == "default" else f".{call.overload}"
             drawn[not call.faults].add(f"{call.op}{overload}")

@@ -56,6 +56,7 @@ def cases() -> dict[str, Run]:
 
     static = torch.tensor(0.05)
     runs: dict[str, Callable[[int], Tensor | tuple[Tensor, ...]]] = {
+        "check_layout": lambda s: ops.check_layout(int8.packed, "cpu 1") or (),
         "int4_dequantize": lambda s: qops.int4_dequantize(int4, torch.bfloat16),
         "int4_gemm": lambda s: qops.int4_gemm(x(s), int4, bias),
         "int4_pack": lambda s: ops.int4_pack(bytes4),

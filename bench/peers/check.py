@@ -33,6 +33,7 @@ NAMESPACES = {"vllm": "_C", "sgl_kernel": "sgl_kernel", "fbgemm_gpu": "fbgemm"}
 H100_MULTIPROCESSORS = 132
 SMALL: dict[str, int | str] = {
     **{"M": 4, "N": 256, "K": 512, "G": 128, "T": 4, "H": 256, "I": 128, "Hq": 4, "Hk": 2, "D": 64},
+    **{"L": 2, "V": 64, "C": 8},
     "dtype": "bfloat16",
     "cache": "cold",
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.peers.eager import FORMULAS, Formula
+from bench.peers.eager import DENSE_LAYER, FORMULAS, LIBRARIES, Formula
 from bench.peers.vendor import int_mm_limits, scaled_int_mm
 from bench.problems import Int8Gemm, Problem, Result
 from bench.providers import Provider
@@ -24,7 +24,8 @@ def _compiled(function: Callable[..., Result], shapes: tuple[Any, ...]) -> Calla
 
 
 def _call(function: Callable[..., Result], arguments: tuple[Any, ...]) -> Callable[[], Result]:
-    key = tuple((t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in arguments)
+    leaves, _ = torch.utils._pytree.tree_flatten(arguments)
+    key = tuple((t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in leaves)
     return functools.partial(_compiled(function, key), *arguments)
 
 
@@ -40,6 +41,17 @@ PROVIDERS = [
     *(
         Provider(NAME, f.op, ("cpu", "cuda"), functools.partial(_build, f), f"{f.accuracy}, or less often")
         for f in FORMULAS
+    ),
+    *(
+        Provider(
+            f"{NAME}, {library} {DENSE_LAYER.name}",
+            DENSE_LAYER.op,
+            (device,),
+            functools.partial(_build, DENSE_LAYER),
+            DENSE_LAYER.accuracy,
+            weight_bits=16,
+        )
+        for device, library in LIBRARIES.items()
     ),
     Provider(f"{NAME} _int_mm", "int8_gemm", ("cuda",), _int_mm, "exact sums", unsupported=int_mm_limits),
 ]

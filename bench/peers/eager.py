@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import problems
+from bench.models import EPS, Int8Layer
 from bench.problems import Int4Gemm, Norm, Problem, Quantize, Result, Rotary, SiluMul
 from bench.providers import Provider
 
@@ -100,6 +101,33 @@ def silu_mul_int8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return per_token_127(silu_mul(gate_up))
 
 
+def dense_layer(
+    x: Tensor,
+    residual: Tensor,
+    attention: Tensor,
+    norms: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    heads: tuple[int, int, int],
+) -> tuple[Tensor, ...]:
+    """A layer with dense weights, q, k and v and gate and up each in one product; cos and sin as for rotary."""
+    qkv_weight, o_weight, gate_up_weight, down_weight = weights
+    z = x + residual
+    qkv = F.linear(transformers_norm(z, norms[0], EPS), qkv_weight)
+    q, k, v = qkv.view(len(qkv), sum(heads), -1).split(heads, dim=1)
+    q, k = transformers_rotary(q, k, cos, sin)
+    z = z + F.linear(attention, o_weight)
+    gate_up = F.linear(transformers_norm(z, norms[1], EPS), gate_up_weight)
+    return q, k, v, z, F.linear(silu_mul(gate_up), down_weight)
+
+
+def _layer(p: Int8Layer) -> tuple[Any, ...]:
+    weights = tuple((codes.float() * scale[:, None]).to(p.x.dtype) for codes, scale in p.weights().values())
+    cos, sin = (torch.cat((table, table), dim=-1) for table in (p.cos, p.sin))
+    return p.x, p.residual, p.attention, (p.first_norm, p.second_norm), weights, cos, sin, p.heads
+
+
 def _with_residual(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         z = x + residual
@@ -155,6 +183,11 @@ class Formula:
         return functools.partial(self.function(problem), *self.arguments(problem))
 
 
+# No part of FORMULAS: its name is the vendor library's, and its weights have 16 bits.
+DENSE_LAYER = Formula("F.linear", "int8_layer", "weights rounded to 16 bits", _layer, lambda p: dense_layer)
+LIBRARIES = {"cpu": "onednn", "cuda": "cublas"}
+
+
 def _norms(name: str, norm: Callable[..., Tensor], accuracy: str) -> list[Formula]:
     forms = {
         "rms_norm": norm,
@@ -183,6 +216,17 @@ FORMULAS = [
 ]
 
 PROVIDERS = [
+    *(
+        Provider(
+            f"{library} {DENSE_LAYER.name}",
+            DENSE_LAYER.op,
+            (device,),
+            DENSE_LAYER.build,
+            DENSE_LAYER.accuracy,
+            weight_bits=16,
+        )
+        for device, library in LIBRARIES.items()
+    ),
     Provider("torch eager", "int4_dequantize", ("cpu", "cuda"), int4_dequantize, "in 16 bits"),
     *(
         Provider(formula.name, formula.op, ("cpu", "cuda"), formula.build, formula.accuracy)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 import qops
+from bench.models import EPS, Int8Layer
 from bench.problems import (
     QUANTIZERS,
     Int4Gemm,
@@ -84,6 +85,24 @@ def silu_mul_int8(p: SiluMul) -> Callable[[], Result]:
     return functools.partial(qops.silu_mul_int8, p.gate_up)
 
 
+def int8_layer(p: Int8Layer) -> Callable[[], Result]:
+    """The operators of a fused layer of ``qops.quantize_model(model, "int8")``."""
+    packed = {name: qops.Int8Weight.from_canonical(codes, s[:, None]) for name, (codes, s) in p.weights().items()}
+    linear = functools.partial(qops.int8_gemm, out_dtype=p.x.dtype)
+
+    def call() -> tuple[Tensor, ...]:
+        rows, scale, z = qops.add_rms_norm_int8(p.x, p.residual, p.first_norm, EPS)
+        qkv = linear(rows, scale, packed["qkv"]).view(p.rows, sum(p.heads), -1)
+        q, k, v = qkv.split(p.heads, dim=1)
+        qops.rotary_(q, k, p.cos, p.sin)
+        o = linear(*qops.quantize_int8(p.attention), packed["o"])
+        rows, scale, z = qops.add_rms_norm_int8(o, z, p.second_norm, EPS)
+        gate_up = linear(rows, scale, packed["gate_up"])
+        return q, k, v, z, linear(*qops.silu_mul_int8(gate_up), packed["down"])
+
+    return call
+
+
 def norm_then_quantize(p: Norm) -> Callable[[], Result]:
     return lambda: qops.quantize_int8(qops.rms_norm(p.x, p.weight, p.eps))
 
@@ -119,7 +138,10 @@ PROVIDERS = [
     _provider(OURS, "int8_gemm", int8_gemm, "exact sums"),
     *(
         _provider(OURS, build.__name__, build, "rounded as Transformers")
-        for build in (rms_norm, add_rms_norm, rms_norm_int8, add_rms_norm_int8, qk_norm_rotary, silu_mul, silu_mul_int8)
+        for build in (
+            *(rms_norm, add_rms_norm, rms_norm_int8, add_rms_norm_int8, qk_norm_rotary, silu_mul, silu_mul_int8),
+            int8_layer,
+        )
     ),
     *(_provider(OURS, op, quantize, "bits of the rule") for op in QUANTIZERS),
     _provider(OURS, "rotary", rotary, "rounded once"),

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "binding/checks.h"
 
@@ -15,17 +16,49 @@
 
 namespace qops::binding::device {
 
+// How weights are packed there, by kind of device and version; exported models name it. A change of
+// cpu/weight_pack.cpp, or of int4_layout.h or int8_layout.h, raises the number, here and in python/qops/ops/_checks.py.
 #if defined(QOPS_CUDA)
+inline constexpr std::string_view kLayout = "cuda 1";
 namespace kernels = qops::cuda;
 // What a tensor holds is not known when the kernel is launched.
 inline constexpr bool kValuesAreReadable = false;
 template <class Params>
 using Kernel = Status (*)(const Params&, cuda::Stream);
 #else
+inline constexpr std::string_view kLayout = "cpu 1";
 namespace kernels = qops::cpu;
 inline constexpr bool kValuesAreReadable = true;
 template <class Params>
 using Kernel = Status (*)(const Params&, const ThreadPool&);
+#endif
+
+#if defined(QOPS_CUDA)
+// DenseProduct by torch; `context` is the device. Results of float32 keep cuBLAS from adding the parts of a split K in
+// bfloat16, which torch allows it by default.
+inline void dense_product(void* context, const void* x, int64_t x_stride, const void* w, float* sums, int64_t m,
+                          int64_t n, int64_t k) {
+  const auto& device = *static_cast<const torch::stable::Device*>(context);
+  const auto matrix = [&](const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
+                          ScalarType dtype) {
+    return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, device,
+                                    dtype);
+  };
+  Tensor a = matrix(x, m, k, x_stride, 1, ScalarType::BFloat16);
+  Tensor b = matrix(w, k, n, 1, k, ScalarType::BFloat16);
+  Tensor c = matrix(sums, m, n, n, 1, ScalarType::Float);
+  using torch::stable::detail::from;
+#if defined(QOPS_EMULATED)
+  a = torch::stable::to(a, ScalarType::Float);
+  b = torch::stable::to(b, ScalarType::Float);
+  std::array<StableIValue, 3> stack{from(a), from(b), from(c)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+#else
+  std::array<StableIValue, 4> stack{from(a), from(b), from(ScalarType::Float), from(c)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+#endif
+  const Tensor returned = torch::stable::detail::to<Tensor>(stack[0]);  // c once more, for us to let go of
+}
 #endif
 
 #if defined(QOPS_CUDA) && !defined(QOPS_EMULATED)

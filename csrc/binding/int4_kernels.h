@@ -11,6 +11,8 @@ void define_int4_kernels(Library& m) {
   m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize));
   m.impl("int4_gemm", TORCH_BOX(&int4_gemm));
   m.impl("int4_gemm.out", TORCH_BOX(&int4_gemm_out));
+  m.impl("int4_gemm.fused", TORCH_BOX(&int4_gemm_fused));
+  m.impl("int4_gemm.fused_out", TORCH_BOX(&int4_gemm_fused_out));
   m.impl("int4_pack", TORCH_BOX(&int4_pack));
   m.impl("int4_unpack", TORCH_BOX(&int4_unpack));
 }

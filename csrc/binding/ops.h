@@ -12,13 +12,21 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::op
                        int64_t out_features, int64_t group_size, int64_t kind, ScalarType dtype, bool gate_up);
 Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
                  const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
-                 int64_t group_size, int64_t kind, bool batch_invariant, const std::optional<Tensor>& residual,
-                 bool silu_mul, const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point);
+                 int64_t group_size, int64_t kind, bool batch_invariant);
 void int4_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
                    const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
-                   int64_t group_size, int64_t kind, bool batch_invariant, const std::optional<Tensor>& residual,
-                   bool silu_mul, const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
-                   const Tensor& out);
+                   int64_t group_size, int64_t kind, bool batch_invariant, const Tensor& out);
+Tensor int4_gemm_fused(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+                       const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
+                       int64_t group_size, int64_t kind, bool batch_invariant, const std::optional<Tensor>& residual,
+                       bool silu_mul, const std::optional<Tensor>& out_scale,
+                       const std::optional<Tensor>& out_zero_point);
+void int4_gemm_fused_out(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                         const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
+                         const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size, int64_t kind,
+                         bool batch_invariant, const std::optional<Tensor>& residual, bool silu_mul,
+                         const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
+                         const Tensor& out);
 Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
                  const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype);
 void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
@@ -37,6 +45,7 @@ Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor
 void int8_weight_only_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                                int64_t out_features, int64_t group_size, const Tensor& out);
 
+void check_layout(const Tensor& packed, std::string_view layout);
 Tensor int4_pack(const Tensor& qweight);
 Tensor int4_unpack(const Tensor& packed, int64_t out_features);
 Tensor int8_pack(const Tensor& qweight);

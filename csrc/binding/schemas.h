@@ -8,14 +8,22 @@ void define_schemas(Library& m) {
   m.def(
       "int4_dequantize(Tensor packed, Tensor scales, Tensor? zeros, int out_features, int group_size, int kind, "
       "ScalarType dtype, bool gate_up=False) -> Tensor");
+  // Four more arguments, even if none is given, take as long as a fifth of a small call: overloads of their own.
   m.def(
       "int4_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, "
-      "int group_size, int kind, bool batch_invariant=False, Tensor? residual=None, bool silu_mul=False, "
-      "Tensor? out_scale=None, Tensor? out_zero_point=None) -> Tensor");
+      "int group_size, int kind, bool batch_invariant=False) -> Tensor");
   m.def(
       "int4_gemm.out(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
+      "int out_features, int group_size, int kind, bool batch_invariant=False, *, Tensor(a!) out) -> ()");
+  m.def(
+      "int4_gemm.fused(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
+      "int out_features, int group_size, int kind, bool batch_invariant=False, Tensor? residual=None, "
+      "bool silu_mul=False, Tensor? out_scale=None, Tensor? out_zero_point=None) -> Tensor");
+  m.def(
+      "int4_gemm.fused_out(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
       "int out_features, int group_size, int kind, bool batch_invariant=False, Tensor? residual=None, "
       "bool silu_mul=False, Tensor? out_scale=None, Tensor? out_zero_point=None, *, Tensor(a!) out) -> ()");
+  m.def("check_layout(Tensor packed, str layout) -> ()");
   m.def("int4_pack(Tensor qweight) -> Tensor");
   m.def("int4_unpack(Tensor packed, int out_features) -> Tensor");
   m.def(

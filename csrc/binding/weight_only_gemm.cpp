@@ -63,11 +63,22 @@ void check_output(const Checker& check, const Tensor& out, const Tensor& x, cons
   if (bias) check.no_overlap(out, "out", *bias, "bias");
 }
 
-void run_int4(WeightOnlyGemmParams& p, const Tensor& y) {
+void check_int4_output(const Tensor& out, const Tensor& x, const Tensor& packed, const Tensor& scales,
+                       const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
+                       const std::optional<Tensor>& bias, const WeightOnlyGemmParams& p) {
+  check_output(check_int4, out, x, packed, scales, bias, p);
+  if (zeros) check_int4.no_overlap(out, "out", *zeros, "zeros");
+  if (perm) check_int4.no_overlap(out, "out", *perm, "perm");
+}
+
+void run_int4(WeightOnlyGemmParams& p, const Tensor& y, bool batch_invariant) {
   p.y = y.mutable_data_ptr();
+  p.batch_invariant = batch_invariant;
   int64_t bad_index = 0;
   p.bad_index = &bad_index;
 #if defined(QOPS_CUDA)
+  torch::stable::Device device = y.device();
+  p.product = {&device::dense_product, &device};
   // From the allocator of torch, for this call: it keeps the memory from others until this stream is done with it.
   const int64_t bytes = device::scratch_bytes(&cuda::int4_gemm_scratch_bytes, p, y);
   std::optional<Tensor> scratch;
@@ -85,35 +96,49 @@ void run_int4(WeightOnlyGemmParams& p, const Tensor& y) {
 
 }  // namespace
 
-// batch_invariant asks for nothing more here: a row's bits never depend on M or on its position.
+// On the CPU a row's bits never depend on M or on its position.
 Tensor int4_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
                  const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
-                 int64_t group_size, int64_t kind, bool /*batch_invariant*/, const std::optional<Tensor>& residual,
-                 bool silu_mul, const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point) {
+                 int64_t group_size, int64_t kind, bool batch_invariant) {
   WeightOnlyGemmParams p = checked_int4(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
-  take_epilogue(check_int4, x, residual, silu_mul, out_scale, out_zero_point, p);
   Tensor y = new_output(check_int4, x, p);
-  run_int4(p, y);
+  run_int4(p, y, batch_invariant);
   return y;
 }
 
 void int4_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
                    const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
-                   int64_t group_size, int64_t kind, bool /*batch_invariant*/, const std::optional<Tensor>& residual,
-                   bool silu_mul, const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
-                   const Tensor& out) {
+                   int64_t group_size, int64_t kind, bool batch_invariant, const Tensor& out) {
+  WeightOnlyGemmParams p = checked_int4(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
+  check_int4_output(out, x, packed, scales, zeros, perm, bias, p);
+  run_int4(p, out, batch_invariant);
+}
+
+Tensor int4_gemm_fused(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
+                       const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
+                       int64_t group_size, int64_t kind, bool batch_invariant, const std::optional<Tensor>& residual,
+                       bool silu_mul, const std::optional<Tensor>& out_scale,
+                       const std::optional<Tensor>& out_zero_point) {
   WeightOnlyGemmParams p = checked_int4(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
   take_epilogue(check_int4, x, residual, silu_mul, out_scale, out_zero_point, p);
-  check_output(check_int4, out, x, packed, scales, bias, p);
-  const auto lies_apart = [&](const std::optional<Tensor>& input, const char* name) {
-    if (input) check_int4.no_overlap(out, "out", *input, name);
-  };
-  lies_apart(zeros, "zeros");
-  lies_apart(perm, "perm");
-  lies_apart(out_scale, "out_scale");
-  lies_apart(out_zero_point, "out_zero_point");
+  Tensor y = new_output(check_int4, x, p);
+  run_int4(p, y, batch_invariant);
+  return y;
+}
+
+void int4_gemm_fused_out(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                         const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
+                         const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size, int64_t kind,
+                         bool batch_invariant, const std::optional<Tensor>& residual, bool silu_mul,
+                         const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
+                         const Tensor& out) {
+  WeightOnlyGemmParams p = checked_int4(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
+  take_epilogue(check_int4, x, residual, silu_mul, out_scale, out_zero_point, p);
+  check_int4_output(out, x, packed, scales, zeros, perm, bias, p);
+  if (out_scale) check_int4.no_overlap(out, "out", *out_scale, "out_scale");
+  if (out_zero_point) check_int4.no_overlap(out, "out", *out_zero_point, "out_zero_point");
   if (residual) check_int4.no_overlap_unless_same(out, "out", *residual, "residual");
-  run_int4(p, out);
+  run_int4(p, out, batch_invariant);
 }
 
 #if !defined(QOPS_CUDA)

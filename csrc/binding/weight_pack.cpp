@@ -51,6 +51,15 @@ Tensor unpack(const Checker& check, const Tensor& packed, int64_t out_features, 
 
 }  // namespace
 
+void check_layout(const Tensor&, std::string_view layout) {
+  constexpr Checker check("check_layout");
+  if (layout != device::kLayout) {
+    check.refuse("layout",
+                 "be '" + std::string(device::kLayout) + "', as weights are packed on this device by this build",
+                 "'" + std::string(layout) + "': export the model again");
+  }
+}
+
 Tensor int4_pack(const Tensor& qweight) {
   return pack(Checker("int4_pack"), qweight, ScalarType::Byte, 2, &device::kernels::int4_pack);
 }

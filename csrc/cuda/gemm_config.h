@@ -1,19 +1,22 @@
-// Which kernel int4_gemm runs on a GPU, and which part of the product each block computes: pure functions of the shape
-// and of the GPU, that know nothing of epilogues. Nothing here changes a bit of the result: the order of the sums is
-// that of the 8 slices of K, whatever the plan.
+// How int4_gemm runs on a GPU, and which part of the product each block computes: pure functions of the shape and of
+// the GPU, that know nothing of epilogues. No plan of our kernels changes a bit of the result: the order of the sums is
+// that of the 8 slices of K.
 //
-// The times are a model, in cycles of a multiprocessor, that ranks plans and is monotone in M. It has not been fitted
-// to measurements.
+// The times are a model, in cycles of a multiprocessor, that ranks plans. Each kind of plan takes longer for more rows,
+// so the best one does, too. It has not been fitted to measurements.
 #pragma once
 
 #include "int4_layout.h"
 
 namespace qops::cuda {
 
-// Of the current GPU: a block may have `shared_bytes` of dynamic shared memory.
+// Of the current GPU: a block may have `shared_bytes` of dynamic shared memory; `arch` as 90 for sm_90.
 struct Gpu {
   int64_t multiprocessors;
   int64_t shared_bytes;
+  int arch;
+
+  bool operator==(const Gpu&) const = default;
 };
 
 struct Range {
@@ -40,7 +43,7 @@ QOPS_ALWAYS_INLINE constexpr Range blocks_of_slice(int64_t blocks, int64_t slice
 
 inline constexpr int kGemmThreads = 256;
 inline constexpr int kGemmWarps = kGemmThreads / 32;
-inline constexpr int kMaxStages = 8;
+inline constexpr int kMaxStages = 10;
 
 // --- shared memory of one stage of a ring: one block of 64 columns ---------------------------------------------------
 
@@ -84,50 +87,96 @@ constexpr bool has_offset(WeightKind kind) { return kind == WeightKind::kFloatZe
 inline constexpr int kDecodeTokens = 16;    // rows of x up to which there is a decode kernel
 inline constexpr int kMaxStripsOfWarp = 4;  // of the decode kernel: that share a fragment of x
 inline constexpr int kTileStrips = 8;       // of a tile of the tiled kernel
+inline constexpr int kTileRows = kTileStrips * kStripRows;
 inline constexpr int kTileTokens[] = {32, 64, 128};
 // The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes
-// spilled).
-constexpr int max_tile_tokens(bool offset) { return offset ? 64 : 128; }
+// spilled), and its shared memory does not fit on sm_120.
+QOPS_ALWAYS_INLINE constexpr int max_tile_tokens(bool offset, int arch) { return offset || arch >= 120 ? 64 : 128; }
+// Up to 32 tokens weights bound the product. A second block multiplies while the first waits at a barrier, and both
+// together have enough bytes under way. (With the sums of x it would spill on sm_80.)
+QOPS_ALWAYS_INLINE constexpr int blocks_of_multiprocessor(int tile_tokens, bool offset) {
+  return tile_tokens == 32 && !offset ? 2 : 1;
+}
 
-// Between the kernels of a split K: what an L2 may hold.
+// What kernels leave for the next one: what an L2 may hold.
 inline constexpr int64_t kMostScratch = int64_t{32} << 20;
 
+// A part of the tiled kernel's work: slices slice0 .. slice0 + slices - 1 of a tile.
+struct Item {
+  int64_t tile;
+  int slice0, slices;
+};
+
+struct TilePosition {
+  int64_t token_tile, row_tile;
+};
+
 struct GemmPlan {
-  bool decode;
-  int tokens;      // of a tile: multiples of 8
-  int k_parts;     // 1, 2, 4 or 8 blocks share the slices; above 1, a second kernel adds them
-  int64_t ranges;  // decode: into which the strips are cut, one for each block of a part
-  int strips;      // decode: most strips that a warp takes at a time
+  enum class Kind { kDecode, kTiled, kDense };
+
+  Kind kind;
   int stages;
   int64_t shared_bytes;
   int64_t blocks;
   int64_t time;  // by the model
+  int tokens;    // of a tile that the kernel is compiled for: a multiple of 8
+  int k_parts;   // 1, 2, 4 or 8 blocks share slices; above 1, a second kernel adds them
+  // Decode: into how many ranges the strips are cut, one for each block of a part, and the most strips that a warp
+  // takes at a time. Dense: strips that are dequantised at a time.
+  int64_t ranges;
+  int64_t strips;
+  // Tiled: tiles of `live` tokens, in eights, x 128 rows of w. The kernel leaves out what it could hold beyond. The
+  // first `whole` of them have a block each, the others k_parts. Blocks take items in turns.
+  int live;
+  int64_t token_tiles, row_tiles, whole;
 
-  // float32 sums [slice][M][S * 16] between the two kernels.
-  constexpr int64_t scratch_bytes(int64_t m, int64_t n) const {
-    return k_parts == 1 ? 0 : kSlices * m * int4::strips(n) * kStripRows * 4;
+  QOPS_ALWAYS_INLINE constexpr int64_t tiles() const { return token_tiles * row_tiles; }
+  QOPS_ALWAYS_INLINE constexpr int64_t items() const { return whole + (tiles() - whole) * k_parts; }
+  QOPS_ALWAYS_INLINE constexpr Item item(int64_t index) const {
+    if (index < whole) return {index, 0, kSlices};
+    const int slices = kSlices / k_parts;
+    return {whole + (index - whole) / k_parts, static_cast<int>((index - whole) % k_parts) * slices, slices};
+  }
+
+  // Eight tiles of tokens pass over the rows of w together, so that tiles which run at one time share both.
+  QOPS_ALWAYS_INLINE constexpr TilePosition position(int64_t tile) const {
+    constexpr int64_t kGroup = 8;
+    const int64_t group = tile / (kGroup * row_tiles), within = tile % (kGroup * row_tiles);
+    const int64_t left = token_tiles - group * kGroup, size = left < kGroup ? left : kGroup;
+    return {group * kGroup + within % size, within / size};
+  }
+
+  // float32 sums between two kernels: [slice][M][S * 16] (decode), [slice][tile][live][128] of the tiles that blocks
+  // share (tiled); or weights [strips * 16][K] and sums [M][strips * 16] (dense).
+  constexpr int64_t scratch_bytes(int64_t m, int64_t n, int64_t k) const {
+    if (kind == Kind::kDense) return strips * kStripRows * (2 * k + 4 * m);
+    if (k_parts == 1) return 0;
+    return 4 * kSlices *
+           (kind == Kind::kDecode ? m * int4::strips(n) * kStripRows : (tiles() - whole) * live * kTileRows);
   }
 };
 
 namespace plan {
 
-// What the model knows of a multiprocessor: bytes of weights and of x that reach it in a cycle, mma.m16n8k16 it does in
-// a cycle (half of one), and what starting a kernel and filling its ring costs.
+// What the model knows of a multiprocessor: bytes that reach it in a cycle, from memory and from L2, cycles of an
+// mma.m16n8k16, what turning the codes of a stage into fragments adds, and what starting a kernel and filling its ring
+// costs.
 inline constexpr int64_t kBytesPerCycle = 16;
 inline constexpr int64_t kL2BytesPerCycle = 40;
 inline constexpr int64_t kCyclesPerMma = 2;
+inline constexpr int64_t kCyclesOfCodes = 96;
 inline constexpr int64_t kStart = 2000;
-inline constexpr int64_t kSecondKernel = 2000;
+inline constexpr int64_t kNextKernel = 2000;
 
-constexpr int64_t second_kernel(int64_t m, int64_t n, Gpu gpu) {
-  return kSecondKernel + 2 * kSlices * m * n * 4 / (kL2BytesPerCycle * gpu.multiprocessors);
+constexpr int64_t second_kernel(int64_t scratch_bytes, Gpu gpu) {
+  return kNextKernel + 2 * scratch_bytes / (kL2BytesPerCycle * gpu.multiprocessors);
 }
 
 // Blocks of the decode kernel, one for each multiprocessor: each takes some strips and all slices of its part.
 constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_parts, Gpu gpu) {
   const int64_t strips = int4::strips(n), blocks = int4::blocks(k);
   GemmPlan p{};
-  p.decode = true;
+  p.kind = GemmPlan::Kind::kDecode;
   p.tokens = m <= 8 ? 8 : 16;
   p.k_parts = k_parts;
   p.ranges = max_of(1, min_of(strips, gpu.multiprocessors / k_parts));
@@ -137,55 +186,106 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
   const int64_t sums = 4 * p.tokens * sum_stride(kMaxStripsOfWarp);
   int64_t stage = 0;
   for (int64_t most = kMaxStripsOfWarp; most > 0 && p.stages < 2; --most) {
-    p.strips = static_cast<int>(max_of(1, ceil_div(of_warp, max_of(1, ceil_div(of_warp, most)))));
+    p.strips = max_of(1, ceil_div(of_warp, max_of(1, ceil_div(of_warp, most))));
     stage = kGemmWarps * (p.strips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes);
     p.stages = static_cast<int>(min_of(kMaxStages, (gpu.shared_bytes - sums) / stage));
   }
   p.shared_bytes = sums + p.stages * stage;
   const int64_t block_bytes = of_block * int4::strip_bytes(k) / k_parts;
   const int64_t x_bytes = ceil_div(of_block, p.strips) * m * 2 * int4::kBlockColumns * blocks / k_parts;
-  p.time = kStart + block_bytes / kBytesPerCycle + x_bytes / kL2BytesPerCycle;
-  if (k_parts > 1) p.time += second_kernel(m, n, gpu);
+  p.time = kStart + max_of(block_bytes / kBytesPerCycle, (block_bytes + x_bytes) / kL2BytesPerCycle);
+  if (k_parts > 1) p.time += second_kernel(p.scratch_bytes(m, n, k), gpu);
   return p;
 }
 
-// Tiles of `tokens` x 128 rows of w, one block each.
-constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, int tokens, int k_parts, Gpu gpu) {
+// Tiles of `live` x 128. `in_waves`: as many tiles as fill the GPU some times over have a block each.
+constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, bool offset, int live, int k_parts, bool in_waves,
+                         Gpu gpu) {
+  constexpr int64_t kReserved = 1024;  // of each block, by CUDA
   GemmPlan p{};
-  p.tokens = tokens;
+  p.kind = GemmPlan::Kind::kTiled;
+  p.live = live;
+  p.tokens = live <= kTileTokens[0] ? kTileTokens[0] : live <= kTileTokens[1] ? kTileTokens[1] : kTileTokens[2];
   p.k_parts = k_parts;
   p.strips = kTileStrips;
-  const int64_t strips = int4::strips(n), tiles = ceil_div(m, tokens) * ceil_div(strips, kTileStrips);
-  p.blocks = tiles * k_parts;
-  const int64_t sums = 4 * tokens * sum_stride(kTileStrips);
-  const int64_t stage = kTileStrips * strip_stage_bytes(fine) + tokens * kTokenStageBytes;
-  p.stages = static_cast<int>(min_of(kMaxStages, (gpu.shared_bytes - sums) / stage));
+  p.token_tiles = ceil_div(m, live);
+  p.row_tiles = ceil_div(n, kTileRows);
+  const int64_t resident = blocks_of_multiprocessor(p.tokens, offset);
+  const int64_t room = (gpu.shared_bytes + kReserved) / resident - kReserved;
+  const int64_t sums = 4 * p.tokens * sum_stride(kTileStrips);
+  const int64_t stage = kTileStrips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes;
+  p.stages = static_cast<int>(min_of(kMaxStages, (room - sums) / stage));
   p.shared_bytes = sums + p.stages * stage;
-  const int64_t mma = int64_t{tokens} / 8 * kTileStrips * int4::kSteps * kCyclesPerMma;
-  const int64_t bytes = kTileStrips * int4::kBlockBytes / kBytesPerCycle + tokens * kTokenStageBytes / kL2BytesPerCycle;
-  const int64_t waves = ceil_div(p.blocks, gpu.multiprocessors);
-  p.time = waves * (kStart + ceil_div(int4::blocks(k), k_parts) * max_of(mma, bytes));
-  if (k_parts > 1) p.time += second_kernel(m, n, gpu);
+
+  const int64_t most_blocks = gpu.multiprocessors * resident;
+  p.whole = k_parts == 1 ? p.tiles() : in_waves ? p.tiles() / most_blocks * most_blocks : 0;
+  p.blocks = min_of(p.items(), most_blocks);
+  const int64_t mma = int64_t{live} / 8 * kTileStrips * int4::kSteps * kCyclesPerMma;
+  const int64_t blocks = int4::blocks(k), shared_items = p.items() - p.whole;
+  const int64_t of_multiprocessor = ceil_div(p.whole, gpu.multiprocessors) * blocks +
+                                    ceil_div(shared_items, gpu.multiprocessors) * ceil_div(blocks, k_parts);
+  const int64_t codes = kTileStrips * int4::kBlockBytes, copies = (codes + live * kTokenStageBytes) / kL2BytesPerCycle;
+  const int64_t unit = max_of(max_of(mma, copies) + kCyclesOfCodes, codes / kBytesPerCycle);
+  p.time = kStart + of_multiprocessor * unit;
+  if (p.whole < p.tiles()) p.time += second_kernel(p.scratch_bytes(m, n, k), gpu);
+  return p;
+}
+
+// cuBLAS on weights that int4_dequantize has made, and a kernel that finishes its float32 sums: for as many strips at a
+// time as scratch holds. For GPUs on which cuBLAS has instructions that the tiled kernel has not (wgmma of sm_90,
+// tcgen05 of sm_100 and sm_103).
+constexpr bool has_faster_cublas(Gpu gpu) { return gpu.arch >= 90 && gpu.arch < 120; }
+
+constexpr GemmPlan dense(int64_t m, int64_t n, int64_t k, Gpu gpu) {
+  constexpr int64_t kMostOfPeak = 1600;  // multiplications of bf16 in a cycle, of wgmma's 2048
+  constexpr int64_t kLeastStrips = 8;    // a tile of cuBLAS
+  GemmPlan p{};
+  p.kind = GemmPlan::Kind::kDense;
+  p.k_parts = 1;
+  const int64_t strips = int4::strips(n), fitting = kMostScratch / (kStripRows * (2 * k + 4 * m));
+  const int64_t at_most = max_of(kLeastStrips, fitting / kLeastStrips * kLeastStrips);
+  const int64_t passes = ceil_div(strips, at_most);
+  p.strips = min_of(strips, ceil_div(ceil_div(strips, passes), kLeastStrips) * kLeastStrips);
+  p.blocks = 1;
+  const int64_t bytes = n * int4::blocks(k) * int4::kBlockBytes / kStripRows + 2 * 2 * n * k + 2 * 4 * m * n;
+  p.time = passes * 3 * kNextKernel + bytes / (kL2BytesPerCycle * gpu.multiprocessors) +
+           m * n * k / (kMostOfPeak * gpu.multiprocessors);
   return p;
 }
 
 }  // namespace plan
 
-// Total: some plan with at least 2 stages for every shape, on every GPU with 99 KiB of shared memory.
-constexpr GemmPlan plan_int4_gemm(int64_t m, int64_t n, int64_t k, int64_t group_size, WeightKind kind, Gpu gpu) {
+// What a plan depends on. may_round: whether the weights may be rounded to x's type, so that cuBLAS can multiply them.
+struct GemmShape {
+  int64_t m, n, k, group_size;
+  WeightKind kind;
+  bool may_round;
+  Gpu gpu;
+
+  bool operator==(const GemmShape&) const = default;
+};
+
+// Total: some plan for every shape, of our kernels one with at least 2 stages, on every GPU with 99 KiB of shared
+// memory.
+constexpr GemmPlan plan_int4_gemm(const GemmShape& shape) {
+  const auto [m, n, k, group_size, kind, may_round, gpu] = shape;
   const bool fine = is_fine(k, group_size), offset = has_offset(kind);
   GemmPlan best{};
+  // Of equal plans the one with more blocks: it has more bytes under way.
   const auto consider = [&](const GemmPlan& p) {
-    if (p.stages < 2 || p.scratch_bytes(m, n) > kMostScratch) return;
-    if (best.blocks == 0 || p.time < best.time) best = p;
+    if (best.blocks == 0 || p.time < best.time || (p.time == best.time && p.blocks > best.blocks)) best = p;
+  };
+  const auto consider_ours = [&](const GemmPlan& p) {
+    if (p.stages >= 2 && p.scratch_bytes(m, n, k) <= kMostScratch) consider(p);
   };
   for (int k_parts = 1; k_parts <= kSlices; k_parts *= 2) {
-    if (m <= kDecodeTokens && k_parts <= gpu.multiprocessors) consider(plan::decode(m, n, k, fine, k_parts, gpu));
-    for (const int tokens : kTileTokens) {
-      const bool is_wasteful = tokens > kTileTokens[0] && tokens >= 2 * m;
-      if (!is_wasteful && tokens <= max_tile_tokens(offset)) consider(plan::tiled(m, n, k, fine, tokens, k_parts, gpu));
+    if (m <= kDecodeTokens && k_parts <= gpu.multiprocessors) consider_ours(plan::decode(m, n, k, fine, k_parts, gpu));
+    for (int live = 16; live <= max_tile_tokens(offset, gpu.arch); live += 8) {
+      consider_ours(plan::tiled(m, n, k, fine, offset, live, k_parts, false, gpu));
+      if (k_parts > 1) consider_ours(plan::tiled(m, n, k, fine, offset, live, k_parts, true, gpu));
     }
   }
+  if (may_round && m > kDecodeTokens && k > 0 && plan::has_faster_cublas(gpu)) consider(plan::dense(m, n, k, gpu));
   return best;
 }
 

@@ -36,6 +36,8 @@ QOPS_DEVICE void wait_for_copies(int pending) {
     case 3: return ptx::cp_async_wait<3>();
     case 4: return ptx::cp_async_wait<4>();
     case 5: return ptx::cp_async_wait<5>();
+    case 6: return ptx::cp_async_wait<6>();
+    case 7: return ptx::cp_async_wait<7>();
     default: return ptx::cp_async_wait<kMaxStages - 2>();
   }
 }
@@ -109,68 +111,34 @@ QOPS_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
 
 // --- groups ----------------------------------------------------------------------------------------------------------
 
-// A walk along K in units of one k16 step where groups may end at any of them (fine), else of 64 columns.
-template <bool kFine>
-struct GroupWalk {
-  static constexpr int kUnits = kFine ? int4::kSteps : 1;  // of a block of 64 columns
-
-  int size;  // units of a group
-  int group;
-  int left;  // units of it that are still to come
-
-  QOPS_DEVICE GroupWalk(int64_t k, int64_t group_size)
-      : size(static_cast<int>(group_size == k ? int4::blocks(k) * kUnits : group_size * kUnits / int4::kBlockColumns)),
-        group(0),
-        left(size) {}
-
-  QOPS_DEVICE void seek(int64_t block) {
-    const int unit = static_cast<int>(block) * kUnits;
-    group = unit / size;
-    left = size - unit % size;
-  }
-  QOPS_DEVICE bool begins() const { return left == size; }
-  // Past one unit; whether the group ended with it.
-  QOPS_DEVICE bool next() {
-    if (--left > 0) return false;
-    ++group;
-    left = size;
-    return true;
-  }
-  // Past a block; how many groups it touched.
-  QOPS_DEVICE int next_block() {
-    int touched = 1;
-    for (left -= kUnits; left < 0; left += size) {
-      ++group;
-      ++touched;
-    }
-    if (left == 0) {
-      ++group;
-      left = size;
-    }
-    return touched;
-  }
-};
-
-// Where scales and zeros come from, and how they lie in a stage: [groups][16] scales, then as many zeros.
+// Where scales and zeros come from, and how they lie in a stage: [groups][16] scales, then as many zeros. A parameter
+// of the kernels: in constant memory it takes no registers.
 struct ScaleSource {
   const uint8_t* scales;
   const uint8_t* zeros;  // or null
   int groups;
-  int scale_bytes;  // of 16 rows: 32 or 64
-  int zero_bytes;   // 16, 64, or 0
+  int units_of_group;  // of GroupWalk
+  int scale_bytes;     // of 16 rows: 32 or 64
+  int zero_bytes;      // 16, 64, or 0
   WeightKind kind;
   DType dtype;
 
-  QOPS_DEVICE explicit ScaleSource(const WeightOnlyGemmParams& p)
+  explicit ScaleSource(const WeightOnlyGemmParams& p)
       : scales(static_cast<const uint8_t*>(p.scales)),
         zeros(static_cast<const uint8_t*>(p.zeros)),
         groups(p.k == 0 ? 0 : static_cast<int>(p.k / p.group_size)),
+        units_of_group(units(p.k, p.group_size)),
         scale_bytes(p.scale_dtype == DType::kFloat32 ? 64 : 32),
         zero_bytes(p.zeros == nullptr                 ? 0
                    : p.kind == WeightKind::kZeroPoint ? 16
                                                       : 64),
         kind(p.kind),
         dtype(p.scale_dtype) {}
+
+  static int units(int64_t k, int64_t group_size) {
+    const int64_t of_block = is_fine(k, group_size) ? int4::kSteps : 1;
+    return static_cast<int>(group_size == k ? int4::blocks(k) * of_block : group_size * of_block / int4::kBlockColumns);
+  }
 
   // Piece i (of kPieces) of what a strip needs of `count` groups from `group` on.
   template <bool kFine>
@@ -184,6 +152,42 @@ struct ScaleSource {
     if (at >= count * bytes) return;
     const uint8_t* source = of_zeros ? zeros : scales;
     ptx::cp_async_cg(shared + 16 * piece, source + (strip * groups + group) * bytes + at);
+  }
+};
+
+// A walk along K in units of one k16 step where groups may end at any of them (fine), else of 64 columns.
+template <bool kFine>
+struct GroupWalk {
+  static constexpr int kUnits = kFine ? int4::kSteps : 1;  // of a block of 64 columns
+
+  int group = 0;
+  int left = 0;  // units of it that are still to come
+
+  QOPS_DEVICE void seek(const ScaleSource& source, int block) {
+    const int unit = block * kUnits;
+    group = unit / source.units_of_group;
+    left = source.units_of_group - unit % source.units_of_group;
+  }
+  QOPS_DEVICE bool begins(const ScaleSource& source) const { return left == source.units_of_group; }
+  // Past one unit; whether the group ended with it.
+  QOPS_DEVICE bool next(const ScaleSource& source) {
+    if (--left > 0) return false;
+    ++group;
+    left = source.units_of_group;
+    return true;
+  }
+  // Past a block; how many groups it touched.
+  QOPS_DEVICE int next_block(const ScaleSource& source) {
+    int touched = 1;
+    for (left -= kUnits; left < 0; left += source.units_of_group) {
+      ++group;
+      ++touched;
+    }
+    if (left == 0) {
+      ++group;
+      left = source.units_of_group;
+    }
+    return touched;
   }
 };
 
@@ -274,9 +278,12 @@ struct WarpSums {
   }
 
   // One block of 64 columns. `codes` and `slots`: of the first strip, the next ones behind it; `x`: x_address() of
-  // this lane for the first tile, in shared memory; tokens from there on. `is_first`, `is_last`: of the slice.
+  // this lane for the first tile, in shared memory; tokens from there on. `is_first`, `is_last`: of the slice. Tiles
+  // from `tiles` on are left out where kAllTiles does not say that there are none.
+  template <bool kAllTiles = true>
   QOPS_DEVICE void add_block(const uint8_t* codes, const uint8_t* slots, uint32_t x, int lane, int count,
-                             const ScaleSource& source, GroupWalk<kFine>& walk, bool is_first, bool is_last) {
+                             const ScaleSource& source, GroupWalk<kFine>& walk, bool is_first, bool is_last,
+                             int tiles = kTiles) {
     uint32_t raw[kStrips][4];
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
@@ -294,9 +301,11 @@ struct WarpSums {
       if (j % 2 == 0) {
         const uint32_t base = x + (x_address(0, j / 2, lane) - x_address(0, 0, lane));
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) ptx::ldmatrix_x4(b[t], base + 8 * t * kTokenStageBytes);
+        for (int t = 0; t < kTiles; ++t) {
+          if (kAllTiles || t < tiles) ptx::ldmatrix_x4(b[t], base + 8 * t * kTokenStageBytes);
+        }
       }
-      if ((kFine || j == 0) && ((j == 0 && is_first) || walk.begins())) {
+      if ((kFine || j == 0) && ((j == 0 && is_first) || walk.begins(source))) {
         if (!kFine || walk.group < source.groups) {
 #pragma unroll
           for (int s = 0; s < kStrips; ++s) {
@@ -313,16 +322,20 @@ struct WarpSums {
         uint32_t a[4];
         dequantise<T>(raw[s][j], scales[s].zero, a);
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) multiply<T>(part[s][t], a, {b[t][j % 2 * 2], b[t][j % 2 * 2 + 1]});
+        for (int t = 0; t < kTiles; ++t) {
+          if (kAllTiles || t < tiles) multiply<T>(part[s][t], a, {b[t][j % 2 * 2], b[t][j % 2 * 2 + 1]});
+        }
       }
       if constexpr (kOffset) {
         constexpr uint32_t kOne = kIsHalf<T> ? 0x3c003c00u : 0x3f803f80u;
         const uint32_t ones[4] = {kOne, kOne, kOne, kOne};
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) multiply<T>(x_sum[t], ones, {b[t][j % 2 * 2], b[t][j % 2 * 2 + 1]});
+        for (int t = 0; t < kTiles; ++t) {
+          if (kAllTiles || t < tiles) multiply<T>(x_sum[t], ones, {b[t][j % 2 * 2], b[t][j % 2 * 2 + 1]});
+        }
       }
       if (kFine || j == int4::kSteps - 1) {
-        const bool ended = walk.next();
+        const bool ended = walk.next(source);
         if (ended || (j == int4::kSteps - 1 && is_last)) end_group(count);
       }
     }

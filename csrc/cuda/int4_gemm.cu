@@ -1,7 +1,8 @@
-// int4_gemm: the plan, what comes before the product (x in packed order) and after it (slices of several blocks).
+// int4_gemm: the plan, what comes before the product (x in packed order) and after it (slices of several blocks), and
+// the product of so many rows that weights are made into numbers first, for cuBLAS.
 //
-// x is copied to scratch first where the weight has a permutation, or where rows of x do not begin at multiples of 16
-// bytes: 4 M K bytes of traffic in L2 and one more launch.
+// x is copied to scratch first where the weight has a permutation, where rows of x do not begin at multiples of 16
+// bytes, or where they have several strides and are many: 4 M K bytes of traffic in L2 and one more launch.
 #include "cuda/int4_gemm.cuh"
 
 namespace qops::cuda {
@@ -33,33 +34,87 @@ __global__ void __launch_bounds__(kMaxThreads)
   *reinterpret_cast<uint4*>(target + m * p.k + k) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The slices of k_parts blocks, added left to right.
-template <class T>
+// Sums that another kernel has left, [slices][rows][columns]: of y's columns from `column0` on, or of the tiles that
+// blocks share, one below the other.
+struct Sums {
+  const float* at;
+  int64_t rows, columns;
+  int64_t column0;
+  bool of_tiles;
+};
+
+// Adds slices left to right and makes y of them.
+template <class T, int kCount>
 __global__ void __launch_bounds__(kMaxThreads)
-    add_slices_kernel(const __grid_constant__ WeightOnlyGemmParams p, const Alignment aligned, const float* slices) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x, chunks = p.n / kVector;
-  if (i >= p.x_rows.count * chunks) return;
-  const int64_t m = i / chunks, n = i % chunks * kVector, columns = int4::strips(p.n) * kStripRows;
-  finish<T>(p, aligned, m, n, [&](int64_t column, Vector& sums) {
-    load<true>(slices + m * columns + column, kVector, sums);
+    finish_kernel(const __grid_constant__ WeightOnlyGemmParams p, const __grid_constant__ GemmPlan plan,
+                  const Alignment aligned, const Sums from) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x, chunks = from.columns / kVector;
+  if (i >= from.rows * chunks) return;
+  const int64_t row = i / chunks, column = i % chunks * kVector;
+  int64_t m = row, n = from.column0 + column;
+  if (from.of_tiles) {
+    const TilePosition at = plan.position(plan.whole + row / plan.live);
+    m = at.token_tile * plan.live + row % plan.live;
+    n = at.row_tile * kTileRows + column;
+  }
+  if (m >= p.x_rows.count || n >= p.n) return;
+  finish<T>(p, aligned, m, n, [&](int64_t at, Vector& sums) {
+    const float* first = from.at + row * from.columns + column + (at - n);
+    load<true>(first, kVector, sums);
 #pragma unroll
-    for (int slice = 1; slice < kSlices; ++slice) {
+    for (int slice = 1; slice < kCount; ++slice) {
       Vector more;
-      load<true>(slices + (slice * p.x_rows.count + m) * columns + column, kVector, more);
+      load<true>(first + slice * from.rows * from.columns, kVector, more);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) sums[e] = sums[e] + more[e];
     }
   });
 }
 
-bool copies_x(const WeightOnlyGemmParams& p) { return p.perm != nullptr || !aligned(p.x, p.x_rows, p.k, p.dtype); }
-
-int64_t copy_bytes(const WeightOnlyGemmParams& p) {
-  return copies_x(p) ? ceil_div(p.x_rows.count * p.k * 2, 256) * 256 : 0;
+template <class F>
+Status with_16_bits(DType dtype, const F& run) {
+  switch (dtype) {
+    case DType::kFloat16: return run(__half{});
+    case DType::kBFloat16: return run(__nv_bfloat16{});
+    default: return Status::kUnsupported;
+  }
 }
 
+template <int kCount>
+Status finish_sums(const Int4Job& job, const Sums& sums, cudaStream_t stream) {
+  return with_16_bits(job.p.dtype, [&](auto element) {
+    return launch_blocks(&finish_kernel<decltype(element), kCount>,
+                         ceil_div(sums.rows * (sums.columns / kVector), kMaxThreads), kMaxThreads, 0, stream, job.p,
+                         job.plan, job.aligned, sums);
+  });
+}
+
+// cuBLAS and the tiled kernel take one stride for all rows.
+bool copies_x(const WeightOnlyGemmParams& p, const GemmPlan& plan) {
+  return p.perm != nullptr || !aligned(p.x, p.x_rows, p.k, p.dtype) ||
+         (plan.kind != GemmPlan::Kind::kDecode && p.x_rows.dims > 1);
+}
+
+constexpr int64_t kScratchAlignment = 256;
+int64_t padded(int64_t bytes) { return ceil_div(bytes, kScratchAlignment) * kScratchAlignment; }
+
+int64_t copy_bytes(const WeightOnlyGemmParams& p, const GemmPlan& plan) {
+  return copies_x(p, plan) ? padded(p.x_rows.count * p.k * 2) : 0;
+}
+
+// To search for a plan takes 2 us. A model asks for few different ones, each twice a call.
 GemmPlan plan_of(const WeightOnlyGemmParams& p) {
-  return plan_int4_gemm(p.x_rows.count, p.n, p.k, p.group_size, p.kind, current_gpu());
+  struct Found {
+    GemmShape shape;  // none has M = 0
+    GemmPlan plan;
+  };
+  thread_local Found memory[64]{};
+  // float16 cannot hold every weight, and a sum that it made infinite would be wrong.
+  const bool may_round = p.dtype == DType::kBFloat16 && !p.batch_invariant;
+  const GemmShape shape{p.x_rows.count, p.n, p.k, p.group_size, p.kind, may_round, current_gpu()};
+  Found& found = memory[static_cast<uint64_t>(5 * shape.m + 3 * shape.n / 8 + shape.k / 8) % 64];
+  if (found.shape != shape) found = {shape, plan_int4_gemm(shape)};
+  return found.plan;
 }
 
 bool is_empty(const WeightOnlyGemmParams& p) { return p.x_rows.count == 0 || p.n == 0; }
@@ -67,10 +122,42 @@ bool is_empty(const WeightOnlyGemmParams& p) { return p.x_rows.count == 0 || p.n
 // Blocks of 64 columns and groups are counted in 32 bits.
 constexpr int64_t kMaxColumns = int64_t{1} << 34;
 
+// Some strips at a time: weights as numbers, their product with x, and y of its sums.
+Status multiply_dense(const Int4Job& job, cudaStream_t stream) {
+  const WeightOnlyGemmParams& p = job.p;
+  const int64_t strips = int4::strips(p.n), groups = p.k / p.group_size, m = p.x_rows.count;
+  const auto at = [](const void* array, int64_t bytes) {
+    return array == nullptr ? nullptr : static_cast<const uint8_t*>(array) + bytes;
+  };
+  const int64_t scale_bytes = p.scale_dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t zero_bytes = p.kind == WeightKind::kZeroPoint ? 1 : 4;
+  for (int64_t strip = 0; strip < strips; strip += job.plan.strips) {
+    const int64_t row0 = strip * kStripRows, rows = min_of(job.plan.strips * kStripRows, p.n - row0);
+    Int4DequantizeParams w{};
+    w.packed = at(p.packed, strip * int4::strip_bytes(p.k));
+    w.scales = at(p.scales, row0 * groups * scale_bytes);
+    w.zeros = at(p.zeros, row0 * groups * zero_bytes);
+    w.w = job.sums + job.plan.strips * kStripRows * m;
+    w.dtype = p.dtype;
+    w.scale_dtype = p.scale_dtype;
+    w.kind = p.kind;
+    w.n = rows;
+    w.k = p.k;
+    w.group_size = p.group_size;
+    if (const Status status = int4_dequantize(w, stream); status != Status::kOk) return status;
+    p.product.run(p.product.context, p.x, p.x_rows.stride[0], w.w, job.sums, m, rows, p.k);
+    const Status status = finish_sums<1>(job, {job.sums, m, rows, row0, false}, stream);
+    if (status != Status::kOk) return status;
+  }
+  return Status::kOk;
+}
+
 }  // namespace
 
 int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& p) {
-  return is_empty(p) ? 0 : copy_bytes(p) + plan_of(p).scratch_bytes(p.x_rows.count, p.n);
+  if (is_empty(p)) return 0;
+  const GemmPlan plan = plan_of(p);
+  return copy_bytes(p, plan) + plan.scratch_bytes(p.x_rows.count, p.n, p.k);
 }
 
 Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
@@ -79,17 +166,12 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
     return Status::kUnsupported;
   }
   Int4Job job{p, plan_of(p), {}, nullptr};
-  if (job.plan.blocks == 0 || job.plan.blocks > 0x7fffffff) return Status::kUnsupported;
+  if (job.plan.blocks == 0 || job.plan.items() > 0x7fffffff) return Status::kUnsupported;
   job.aligned = {multiple_of_16(p.y), multiple_of_16(p.bias),
                  p.residual != nullptr && aligned(p.residual, p.residual_rows, p.n, p.dtype)};
-  job.slices = reinterpret_cast<float*>(static_cast<uint8_t*>(p.scratch) + copy_bytes(p));
-  const auto with_16_bits = [&](const auto& run) {
-    return p.dtype == DType::kFloat16    ? run(__half{})
-           : p.dtype == DType::kBFloat16 ? run(__nv_bfloat16{})
-                                         : Status::kUnsupported;
-  };
-  if (copies_x(p)) {
-    const Status status = with_16_bits([&](auto element) {
+  job.sums = reinterpret_cast<float*>(static_cast<uint8_t*>(p.scratch) + copy_bytes(p, job.plan));
+  if (copies_x(p, job.plan)) {
+    const Status status = with_16_bits(p.dtype, [&](auto element) {
       return launch_blocks(&gather_kernel<decltype(element)>, ceil_div(p.x_rows.count * (p.k / kVector), kMaxThreads),
                            kMaxThreads, 0, stream, p, static_cast<decltype(element)*>(p.scratch));
     });
@@ -102,12 +184,14 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
     job.p.x_rows.size[0] = p.x_rows.count;
     job.p.x_rows.stride[0] = p.k;
   }
-  const Status status = job.plan.decode ? int4_gemm_decode(job, stream) : int4_gemm_tiled(job, stream);
-  if (status != Status::kOk || job.plan.k_parts == 1) return status;
-  return with_16_bits([&](auto element) {
-    return launch_blocks(&add_slices_kernel<decltype(element)>, ceil_div(p.x_rows.count * (p.n / kVector), kMaxThreads),
-                         kMaxThreads, 0, stream, job.p, job.aligned, job.slices);
-  });
+  const GemmPlan& plan = job.plan;
+  if (plan.kind == GemmPlan::Kind::kDense) return multiply_dense(job, stream);
+  const bool is_decode = plan.kind == GemmPlan::Kind::kDecode;
+  const Status status = is_decode ? int4_gemm_decode(job, stream) : int4_gemm_tiled(job, stream);
+  if (status != Status::kOk || plan.k_parts == 1) return status;
+  const int64_t rows = is_decode ? p.x_rows.count : (plan.tiles() - plan.whole) * plan.live;
+  const int64_t columns = is_decode ? int4::strips(p.n) * kStripRows : kTileRows;
+  return rows == 0 ? Status::kOk : finish_sums<kSlices>(job, {job.sums, rows, columns, 0, !is_decode}, stream);
 }
 
 }  // namespace qops::cuda

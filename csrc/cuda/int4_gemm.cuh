@@ -11,7 +11,7 @@ struct Int4Job {
   WeightOnlyGemmParams p;  // x in the packed order of columns, rows at multiples of 16 bytes
   GemmPlan plan;
   Alignment aligned;
-  float* slices;  // [8][M][S * 16] where plan.k_parts > 1
+  float* sums;  // between two kernels: see GemmPlan::scratch_bytes
 };
 
 Status int4_gemm_decode(const Int4Job& job, cudaStream_t stream);

@@ -31,7 +31,7 @@ constexpr int kFree = kGemmWarps;  // the barrier at which warp 0 learns that th
 template <class T, int kTiles, bool kFine, bool kOffset>
 __global__ void __launch_bounds__(kGemmThreads, 1)
     decode_kernel(const __grid_constant__ WeightOnlyGemmParams p, const __grid_constant__ GemmPlan plan,
-                  const Alignment aligned, float* slices) {
+                  const __grid_constant__ ScaleSource source, const Alignment aligned, float* slices) {
   QOPS_DYNAMIC_SHARED(shared);
   constexpr int kTokens = 8 * kTiles, kStride = sum_stride(kMaxStripsOfWarp);
   constexpr int kCopies = kTokens / 4;  // of x by each lane and stage
@@ -40,20 +40,20 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   const int slice = static_cast<int>(blockIdx.x) % plan.k_parts * slices_of_block + warp % slices_of_block;
   const Range of_block = part_of({0, int4::strips(p.n)}, blockIdx.x / plan.k_parts, plan.ranges);
   const Range mine = part_of(of_block, warp / slices_of_block, plan.k_parts);
-  const int passes = static_cast<int>(ceil_div(mine.size(), plan.strips));
+  const int strips_at_once = static_cast<int>(plan.strips);
+  const int passes = static_cast<int>(ceil_div(mine.size(), strips_at_once));
   const Range blocks = blocks_of_slice(int4::blocks(p.k), slice);
   const int64_t strip_bytes = int4::strip_bytes(p.k);
   const int rows = static_cast<int>(p.x_rows.count);
 
   // The ring. A stage: codes of each strip, scales of each strip, 64 columns of x.
-  const int slots_at = plan.strips * int4::kBlockBytes;
-  const int x_at = slots_at + plan.strips * scale_bytes_of_strip(kFine);
+  const int slots_at = strips_at_once * int4::kBlockBytes;
+  const int x_at = slots_at + strips_at_once * scale_bytes_of_strip(kFine);
   const int stage_bytes = x_at + kTokens * kTokenStageBytes;
   float* sums = reinterpret_cast<float*>(shared);
   uint8_t* ring = shared + kTokens * kStride * sizeof(float) + warp * plan.stages * stage_bytes;
   const uint32_t ring_address = ptx::shared_address(ring);
 
-  const ScaleSource source(p);
   const uint64_t policy = ptx::policy_evict_first();
   const T* x[kCopies];
 #pragma unroll
@@ -66,13 +66,13 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   int copy_pass = blocks.size() == 0 ? passes : 0, copy_stage = 0;
   int64_t copy_block = blocks.begin;
   Range copy_strips{};
-  GroupWalk<kFine> copy_walk(p.k, p.group_size);
+  GroupWalk<kFine> copy_walk;
   const auto copy_next = [&] {
     if (copy_pass < passes) {
       const bool is_first = copy_block == blocks.begin;
       if (is_first) {
         copy_strips = part_of(mine, copy_pass, passes);
-        copy_walk.seek(copy_block);
+        copy_walk.seek(source, static_cast<int>(copy_block));
       }
       const int count = static_cast<int>(copy_strips.size());
       const uint32_t stage = ring_address + copy_stage * stage_bytes;
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
                                  inside ? 16 : 0);
         }
       }
-      const bool begins = copy_walk.begins();
-      const int group = copy_walk.group, touched = copy_walk.next_block();
+      const bool begins = copy_walk.begins(source);
+      const int group = copy_walk.group, touched = copy_walk.next_block(source);
       if (kFine || is_first || begins) {
         constexpr int kPieces = ScaleSource::kPieces<kFine>;
 #pragma unroll
@@ -118,13 +118,13 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 
   for (int i = 1; i < plan.stages; ++i) copy_next();
   WarpSums<T, kMaxStripsOfWarp, kTiles, kFine, kOffset> warp_sums;
-  GroupWalk<kFine> walk(p.k, p.group_size);
+  GroupWalk<kFine> walk;
   int stage = 0;
   for (int pass = 0; pass < passes; ++pass) {
     const Range strips = part_of(mine, pass, passes);
     const int count = static_cast<int>(strips.size());
     warp_sums.begin_slice();
-    if (blocks.size() > 0) walk.seek(blocks.begin);
+    if (blocks.size() > 0) walk.seek(source, static_cast<int>(blocks.begin));
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       wait_for_copies(plan.stages - 2);
       __syncwarp();  // what all lanes have copied is there; and all have read the stage that is filled next
@@ -194,7 +194,8 @@ Status int4_gemm_decode(const Int4Job& job, cudaStream_t stream) {
     const auto kernel = job.plan.tokens == 8 ? &decode_kernel<T, 1, fine.value, offset.value>
                                              : &decode_kernel<T, 2, fine.value, offset.value>;
     return launch(kernel, dim3(static_cast<unsigned>(job.plan.blocks)), dim3(kGemmThreads),
-                  static_cast<size_t>(job.plan.shared_bytes), stream, job.p, job.plan, job.aligned, job.slices);
+                  static_cast<size_t>(job.plan.shared_bytes), stream, job.p, job.plan, ScaleSource(job.p), job.aligned,
+                  job.sums);
   });
 }
 

@@ -13,13 +13,16 @@ namespace qops::cuda {
 
 inline Gpu current_gpu() {
 #if defined(__CUDACC__)
-  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  int device = 0, multiprocessors = 0, shared_bytes = 0, major = 0, minor = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return {multiprocessors, shared_bytes};
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return {multiprocessors, shared_bytes, 10 * major + minor};
 #else
-  return {::emu::options().multiprocessors, static_cast<int64_t>(::emu::max_shared_bytes(::emu::options().arch))};
+  const emu::Options& options = ::emu::options();
+  return {options.multiprocessors, static_cast<int64_t>(::emu::max_shared_bytes(options.arch)), options.arch};
 #endif
 }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qops.ops._checks import STRIP_ROWS, strips_of
+from qops.ops._checks import STRIP_ROWS, layout_of, strips_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -175,6 +175,12 @@ class QuantizedWeight(nn.Module):
         """What every forward calls: packing there would copy the weight inside a compiled or captured region."""
         if not self.is_packed:
             raise RuntimeError(f"{self._name()}: the weight is not packed; call .pack() before the forward")
+        self._name_layout()
+
+    def _name_layout(self) -> None:
+        """Has an exported model refuse to run where its constants, the packed tensors, would be read another way."""
+        if torch.compiler.is_exporting():
+            torch.ops.qops.check_layout.default(self.packed, layout_of(self.device))
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -254,6 +260,19 @@ class QuantizedWeight(nn.Module):
             parts.append(self._from_tensors(rows, self._config_of_rows(), pack=False))
             start += size
         return parts
+
+    @torch.no_grad()
+    def with_rows(self, order: Tensor) -> Self:
+        """A weight with the rows of this one in another order, for whom its outputs are wanted in that order.
+
+        Args:
+            order: int64 ``[N]``; row i of the result is row ``order[i]`` of this weight.
+
+        Returns:
+            A weight with memory of its own, packed where this one is.
+        """
+        rows = {key: tensor if key == "perm" else tensor[order] for key, tensor in self.canonical().items()}
+        return self._from_tensors(rows, self._config_of_rows(), pack=self.is_packed)
 
     def extra_repr(self) -> str:
         form = "packed" if self.is_packed else "canonical"

@@ -80,11 +80,11 @@ def load_model(
     if path.is_file():
         from qops.formats.gguf import GGUFFile
 
-        return _build(GGUFFile(path), dtype, device)
+        return build_model(GGUFFile(path), dtype, device)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such GGUF file or model folder")
     folder = _Folder(path)
-    model = _build(folder, dtype, device, folder.fused, folder.dynamic)
+    model = build_model(folder, dtype, device, folder.fused, folder.dynamic)
     if (path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -197,14 +197,17 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
 # Building ------------------------------------------------------------------------------------------------------------
 
 
-def _build(
+def build_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: str | torch.device,
     fused: bool = True,
     dynamic: frozenset[str] = frozenset(),
 ) -> Any:
-    """The model of a checkpoint. ``dynamic`` names the int8 linears whose activations are quantised too."""
+    """The model of a checkpoint. ``dynamic`` names the int8 linears whose activations are quantised too.
+
+    Weights are packed where the checkpoint has them; the whole goes to ``device`` then.
+    """
     model = _skeleton(_transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
 
     def fetch(name: str, module: Any) -> Weight:

@@ -98,9 +98,10 @@ class _QuantizedLinear(nn.Module):
         return self._modules["weight"], self._parameters["bias"]
 
     def extra_repr(self) -> str:
+        gathers = ", gathers x in act-order" if getattr(self.weight, "act_order", False) else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"group_size={self.weight.group_size}, bias={self.bias is not None}"
+            f"group_size={self.weight.group_size}, bias={self.bias is not None}{gathers}"
         )
 
 
@@ -387,11 +388,13 @@ class MLP(MergingModule):
     """`down(act(gate(x)) * up(x))`, gate and up as one GEMM.
 
     With SiLU the activation is :func:`qops.silu_mul`; before an :class:`Int8Linear` it is :func:`qops.silu_mul_int8`.
+    Where down has an act-order, gate and up give their outputs in that order, so that down need not gather them: the
+    same bits, without a pass over memory. The state_dict is then one of reordered weights.
 
     Args:
         gate_proj, up_proj: linears K -> I.
         down_proj: linear I -> N.
-        act: another activation than SiLU, computed by PyTorch.
+        act: another activation than SiLU, computed by PyTorch, element by element.
     """
 
     def __init__(
@@ -402,6 +405,16 @@ class MLP(MergingModule):
         act: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__()
+        self.reordered = isinstance(down_proj, Int4Linear) and down_proj.weight.act_order
+        if self.reordered:
+            assert isinstance(down_proj, Int4Linear)
+            weight = down_proj.weight
+            tensors = weight.canonical()
+            order = tensors.pop("perm").long()
+            gate_proj, up_proj = _with_rows(gate_proj, order), _with_rows(up_proj, order)
+            # Its stored columns are in the order of x now.
+            weight = Int4Weight.from_canonical(**tensors, kind=weight.kind, pack=weight.is_packed)
+            down_proj = Int4Linear(weight, down_proj.bias, float32_output=down_proj.float32_output)
         self.gate_up_proj = MergedLinear({"gate_proj": gate_proj, "up_proj": up_proj})
         self.down_proj = down_proj
         self.act = act
@@ -423,6 +436,9 @@ class MLP(MergingModule):
             return self.down_proj(Int8Rows(*silu_mul_int8(gate_up), gate_up.dtype))
         return self.down_proj(silu_mul(gate_up))
 
+    def extra_repr(self) -> str:
+        return "rows of gate and up in the act-order of down" if self.reordered else ""
+
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
     """A frozen nn.Linear around a dense weight, without a copy.
@@ -439,6 +455,14 @@ def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.L
     if bias is not None:
         linear.bias = frozen(bias)
     return linear
+
+
+def _with_rows(linear: Any, order: torch.Tensor) -> Any:
+    """A linear of the same kind whose output i is output `order[i]` of this one."""
+    bias = None if linear.bias is None else linear.bias[order]
+    if isinstance(linear, nn.Linear):
+        return dense_linear(linear.weight[order], bias)
+    return type(linear)(linear.weight.with_rows(order), bias, float32_output=linear.float32_output)
 
 
 def _merge(linears: Sequence[Any]) -> Any:

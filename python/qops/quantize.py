@@ -25,6 +25,7 @@ from qops.replacement import (
     replace_parts,
     tie,
 )
+from qops.smoothing import Scales, Smoothing, plan_smoothing
 from qops.weights import Int4Weight, Int8Weight
 
 __all__ = ["QuantizationReport", "quantize_model"]
@@ -45,6 +46,7 @@ def quantize_model(
     symmetric: bool = True,
     *,
     fuse: bool = True,
+    smoothing: Scales | None = None,
     progress: bool | None = None,
 ) -> Any:
     """Quantises a dense Transformers model by round-to-nearest and puts it on qops operators, in place.
@@ -73,6 +75,12 @@ def quantize_model(
             output layer that is not skipped takes the embedding with it, so that they stay tied.
         symmetric: int4 only: codes around 8, or with a zero point per group.
         fuse: False replaces linears and norms alone in every model.
+        smoothing: int8 only, of the architectures above: SmoothQuant's scales s, positive, `[K]` by the name of the
+            linear; a mapping, or the path of a `.safetensors` or `.pt` file (of scales, not of activation maxima: those
+            go through :func:`qops.smoothing.smoothing_scales`). The columns of the linear are multiplied by s before
+            they are quantised, and what makes its input is divided by it: for q, k and v the norm before attention, for
+            gate and up the norm before the MLP (one vector for all that read it), for down the rows of up, for o the
+            rows of v (equal over the query heads that share a key/value head).
         progress: show a progress bar on stderr; by default only on a terminal.
 
     Returns:
@@ -80,28 +88,31 @@ def quantize_model(
 
     Numerics:
         Weights as in :meth:`qops.Int4Weight.quantize` and :meth:`qops.Int8Weight.quantize`, with scales in the dtype of
-        the weight ("int4") or float32 ("int8"); activations by :func:`qops.quantize_int8`, rule "127". A fused layer
-        has the bits of the operators one by one; unlike Transformers it computes rotary from float32 tables in every
-        dtype.
+        the weight ("int4") or float32 ("int8"); activations by :func:`qops.quantize_int8`, rule "127". With `smoothing`
+        weights are quantised from float32 products; a norm's weight is rounded to its dtype once, and the columns that
+        read it are multiplied by what it was divided by in truth, so that this rounding changes no result. A fused
+        layer has the bits of the operators one by one; unlike Transformers it computes rotary from float32 tables in
+        every dtype.
 
     Raises:
         ImportError: Transformers >= 5.17, < 6 is missing.
         ValueError: an unknown scheme; arguments that the scheme does not take; a group size that does not fit; weights
-            that are not finite; nothing to quantise. The model is then unchanged.
+            that are not finite; nothing to quantise; smoothing that cannot be folded. The model is then unchanged.
         RuntimeError: the model is on a device without kernels; it is then unchanged.
     """
     require_transformers("qops.quantize_model")
-    plan = _plan(model, scheme, group_size, skip, symmetric, fuse)
+    plan = _plan(model, scheme, group_size, skip, symmetric, fuse, smoothing)
     bytes_before, passes_before = weight_bytes(model), passes_per_layer(model)
 
     def linear(name: str, module: nn.Linear, logits: bool = False) -> nn.Module:
+        folded = plan.smoothing.linear(name, module)
         if name not in plan.linears:
-            return module
+            return module if folded is module else folded.to(module.weight.dtype)
         if scheme == "int4":
-            return Int4Linear.from_linear(module, plan.linears[name], symmetric, float32_output=logits)
-        return Int8Linear.from_linear(module, float32_output=logits)
+            return Int4Linear.from_linear(folded, plan.linears[name], symmetric, float32_output=logits)
+        return Int8Linear.from_linear(folded, float32_output=logits)
 
-    replace_parts(model, linear, lambda name, module: module.weight, plan.fused, progress)
+    replace_parts(model, linear, plan.smoothing.norm, plan.fused, progress)
     output = model.get_output_embeddings()
     if output is not None and (name := name_of(model, output)) in plan.linears:
         quantised: Any = linear(name, output, logits=True)
@@ -114,6 +125,7 @@ def quantize_model(
         architecture=type(model).__name__,
         not_fused=plan.not_fused,
         replaced=replaced_parts(model),
+        smoothed=plan.smoothing.into,
         kept=plan.kept,
         bytes_before=bytes_before,
         bytes_after=weight_bytes(model),
@@ -133,6 +145,7 @@ class QuantizationReport:
         architecture: class of the model.
         not_fused: why the decoder layers were not fused; None if they were.
         replaced: what each linear and norm became, by its name in the original model.
+        smoothed: for each linear with smoothing scales the norm or linear that was divided by them.
         kept: why each other linear and norm was left dense.
         bytes_before, bytes_after: of all weights and buffers, shared ones once.
         passes_before, passes_after: operator calls in a decoder layer that read and write memory (views and
@@ -144,6 +157,7 @@ class QuantizationReport:
     architecture: str
     not_fused: str | None
     replaced: dict[str, str]
+    smoothed: dict[str, str]
     kept: dict[str, str]
     bytes_before: int
     bytes_after: int
@@ -162,6 +176,10 @@ class QuantizationReport:
         for reason, names in reasons.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"left dense: {', '.join(names[:3])}{more}: {reason}")
+        if self.smoothed:
+            folded = Counter(name.rpartition(".")[2] for name in self.smoothed.values())
+            into = ", ".join(f"{count} into {name}" for name, count in folded.items())
+            lines.append(f"smoothing of {len(self.smoothed)} linears folded: {into}")
         before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
         lines.append(f"weights: {before:.1f} MB -> {after:.1f} MB ({before / after:.2f}x)")
         if self.passes_before is not None and self.passes_after is not None:
@@ -180,18 +198,28 @@ class _Plan:
         linears: group size of each linear to quantise, by name.
         kept: why each other linear or norm stays.
         not_fused: why the layers cannot be fused, or None.
+        smoothing: scales that are folded on the way.
     """
 
     linears: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     not_fused: str | None = None
+    smoothing: Smoothing = field(default_factory=Smoothing)
 
     @property
     def fused(self) -> bool:
         return self.not_fused is None
 
 
-def _plan(model: Any, scheme: str, group_size: int | None, skip: tuple[str, ...], symmetric: bool, fuse: bool) -> _Plan:
+def _plan(
+    model: Any,
+    scheme: str,
+    group_size: int | None,
+    skip: tuple[str, ...],
+    symmetric: bool,
+    fuse: bool,
+    smoothing: Scales | None,
+) -> _Plan:
     caller = "qops.quantize_model"
     from transformers import PreTrainedModel
 
@@ -205,6 +233,8 @@ def _plan(model: Any, scheme: str, group_size: int | None, skip: tuple[str, ...]
         )
     if scheme == "int8" and not symmetric:
         raise ValueError(f"{caller}: symmetric must be True with 'int8', got False")
+    if scheme == "int4" and smoothing is not None:
+        raise ValueError(f"{caller}: smoothing must be None with 'int4', which leaves activations as they are")
     if isinstance(skip, str):
         raise ValueError(f"{caller}: skip must be a tuple of names, got the string {skip!r}")
     if not isinstance(model, PreTrainedModel):
@@ -214,6 +244,8 @@ def _plan(model: Any, scheme: str, group_size: int | None, skip: tuple[str, ...]
     if model.dtype not in DTYPES:
         raise ValueError(f"{caller}: model must be in float32, bfloat16 or float16, got {model.dtype}")
     plan = _Plan(not_fused=unknown_architecture(model) if fuse else "fuse=False")
+    if smoothing is not None:
+        plan.smoothing = plan_smoothing(caller, model, smoothing)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             reason = _unquantizable(name, module, skip)

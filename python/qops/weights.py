@@ -48,7 +48,8 @@ class Int4Weight(QuantizedWeight):
 
     Canonical tensors: ``qweight`` uint8 ``[N, K/2]`` (even k in the low nibble), ``scales [N, K/G]``, ``zeros
     [N, K/G]`` (uint8 zero points, float32 zeros or offsets; none when symmetric), ``perm`` int32 ``[K]`` (act-order
-    only: stored column j is column ``perm[j]`` of w).
+    only: stored column j is column ``perm[j]`` of w, so each product gathers x first: on a GPU 4 K bytes of indices and
+    a copy of x more, M * K elements read and written. In a :class:`qops.nn.MLP` the linears before do it when loaded).
     Packed tensors, with S = ceil(N / 16) strips: ``packed`` uint8 ``[S, 8 K]``, ``scales`` and ``zeros [S, K/G, 16]``,
     ``perm``. Rows past N fill the last strip with code 8 and scale 0. On a GPU ``packed`` has room for K rounded up to
     a multiple of 64, and rows r and r + 8 of a strip have their scales, and zeros, side by side.
@@ -423,6 +424,8 @@ class Int8Weight(QuantizedWeight):
         """
         if ids.dtype not in (torch.int32, torch.int64):
             raise RuntimeError(f"{self._name()}.rows: ids must have dtype int32 or int64, got {dtype_name(ids.dtype)}")
+        if self.is_packed:
+            self._name_layout()
         n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
         ids = ids.long()
         inside, row = (ids >= 0) & (ids < n), ids

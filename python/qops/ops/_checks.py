@@ -179,6 +179,11 @@ def has_gpu_layout(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def layout_of(device: torch.device) -> str:
+    """How weights are packed there, by kind of device and version: `kLayout` of csrc/binding/device.h."""
+    return "cuda 1" if has_gpu_layout(device) else "cpu 1"
+
+
 def column_step(device: torch.device) -> int:
     """What the columns of a packed weight are a multiple of."""
     return 64 if has_gpu_layout(device) else 8

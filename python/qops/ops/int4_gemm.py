@@ -54,7 +54,8 @@ def int4_gemm(
         silu_mul: True exactly where ``weight.gate_up`` is (:meth:`qops.Int4Weight.interleave_gate_up`).
         out_scale: float32, one element, positive and finite.
         out_zero_point: int32, one element in -128 ... 127; default 0.
-        batch_invariant: one canonical order of summation for every M. That is always so.
+        batch_invariant: one canonical order of summation for every M. That is so but for bfloat16 and many rows on some
+            GPUs (see below).
         out: the tensor to write to, contiguous, sharing no memory with the inputs, but it may be ``residual`` itself;
             default: a new one.
 
@@ -76,9 +77,13 @@ def int4_gemm(
         ``total = fma(s, part, total)``, and with float zeros or offsets
         ``total = fma(o', sum of x in the group, total)`` with ``o' = s * (8 - zf)`` or ``fma(s, 8, o)``. K is cut into
         8 contiguous slices of whole blocks of 64 columns, slice i from block ``blocks * i // 8`` on; a group that a cut
-        divides has a part on either side. The totals of the slices are added left to right, then the bias. That is the
-        only order there is: on one type of GPU a row has the same bits for every M, position, grid and stream. An index
-        of ``perm`` that is out of range gives NaN; NaN and infinity in x spread as in a product of matrices.
+        divides has a part on either side. The totals of the slices are added left to right, then the bias. So on
+        one type of GPU a row has the same bits for every M, position, grid and stream. An index of ``perm`` that is out
+        of range gives NaN; NaN and infinity in x spread as in a product of matrices.
+        One route rounds more, for bfloat16 x of many rows on GPUs of compute capability 9.x and 10.x, unless
+        ``batch_invariant``: where ``plan_int4_gemm`` (csrc/cuda/gemm_config.h) expects it to be faster, the exact
+        weights are rounded to float32 and to bfloat16 (:func:`qops.int4_dequantize`) and cuBLAS multiplies them with x,
+        into float32 sums. (float16 cannot hold every weight.)
         ``residual``, ``silu_mul`` and ``out_scale`` give, bit for bit, what the separate operators give: y is rounded
         to the dtype of ``x`` before each of them.
 
@@ -117,12 +122,16 @@ def int4_gemm(
         KINDS.index(weight.kind),
         batch_invariant,
     )
-    # Where they are not wanted, four more arguments would take 0.4 us.
+    op = torch.ops.qops.int4_gemm
     if silu_mul or residual is not None or out_scale is not None or out_zero_point is not None:
         args += (residual, silu_mul, out_scale, out_zero_point)
-    if out is None:
-        return torch.ops.qops.int4_gemm.default(*args)
-    torch.ops.qops.int4_gemm.out(*args, out=out)
+        if out is None:
+            return op.fused(*args)
+        op.fused_out(*args, out=out)
+    else:
+        if out is None:
+            return op.default(*args)
+        op.out(*args, out=out)
     return out
 
 
@@ -178,6 +187,43 @@ def _(
     group_size: int,
     kind: int,
     batch_invariant: bool = False,
+) -> Tensor:
+    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
+    return check.new_empty(x, (*x.shape[:-1], out_features), x.dtype)
+
+
+@torch.library.register_fake("qops::int4_gemm.out")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    kind: int,
+    batch_invariant: bool = False,
+    *,
+    out: Tensor,
+) -> None:
+    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
+    check.tensors({"x": x, "out": out})
+    check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("qops::int4_gemm.fused")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    kind: int,
+    batch_invariant: bool = False,
     residual: Tensor | None = None,
     silu_mul: bool = False,
     out_scale: Tensor | None = None,
@@ -188,7 +234,7 @@ def _(
     return check.new_empty(x, shape, dtype)
 
 
-@torch.library.register_fake("qops::int4_gemm.out")
+@torch.library.register_fake("qops::int4_gemm.fused_out")
 def _(
     x: Tensor,
     packed: Tensor,

@@ -1,17 +1,21 @@
-"""int4_pack, int4_unpack, int8_pack, int8_unpack: fake kernels of the packing ops behind qops.weights.
+"""int4_pack, int4_unpack, int8_pack, int8_unpack, check_layout: fake kernels of the packing ops behind qops.weights.
 
 The layouts stand in csrc/cpu/weight_pack.cpp, for a GPU in csrc/int4_layout.h and csrc/int8_layout.h. A GPU's pads K
 to a multiple of 64, and unpacking gives the columns of padding too. These ops have no public wrapper: Int4Weight and
-Int8Weight call them.
+Int8Weight call them. check_layout stands in exported models alone, before each use of a packed weight.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from qops import _native as _native
-from qops.ops._checks import STRIP_ROWS, Checker, column_step, stored_columns, strips_of
+from qops.ops._checks import STRIP_ROWS, Checker, column_step, layout_of, stored_columns, strips_of
+
+# It has no result, for which a graph would drop it.
+has_side_effect(torch.ops.qops.check_layout.default)
 
 
 def _pack(op: str, qweight: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
@@ -64,3 +68,12 @@ def _(qweight: Tensor) -> Tensor:
 @torch.library.register_fake("qops::int8_unpack")
 def _(packed: Tensor, out_features: int) -> Tensor:
     return _unpack("int8_unpack", packed, out_features, torch.int8, 8)
+
+
+@torch.library.register_fake("qops::check_layout")
+def _(packed: Tensor, layout: str) -> None:
+    here = layout_of(packed.device)
+    requirement = f"be '{here}', as weights are packed on this device by this build"
+    Checker("check_layout").require(
+        layout == here, "layout", requirement, lambda: f"'{layout}': export the model again"
+    )
