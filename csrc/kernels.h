@@ -176,23 +176,28 @@ struct DenseProduct {
   void* context;
 };
 
+struct EpilogueParams {
+  Epilogue epilogue;
+  const void* residual;  // [rows, N] in the dtype of t, or null; may be y
+  Rows residual_rows;
+  const float* out_scale;         // of kInt8: positive and finite
+  const int32_t* out_zero_point;  // of kInt8: -128 .. 127; null: 0
+
+  QOPS_ALWAYS_INLINE bool is_plain() const { return epilogue == Epilogue::kNone && residual == nullptr; }
+};
+
 // y = x @ w.T + bias over packed integer weights with one scale per row and group of group_size columns.
 // Strips of 16 rows: packed [S, ...], scales and zeros [S, K / group_size, 16].
-struct WeightOnlyGemmParams {
+struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   const void* x;
   Rows x_rows;
   const int32_t* perm;  // [K] or null: column j of the packed weight multiplies x[perm[j]]
   const void* packed;
   const void* scales;
-  const void* zeros;     // uint8 for kZeroPoint, float32 for kFloatZero and kOffset, else null
-  const void* bias;      // [N] or null; of a gate_up weight in canonical order
-  Epilogue epilogue;     // of int4_gemm alone, as all that belongs to it
-  const void* residual;  // [rows, N] or null; may be y
-  Rows residual_rows;
-  const float* out_scale;         // of kInt8: positive and finite
-  const int32_t* out_zero_point;  // of kInt8: -128 .. 127; null: 0
-  void* y;                        // contiguous [rows, N], or [rows, N / 2] for kSiluMul
-  DType dtype;                    // of x, residual and y (but int8 for kInt8)
+  const void* zeros;  // uint8 for kZeroPoint, float32 for kFloatZero and kOffset, else null
+  const void* bias;   // [N] or null; of a gate_up weight in canonical order
+  void* y;            // contiguous [rows, N], or [rows, N / 2] for kSiluMul
+  DType dtype;        // of x, residual and y (but int8 for kInt8)
   DType scale_dtype;
   DType bias_dtype;
   WeightKind kind;
@@ -220,8 +225,9 @@ struct Int4DequantizeParams {
   int64_t group_size;
 };
 
-// y = R(fmaf(s_x, (q - zero_point) @ w.T * s_w, bias)), or the integer product itself where dtype is kInt32.
-struct Int8GemmParams {
+// y = R(fmaf(s_x, (q - zero_point) @ w.T * s_w, bias)), or the integer product itself where dtype is kInt32, which has
+// no epilogue.
+struct Int8GemmParams : EpilogueParams {
   const void* q;
   Rows q_rows;
   const float* scale;         // s_x
@@ -230,9 +236,9 @@ struct Int8GemmParams {
   Rows zero_point_rows;
   const void* packed;   // strips: csrc/cpu/weight_pack.cpp, on a GPU csrc/int8_layout.h
   const void* w_scale;  // s_w, [S, 16]
-  const void* bias;     // [N] or null
-  void* y;              // contiguous [rows, N]
-  DType dtype;          // of y
+  const void* bias;     // [N] or null; of a gate_up weight in canonical order
+  void* y;              // contiguous [rows, N], or [rows, N / 2] for kSiluMul
+  DType dtype;          // of residual and y (but int8 for kInt8)
   DType w_scale_dtype;
   DType bias_dtype;
   int64_t n;

@@ -1,7 +1,8 @@
 // What tests/test_cuda_int8_gemm.py asks about the plans of int8_config.h.
 //
 //   check                         every property that kernels rely on, over many shapes and GPUs; prints what fails
-//   plan M N K SMS SHARED_BYTES   prints tokens, split, blocks, bytes of w under way on a multiprocessor
+//   plan M N K SMS SHARED_BYTES   prints tokens, split, blocks, bytes of w under way on a multiprocessor, live tokens
+//   times N K SMS SHARED_BYTES LAST   prints the model's times of M = 1 .. LAST
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -24,7 +25,28 @@ constexpr Gpu kH100 = kGpus[4];
   std::exit(1);
 }
 
-void check(const int8::Plan& p) {
+// Every token belongs to one tile of eight of one warp, and no tile of tokens is empty.
+void check_tokens(const int8::Plan& p, int64_t m) {
+  const int warps = int8::tile_shape(p.tokens).token_warps, room = int8::tile_shape(p.tokens).token_tiles();
+  if (p.live_tokens % 8 != 0 || p.live_tokens > p.tokens || p.token_tiles_of_warp(warps) > room) fail("no room", p);
+  int64_t tokens = 0;
+  for (int64_t tile = 0; tile < p.token_tiles; ++tile) {
+    if (p.tokens_of(tile) <= 0 || p.tokens_of(tile) > p.live_tokens) fail("an empty or overfull tile", p);
+    tokens += p.tokens_of(tile);
+    int next = 0;
+    for (int warp = 0; warp < warps; ++warp) {
+      if (p.live_tiles(tile, warp, warps) > 0 && warp * p.token_tiles_of_warp(warps) != next) fail("a gap", p);
+      next += p.live_tiles(tile, warp, warps);
+    }
+    if (next != (p.tokens_of(tile) + 7) / 8) fail("tokens of no warp", p);
+    // A block whose tile is full skips nothing.
+    if (p.tokens_of(tile) == p.tokens && p.live_tiles(tile, warps - 1, warps) != room) fail("a full tile", p);
+  }
+  if (tokens != m) fail("tokens without a tile", p);
+}
+
+void check(const int8::Plan& p, int64_t m) {
+  check_tokens(p, m);
   // Each unit belongs to one block; what blocks have of shared tiles lies apart, and is added once.
   std::vector<int> covered(static_cast<size_t>(p.units()));
   std::vector<std::set<int64_t>> sharing(static_cast<size_t>(p.tiles()));
@@ -46,7 +68,7 @@ void check(const int8::Plan& p) {
       sharing[static_cast<size_t>(tile)].insert(block);
       const int64_t slot = p.slot(block, tile);
       if (!slots.insert(slot).second || slot < 0) fail("a slot of two tiles", p);
-      if ((slot + 1) * p.tokens * int8::kTileRows * 4 > p.scratch_bytes()) fail("a slot past the scratch", p);
+      if ((slot + 1) * p.slot_sums() * 4 > p.scratch_bytes()) fail("a slot past the scratch", p);
     }
   }
   for (const int times : covered) {
@@ -75,7 +97,9 @@ void check(const int8::Plan& p) {
 
 int64_t bytes_under_way(const int8::Plan& p, Gpu gpu) {
   const int8::TileShape tile = int8::tile_shape(p.tokens);
-  return int8::model::blocks_per_multiprocessor(tile, gpu) * (tile.stages - 1) * int8::kWeightBytes;
+  const int64_t resident =
+      min_of(int8::model::blocks_per_multiprocessor(tile, gpu), ceil_div(p.blocks, gpu.multiprocessors));
+  return resident * (p.stages - 1) * int8::kWeightBytes;
 }
 
 int check_all() {
@@ -83,32 +107,13 @@ int check_all() {
     for (const int64_t m : {1, 7, 8, 9, 17, 33, 64, 65, 129, 300, 1100}) {
       for (const int64_t n : {8, 120, 136, 576, 1000, 4096}) {
         for (const int64_t k : {0, 8, 72, 576, 4096, 8200}) {
-          for (const int tokens : int8::kTileTokens) {
-            check(int8::model::plan(m, n, k, tokens, false, gpu));
-            if (k > 0) check(int8::model::plan(m, n, k, tokens, true, gpu));
+          for (const int8::TokenLimit limit : int8::kTokenLimits) {
+            check(int8::model::plan(m, n, k, limit, false, gpu), m);
+            if (k > 0) check(int8::model::plan(m, n, k, limit, true, gpu), m);
           }
           const int8::Plan best = int8::plan_int8_gemm(m, n, k, gpu);
           if (best.blocks == 0) fail("no plan", best);
         }
-      }
-    }
-  }
-  // Few tokens on an H100: every multiprocessor has work, of equal size, and enough of it is under way.
-  for (const int64_t n : {1024, 4096, 6144, 14336}) {
-    for (const int64_t k : {4096, 8192, 14336}) {
-      int64_t before = 0;
-      for (int64_t m = 1; m <= 1100; ++m) {
-        const int8::Plan p = int8::plan_int8_gemm(m, n, k, kH100);
-        if (p.time < before - before / 8) fail("more tokens in much less time", p);
-        // From 128 on, one token more can be one more tile for each row of tiles, where they had just filled the GPU.
-        const int64_t step = before * (m < 128 ? 2 : 10) / 10 + 1000;
-        if (before > 0 && p.time > before + step) fail("a cliff", p);
-        before = p.time;
-        if (m > 64) continue;
-        // Nearly as many as it takes to use up the memory's bandwidth.
-        const int64_t enough = kH100.multiprocessors * 7 / 10;
-        if (p.blocks < min_of(enough, p.units() / int8::model::kLeastUnits)) fail("idle multiprocessors", p);
-        if (m <= 32 && bytes_under_way(p, kH100) < 64 * 1024) fail("little under way", p);
       }
     }
   }
@@ -128,9 +133,15 @@ int main(int argc, char** argv) {
   if (argc != 7) return 2;
   int64_t v[5];
   for (int i = 0; i < 5; ++i) v[i] = std::atoll(argv[i + 2]);
+  if (std::strcmp(argv[1], "times") == 0) {
+    for (int64_t m = 1; m <= v[4]; ++m) {
+      std::printf("%lld\n", static_cast<long long>(int8::plan_int8_gemm(m, v[0], v[1], {v[2], v[3]}).time));
+    }
+    return 0;
+  }
   const Gpu gpu{v[3], v[4]};
   const int8::Plan p = int8::plan_int8_gemm(v[0], v[1], v[2], gpu);
-  std::printf("%d %d %lld %lld\n", p.tokens, p.split, static_cast<long long>(p.blocks),
-              static_cast<long long>(bytes_under_way(p, gpu)));
+  std::printf("%d %d %lld %lld %d\n", p.tokens, p.split, static_cast<long long>(p.blocks),
+              static_cast<long long>(bytes_under_way(p, gpu)), p.live_tokens);
   return 0;
 }

@@ -132,7 +132,7 @@ EPILOGUES = ("none", "none", "residual", "silu_mul", "out_scale")
 
 
 def after_epilogue(a: dict[str, Any], y: Tensor) -> Tensor:
-    """What int4_gemm makes of its rounded product: the operators that it saves."""
+    """What a product makes of its rounded result: the operators that it saves."""
     if a.get("residual") is not None:
         return (y.float() + a["residual"].float()).to(y.dtype)
     if a.get("silu_mul"):
@@ -159,7 +159,8 @@ def epilogue_of(s: Sampler, name: str, shape: tuple[int, ...], dtype: torch.dtyp
     return found
 
 
-def epilogue_ways(s: Sampler, call: Call) -> Ways:
+def epilogue_ways(s: Sampler, call: Call, x: str = "x") -> Ways:
+    """x: the argument with the rows."""
     a = call.arguments
 
     def bad_value(name: str, values: tuple[float, ...]) -> Callable[[], Fault | None]:
@@ -202,13 +203,15 @@ def epilogue_ways(s: Sampler, call: Call) -> Ways:
         if call.written or a["residual"].shape[-1] == 0:
             return None
         shape = (2, 2, 2, 2, 2)
-        a["x"] = torch.ones((*shape, a["x"].shape[-1]), dtype=a["x"].dtype)
+        a[x] = torch.ones((*shape, a[x].shape[-1]), dtype=a[x].dtype)
+        if x == "q":
+            a["scale"], a["zero_point"] = torch.ones(()), None
         a["residual"] = s.unmergeable(torch.ones((*shape, a["residual"].shape[-1]), dtype=a["residual"].dtype), 5)
         return Fault(("residual",), (ValueError,))
 
     if a["residual"] is not None:
         ways += [*s.last_dim(call, "residual"), *s.shapes(call, ["residual"]), *s.requires_grad(call, "residual")]
-        ways.append(("x residual", unmergeable))
+        ways.append((f"{x} scale zero_point residual", unmergeable))
     return ways
 
 
@@ -354,11 +357,15 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
 
 def int8_gemm(s: Sampler) -> Call:
     leading, n, k = leading_of(s), s.choice(ROWS), s.choice(SIZES)
+    epilogue = s.choice(EPILOGUES)
+    fused = epilogue != "none" or s.one_in(8)
+    if epilogue == "silu_mul":
+        n = s.choice((16, 48, 0, 80))
     rng = generator(s.integer(0, 2**20))
     exact = not s.one_in(6)
     codes = torch.randint(-128, 128, (n, k), generator=rng).to(INT8)
     w_scale = scales_of(s, (n, 1), s.dtype(), exact=exact)
-    out_dtype = s.choice(OUT_DTYPES)
+    out_dtype = s.choice(OUT_DTYPES if epilogue == "none" else FLOAT_DTYPES)
     rows = () if s.one_in(4) else leading
     arguments: dict[str, Any] = {
         "q": s.rows(s.values((*leading, k), INT8)),
@@ -370,30 +377,38 @@ def int8_gemm(s: Sampler) -> Call:
         low, high = (-128, 127) if s.one_in(2) else (-(2**31), 2**31 - 1)
         values = torch.randint(low, high, rows, generator=rng).int()
         arguments["zero_point"] = s.strided(values) if rows else values
-    arguments |= {"packed": packed(codes, 8), "w_scale": strips(w_scale)[:, : 1 if k else 0], "bias": None}
+    mixed = mix_gate_up if epilogue == "silu_mul" else lambda rows: rows
+    w_scales = strips(mixed(w_scale))[:, : 1 if k else 0]
+    arguments |= {"packed": packed(mixed(codes), 8), "w_scale": w_scales, "bias": None}
     if out_dtype != torch.int32 and s.one_in(2):
         arguments["bias"] = s.contiguous(torch.randn(n, generator=rng).to(s.dtype()))
     arguments["out_features"] = n
-
-    def results(leading: tuple[int, ...]) -> list[Result]:
-        return [((*leading, n), out_dtype)]
+    asked = epilogue_of(s, epilogue, (*leading, n), out_dtype)
+    if fused:
+        arguments |= {"out_dtype": out_dtype, **asked}
 
     def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
         zero = a["zero_point"]
         scale = a["scale"].resolve_neg()
-        return (int8_gemm_exact(a["q"], scale, zero, codes, w_scale[:, 0], a["bias"], out_dtype),)
+        y = int8_gemm_exact(a["q"], scale, zero, codes, w_scale[:, 0], a["bias"], out_dtype)
+        return (after_epilogue(a, y),)
 
-    call = Call("int8_gemm", "default", arguments, expected, results(leading))
+    columns = n // 2 if epilogue == "silu_mul" else n
+    results: list[Result] = [((*leading, columns), INT8 if epilogue == "out_scale" else out_dtype)]
+    call = Call("int8_gemm", "fused" if fused else "default", arguments, expected, results)
     if s.one_in(2):
-        call.overload = "out"
-        give_outputs(s, call, "out")
+        call.overload = "fused_out" if fused else "out"
+        give_outputs(s, call, "out", replaces=[("out", "residual")] if epilogue == "residual" else ())
     else:
         arguments["out_dtype"] = out_dtype
     if exact and n > 0 and k > 0:
         weight: Any = qops.Int8Weight.from_canonical(codes, w_scale)
+        if epilogue == "silu_mul":
+            weight.interleave_gate_up()
 
         def public(a: dict[str, Any], weight: Any) -> object:
-            rest = {name: a[name] for name in ("zero_point", "out" if call.written else "out_dtype")}
+            names = ("zero_point", "out_dtype", "out", *asked)
+            rest = {name: a[name] for name in names if name in a}
             return qops.int8_gemm(a["q"], a["scale"], weight, a["bias"], **rest)
 
         give_weight(call, public, weight)
@@ -404,7 +419,12 @@ def int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
     a = call.arguments
     dtypes = {"q": (INT8,), "scale": (F32,), "zero_point": (torch.int32,), "packed": (INT8,)}
     dtypes |= {"w_scale": FLOAT_DTYPES, "bias": FLOAT_DTYPES, "out": OUT_DTYPES}
-    inputs = [name for name in ("q", "scale", "zero_point", "packed", "w_scale", "bias") if a[name] is not None]
+    dtypes |= {"residual": FLOAT_DTYPES, "out_scale": (F32,), "out_zero_point": (torch.int32,)}
+    if a.get("out_scale") is not None:
+        dtypes["out"] = (INT8,)
+    optional = [name for name in ("residual", "out_scale", "out_zero_point") if a.get(name) is not None]
+    names = ("q", "scale", "zero_point", "packed", "w_scale", "bias", *optional)
+    inputs = [name for name in names if a[name] is not None]
 
     def columns() -> Fault:
         a["q"] = torch.ones((2, k + s.choice((1, 8, -1) if k > 0 else (1, 8))), dtype=INT8)
@@ -416,6 +436,13 @@ def int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
         a["packed"] = torch.zeros((-(-a["out_features"] // 16), 16 * wide), dtype=INT8)
         a["q"] = torch.zeros((*a["q"].shape[:-1], 1), dtype=INT8).expand(*a["q"].shape[:-1], wide)
         return Fault(("q",), (ValueError,))
+
+    def epilogue_of_integers() -> Fault | None:
+        asked = [name for name in ("residual", "silu_mul", "out_scale") if a[name] is not None and a[name] is not False]
+        if not asked:
+            return None
+        a["out_dtype"], call.typed = torch.int32, None
+        return Fault(("bias", *asked), (ValueError,))
 
     def bias_of_integers() -> Fault | None:
         if call.written:
@@ -433,7 +460,7 @@ def int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
         return replace
 
     ways = [
-        *s.tensor_faults(call, dtypes, ["bias"], ["zero_point", "bias"]),
+        *s.tensor_faults(call, dtypes, ["bias"], ["zero_point", "bias", *optional]),
         *s.last_dim(call, "q", *(["bias"] if a["bias"] is not None else [])),
         *zero_dim(s, call, "q"),
         *s.not_contiguous(call, "packed", "w_scale"),
@@ -448,7 +475,10 @@ def int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
         ("zero_point q", rows("zero_point")),
         *s.requires_grad(call, "scale", "bias"),
     ]
-    if not call.written:
+    if call.overload.startswith("fused"):
+        ways.append(("out_dtype out residual", epilogue_of_integers))
+        ways += epilogue_ways(s, call, "q")
+    if "out_dtype" in a:
         bad = (torch.float64, torch.int8, torch.int64, torch.bool, torch.float8_e5m2)
         ways += s.scalar(call, "out_dtype", bad, (RuntimeError,))[:2]
     names = ("packed", "w_scale", "out_features")

@@ -189,7 +189,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "residual dtype": (
         {"residual": R.float()},
         RuntimeError,
-        "residual must have the dtype of x = bfloat16, got float32",
+        "residual must have dtype bfloat16, got float32",
     ),
     "residual shape": (
         {"residual": R[:1]},

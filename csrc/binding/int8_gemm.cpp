@@ -1,4 +1,5 @@
 #include "binding/device.h"
+#include "binding/gemm_epilogue.h"
 #include "binding/ops.h"
 #include "binding/weight_strips.h"
 
@@ -11,8 +12,9 @@ constexpr Checker check("int8_gemm");
 constexpr int64_t kMaxK = 131071;
 constexpr int64_t kMaxKWithZeroPoint = 65793;
 
-// subject: "out_dtype must be" or "out must have dtype".
-DType output_dtype(ScalarType dtype, const char* subject) {
+// subject: "out must have dtype" or this.
+constexpr const char* kOutDtype = "out_dtype must be";
+DType y_dtype(ScalarType dtype, const char* subject) {
   switch (dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
@@ -20,12 +22,6 @@ DType output_dtype(ScalarType dtype, const char* subject) {
     case ScalarType::Int: return DType::kInt32;
     default: check.unsupported(std::string(subject) + " float32, float16, bfloat16 or int32, got " + dtype_name(dtype));
   }
-}
-
-std::vector<int64_t> output_sizes(const Tensor& q, int64_t out_features) {
-  std::vector<int64_t> sizes(q.sizes().begin(), q.sizes().end());
-  sizes.back() = out_features;
-  return sizes;
 }
 
 // One value for each row of q, or one for all.
@@ -59,7 +55,7 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
   if (zero_point) check.dtype(*zero_point, "zero_point", ScalarType::Int);
   check.dtype(packed, "packed", ScalarType::Char);
   p.w_scale_dtype = check.float_dtype(w_scale, "w_scale");
-  p.dtype = output_dtype(out_dtype, out_subject);
+  p.dtype = y_dtype(out_dtype, out_subject);
   if (bias) p.bias_dtype = check.float_dtype(*bias, "bias");
 
   check.at_least_1d(q, "q");
@@ -104,6 +100,30 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
   return p;
 }
 
+// Integers have no epilogue.
+void take_int8_epilogue(const Tensor& q, const std::optional<Tensor>& residual, bool silu_mul,
+                        const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
+                        Int8GemmParams& p) {
+  if (p.dtype == DType::kInt32) {
+    if (residual) check.refuse("residual", "be None where out_dtype is int32", "a tensor");
+    if (silu_mul) check.refuse("silu_mul", "be False where out_dtype is int32", "True");
+    if (out_scale) check.refuse("out_scale", "be None where out_dtype is int32", "a tensor");
+  }
+  take_epilogue(check, q, residual, silu_mul, out_scale, out_zero_point, p);
+}
+
+void check_int8_output(const Tensor& out, const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                       const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                       const Int8GemmParams& p) {
+  check_output(check, out, q, p);
+  check.no_overlap(out, "out", q, "q");
+  check.no_overlap(out, "out", scale, "scale");
+  if (zero_point) check.no_overlap(out, "out", *zero_point, "zero_point");
+  check.no_overlap(out, "out", packed, "packed");
+  check.no_overlap(out, "out", w_scale, "w_scale");
+  if (bias) check.no_overlap(out, "out", *bias, "bias");
+}
+
 void run(Int8GemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
 #if defined(QOPS_CUDA)
@@ -122,8 +142,8 @@ void run(Int8GemmParams& p, const Tensor& y) {
 
 Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
                  const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype) {
-  Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be");
-  Tensor y = check.new_tensor(q, output_sizes(q, out_features), out_dtype);
+  Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, kOutDtype);
+  Tensor y = new_output(check, q, p);
   run(p, y);
   return y;
 }
@@ -133,18 +153,32 @@ void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Ten
   check.device(out, "out", q);
   Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, check.dtype_of(out, "out"),
                              "out must have dtype");
-  const std::vector<int64_t> sizes = output_sizes(q, out_features);
-  const torch::headeronly::IntHeaderOnlyArrayRef expected(sizes.data(), sizes.size());
-  if (!out.sizes().equals(expected)) {
-    check.refuse("out", "have shape [..., N] = " + to_string(expected), to_string(out.sizes()));
-  }
-  check.contiguous(out, "out");
-  check.no_overlap(out, "out", q, "q");
-  check.no_overlap(out, "out", scale, "scale");
-  if (zero_point) check.no_overlap(out, "out", *zero_point, "zero_point");
-  check.no_overlap(out, "out", packed, "packed");
-  check.no_overlap(out, "out", w_scale, "w_scale");
-  if (bias) check.no_overlap(out, "out", *bias, "bias");
+  check_int8_output(out, q, scale, zero_point, packed, w_scale, bias, p);
+  run(p, out);
+}
+
+Tensor int8_gemm_fused(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                       const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                       int64_t out_features, ScalarType out_dtype, const std::optional<Tensor>& residual, bool silu_mul,
+                       const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point) {
+  Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, kOutDtype);
+  take_int8_epilogue(q, residual, silu_mul, out_scale, out_zero_point, p);
+  Tensor y = new_output(check, q, p);
+  run(p, y);
+  return y;
+}
+
+void int8_gemm_fused_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                         const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                         int64_t out_features, ScalarType out_dtype, const std::optional<Tensor>& residual,
+                         bool silu_mul, const std::optional<Tensor>& out_scale,
+                         const std::optional<Tensor>& out_zero_point, const Tensor& out) {
+  Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, kOutDtype);
+  take_int8_epilogue(q, residual, silu_mul, out_scale, out_zero_point, p);
+  check_int8_output(out, q, scale, zero_point, packed, w_scale, bias, p);
+  if (residual) check.no_overlap_unless_same(out, "out", *residual, "residual");
+  if (out_scale) check.no_overlap(out, "out", *out_scale, "out_scale");
+  if (out_zero_point) check.no_overlap(out, "out", *out_zero_point, "out_zero_point");
   run(p, out);
 }
 

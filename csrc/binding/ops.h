@@ -31,6 +31,15 @@ Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tenso
                  const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype);
 void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
                    const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out);
+Tensor int8_gemm_fused(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                       const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                       int64_t out_features, ScalarType out_dtype, const std::optional<Tensor>& residual, bool silu_mul,
+                       const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point);
+void int8_gemm_fused_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                         const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                         int64_t out_features, ScalarType out_dtype, const std::optional<Tensor>& residual,
+                         bool silu_mul, const std::optional<Tensor>& out_scale,
+                         const std::optional<Tensor>& out_zero_point, const Tensor& out);
 Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
                              int64_t out_features, int64_t group_size);
 void int8_weight_only_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,

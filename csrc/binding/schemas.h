@@ -32,6 +32,14 @@ void define_schemas(Library& m) {
   m.def(
       "int8_gemm.out(Tensor q, Tensor scale, Tensor? zero_point, Tensor packed, Tensor w_scale, Tensor? bias, "
       "int out_features, *, Tensor(a!) out) -> ()");
+  m.def(
+      "int8_gemm.fused(Tensor q, Tensor scale, Tensor? zero_point, Tensor packed, Tensor w_scale, Tensor? bias, "
+      "int out_features, ScalarType out_dtype, Tensor? residual=None, bool silu_mul=False, Tensor? out_scale=None, "
+      "Tensor? out_zero_point=None) -> Tensor");
+  m.def(
+      "int8_gemm.fused_out(Tensor q, Tensor scale, Tensor? zero_point, Tensor packed, Tensor w_scale, Tensor? bias, "
+      "int out_features, ScalarType out_dtype, Tensor? residual=None, bool silu_mul=False, Tensor? out_scale=None, "
+      "Tensor? out_zero_point=None, *, Tensor(a!) out) -> ()");
   m.def("int8_pack(Tensor qweight) -> Tensor");
   m.def("int8_unpack(Tensor packed, int out_features) -> Tensor");
   m.def(

@@ -1,5 +1,5 @@
 #include "binding/device.h"
-#include "binding/int8_rows.h"
+#include "binding/gemm_epilogue.h"
 #include "binding/ops.h"
 #include "binding/weight_strips.h"
 
@@ -54,51 +54,9 @@ WeightOnlyGemmParams checked_int4(const Tensor& x, const Tensor& packed, const T
   return p;
 }
 
-// The arguments that tell what becomes of x @ w.T + bias; at most one of residual, silu_mul and out_scale.
-void take_epilogue(const Checker& check, const Tensor& x, const std::optional<Tensor>& residual, bool silu_mul,
-                   const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
-                   WeightOnlyGemmParams& p) {
-  if (residual) {
-    if (silu_mul || out_scale) check.refuse("residual", "be None with silu_mul or out_scale", "a tensor");
-    check.device(*residual, "residual", x);
-    check.same_dtype(*residual, "residual", x, "x");
-    check.shape(*residual, "residual", "[..., N]", with_last_size(x, p.n));
-    check.dense_last_dim(*residual, "residual");
-    p.residual_rows = check.rows(*residual, "residual");
-    p.residual = residual->const_data_ptr();
-  }
-  if (silu_mul) {
-    if (p.n % 16 != 0) {
-      check.refuse("out_features", "be a multiple of 16, for gate and up, with silu_mul", std::to_string(p.n));
-    }
-    if (out_scale) check.refuse("out_scale", "be None with silu_mul", "a tensor");
-    p.epilogue = Epilogue::kSiluMul;
-  }
-  if (out_zero_point && !out_scale) check.refuse("out_zero_point", "be None without out_scale", "a tensor");
-  if (out_scale) {
-    const StaticScale one = static_scale(check, *out_scale, "out_scale", out_zero_point, "out_zero_point", x);
-    p.out_scale = one.scale;
-    p.out_zero_point = one.zero_point;
-    p.epilogue = Epilogue::kInt8;
-  }
-}
-
-// Of the last dimension of y.
-int64_t output_columns(const WeightOnlyGemmParams& p) { return p.epilogue == Epilogue::kSiluMul ? p.n / 2 : p.n; }
-
-ScalarType output_dtype(const WeightOnlyGemmParams& p, const Tensor& x) {
-  return p.epilogue == Epilogue::kInt8 ? ScalarType::Char : x.scalar_type();
-}
-
-Tensor new_output(const Checker& check, const Tensor& x, const WeightOnlyGemmParams& p) {
-  return check.new_tensor(x, with_last_size(x, output_columns(p)), output_dtype(p, x));
-}
-
 void check_output(const Checker& check, const Tensor& out, const Tensor& x, const Tensor& packed, const Tensor& scales,
                   const std::optional<Tensor>& bias, const WeightOnlyGemmParams& p) {
-  const bool halved = p.epilogue == Epilogue::kSiluMul;
-  check.output(out, "out", x, output_dtype(p, x), halved ? "[..., N / 2]" : "[..., N]",
-               with_last_size(x, output_columns(p)));
+  check_output(check, out, x, p);
   check.no_overlap(out, "out", x, "x");
   check.no_overlap(out, "out", packed, "packed");
   check.no_overlap(out, "out", scales, "scales");

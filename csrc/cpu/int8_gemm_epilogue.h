@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/gemm_epilogue.h"
 #include "cpu/simd.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
@@ -28,8 +29,7 @@ struct Columns {
       const F32x16 scales = p.k == 0 ? set1(0.0f) : load_as_float(p.w_scale, p.w_scale_dtype, column, kLanes);
       store(w_scale + offset(strip), scales);
       if (p.bias == nullptr) continue;
-      const int64_t n = std::min<int64_t>(kLanes, p.n - column);
-      store(bias + offset(strip), load_as_float(p.bias, p.bias_dtype, column, n));
+      store(bias + offset(strip), bias_of_strip(p, strip));
     }
   }
   int64_t offset(int64_t strip) const { return (strip - strips.begin) * kStripRows; }
@@ -42,7 +42,7 @@ void finish_rows(const Int8GemmParams& p, Range rows, Range strips, const int32_
                  bool with_w_sum, const Columns<kMaxStrips>& columns) {
   const int64_t column = strips.begin * kStripRows, at = columns.offset(strips.begin);
   const int64_t end = std::min(strips.end * kStripRows, p.n) - column;
-  const auto finish = [&](auto with_sum, auto with_bias) {
+  const auto finish = [&](auto with_sum, auto with_bias, auto plain) {
     for (int64_t row = rows.begin; row < rows.end; ++row, sums += stride) {
       const int32_t zero = p.zero_point == nullptr ? 0 : p.zero_point[p.zero_point_rows.offset(row)];
       const I32x16 excess = set1(static_cast<int32_t>(static_cast<uint32_t>(offset) + static_cast<uint32_t>(zero)));
@@ -55,7 +55,12 @@ void finish_rows(const Int8GemmParams& p, Range rows, Range strips, const int32_
           store_n(y + i, sum, end - i);
         } else {
           const F32x16 t = to_float(sum) * load(columns.w_scale + at + i);
-          store_n(y + i, with_bias ? fma(scale, t, load(columns.bias + at + i)) : scale * t, end - i);
+          const F32x16 value = with_bias ? fma(scale, t, load(columns.bias + at + i)) : scale * t;
+          if constexpr (plain) {
+            store_n(y + i, value, end - i);
+          } else {
+            finish_strip<T>(p, row, strips.begin + i / kStripRows, value);
+          }
         }
       }
     }
@@ -63,11 +68,14 @@ void finish_rows(const Int8GemmParams& p, Range rows, Range strips, const int32_
   // Branches inside of the loop cost 10 % of a call on AMX at M = 256, K = 576.
   constexpr std::true_type kYes;
   constexpr std::false_type kNo;
-  if (p.bias == nullptr) {
-    with_w_sum ? finish(kYes, kNo) : finish(kNo, kNo);
-  } else {
-    with_w_sum ? finish(kYes, kYes) : finish(kNo, kYes);
+  const auto with_bias = [&](auto with_sum, auto plain) {
+    p.bias == nullptr ? finish(with_sum, kNo, plain) : finish(with_sum, kYes, plain);
+  };
+  const auto run = [&](auto plain) { with_w_sum ? with_bias(kYes, plain) : with_bias(kNo, plain); };
+  if constexpr (!std::is_same_v<T, int32_t>) {
+    if (!p.is_plain()) return run(kNo);
   }
+  run(kYes);
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

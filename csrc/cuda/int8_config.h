@@ -7,6 +7,9 @@
 // end inside a tile; what it has of such a tile goes to scratch, and a second kernel adds. Where tiles fill the GPU
 // well enough, ranges are whole tiles and there is no second kernel.
 //
+// Tokens are spread evenly over their tiles, eight at a time: M = 513 may be 8 tiles of 72, which fill an H100 twice
+// where N = 4096, and is never 4 of 128 and one of a single token. Warps skip the tokens that a tile has not got.
+//
 // The times are a model, in cycles of a multiprocessor, that ranks plans. It has not been fitted to measurements.
 #pragma once
 
@@ -20,14 +23,20 @@ using namespace qops::int8;
 inline constexpr int kTileStrips = 8;
 inline constexpr int kTileRows = kTileStrips * kStripRows;
 inline constexpr int kTileTokens[] = {8, 16, 32, 64, 128};
+// How many tokens a tile may be given: up to 32, all that it has room for, as weights bound the product.
+struct TokenLimit {
+  int tile, tokens;
+};
+inline constexpr TokenLimit kTokenLimits[] = {{8, 8},    {16, 16},  {32, 32},  {64, 48},   {64, 64},
+                                              {128, 72}, {128, 80}, {128, 96}, {128, 112}, {128, 128}};
 // 64 columns of a token.
 inline constexpr int kTokenBytes = kBlockColumns;
 inline constexpr int kWeightBytes = kTileStrips * kBlockBytes;  // of a stage
 
-// How a tile is shared by warps, and how many stages of K are in shared memory. Up to 32 tokens weights bound the
-// product: a warp for each strip, and 48 or 56 KiB of weights under way in each of two blocks. Beyond, a warp
-// multiplies 4 strips by 64 tokens (2 strips where there are no more tokens): 12 reads of 512 bytes for 64
-// instructions, which is what shared memory can do beside the tensor cores.
+// How a tile is shared by warps, and how many stages of K are in shared memory where two blocks are on a
+// multiprocessor. Up to 32 tokens weights bound the product: a warp for each strip. Beyond, a warp multiplies 4 strips
+// by 64 tokens (2 strips where there are no more tokens): 12 reads of 512 bytes for 64 instructions, which is what
+// shared memory can do beside the tensor cores.
 struct TileShape {
   int tokens, strips_of_warp, token_warps, stages;
 
@@ -35,14 +44,20 @@ struct TileShape {
   QOPS_ALWAYS_INLINE constexpr int warps() const { return token_warps * strip_warps(); }
   QOPS_ALWAYS_INLINE constexpr int threads() const { return 32 * warps(); }
   QOPS_ALWAYS_INLINE constexpr int token_tiles() const { return tokens / 8 / token_warps; }  // of a warp
+  // Whether a warp skips tiles of eight tokens without tokens: where the tensor cores bound the product.
+  QOPS_ALWAYS_INLINE constexpr bool skips() const { return tokens >= 64; }
   QOPS_ALWAYS_INLINE constexpr int stage_bytes() const { return kWeightBytes + tokens * kTokenBytes; }
   // Sums of 8 tokens by the rows of a warp, on their way to memory. 2 * stride = 8 modulo 32 makes the stores of a
   // fragment, lanes 4 g + t at row 2 t and column g, free of bank conflicts.
   QOPS_ALWAYS_INLINE constexpr int sum_stride() const { return strips_of_warp * kStripRows + 4; }
-  QOPS_ALWAYS_INLINE constexpr int shared_bytes() const {
-    return stages * stage_bytes() + warps() * 8 * sum_stride() * 4;
+  QOPS_ALWAYS_INLINE constexpr int shared_bytes(int of_stages) const {
+    return of_stages * stage_bytes() + warps() * 8 * sum_stride() * 4;
   }
+  // Where weights bound the product.
+  QOPS_ALWAYS_INLINE constexpr bool can_be_deep() const { return tokens <= 64; }
 };
+// Where a block has a multiprocessor to itself: 72 KiB of weights under way, as two blocks together have 80 and more.
+inline constexpr int kDeepStages = 10;
 constexpr TileShape tile_shape(int tokens) {
   if (tokens == 128) return {128, 4, 2, 4};
   if (tokens == 64) return {64, 2, 1, 6};
@@ -81,7 +96,10 @@ struct Position {
 };
 
 struct Plan {
-  int tokens;  // of a tile
+  int tokens;       // of the kernel's tile
+  int live_tokens;  // that a tile has got of them, a multiple of 8
+  int last_tokens;  // that the last tile has got, of any number
+  int stages;
   bool split;  // ranges may end inside of tiles
   int k_blocks;
   int64_t token_tiles, row_tiles;
@@ -90,12 +108,17 @@ struct Plan {
 
   QOPS_ALWAYS_INLINE constexpr int64_t tiles() const { return token_tiles * row_tiles; }
   QOPS_ALWAYS_INLINE constexpr int64_t units() const { return tiles() * k_blocks; }
-  QOPS_ALWAYS_INLINE constexpr int64_t first_unit(int64_t block) const {
-    return split ? units() * block / blocks : tiles() * block / blocks * k_blocks;
-  }
+  // Of the range of a block, of a split plan.
+  QOPS_ALWAYS_INLINE constexpr int64_t first_unit(int64_t block) const { return units() * block / blocks; }
 
+  // Whole tiles: one more for each of the first blocks. Multiprocessor i runs blocks i and i + multiprocessors as a
+  // rule, so that none has more than one tile more than the others.
   QOPS_ALWAYS_INLINE constexpr Part part(int64_t block) const {
-    if (!split) return {tiles() * block / blocks, tiles() * (block + 1) / blocks, 0, k_blocks};
+    if (!split) {
+      const int64_t each = tiles() / blocks, more = tiles() % blocks;
+      const int64_t first = block * each + (block < more ? block : more);
+      return {first, first + each + (block < more ? 1 : 0), 0, k_blocks};
+    }
     const int64_t begin = first_unit(block), end = first_unit(block + 1), end_tile = ceil_div(end, k_blocks);
     return {begin / k_blocks, end_tile, static_cast<int>(begin % k_blocks),
             static_cast<int>(end - (end_tile - 1) * k_blocks)};
@@ -117,7 +140,8 @@ struct Plan {
   QOPS_ALWAYS_INLINE constexpr int64_t slot(int64_t block, int64_t tile) const {
     return 2 * block + (tile == first_unit(block) / k_blocks ? 0 : 1);
   }
-  constexpr int64_t scratch_bytes() const { return split ? 2 * blocks * tokens * kTileRows * 4 : 0; }
+  QOPS_ALWAYS_INLINE constexpr int64_t slot_sums() const { return int64_t{live_tokens} * kTileRows; }
+  constexpr int64_t scratch_bytes() const { return split ? 2 * blocks * slot_sums() * 4 : 0; }
 
   // Eight tiles of tokens pass over the rows of w together, so that those which run at one time share both.
   static constexpr int64_t kGroup = 8;
@@ -125,6 +149,18 @@ struct Plan {
     const int64_t group = tile / (kGroup * row_tiles), within = tile % (kGroup * row_tiles);
     const int64_t size = token_tiles - group * kGroup < kGroup ? token_tiles - group * kGroup : kGroup;
     return {group * kGroup + within % size, within / size};
+  }
+
+  QOPS_ALWAYS_INLINE constexpr int tokens_of(int64_t token_tile) const {
+    return token_tile + 1 == token_tiles ? last_tokens : live_tokens;
+  }
+  // Tiles of eight tokens that each of `warps` warps takes one after the other, and how many of them have tokens.
+  QOPS_ALWAYS_INLINE constexpr int token_tiles_of_warp(int warps) const {
+    return (live_tokens / 8 + warps - 1) / warps;
+  }
+  QOPS_ALWAYS_INLINE constexpr int live_tiles(int64_t token_tile, int warp, int warps) const {
+    const int each = token_tiles_of_warp(warps), left = (tokens_of(token_tile) + 7) / 8 - warp * each;
+    return left < 0 ? 0 : left < each ? left : each;
   }
 };
 
@@ -143,29 +179,36 @@ inline constexpr int64_t kLeastUnits = 4;
 
 constexpr int64_t blocks_per_multiprocessor(TileShape tile, Gpu gpu) {
   constexpr int64_t kReserved = 1024;  // of each block, by CUDA
-  return max_of(1, min_of(2, (gpu.shared_bytes + kReserved) / (tile.shared_bytes() + kReserved)));
+  return max_of(1, min_of(2, (gpu.shared_bytes + kReserved) / (tile.shared_bytes(tile.stages) + kReserved)));
 }
 
-constexpr Plan plan(int64_t m, int64_t n, int64_t k, int tokens, bool split, Gpu gpu) {
-  const TileShape tile = tile_shape(tokens);
+// Never less for more tokens, but for the one place where a second tile of tokens begins to read the weights, M = 9.
+constexpr Plan plan(int64_t m, int64_t n, int64_t k, TokenLimit limit, bool split, Gpu gpu) {
+  const TileShape tile = tile_shape(limit.tile);
   Plan p{};
-  p.tokens = tokens;
+  p.tokens = limit.tile;
   p.split = split;
   p.k_blocks = static_cast<int>(int8::blocks(k));
-  p.token_tiles = ceil_div(m, tokens);
+  p.token_tiles = ceil_div(m, limit.tokens);
+  p.live_tokens = static_cast<int>(ceil_div(ceil_div(m, p.token_tiles), 8) * 8);
+  p.last_tokens = static_cast<int>(m - (p.token_tiles - 1) * p.live_tokens);
   p.row_tiles = ceil_div(n, kTileRows);
   const int64_t resident = gpu.multiprocessors * blocks_per_multiprocessor(tile, gpu);
   p.blocks = min_of(split ? ceil_div(p.units(), kLeastUnits) : p.tiles(), resident);
-  const int64_t of_block = split ? ceil_div(p.units(), p.blocks) : ceil_div(p.tiles(), p.blocks) * p.k_blocks;
-  const int64_t of_multiprocessor = of_block * ceil_div(p.blocks, gpu.multiprocessors);
-  const int64_t mma = int64_t{tokens} / 8 * kTileStrips * kFragments * kCyclesPerMma;
+  const bool deep = tile.can_be_deep() && p.blocks <= gpu.multiprocessors;
+  p.stages = deep && tile.shared_bytes(kDeepStages) <= gpu.shared_bytes ? kDeepStages : tile.stages;
+  const int64_t of_multiprocessor = split ? ceil_div(p.units(), p.blocks) * ceil_div(p.blocks, gpu.multiprocessors)
+                                          : ceil_div(p.tiles(), gpu.multiprocessors) * p.k_blocks;
+  // By the limit and not by what the tiles have got, which falls where there is one tile more.
+  const int64_t token_tiles = ceil_div(limit.tokens / 8, tile.token_warps) * tile.token_warps;
+  const int64_t mma = token_tiles * kTileStrips * kFragments * kCyclesPerMma;
   const int64_t from_memory = kWeightBytes / (kMostBytesPerCycle * p.token_tiles);
-  const int64_t unit = max_of(max_of(mma, from_memory), tile.stage_bytes() / kL2BytesPerCycle);
+  const int64_t from_l2 = (kWeightBytes + limit.tokens * kTokenBytes) / kL2BytesPerCycle;
   const int64_t memory = strips(n) * strip_bytes(k) / (kBytesPerCycle * gpu.multiprocessors);
-  p.time = kStart + max_of(of_multiprocessor * unit, memory);
+  p.time = kStart + max_of(of_multiprocessor * max_of(max_of(mma, from_memory), from_l2), memory);
   if (split) {
     const int64_t slots = p.blocks + min_of(p.blocks, p.tiles());
-    const int64_t sums = slots * min_of(m, tokens) * kTileRows * 4;  // written and read
+    const int64_t sums = slots * min_of(m, limit.tokens) * kTileRows * 4;  // written and read
     p.time += kSecondKernel + 2 * sums / (kL2BytesPerCycle * gpu.multiprocessors);
   }
   return p;
@@ -176,12 +219,12 @@ constexpr Plan plan(int64_t m, int64_t n, int64_t k, int tokens, bool split, Gpu
 // Total: a plan for every M and N above 0 and every K, on every GPU with 99 KiB of shared memory.
 constexpr Plan plan_int8_gemm(int64_t m, int64_t n, int64_t k, Gpu gpu) {
   Plan best{};
-  for (const int tokens : kTileTokens) {
+  for (const TokenLimit limit : kTokenLimits) {
     for (int splits = 0; splits < (k == 0 ? 1 : 2); ++splits) {
-      const Plan p = model::plan(m, n, k, tokens, splits == 1, gpu);
+      const Plan p = model::plan(m, n, k, limit, splits == 1, gpu);
       if (best.blocks == 0 || p.time <= best.time) best = p;
     }
-    if (m <= tokens) break;
+    if (m <= limit.tokens) break;
   }
   return best;
 }
@@ -215,9 +258,13 @@ constexpr bool shapes_fit() {
   for (const int tokens : kTileTokens) {
     const TileShape t = tile_shape(tokens);
     // Two blocks on an A100's 164 KiB, one on the 99 KiB of the smallest.
-    if (t.tokens != tokens || 2 * (t.shared_bytes() + 1024) > 164 * 1024 || t.shared_bytes() > 99 * 1024) return false;
+    const int bytes = t.shared_bytes(t.stages);
+    if (t.tokens != tokens || 2 * (bytes + 1024) > 164 * 1024 || bytes > 99 * 1024) return false;
     if (t.token_tiles() * t.token_warps * 8 != tokens || 2 * t.sum_stride() % 32 != 8) return false;
     if (t.stages < 4 || tokens * 4 % 32 != 0) return false;
+  }
+  for (const TokenLimit limit : kTokenLimits) {
+    if (limit.tokens % 8 != 0 || limit.tokens > limit.tile) return false;
   }
   return true;
 }

@@ -1,4 +1,5 @@
-// int8_gemm: y = R(fmaf(s_x[m], float(sum_k (q[m, k] - zero_point[m]) w[n, k]) * s_w[n], bias[n])).
+// int8_gemm: y = R(fmaf(s_x[m], float(sum_k (q[m, k] - zero_point[m]) w[n, k]) * s_w[n], bias[n])), and what becomes of
+// it (Epilogue of kernels.h) before it is stored.
 //
 // Idea. w is the A operand of mma.m16n8k32 for every M and tokens are the n8 side, so few tokens are padded to eight
 // and not to 64. Sums are exact integers modulo 2^32 in any order: int8_config.h cuts the product as it suits the GPU,
@@ -14,10 +15,10 @@
 //
 // q is copied to scratch first where its rows do not begin at multiples of 16 bytes (K an odd multiple of 8, as a
 // rule).
-#include "cuda/elements.cuh"
+#include "cuda/gate.cuh"
 #include "cuda/int8_config.h"
 #include "cuda/ptx.cuh"
-#include "cuda/row.cuh"
+#include "cuda/quantize_row.cuh"
 
 namespace qops::cuda {
 namespace {
@@ -65,7 +66,7 @@ class Source {
 #pragma unroll
     for (int i = 0; i < kTokenPieces; ++i) {
       const int piece = i * T::kThreads + threadIdx.x;
-      if (piece >= T::kShape.tokens * 4) break;
+      if (piece >= job.plan.live_tokens * 4) break;
       const int64_t column = int64_t{k_} * int8::kBlockColumns + piece % 4 * 16;
       const int64_t left = tokens_[i] == nullptr ? 0 : job.p.k - column;
       const uint32_t bytes = left >= 16 ? 16 : left > 0 ? static_cast<uint32_t>(left) : 0;
@@ -92,7 +93,7 @@ class Source {
                threadIdx.x % kPiecesOfStrip * 16;
 #pragma unroll
     for (int i = 0; i < kTokenPieces; ++i) {
-      const int64_t m = at.token_tile * T::kShape.tokens + (i * T::kThreads + threadIdx.x) / 4;
+      const int64_t m = at.token_tile * job.plan.live_tokens + (i * T::kThreads + threadIdx.x) / 4;
       const uint8_t* q = static_cast<const uint8_t*>(job.p.q);
       tokens_[i] = m < job.p.q_rows.count ? q + job.p.q_rows.offset(m) : nullptr;
     }
@@ -107,27 +108,75 @@ class Source {
 
 // --- from sums to y --------------------------------------------------------------------------------------------------
 
-// Four columns of y, and what belongs to them.
+// What the epilogues of y are made of, for a dtype that is the same for all threads.
+QOPS_DEVICE float rounded(DType dtype, float x) {
+  return dtype == DType::kFloat32 ? x : dtype == DType::kFloat16 ? round_to<__half>(x) : round_to<__nv_bfloat16>(x);
+}
+
+// Four columns of the product, and what belongs to them.
 class Columns {
  public:
   QOPS_DEVICE Columns(const Job& job, int64_t n) : n_(n), inside_(n < job.p.n) {
-    load_four(job.p.w_scale, job.p.w_scale_dtype, inside_ && job.p.k > 0, scale_);
-    load_four(job.p.bias, job.p.bias_dtype, inside_ && job.p.bias != nullptr, bias_);
+    load_four(job.p.w_scale, job.p.w_scale_dtype, n, inside_ && job.p.k > 0, scale_);
+    const int64_t row = job.p.epilogue == Epilogue::kSiluMul ? gate_up_row(n, job.p.n) : n;
+    load_four(job.p.bias, job.p.bias_dtype, row, inside_ && job.p.bias != nullptr, bias_);
   }
 
-  QOPS_DEVICE bool inside() const { return inside_; }
-
+  // By all threads of a warp, with four columns of a row each; of rows past M nothing is stored.
   QOPS_DEVICE void store(const Job& job, int64_t m, const uint4& sums) const {
-    const int64_t at = m * job.p.n + n_;
+    const bool valid = inside_ && m < job.p.q_rows.count;
     const uint32_t acc[4] = {sums.x, sums.y, sums.z, sums.w};
-    if (job.p.dtype == DType::kInt32) return store_words(static_cast<uint32_t*>(job.p.y) + at, acc, job.y_aligned);
-    const float scale = job.p.scale[job.p.scale_rows.offset(m)];
+    const int64_t at = m * job.p.n + n_;
+    if (job.p.dtype == DType::kInt32) {
+      if (valid) store_words(static_cast<uint32_t*>(job.p.y) + at, acc, job.y_aligned);
+      return;
+    }
+    const float scale = valid ? job.p.scale[job.p.scale_rows.offset(m)] : 0.0f;
     float y[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float t = static_cast<float>(static_cast<int32_t>(acc[i])) * scale_[i];
       y[i] = job.p.bias == nullptr ? scale * t : fmaf(scale, t, bias_[i]);
     }
+    if (job.p.is_plain()) {
+      if (valid) store_values(job, at, y);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = rounded(job.p.dtype, y[i]);
+    if (job.p.epilogue == Epilogue::kSiluMul) {
+      const bool is_gate = n_ % kStripRows < 8;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // up: 8 columns, so two lanes, further
+        const float up = __shfl_xor_sync(kAllLanes, y[i], 2);
+        y[i] = rounded(job.p.dtype, silu(lanes::Lane{y[i]}).v) * up;
+      }
+      if (valid && is_gate) store_values(job, m * (job.p.n / 2) + gate_up_row(n_, job.p.n), y);
+    } else if (job.p.epilogue == Epilogue::kInt8) {
+      const StaticQuantizer quantizer(job.p.out_scale, job.p.out_zero_point);
+      uint32_t codes = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) codes |= (static_cast<uint32_t>(quantizer.code(y[i])) & 0xff) << 8 * i;
+      if (valid) store_codes(static_cast<int8_t*>(job.p.y) + at, codes, job.y_aligned);
+    } else if (valid) {
+      float residual[4];
+      load_four(job.p.residual, job.p.dtype, job.p.residual_rows.offset(m) + n_, true, residual);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[i] += residual[i];
+      store_values(job, at, y);
+    }
+  }
+
+ private:
+  static QOPS_DEVICE void load_four(const void* values, DType dtype, int64_t at, bool any, float (&four)[4]) {
+    Vector v;
+    load<false>(values, dtype, at, any ? 4 : 0, v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = v[i];
+  }
+
+  // Rounds them.
+  static QOPS_DEVICE void store_values(const Job& job, int64_t at, const float (&y)[4]) {
     if (job.p.dtype == DType::kFloat32) {
       const uint32_t words[4] = {__float_as_uint(y[0]), __float_as_uint(y[1]), __float_as_uint(y[2]),
                                  __float_as_uint(y[3])};
@@ -138,15 +187,6 @@ class Columns {
       store_halves(static_cast<__nv_bfloat16*>(job.p.y) + at, y, job.y_aligned);
     }
   }
-
- private:
-  QOPS_DEVICE void load_four(const void* values, DType dtype, bool any, float (&four)[4]) const {
-    Vector v;
-    load<false>(values, dtype, n_, any ? 4 : 0, v);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) four[i] = v[i];
-  }
-
   static QOPS_DEVICE void store_words(uint32_t* y, const uint32_t (&words)[4], bool aligned) {
     if (aligned) {
       *reinterpret_cast<uint4*>(y) = make_uint4(words[0], words[1], words[2], words[3]);
@@ -167,6 +207,14 @@ class Columns {
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] = narrow<E>(values[i]);
+    }
+  }
+  static QOPS_DEVICE void store_codes(int8_t* y, uint32_t codes, bool aligned) {
+    if (aligned) {
+      *reinterpret_cast<uint32_t*>(y) = codes;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[i] = static_cast<int8_t>(codes >> 8 * i);
     }
   }
 
@@ -193,45 +241,47 @@ struct Sums {
     }
   }
 
-  // One unit. weights: of the warp's first strip, this lane's 16 bytes; tokens: token_address() of its first tiles.
-  QOPS_DEVICE void add(const uint8_t* weights, uint32_t tokens) {
-    constexpr int kOnes = 0x01010101;
+  // One unit, of all tiles of eight tokens or of the first `live` ones. weights: of the warp's first strip, this lane's
+  // 16 bytes; tokens: token_address() of its first tiles.
+  template <bool kSkips>
+  QOPS_DEVICE void add(const uint8_t* weights, uint32_t tokens, int live) {
 #pragma unroll
     for (int f = 0; f < int8::kFragments; ++f) {
-      const uint32_t at = tokens ^ f * int8::kNextFragment;
-      uint32_t b[T::kTokenTiles][2];
-      if constexpr (T::kTokenTiles == 1) {
-        ptx::ldmatrix_x2(b[0], at);
-      } else {
+      uint32_t a[T::kStrips][4];
 #pragma unroll
-        for (int t = 0; t < T::kTokenTiles; t += 2) {
+      for (int s = 0; s < T::kStrips; ++s) load_weights(weights, s, f, a[s]);
+#pragma unroll
+      for (int t = 0; t < T::kTokenTiles; t += 2) {
+        if (kSkips && t >= live) break;
+        const uint32_t at = (tokens ^ f * int8::kNextFragment) + 8 * t * int8::kTokenBytes;
+        uint32_t b[2][2];
+        if constexpr (T::kTokenTiles == 1) {
+          ptx::ldmatrix_x2(b[0], at);
+        } else {
           uint32_t two[4];
-          ptx::ldmatrix_x4(two, at + 8 * t * int8::kTokenBytes);
+          ptx::ldmatrix_x4(two, at);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) b[t + i / 2][i % 2] = two[i];
+          for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = two[i];
         }
-      }
 #pragma unroll
-      for (int s = 0; s < T::kStrips; ++s) {
-        const uint4 words = *reinterpret_cast<const uint4*>(weights + s * int8::kBlockBytes + f * int8::kFragmentBytes);
-        const uint32_t a[4] = {words.x, words.y, words.z, words.w};
+        for (int i = 0; i < 2 && t + i < T::kTokenTiles; ++i) {
+          if (kSkips && t + i >= live) break;
 #pragma unroll
-        for (int t = 0; t < T::kTokenTiles; ++t) ptx::mma_m16n8k32_s8(of[s][t], a, b[t]);
-        if constexpr (kZeroPoint) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) of_w[s][i % 2] = __dp4a(static_cast<int>(a[i]), kOnes, of_w[s][i % 2]);
+          for (int s = 0; s < T::kStrips; ++s) ptx::mma_m16n8k32_s8(of[s][t + i], a[s], b[i]);
         }
       }
     }
   }
 
-  // Gives the sums of a tile to y, or to its slot of the partial sums. first_token, first_strip: of the warp, in the
-  // tile; staging: the warp's own.
-  QOPS_DEVICE void write(const Job& job, int64_t tile, int32_t* slot, int first_token, int first_strip,
+  // Gives the sums of a tile to y, or to its slot of the partial sums. token_warp, first_strip: the warp's place in the
+  // tile; staging: its own.
+  QOPS_DEVICE void write(const Job& job, int64_t tile, int32_t* slot, int token_warp, int first_strip,
                          uint32_t* staging) {
     constexpr int kStride = T::kShape.sum_stride(), kChunks = T::kStrips * kStripRows / 4;
     const int lane = threadIdx.x % kWarp;
     const int8::Position at = job.plan.position(tile);
+    const int first_token = token_warp * job.plan.token_tiles_of_warp(T::kShape.token_warps) * 8;
+    const int live = job.plan.live_tiles(at.token_tile, token_warp, T::kShape.token_warps);
     const int column = first_strip * kStripRows + lane % kChunks * 4;  // in the tile, of this lane, of all its tokens
     const Columns columns(job, at.row_tile * int8::kTileRows + column);
     if constexpr (kZeroPoint) {
@@ -244,32 +294,26 @@ struct Sums {
         }
       }
     }
+    // Not unrolled: what follows the sums would be there once for each tile of tokens.
+#pragma unroll 1
+    for (int i = 0; i < live; ++i) {
+      const int token = first_token + 8 * i;
+      const int64_t m = at.token_tile * job.plan.live_tokens + token;
+      uint32_t zero_points[2] = {};  // of the lane's two tokens
 #pragma unroll
-    for (int t = 0; t < T::kTokenTiles; ++t) {
-      const int token = first_token + 8 * t;
-      const int64_t m = at.token_tile * T::kShape.tokens + token;
-      if (m >= job.p.q_rows.count) break;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int of_lane = 2 * (lane % 4) + i;
-        uint32_t zero_point = 0;
-        if (kZeroPoint && m + of_lane < job.p.q_rows.count) {
-          zero_point = static_cast<uint32_t>(job.p.zero_point[job.p.zero_point_rows.offset(m + of_lane)]);
+      for (int j = 0; j < 2; ++j) {
+        const int64_t row = m + 2 * (lane % 4) + j;
+        if (kZeroPoint && row < job.p.q_rows.count) {
+          zero_points[j] = static_cast<uint32_t>(job.p.zero_point[job.p.zero_point_rows.offset(row)]);
         }
+      }
 #pragma unroll
-        for (int s = 0; s < T::kStrips; ++s) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            uint32_t sum = static_cast<uint32_t>(of[s][t][2 * half + i]);
-            if constexpr (kZeroPoint) sum -= zero_point * static_cast<uint32_t>(of_w[s][half]);
-            staging[of_lane * kStride + s * kStripRows + 8 * half + lane / 4] = sum;
-          }
-        }
+      for (int t = 0; t < T::kTokenTiles; ++t) {  // registers have no index
+        if (t == i) stage(t, zero_points, staging);
       }
       __syncwarp();
 #pragma unroll 1
       for (int row = lane / kChunks; row < 8; row += kWarp / kChunks) {
-        if (m + row >= job.p.q_rows.count || !columns.inside()) break;
         const uint4 four = *reinterpret_cast<const uint4*>(staging + row * kStride + lane % kChunks * 4);
         if (slot == nullptr) {
           columns.store(job, m + row, four);
@@ -278,6 +322,34 @@ struct Sums {
         }
       }
       __syncwarp();
+    }
+  }
+
+ private:
+  QOPS_DEVICE void load_weights(const uint8_t* weights, int s, int f, uint32_t (&a)[4]) {
+    constexpr int kOnes = 0x01010101;
+    const uint4 words = *reinterpret_cast<const uint4*>(weights + s * int8::kBlockBytes + f * int8::kFragmentBytes);
+    a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
+    if constexpr (kZeroPoint) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) of_w[s][i % 2] = __dp4a(static_cast<int>(a[i]), kOnes, of_w[s][i % 2]);
+    }
+  }
+
+  // The sums of a tile of eight tokens, to rows of them.
+  QOPS_DEVICE void stage(int t, const uint32_t (&zero_points)[2], uint32_t* staging) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int s = 0; s < T::kStrips; ++s) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t sum = static_cast<uint32_t>(of[s][t][2 * half + i]);
+          if constexpr (kZeroPoint) sum -= zero_points[i] * static_cast<uint32_t>(of_w[s][half]);
+          staging[(2 * (lane % 4) + i) * T::kShape.sum_stride() + s * kStripRows + 8 * half + lane / 4] = sum;
+        }
+      }
     }
   }
 };
@@ -291,15 +363,15 @@ __global__ void __launch_bounds__(Tile<kTokens>::kThreads, 2) int8_gemm_kernel(c
   constexpr int kStageBytes = kShape.stage_bytes();
   QOPS_DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int first_strip = warp % kShape.strip_warps() * T::kStrips;
-  const int first_token = warp / kShape.strip_warps() * T::kTokenTiles * 8;
+  const int first_strip = warp % kShape.strip_warps() * T::kStrips, token_warp = warp / kShape.strip_warps();
+  const int first_token = token_warp * job.plan.token_tiles_of_warp(kShape.token_warps) * 8;
   const uint32_t ring = ptx::shared_address(shared);
-  uint32_t* const staging =
-      reinterpret_cast<uint32_t*>(shared + T::kStages * kStageBytes) + warp * 8 * kShape.sum_stride();
+  const int stages = T::kShape.can_be_deep() ? job.plan.stages : T::kStages;
+  uint32_t* const staging = reinterpret_cast<uint32_t*>(shared + stages * kStageBytes) + warp * 8 * kShape.sum_stride();
 
   const int8::Part part = job.plan.part(blockIdx.x);
   Source<T> source(job, part);
-  for (int stage = 0; stage < T::kStages - 1; ++stage) {
+  for (int stage = 0; stage < stages - 1; ++stage) {
     source.copy(job, part, ring + stage * kStageBytes);
     ptx::cp_async_commit();
   }
@@ -309,44 +381,59 @@ __global__ void __launch_bounds__(Tile<kTokens>::kThreads, 2) int8_gemm_kernel(c
     const int begin = tile == part.first_tile ? part.first_k : 0;
     const int end = tile + 1 == part.end_tile ? part.end_k : job.plan.k_blocks;
     sums.clear();
+    const auto multiply = [&](auto skips, int live) {
 #pragma unroll 1
-    for (int k = begin; k < end; ++k) {
-      ptx::cp_async_wait<T::kStages - 2>();
-      // Also: all have read the stage before this one, which is filled now.
-      __syncthreads();
-      source.copy(job, part, ring + (stage == 0 ? T::kStages - 1 : stage - 1) * kStageBytes);
-      ptx::cp_async_commit();
-      sums.add(shared + stage * kStageBytes + first_strip * int8::kBlockBytes + lane * int8::kLaneBytes,
-               ring + stage * kStageBytes + int8::kWeightBytes + first_token * int8::kTokenBytes +
-                   int8::token_address(lane));
-      stage = stage + 1 == T::kStages ? 0 : stage + 1;
+      for (int k = begin; k < end; ++k) {
+        if (kShape.can_be_deep() && stages == int8::kDeepStages) {
+          ptx::cp_async_wait<int8::kDeepStages - 2>();
+        } else {
+          ptx::cp_async_wait<T::kStages - 2>();
+        }
+        // Also: all have read the stage before this one, which is filled now.
+        __syncthreads();
+        source.copy(job, part, ring + (stage == 0 ? stages - 1 : stage - 1) * kStageBytes);
+        ptx::cp_async_commit();
+        const uint8_t* const weights =
+            shared + stage * kStageBytes + first_strip * int8::kBlockBytes + lane * int8::kLaneBytes;
+        const uint32_t tokens = ring + stage * kStageBytes + int8::kWeightBytes + first_token * int8::kTokenBytes +
+                                int8::token_address(lane);
+        sums.template add<decltype(skips)::value>(weights, tokens, live);
+        stage = stage + 1 == stages ? 0 : stage + 1;
+      }
+    };
+    const int64_t token_tile = job.plan.position(tile).token_tile;
+    const bool full = job.plan.tokens_of(token_tile) == kTokens;  // the same for the whole block
+    if constexpr (!kShape.skips()) {
+      multiply(std::false_type{}, 0);
+    } else if (full && !kZeroPoint) {  // with zero points there are no registers for two loops
+      multiply(std::false_type{}, 0);
+    } else {
+      multiply(std::true_type{}, job.plan.live_tiles(token_tile, token_warp, kShape.token_warps));
     }
     int32_t* slot = nullptr;
     if (begin != 0 || end != job.plan.k_blocks) {
-      slot = job.partials + job.plan.slot(blockIdx.x, tile) * kTokens * int8::kTileRows;
+      slot = job.partials + job.plan.slot(blockIdx.x, tile) * job.plan.slot_sums();
     }
-    sums.write(job, tile, slot, first_token, first_strip, staging);
+    sums.write(job, tile, slot, token_warp, first_strip, staging);
   }
 }
 
 // The tiles that blocks of the first kernel share: eight tokens of one each block, four sums a thread.
-template <int kTokens>
 __global__ void __launch_bounds__(kMaxThreads) int8_gemm_add_kernel(const __grid_constant__ Job job) {
   static_assert(kMaxThreads * 4 == 8 * int8::kTileRows);
   const int8::Split split = job.plan.split_at(int64_t{blockIdx.x} + 1);
   if (split.last < split.first) return;
   const int token = blockIdx.y * 8 + threadIdx.x / kWarp, column = threadIdx.x % kWarp * 4;
   const int8::Position at = job.plan.position(split.tile);
-  const int64_t m = at.token_tile * kTokens + token;
   const Columns columns(job, at.row_tile * int8::kTileRows + column);
-  if (m >= job.p.q_rows.count || !columns.inside()) return;
+  if (token >= job.plan.tokens_of(at.token_tile)) return;  // whole warps
   uint4 sums = make_uint4(0, 0, 0, 0);
   for (int64_t block = split.first; block <= split.last; ++block) {
-    const int64_t slot = job.plan.slot(block, split.tile) * kTokens;
-    const uint4 more = *reinterpret_cast<const uint4*>(job.partials + (slot + token) * int8::kTileRows + column);
+    const int32_t* slot = job.partials + job.plan.slot(block, split.tile) * job.plan.slot_sums();
+    const uint4 more = *reinterpret_cast<const uint4*>(slot + token * int8::kTileRows + column);
     sums = make_uint4(sums.x + more.x, sums.y + more.y, sums.z + more.z, sums.w + more.w);
   }
-  columns.store(job, m, sums);
+  columns.store(job, at.token_tile * job.plan.live_tokens + token, sums);
 }
 
 // Rows of q from addresses that are multiples of 16 on, `stride` apart: eight bytes a thread.
@@ -382,10 +469,10 @@ Status run(const Job& job, cudaStream_t stream) {
   void (*const kernel)(Job) =
       job.p.zero_point == nullptr ? &int8_gemm_kernel<kTokens, false> : &int8_gemm_kernel<kTokens, true>;
   const Status status = launch_blocks(kernel, job.plan.blocks, Tile<kTokens>::kThreads,
-                                      Tile<kTokens>::kShape.shared_bytes(), stream, job);
+                                      Tile<kTokens>::kShape.shared_bytes(job.plan.stages), stream, job);
   if (status != Status::kOk || !job.plan.split || job.plan.blocks == 1) return status;
-  const dim3 grid(static_cast<unsigned>(job.plan.blocks - 1), kTokens / 8);
-  return launch(&int8_gemm_add_kernel<kTokens>, grid, dim3(kMaxThreads), 0, stream, job);
+  const dim3 grid(static_cast<unsigned>(job.plan.blocks - 1), static_cast<unsigned>(job.plan.live_tokens / 8));
+  return launch(&int8_gemm_add_kernel, grid, dim3(kMaxThreads), 0, stream, job);
 }
 
 }  // namespace
@@ -401,7 +488,8 @@ Status int8_gemm(const Int8GemmParams& params, cudaStream_t stream) {
   if (!multiple_of_16(p.packed)) return Status::kUnsupported;
   uint8_t* const scratch = static_cast<uint8_t*>(p.scratch);
   job.partials = reinterpret_cast<int32_t*>(scratch + copy_bytes(p));
-  job.y_aligned = reinterpret_cast<uintptr_t>(p.y) % (p.dtype == DType::kInt32 ? 16 : 4 * size_of(p.dtype)) == 0;
+  const size_t element_bytes = p.epilogue == Epilogue::kInt8 ? 1 : p.dtype == DType::kInt32 ? 4 : size_of(p.dtype);
+  job.y_aligned = reinterpret_cast<uintptr_t>(p.y) % (4 * element_bytes) == 0;
   if (copies_q(p)) {
     const Status status = launch_blocks(&int8_gemm_copy_kernel, ceil_div(p.q_rows.count * (p.k / 8), kMaxThreads),
                                         kMaxThreads, 0, stream, p, scratch, copy_stride(p));

@@ -34,13 +34,17 @@ class QuantizedWeight(nn.Module):
     """G, the columns that share a scale: K where there is one group per row."""
     scale_dtype: torch.dtype
     """float16, bfloat16 or float32."""
+    gate_up: bool
+    """Whether the packed strips mix the rows of gate and up; the canonical tensors never do."""
     qweight: Tensor
     packed: Tensor
     scales: Tensor
     zeros: Tensor | None
     perm: Tensor | None
 
-    def _configure(self, in_features: int, out_features: int, group_size: int, scale_dtype: torch.dtype) -> None:
+    def _configure(
+        self, in_features: int, out_features: int, group_size: int, scale_dtype: torch.dtype, gate_up: bool = False
+    ) -> None:
         """Everything but the buffers."""
         super().__init__()
         name = self._name()
@@ -49,20 +53,23 @@ class QuantizedWeight(nn.Module):
             raise RuntimeError(
                 f"{name}: scales must have dtype float16, bfloat16 or float32, got {dtype_name(scale_dtype)}"
             )
+        if gate_up:
+            self._require_gate_up(out_features)
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = resolve_group_size(name, in_features, group_size)
         self.scale_dtype = scale_dtype
+        self.gate_up = gate_up
 
     # What a subclass defines -----------------------------------------------------------------------------------------
 
     def _config(self) -> dict[str, Any]:
         """Arguments of :meth:`_configure` for a weight like this one, out_features left out."""
-        return {"in_features": self.in_features, "group_size": self.group_size, "scale_dtype": self.scale_dtype}
+        return {**self._config_of_rows(), "gate_up": self.gate_up}
 
     def _config_of_rows(self) -> dict[str, Any]:
         """The same for a weight of some rows of this one."""
-        return self._config()
+        return {"in_features": self.in_features, "group_size": self.group_size, "scale_dtype": self.scale_dtype}
 
     def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of every canonical tensor."""
@@ -80,10 +87,6 @@ class QuantizedWeight(nn.Module):
     def _unpack_codes(packed: Tensor, rows: int) -> Tensor:
         """Columns of padding, where the layout has them, included."""
         raise NotImplementedError
-
-    def _row_order(self, device: torch.device) -> Tensor | None:
-        """The canonical row of each packed row; None where they are the same."""
-        return None
 
     @staticmethod
     def _pairs_rows(device: torch.device) -> bool:
@@ -122,6 +125,37 @@ class QuantizedWeight(nn.Module):
         if self.is_packed:
             self._hold(self.canonical())
         return self
+
+    @torch.no_grad()
+    def interleave_gate_up(self) -> Self:
+        """Makes the weight one for the matrix products with ``silu_mul=True``, in place.
+
+        Its first N/2 rows are gate, the others up. Packed strips then take 8 rows of each, so that a kernel holds both
+        at once; the canonical tensors, and with them state_dict, stay as they are. For a moment there are two copies.
+
+        Returns:
+            The weight itself; as it was where it was one already.
+
+        Raises:
+            ValueError: N is no multiple of 16.
+        """
+        if not self.gate_up:
+            self._require_gate_up(self.out_features)
+            packed, canonical = self.is_packed, self.canonical()
+            self.gate_up = True
+            self._hold(self._packed_from(canonical) if packed else canonical)
+        return self
+
+    @classmethod
+    def _require_gate_up(cls, out_features: int) -> None:
+        if out_features % 16:
+            raise ValueError(f"{cls._name()}: N must be a multiple of 16, for gate and up, got {out_features}")
+
+    def _row_order(self, device: torch.device) -> Tensor | None:
+        """The canonical row of each packed row; None where they are the same."""
+        if not self.gate_up:
+            return None
+        return torch.arange(self.out_features, device=device).view(2, -1, 8).transpose(0, 1).flatten()
 
     @torch.no_grad()
     def canonical(self) -> dict[str, Tensor]:

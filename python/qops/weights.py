@@ -80,8 +80,6 @@ class Int4Weight(QuantizedWeight):
     """One of ``KINDS``."""
     act_order: bool
     """Whether stored columns are in another order than those of w."""
-    gate_up: bool
-    """Whether the packed strips mix the rows of gate and up; the canonical tensors never do."""
 
     def __init__(
         self,
@@ -224,26 +222,6 @@ class Int4Weight(QuantizedWeight):
 
         return gguf.int4_weight(blocks, qtype)
 
-    @torch.no_grad()
-    def interleave_gate_up(self) -> Self:
-        """Makes the weight one for ``int4_gemm(..., silu_mul=True)``, in place.
-
-        Its first N/2 rows are gate, the others up. Packed strips then take 8 rows of each, so that a kernel holds both
-        at once; the canonical tensors, and with them state_dict, stay as they are. For a moment there are two copies.
-
-        Returns:
-            The weight itself; as it was where it was one already.
-
-        Raises:
-            ValueError: N is no multiple of 16.
-        """
-        if not self.gate_up:
-            self._require_gate_up(self.out_features)
-            packed, canonical = self.is_packed, self.canonical()
-            self.gate_up = True
-            self._hold(self._packed_from(canonical) if packed else canonical)
-        return self
-
     def _configure(
         self,
         in_features: int,
@@ -254,29 +232,18 @@ class Int4Weight(QuantizedWeight):
         act_order: bool = False,
         gate_up: bool = False,
     ) -> None:
-        super()._configure(in_features, out_features, group_size, scale_dtype)
+        super()._configure(in_features, out_features, group_size, scale_dtype, gate_up)
         self._require_kind(kind)
-        if gate_up:
-            self._require_gate_up(out_features)
         self.kind = kind
         self.act_order = act_order
-        self.gate_up = gate_up
-
-    @classmethod
-    def _require_gate_up(cls, out_features: int) -> None:
-        if out_features % 16:
-            raise ValueError(f"{cls._name()}: N must be a multiple of 16, for gate and up, got {out_features}")
 
     @classmethod
     def _require_kind(cls, kind: str) -> None:
         if kind not in cls.KINDS:
             raise ValueError(f"{cls._name()}: kind must be one of {', '.join(cls.KINDS)}, got {kind!r}")
 
-    def _config(self) -> dict[str, Any]:
-        return {**self._config_of_rows(), "gate_up": self.gate_up}
-
     def _config_of_rows(self) -> dict[str, Any]:
-        return {**super()._config(), "kind": self.kind, "act_order": self.act_order}
+        return {**super()._config_of_rows(), "kind": self.kind, "act_order": self.act_order}
 
     def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = self.out_features, self.in_features
@@ -300,11 +267,6 @@ class Int4Weight(QuantizedWeight):
     @staticmethod
     def _unpack_codes(packed: Tensor, rows: int) -> Tensor:
         return torch.ops.qops.int4_unpack.default(packed, rows)
-
-    def _row_order(self, device: torch.device) -> Tensor | None:
-        if not self.gate_up:
-            return None
-        return torch.arange(self.out_features, device=device).view(2, -1, 8).transpose(0, 1).flatten()
 
     @staticmethod
     def _pairs_rows(device: torch.device) -> bool:
@@ -338,6 +300,7 @@ class Int8Weight(QuantizedWeight):
         out_features: N, a multiple of 8.
         group_size: G, a multiple of 16 that divides K; -1 (or K) for one group per row.
         scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
+        gate_up: whether the strips mix gate and up, as :meth:`interleave_gate_up` says.
         device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
 
     Raises:
@@ -352,9 +315,10 @@ class Int8Weight(QuantizedWeight):
         group_size: int = -1,
         *,
         scale_dtype: torch.dtype,
+        gate_up: bool = False,
         device: torch.device | str | None = None,
     ):
-        self._configure(in_features, out_features, group_size, scale_dtype)
+        self._configure(in_features, out_features, group_size, scale_dtype, gate_up)
         self._hold_placeholder(device)
 
     @classmethod
@@ -464,10 +428,14 @@ class Int8Weight(QuantizedWeight):
             self._name_layout()
         n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
         ids = ids.long()
+        inside, row = (ids >= 0) & (ids < n), ids
+        if self.is_packed and self.gate_up:
+            half = max(n // 2, 1)
+            row = ids % half // 8 * STRIP_ROWS + ids // half * 8 + ids % 8
         # An id out of range, the padding rows' too, becomes a strip that does not exist, so that indexing itself
         # refuses it: no look at the values, which would break the graph or wait for a GPU.
-        strip = torch.where((ids >= 0) & (ids < n), ids // STRIP_ROWS, strips)
-        lane = ids % STRIP_ROWS
+        strip = torch.where(inside, row // STRIP_ROWS, strips)
+        lane = row % STRIP_ROWS
         if self.is_packed and _checks.has_gpu_layout(self.device):
             # A row is four lanes of one half of their registers: blocks of 32 columns, four columns of each lane.
             words = self.packed.view(strips, -1, STRIP_ROWS // 2, 4, 2, 2, 4)[strip, :, lane % 8, :, :, lane // 8]
@@ -477,7 +445,7 @@ class Int8Weight(QuantizedWeight):
             qweight = self.packed.view(strips, k // 4, STRIP_ROWS, 4)[strip, :, lane]
             scales = self.scales[strip, :, lane]
         else:
-            row = torch.where(strip < strips, ids, n)
+            row = torch.where(inside, ids, n)
             qweight, scales = self.qweight[row], self.scales[row]
         return _scale_codes(qweight.reshape(*ids.shape, k), scales, self.group_size).to(dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -340,6 +340,45 @@ def check_static_scale(check: Checker, x: Tensor, **tensors: Tensor | None) -> N
             check.tensors({"x": x, arg: t})
             check.dtype(t, arg, dtype)
             check.require(t.numel() == 1, arg, "have 1 element", lambda t=t: str(t.numel()))
+
+
+def check_epilogue(
+    check: Checker,
+    x: Tensor,
+    out_features: int,
+    dtype: torch.dtype,
+    residual: Tensor | None,
+    silu_mul: bool,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """What becomes of the product of a matrix product, of this dtype; shape and dtype of the result."""
+    columns = out_features
+    if residual is not None:
+        alone = not silu_mul and out_scale is None
+        check.require(alone, "residual", "be None with silu_mul or out_scale", lambda: "a tensor")
+        check.tensors({"x": x, "residual": residual})
+        check.dtype(residual, "residual", dtype)
+        check.shape(residual, "residual", "[..., N]", (*x.shape[:-1], out_features))
+        check.dense_last_dim(residual, "residual")
+        check.rows(residual, "residual")
+    if silu_mul:
+        requirement = "be a multiple of 16, for gate and up, with silu_mul"
+        check.require(out_features % 16 == 0, "out_features", requirement, lambda: str(out_features))
+        check.require(out_scale is None, "out_scale", "be None with silu_mul", lambda: "a tensor")
+        columns = out_features // 2
+    lone = out_scale is None and out_zero_point is not None
+    check.require(not lone, "out_zero_point", "be None without out_scale", lambda: "a tensor")
+    if out_scale is not None:
+        check_static_scale(check, x, out_scale=out_scale, out_zero_point=out_zero_point)
+        dtype = torch.int8
+    return (*x.shape[:-1], columns), dtype
+
+
+def refuse_gate_up(op: str, silu_mul: bool) -> NoReturn:
+    """silu_mul and gate_up of the weight differ."""
+    requirement = f"be {not silu_mul} for a weight with gate_up = {not silu_mul}"
+    raise ValueError(f"qops.{op}: silu_mul must {requirement}, got {silu_mul}")
 
 
 def new_int8_rows(check: Checker, x: Tensor, k: int) -> tuple[Tensor, Tensor]:

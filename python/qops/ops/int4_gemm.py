@@ -11,9 +11,10 @@ from qops import _native as _native
 from qops.ops._checks import INT4_KINDS as KINDS
 from qops.ops._checks import (
     Checker,
-    check_static_scale,
+    check_epilogue,
     check_weight_only,
     check_zeros,
+    refuse_gate_up,
     refuse_grad,
     require_weight,
 )
@@ -106,8 +107,7 @@ def int4_gemm(
     require_weight("int4_gemm", weight, "Int4Weight")
     weight._require_packed()
     if silu_mul != weight.gate_up:
-        requirement = f"be {weight.gate_up} for a weight with gate_up = {weight.gate_up}"
-        raise ValueError(f"qops.int4_gemm: silu_mul must {requirement}, got {silu_mul}")
+        refuse_gate_up("int4_gemm", silu_mul)
     # Module.__getattr__ would take 0.6 us for each of them, as much as half the operator's own overhead.
     buffers = weight._buffers
     args = (
@@ -174,38 +174,6 @@ def _check(
     return check
 
 
-def _check_epilogue(
-    check: Checker,
-    x: Tensor,
-    out_features: int,
-    residual: Tensor | None,
-    silu_mul: bool,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the result."""
-    columns, dtype = out_features, x.dtype
-    if residual is not None:
-        alone = not silu_mul and out_scale is None
-        check.require(alone, "residual", "be None with silu_mul or out_scale", lambda: "a tensor")
-        check.tensors({"x": x, "residual": residual})
-        check.same_dtype(residual, "residual", x, "x")
-        check.shape(residual, "residual", "[..., N]", (*x.shape[:-1], out_features))
-        check.dense_last_dim(residual, "residual")
-        check.rows(residual, "residual")
-    if silu_mul:
-        requirement = "be a multiple of 16, for gate and up, with silu_mul"
-        check.require(out_features % 16 == 0, "out_features", requirement, lambda: str(out_features))
-        check.require(out_scale is None, "out_scale", "be None with silu_mul", lambda: "a tensor")
-        columns = out_features // 2
-    lone = out_scale is None and out_zero_point is not None
-    check.require(not lone, "out_zero_point", "be None without out_scale", lambda: "a tensor")
-    if out_scale is not None:
-        check_static_scale(check, x, out_scale=out_scale, out_zero_point=out_zero_point)
-        dtype = torch.int8
-    return (*x.shape[:-1], columns), dtype
-
-
 # Which memory overlaps, which indices of perm are out of range, and the value of a scale, only the kernel can see.
 @torch.library.register_fake("qops::int4_gemm")
 def _(
@@ -262,7 +230,7 @@ def _(
     out_zero_point: Tensor | None = None,
 ) -> Tensor:
     check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    shape, dtype = _check_epilogue(check, x, out_features, residual, silu_mul, out_scale, out_zero_point)
+    shape, dtype = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
     return check.new_empty(x, shape, dtype)
 
 
@@ -286,6 +254,6 @@ def _(
     out: Tensor,
 ) -> None:
     check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    shape, dtype = _check_epilogue(check, x, out_features, residual, silu_mul, out_scale, out_zero_point)
+    shape, dtype = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
     check.tensors({"x": x, "out": out})
     check.output(out, "out", dtype, "[..., N / 2]" if silu_mul else "[..., N]", shape)

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, column_step, refuse_grad, require_weight, stored_columns, strips_of
+from qops.ops._checks import (
+    Checker,
+    check_epilogue,
+    column_step,
+    refuse_gate_up,
+    refuse_grad,
+    require_weight,
+    stored_columns,
+    strips_of,
+)
 
 if TYPE_CHECKING:
     from qops.weights import Int8Weight
@@ -26,6 +35,10 @@ def int8_gemm(
     bias: Tensor | None = None,
     *,
     zero_point: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -33,6 +46,12 @@ def int8_gemm(
 
     ``acc[m, n] = sum_k (q[m, k] - zero_point[m]) * w[n, k]`` in integers, then
     ``y[m, n] = R(acc[m, n] * s_w[n] * scale[m] + bias[n])``, with ``w`` the codes and ``s_w`` the scales of ``weight``.
+
+    At most one of ``residual``, ``silu_mul`` and ``out_scale`` asks for more, which is done while y is in registers:
+
+        residual:   R(y + residual)
+        silu_mul:   qops.silu_mul(y), for a weight of gate above up
+        out_scale:  qops.quantize_int8_static(y, out_scale, out_zero_point)
 
     Args:
         q: int8 ``[..., K]``; any leading dimensions and strides, last dimension dense. K is at most 131071, with zero
@@ -42,23 +61,33 @@ def int8_gemm(
             repeated in each row).
         bias: float32, float16 or bfloat16 ``[N]``.
         zero_point: int32 ``[...]`` or ``[]``, the code of zero, for asymmetric activations.
-        out_dtype: bfloat16, float16 or float32; or int32 for ``acc`` itself, which takes no bias and uses no scale.
-        out: the tensor to write to, contiguous, sharing no memory with the inputs; its dtype takes the place of
-            ``out_dtype``. Default: a new one.
+        residual: ``[..., N]`` in ``out_dtype``; any strides, last dimension dense.
+        silu_mul: True exactly where ``weight.gate_up`` is (:meth:`qops.Int8Weight.interleave_gate_up`).
+        out_scale: float32, one element, positive and finite.
+        out_zero_point: int32, one element in -128 ... 127; default 0.
+        out_dtype: of y: bfloat16, float16 or float32; or int32 for ``acc`` itself, which takes no bias and uses no
+            scale, and of which nothing more can be asked.
+        out: the tensor to write to, contiguous, sharing no memory with the inputs, but it may be ``residual`` itself;
+            its dtype takes the place of ``out_dtype``, but with ``out_scale``. Default: a new one.
 
     Returns:
-        ``y [..., N]``, contiguous, in ``out_dtype``; ``out`` where it is given.
+        ``y [..., N]``, contiguous, in ``out_dtype``; with ``silu_mul`` ``[..., N/2]``, with ``out_scale`` int8; ``out``
+        where it is given.
 
     Numerics:
         ``acc`` is exact: within the bounds of K it fits int32, whatever the codes are, as long as zero points lie in
         -128 ... 127; beyond, it wraps around modulo 2^32. Then, each step rounded once to float32,
         ``t = float(acc) * s_w[n]`` and ``y = R(fma(scale[m], t, bias[n]))``, without a bias ``y = R(scale[m] * t)``;
         R() is one rounding to nearest even to ``out_dtype``. The same bits for every M, position, thread count, ISA
-        level and GPU. A NaN scale makes its row NaN. Where K = 0, ``t`` is 0.
+        level and GPU. A NaN scale makes its row NaN. Where K = 0, ``t`` is 0. ``residual``, ``silu_mul`` and
+        ``out_scale`` give, bit for bit, what the separate operators give: y is rounded to ``out_dtype`` before each of
+        them.
 
     Raises:
-        ValueError: shapes or strides do not fit; K above its bound; the weight has groups; a bias with int32 output;
-            ``out`` overlaps an input.
+        ValueError: shapes or strides do not fit; K above its bound; the weight has groups; a bias, or more, with int32
+            output; ``silu_mul`` does not fit the weight; arguments that exclude each other; ``out_scale`` is not
+            positive and finite, or ``out_zero_point`` outside -128 ... 127 (on a GPU nobody looks at the two); ``out``
+            overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
             mode is on.
 
@@ -71,7 +100,7 @@ def int8_gemm(
         >>> qops.int8_gemm(q, torch.tensor([0.5]), w)[0, :4]
         tensor([32., 32., 32., 32.], dtype=torch.bfloat16)
     """
-    refuse_grad("int8_gemm", scale=scale, bias=bias, out=out)
+    refuse_grad("int8_gemm", scale=scale, bias=bias, residual=residual, out_scale=out_scale, out=out)
     require_weight("int8_gemm", weight, "Int8Weight")
     _check_out_dtype(out_dtype, "out_dtype must be")
     weight._require_packed()
@@ -80,20 +109,42 @@ def int8_gemm(
             f"qops.int8_gemm: weight must have one scale per row (group_size = K = {weight.in_features}), "
             f"got group_size = {weight.group_size}"
         )
+    if silu_mul != weight.gate_up:
+        refuse_gate_up("int8_gemm", silu_mul)
     args = (q, scale, zero_point, weight.packed, weight.scales, bias, weight.out_features)
-    if out is None:
-        return torch.ops.qops.int8_gemm.default(*args, out_dtype)
-    torch.ops.qops.int8_gemm.out(*args, out=out)
+    op = torch.ops.qops.int8_gemm
+    if silu_mul or residual is not None or out_scale is not None or out_zero_point is not None:
+        if out is None:
+            return op.fused(*args, out_dtype, residual, silu_mul, out_scale, out_zero_point)
+        if out_scale is None:
+            out_dtype = out.dtype
+            _check_out_dtype(out_dtype, "out must have dtype")
+        op.fused_out(*args, out_dtype, residual, silu_mul, out_scale, out_zero_point, out=out)
+    else:
+        if out is None:
+            return op.default(*args, out_dtype)
+        op.out(*args, out=out)
     return out
 
 
 def int8_gemm_ref(
-    q: Tensor, scale: Tensor, weight: Int8Weight, bias: Tensor | None = None, *, zero_point: Tensor | None = None
+    q: Tensor,
+    scale: Tensor,
+    weight: Int8Weight,
+    bias: Tensor | None = None,
+    *,
+    zero_point: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
 ) -> Tensor:
-    """The formula of :func:`int8_gemm` in float64, not rounded; float64 ``[..., N]``."""
+    """The formula of :func:`int8_gemm` in float64, nothing rounded; float64."""
     x = q.double() if zero_point is None else q.double() - zero_point.double().unsqueeze(-1)
     y = x @ weight.dequantize(torch.float64).T * scale.double().unsqueeze(-1)
-    return y if bias is None else y + bias.double()
+    y = y if bias is None else y + bias.double()
+    if silu_mul:
+        gate, up = y.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+    return y if residual is None else y + residual.double()
 
 
 def _check_out_dtype(out_dtype: torch.dtype, subject: str) -> None:
@@ -156,6 +207,7 @@ def _check(
     return [*q.shape[:-1], out_features]
 
 
+# Which memory overlaps, and the value of a scale, only the kernel can see.
 @torch.library.register_fake("qops::int8_gemm")
 def _(
     q: Tensor,
@@ -188,3 +240,65 @@ def _(
     shape = _check(q, scale, zero_point, packed, w_scale, bias, out_features, out.dtype, "out must have dtype")
     check.shape(out, "out", "[..., N]", shape)
     check.contiguous(out, "out")
+
+
+def _check_fused(
+    q: Tensor,
+    out_features: int,
+    out_dtype: torch.dtype,
+    residual: Tensor | None,
+    silu_mul: bool,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the result; the other arguments have been checked."""
+    check = Checker("int8_gemm")
+    if out_dtype == torch.int32:
+        check.require(residual is None, "residual", "be None where out_dtype is int32", lambda: "a tensor")
+        check.require(not silu_mul, "silu_mul", "be False where out_dtype is int32", lambda: "True")
+        check.require(out_scale is None, "out_scale", "be None where out_dtype is int32", lambda: "a tensor")
+    return check_epilogue(check, q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
+
+
+@torch.library.register_fake("qops::int8_gemm.fused")
+def _(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    out_dtype: torch.dtype,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+) -> Tensor:
+    _check(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be")
+    result = _check_fused(q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
+    return Checker("int8_gemm").new_empty(q, *result)
+
+
+@torch.library.register_fake("qops::int8_gemm.fused_out")
+def _(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    out_dtype: torch.dtype,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    *,
+    out: Tensor,
+) -> None:
+    _check(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be")
+    shape, dtype = _check_fused(q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
+    check = Checker("int8_gemm")
+    check.tensors({"q": q, "out": out})
+    check.output(out, "out", dtype, "[..., N / 2]" if silu_mul else "[..., N]", shape)

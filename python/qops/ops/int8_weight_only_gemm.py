@@ -36,7 +36,7 @@ def int8_weight_only_gemm(
         level.
 
     Raises:
-        ValueError: shapes or strides do not fit; ``out`` overlaps an input.
+        ValueError: shapes or strides do not fit; the weight mixes gate and up; ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
             mode is on.
 
@@ -51,6 +51,8 @@ def int8_weight_only_gemm(
     refuse_grad("int8_weight_only_gemm", x=x, bias=bias, out=out)
     require_weight("int8_weight_only_gemm", weight, "Int8Weight")
     weight._require_packed()
+    if weight.gate_up:
+        raise ValueError("qops.int8_weight_only_gemm: weight must have gate_up = False, got True")
     args = (x, weight.packed, weight.scales, bias, weight.out_features, weight.group_size)
     if out is None:
         return torch.ops.qops.int8_weight_only_gemm.default(*args)
