@@ -7,8 +7,8 @@ that takes it, that of layer i + 1 perhaps, is an `add_rms_norm`. By the contrac
 of the unfused chain.
 Where hidden states are asked for, layers return the sum instead, and Transformers records it as usual.
 
-In a layer of `Int8Linear`s the norms and SiLU-mul emit 8-bit activations with their scales, so a token is quantised
-where it is made; only the output of attention is quantised by a pass of its own.
+In a layer of `Int8Linear`s the norms emit 8-bit activations with their scales. Attention and the product of gate and
+up, which stores the one vector that SiLU-mul makes of both, leave the quantisation of a token to a pass of its own.
 
 This module imports Transformers; `qops.nn` holds the parts that do not need it.
 """

@@ -85,7 +85,7 @@ def into_stream(linear: Any, x: Any, residual: torch.Tensor | None) -> Any:
     """
     if residual is None:
         return linear(x)
-    if isinstance(linear, Int4Linear):
+    if isinstance(linear, (Int4Linear, Int8Linear)):
         return linear(x, residual)
     return linear(x), residual
 
@@ -206,19 +206,21 @@ class Int8Linear(_QuantizedLinear):
         weight = Int8Weight.quantize(linear.weight.detach(), scale_dtype=torch.float32)
         return cls(weight, linear.bias, float32_output=float32_output)
 
-    def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Int8Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """See :func:`qops.int8_gemm`.
 
         Args:
             x: [..., K], dense or 8-bit.
+            residual: [..., N] in the dtype of the output, added to it; not with a `gate_up` weight.
 
         Returns:
-            [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32.
+            [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32; with a `gate_up` weight its
+            SiLU-mul, [..., N/2].
         """
         rows = x if isinstance(x, Int8Rows) else Int8Rows(*quantize_int8(x), x.dtype)
         weight, bias = self._operands()
         dtype = torch.float32 if self.float32_output else rows.dtype
-        return int8_gemm(rows.q, rows.scale, weight, bias, out_dtype=dtype)
+        return int8_gemm(rows.q, rows.scale, weight, bias, residual=residual, silu_mul=weight.gate_up, out_dtype=dtype)
 
 
 class Int8WeightOnlyLinear(_QuantizedLinear):
@@ -413,9 +415,9 @@ class MergingModule(nn.Module):
 class MLP(MergingModule):
     """`down(act(gate(x)) * up(x))`, gate and up as one GEMM.
 
-    With SiLU and int4 weights that GEMM applies the activation before it stores, see
-    :meth:`qops.Int4Weight.interleave_gate_up`. Otherwise SiLU is :func:`qops.silu_mul`, before an :class:`Int8Linear`
-    :func:`qops.silu_mul_int8`.
+    With SiLU that GEMM, of :class:`Int4Linear` or :class:`Int8Linear`, applies the activation before it stores
+    (:meth:`qops.Int4Weight.interleave_gate_up`). After other linears SiLU is :func:`qops.silu_mul`, before an
+    :class:`Int8Linear` :func:`qops.silu_mul_int8`.
     Where down has an act-order, gate and up give their outputs in that order, so that down need not gather them: the
     same bits, without a pass over memory. The state_dict is then one of reordered weights.
 
@@ -447,7 +449,7 @@ class MLP(MergingModule):
         self.down_proj = down_proj
         self.act = act
         merged = self.gate_up_proj.merged
-        self.activates_in_gemm = act is None and isinstance(merged, Int4Linear)
+        self.activates_in_gemm = act is None and isinstance(merged, (Int4Linear, Int8Linear))
         if self.activates_in_gemm:
             merged.weight.interleave_gate_up()
 
@@ -473,7 +475,11 @@ class MLP(MergingModule):
         return into_stream(self.down_proj, hidden, residual)
 
     def extra_repr(self) -> str:
-        return "rows of gate and up in the act-order of down" if self.reordered else ""
+        notes = {
+            "SiLU-mul in the product": self.activates_in_gemm,
+            "rows of gate and up in the act-order of down": self.reordered,
+        }
+        return ", ".join(note for note, holds in notes.items() if holds)
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
