@@ -167,15 +167,6 @@ enum class Epilogue : int32_t {
   kInt8,     // y = quantize_int8_static of t; no residual
 };
 
-// sums = x @ w.T in float32, of bfloat16 x [M, K], rows `x_stride` apart, and contiguous w [N, K]: the library's
-// product that whoever calls the kernels has at hand.
-struct DenseProduct {
-  using Run = void (*)(void* context, const void* x, int64_t x_stride, const void* w, float* sums, int64_t m, int64_t n,
-                       int64_t k);
-  Run run;
-  void* context;
-};
-
 struct EpilogueParams {
   Epilogue epilogue;
   const void* residual;  // [rows, N] in the dtype of t, or null; may be y
@@ -184,6 +175,15 @@ struct EpilogueParams {
   const int32_t* out_zero_point;  // of kInt8: -128 .. 127; null: 0
 
   QOPS_ALWAYS_INLINE bool is_plain() const { return epilogue == Epilogue::kNone && residual == nullptr; }
+};
+
+// sums = x @ w.T in float32, of bfloat16 x [M, K], rows `x_stride` apart, and contiguous w [N, K]: the library's
+// product that whoever calls the kernels has at hand.
+struct DenseProduct {
+  using Run = void (*)(void* context, const void* x, int64_t x_stride, const void* w, float* sums, int64_t m, int64_t n,
+                       int64_t k);
+  Run run;
+  void* context;
 };
 
 // y = x @ w.T + bias over packed integer weights with one scale per row and group of group_size columns.

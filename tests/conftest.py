@@ -31,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--emulator-sanitizers", default="", help="of the emulated operators, e.g. address,undefined; preload them too"
     )
     parser.addoption(
+        "--emulator-tracer", action="store_true", help="the emulated operators report races, which fail the test"
+    )
+    parser.addoption(
         "--cuda-archs", default="8.0 9.0a", help="what the compiler gates build for (test_cuda_compile.py)"
     )
 
@@ -57,13 +60,27 @@ def threads():
 @pytest.fixture(scope="session")
 def emulated(request) -> ModuleType:
     """The module that registers the CUDA operators as torch.ops.qops_emu, and sets the emulator."""
-    path = cuda_tools.build_emulated_operators(request.config.getoption("--emulator-sanitizers"))
+    option = request.config.getoption
+    variant = "traced" if option("--emulator-tracer") else option("--emulator-sanitizers")
+    path = cuda_tools.build_emulated_operators(variant)
     spec = importlib.util.spec_from_file_location("qops_emulated", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.poison_outputs(True)
     return module
+
+
+@pytest.fixture(autouse=True)
+def no_races(request) -> Iterator[None]:
+    """Of the emulated operators, where they are traced."""
+    if not request.config.getoption("--emulator-tracer"):
+        yield
+        return
+    traced = request.getfixturevalue("emulated")
+    yield
+    if traced.races_seen():
+        pytest.fail("\n".join(line for line in traced.take_trace() if line.startswith("race")))
 
 
 @pytest.fixture(params=[*POLICIES, "gpu"])

@@ -108,12 +108,15 @@ def require_cuda_include() -> Path:
     return include
 
 
-def build_emulator(sanitizers: str = "") -> Path:
-    """The folder of a build of tests/emulator, brought up to date; skips the test where it cannot be built."""
-    return _build(EMULATOR, BUILD, sanitizers, {})
+def build_emulator(variant: str = "") -> Path:
+    """The folder of a build of tests/emulator, brought up to date; skips the test where it cannot be built.
+
+    variant: sanitizers such as "address,undefined", "traced", or nothing.
+    """
+    return _build(EMULATOR, BUILD, variant, "all", {})
 
 
-def build_emulated_operators(sanitizers: str = "") -> Path:
+def build_emulated_operators(variant: str = "") -> Path:
     """The module of a build of tests/emulated, likewise."""
     import torch
 
@@ -121,7 +124,7 @@ def build_emulated_operators(sanitizers: str = "") -> Path:
         "QOPS_TORCH_DIR": Path(torch.__file__).parent,
         "Python_EXECUTABLE": sys.executable,
     }
-    folder = _build(ROOT / "tests" / "emulated", ROOT / "build" / "emulated", sanitizers, options)
+    folder = _build(ROOT / "tests" / "emulated", ROOT / "build" / "emulated", variant, "qops_emulated", options)
     return next(folder.glob("qops_emulated*.so"))
 
 
@@ -134,19 +137,21 @@ def build_hardware_tests(folder: Path) -> Path:
     return folder / "hardware_tests"
 
 
-def _build(source: Path, builds: Path, sanitizers: str, more: dict[str, object]) -> Path:
+def _build(source: Path, builds: Path, variant: str, target: str, more: dict[str, object]) -> Path:
     include = require_cuda_include()
     tool = cmake()
-    folder = builds / (sanitizers.replace(",", "_") or "plain")
+    folder = builds / (variant.replace(",", "_") or "plain")
+    is_traced = variant == "traced"
     options: dict[str, object] = {
         **more,
         "CMAKE_MAKE_PROGRAM": ninja(),
         "CUDA_INCLUDE_DIR": include,
-        "EMULATOR_SANITIZE": sanitizers,
+        "EMULATOR_SANITIZE": "" if is_traced else variant,
+        "EMULATOR_TRACER": "ON" if is_traced else "OFF",
     }
     configure = [tool, "-S", str(source), "-B", str(folder), "-G", "Ninja"]
     checked(*configure, *(f"-D{name}={value}" for name, value in options.items()))
-    checked(tool, "--build", str(folder))
+    checked(tool, "--build", str(folder), "--target", target)
     return folder
 
 

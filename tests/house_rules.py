@@ -117,12 +117,12 @@ _CUDA_NEVER = {
 
 # The emulator without the kernels that test it: nothing of this project, so that others can take it along.
 EMULATOR = Layer(
-    r"tests/emulator/(block|cuda_emu|emu|fiber|fragments|ptx_emu|state|warp)\.(h|cpp)",
+    r"tests/emulator/(block|cuda_emu|emu|fiber|fragments|ptx_emu|state|tracer|tracer_report|warp)\.(h|cpp)",
     (
         _STD,
-        r"<(cstdio|cxxabi\.h|dlfcn\.h|sanitizer/\w+\.h|sys/mman\.h|unistd\.h)>",
+        r"<(cstdio|cxxabi\.h|dlfcn\.h|link\.h|pthread\.h|sanitizer/\w+\.h|sys/mman\.h|unistd\.h)>",
         r"<(cuda_(bf16|fp16|runtime)|vector_types)\.h>",
-        r'"emulator/(cuda_emu|emu|fiber|fragments|ptx_emu|state)\.h"',
+        r'"emulator/(cuda_emu|emu|fiber|fragments|ptx_emu|state|tracer|tracer_report)\.h"',
     ),
     {r"\bqops\b|QOPS_": "names of the project", r"\bstd::j?thread\b": "threads of its own"},
 )

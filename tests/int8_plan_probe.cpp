@@ -86,7 +86,7 @@ void check(const int8::Plan& p, int64_t m) {
   if (tiles != p.tiles()) fail("a tile that is not finished once", p);
   std::set<std::pair<int64_t, int64_t>> places;
   for (int64_t tile = 0; tile < p.tiles(); ++tile) {
-    const int8::Position at = p.position(tile);
+    const TilePosition at = p.position(tile);
     if (at.token_tile < 0 || at.token_tile >= p.token_tiles || at.row_tile < 0 || at.row_tile >= p.row_tiles) {
       fail("a tile outside", p);
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 import cuda_tools
 import qops
 from qops.nn import MLP, Int4Linear, Int8Linear, RMSNorm
-from qops.testing import assert_bitwise, generator, random_activations
+from qops.testing import assert_accurate, assert_bitwise, generator, random_activations
 
 pytestmark = pytest.mark.skipif(
     not qops.build_info()["cuda"] or not torch.cuda.is_available(), reason="needs a build with CUDA kernels, and a GPU"
@@ -230,13 +230,13 @@ def test_runs_on_a_device_that_is_not_current():
             assert_equal(op, OPS[op](inputs(device="cuda:1")))
 
 
-@pytest.mark.parametrize("m", [1, 5, 33])
-def test_int4_gemm_in_graphs_on_streams_and_behind_late_inputs(m):
-    """Against a call alone, bit for bit; permuted columns, and a split K, take scratch."""
-    weight = qops.Int4Weight.quantize(torch.randn(64, 8192, generator=generator(1)), group_size=64)
-    perm = torch.randperm(8192, generator=generator(2)).int()
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 8192), (5, 64, 8192), (33, 64, 8192), (2048, 2048, 2048)])
+def test_int4_gemm_in_graphs_on_streams_and_behind_late_inputs(m, n, k):
+    """Against a call alone, bit for bit; permuted columns, a split K and cuBLAS take scratch."""
+    weight = qops.Int4Weight.quantize(torch.randn(n, k, generator=generator(1)), group_size=64)
+    perm = torch.randperm(k, generator=generator(2)).int()
     w = qops.Int4Weight.from_canonical(**weight.canonical(), perm=perm, kind="symmetric").to("cuda")
-    x, other = (random_activations(m, 8192, dtype=torch.bfloat16, seed=seed).cuda() for seed in (0, 1))
+    x, other = (random_activations(m, k, dtype=torch.bfloat16, seed=seed).cuda() for seed in (0, 1))
     want = [qops.int4_gemm(t, w) for t in (x, other)]
     static = x.clone()
     graph = torch.cuda.CUDAGraph()
@@ -255,6 +255,20 @@ def test_int4_gemm_in_graphs_on_streams_and_behind_late_inputs(m):
     stream.synchronize()
     for result in results:
         assert_bitwise(result.cpu(), want[1].cpu())
+
+
+def test_int4_gemm_of_many_rows():
+    """Through cuBLAS where it has faster instructions, but not if a row's bits must not depend on M."""
+    w = qops.Int4Weight.quantize(torch.randn(2048, 2048, generator=generator(1)), group_size=128).to("cuda")
+    x = random_activations(2048, 2048, dtype=torch.bfloat16, seed=1).cuda()
+    dense = w.dequantize(torch.bfloat16)
+    exact = x.double() @ w.dequantize().double().T
+    y, invariant = qops.int4_gemm(x, w), qops.int4_gemm(x, w, batch_invariant=True)
+    for result in (y, invariant):
+        assert_accurate(result.cpu(), exact.cpu(), (x @ dense.T).cpu(), "2048 rows")
+    assert_bitwise(qops.int4_gemm(x[-5:], w, batch_invariant=True).cpu(), invariant[-5:].cpu(), "five of them")
+    through_cublas = torch.cuda.get_device_capability()[0] in (9, 10)
+    assert torch.equal(y, invariant) == (not through_cublas)
 
 
 @pytest.mark.parametrize("m", [1, 33])

@@ -111,6 +111,14 @@ struct TilePosition {
   int64_t token_tile, row_tile;
 };
 
+// Eight tiles of tokens pass over the rows of w together, so that tiles which run at one time share both.
+QOPS_ALWAYS_INLINE constexpr TilePosition tile_position(int64_t tile, int64_t token_tiles, int64_t row_tiles) {
+  constexpr int64_t kGroup = 8;
+  const int64_t group = tile / (kGroup * row_tiles), within = tile % (kGroup * row_tiles);
+  const int64_t left = token_tiles - group * kGroup, size = left < kGroup ? left : kGroup;
+  return {group * kGroup + within % size, within / size};
+}
+
 struct GemmPlan {
   enum class Kind { kDecode, kTiled, kDense };
 
@@ -138,12 +146,8 @@ struct GemmPlan {
     return {whole + (index - whole) / k_parts, static_cast<int>((index - whole) % k_parts) * slices, slices};
   }
 
-  // Eight tiles of tokens pass over the rows of w together, so that tiles which run at one time share both.
   QOPS_ALWAYS_INLINE constexpr TilePosition position(int64_t tile) const {
-    constexpr int64_t kGroup = 8;
-    const int64_t group = tile / (kGroup * row_tiles), within = tile % (kGroup * row_tiles);
-    const int64_t left = token_tiles - group * kGroup, size = left < kGroup ? left : kGroup;
-    return {group * kGroup + within % size, within / size};
+    return tile_position(tile, token_tiles, row_tiles);
   }
 
   // float32 sums between two kernels: [slice][M][S * 16] (decode), [slice][tile][live][128] of the tiles that blocks

@@ -21,9 +21,15 @@ struct Pair {
   float v[2];
 };
 
+// Pairs begin at even places: one access each.
+QOPS_DEVICE Pair load_pair(const float* p) {
+  const float2 both = *reinterpret_cast<const float2*>(p);
+  return {{both.x, both.y}};
+}
 template <class T>
 QOPS_DEVICE Pair load_pair(const T* p) {
-  return {{widen(p[0]), widen(p[1])}};
+  const uint32_t both = *reinterpret_cast<const uint32_t*>(p);
+  return {{widen(from_bits<T>(both & 0xffff)), widen(from_bits<T>(both >> 16))}};
 }
 QOPS_DEVICE Pair load_pair(const void* p, DType dtype, int64_t at) {
   switch (dtype) {
@@ -44,8 +50,8 @@ struct Coefficients {
     subtracted = {{8.0f, 8.0f}};
     added = {{-0.0f, -0.0f}};
     if (p.kind == WeightKind::kZeroPoint) {
-      const uint8_t* zeros = static_cast<const uint8_t*>(p.zeros) + at;
-      subtracted = {{static_cast<float>(zeros[0]), static_cast<float>(zeros[1])}};
+      const uint32_t zeros = *reinterpret_cast<const uint16_t*>(static_cast<const uint8_t*>(p.zeros) + at);
+      subtracted = {{static_cast<float>(zeros & 0xff), static_cast<float>(zeros >> 8)}};
     } else if (p.kind == WeightKind::kFloatZero) {
       subtracted = load_pair(static_cast<const float*>(p.zeros) + at);
     } else if (p.kind == WeightKind::kOffset) {

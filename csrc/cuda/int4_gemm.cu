@@ -80,13 +80,10 @@ Status with_16_bits(DType dtype, const F& run) {
   }
 }
 
-template <int kCount>
+template <class T, int kCount>
 Status finish_sums(const Int4Job& job, const Sums& sums, cudaStream_t stream) {
-  return with_16_bits(job.p.dtype, [&](auto element) {
-    return launch_blocks(&finish_kernel<decltype(element), kCount>,
-                         ceil_div(sums.rows * (sums.columns / kVector), kMaxThreads), kMaxThreads, 0, stream, job.p,
-                         job.plan, job.aligned, sums);
-  });
+  return launch_blocks(&finish_kernel<T, kCount>, ceil_div(sums.rows * (sums.columns / kVector), kMaxThreads),
+                       kMaxThreads, 0, stream, job.p, job.plan, job.aligned, sums);
 }
 
 // cuBLAS and the tiled kernel take one stride for all rows.
@@ -146,7 +143,7 @@ Status multiply_dense(const Int4Job& job, cudaStream_t stream) {
     w.group_size = p.group_size;
     if (const Status status = int4_dequantize(w, stream); status != Status::kOk) return status;
     p.product.run(p.product.context, p.x, p.x_rows.stride[0], w.w, job.sums, m, rows, p.k);
-    const Status status = finish_sums<1>(job, {job.sums, m, rows, row0, false}, stream);
+    const Status status = finish_sums<__nv_bfloat16, 1>(job, {job.sums, m, rows, row0, false}, stream);
     if (status != Status::kOk) return status;
   }
   return Status::kOk;
@@ -191,7 +188,10 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
   if (status != Status::kOk || plan.k_parts == 1) return status;
   const int64_t rows = is_decode ? p.x_rows.count : (plan.tiles() - plan.whole) * plan.live;
   const int64_t columns = is_decode ? int4::strips(p.n) * kStripRows : kTileRows;
-  return rows == 0 ? Status::kOk : finish_sums<kSlices>(job, {job.sums, rows, columns, 0, !is_decode}, stream);
+  if (rows == 0) return Status::kOk;
+  return with_16_bits(p.dtype, [&](auto element) {
+    return finish_sums<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, !is_decode}, stream);
+  });
 }
 
 }  // namespace qops::cuda

@@ -176,9 +176,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       const int64_t n = strips.begin * kStripRows + row;
       if (n < p.n) {
         finish<T>(p, aligned, token, n, [&](int64_t column, Vector& v) {
-          const float* from = sums + token * kStride + (column - strips.begin * kStripRows);
-#pragma unroll
-          for (int e = 0; e < kVector; ++e) v[e] = from[e];
+          load<true>(sums + token * kStride + (column - strips.begin * kStripRows), kVector, v);
         });
       }
     }

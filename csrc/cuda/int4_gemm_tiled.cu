@@ -196,9 +196,7 @@ __global__ void __launch_bounds__(kGemmThreads, blocks_of_multiprocessor(kTokens
       const int64_t n = strip0 * kStripRows + row;
       if (n < p.n) {
         finish<T>(p, aligned, token0 + token, n, [&](int64_t column, Vector& v) {
-          const float* from = sums + token * kStride + (column - strip0 * kStripRows);
-#pragma unroll
-          for (int e = 0; e < kVector; ++e) v[e] = from[e];
+          load<true>(sums + token * kStride + (column - strip0 * kStripRows), kVector, v);
         });
       }
     }

@@ -91,10 +91,6 @@ struct Split {
   int64_t first, last;
 };
 
-struct Position {
-  int64_t token_tile, row_tile;
-};
-
 struct Plan {
   int tokens;       // of the kernel's tile
   int live_tokens;  // that a tile has got of them, a multiple of 8
@@ -143,12 +139,8 @@ struct Plan {
   QOPS_ALWAYS_INLINE constexpr int64_t slot_sums() const { return int64_t{live_tokens} * kTileRows; }
   constexpr int64_t scratch_bytes() const { return split ? 2 * blocks * slot_sums() * 4 : 0; }
 
-  // Eight tiles of tokens pass over the rows of w together, so that those which run at one time share both.
-  static constexpr int64_t kGroup = 8;
-  QOPS_ALWAYS_INLINE constexpr Position position(int64_t tile) const {
-    const int64_t group = tile / (kGroup * row_tiles), within = tile % (kGroup * row_tiles);
-    const int64_t size = token_tiles - group * kGroup < kGroup ? token_tiles - group * kGroup : kGroup;
-    return {group * kGroup + within % size, within / size};
+  QOPS_ALWAYS_INLINE constexpr TilePosition position(int64_t tile) const {
+    return tile_position(tile, token_tiles, row_tiles);
   }
 
   QOPS_ALWAYS_INLINE constexpr int tokens_of(int64_t token_tile) const {

@@ -85,7 +85,7 @@ class Source {
 
   QOPS_DEVICE void enter_tile(const Job& job) {
     constexpr int kPiecesOfStrip = int8::kBlockBytes / 16;
-    const int8::Position at = job.plan.position(tile_);
+    const TilePosition at = job.plan.position(tile_);
     const int64_t strip = at.row_tile * int8::kTileStrips + threadIdx.x / kPiecesOfStrip;
     const int64_t left = int8::strips(job.p.n) - strip;
     strips_left_ = left < int8::kTileStrips ? static_cast<int>(left) : int8::kTileStrips;
@@ -279,7 +279,7 @@ struct Sums {
                          uint32_t* staging) {
     constexpr int kStride = T::kShape.sum_stride(), kChunks = T::kStrips * kStripRows / 4;
     const int lane = threadIdx.x % kWarp;
-    const int8::Position at = job.plan.position(tile);
+    const TilePosition at = job.plan.position(tile);
     const int first_token = token_warp * job.plan.token_tiles_of_warp(T::kShape.token_warps) * 8;
     const int live = job.plan.live_tiles(at.token_tile, token_warp, T::kShape.token_warps);
     const int column = first_strip * kStripRows + lane % kChunks * 4;  // in the tile, of this lane, of all its tokens
@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(kMaxThreads) int8_gemm_add_kernel(const __grid
   const int8::Split split = job.plan.split_at(int64_t{blockIdx.x} + 1);
   if (split.last < split.first) return;
   const int token = blockIdx.y * 8 + threadIdx.x / kWarp, column = threadIdx.x % kWarp * 4;
-  const int8::Position at = job.plan.position(split.tile);
+  const TilePosition at = job.plan.position(split.tile);
   const Columns columns(job, at.row_tile * int8::kTileRows + column);
   if (token >= job.plan.tokens_of(at.token_tile)) return;  // whole warps
   uint4 sums = make_uint4(0, 0, 0, 0);

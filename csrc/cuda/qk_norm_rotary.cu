@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
     if (unit < rotating) {
       rotate_unit<Shape::kAligned>(p, position, unit, normed, 1, y, heads.y_stride);
     } else {
-      copy_unit(p, unit - rotating, normed, 1, y, heads.y_stride);
+      copy_unit<Shape::kAligned>(p, unit - rotating, normed, 1, y, heads.y_stride);
     }
   }
 }

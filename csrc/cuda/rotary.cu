@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rotary_kernel(const __grid_con
     if (unit < rotating) {
       rotate_unit<kAligned>(p, position, unit, x, heads.x_stride, y, heads.y_stride);
     } else {
-      copy_unit(p, unit - rotating, x, heads.x_stride, y, heads.y_stride);
+      copy_unit<kAligned>(p, unit - rotating, x, heads.x_stride, y, heads.y_stride);
     }
   }
 }

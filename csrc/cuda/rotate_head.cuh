@@ -109,10 +109,19 @@ QOPS_DEVICE void rotate_unit(const RotaryParams& p, int64_t position, int unit, 
   store_strided<kAligned>(y + 2 * first * y_stride, y_stride, n, turned);
 }
 
-// Elements R .. D - 1 of a head, one vector.
-template <class T>
+// Elements R .. D - 1 of a head, one vector. kAligned: as above, but for the last one.
+template <bool kAligned, class T>
 QOPS_DEVICE void copy_unit(const RotaryParams& p, int unit, const T* x, int64_t x_stride, T* y, int64_t y_stride) {
   const int64_t first = 2 * p.pairs + static_cast<int64_t>(unit) * kVector;
+  if (kAligned && first + kVector <= p.d) {
+    constexpr int kPieces = kVector * sizeof(T) / sizeof(uint4);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const uint4 bits = reinterpret_cast<const uint4*>(x + first)[piece];
+      reinterpret_cast<uint4*>(y + first)[piece] = bits;
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     if (first + i < p.d) y[(first + i) * y_stride] = x[(first + i) * x_stride];

@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <string>
+#include <vector>
 
 #include "binding/checks.h"
 #include "emulator/emu.h"
@@ -24,14 +25,30 @@ PyObject* configure(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-PyObject* synchronisations(PyObject*, PyObject*) {
+PyObject* list_of(const std::vector<std::string>& texts) {
   PyObject* list = PyList_New(0);
-  for (const emu::Synchronisation& found : emu::synchronisations()) {
-    PyObject* text = PyUnicode_FromString(emu::to_text(found.at).c_str());
-    PyList_Append(list, text);
-    Py_DECREF(text);
+  for (const std::string& text : texts) {
+    PyObject* item = PyUnicode_FromString(text.c_str());
+    PyList_Append(list, item);
+    Py_DECREF(item);
   }
   return list;
+}
+
+PyObject* synchronisations(PyObject*, PyObject*) {
+  std::vector<std::string> places;
+  for (const emu::Synchronisation& found : emu::synchronisations()) places.push_back(emu::to_text(found.at));
+  return list_of(places);
+}
+
+PyObject* take_trace(PyObject*, PyObject*) {
+  if constexpr (emu::kTraced) return list_of(emu::take_trace());
+  return PyList_New(0);
+}
+
+PyObject* races_seen(PyObject*, PyObject*) {
+  if constexpr (emu::kTraced) return PyLong_FromSize_t(emu::races_seen());
+  return PyLong_FromLong(0);
 }
 
 PyObject* poison_outputs(PyObject*, PyObject* on) {
@@ -45,6 +62,8 @@ PyMethodDef methods[] = {
     {"configure", configure, METH_VARARGS, "configure(seed, policy, left_out, arch=90, multiprocessors=132)"},
     {"poison_outputs", poison_outputs, METH_O, "As that of qops._C, for this module's own bindings."},
     {"copied_bytes", copied_bytes, METH_NOARGS, "Bytes that cp.async has read from global memory so far."},
+    {"take_trace", take_trace, METH_NOARGS, "Lines of emu::take_trace(), of a build with the tracer."},
+    {"races_seen", races_seen, METH_NOARGS, "How many of them are races."},
     {"synchronisations", synchronisations, METH_NOARGS, "Places of synchronisation that launches have come past."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -3,7 +3,7 @@
 #include <bit>
 #include <cstring>
 
-#include "emulator/state.h"
+#include "emulator/tracer.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -33,6 +33,7 @@ int expected_warps(const Block& block, const Barrier& barrier) {
 
 void release_if_complete(Block& block, Barrier& barrier) {
   if (!barrier.open || barrier.warps_arrived < expected_warps(block, barrier)) return;
+  if constexpr (kTraced) trace::leave(block, static_cast<int>(&barrier - block.barriers.data()));
   for (Warp& warp : block.warps) {
     const uint32_t lanes = barrier.waiting[static_cast<std::size_t>(warp.number)];
     for (int lane = 0; lane < kWarpSize; ++lane) {
@@ -57,6 +58,7 @@ bool warp_arrives(void* const* args, uint32_t lanes, const Site& at) {
     }
   }
   land_stores(warp);
+  if constexpr (kTraced) trace::arrive(warp, lanes, first.barrier);
   Barrier& barrier = block.barriers[static_cast<std::size_t>(first.barrier)];
   const int threads = first.threads == 0 ? static_cast<int>(block.warps.size()) * kWarpSize : first.threads;
   if (!barrier.open) {
@@ -244,6 +246,15 @@ void require_aligned(const void* pointer, std::size_t bytes, const char* instruc
   }
 }
 
+void begin_atomic(const void* pointer, std::size_t bytes, const char* instruction, const Site& at) {
+  require_aligned(pointer, bytes, instruction, at);
+  pause();
+  if constexpr (kTraced) {
+    trace::access(pointer, bytes, trace::Access::kAtomicWrite, instruction, at);
+    trace::relaxed(pointer);
+  }
+}
+
 void require_global(const void* pointer, std::size_t bytes, const char* instruction, const Site& at) {
   require_aligned(pointer, bytes, instruction, at);
   if (array_of(*t_scheduler->current->warp->block, pointer) != nullptr) {
@@ -253,7 +264,9 @@ void require_global(const void* pointer, std::size_t bytes, const char* instruct
 
 // --- late stores, asynchronous copies --------------------------------------------------------------------------------
 
-void store_late(uint8_t* destination, const void* source, std::size_t bytes) {
+void store_late(uint8_t* destination, const void* source, std::size_t bytes, int lane, const char* instruction,
+                const Site& at) {
+  if constexpr (kTraced) trace::begin_write(destination, bytes, lane, instruction, at);
   LateStore store{destination, bytes, {}};
   std::memcpy(store.data.data(), source, bytes);
   std::memset(destination, kPoison, bytes);
@@ -261,7 +274,10 @@ void store_late(uint8_t* destination, const void* source, std::size_t bytes) {
 }
 
 void land_stores(Warp& warp) {
-  for (const LateStore& store : warp.late_stores) std::memcpy(store.destination, store.data.data(), store.bytes);
+  for (const LateStore& store : warp.late_stores) {
+    if constexpr (kTraced) trace::land_write(store.destination, store.bytes);
+    std::memcpy(store.destination, store.data.data(), store.bytes);
+  }
   warp.late_stores.clear();
 }
 
@@ -276,6 +292,10 @@ void land(const AsyncCopy& copy, const Site& at) {
   if (!std::all_of(copy.destination, copy.destination + copy.bytes, poisoned)) {
     fault(at, "%s of %s: its destination was written while it was in flight", copy.instruction,
           to_text(copy.at).c_str());
+  }
+  if constexpr (kTraced) {
+    trace::end_read(copy.source, static_cast<std::size_t>(copy.source_bytes), copy.at);
+    trace::land_write(copy.destination, static_cast<std::size_t>(copy.bytes));
   }
   std::memcpy(copy.destination, copy.source, static_cast<std::size_t>(copy.source_bytes));
   std::memset(copy.destination + copy.source_bytes, 0, static_cast<std::size_t>(copy.bytes - copy.source_bytes));
@@ -292,6 +312,10 @@ uint64_t copied_bytes() { return t_copied_bytes; }
 
 void copy_async(uint8_t* destination, const void* source, int bytes, int source_bytes, const char* instruction,
                 const Site& at) {
+  if constexpr (kTraced) {
+    trace::access(source, static_cast<std::size_t>(source_bytes), trace::Access::kRead, instruction, at);
+    trace::begin_write(destination, static_cast<std::size_t>(bytes), indices().lane, instruction, at);
+  }
   AsyncCopy copy{destination, static_cast<const uint8_t*>(source), bytes, source_bytes, {}, instruction, at};
   std::memcpy(copy.at_issue.data(), source, static_cast<std::size_t>(source_bytes));
   std::memset(destination, kPoison, static_cast<std::size_t>(bytes));

@@ -33,7 +33,11 @@
 #define __constant__ static const
 #define __launch_bounds__(...)
 #define __grid_constant__
+#if defined(EMULATOR_TRACER)
+#define __forceinline__ inline __attribute__((always_inline))  // for the lines of the kernels that call
+#else
 #define __forceinline__ inline
+#endif
 #define __noinline__ __attribute__((noinline))
 #define __restrict__ __restrict
 
@@ -172,9 +176,8 @@ concept OneOf = (std::same_as<T, Allowed> || ...);
 
 // Others run before it and never in the middle; what it returns is the value before.
 template <class T, class F>
-T atomic(T* address, const char* name, const Site& at, F&& next) {
-  require_aligned(address, sizeof(T), name, at);
-  pause();
+__attribute__((no_sanitize_thread)) T atomic(T* address, const char* name, const Site& at, F&& next) {
+  begin_atomic(address, sizeof(T), name, at);
   const T before = *address;
   *address = next(before);
   return before;

@@ -12,7 +12,7 @@
 #include <map>
 #include <numeric>
 
-#include "emulator/state.h"
+#include "emulator/tracer.h"
 
 namespace emu {
 
@@ -265,6 +265,7 @@ void start_block(Scheduler& scheduler, Block& block, uint3 index) {
     warp.late_stores.clear();
   }
   start_shared_memory(block, scheduler.dynamic_bytes);
+  if constexpr (kTraced) trace::start_block(block);
 }
 
 // Every order of blocks is legal, and none of them waits for another one to start.
@@ -298,6 +299,7 @@ void run(Scheduler& scheduler, dim3 grid, dim3 dim) {
     set_current(scheduler, &next);
     switch_fiber(scheduler.main, next.fiber);
     if (!scheduler.fault.empty()) throw Fault(scheduler.fault);
+    if constexpr (kTraced) trace::end_block(*scheduler.finished);
     end_shared_memory(*scheduler.finished);
     if (started < count) start_block(scheduler, *scheduler.finished, index_of(order[started++]));
   }
@@ -426,6 +428,7 @@ Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes
   } scope(scheduler);
   const std::string violated = limits_violated(scheduler.options, grid, block, shared_bytes);
   if (!violated.empty()) fault(Site(), "%s", violated.c_str());
+  if constexpr (kTraced) trace::start_launch(kernel);
   run(scheduler, grid, block);
   return scheduler.stats;
 }

@@ -69,6 +69,17 @@ std::string to_text(const Site& at);
 // Bytes that cp.async has read from global memory in the launches of this OS thread so far.
 uint64_t copied_bytes();
 
+#if defined(EMULATOR_TRACER)
+inline constexpr bool kTraced = true;
+#else
+inline constexpr bool kTraced = false;
+#endif
+
+// Of a build with the tracer: what the launches of this OS thread have done since it was last asked, one line each with
+// tabs between its fields, and of them how many races.
+std::vector<std::string> take_trace();
+std::size_t races_seen();
+
 struct Stats {
   uint64_t switches = 0;  // between threads
 };
@@ -80,7 +91,8 @@ Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes
 template <class... Params>
 Stats launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
                     const std::type_identity_t<Params>&... args) {
-  return launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [&] { kernel(args...); });
+  return launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                [&]() __attribute__((no_sanitize_thread)) { kernel(args...); });
 }
 
 // --- inside a kernel -------------------------------------------------------------------------------------------------
@@ -112,6 +124,8 @@ uint64_t clock();
 
 void require_arch(int arch, const char* instruction, const Site& at);
 void require_aligned(const void* pointer, std::size_t bytes, const char* instruction, const Site& at);
+// Before an atomic instruction reads and writes: aligned, and others have run.
+void begin_atomic(const void* pointer, std::size_t bytes, const char* instruction, const Site& at);
 // Aligned, and not in shared memory.
 void require_global(const void* pointer, std::size_t bytes, const char* instruction, const Site& at);
 
@@ -164,8 +178,10 @@ uint32_t shared_address(const void* pointer, const Site& at);
 uint8_t* shared_pointer(uint32_t address, std::size_t bytes, std::size_t alignment, const char* instruction,
                         const Site& at);
 
-// A store that lands as late as is legal: when the current warp synchronises or fences. Until then, poison.
-void store_late(uint8_t* destination, const void* source, std::size_t bytes);
+// A store of a lane of the current warp that lands as late as is legal: when the warp synchronises or fences. Until
+// then, poison.
+void store_late(uint8_t* destination, const void* source, std::size_t bytes, int lane, const char* instruction,
+                const Site& at);
 
 // A copy that lands as late as is legal: the destination is poisoned now and written in copies_wait(); a source that
 // changes in between, and a destination that is written in between, are faults.

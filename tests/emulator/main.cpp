@@ -66,7 +66,8 @@ int usage() {
                "usage: emulator_tests list\n"
                "       emulator_tests run FIRST:LAST POLICY,... NAME...\n"
                "       emulator_tests without FILE:LINE FIRST:LAST POLICY,... NAME...   a synchronisation left out\n"
-               "       emulator_tests synchronisations NAME...                          those that a run comes past\n");
+               "       emulator_tests synchronisations NAME...                          those that a run comes past\n"
+               "A build with the tracer adds what it has seen of each case: races, requests to memory.\n");
   return 2;
 }
 
@@ -106,6 +107,9 @@ int main(int argc, char** argv) {
     if (found == all.end()) return usage();
     for (std::string_view policy : split(policies, ',')) {
       for (uint64_t seed = first; seed < last; ++seed) run(*found, policy, seed, left_out);
+    }
+    if constexpr (emu::kTraced) {
+      for (const std::string& line : emu::take_trace()) std::printf("%s\t%s\n", found->name, line.c_str());
     }
   }
   if (command == "synchronisations") {

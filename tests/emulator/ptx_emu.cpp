@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "emulator/fragments.h"
+#include "emulator/tracer.h"
 
 namespace emu::ptx {
 
@@ -26,12 +27,14 @@ void require_policy(uint64_t policy, const char* instruction, const Site& at) {
 template <class T>
 T load_global(const T* source, const char* instruction, const Site& at) {
   require_global(source, sizeof(T), instruction, at);
+  if constexpr (kTraced) trace::access(source, sizeof(T), trace::Access::kRead, instruction, at);
   return *source;
 }
 
 template <class T>
 void store_global(T* destination, T s, const char* instruction, const Site& at) {
   require_global(destination, sizeof(T), instruction, at);
+  if constexpr (kTraced) trace::access(destination, sizeof(T), trace::Access::kWrite, instruction, at);
   *destination = s;
 }
 
@@ -66,19 +69,22 @@ void load_matrix(const char* name, uint32_t* d, uint32_t shared, const Site& at)
   LoadMatrix args{{}, d};
   // Lanes past 8 kMatrices address nothing. A row is read when its lane comes, as early as is legal.
   if (indices().lane < 8 * kMatrices) {
-    std::memcpy(args.row, shared_pointer(shared, kRowBytes, kRowBytes, name, at), kRowBytes);
+    const uint8_t* row = shared_pointer(shared, kRowBytes, kRowBytes, name, at);
+    if constexpr (kTraced) trace::access(row, kRowBytes, trace::Access::kRead, name, at);
+    std::memcpy(args.row, row, kRowBytes);
   }
   meet({.name = name, .one_place = true, .whole_warp = true}, &args, combine_load<kMatrices, kTrans>, at);
 }
 
 struct StoreMatrix {
+  const char* name;
   uint8_t* row;  // that this lane addresses
   const uint32_t* s;
 };
 
 // No lane's store is ordered before another lane's load, or its own load of what others have brought.
 template <int kMatrices, bool kTrans>
-bool combine_store(void* const* args, uint32_t, const Site&) {
+bool combine_store(void* const* args, uint32_t, const Site& at) {
   uint16_t rows[8 * kMatrices][8];
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int matrix = 0; matrix < kMatrices; ++matrix) {
@@ -90,7 +96,8 @@ bool combine_store(void* const* args, uint32_t, const Site&) {
     }
   }
   for (int lane = 0; lane < 8 * kMatrices; ++lane) {
-    store_late(static_cast<const StoreMatrix*>(args[lane])->row, rows[lane], kRowBytes);
+    const auto* mine = static_cast<const StoreMatrix*>(args[lane]);
+    store_late(mine->row, rows[lane], kRowBytes, lane, mine->name, at);
   }
   return true;
 }
@@ -98,7 +105,7 @@ bool combine_store(void* const* args, uint32_t, const Site&) {
 template <int kMatrices, bool kTrans>
 void store_matrix(const char* name, uint32_t shared, const uint32_t* s, const Site& at) {
   require_arch(90, name, at);
-  StoreMatrix args{nullptr, s};
+  StoreMatrix args{name, nullptr, s};
   if (indices().lane < 8 * kMatrices) args.row = shared_pointer(shared, kRowBytes, kRowBytes, name, at);
   meet({.name = name, .one_place = true, .whole_warp = true}, &args, combine_store<kMatrices, kTrans>, at);
 }
@@ -319,19 +326,37 @@ void st_hint(uint4* destination, uint4 s, uint64_t policy, Site at) {
 
 uint32_t ld_acquire(const uint32_t* source, Site at) {
   yield();
-  return load_global(source, "ld.acquire", at);
+  const char* name = "ld.acquire";
+  require_global(source, sizeof(*source), name, at);
+  if constexpr (kTraced) {
+    trace::access(source, sizeof(*source), trace::Access::kAtomicRead, name, at);
+    trace::acquire(source);
+  }
+  return *source;
 }
 
 void st_release(uint32_t* destination, uint32_t s, Site at) {
   pause();
-  store_global(destination, s, "st.release", at);
+  const char* name = "st.release";
+  require_global(destination, sizeof(s), name, at);
+  if constexpr (kTraced) {
+    trace::access(destination, sizeof(s), trace::Access::kAtomicWrite, name, at);
+    trace::release(destination);
+  }
+  *destination = s;
 }
 
 void red_release_add(uint32_t* destination, uint32_t s, Site at) { atom_acq_rel_add(destination, s, at); }
 
 uint32_t atom_acq_rel_add(uint32_t* destination, uint32_t s, Site at) {
-  pause();
-  const uint32_t before = load_global(destination, "atom.add", at);
+  const char* name = "atom.add";
+  require_global(destination, sizeof(s), name, at);
+  begin_atomic(destination, sizeof(s), name, at);
+  if constexpr (kTraced) {
+    trace::acquire(destination);
+    trace::release(destination);
+  }
+  const uint32_t before = *destination;
   *destination = before + s;
   return before;
 }

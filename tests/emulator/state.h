@@ -19,6 +19,9 @@ inline constexpr int kPoison = 0xff;
 
 struct Block;
 struct Warp;
+namespace trace {
+struct BlockTrace;
+}
 
 struct AsyncCopy {
   uint8_t* destination;
@@ -106,6 +109,7 @@ struct Block {
   std::vector<SharedArray> arrays;  // the first one is the dynamic one
   uint32_t next_address = 0;
   std::size_t static_bytes = 0;
+  std::shared_ptr<trace::BlockTrace> trace;  // where kTraced
 };
 
 struct Scheduler {

@@ -3,7 +3,7 @@
 #include <bit>
 #include <cstring>
 
-#include "emulator/state.h"
+#include "emulator/tracer.h"
 
 namespace emu {
 namespace {
@@ -17,6 +17,7 @@ void complete(Warp& warp, std::size_t i) {
   // combine() may not see the meeting: it can start the next one.
   const Meeting meeting = warp.meetings[i];
   warp.meetings.erase(warp.meetings.begin() + static_cast<std::ptrdiff_t>(i));
+  if (kTraced && meeting.arrived == warp.live) trace::converge(warp);
   const bool go_on = meeting.combine == nullptr || meeting.combine(meeting.args.data(), meeting.arrived, meeting.at);
   if (go_on) warp.ready |= meeting.arrived;
 }
@@ -70,8 +71,10 @@ void meet(const Collective& collective, void* args, Combine combine, const Site&
 
 void sync_warp(uint32_t mask, const Site& at) {
   if (is_left_out("__syncwarp", at)) return;
-  const auto combine = [](void* const*, uint32_t, const Site&) {
-    land_stores(*t_scheduler->current->warp);
+  const auto combine = [](void* const*, uint32_t lanes, const Site&) {
+    Warp& warp = *t_scheduler->current->warp;
+    land_stores(warp);
+    if constexpr (kTraced) trace::synchronise(warp, lanes);
     return true;
   };
   meet({.name = "__syncwarp", .mask = mask}, nullptr, combine, at);
@@ -79,6 +82,7 @@ void sync_warp(uint32_t mask, const Site& at) {
 
 void fence() {
   land_stores(*t_scheduler->current->warp);
+  if constexpr (kTraced) trace::fence();
   pause();
 }
 

@@ -13,6 +13,10 @@ constexpr int kCopyBytes = 96;
 __global__ void copies(const uint8_t* x, uint4* y, uint32_t size) {
   QOPS_SHARED(uint4, target, kCopyBytes / 16);
   const uint32_t to = ptx::shared_address(target);
+  const auto store = [&](int i) {
+    const uint4 bytes = target[i];
+    ptx::st_cs(y + i, bytes);
+  };
   ptx::prefetch_l2(x);
   if (threadIdx.x == 0) {
     ptx::cp_async_ca<4>(to, x);
@@ -24,15 +28,15 @@ __global__ void copies(const uint8_t* x, uint4* y, uint32_t size) {
     ptx::cp_async_ca<16>(to + 32, x + 32);
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
-    ptx::st_cs(y, target[0]);
+    store(0);
     ptx::cp_async_ca_zfill<16>(to + 48, x + 48, size);
     ptx::cp_async_cg(to + 64, x + 64);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
-    for (int i = 1; i < 5; ++i) ptx::st_cs(y + i, target[i]);
+    for (int i = 1; i < 5; ++i) store(i);
     ptx::cp_async_cg_zfill_hint(to + 80, x + 80, size, ptx::policy_evict_last());
     ptx::cp_async_wait_all();
-    ptx::st_cs(y + 5, target[5]);
+    store(5);
   }
 }
 
