@@ -6,9 +6,21 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qops
-from qops.nn import MLP, Int4Linear, Int8Embedding, Int8WeightOnlyLinear, MergedLinear, MergingModule, RMSNorm
+from qops.nn import (
+    MLP,
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    Int8Rows,
+    Int8WeightOnlyLinear,
+    MergedLinear,
+    MergingModule,
+    RMSNorm,
+    dense_linear,
+)
 from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise, generator, random_activations
 from qops.weights import Int4Weight, Int8Weight
 from random_weights import some_weights
@@ -33,6 +45,10 @@ def int8_linear(n: int, seed: int, *, bias: bool = False) -> Int8WeightOnlyLinea
 def act_order_linear(n: int, seed: int, perm: torch.Tensor) -> Int4Linear:
     parts = Int4Weight.quantize(dense(n, seed), 32, scale_dtype=torch.float16).canonical()
     return Int4Linear(Int4Weight.from_canonical(**parts, kind="symmetric", perm=perm))
+
+
+def w8a8_linear(n: int, seed: int, k: int = K) -> Int8Linear:
+    return Int8Linear(Int8Weight.quantize(dense(n, seed, k)), dense(1, seed + 1, n)[0])
 
 
 class Parent(MergingModule):
@@ -182,6 +198,80 @@ def test_mlp_takes_downs_act_order_from_the_rows_of_gate_and_up(gate, up, act):
     else:
         assert_bitwise(mlp(x), gathered)
     assert not MLP(gate, up, mlp.down_proj, act).reordered
+
+
+GATES = {
+    "int4": lambda seed: int4_linear(96, seed, bias=True),
+    "w8a8": lambda seed: w8a8_linear(96, seed),
+    "int8": lambda seed: int8_linear(96, seed, bias=True),
+    "dense": lambda seed: dense_linear(dense(96, seed)),
+}
+DOWNS = {
+    "int4": lambda: Int4Linear(Int4Weight.quantize(dense(24, 3, 96), 32)),
+    "w8a8": lambda: w8a8_linear(24, 3, 96),
+    "int8": lambda: Int8WeightOnlyLinear(Int8Weight.quantize(dense(24, 3, 96), 32)),
+    "dense": lambda: dense_linear(dense(24, 3, 96)),
+}
+
+
+@pytest.mark.parametrize("down", DOWNS)
+@pytest.mark.parametrize("gate", GATES)
+def test_an_mlp_has_the_bits_of_its_parts_one_by_one(gate, down):
+    make, gate_proj, up_proj, down_proj = GATES[gate], GATES[gate](1), GATES[gate](2), DOWNS[down]()
+    x, residual = random_activations(5, K, dtype=torch.float32, seed=6), dense(5, 7, 24)
+    want = down_proj(qops.silu_mul(gate_proj(x), up_proj(x)))
+    parts = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj}
+    state = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
+    mlp = MLP(gate_proj, up_proj, down_proj)
+    mixed = [module.gate_up for module in mlp.modules() if isinstance(module, (Int4Weight, Int8Weight))]
+    assert any(mixed) == (gate in ("int4", "w8a8")) == ("SiLU-mul in the product" in repr(mlp))
+
+    def same(a: torch.Tensor, b: torch.Tensor) -> None:  # PyTorch's sums may depend on what else it sums
+        torch.testing.assert_close(a, b) if gate == "dense" else assert_bitwise(a, b)
+
+    same(mlp(x), want)
+    added = mlp(x, residual)
+    assert isinstance(added, tuple) == (down in ("int8", "dense"))
+    same(added[0] + added[1] if isinstance(added, tuple) else added, want + residual)
+
+    # The state_dict is that of the parts, and loads into other weights.
+    assert {key: tensor.tolist() for key, tensor in mlp.state_dict().items()} == {
+        key: tensor.tolist() for key, tensor in state.items()
+    }
+    fresh = MLP(make(8), make(9), DOWNS[down]())
+    fresh.load_state_dict(state)
+    for twin in (fresh, copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
+        assert_bitwise(twin(x), mlp(x))
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of the activations that operators read and write, told from weights by their number of rows."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows, self.bytes = rows, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for tensor in (*args, *(results if isinstance(results, tuple) else (results,))):
+                if isinstance(tensor, torch.Tensor) and tensor.shape[:1] == (self.rows,):
+                    self.bytes += tensor.nbytes
+        return results
+
+
+def test_an_mlp_neither_stores_gate_and_up_nor_reads_a_residual_twice():
+    x, residual = (random_activations(5, n, dtype=torch.bfloat16, seed=n) for n in (K, 24))
+    q, scale = qops.quantize_int8(x)
+    for gate, down, given, read, made in (
+        ("int4", "int4", x, 2 * K, 2 * 96 + 2 * 96),
+        # SiLU-mul is stored, quantised and read in 8 bits with a scale.
+        ("w8a8", "w8a8", Int8Rows(q, scale, x.dtype), K + 4, 2 * 96 + 2 * 96 + 2 * (96 + 4)),
+    ):
+        mlp = MLP(GATES[gate](1), GATES[gate](2), DOWNS[down]())
+        with Traffic(5) as traffic:
+            mlp(given, residual)
+        assert traffic.bytes == 5 * (read + made + 2 * 24 + 2 * 24), gate
 
 
 def test_rows_of_a_weight_in_another_order():

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "cpu/gated_row.h"
 #include "cpu/quantize_row.h"
@@ -10,42 +12,62 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
-// Lanes 0 .. 7 of both.
-inline F32x16 concatenate_halves(F32x16 low, F32x16 high) {
-  float lanes[kLanes + 8];
-  store(lanes, low);
-  store(lanes + 8, high);
-  return load(lanes);
-}
-
 template <class Params>
 [[gnu::noinline]] F32x16 bias_of_strip(const Params& p, int64_t strip) {
   if (p.epilogue == Epilogue::kSiluMul) {
-    return concatenate_halves(load_as_float(p.bias, p.bias_dtype, 8 * strip, 8),
-                              load_as_float(p.bias, p.bias_dtype, p.n / 2 + 8 * strip, 8));
+    return low_halves(load_as_float(p.bias, p.bias_dtype, 8 * strip, 8),
+                      load_as_float(p.bias, p.bias_dtype, p.n / 2 + 8 * strip, 8));
   }
   const int64_t column = strip * kStripRows;
   return load_as_float(p.bias, p.bias_dtype, column, p.n - column);
 }
 
-// sum: one row of the strip's 16 columns, bias included, not rounded yet. Apart from the code of the tiles, which would
-// lose 2 % at 4096 x 4096 and 18 % at 1536 x 576 (int4_gemm, M = 1).
-template <class T, class Params>
-[[gnu::noinline]] void finish_strip(const Params& p, int64_t row, int64_t strip, F32x16 sum) {
-  const int64_t column = strip * kStripRows;
+// A row of a strip.
+struct Place {
+  int64_t row, strip;
+};
+
+// sum: the 16 columns, bias included, not rounded yet. Here kNone adds a residual.
+template <Epilogue kEpilogue, class T, class Params>
+inline void finish(const Params& p, Place at, F32x16 sum) {
+  const int64_t column = at.strip * kStripRows;
   const int64_t n = std::min<int64_t>(kLanes, p.n - column);
   sum = round_to<T>(sum);
-  if (p.epilogue == Epilogue::kSiluMul) {
-    float lanes[kLanes];
-    store(lanes, sum);
-    const F32x16 y = gated<T, true>(load_n(lanes, 8), load_n(lanes + 8, 8));
-    store_n(static_cast<T*>(p.y) + row * (p.n / 2) + 8 * strip, y, 8);
-  } else if (p.epilogue == Epilogue::kInt8) {
+  if constexpr (kEpilogue == Epilogue::kSiluMul) {
+    store_n(static_cast<T*>(p.y) + at.row * (p.n / 2) + column / 2, gated<T, true>(sum, high_halves(sum, sum)), 8);
+  } else if constexpr (kEpilogue == Epilogue::kInt8) {
     const StaticCodes codes(p.out_scale, p.out_zero_point);
-    store_saturated_n(static_cast<int8_t*>(p.y) + row * p.n + column, to_int(codes(sum)), n);
+    store_saturated_n(static_cast<int8_t*>(p.y) + at.row * p.n + column, to_int(codes(sum)), n);
   } else {
-    const T* residual = static_cast<const T*>(p.residual) + p.residual_rows.offset(row) + column;
-    store_n(static_cast<T*>(p.y) + row * p.n + column, sum + load_n(residual, n), n);
+    const T* residual = static_cast<const T*>(p.residual) + p.residual_rows.offset(at.row) + column;
+    store_n(static_cast<T*>(p.y) + at.row * p.n + column, sum + load_n(residual, n), n);
+  }
+}
+
+// Two of them: with kSiluMul gate of both fills one vector, and up another.
+template <Epilogue kEpilogue, class T, class Params>
+inline void finish(const Params& p, Place at, F32x16 sum, Place next_at, F32x16 next_sum) {
+  if constexpr (kEpilogue == Epilogue::kSiluMul) {
+    sum = round_to<T>(sum);
+    next_sum = round_to<T>(next_sum);
+    T lanes[kLanes];
+    store(lanes, gated<T, true>(low_halves(sum, next_sum), high_halves(sum, next_sum)));
+    T* y = static_cast<T*>(p.y);
+    std::memcpy(y + at.row * (p.n / 2) + 8 * at.strip, lanes, 8 * sizeof(T));
+    std::memcpy(y + next_at.row * (p.n / 2) + 8 * next_at.strip, lanes + 8, 8 * sizeof(T));
+  } else {
+    finish<kEpilogue, T>(p, at, sum);
+    finish<kEpilogue, T>(p, next_at, next_sum);
+  }
+}
+
+// f(std::integral_constant of the epilogue of p).
+template <class Params, class F>
+inline void with_epilogue(const Params& p, F&& f) {
+  switch (p.epilogue) {
+    case Epilogue::kNone: return f(std::integral_constant<Epilogue, Epilogue::kNone>());
+    case Epilogue::kSiluMul: return f(std::integral_constant<Epilogue, Epilogue::kSiluMul>());
+    case Epilogue::kInt8: return f(std::integral_constant<Epilogue, Epilogue::kInt8>());
   }
 }
 

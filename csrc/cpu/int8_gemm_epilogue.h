@@ -42,40 +42,50 @@ void finish_rows(const Int8GemmParams& p, Range rows, Range strips, const int32_
                  bool with_w_sum, const Columns<kMaxStrips>& columns) {
   const int64_t column = strips.begin * kStripRows, at = columns.offset(strips.begin);
   const int64_t end = std::min(strips.end * kStripRows, p.n) - column;
-  const auto finish = [&](auto with_sum, auto with_bias, auto plain) {
+  const auto finish_all = [&](auto with_sum, auto with_bias, auto plain, auto epilogue) {
     for (int64_t row = rows.begin; row < rows.end; ++row, sums += stride) {
       const int32_t zero = p.zero_point == nullptr ? 0 : p.zero_point[p.zero_point_rows.offset(row)];
       const I32x16 excess = set1(static_cast<int32_t>(static_cast<uint32_t>(offset) + static_cast<uint32_t>(zero)));
       const F32x16 scale = set1(p.scale[p.scale_rows.offset(row)]);
-      T* y = static_cast<T*>(p.y) + row * p.n + column;
-      for (int64_t i = 0; i < end; i += kLanes) {
+      const auto integers = [&](int64_t i) {
         I32x16 sum = load(sums + i);
         if constexpr (with_sum) sum = sum - excess * load(columns.w_sum + at + i);
-        if constexpr (std::is_same_v<T, int32_t>) {
-          store_n(y + i, sum, end - i);
-        } else {
-          const F32x16 t = to_float(sum) * load(columns.w_scale + at + i);
-          const F32x16 value = with_bias ? fma(scale, t, load(columns.bias + at + i)) : scale * t;
-          if constexpr (plain) {
-            store_n(y + i, value, end - i);
+        return sum;
+      };
+      const auto value = [&](int64_t i) {
+        const F32x16 t = to_float(integers(i)) * load(columns.w_scale + at + i);
+        return with_bias ? fma(scale, t, load(columns.bias + at + i)) : scale * t;
+      };
+      if constexpr (plain) {
+        T* y = static_cast<T*>(p.y) + row * p.n + column;
+        for (int64_t i = 0; i < end; i += kLanes) {
+          if constexpr (std::is_same_v<T, int32_t>) {
+            store_n(y + i, integers(i), end - i);
           } else {
-            finish_strip<T>(p, row, strips.begin + i / kStripRows, value);
+            store_n(y + i, value(i), end - i);
           }
         }
+      } else {
+        const auto place = [&](int64_t i) { return Place{row, strips.begin + i / kStripRows}; };
+        int64_t i = 0;
+        for (; i + kLanes < end; i += 2 * kLanes) {
+          finish<epilogue, T>(p, place(i), value(i), place(i + kLanes), value(i + kLanes));
+        }
+        if (i < end) finish<epilogue, T>(p, place(i), value(i));
       }
     }
   };
   // Branches inside of the loop cost 10 % of a call on AMX at M = 256, K = 576.
   constexpr std::true_type kYes;
   constexpr std::false_type kNo;
-  const auto with_bias = [&](auto with_sum, auto plain) {
-    p.bias == nullptr ? finish(with_sum, kNo, plain) : finish(with_sum, kYes, plain);
+  const auto with_bias = [&](auto with_sum, auto... how) {
+    p.bias == nullptr ? finish_all(with_sum, kNo, how...) : finish_all(with_sum, kYes, how...);
   };
-  const auto run = [&](auto plain) { with_w_sum ? with_bias(kYes, plain) : with_bias(kNo, plain); };
+  const auto run = [&](auto... how) { with_w_sum ? with_bias(kYes, how...) : with_bias(kNo, how...); };
   if constexpr (!std::is_same_v<T, int32_t>) {
-    if (!p.is_plain()) return run(kNo);
+    if (!p.is_plain()) return with_epilogue(p, [&](auto epilogue) { run(kNo, epilogue); });
   }
-  run(kYes);
+  run(kYes, std::integral_constant<Epilogue, Epilogue::kNone>());
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

@@ -57,6 +57,8 @@ inline F32x16 scale_by_power_of_two(F32x16 a, F32x16 n) {
 }
 // Lanes 1 0 3 2 5 4 ...
 inline F32x16 swap_neighbours(F32x16 a) { return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)}; }
+inline F32x16 low_halves(F32x16 a, F32x16 b) { return {a.lo, b.lo}; }
+inline F32x16 high_halves(F32x16 a, F32x16 b) { return {a.hi, b.hi}; }
 
 inline I32x16 operator+(I32x16 a, I32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 inline I32x16 operator-(I32x16 a, I32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }

@@ -40,6 +40,10 @@ inline F32x16 round_to_integer(F32x16 a) {
 inline F32x16 scale_by_power_of_two(F32x16 a, F32x16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // Lanes 1 0 3 2 5 4 ...
 inline F32x16 swap_neighbours(F32x16 a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
+// Lanes 0 .. 7 of both.
+inline F32x16 low_halves(F32x16 a, F32x16 b) { return {_mm512_shuffle_f32x4(a.v, b.v, 0x44)}; }
+// Lanes 8 .. 15 of both.
+inline F32x16 high_halves(F32x16 a, F32x16 b) { return {_mm512_shuffle_f32x4(a.v, b.v, 0xee)}; }
 
 inline I32x16 operator+(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I32x16 operator-(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }

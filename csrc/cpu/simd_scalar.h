@@ -70,6 +70,14 @@ inline F32x16 scale_by_power_of_two(const F32x16& a, const F32x16& n) {
 inline F32x16 swap_neighbours(const F32x16& a) {
   return lanes<F32x16>([&](int i) { return a.v[i ^ 1]; });
 }
+inline F32x16 low_halves(F32x16 a, F32x16 b) {
+  for (int i = 0; i < 8; ++i) a.v[8 + i] = b.v[i];
+  return a;
+}
+inline F32x16 high_halves(F32x16 a, F32x16 b) {
+  for (int i = 0; i < 8; ++i) b.v[i] = a.v[8 + i];
+  return b;
+}
 
 // Integer lanes wrap, as vector instructions do; the detour through uint32 keeps that defined.
 inline I32x16 operator+(const I32x16& a, const I32x16& b) {

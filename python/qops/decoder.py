@@ -1,12 +1,14 @@
 """Decoder layers of Transformers models whose linears, norms, rotary and SiLU-mul run on qops operators.
 
 The surrounding `...ForCausalLM` and `...Model` stay Transformers' own, and so do caches, masks and `generate`.
-Between layers travels a pair (delta, residual) instead of their sum: the addition that ends layer i and the norm that
-begins layer i + 1 are one `add_rms_norm`. By the contract of that operator the bits are those of the unfused chain.
+No residual addition is a pass of its own. Quantised linears at the end of attention and of the MLP add it before they
+store. Where others stand there, or norms after them, a pair (delta, residual) goes on instead of the sum, and the norm
+that takes it, that of layer i + 1 perhaps, is an `add_rms_norm`. By the contracts of the operators the bits are those
+of the unfused chain.
 Where hidden states are asked for, layers return the sum instead, and Transformers records it as usual.
 
-In a layer of `Int8Linear`s the norms and SiLU-mul emit 8-bit activations with their scales, so a token is quantised
-where it is made; only the output of attention is quantised by a pass of its own.
+In a layer of `Int8Linear`s the norms emit 8-bit activations with their scales. Attention and the product of gate and
+up, which stores the one vector that SiLU-mul makes of both, leave the quantisation of a token to a pass of its own.
 
 This module imports Transformers; `qops.nn` holds the parts that do not need it.
 """
@@ -24,10 +26,9 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qops._weight_state import moved
-from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm
+from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm, Stream, into_stream
 from qops.ops import qk_norm_rotary_, rotary_
 
-Hidden = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 # A module for each name below a layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
 Part = Callable[[str], Any]
 
@@ -163,8 +164,9 @@ class Attention(MergingModule):
         position_embeddings: Shared | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        residual: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Any, torch.Tensor | None]:
         assert position_embeddings is not None
         implementation = position_embeddings.attention
         qkv = self.qkv_proj(hidden_states)
@@ -180,7 +182,7 @@ class Attention(MergingModule):
             # 12 us against 42 us (expanded) and 17 us (enable_gqa) at 9/3 heads, 64 positions, bf16, 2 cores.
             packed = query.reshape(batch, self.key_value_heads, self.num_key_value_groups, self.head_dim)
             output = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=self.scaling)
-            return self.o_proj(output.reshape(batch, 1, -1)), None
+            return into_stream(self.o_proj, output.reshape(batch, 1, -1), residual), None
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_attention)
         output, weights = attend(
@@ -194,7 +196,7 @@ class Attention(MergingModule):
             **self.extras,
             **kwargs,
         )
-        return self.o_proj(output.reshape(batch, tokens, -1)), weights
+        return into_stream(self.o_proj, output.reshape(batch, tokens, -1), residual), weights
 
     def _position(self, query: torch.Tensor, key: torch.Tensor, shared: Shared) -> None:
         """Norms the heads where the architecture does, and rotates them; in place."""
@@ -218,7 +220,7 @@ class Attention(MergingModule):
 
 
 class DecoderLayer(nn.Module):
-    """A decoder layer that takes and returns (delta, residual); see the module docstring.
+    """A decoder layer that takes and returns a sum or (delta, residual); see the module docstring.
 
     Two norms (Llama) stand before attention and before the MLP. With four (Gemma 2 and 3) the output of each is normed
     too, before it is added.
@@ -253,31 +255,39 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        hidden_states: Hidden,
+        hidden_states: Stream,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: Shared | None = None,
         **kwargs: Any,
-    ) -> Hidden:
+    ) -> Stream:
         assert position_embeddings is not None
-        if isinstance(hidden_states, tuple):
-            x, residual = self.input_layernorm.add(*hidden_states)
-        else:
-            x, residual = self.input_layernorm(hidden_states), hidden_states
-        x, _ = self.self_attn(
-            x, position_embeddings, attention_mask, past_key_values, position_ids=position_ids, **kwargs
+        x, residual = _normed(self.input_layernorm, hidden_states)
+        attended, _ = self.self_attn(
+            x,
+            position_embeddings,
+            attention_mask,
+            past_key_values,
+            None if self.sandwich else residual,
+            position_ids=position_ids,
+            **kwargs,
         )
+        stream: Stream
         if self.sandwich:
-            x, residual = self.pre_feedforward_layernorm.add(self.post_attention_layernorm(x), residual)
-            x = self.post_feedforward_layernorm(self.mlp(x))
+            x, residual = self.pre_feedforward_layernorm.add(self.post_attention_layernorm(attended), residual)
+            stream = self.post_feedforward_layernorm(self.mlp(x)), residual
         else:
-            x, residual = self.post_attention_layernorm.add(x, residual)
-            x = self.mlp(x)
-        if kwargs.get("output_hidden_states", position_embeddings.sums):
-            return residual + x
-        return x, residual
+            stream = self.mlp(*_normed(self.post_attention_layernorm, attended))
+        if isinstance(stream, tuple) and kwargs.get("output_hidden_states", position_embeddings.sums):
+            return stream[1] + stream[0]
+        return stream
+
+
+def _normed(norm: RMSNorm, stream: Stream) -> tuple[Any, torch.Tensor]:
+    """The norm of the sum, and the sum."""
+    return norm.add(*stream) if isinstance(stream, tuple) else (norm(stream), stream)
 
 
 def _is_silu(act: Callable[[torch.Tensor], torch.Tensor]) -> bool:
@@ -287,12 +297,10 @@ def _is_silu(act: Callable[[torch.Tensor], torch.Tensor]) -> bool:
 
 
 class FinalNorm(RMSNorm):
-    """The norm after the last layer, which closes the pair (delta, residual)."""
+    """The norm after the last layer, which closes a pair (delta, residual)."""
 
-    def forward(self, x: Hidden) -> torch.Tensor:
-        if isinstance(x, tuple):
-            return self.add(*x)[0]
-        return super().forward(x)
+    def forward(self, x: Stream) -> torch.Tensor:
+        return self.add(*x)[0] if isinstance(x, tuple) else super().forward(x)
 
 
 @functools.cache

@@ -67,6 +67,29 @@ def frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
+# A residual stream: a sum, or (delta, residual) whose sum the next norm takes.
+Stream = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def into_stream(linear: Any, x: Any, residual: torch.Tensor | None) -> Any:
+    """A linear at the end of a branch, in as few passes over memory as it allows.
+
+    Args:
+        linear: any.
+        x: its input.
+        residual: what the branch is added to, in the dtype and shape of the output.
+
+    Returns:
+        Without a residual the output; with one the sum, where the linear adds it before it stores, else (output,
+        residual). The bits are those of an addition after the linear.
+    """
+    if residual is None:
+        return linear(x)
+    if isinstance(linear, (Int4Linear, Int8Linear)):
+        return linear(x, residual)
+    return linear(x), residual
+
+
 class _QuantizedLinear(nn.Module):
     """What the quantised linears share. Their forward needs a packed weight.
 
@@ -137,16 +160,19 @@ class Int4Linear(_QuantizedLinear):
         weight = Int4Weight.quantize(linear.weight.detach(), group_size, symmetric)
         return cls(weight, linear.bias, float32_output=float32_output)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """See :func:`qops.int4_gemm`.
 
         Args:
             x: [..., K].
+            residual: [..., N] in the dtype of the output, added to it; not with a `gate_up` weight.
 
         Returns:
-            [..., N] in the dtype of x, or float32.
+            [..., N] in the dtype of x, or float32; with a `gate_up` weight its SiLU-mul, [..., N/2].
         """
-        return int4_gemm(x.float() if self.float32_output else x, *self._operands())
+        weight, bias = self._operands()
+        x = x.float() if self.float32_output else x
+        return int4_gemm(x, weight, bias, residual=residual, silu_mul=weight.gate_up)
 
 
 class Int8Linear(_QuantizedLinear):
@@ -180,19 +206,21 @@ class Int8Linear(_QuantizedLinear):
         weight = Int8Weight.quantize(linear.weight.detach(), scale_dtype=torch.float32)
         return cls(weight, linear.bias, float32_output=float32_output)
 
-    def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Int8Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """See :func:`qops.int8_gemm`.
 
         Args:
             x: [..., K], dense or 8-bit.
+            residual: [..., N] in the dtype of the output, added to it; not with a `gate_up` weight.
 
         Returns:
-            [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32.
+            [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32; with a `gate_up` weight its
+            SiLU-mul, [..., N/2].
         """
         rows = x if isinstance(x, Int8Rows) else Int8Rows(*quantize_int8(x), x.dtype)
         weight, bias = self._operands()
         dtype = torch.float32 if self.float32_output else rows.dtype
-        return int8_gemm(rows.q, rows.scale, weight, bias, out_dtype=dtype)
+        return int8_gemm(rows.q, rows.scale, weight, bias, residual=residual, silu_mul=weight.gate_up, out_dtype=dtype)
 
 
 class Int8WeightOnlyLinear(_QuantizedLinear):
@@ -387,7 +415,9 @@ class MergingModule(nn.Module):
 class MLP(MergingModule):
     """`down(act(gate(x)) * up(x))`, gate and up as one GEMM.
 
-    With SiLU the activation is :func:`qops.silu_mul`; before an :class:`Int8Linear` it is :func:`qops.silu_mul_int8`.
+    With SiLU that GEMM, of :class:`Int4Linear` or :class:`Int8Linear`, applies the activation before it stores
+    (:meth:`qops.Int4Weight.interleave_gate_up`). After other linears SiLU is :func:`qops.silu_mul`, before an
+    :class:`Int8Linear` :func:`qops.silu_mul_int8`.
     Where down has an act-order, gate and up give their outputs in that order, so that down need not gather them: the
     same bits, without a pass over memory. The state_dict is then one of reordered weights.
 
@@ -418,26 +448,38 @@ class MLP(MergingModule):
         self.gate_up_proj = MergedLinear({"gate_proj": gate_proj, "up_proj": up_proj})
         self.down_proj = down_proj
         self.act = act
+        merged = self.gate_up_proj.merged
+        self.activates_in_gemm = act is None and isinstance(merged, (Int4Linear, Int8Linear))
+        if self.activates_in_gemm:
+            merged.weight.interleave_gate_up()
 
-    def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Int8Rows, residual: torch.Tensor | None = None) -> Any:
         """The formula of the class.
 
         Args:
             x: [..., K]; 8-bit only where gate and up are :class:`Int8Linear`.
+            residual: [..., N], what the result is to be added to.
 
         Returns:
-            [..., N].
+            [..., N]; with a residual the sum, where down adds it before it stores, else (result, residual).
         """
-        gate_up = self.gate_up_proj(x)
+        hidden: Any = self.gate_up_proj(x)
         if self.act is not None:
-            gate, up = gate_up.chunk(2, dim=-1)
-            return self.down_proj(self.act(gate) * up)
-        if isinstance(self.down_proj, Int8Linear):
-            return self.down_proj(Int8Rows(*silu_mul_int8(gate_up), gate_up.dtype))
-        return self.down_proj(silu_mul(gate_up))
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = self.act(gate) * up
+        elif not self.activates_in_gemm:
+            if isinstance(self.down_proj, Int8Linear):
+                hidden = Int8Rows(*silu_mul_int8(hidden), hidden.dtype)
+            else:
+                hidden = silu_mul(hidden)
+        return into_stream(self.down_proj, hidden, residual)
 
     def extra_repr(self) -> str:
-        return "rows of gate and up in the act-order of down" if self.reordered else ""
+        notes = {
+            "SiLU-mul in the product": self.activates_in_gemm,
+            "rows of gate and up in the act-order of down": self.reordered,
+        }
+        return ", ".join(note for note, holds in notes.items() if holds)
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:

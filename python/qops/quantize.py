@@ -58,10 +58,10 @@ def quantize_model(
       :func:`qops.int8_gemm`.
 
     Llama (SmolLM, SmolLM2), Mistral, Qwen 2, 2.5 and 3, SmolLM3, Gemma 1, 2 and 3 get fused decoder layers: q, k and v
-    as one GEMM, gate and up as another, the residual addition inside the norm, norms of q and k and rotary in place
-    and, with "int8", norms and SiLU-mul that emit 8-bit activations. In other models the linears and RMSNorms are
-    replaced one by one. What became of every part stands in `model.quantization_report`, a
-    :class:`qops.quantize.QuantizationReport`.
+    as one GEMM, gate and up with SiLU-mul as another, the residual addition inside a GEMM (of Gemma 2 and 3 inside a
+    norm), norms of q and k and rotary in place and, with "int8", norms that emit 8-bit activations. In other models
+    the linears and RMSNorms are replaced one by one. What became of every part stands in `model.quantization_report`,
+    a :class:`qops.quantize.QuantizationReport`.
 
     Layers are converted one at a time and their dense weights freed: at its peak the memory is that of the dense model
     and one quantised layer.
