@@ -88,6 +88,7 @@ def silu_mul_int8(p: SiluMul) -> Callable[[], Result]:
 def int8_layer(p: Int8Layer) -> Callable[[], Result]:
     """The operators of a fused layer of ``qops.quantize_model(model, "int8")``."""
     packed = {name: qops.Int8Weight.from_canonical(codes, s[:, None]) for name, (codes, s) in p.weights().items()}
+    packed["gate_up"].interleave_gate_up()
     linear = functools.partial(qops.int8_gemm, out_dtype=p.x.dtype)
 
     def call() -> tuple[Tensor, ...]:
@@ -95,10 +96,9 @@ def int8_layer(p: Int8Layer) -> Callable[[], Result]:
         qkv = linear(rows, scale, packed["qkv"]).view(p.rows, sum(p.heads), -1)
         q, k, v = qkv.split(p.heads, dim=1)
         qops.rotary_(q, k, p.cos, p.sin)
-        o = linear(*qops.quantize_int8(p.attention), packed["o"])
-        rows, scale, z = qops.add_rms_norm_int8(o, z, p.second_norm, EPS)
-        gate_up = linear(rows, scale, packed["gate_up"])
-        return q, k, v, z, linear(*qops.silu_mul_int8(gate_up), packed["down"])
+        z = linear(*qops.quantize_int8(p.attention), packed["o"], residual=z)
+        hidden = linear(*qops.rms_norm_int8(z, p.second_norm, EPS), packed["gate_up"], silu_mul=True)
+        return q, k, v, z, linear(*qops.quantize_int8(hidden), packed["down"])
 
     return call
 
