@@ -11,15 +11,23 @@
 
 namespace qops::cuda {
 
+// A GPU's properties never change: asked for once a thread, not in every call.
 inline Gpu current_gpu() {
 #if defined(__CUDACC__)
-  int device = 0, multiprocessors = 0, shared_bytes = 0, major = 0, minor = 0;
+  thread_local int known = -1;
+  thread_local Gpu gpu{};
+  int device = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return {multiprocessors, shared_bytes, 10 * major + minor};
+  if (device != known) {
+    int multiprocessors = 0, shared_bytes = 0, major = 0, minor = 0;
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    gpu = {multiprocessors, shared_bytes, 10 * major + minor};
+    known = device;
+  }
+  return gpu;
 #else
   const emu::Options& options = ::emu::options();
   return {options.multiprocessors, static_cast<int64_t>(::emu::max_shared_bytes(options.arch)), options.arch};
