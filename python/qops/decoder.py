@@ -68,9 +68,7 @@ ARCHITECTURES = {
 }
 
 # What is implemented here, beside the cache, of what these layers name in their signatures.
-_LAYER_KEYWORDS = frozenset(
-    ("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings")
-)
+_LAYER_KEYWORDS = frozenset(("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings"))
 _ATTENTION_KEYWORDS = frozenset(("hidden_states", "attention_mask", "position_embeddings"))
 # Transformers 5.24 renamed the cache. No aliases: before, `cache` was a paged one on its way to the attention function.
 _CACHE_KEYWORDS = ("cache", "past_key_values")
@@ -264,9 +262,7 @@ class Attention(MergingModule):
         )
         return into_stream(self.o_proj, output.reshape(batch, tokens, -1), residual), weights
 
-    def _position(
-        self, query: torch.Tensor, key: torch.Tensor, shared: Shared
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _position(self, query: torch.Tensor, key: torch.Tensor, shared: Shared) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k with heads normed where the architecture does so, and rotated: in place unless a norm is watched."""
         q, k = self._modules.get("q_norm"), self._modules.get("k_norm")
         if isinstance(q, RMSNorm) and isinstance(k, RMSNorm) and not (is_watched(q) or is_watched(k)):

@@ -90,8 +90,9 @@ def load_model(
 
     Returns:
         A Transformers model (`LlamaForCausalLM` or whichever was saved) in eval mode, frozen; `generate` works as
-        usual. `model.qops_fusion` tells whether its layers are fused, and what was proven. With a quantised output layer its logits are float32: logits near 25 are 0.125 apart in bfloat16, so
-        rounding them makes ties that greedy search then decides by their index.
+        usual. `model.qops_fusion` tells whether its layers are fused, and what was proven. With a quantised output
+        layer its logits are float32: logits near 25 are 0.125 apart in bfloat16, so rounding them makes ties that
+        greedy search then decides by their index.
 
     Raises:
         ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.

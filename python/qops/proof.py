@@ -94,8 +94,8 @@ def prove_fusion(
         return f"{what}: relative error {largest:.1e}", None
     where = next(name for name, error in errors.items() if not error.max().item() <= limit.typical)
     difference = (
-        f"the fused layers differ from Transformers' by {largest:.1e} (75 % of the rows by up to {typical:.1e}; allowed "
-        f"are {limit.largest:.0e} and {limit.typical:.0e}), first in: {where}"
+        f"the fused layers differ from Transformers' by {largest:.1e} (75 % of the rows by up to {typical:.1e}; "
+        f"allowed are {limit.largest:.0e} and {limit.typical:.0e}), first in: {where}"
     )
     return f"{what}: failed", difference
 

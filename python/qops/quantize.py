@@ -36,6 +36,7 @@ __all__ = ["QuantizationReport", "quantize_model"]
 
 SCHEMES = ("int4", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PARTS = (Int4Linear, Int8Linear, Int8Embedding, RMSNorm)
 # Operators that neither read nor write elements.
 _NO_PASS = ("aten::empty", "aten::new_empty", "aten::_unsafe_view")
 
@@ -335,7 +336,9 @@ def _language_models(model: Any) -> list[str]:
     if config is None:
         return []
     parts = model.named_modules()
-    return [f"{name}." for name, part in parts if isinstance(part, PreTrainedModel) and type(part.config) is type(config)]
+    return [
+        f"{name}." for name, part in parts if isinstance(part, PreTrainedModel) and type(part.config) is type(config)
+    ]
 
 
 def _adapters(model: nn.Module) -> dict[str, str]:
@@ -394,7 +397,7 @@ def replaced_parts(model: nn.Module) -> dict[str, str]:
                 if not isinstance(linear, nn.Linear):
                     how = "" if module.merged is None else "merged "
                     found[f"{parent}.{part}"] = how + _described(linear)
-        elif isinstance(module, (Int4Linear, Int8Linear, RMSNorm, Int8Embedding)) and not re.search(r"\.(merged|separate)\b", name):
+        elif isinstance(module, _PARTS) and not re.search(r"\.(merged|separate)\b", name):
             found[name] = _described(module)
     return found
 

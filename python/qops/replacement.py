@@ -255,7 +255,8 @@ def replace_parts(
 def warn_not_fused(model: Any, reason: str) -> None:
     """For layers of a kind that is fused elsewhere: the loss of speed has a reason that its user may remove."""
     warnings.warn(
-        f"qops: the decoder layers of {type(model).__name__} stay Transformers' own, with qops linears and norms: {reason}",
+        f"qops: the decoder layers of {type(model).__name__} stay Transformers' own, with qops linears and norms: "
+        f"{reason}",
         stacklevel=4,
     )
 
