@@ -274,7 +274,7 @@ def test_the_report_says_everything(caplog):
         "model.embed_tokens.weight": "a parameter of Embedding, which is neither a linear nor an RMSNorm",
     }
     assert report.kept_bytes == dict.fromkeys(report.kept, VOCAB * 64 * 4)
-    assert report.proof.startswith("layers 0 of 3 in float32: relative error ")
+    assert report.proof.startswith("layer 0 of 3 in float32: relative error ")
     assert report.replaced["model.layers.1.self_attn.q_proj"] == "merged Int8Linear"
     assert report.replaced["model.layers.1.mlp.down_proj"] == "Int8Linear"
     assert report.replaced["model.layers.1.input_layernorm"] == "RMSNorm that emits int8"
@@ -290,7 +290,7 @@ def test_the_report_says_everything(caplog):
         "Qwen3ForCausalLM, int8:",
         "15 x merged Int8Linear",
         "decoder layers: fused",
-        "proof: layers 0 of 3",
+        "proof: layer 0 of 3",
         "lm_head: a head; skip_default=False quantises it (0.0 MB)",
         "->",
     ):

@@ -48,11 +48,13 @@ class Architecture(NamedTuple):
         prefix: of Transformers' class names.
         softcap: whether attention caps its logits (`attn_logit_softcapping`).
         heads_first: whether its norms of q and k see [B, H, T, D] instead of [B, T, H, D].
+        window_in_config: whether attention reads its sliding window from the config, instead of keeping it.
     """
 
     prefix: str
     softcap: bool = False
     heads_first: bool = False
+    window_in_config: bool = False
 
 
 # By the name of Transformers' module. SmolLM and SmolLM2 are "llama", Qwen2.5 is "qwen2".
@@ -61,7 +63,7 @@ ARCHITECTURES = {
     "gemma2": Architecture("Gemma2", softcap=True),
     "gemma3": Architecture("Gemma3", heads_first=True),
     "llama": Architecture("Llama"),
-    "mistral": Architecture("Mistral"),
+    "mistral": Architecture("Mistral", window_in_config=True),
     "qwen2": Architecture("Qwen2"),
     "qwen3": Architecture("Qwen3"),
     "smollm3": Architecture("SmolLM3"),
@@ -205,9 +207,11 @@ class Attention(MergingModule):
         module = importlib.import_module(type(original).__module__)
         self.eager_attention = module.eager_attention_forward
         architecture = ARCHITECTURES[type(original).__module__.rpartition("modeling_")[2]]
-        # Mistral alone keeps the window in its config.
-        window = getattr(original, "sliding_window", getattr(self.config, "sliding_window", None))
-        self.extras: dict[str, Any] = {} if window is None else {"sliding_window": window}
+        self.extras: dict[str, Any] = {}
+        if hasattr(original, "sliding_window"):
+            self.extras["sliding_window"] = original.sliding_window
+        elif architecture.window_in_config:
+            self.extras["sliding_window"] = getattr(self.config, "sliding_window", None)
         if architecture.softcap:
             self.extras["softcap"] = original.attn_logit_softcapping
         self.heads_first = architecture.heads_first

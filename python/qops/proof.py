@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qops.decoder import DecoderLayer, RotaryTables, cache_keyword, fused_class
 from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, dense_linear, frozen
@@ -57,7 +58,8 @@ def prove_fusion(
     """Runs fused layers against Transformers' own; `model` stays as it is.
 
     Two sequences, one of them padded on the left, and one alone without mask and positions: a prompt of 8 tokens, then
-    two of one token with the cache. Sliding windows are 4 wide.
+    two of one token with the cache. Sliding windows are 4 wide. Once more with an attention function that computes
+    nothing, which has to get the same keywords from both, one that nobody knows among them.
 
     Args:
         model: dense, or without storage; its layers can be fused (`qops.replacement.unfusable`).
@@ -68,6 +70,9 @@ def prove_fusion(
     """
     chosen = _one_of_each_kind(model, kind)
     layers = [_parts(model, index, linear, norm_weight) for index in chosen]
+    if len(chosen) == 1 < len(model.model.layers):
+        # What goes from layer to layer, and a cache that takes one for another, show with two.
+        chosen, layers = 2 * chosen, 2 * layers
     final = norm_weight("model.norm", model.model.norm)
     device = final.device
     # A model without storage is built on the CPU.
@@ -75,17 +80,21 @@ def prove_fusion(
     dtype = torch.float32 if device.type == "cpu" else model.dtype
     in_int8 = any(isinstance(part, Int8Linear) for parts in layers for part in parts.values())
     limit = (FLOAT32_INT8 if in_int8 else FLOAT32) if dtype == torch.float32 else HALF[dtype]
-    what = f"layers {', '.join(map(str, chosen))} of {len(model.model.layers)} in {str(dtype).removeprefix('torch.')}"
+    names = ", ".join(map(str, dict.fromkeys(chosen)))
+    what = f"layer {names} of {len(model.model.layers)} in {str(dtype).removeprefix('torch.')}"
     config = _small_config(model.config, chosen, dtype)
     try:
-        reference = _Copy(model, config, layers, final, dtype, device).theirs()
-        wanted = _run(reference)
+        theirs = _Copy(model, config, layers, final, dtype, device).theirs()
+        wanted, keywords = _run(theirs), _handed_on(theirs)
     except Exception as error:  # whatever a release does otherwise
         return f"{what}: not made", f"Transformers' own layers did not run: {type(error).__name__}: {error}"
     try:
-        found = _run(_Copy(model, config, layers, final, dtype, device).ours())
+        ours = _Copy(model, config, layers, final, dtype, device).ours()
+        found, others = _run(ours), _handed_on(ours)
     except Exception as error:
         return f"{what}: failed", f"the fused layers did not run: {type(error).__name__}: {error}"
+    if others != keywords:
+        return f"{what}: failed", f"their attention function gets {others}, from Transformers' layers {keywords}"
     errors = {name: (found[name].double() - rows).norm(dim=-1) / rows.norm(dim=-1) for name, rows in _wide(wanted)}
     every = torch.cat(list(errors.values()))
     # NaN is no agreement.
@@ -226,7 +235,8 @@ def _run(decoder: Any) -> dict[str, torch.Tensor]:
     ids = torch.randint(VOCABULARY, (2, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, :PADDING] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    # In steps of two in the second sequence: rotations tell distances alone, so a shift would not show.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) * torch.tensor([[1], [2]])
     device = decoder.embed_tokens.weight.device
     ids, mask, positions = ids.to(device), mask.to(device), positions.to(device)
     keyword = cache_keyword(type(decoder))
@@ -245,3 +255,25 @@ def _run(decoder: Any) -> dict[str, torch.Tensor]:
             hidden = out.last_hidden_state
             rows[name] = hidden[mask[:, start:stop].bool()] if padded else hidden.flatten(0, 1)
     return rows
+
+
+@torch.no_grad()
+def _handed_on(decoder: Any) -> list[dict[str, Any]]:
+    """The keywords that the attention function gets in each layer."""
+    calls: list[dict[str, Any]] = []
+
+    def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        tensors = {name: list(found.shape) for name, found in kwargs.items() if isinstance(found, torch.Tensor)}
+        calls.append({"layer_idx": module.layer_idx, **kwargs, **tensors})
+        return query.transpose(1, 2), None
+
+    name, before = f"qops_proof_{id(calls)}", decoder.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    decoder.config._attn_implementation = name
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=decoder.embed_tokens.weight.device)
+        decoder(input_ids=ids, use_cache=True, qops_unknown_keyword="handed on")
+    finally:
+        decoder.config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[name]
+    return calls
