@@ -35,7 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qops._transformers import is_watched
 from qops._weight_state import moved
 from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm, into_stream
-from qops.ops import qk_norm_rotary_, rotary_
+from qops.ops import qk_norm_rotary_, rotary, rotary_
 
 # A module for each name below a layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
 Part = Callable[[str], Any]
@@ -284,7 +284,9 @@ class Attention(MergingModule):
             )
             return query, key
         if q is not None and k is not None:
+            # What a hook has seen must not turn under its hands.
             query, key = self._normed(q, query), self._normed(k, key)
+            return rotary(query, key, shared.cos, shared.sin, shared.positions)
         if self.rotates:
             rotary_(query, key, shared.cos, shared.sin, shared.positions)
         return query, key
