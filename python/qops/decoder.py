@@ -336,15 +336,18 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Transformers' arguments and result."""
         _by_name(self, args, kwargs)
-        # Of accelerate's hooks torch knows nothing; where it offloads one norm it does so with all. Guarding the number
-        # would compile anew after every hook of the process.
-        if torch.compiler.is_compiling() or (
-            RemovableHandle.next_id != self.newest_hook or self.watched or "_hf_hook" in vars(self.input_layernorm)
+        norm = self.input_layernorm
+        # Of accelerate's hooks torch knows nothing; where it offloads one norm it does so with all.
+        if (
+            RemovableHandle.next_id != self.newest_hook
+            or self.watched
+            or "_hf_hook" in norm.__dict__
+            or torch.compiler.is_compiling()
         ):
             self._look_for_hooks()
             if self.watched:
                 return self._one_after_the_other(hidden_states, kwargs)
-        x = self.input_layernorm(hidden_states)
+        x = norm(hidden_states)
         if self.sandwich:
             attended, _ = self.self_attn(x, **kwargs)
             x, residual = self.pre_feedforward_layernorm.add(self.post_attention_layernorm(attended), hidden_states)
