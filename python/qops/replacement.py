@@ -137,10 +137,8 @@ def unfusable(model: Any) -> str | None:
 
     if (reason := unknown_architecture(model)) is not None:
         return reason
-    if len({id(layer) for layer in model.model.layers}) < len(model.model.layers):
-        return "one of its layers stands in two places"
+    seen: set[int] = set()
     for index, layer in enumerate(model.model.layers):
-        seen: set[int] = set()
         for name, module in layer.named_modules(remove_duplicate=False):
             full = f"model.layers.{index}.{name}".rstrip(".")
             if is_watched(module) or any(getattr(module, hooks) for hooks in _OTHER_HOOKS):
