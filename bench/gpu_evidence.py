@@ -7,6 +7,7 @@
     python -m bench.gpu_evidence --out DIR --stage build,install-peers,peers --peers FOLDER
 
     build         installs this tree into build/gpu_evidence, without a network; or takes modules built elsewhere
+    check         `python -m qops check`: every kernel against its contract, at each level of the CPU and on the GPUs
     install-peers what bench.peers.collect has put into FOLDER; one folder after the other, if they come in parts
     tests         the CUDA operators against the CPU's bits, streams, graphs, compilation, tensors past 2^31 elements
     sanitize      compute-sanitizer's memcheck, racecheck, initcheck and synccheck on a part of the tests
@@ -226,6 +227,10 @@ def build(evidence: Evidence) -> None:
     evidence.run("build", "import", [sys.executable, "-c", loads])
 
 
+def check(evidence: Evidence) -> None:
+    evidence.run("check", "python -m qops check", [sys.executable, "-m", "qops", "check"])
+
+
 def install_peers(evidence: Evidence) -> None:
     if evidence.peers is not None:
         command = [sys.executable, "-m", "bench.peers.install", str(evidence.peers.resolve()), "--to", str(PEERS)]
@@ -292,6 +297,7 @@ def bench(evidence: Evidence, stage: str, ops: Sequence[str], *more: str) -> Non
 
 STAGES: dict[str, Callable[[Evidence], None]] = {
     "build": build,
+    "check": check,
     "install-peers": install_peers,
     "tests": tests,
     "sanitize": sanitize,

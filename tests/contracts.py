@@ -12,40 +12,6 @@ from torch import Tensor
 from weight_only_oracle import fma
 
 
-def tree_sum_of_squares(z: Tensor) -> Tensor:
-    """The reduction that rms_norm promises, element by element in float32, independent of the kernel's code."""
-    z = z.float()
-    h = z.shape[-1]
-    threads = 32 if h <= 1024 else 128 if h <= 8192 else 512
-    lanes = 8 * threads
-    padded = F.pad(z * z, (0, -h % lanes)).view(*z.shape[:-1], -1, lanes)
-    partials = padded[..., 0, :]
-    for i in range(1, padded.shape[-2]):
-        partials = partials + padded[..., i, :]
-
-    def halve(t: Tensor) -> Tensor:
-        while t.shape[-1] > 1:
-            t = t[..., : t.shape[-1] // 2] + t[..., t.shape[-1] // 2 :]
-        return t[..., 0]
-
-    per_thread = halve(partials.view(*z.shape[:-1], threads, 8))
-    per_warp = halve(per_thread.view(*z.shape[:-1], threads // 32, 32))
-    return halve(per_warp)
-
-
-def rms_norm_exact(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
-    """The contract of rms_norm in float32 torch operations."""
-    if x.numel() == 0:
-        return torch.empty(x.shape, dtype=x.dtype)
-    variance = tree_sum_of_squares(x) / x.shape[-1] + eps
-    # Through float64, where rounding twice is harmless: torch.sqrt of float32 goes to MKL and misses the last bit.
-    rstd = 1.0 / torch.sqrt(variance.double()).float()
-    normed = x.float() * rstd[..., None]
-    if rounding == "hf":
-        return (normed.to(x.dtype).float() * weight.float()).to(x.dtype)
-    return (normed * (weight.float() + weight_offset)).to(x.dtype)
-
-
 def _float32(text: str) -> np.float32:
     return np.float32(float.fromhex(text))
 
@@ -72,19 +38,6 @@ def silu_mul_exact(gate: Tensor, up: Tensor, rounding: str = "hf") -> Tensor:
     if rounding == "hf":
         silu = silu.to(gate.dtype).float()
     return (silu * up.float()).to(gate.dtype)
-
-
-def rotary_exact(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
-    """The contract of rotary for one of q and k."""
-    if positions is None:
-        positions = torch.arange(x.shape[-3])
-    c, s = (table.float()[positions.long()].unsqueeze(-2) for table in (cos, sin))
-    r = 2 * cos.shape[1]
-    wide = x.float()
-    x1, x2 = (wide[..., 0:r:2], wide[..., 1:r:2]) if interleaved else (wide[..., : r // 2], wide[..., r // 2 : r])
-    y1, y2 = x1 * c - x2 * s, x2 * c + x1 * s
-    rotated = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
-    return torch.cat((rotated.to(x.dtype), x[..., r:]), dim=-1)
 
 
 def int8_gemm_exact(

@@ -214,6 +214,10 @@ def cpp_layer_violations(path: str, text: str, ops: Iterable[str] = ()) -> list[
 # --- Python layers ---------------------------------------------------------------------------------------------------
 
 
+# Modules of the package that need nothing but torch: what `import qops` takes, and what proves an installation.
+TORCH_ALONE = ("__init__", "__main__", "_check_cases", "_numerics", "check", "nn", "testing", "weights")
+
+
 def python_imports(text: str) -> Iterator[tuple[int, str, bool]]:
     """(line, module, at module level) of every import; ``from a import b`` gives a.b, which may be a module."""
     tree = ast.parse(text)
@@ -257,10 +261,12 @@ def python_layer_violations(path: str, text: str) -> list[str]:
         elif path.startswith("python/qops/"):
             if _within(module, ["qops.testing"]):
                 found.append(f"{line}: the package may not import {module}")
-            if at_module_level and folder == "python/qops" and stem in ("__init__", "weights", "nn", "testing"):
+            if _within(module, ["qops._numerics"]) and stem not in ("check", "_check_cases", "testing"):
+                found.append(f"{line}: only the check and the tests may import {module}")
+            if at_module_level and folder == "python/qops" and stem in TORCH_ALONE:
                 allowed = (*sys.stdlib_module_names, "torch", "qops")
                 if not _within(module, allowed):
-                    found.append(f"{line}: `import qops` may need torch alone, not {module}")
+                    found.append(f"{line}: {stem} may need torch alone, not {module}")
         elif path.startswith(("tests/", "bench/")) and re.match(r"(tests\.)?test_|(bench\.)?bench_", module):
             found.append(f"{line}: test and benchmark files may not import each other: {module}")
     return found

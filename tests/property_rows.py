@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import qops
-from contracts import rms_norm_exact, rotary_exact, silu_mul_exact
+from contracts import silu_mul_exact
 from property_calls import Call, Fault, Result
 from property_draws import COLUMNS, HUGE, Sampler
+from qops._numerics import rms_norm_exact, rotary_exact
 from qops.ops.quantize_int8 import quantize_int8_asym_ref, quantize_int8_ref, quantize_int8_static_ref
 from qops.testing import FLOAT_DTYPES
 

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qops
-from contracts import rotary_exact
+from qops._numerics import rotary_exact
 from qops.testing import FLOAT_DTYPES, assert_bitwise
 
 HUGE = 2**40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from bench import gpu_evidence, run
 from bench.gpu_evidence import Evidence
+
+import qops
 
 
 @pytest.fixture
@@ -108,6 +111,23 @@ def test_nothing_runs_on_a_build_that_failed(tmp_path, monkeypatch):
     assert gpu_evidence.main(["--out", str(tmp_path)]) == 1 and not ran
 
 
+def test_the_check_comes_first_after_the_build(evidence, monkeypatch):
+    assert list(gpu_evidence.STAGES)[:2] == ["build", "check"]
+    run, commands = Evidence.run, []
+    monkeypatch.setattr(Evidence, "run", lambda self, *step: commands.append(step))
+    gpu_evidence.STAGES["check"](evidence)
+    ((stage, name, command),) = commands
+    monkeypatch.setattr(gpu_evidence, "SITE", Path(qops.__file__).parent.parent)
+    some = ["--op", "check_layout", "--at", qops.build_info()["isa"]]
+    assert run(evidence, stage, name, [*command, *some]) and evidence.passed("check")
+    assert evidence.steps[0].note.startswith("operators: 1, failures: 0, seconds: ")
+    # What a failure comes to: a result of the table, and the exit status of it all.
+    fails = "import sys; from qops import check; del check.CHECKS['rotary']; from qops.__main__ import main; "
+    fails += f"sys.exit(main(['check', '--op', 'rotary', '--at', '{some[-1]}']))"
+    assert not run(evidence, stage, name, python(fails)) and not evidence.passed("check")
+    assert re.search(r"check +python -m qops check +failed .*failures: 1", gpu_evidence.table(evidence))
+
+
 def test_benchmarks_are_given_what_they_need(evidence, monkeypatch):
     """Their command lines, as far as bench.run gets without a GPU: to the list of cases."""
     commands = []
@@ -143,7 +163,7 @@ def test_benchmarks_are_given_what_they_need(evidence, monkeypatch):
 def test_every_stage_ends_within_eight_minutes_and_there_are_few_files():
     """evidence.json and evidence.log, and a document for each benchmark: eight at most."""
     assert gpu_evidence.STAGE_SECONDS < 480
-    documents = set(gpu_evidence.STAGES) - {"build", "install-peers", "tests", "sanitize"}
+    documents = set(gpu_evidence.STAGES) - {"build", "check", "install-peers", "tests", "sanitize"}
     assert len(documents) + 2 <= 8
 
 

@@ -150,6 +150,9 @@ BAD_PYTHON = {
     "testing in an operator": ("python/qops/ops/rotary.py", "def f():\n    import qops.testing"),
     "testing in the package": ("python/qops/model.py", "from qops.testing import generator"),
     "testing by name": ("python/qops/model.py", "from qops import testing"),
+    "the check's numerics in the package": ("python/qops/nn.py", "from qops._numerics import generator"),
+    "the check's numerics in an operator": ("python/qops/ops/rotary.py", "from qops._numerics import generator"),
+    "more than torch in the check": ("python/qops/_check_cases.py", "import numpy"),
     "more than torch at import": ("python/qops/__init__.py", "import transformers"),
     "relative": ("python/qops/model.py", "from .weights import Int4Weight"),
     "a test file": ("tests/test_rotary.py", "from test_rms_norm import X"),
@@ -159,6 +162,7 @@ GOOD_PYTHON = {
     "python/qops/ops/rotary.py": "import torch\nfrom qops import _native\nfrom qops.ops._checks import Checker",
     "python/qops/nn.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
     "python/qops/formats/gguf.py": "import numpy",
+    "python/qops/check.py": "from qops._numerics import generator",
     "bench/bench_rotary.py": "from bench.harness import compare\nfrom qops.testing import generator",
 }
 

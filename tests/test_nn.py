@@ -21,7 +21,16 @@ from qops.nn import (
     RMSNorm,
     dense_linear,
 )
-from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise, generator, random_activations
+from qops.testing import (
+    FLOAT_DTYPES,
+    assert_bitwise,
+    assert_within,
+    generator,
+    random_activations,
+    rounding_bound,
+    silu_mul_bound,
+    weight_only_bound,
+)
 from qops.weights import Int4Weight, Int8Weight
 from random_weights import some_weights
 
@@ -60,10 +69,10 @@ class Parent(MergingModule):
         self.other = nn.Linear(3, 2)
 
 
-def reference(linear: Int4Linear | Int8WeightOnlyLinear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x @ w.T + bias of the same dequantised weight, in `dtype` throughout."""
-    y = x.to(dtype) @ linear.weight.dequantize().to(dtype).T
-    return y if linear.bias is None else y + linear.bias.to(dtype)
+def exact(linear: Int4Linear | Int8WeightOnlyLinear, x: torch.Tensor) -> torch.Tensor:
+    """x @ w.T + bias of the same dequantised weight, in float64."""
+    y = x.double() @ linear.weight.dequantize(torch.float64).T
+    return y if linear.bias is None else y + linear.bias.double()
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -74,12 +83,8 @@ def test_linears_multiply_by_the_dequantised_weight(make, bias, dtype):
     x = random_activations(2, 3, K, dtype=dtype, seed=2)
     op = qops.int4_gemm if make is int4_linear else qops.int8_weight_only_gemm
     assert_bitwise(linear(x), op(x, linear.weight, linear.bias))
-    exact = reference(linear, x, torch.float64)
-    if dtype == torch.float32:
-        # The operator's own bound for float32, with room for the sum over blocks.
-        torch.testing.assert_close(linear(x).double(), exact, atol=1e-5, rtol=0)
-    else:
-        assert_accurate(linear(x), exact, reference(linear, x, dtype))
+    bound = weight_only_bound(x, linear.weight, linear.bias)
+    assert_within(linear(x), exact(linear, x), bound)
 
 
 @pytest.mark.parametrize("make", [int4_linear, int8_linear])
@@ -144,12 +149,14 @@ def test_mlp(dtype):
     gate, up = int4_linear(96, 1), int4_linear(96, 2)
     down = Int4Linear(Int4Weight.quantize(dense(K, 3, 96), 32))
     x = random_activations(2, 3, K, dtype=dtype, seed=4, outliers=False)
-
-    def chain(precision: torch.dtype) -> torch.Tensor:
-        activated = nn.functional.silu(reference(gate, x, precision)) * reference(up, x, precision)
-        return reference(down, activated, precision)
-
-    assert_accurate(MLP(gate, up, down)(x), chain(torch.float64), chain(dtype))
+    g, u = exact(gate, x), exact(up, x)
+    activated = nn.functional.silu(g) * u
+    errors = (weight_only_bound(x, part.weight) + rounding_bound(y, dtype) for part, y in ((gate, g), (up, u)))
+    error = silu_mul_bound(g, u, dtype, gate_error=next(errors), up_error=next(errors))
+    error = error + rounding_bound(activated, dtype)
+    bound = error @ down.weight.dequantize(torch.float64).abs().T
+    bound = bound + weight_only_bound((activated.abs() + error).to(dtype), down.weight)
+    assert_within(MLP(gate, up, down)(x), exact(down, activated), bound)
 
 
 PERM = torch.randperm(K, generator=torch.Generator().manual_seed(0)).int()

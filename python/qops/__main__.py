@@ -1,4 +1,4 @@
-"""``python -m qops info``: what this installation is, to put into a bug report."""
+"""``python -m qops info``: what this installation is, to put into a bug report; ``check`` proves its kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,9 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qops", description="Tools of the qops package.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("info", help="print versions, build state, ISA levels and devices")
-    parser.parse_args(argv)
-    print(info())
-    return 0
+    checked = commands.add_parser("check", help="prove every kernel on this machine, at each ISA level and on each GPU")
+    checked.add_argument("--op", metavar="OPERATOR", help="this one alone")
+    checked.add_argument("--at", metavar="PLACE", help="one ISA level or GPU alone, e.g. avx2 or cuda:0")
+    checked.add_argument("--seed", type=int, default=0, help="of the inputs; default 0")
+    checked.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(info())
+        return 0
+    from qops import check
+
+    for option, value, known in (("--op", args.op, check.operators()), ("--at", args.at, check.places())):
+        if value is not None and value not in known:
+            checked.error(f"{option} must be one of {', '.join(known)}, got {value}")
+    build = build_info()
+    machine = f"qops {build['version']}, torch {build['torch']}, {cpu_name()}, {build['threads']} threads"
+    return check.run(partial(print, flush=True), machine, info(), args.op, args.at, args.seed, args.json)
 
 
 def _version(distribution: str) -> str:

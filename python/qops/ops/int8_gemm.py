@@ -139,7 +139,8 @@ def int8_gemm_ref(
 ) -> Tensor:
     """The formula of :func:`int8_gemm` in float64, nothing rounded; float64."""
     x = q.double() if zero_point is None else q.double() - zero_point.double().unsqueeze(-1)
-    y = x @ weight.dequantize(torch.float64).T * scale.double().unsqueeze(-1)
+    w = weight.canonical()
+    y = x @ w["qweight"].double().T * w["scales"].double().view(-1) * scale.double().unsqueeze(-1)
     y = y if bias is None else y + bias.double()
     if silu_mul:
         gate, up = y.chunk(2, dim=-1)
