@@ -479,7 +479,9 @@ class MLP(MergingModule):
             order = tensors.pop("perm").long()
             gate_proj, up_proj = _with_rows(gate_proj, order), _with_rows(up_proj, order)
             # Its stored columns are in the order of x now.
-            weight = Int4Weight.from_canonical(**tensors, kind=weight.kind, pack=weight.is_packed)
+            weight = Int4Weight.from_canonical(
+                **tensors, kind=weight.kind, in_features=weight.in_features, pack=weight.is_packed
+            )
             down_proj = Int4Linear(weight, down_proj.bias, float32_output=down_proj.float32_output)
         self.gate_up_proj = MergedLinear({"gate_proj": gate_proj, "up_proj": up_proj})
         self.down_proj = down_proj
