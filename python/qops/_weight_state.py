@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -442,6 +443,12 @@ class QuantizedWeight(nn.Module):
         except (RuntimeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'weight'}: {error}")
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # How torch.multiprocessing sends a weight to another process. Through __getstate__ that would be canonical
+        # tensors, which nobody holds: with the parent's copies go the file descriptors that the child is to inherit.
+        ForkingPickler.register(cls, _shared)
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_buffers"] = {**dict.fromkeys(self._OPTIONAL_BUFFERS), **self.canonical()}
@@ -462,6 +469,17 @@ class QuantizedWeight(nn.Module):
         copied = type(self).__new__(type(self))
         copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return copied
+
+
+def _shared(weight: QuantizedWeight) -> tuple[Any, ...]:
+    """For another process of this installation: the tensors that are there, packed or not, in memory that both see."""
+    return _from_shared, (type(weight), weight.__dict__)
+
+
+def _from_shared(cls: type[QuantizedWeight], state: dict[str, Any]) -> QuantizedWeight:
+    weight = cls.__new__(cls)
+    weight.__dict__.update(state)
+    return weight
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
