@@ -293,12 +293,11 @@ class Sampler:
 
     def requires_grad(self, call: Call, *names: str) -> list[Any]:
         def require(name: str) -> Fault:
-            t = call.arguments[name]
-            call.arguments[name] = (
-                t.detach().clone().requires_grad_() if name not in call.written else t.requires_grad_()
-            )
+            # A tensor made in inference mode is none that autograd follows.
+            with torch.inference_mode(False):
+                call.arguments[name] = call.arguments[name].detach().clone().requires_grad_()
             call.grad = True
-            return Fault((name, "gate"), (RuntimeError,), typed_only=True)
+            return Fault((name, "gate"), (RuntimeError,))
 
         floats = [name for name in names if call.arguments[name] is not None]
         return [(name, lambda name=name: require(name)) for name in floats]

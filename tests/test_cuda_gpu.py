@@ -14,6 +14,7 @@ from torch import Tensor
 
 import cuda_tools
 import qops
+from overloads import overloads, tensor_arguments, valid_calls
 from qops.nn import MLP, Int4Linear, Int8Linear, RMSNorm
 from qops.testing import assert_accurate, assert_bitwise, generator, random_activations
 
@@ -221,6 +222,57 @@ def test_tensors_of_two_devices_are_refused():
     for wrong in (w.cpu(), w.to("meta")):
         with pytest.raises(RuntimeError, match=r"qops\.rms_norm: weight must be on cuda:0, got (cpu|meta)"):
             qops.rms_norm(x, wrong, EPS)
+
+
+def refuses_each_tensor_elsewhere(operator, arguments: dict[str, object]) -> set[str]:
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        with pytest.raises(RuntimeError, match=rf": {name} must be on (cuda:0|a CUDA device), got cpu"):
+            operator(**{**arguments, name: tensor.cpu()})
+    return set(tensors)
+
+
+OF_ROWS = {name: op for name, op in overloads().items() if not name.startswith(("check_layout", "int4_", "int8_"))}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_each_tensor_of_an_operator_on_rows_must_be_on_the_gpu(name):
+    operator, seen = OF_ROWS[name], set()
+    for call in valid_calls(name, 20):
+        if sum(1 for _ in call.tensors()) > 1:  # a lone one tells where it runs
+            seen |= refuses_each_tensor_elsewhere(operator, call.on("cuda").arguments)
+    assert seen == set(tensor_arguments(operator)) or len(tensor_arguments(operator)) == 1
+
+
+def test_each_tensor_of_a_product_must_be_on_the_gpu():
+    n, k, m = 32, 64, 3
+    dense = torch.randn(n, k, generator=generator(1))
+    tensors = qops.Int4Weight.quantize(dense, 32, False).canonical()
+    int4 = qops.Int4Weight.from_canonical(**tensors, kind="zero_point", perm=torch.arange(k)).to("cuda")
+    int8 = qops.Int8Weight.quantize(dense).to("cuda")
+    ones = torch.ones(n, device="cuda")
+    common = {"bias": ones, "out_features": n}
+    ends = [
+        {"residual": torch.zeros(m, n, dtype=torch.bfloat16, device="cuda")},
+        {"out_scale": ones[:1], "out_zero_point": torch.zeros(1, dtype=torch.int32, device="cuda")},
+    ]
+    for end in ends:
+        out = torch.empty(m, n, dtype=torch.bfloat16 if "residual" in end else torch.int8, device="cuda")
+        x = torch.ones(m, k, dtype=torch.bfloat16, device="cuda")
+        weight = {"packed": int4.packed, "scales": int4.scales, "zeros": int4.zeros, "perm": int4.perm}
+        arguments = {"x": x, **weight, **common, "group_size": 32, "kind": 1, **end, "out": out}
+        seen = refuses_each_tensor_elsewhere(torch.ops.qops.int4_gemm.fused_out, arguments)
+        assert {"zeros", "perm", "bias", *end, "out"} <= seen
+        rows = {
+            "q": x.to(torch.int8),
+            "scale": ones[:m],
+            "zero_point": torch.zeros(m, dtype=torch.int32, device="cuda"),
+            "packed": int8.packed,
+            "w_scale": int8.scales,
+        }
+        arguments = {**rows, **common, "out_dtype": torch.bfloat16, **end, "out": out}
+        seen = refuses_each_tensor_elsewhere(torch.ops.qops.int8_gemm.fused_out, arguments)
+        assert {"scale", "zero_point", "w_scale", "bias", *end, "out"} <= seen
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

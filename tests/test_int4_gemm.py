@@ -196,6 +196,22 @@ def test_subnormal_activations_are_not_flushed():
     assert bool((y != 0).any()) and bool(((y - ref).abs() <= 32 * 2.0**-149).all())
 
 
+@pytest.mark.parametrize("exponent", range(-124, -92, 2))
+def test_tiny_float32_blocks_keep_their_bound(exponent):
+    """Where the step of a block, 2^-30 of its largest value, nears or passes 2^-126, the least normal number, and with
+    it the factor that makes integers of the values; weights of 2^50 keep the outputs normal."""
+    w = make_weight(16, 256, 32, "symmetric", 0, torch.float32)
+    tensors = w.canonical()
+    w = qops.Int4Weight.from_canonical(tensors["qweight"], tensors["scales"] * 2.0**50, kind="symmetric")
+    x = random_activations(3, 256, dtype=torch.float32, seed=1, outliers=False)
+    x = x / x.abs().max() * 1.5 * 2.0**exponent
+    dense, exact = w.dequantize(torch.float64), int4_gemm_ref(x, w)
+    largest = x.double().view(3, -1, 32).abs().amax(-1, keepdim=True).expand(3, -1, 32).flatten(1)
+    bound = 1.001 * 2.0**-31 * largest @ dense.abs().T + 40 * 2.0**-24 * x.double().abs() @ dense.abs().T
+    error = (qops.int4_gemm(x, w).double() - exact).abs()
+    assert bool((error <= bound).all()), float((error / bound).max())
+
+
 @pytest.mark.parametrize("m, n, k", ((0, 16, 32), (3, 0, 32), (0, 0, 0), (2, 16, 0)))
 def test_empty(m, n, k):
     strips = (n + 15) // 16

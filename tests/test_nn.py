@@ -96,6 +96,29 @@ def test_float32_output_is_not_rounded_on_the_way(make):
     assert not torch.equal(wide(x), wide(x).bfloat16().float())
 
 
+def test_float32_output_of_8_bit_activations():
+    x, linear = random_activations(3, K, dtype=torch.bfloat16, seed=2), w8a8_linear(24, 1)
+    q, scale = qops.quantize_int8(x)
+    want = qops.int8_gemm(q, scale, linear.weight, linear.bias, out_dtype=torch.float32)
+    wide = Int8Linear(linear.weight, linear.bias, float32_output=True)
+    assert_bitwise(wide(x), want)
+    assert_bitwise(wide(Int8Rows(q, scale, x.dtype)), want)
+    assert_bitwise(linear(x), want.bfloat16())
+    assert not torch.equal(want, want.bfloat16().float())
+
+
+@pytest.mark.parametrize("make", [int4_linear, int8_linear, w8a8_linear])
+def test_merged_linears_keep_float32_output(make):
+    x = random_activations(3, K, dtype=torch.bfloat16, seed=2)
+    narrow = [make(24, 1), make(8, 2)]
+    wide = [type(part)(part.weight, part.bias, float32_output=True) for part in narrow]
+    merged = MergedLinear({"a": wide[0], "b": wide[1]})
+    assert merged.merged is not None
+    assert_bitwise(merged(x), torch.cat([part(x) for part in wide], -1))
+    assert all(part.float32_output for part in merged.split().values())
+    assert MergedLinear({"a": narrow[0], "b": wide[1]}).merged is None
+
+
 def test_a_bias_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"Int4Linear: bias must have shape \[N\] = \[24\], got \[23\]"):
         Int4Linear(int4_linear(24, 1).weight, torch.zeros(23))

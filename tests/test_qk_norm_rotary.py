@@ -248,13 +248,15 @@ def test_offsets_beyond_32_bits(dim, tmp_path):
 
 
 @pytest.mark.parametrize("op", ("qk_norm_rotary", "qk_norm_rotary_"))
+@pytest.mark.parametrize("first_bad", (40, 49))
 @pytest.mark.parametrize("bad", (40, -1, 2**31 - 1, -(2**31), 2**40, -(2**40)))
-def test_positions_out_of_range(op, bad):
+def test_positions_out_of_range(op, bad, first_bad):
     q, k = inputs(3, 50)
     before = q.clone(), k.clone()
     cos, sin = tables(40, 64)
-    positions = torch.zeros(3, 50, dtype=torch.int64)
-    positions[2, 40:] = bad
+    # Good ones that turn the heads, so that a write would show: position 0 leaves them as they are.
+    positions = 1 + torch.arange(3 * 50).view(3, 50) % 39
+    positions[2, first_bad:] = bad
     dtypes = (torch.int64, torch.int32) if abs(bad) < 2**40 else (torch.int64,)
     for dtype in dtypes:
         text = rf"^qops\.{op}: positions must lie in \[0, 40\), the rows of cos, got {bad}$"

@@ -139,6 +139,19 @@ def test_asym_bits_follow_the_contract(dtype):
         assert_same(qops.quantize_int8_asym(x), quantize_int8_asym_ref(x), "corners")
 
 
+def test_asym_rounds_the_quotient_of_symmetric_rows():
+    """low / scale is 127.5 within a rounding where the range is symmetric, and half of all such rows need the very
+    quotient: low * (1 / scale) gives one zero point in five another value."""
+    top = torch.rand(2**12, generator=generator(0)) + 0.5
+    x = torch.stack((top, -top, top / 3, torch.zeros_like(top)), 1)
+    q, scale, zero_point = qops.quantize_int8_asym(x)
+    assert_same((q, scale, zero_point), quantize_int8_asym_ref(x))
+    want = -128 - (-top.double() / scale.double()).float().round().int()
+    assert torch.equal(zero_point, want)
+    reciprocal = -128 - (-top * (1.0 / scale)).round().int()
+    assert not torch.equal(zero_point, reciprocal)
+
+
 def test_asym_frozen_results_of_torchao():
     case = json.loads(oracles.TABLE.read_text())["torchao_asym"]
     want = torch.tensor(case["q"], dtype=torch.int8), oracles.from_bits(case["scale"], torch.float32)

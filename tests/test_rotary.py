@@ -168,17 +168,21 @@ def test_strides(name, dtype, interleaved):
     assert_bitwise(base, before, "elements outside q and k")
 
 
+@pytest.mark.parametrize("d", (64, 256))
 @pytest.mark.parametrize("interleaved", FORMS)
-def test_strides_of_the_tables(interleaved):
-    cos, sin = tables(7, 64)
+def test_strides_of_the_tables(interleaved, d):
+    cos, sin = tables(7, d)
     choices = {
-        "Hugging Face's duplicated form": (torch.cat((cos, cos), -1)[:, :32], torch.cat((sin, sin), -1)[:, :32]),
+        "Hugging Face's duplicated form": (
+            torch.cat((cos, cos), -1)[:, : d // 2],
+            torch.cat((sin, sin), -1)[:, : d // 2],
+        ),
         "columns not dense": (cos.t().contiguous().t(), torch.stack((sin, cos), -1)[..., 0]),
         "one cache of both": torch.cat((cos, sin), -1).chunk(2, dim=-1),
-        "one row for all": (cos[3:4].expand(7, 32), sin[3:4].expand(7, 32)),
+        "one row for all": (cos[3:4].expand(7, d // 2), sin[3:4].expand(7, d // 2)),
     }
     for name, (c, s) in choices.items():
-        check_both(*inputs(2, 5), c, s, None, interleaved, name)
+        check_both(*inputs(2, 5, d=d), c, s, None, interleaved, name)
 
 
 def test_broadcast_inputs_of_the_functional_form():
@@ -228,13 +232,15 @@ def test_offsets_beyond_32_bits(axis, tmp_path):
 
 
 @pytest.mark.parametrize("op", ("rotary", "rotary_"))
+@pytest.mark.parametrize("first_bad", (150, 199))
 @pytest.mark.parametrize("bad", (40, -1, 2**31 - 1, -(2**31), 2**40, -(2**40)))
-def test_positions_out_of_range(op, bad):
+def test_positions_out_of_range(op, bad, first_bad):
     q, k = inputs(3, 200)
     before = q.clone(), k.clone()
     cos, sin = tables(40, 64)
-    positions = torch.zeros(3, 200, dtype=torch.int64)
-    positions[2, 150:] = bad
+    # Good ones that turn the heads, so that a write would show: position 0 leaves them as they are.
+    positions = 1 + torch.arange(3 * 200).view(3, 200) % 39
+    positions[2, first_bad:] = bad
     dtypes = (torch.int64, torch.int32) if abs(bad) < 2**40 else (torch.int64,)
     for dtype in dtypes:
         text = rf"^qops\.{op}: positions must lie in \[0, 40\), the rows of cos, got {bad}$"

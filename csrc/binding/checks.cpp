@@ -1,6 +1,7 @@
 #include "binding/checks.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -45,6 +46,10 @@ namespace {
 
 constexpr double kMaxFloat = std::numeric_limits<float>::max();
 
+bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
 int64_t element_bytes(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Byte:
@@ -79,8 +84,33 @@ ScalarType Checker::dtype_of(const Tensor& t, const char* arg) const {
   }
 }
 
+void Checker::refuse_grad(const Tensor& t, const char* arg) const {
+  if (!aoti_torch_grad_mode_is_enabled()) return;
+  // The stable ABI does not tell. But autograd refuses to resize a tensor that it follows, even to the size that it
+  // has, and where it follows none this does nothing.
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 3> resized{from(t), from(t), from(std::nullopt)};
+  if (torch_call_dispatcher("aten::resize_as_", "", resized.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS) {
+    const Tensor returned = to<Tensor>(resized[0]);  // t once more, for us to let go of
+    return;
+  }
+  // Only where t requires grad has a view of it a history.
+  std::array<StableIValue, 1> stack{from(t)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::alias", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::is_leaf", "", stack.data(), TORCH_ABI_VERSION));
+  if (to<bool>(stack[0])) {
+    unsupported(std::string(arg) + " must not have a tangent, as qops has no forward-mode derivatives, got one");
+  }
+  unsupported(std::string(arg) +
+              " must not require grad, as qops has no autograd kernels (torch.no_grad() or torch.inference_mode() "
+              "around the call allows it), got requires_grad = True");
+}
+
 DType Checker::float_dtype(const Tensor& t, const char* arg) const {
-  return one_of_float(dtype_of(t, arg), arg, "have dtype");
+  const DType dtype = one_of_float(dtype_of(t, arg), arg, "have dtype");
+  refuse_grad(t, arg);
+  return dtype;
 }
 
 DType Checker::as_float_dtype(ScalarType dtype, const char* arg) const { return one_of_float(dtype, arg, "be"); }
@@ -99,6 +129,7 @@ void Checker::dtype(const Tensor& t, const char* arg, ScalarType expected) const
   if (const ScalarType actual = dtype_of(t, arg); actual != expected) {
     unsupported(std::string(arg) + " must have dtype " + dtype_name(expected) + ", got " + dtype_name(actual));
   }
+  if (is_float(expected)) refuse_grad(t, arg);
 }
 
 void Checker::same_dtype(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const {
@@ -107,6 +138,7 @@ void Checker::same_dtype(const Tensor& t, const char* arg, const Tensor& other, 
     unsupported(std::string(arg) + " must have the dtype of " + other_arg + " = " + dtype_name(expected) + ", got " +
                 dtype_name(actual));
   }
+  if (is_float(actual)) refuse_grad(t, arg);
 }
 
 DType Checker::float32_or_same_dtype(const Tensor& t, const char* arg, const Tensor& other,

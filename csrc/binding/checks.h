@@ -44,6 +44,8 @@ class Checker {
   void require_tensor(const Tensor& t, const char* arg) const;
   // Undefined for a dtype that the stable ABI has no name for.
   ScalarType dtype_of(const Tensor& t, const char* arg) const;
+  // What follows, up to index_dtype(), also refuses a tensor whose gradients or tangents would be lost, in grad mode:
+  // each tensor of an op passes one of them.
   // x is float32, float16 or bfloat16.
   DType float_dtype(const Tensor& t, const char* arg) const;
   // The same of an argument that is a dtype.
@@ -88,6 +90,8 @@ class Checker {
   }
 
  private:
+  // 0.6 us a tensor, so in grad mode alone. The typed functions of Python look for tangents in every mode.
+  void refuse_grad(const Tensor& t, const char* arg) const;
   DType one_of_float(ScalarType dtype, const char* arg, const char* verb) const;
   std::string prefix() const { return std::string("qops.") + op_ + ": "; }
 

@@ -45,6 +45,7 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
                        const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
                        int64_t out_features, ScalarType out_dtype, const char* out_subject) {
   Int8GemmParams p{};
+  check.device(q, "q", q);
   check.device(scale, "scale", q);
   if (zero_point) check.device(*zero_point, "zero_point", q);
   check.device(packed, "packed", q);
@@ -150,6 +151,7 @@ Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tenso
 
 void int8_gemm_out(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
                    const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, const Tensor& out) {
+  check.device(q, "q", q);
   check.device(out, "out", q);
   Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, check.dtype_of(out, "out"),
                              "out must have dtype");

@@ -99,6 +99,8 @@ void quantize_int8_static_out(const Tensor& x, const Tensor& scale, const std::o
   QuantizeInt8StaticParams p = checked_static(x, scale, zero_point);
   check_static.output(q, "q", x, ScalarType::Char, "[..., K]", x.sizes());
   check_static.no_overlap(q, "q", x, "x");
+  check_static.no_overlap(q, "q", scale, "scale");
+  if (zero_point) check_static.no_overlap(q, "q", *zero_point, "zero_point");
   run(p, q);
 }
 

@@ -14,6 +14,7 @@ void check_rows(const Checker& check, const Tensor& t, const char* arg) {
 
 // Gate and up side by side; called before anything is allocated.
 SiluMulParams checked(const Checker& check, const Tensor& gate_up, std::string_view rounding) {
+  check.device(gate_up, "gate_up", gate_up);
   check_rows(check, gate_up, "gate_up");
   const int64_t both = gate_up.size(gate_up.dim() - 1);
   if (both % 2 != 0) check.refuse("gate_up", "have an even last dimension 2 I", std::to_string(both));

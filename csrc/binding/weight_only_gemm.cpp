@@ -11,6 +11,7 @@ WeightOnlyGemmParams checked(const Checker& check, const Tensor& x, const Tensor
                              int64_t strip_elements_per_column, const Tensor& scales, const std::optional<Tensor>& bias,
                              int64_t out_features, int64_t group_size) {
   WeightOnlyGemmParams p{};
+  check.device(x, "x", x);
   check.device(packed, "packed", x);
   check.device(scales, "scales", x);
   p.dtype = check.float_dtype(x, "x");

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,11 +50,10 @@ class QuantizedWeight(nn.Module):
         """Everything but the buffers."""
         super().__init__()
         name = self._name()
+        in_features = require_int(name, "in_features", in_features)
+        out_features = require_int(name, "out_features", out_features)
         require_multiples_of_8(name, out_features, in_features)
-        if scale_dtype not in SCALE_DTYPES:
-            raise RuntimeError(
-                f"{name}: scales must have dtype float16, bfloat16 or float32, got {dtype_name(scale_dtype)}"
-            )
+        require_scale_dtype(name, scale_dtype)
         if gate_up:
             self._require_gate_up(out_features)
         self.in_features = in_features
@@ -199,7 +200,7 @@ class QuantizedWeight(nn.Module):
         Raises:
             RuntimeError: ``dtype`` is no floating-point dtype.
         """
-        if not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise RuntimeError(f"{self._name()}.dequantize: dtype must be floating point, got {dtype_name(dtype)}")
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
         perm = getattr(self, "perm", None)
@@ -252,6 +253,7 @@ class QuantizedWeight(nn.Module):
         Raises:
             ValueError: a size is no multiple of 8, or they do not add up to N.
         """
+        sizes = [require_int(f"{self._name()}.split", "sizes", size) for size in sizes]
         if sum(sizes) != self.out_features or min(sizes, default=0) < 0:
             raise ValueError(f"{self._name()}.split: sizes must add up to N = {self.out_features}, got {list(sizes)}")
         whole, parts, start = self.canonical(), [], 0
@@ -346,8 +348,7 @@ class QuantizedWeight(nn.Module):
             tensor = tensors[key]
             if tensor.device != device:
                 raise RuntimeError(f"{name}: {key} must be on {device} like qweight, got {tensor.device}")
-            if tensor.dtype != dtype:
-                raise RuntimeError(f"{name}: {key} must have dtype {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}")
+            require_dtype(name, key, tensor, dtype)
             if tensor.shape != shape:
                 raise ValueError(f"{name}: {key} must have shape {list(shape)}, got {list(tensor.shape)}")
             if tensor.is_meta:
@@ -357,7 +358,23 @@ class QuantizedWeight(nn.Module):
             if key == "zeros" and not tensor.is_floating_point() and (tensor > 16).any():
                 raise ValueError(f"{name}: zeros must be in 0 ... 16, got {int(tensor.max())}")
             if key == "perm" and not torch.equal(tensor.sort().values, torch.arange(shape[0], device=device).int()):
-                raise ValueError(f"{name}: perm must be a permutation of 0 ... {shape[0] - 1}")
+                raise ValueError(
+                    f"{name}: perm must be a permutation of 0 ... {shape[0] - 1}, got {self._instead_of_perm(tensor)}"
+                )
+
+    def _instead_of_perm(self, perm: Tensor) -> str:
+        values, groups = perm.tolist(), group_count(self.in_features, self.group_size)
+        outside = [value for value in values if not 0 <= value < len(values)]
+        if outside:
+            return str(outside[0])
+        columns = [values.count(group) for group in range(groups)]
+        if sum(columns) < len(values):
+            return f"{next(value for value in values if values.count(value) > 1)} twice"
+        # Only a group's number stands for more than one column.
+        for group, count in enumerate(columns):
+            if count != self.group_size:
+                return f"a g_idx whose group {group} has {count} columns and not G = {self.group_size}"
+        return "a g_idx: its perm is torch.argsort(g_idx, stable=True)"
 
     @classmethod
     def _name(cls) -> str:
@@ -426,6 +443,12 @@ class QuantizedWeight(nn.Module):
         except (RuntimeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'weight'}: {error}")
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # How torch.multiprocessing sends a weight to another process. Through __getstate__ that would be canonical
+        # tensors, which nobody holds: with the parent's copies go the file descriptors that the child is to inherit.
+        ForkingPickler.register(cls, _shared)
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_buffers"] = {**dict.fromkeys(self._OPTIONAL_BUFFERS), **self.canonical()}
@@ -448,7 +471,25 @@ class QuantizedWeight(nn.Module):
         return copied
 
 
+def _shared(weight: QuantizedWeight) -> tuple[Any, ...]:
+    """For another process of this installation: the tensors that are there, packed or not, in memory that both see."""
+    return _from_shared, (type(weight), weight.__dict__)
+
+
+def _from_shared(cls: type[QuantizedWeight], state: dict[str, Any]) -> QuantizedWeight:
+    weight = cls.__new__(cls)
+    weight.__dict__.update(state)
+    return weight
+
+
 # Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def require_int(name: str, label: str, value: object) -> int:
+    """As an int: booleans, floats and strings are none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: {label} must be an integer, got {value!r}")
+    return operator.index(value)  # pyright: ignore[reportArgumentType]
 
 
 def require_multiples_of_8(name: str, out_features: int, in_features: int) -> None:
@@ -458,6 +499,7 @@ def require_multiples_of_8(name: str, out_features: int, in_features: int) -> No
 
 
 def resolve_group_size(name: str, in_features: int, group_size: int) -> int:
+    group_size = require_int(name, "group_size", group_size)
     if group_size in (-1, in_features):
         return in_features
     if group_size < 16 or group_size % 16 or in_features % group_size:
@@ -521,7 +563,23 @@ def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
+def require_tensor(name: str, label: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
+
+
+def require_scale_dtype(name: str, dtype: object) -> None:
+    if dtype not in SCALE_DTYPES:
+        raise RuntimeError(f"{name}: scales must have dtype float16, bfloat16 or float32, got {dtype_name(dtype)}")
+
+
+def require_dtype(name: str, label: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise RuntimeError(f"{name}: {label} must have dtype {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}")
+
+
 def require_matrix(name: str, label: str, tensor: Tensor) -> None:
+    require_tensor(name, label, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{name}: {label} must have 2 dimensions, got shape {list(tensor.shape)}")
 
@@ -534,5 +592,5 @@ def _check_version(weight: QuantizedWeight, version: object) -> None:
         )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else repr(dtype)

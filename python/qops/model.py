@@ -413,7 +413,8 @@ class _Folder:
                 tensors[key] = self.tensor(f"{name}.weight.{stored}")
         try:
             if family == "int4":
-                return Int4Weight.from_canonical(**tensors, kind=variant, pack=False)
+                columns = 2 * tensors["qweight"].shape[-1:].numel()  # a folder holds packed codes
+                return Int4Weight.from_canonical(**tensors, kind=variant, in_features=columns, pack=False)
             if kind in ("int8", "int8 dynamic"):
                 return Int8Weight.from_canonical(**tensors, pack=False)
         except (ValueError, TypeError, RuntimeError) as error:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from qops._merged_state import merge_names, restore_names
 from qops.ops import (
     add_rms_norm,
     add_rms_norm_int8,
@@ -24,6 +25,7 @@ from qops.ops import (
     silu_mul,
     silu_mul_int8,
 )
+from qops.ops._checks import MAX_ROW_DIMS
 from qops.weights import Int4Weight, Int8Weight
 
 __all__ = [
@@ -67,6 +69,20 @@ def frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
+def _with_dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """Modules take any strides, as nn.Linear does, operators those of rows. For an x that is not contiguous, which it
+    takes a caller 40 ns to ask."""
+    return x if x.stride(-1) == 1 and x.dim() <= 1 + MAX_ROW_DIMS else x.contiguous()
+
+
+def _in_dtype_of(x: Any, residual: torch.Tensor) -> Any:
+    """Autocast has torch's own operators, attention among them, return its dtype. What they give goes on in the dtype
+    of the residual stream, that of the model."""
+    if x.dtype is residual.dtype or not torch.is_autocast_enabled(residual.device.type):
+        return x
+    return x._replace(dtype=residual.dtype) if isinstance(x, Int8Rows) else x.to(residual.dtype)
+
+
 # A residual stream: a sum, or (delta, residual) whose sum the next norm takes.
 Stream = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -86,7 +102,7 @@ def into_stream(linear: Any, x: Any, residual: torch.Tensor | None) -> Any:
     if residual is None:
         return linear(x)
     if isinstance(linear, (Int4Linear, Int8Linear)):
-        return linear(x, residual)
+        return linear(_in_dtype_of(x, residual), residual)
     return linear(x), residual
 
 
@@ -114,7 +130,7 @@ class _QuantizedLinear(nn.Module):
         self.out_features = weight.out_features
         self.weight = weight
         self.float32_output = float32_output
-        self.register_parameter("bias", None if bias is None else frozen(bias))
+        self.register_parameter("bias", None if bias is None else frozen(bias.contiguous()))
 
     def _operands(self) -> Any:
         # Module.__getattr__ takes 0.5 us an attribute, at 240 reads a token in a model of 30 layers.
@@ -164,7 +180,7 @@ class Int4Linear(_QuantizedLinear):
         """See :func:`qops.int4_gemm`.
 
         Args:
-            x: [..., K].
+            x: [..., K], any strides.
             residual: [..., N] in the dtype of the output, added to it; not with a `gate_up` weight.
 
         Returns:
@@ -172,6 +188,10 @@ class Int4Linear(_QuantizedLinear):
         """
         weight, bias = self._operands()
         x = x.float() if self.float32_output else x
+        if not x.is_contiguous():
+            x = _with_dense_rows(x)
+        if residual is not None and not residual.is_contiguous():
+            residual = _with_dense_rows(residual)
         return int4_gemm(x, weight, bias, residual=residual, silu_mul=weight.gate_up)
 
 
@@ -210,17 +230,23 @@ class Int8Linear(_QuantizedLinear):
         """See :func:`qops.int8_gemm`.
 
         Args:
-            x: [..., K], dense or 8-bit.
+            x: [..., K], dense or 8-bit, any strides.
             residual: [..., N] in the dtype of the output, added to it; not with a `gate_up` weight.
 
         Returns:
             [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32; with a `gate_up` weight its
             SiLU-mul, [..., N/2].
         """
-        rows = x if isinstance(x, Int8Rows) else Int8Rows(*quantize_int8(x), x.dtype)
+        if not isinstance(x, Int8Rows):
+            x = Int8Rows(*quantize_int8(x if x.is_contiguous() else _with_dense_rows(x)), x.dtype)
+        q, scale, dtype = x
+        if not q.is_contiguous():
+            q = _with_dense_rows(q)
+        if residual is not None and not residual.is_contiguous():
+            residual = _with_dense_rows(residual)
         weight, bias = self._operands()
-        dtype = torch.float32 if self.float32_output else rows.dtype
-        return int8_gemm(rows.q, rows.scale, weight, bias, residual=residual, silu_mul=weight.gate_up, out_dtype=dtype)
+        dtype = torch.float32 if self.float32_output else dtype
+        return int8_gemm(q, scale, weight, bias, residual=residual, silu_mul=weight.gate_up, out_dtype=dtype)
 
 
 class Int8WeightOnlyLinear(_QuantizedLinear):
@@ -241,12 +267,13 @@ class Int8WeightOnlyLinear(_QuantizedLinear):
         """See :func:`qops.int8_weight_only_gemm`.
 
         Args:
-            x: [..., K].
+            x: [..., K], any strides.
 
         Returns:
             [..., N] in the dtype of x, or float32.
         """
-        return int8_weight_only_gemm(x.float() if self.float32_output else x, *self._operands())
+        x = x.float() if self.float32_output else x
+        return int8_weight_only_gemm(x if x.is_contiguous() else _with_dense_rows(x), *self._operands())
 
 
 class Int8Embedding(nn.Module):
@@ -302,7 +329,7 @@ class RMSNorm(nn.Module):
         self, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0, rounding: str = "hf", int8: bool = False
     ):
         super().__init__()
-        self.weight = frozen(weight)
+        self.weight = frozen(weight.contiguous())
         self.eps = eps
         self.weight_offset = weight_offset
         self.rounding = rounding
@@ -312,12 +339,14 @@ class RMSNorm(nn.Module):
         """The norm of x.
 
         Args:
-            x: float32, float16 or bfloat16 [..., H].
+            x: float32, float16 or bfloat16 [..., H], any strides.
 
         Returns:
             [..., H] in the dtype of x, or :class:`Int8Rows`.
         """
         style: Any = {"weight_offset": self.weight_offset, "rounding": self.rounding}
+        if not x.is_contiguous():
+            x = _with_dense_rows(x)
         if self.int8:
             return Int8Rows(*rms_norm_int8(x, self.weight, self.eps, **style), x.dtype)
         return rms_norm(x, self.weight, self.eps, **style)
@@ -326,13 +355,18 @@ class RMSNorm(nn.Module):
         """The norm of a sum, and the sum.
 
         Args:
-            x: float32, float16 or bfloat16 [..., H].
-            residual: same dtype and shape.
+            x: float32, float16 or bfloat16 [..., H], any strides.
+            residual: same dtype and shape; under autocast x is cast to its dtype.
 
         Returns:
             (norm of x + residual, x + residual); the norm is an :class:`Int8Rows` with `int8`.
         """
         style: Any = {"weight_offset": self.weight_offset, "rounding": self.rounding}
+        x = _in_dtype_of(x, residual)
+        if not x.is_contiguous():
+            x = _with_dense_rows(x)
+        if not residual.is_contiguous():
+            residual = _with_dense_rows(residual)
         if self.int8:
             q, scale, total = add_rms_norm_int8(x, residual, self.weight, self.eps, **style)
             return Int8Rows(q, scale, x.dtype), total
@@ -362,7 +396,7 @@ class MergedLinear(nn.Module):
         self.sizes = [linear.out_features for linear in linears]
         self.merged = _merge(linears)
         self.separate = nn.ModuleList(linears if self.merged is None else [])
-        self.register_state_dict_post_hook(_restore_names)
+        self.register_state_dict_post_hook(restore_names)
 
     @property
     def takes_int8(self) -> bool:
@@ -392,7 +426,9 @@ class MergedLinear(nn.Module):
         biases = [None] * len(sizes) if linear.bias is None else linear.bias.split(sizes)
         weights = linear.weight.split(sizes)
         parts = [
-            dense_linear(weight, bias) if isinstance(weight, torch.Tensor) else type(linear)(weight, bias)
+            dense_linear(weight, bias)
+            if isinstance(weight, torch.Tensor)
+            else type(linear)(weight, bias, float32_output=linear.float32_output)
             for weight, bias in zip(weights, biases, strict=True)
         ]
         return dict(zip(self.names, parts, strict=True))
@@ -408,7 +444,7 @@ class MergingModule(nn.Module):
         error_msgs = rest[-1]
         for name, child in self.named_children():
             if isinstance(child, MergedLinear):
-                _merge_names(child, state_dict, prefix, f"{prefix}{name}.", error_msgs)
+                merge_names(child, state_dict, prefix, f"{prefix}{name}.", error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -443,7 +479,9 @@ class MLP(MergingModule):
             order = tensors.pop("perm").long()
             gate_proj, up_proj = _with_rows(gate_proj, order), _with_rows(up_proj, order)
             # Its stored columns are in the order of x now.
-            weight = Int4Weight.from_canonical(**tensors, kind=weight.kind, pack=weight.is_packed)
+            weight = Int4Weight.from_canonical(
+                **tensors, kind=weight.kind, in_features=weight.in_features, pack=weight.is_packed
+            )
             down_proj = Int4Linear(weight, down_proj.bias, float32_output=down_proj.float32_output)
         self.gate_up_proj = MergedLinear({"gate_proj": gate_proj, "up_proj": up_proj})
         self.down_proj = down_proj
@@ -516,63 +554,15 @@ def _merge(linears: Sequence[Any]) -> Any:
     weights = [linear.weight for linear in linears]
     if isinstance(first, nn.Linear):
         return dense_linear(torch.cat(weights), bias)
-    if len({_layout(weight) for weight in weights}) > 1:
+    if len({(_layout(linear.weight), linear.float32_output) for linear in linears}) > 1:
         return None
     if isinstance(first, Int4Linear) and first.weight.act_order:
         perms = [weight.perm for weight in weights]
         if any(not torch.equal(perm, perms[0]) for perm in perms[1:]):
             return None
-    return type(first)(type(first.weight).cat(weights), bias)
+    return type(first)(type(first.weight).cat(weights), bias, float32_output=first.float32_output)
 
 
 def _layout(weight: Int4Weight | Int8Weight) -> tuple[Any, ...]:
     zero = (weight.kind, weight.act_order) if isinstance(weight, Int4Weight) else ()
     return (weight.in_features, weight.group_size, weight.scale_dtype, weight.device, *zero)
-
-
-# State shared by all rows of a weight: the same in every part. Everything else has N rows.
-_SHARED_STATE = ("perm", "format_version")
-
-
-def _restore_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """state_dict hook of a MergedLinear: `qkv_proj.merged.weight.qweight` becomes `q_proj.weight.qweight`, ..."""
-    assert isinstance(module, MergedLinear)
-    parent = prefix[: prefix[:-1].rfind(".") + 1]
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        tensor = state_dict.pop(key)
-        place, _, leaf = key.removeprefix(prefix).partition(".")
-        if place == "separate":
-            index, _, leaf = leaf.partition(".")
-            state_dict[f"{parent}{module.names[int(index)]}.{leaf}"] = tensor
-            continue
-        shared = leaf.rpartition(".")[2] in _SHARED_STATE
-        rows = [tensor] * len(module.names) if shared else tensor.split(module.sizes)
-        for name, part in zip(module.names, rows, strict=True):
-            state_dict[f"{parent}{name}.{leaf}"] = part
-
-
-def _merge_names(
-    module: MergedLinear, state_dict: dict[str, Any], parent: str, prefix: str, error_msgs: list[str]
-) -> None:
-    """The way back: gathers the parts' entries under the names that `module`'s children load."""
-    leaves: dict[str, list[Any]] = {}
-    for index, name in enumerate(module.names):
-        for key in [key for key in state_dict if key.startswith(f"{parent}{name}.")]:
-            leaf = key.removeprefix(f"{parent}{name}.")
-            if module.merged is None:
-                state_dict[f"{prefix}separate.{index}.{leaf}"] = state_dict.pop(key)
-            else:
-                leaves.setdefault(leaf, []).append(state_dict.pop(key))
-    for leaf, parts in leaves.items():
-        described = f"{parent}{{{','.join(module.names)}}}.{leaf}"
-        if len(parts) != len(module.names):
-            error_msgs.append(f"{described}: present in {len(parts)} of {len(module.names)} parts")
-        elif leaf.rpartition(".")[2] in _SHARED_STATE:
-            if any(not torch.equal(part, parts[0]) for part in parts[1:]):
-                error_msgs.append(f"{described}: must be the same in every part")
-            state_dict[f"{prefix}merged.{leaf}"] = parts[0]
-        elif len({part.dtype for part in parts}) > 1 or [len(part) for part in parts] != module.sizes:
-            found = [(list(part.shape), part.dtype) for part in parts]
-            error_msgs.append(f"{described}: must have {module.sizes} rows of one dtype, got {found}")
-        else:
-            state_dict[f"{prefix}merged.{leaf}"] = torch.cat(parts)

@@ -12,22 +12,24 @@ Packing is a bijection, so nothing is lost by keeping the packed form alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qops._weight_rounding import add_rounding_to_odd, round_to_nearest, scale_codes, store_nibbles
 from qops._weight_state import (
     SCALE_DTYPES,
     QuantizedWeight,
-    chunk_rows,
     dtype_name,
     group_count,
     group_size_from_scales,
+    require_dtype,
+    require_int,
     require_matrix,
-    require_multiples_of_8,
-    resolve_group_size,
+    require_scale_dtype,
+    require_tensor,
 )
 from qops.ops import _checks
 from qops.ops._checks import INT4_KINDS, STRIP_ROWS, strips_of
@@ -129,26 +131,32 @@ class Int4Weight(QuantizedWeight):
             gives exact zeros.
 
         Raises:
-            ValueError: sizes or group size do not fit; a weight is NaN or infinite; a scale overflows its dtype.
+            ValueError: sizes or group size do not fit; a weight is NaN or infinite, or on the meta device; a scale
+                overflows its dtype.
             RuntimeError: a dtype that is not supported.
+            TypeError: something else than a tensor, an integer or a boolean.
 
         Source:
             Scales and ranges of compressed-tensors (llm-compressor), 4-bit integers.
         """
-        qweight, scales, zeros = _round_to_nearest(
-            f"{cls._name()}.quantize",
+        name = f"{cls._name()}.quantize"
+        if not isinstance(symmetric, bool):
+            raise TypeError(f"{name}: symmetric must be True or False, got {symmetric!r}")
+        qweight, scales, zeros = round_to_nearest(
+            name,
             weight,
             group_size,
             scale_dtype,
-            _store_nibbles,
+            store_nibbles,
             steps=15,
             low=0,
             high=15,
             zero=8 if symmetric else None,
         )
+        in_features = weight.shape[1]
         if symmetric:
-            return cls.from_canonical(qweight, scales, kind="symmetric")
-        return cls.from_canonical(qweight, scales, kind="zero_point", zeros=zeros)
+            return cls.from_canonical(qweight, scales, kind="symmetric", in_features=in_features)
+        return cls.from_canonical(qweight, scales, kind="zero_point", zeros=zeros, in_features=in_features)
 
     @classmethod
     @torch.no_grad()
@@ -160,9 +168,13 @@ class Int4Weight(QuantizedWeight):
         kind: str,
         zeros: Tensor | None = None,
         perm: Tensor | None = None,
+        in_features: int | None = None,
         pack: bool = True,
     ) -> Self:
         """A weight from its canonical tensors, whose shapes tell N, K and G.
+
+        Unpacked codes ``[N, K]``, one in a byte, look like packed ones of twice as many columns. ``in_features`` and
+        ``perm`` tell K; without either, codes of which every byte is below 16 are refused.
 
         Args:
             qweight: uint8 ``[N, K/2]``, even k in the low nibble; with ``perm``, columns in stored order.
@@ -171,17 +183,24 @@ class Int4Weight(QuantizedWeight):
             zeros: ``[N, K/G]``, uint8 0 ... 16 for ``"zero_point"``; float32, or float16 or bfloat16 (widened), for
                 ``"float_zero"`` and ``"offset"``; None for ``"symmetric"``.
             perm: int32 or int64 ``[K]``, a permutation of 0 ... K-1; stored column j is column ``perm[j]`` of w.
+            in_features: K, which says that ``qweight`` holds two codes in a byte.
             pack: False leaves the weight canonical; it may then share memory with the arguments.
 
         Returns:
             A weight that holds exactly these numbers.
 
         Raises:
-            ValueError: shapes, group size or kind do not fit; NaN or infinity in scales or zeros; a zero point above
-                16; ``perm`` is no permutation.
+            ValueError: shapes, group size or kind do not fit; the codes are, or may be, one in a byte; NaN or infinity
+                in scales or zeros; a zero point above 16; ``perm`` is no permutation.
             RuntimeError: dtypes, or tensors on different devices.
+            TypeError: something else than a tensor.
         """
         name = cls._name()
+        for label, tensor in (("qweight", qweight), ("scales", scales), ("zeros", zeros), ("perm", perm)):
+            if tensor is not None or label in ("qweight", "scales"):
+                require_tensor(name, label, tensor)
+        require_dtype(name, "qweight", qweight, torch.uint8)
+        require_scale_dtype(name, scales.dtype)
         require_matrix(name, "qweight", qweight)
         require_matrix(name, "scales", scales)
         cls._require_kind(kind)
@@ -194,10 +213,25 @@ class Int4Weight(QuantizedWeight):
             tensors["zeros"] = zeros.float() if widen else zeros
         if perm is not None:
             tensors["perm"] = perm.detach().int() if perm.dtype == torch.int64 else perm.detach()
-        in_features = 2 * qweight.shape[1]
+        stored, columns = qweight.shape[1], 2 * qweight.shape[1]
+        if in_features is not None:
+            columns = require_int(name, "in_features", in_features)
+        elif perm is not None and perm.numel() == stored:
+            columns = stored
+        elif perm is None and not qweight.is_meta and qweight.numel() > 0 and int(qweight.max()) < 16:
+            raise ValueError(
+                f"{name}: qweight must have two codes in each byte, [N, K/2], got {list(qweight.shape)} with every "
+                f"byte below 16, as unpacked codes [N, K] are; if they are packed, in_features={columns} says so"
+            )
+        if 2 * stored != columns:
+            source = "perm has" if in_features is None else "in_features is"
+            raise ValueError(
+                f"{name}: qweight must have shape [N, K/2] = {[qweight.shape[0], columns // 2]}, two codes in a byte, "
+                f"where {source} K = {columns}, got {list(qweight.shape)}"
+            )
         config = {
-            "in_features": in_features,
-            "group_size": group_size_from_scales(name, in_features, scales),
+            "in_features": columns,
+            "group_size": group_size_from_scales(name, columns, scales),
             "scale_dtype": scales.dtype,
             "kind": kind,
             "act_order": perm is not None,
@@ -283,7 +317,7 @@ class Int4Weight(QuantizedWeight):
             return (scales * (codes - zeros)).float().view(-1, self.in_features)
         # s * q + c, two products that float64 holds exactly; rounding their sum to odd keeps the cast the one rounding.
         constant = zeros if self.kind == "offset" else -scales * zeros
-        return _add_rounding_to_odd(scales * codes, constant).float().view(-1, self.in_features)
+        return add_rounding_to_odd(scales * codes, constant).float().view(-1, self.in_features)
 
 
 class Int8Weight(QuantizedWeight):
@@ -340,13 +374,15 @@ class Int8Weight(QuantizedWeight):
             As in :meth:`Int4Weight.quantize`; no positive value is clamped below the group's largest.
 
         Raises:
-            ValueError: sizes or group size do not fit; a weight is NaN or infinite; a scale overflows its dtype.
+            ValueError: sizes or group size do not fit; a weight is NaN or infinite, or on the meta device; a scale
+                overflows its dtype.
             RuntimeError: a dtype that is not supported.
+            TypeError: something else than a tensor, an integer or a boolean.
 
         Source:
             Per-channel weights of compressed-tensors and torchao with the range -127 ... 127.
         """
-        qweight, scales, _ = _round_to_nearest(
+        qweight, scales, _ = round_to_nearest(
             f"{cls._name()}.quantize",
             weight,
             group_size,
@@ -376,9 +412,13 @@ class Int8Weight(QuantizedWeight):
         Raises:
             ValueError: shapes or group size do not fit; NaN or infinity in scales.
             RuntimeError: dtypes, or tensors on different devices.
+            TypeError: something else than a tensor.
         """
         name = cls._name()
+        require_tensor(name, "scales", scales)
         require_matrix(name, "qweight", qweight)
+        require_dtype(name, "qweight", qweight, torch.int8)
+        require_scale_dtype(name, scales.dtype)
         if scales.dim() == 0:
             scales = scales.expand(qweight.shape[0], min(qweight.shape[1], 1))
         require_matrix(name, "scales", scales)
@@ -447,7 +487,7 @@ class Int8Weight(QuantizedWeight):
         else:
             row = torch.where(inside, ids, n)
             qweight, scales = self.qweight[row], self.scales[row]
-        return _scale_codes(qweight.reshape(*ids.shape, k), scales, self.group_size).to(dtype)
+        return scale_codes(qweight.reshape(*ids.shape, k), scales, self.group_size).to(dtype)
 
     def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = self.out_features, self.in_features
@@ -463,98 +503,4 @@ class Int8Weight(QuantizedWeight):
         return torch.ops.qops.int8_unpack.default(packed, rows)
 
     def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
-        return _scale_codes(rows["qweight"], rows["scales"], self.group_size)
-
-
-# Arithmetic ----------------------------------------------------------------------------------------------------------
-
-
-def _round_to_nearest(
-    name: str,
-    weight: Tensor,
-    group_size: int,
-    scale_dtype: torch.dtype | None,
-    store: Callable[[Tensor], Tensor],
-    *,
-    steps: int,
-    low: int,
-    high: int,
-    zero: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantises in chunks of rows, so that the float64 temporaries stay small.
-
-    Args:
-        name: of the caller, for messages.
-        weight, group_size, scale_dtype: of the caller.
-        store: codes, float64 ``[rows, K]`` -> rows of ``qweight``.
-        steps: how many steps of the scale span the range of a group.
-        low, high: range of the codes.
-        zero: code of zero; None fits one to each group and makes the range as wide as the group's, not symmetric.
-
-    Returns:
-        ``qweight``, ``scales`` and uint8 codes of zero.
-    """
-    if not weight.is_floating_point():
-        raise RuntimeError(f"{name}: weight must have a floating-point dtype, got {dtype_name(weight.dtype)}")
-    require_matrix(name, "weight", weight)
-    n, k = weight.shape
-    require_multiples_of_8(name, n, k)
-    group_size = resolve_group_size(name, k, group_size)
-    if scale_dtype is None:
-        scale_dtype = weight.dtype if weight.dtype in SCALE_DTYPES else torch.float32
-    groups = group_count(k, group_size)
-    empty = store(weight.new_empty(0, k))
-    qweight = empty.new_empty(n, empty.shape[1])
-    scales = weight.new_empty(n, groups, dtype=scale_dtype)
-    zeros = weight.new_empty(n, groups, dtype=torch.uint8)
-    step = chunk_rows(k)
-    for start in range(0, n if k else 0, step):
-        rows = slice(start, start + step)
-        values = weight[rows].double().view(-1, groups, group_size)
-        bottom, top = values.aminmax(dim=-1)
-        if not (bottom.isfinite() & top.isfinite()).all():
-            raise ValueError(f"{name}: weight must be finite, got NaN or infinity")
-        if zero is None:
-            bottom, top = bottom.clamp(max=0), top.clamp(min=0)
-        else:
-            top = torch.maximum(top.abs(), bottom.abs())
-            bottom = -top
-        scales[rows] = ((top - bottom) / steps).float()
-        scale = scales[rows].double()
-        if not scale.isfinite().all():
-            raise ValueError(f"{name}: a scale does not fit in {dtype_name(scale_dtype)}")
-        # Over infinity, every value of a group without a scale gets the code of zero.
-        scale.masked_fill_(scale == 0, torch.inf)
-        origin = torch.full_like(scale, zero) if zero is not None else (-bottom / scale).round_().clamp_(low, high)
-        codes = (values / scale.unsqueeze(-1)).round_().add_(origin.unsqueeze(-1)).clamp_(low, high)
-        qweight[rows] = store(codes.flatten(1))
-        zeros[rows] = origin.to(torch.uint8)
-    return qweight, scales, zeros
-
-
-def _store_nibbles(codes: Tensor) -> Tensor:
-    codes = codes.to(torch.uint8)
-    return codes[:, 0::2] | codes[:, 1::2] << 4
-
-
-def _add_rounding_to_odd(a: Tensor, b: Tensor) -> Tensor:
-    """a + b in float64, an inexact sum rounded to its neighbour with an odd last bit.
-
-    Rounded once more to float32 this is a + b rounded once (Boldo and Melquiond, "Emulation of FMA and correctly
-    rounded sums", 2008): the odd bit keeps the sum off float32's ties. Knuth's two-sum gives the rounding error.
-    """
-    total = a + b
-    from_b = total - a
-    error = (a - (total - from_b)).add_(b - from_b)
-    if error.is_meta or not error.any():  # s * q + o of two float16 numbers is always exact: 45 bits
-        return total
-    bits = total.view(torch.int64)
-    outward = (error > 0) == (total > 0)
-    odd = torch.where(outward, bits + 1, bits - 1)
-    return torch.where((error != 0) & (bits % 2 == 0), odd, bits).view(torch.float64)
-
-
-def _scale_codes(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """int8 codes [..., K] times scales [..., K/G] in float32: products of 8 and 24 bits, rounded once."""
-    codes = codes.float().unflatten(-1, (scales.shape[-1], group_size))
-    return (codes * scales.float().unsqueeze(-1)).flatten(-2)
+        return scale_codes(rows["qweight"], rows["scales"], self.group_size)

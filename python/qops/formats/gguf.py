@@ -91,10 +91,11 @@ def int4_weight(blocks: torch.Tensor, qtype: str, *, pack: bool = True) -> Int4W
     nibbles = per_block[..., -BLOCK // 2 :]
     codes = torch.cat([nibbles & 0x0F, nibbles >> 4], dim=-1)
     qweight = (codes[..., 0::2] | (codes[..., 1::2] << 4)).reshape(blocks.shape[0], -1)
-    scales = _half(per_block, 0)
+    scales, in_features = _half(per_block, 0), 2 * qweight.shape[1]
     if qtype == "Q4_0":
-        return Int4Weight.from_canonical(qweight, scales, kind="symmetric", pack=pack)
-    return Int4Weight.from_canonical(qweight, scales, kind="offset", zeros=_half(per_block, 2), pack=pack)
+        return Int4Weight.from_canonical(qweight, scales, kind="symmetric", in_features=in_features, pack=pack)
+    offsets = _half(per_block, 2)
+    return Int4Weight.from_canonical(qweight, scales, kind="offset", zeros=offsets, in_features=in_features, pack=pack)
 
 
 def int8_weight(blocks: torch.Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT4_KINDS = ("symmetric", "zero_point", "float_zero", "offset")
@@ -53,17 +54,21 @@ class Checker:
 
     def float_dtype(self, t: Tensor, arg: str) -> None:
         self.supported(t.dtype in FLOAT_DTYPES, arg, "have dtype float32, float16 or bfloat16", _name(t.dtype))
+        _refuse_requires_grad(self.op, arg, t)
 
     def dtype(self, t: Tensor, arg: str, expected: torch.dtype) -> None:
         self.supported(t.dtype == expected, arg, f"have dtype {_name(expected)}", _name(t.dtype))
+        _refuse_requires_grad(self.op, arg, t)
 
     def same_dtype(self, t: Tensor, arg: str, other: Tensor, other_arg: str) -> None:
         requirement = f"have the dtype of {other_arg} = {_name(other.dtype)}"
         self.supported(t.dtype == other.dtype, arg, requirement, _name(t.dtype))
+        _refuse_requires_grad(self.op, arg, t)
 
     def float32_or_same_dtype(self, t: Tensor, arg: str, other: Tensor, other_arg: str) -> None:
         requirement = f"have dtype float32 or the dtype of {other_arg} = {_name(other.dtype)}"
         self.supported(t.dtype in (torch.float32, other.dtype), arg, requirement, _name(t.dtype))
+        _refuse_requires_grad(self.op, arg, t)
 
     def index_dtype(self, t: Tensor, arg: str) -> None:
         self.supported(t.dtype in (torch.int32, torch.int64), arg, "have dtype int32 or int64", _name(t.dtype))
@@ -144,15 +149,27 @@ class Checker:
 
 
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:
-    """The ops are inference-only: a silent loss of gradients would be worse than this error."""
-    if not torch.is_grad_enabled():
-        return
-    for arg, t in tensors.items():
-        if isinstance(t, Tensor) and t.requires_grad:
-            raise RuntimeError(
-                f"qops.{op}: {arg} must not require grad, as qops has no autograd kernels (torch.no_grad() or "
-                "torch.inference_mode() around the call allows it), got requires_grad = True"
-            )
+    """The ops are inference-only: a silent loss of gradients or tangents would be worse than these errors."""
+    # Tangents go through torch.no_grad() too. Only inside a level, which also torch.func.jvp opens, do tensors have
+    # any; its number is an attribute of the module, which costs a call 40 ns.
+    if forward_ad._current_level >= 0:
+        for arg, t in tensors.items():
+            if isinstance(t, Tensor) and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None:
+                raise RuntimeError(
+                    f"qops.{op}: {arg} must not have a tangent, as qops has no forward-mode derivatives, got one"
+                )
+    if torch.is_grad_enabled():
+        for arg, t in tensors.items():
+            if isinstance(t, Tensor):
+                _refuse_requires_grad(op, arg, t)
+
+
+def _refuse_requires_grad(op: str, arg: str, t: Tensor) -> None:
+    if t.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"qops.{op}: {arg} must not require grad, as qops has no autograd kernels (torch.no_grad() or "
+            "torch.inference_mode() around the call allows it), got requires_grad = True"
+        )
 
 
 def require_weight(op: str, weight: object, expected: str) -> None:
