@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import functools
+import inspect
 import logging
 import re
 from collections import Counter
@@ -284,10 +287,10 @@ def _plan(
         plan.smoothing = plan_smoothing(caller, model, smoothing)
     norms = set()
     by_default = _kept_by_default(model) if skip_default else {}
-    adapters = _adapters(model)
+    elsewhere = _adapters(model) | _read_by_owner(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            reason = adapters.get(name) or by_default.get(name) or _unquantizable(name, module, skip)
+            reason = elsewhere.get(name) or by_default.get(name) or _unquantizable(name, module, skip)
             if reason is None:
                 plan.linears[name] = _group_size(module.in_features, group_size) if scheme == "int4" else -1
                 _check_quantizable(name, module, plan.linears[name])
@@ -350,6 +353,31 @@ def _adapters(model: nn.Module) -> dict[str, str]:
                 if isinstance(part, nn.Linear) and not f"{inner}.".startswith("base_layer."):
                     kept[f"{name}.{inner}"] = f"part of an adapter, {type(module).__name__}"
     return kept
+
+
+def _read_by_owner(model: nn.Module) -> dict[str, str]:
+    """Linears whose weight the module around them reads as a tensor, by its source, instead of calling them."""
+    kept: dict[str, str] = {}
+    for name, module in model.named_modules():
+        source = None
+        for part, linear in module._modules.items():
+            if isinstance(linear, nn.Linear):
+                source = _source(type(module)) if source is None else source
+                # T5 asks first whether the weight is a tensor.
+                guarded = f"isinstance(self.{part}.weight, torch.Tensor)" in source
+                if re.search(rf"\bself\.{part}\.weight\b", source) and not guarded:
+                    kept[f"{name}.{part}".lstrip(".")] = f"{type(module).__name__} reads its weight itself"
+    return kept
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    """Of a class and its bases, as far as there is one."""
+    found = ""
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        with contextlib.suppress(OSError, TypeError):  # of classes made at run time
+            found += inspect.getsource(base)
+    return found
 
 
 def _unquantizable(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str | None:
