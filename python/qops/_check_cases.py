@@ -32,6 +32,7 @@ from qops._numerics import (
     silu_mul_bound,
     weight_only_bound,
 )
+from qops._weight_rounding import add_rounding_to_odd
 from qops.ops import _checks
 from qops.ops._checks import INT4_KINDS, layout_of
 from qops.ops.int4_gemm import int4_gemm_ref
@@ -40,7 +41,7 @@ from qops.ops.quantize_int8 import quantize_int8_asym_ref, quantize_int8_ref, qu
 from qops.ops.rms_norm import rms_norm_ref
 from qops.ops.rotary import rotary_ref
 from qops.ops.silu_mul import silu_mul_ref
-from qops.weights import Int4Weight, Int8Weight, _add_rounding_to_odd
+from qops.weights import Int4Weight, Int8Weight
 
 ROWS = (1, 3, 17, 65, 130)
 EPS = 1e-5
@@ -433,7 +434,7 @@ def _int8_gemm_exact(
     t = acc.float() * w_scale.view(-1)
     s = scale[:, None]
     # One rounding of s * t + bias: float64 holds the product, and a sum that was rounded to odd is rounded once.
-    y = s * t if bias is None else _add_rounding_to_odd(s.double() * t.double(), bias.double()).float()
+    y = s * t if bias is None else add_rounding_to_odd(s.double() * t.double(), bias.double()).float()
     return y.to(dtype)
 
 
