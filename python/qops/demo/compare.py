@@ -8,6 +8,7 @@ a change in the machine's load meets both; a table shows the median with the sma
 from __future__ import annotations
 
 import importlib.resources
+import inspect
 import math
 import statistics
 import time
@@ -50,17 +51,26 @@ def sampler(temperature: float, seed: int) -> Callable[[torch.Tensor], int]:
     return draw
 
 
+def cache_keyword(model: Any) -> str:
+    """By which name a model of the installed Transformers takes its KV cache; it warns of the other, or ignores it."""
+    names = inspect.signature(type(model).forward).parameters
+    found = [name for name in ("cache", "past_key_values") if name in names]
+    if not found:
+        raise RuntimeError(f"{type(model).__name__}.forward takes neither cache nor past_key_values")
+    return found[0]
+
+
 def generate(model: Any, ids: Sequence[int], pick: Callable[[torch.Tensor], int] = greedy) -> Iterator[int]:
     """Endless token ids that follow `ids`: one forward over the prompt, then one forward a token with a KV cache."""
     from transformers import DynamicCache
 
     with torch.inference_mode():
-        cache = DynamicCache(config=model.config)
+        cache = {cache_keyword(model): DynamicCache(config=model.config)}
         step = torch.tensor([list(ids)])
     while True:
         # Entered anew for each token: inference mode must not stay on in the caller between two of them.
         with torch.inference_mode():
-            logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            logits = model(input_ids=step, **cache, use_cache=True, logits_to_keep=1).logits[0, -1]
             token = pick(logits)
             step = torch.tensor([[token]])
         yield token
