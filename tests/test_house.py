@@ -27,6 +27,7 @@ FILES = {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path 
 CPP = {p: text for p, text in FILES.items() if p.startswith("csrc/") and not p.endswith("CMakeLists.txt")}
 PYTHON = {path: text for path, text in FILES.items() if path.endswith(".py")}
 README = FILES["README.md"]
+BINDING = {path: text for path, text in CPP.items() if path.startswith("csrc/binding/")}
 SCHEMAS = rules.schemas(CPP["csrc/binding/schemas.h"])
 OPS = sorted({rules.op_name(schema) for schema in SCHEMAS})
 PUBLIC_OPS = [op for op in OPS if op not in rules.INTERNAL_OPS]
@@ -224,6 +225,17 @@ def test_operator_has_kernels(schema):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), "no CPU kernel"
     fake = torch._library.simple_registry.singleton.find(name).fake_impl
     assert fake.kernel is not None, "no fake kernel"
+
+
+def test_kernels_are_found():
+    binding = {
+        "a.cpp": 'STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {\n  m.impl("a.out", F(&a));\n  define_b(m);\n}\n',
+        "b.h": 'template <class L>\nvoid define_b(Library& m) {\n  // m.impl("no", x);\n  m.impl("b", F(&b));\n}\n',
+        "c.h": 'void define_c(Library& m) {\n  m.impl("c", F(&c));\n}\n',
+    }
+    assert rules.kernels(binding, "CPU") == {"a.out", "b"} and rules.kernels(binding, "CUDA") == set()
+    # Of this device the dispatcher says the same, which the test before has asked.
+    assert rules.kernels(BINDING, "CPU") == {schema.partition("(")[0] for schema in SCHEMAS}
 
 
 def test_one_name_on_every_layer():
@@ -460,6 +472,16 @@ def test_readme_lists_the_operators():
         "a_",
     }
     assert rules.operators_listed(README) == set(PUBLIC_OPS)
+
+
+@pytest.mark.parametrize("device", ["CPU", "CUDA"])
+def test_readme_says_which_device_has_an_operator(device):
+    """All of its overloads, or it is not there yet."""
+    table = "## Operators\n| op | CPU | CUDA |\n|---|---|---|\n| `a`, `a_` | yes | yes¹ |\n| `b` | yes | not yet |\n## C\n"
+    assert rules.operators_on(table, "CUDA") == {"a", "a_"} and rules.operators_on(table, "CPU") == {"a", "a_", "b"}
+    names = {schema.partition("(")[0] for schema in SCHEMAS}
+    missing = {rules.op_name(name) for name in names - rules.kernels(BINDING, device)}
+    assert rules.operators_on(README, device) == set(PUBLIC_OPS) - missing
 
 
 def test_readme_shows_every_operator():
