@@ -477,7 +477,9 @@ def test_readme_lists_the_operators():
 @pytest.mark.parametrize("device", ["CPU", "CUDA"])
 def test_readme_says_which_device_has_an_operator(device):
     """All of its overloads, or it is not there yet."""
-    table = "## Operators\n| op | CPU | CUDA |\n|---|---|---|\n| `a`, `a_` | yes | yes¹ |\n| `b` | yes | not yet |\n## C\n"
+    table = (
+        "## Operators\n| op | CPU | CUDA |\n|---|---|---|\n| `a`, `a_` | yes | yes¹ |\n| `b` | yes | not yet |\n## C\n"
+    )
     assert rules.operators_on(table, "CUDA") == {"a", "a_"} and rules.operators_on(table, "CPU") == {"a", "a_", "b"}
     names = {schema.partition("(")[0] for schema in SCHEMAS}
     missing = {rules.op_name(name) for name in names - rules.kernels(BINDING, device)}
