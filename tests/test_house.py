@@ -19,6 +19,7 @@ from docs import build
 
 import house_rules as rules
 import qops
+from importers import importers, transformers_tests
 from odr import shared_symbols
 from qops import _native
 
@@ -512,6 +513,22 @@ def test_changelog_starts_with_this_version():
     version = re.search(r'^version = "(.*)"', FILES["pyproject.toml"], flags=re.MULTILINE)
     latest = re.search(r"^## \[(.*?)\]", FILES["CHANGELOG.md"], flags=re.MULTILINE)
     assert version and latest and version[1] == latest[1]
+
+
+def test_what_depends_on_transformers_is_found():
+    library = {"qops.model": "def f():\n    import transformers", "qops.nn": "from qops.model import f"}
+    tests = {
+        "helper": "from transformers.models import llama",
+        "test_a": "def test():\n    from qops import model",
+        "test_b": "import helper",
+        "test_c": "from tests.test_b import x",
+        "tests.test_b": "import helper",
+        "test_d": "import qops.nn, transformers_other",
+    }
+    assert importers("transformers", library, tests) == {"helper", "test_a", "test_b", "test_c", "tests.test_b"}
+    found = transformers_tests()
+    assert {"tests/test_model.py", "tests/test_families.py", "tests/test_smollm2.py"} < set(found)
+    assert not {"tests/test_rms_norm.py", "tests/test_house.py"} & set(found)
 
 
 # --- inline functions of the ISA levels: odr.py runs on a build, here on nm's words ----------------------------------

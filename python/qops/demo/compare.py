@@ -8,7 +8,6 @@ a change in the machine's load meets both; a table shows the median with the sma
 from __future__ import annotations
 
 import importlib.resources
-import inspect
 import math
 import statistics
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qops.demo.console import DemoError
 from qops.quantize import weight_bytes as weight_bytes
 
 PASSAGE_TITLE = "the United States Declaration of Independence (1776)"
@@ -51,21 +51,17 @@ def sampler(temperature: float, seed: int) -> Callable[[torch.Tensor], int]:
     return draw
 
 
-def cache_keyword(model: Any) -> str:
-    """By which name a model of the installed Transformers takes its KV cache; it warns of the other, or ignores it."""
-    names = inspect.signature(type(model).forward).parameters
-    found = [name for name in ("cache", "past_key_values") if name in names]
-    if not found:
-        raise RuntimeError(f"{type(model).__name__}.forward takes neither cache nor past_key_values")
-    return found[0]
-
-
 def generate(model: Any, ids: Sequence[int], pick: Callable[[torch.Tensor], int] = greedy) -> Iterator[int]:
     """Endless token ids that follow `ids`: one forward over the prompt, then one forward a token with a KV cache."""
     from transformers import DynamicCache
 
+    from qops.decoder import cache_keyword
+
+    keyword = cache_keyword(type(model))
+    if keyword is None:
+        raise DemoError(f"{type(model).__name__} takes no KV cache by a name that the demo knows")
     with torch.inference_mode():
-        cache = {cache_keyword(model): DynamicCache(config=model.config)}
+        cache = {keyword: DynamicCache(config=model.config)}
         step = torch.tensor([list(ids)])
     while True:
         # Entered anew for each token: inference mode must not stay on in the caller between two of them.
