@@ -21,7 +21,7 @@ import house_rules as rules
 import qops
 from importers import importers, transformers_tests
 from odr import shared_symbols
-from qops import _native
+from qops import _native, _transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path in rules.authored_files(ROOT)}
@@ -507,6 +507,15 @@ def test_tool_pins_are_one_set():
     assert rules.pins('["ruff==1.2", "pyright[nodejs]==3.4"]') == {"ruff==1.2", "pyright==3.4"}
     project, hooks = rules.pins(FILES["pyproject.toml"]), rules.pins(FILES[".pre-commit-config.yaml"])
     assert hooks and hooks <= project
+
+
+def test_the_oldest_transformers_is_one():
+    oldest = ".".join(map(str, _transformers.MINIMUM))
+    project = FILES["pyproject.toml"]
+    assert re.findall(r'"transformers([^"]*)"', project) == 3 * [f">={oldest}"]
+    assert f"**transformers {oldest} or newer**" in README and f"`transformers` {oldest} or newer" in README
+    (tested,) = re.findall(r"^transformers_releases=\((.*)\)$", FILES[".ci/run"], flags=re.MULTILINE)
+    assert tested.split()[0] == f"{oldest}.0" and f"CI runs {tested.replace(' ', ', ')} and what pip resolves" in README
 
 
 def test_changelog_starts_with_this_version():
