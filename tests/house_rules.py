@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -292,6 +292,18 @@ def op_name(schema: str) -> str:
     return re.split(r"[.(]", schema, maxsplit=1)[0]
 
 
+def kernels(binding: Mapping[str, str], device: str) -> set[str]:
+    """Names, with overloads, of what ``STABLE_TORCH_LIBRARY_IMPL(qops, device, m)`` registers in the files of a folder,
+    itself or through functions of its headers."""
+    code = "\n".join(strip_cpp_comments(text) for text in binding.values())
+    blocks = re.findall(
+        rf"^STABLE_TORCH_LIBRARY_IMPL\(qops, {device}, m\) {{\n(.*?)^}}", code, re.MULTILINE | re.DOTALL
+    )
+    bodies = dict(re.findall(r"^void (define_\w+)\(Library& m\) {\n(.*?)^}", code, re.MULTILINE | re.DOTALL))
+    blocks += [bodies[name] for block in blocks for name in re.findall(r"\b(define_\w+)\(m\)", block)]
+    return {name for block in blocks for name in re.findall(r'm\.impl\(\s*"([\w.]+)"', block)}
+
+
 def stem_of(op: str, layer: str = "") -> str:
     stem = FILES_OF.get(op, op)
     return LAYER_FILES_OF.get((layer, stem), stem)
@@ -422,6 +434,15 @@ def operators_listed(readme: str) -> set[str]:
     section = readme.partition("## Operators")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`[a-z].*?) \|", section, flags=re.MULTILINE)
     return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def operators_on(readme: str, device: str) -> set[str]:
+    """Those of the README's table whose column of the device says yes, perhaps with a footnote; else "not yet"."""
+    section = readme.partition("## Operators")[2].partition("\n## ")[0]
+    header, _, *rows = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in section.splitlines() if line[:1] == "|"]
+    column = header.index(device)
+    assert {row[column].rstrip("¹²³") for row in rows} <= {"yes", "not yet"}, rows
+    return {name for row in rows if row[column][:3] == "yes" for name in re.findall(r"`(\w+)`", row[0])}
 
 
 def operators_shown(readme: str) -> set[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
+import json
 import os
 import re
 import signal
@@ -17,13 +19,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+from demo_models import byte_tokenizer, write_folder
 from qops.demo import artefact, chat, cli, compare, console
 from qops.demo.console import DemoError, Progress
-from qops.model import save_model
-from qops.quantize import quantize_model
+from qops.model import dense_model, load_model
+from qops.replacement import is_replaced
 
 # Terminal
 
@@ -222,18 +222,7 @@ def test_interrupting_a_download_ends_pip_and_leaves_nothing(tmp_path):
 
 @pytest.fixture
 def tokenizer():
-    """Byte-level BPE over ASCII with one merge, in the class a saved GGUF tokenizer comes back as."""
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, [("h", "e")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        bos_token="<|im_start|>",
-        chat_template="{% for m in messages %}{{ bos_token + m['role'] + ' ' + m['content'] + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ bos_token }}{% endif %}",
-    )
+    return byte_tokenizer()
 
 
 def test_the_prompt_goes_through_the_chat_template(tokenizer):
@@ -267,25 +256,7 @@ def test_every_declared_end_of_text_stops(tokenizer):
 
 @pytest.fixture
 def folder(tmp_path, tokenizer):
-    """A tiny random 4-bit model with its tokenizer, as `--model` takes it."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        eos_token_id=None,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    with torch.inference_mode(False):
-        model = quantize_model(LlamaForCausalLM(config), group_size=32)
-    save_model(model, tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return write_folder(tmp_path / "model", tokenizer)
 
 
 @pytest.mark.parametrize("dtype", [None, "fp16", "fp32"])
@@ -327,6 +298,44 @@ def test_answer_only(folder, capsys):
     captured = capsys.readouterr()
     assert "[stopped after 3 tokens]" in captured.out
     assert "tokens/s " not in captured.out and captured.err == ""
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_each_model_is_measured_under_its_own_name(folder, capsys, monkeypatch, dtype):
+    """Speed and bytes of the quantised model stand in its column, those of the dense one in the other."""
+
+    def rate(of_ours: float, of_dense: float):
+        return lambda model, *_: of_ours if is_replaced(model) else of_dense
+
+    monkeypatch.setattr(compare, "decode_rate", rate(30, 10))
+    monkeypatch.setattr(compare, "prefill_rate", rate(500, 400))
+    assert cli.main(["--model", str(folder), "--rounds", "2", "--max-new-tokens", "1", "--dtype", dtype]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    decode, prefill, megabytes = (
+        next(line for line in lines if line.startswith(name)) for name in ("decode", "prefill", "weights")
+    )
+    assert decode.split()[2::2] == ["30.0", "10.0", "3.00x"]
+    assert prefill.split()[4::2] == ["500.0", "400.0", "1.25x"]
+    ours = load_model(folder, cli.DTYPES[dtype])
+    want = []
+    for model in (ours, dense_model(ours, cli.DTYPES[dtype])):
+        once = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+        want.append(sum(once.values()) / 1e6)
+    assert megabytes.split()[2:] == [f"{want[0]:.1f}", f"{want[1]:.1f}", f"{want[0] / want[1]:.2f}x"]
+
+
+@pytest.mark.parametrize("holder", ["config", "generation_config"])
+def test_an_answer_ends_at_a_stop_token(folder, tokenizer, capsys, holder):
+    """The token is not shown, and the proof goes on behind it."""
+    model = load_model(folder, torch.float32)
+    ids = list(itertools.islice(compare.generate(model, chat.prompt_ids(tokenizer, "he")), 20))
+    end = next(index for index in range(5, 20) if ids[index] not in ids[:index])
+    path = folder / f"{holder}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ids[end]}))
+    assert cli.main(["--model", str(folder), "--no-compare", "--prompt", "he"]) == 0
+    text = capsys.readouterr().out.partition("> he\n")[2]
+    assert text.startswith("".join(chat.stream(tokenizer, ids[:end])) + "\n\nFirst token ")
+    assert "\nProven: 64 greedy tokens " in text
 
 
 def test_drawn_answers_follow_the_seed(folder, capsys):

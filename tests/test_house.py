@@ -19,14 +19,16 @@ from docs import build
 
 import house_rules as rules
 import qops
+from importers import importers, transformers_tests
 from odr import shared_symbols
-from qops import _native
+from qops import _native, _transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path in rules.authored_files(ROOT)}
 CPP = {p: text for p, text in FILES.items() if p.startswith("csrc/") and not p.endswith("CMakeLists.txt")}
 PYTHON = {path: text for path, text in FILES.items() if path.endswith(".py")}
 README = FILES["README.md"]
+BINDING = {path: text for path, text in CPP.items() if path.startswith("csrc/binding/")}
 SCHEMAS = rules.schemas(CPP["csrc/binding/schemas.h"])
 OPS = sorted({rules.op_name(schema) for schema in SCHEMAS})
 PUBLIC_OPS = [op for op in OPS if op not in rules.INTERNAL_OPS]
@@ -228,6 +230,17 @@ def test_operator_has_kernels(schema):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), "no CPU kernel"
     fake = torch._library.simple_registry.singleton.find(name).fake_impl
     assert fake.kernel is not None, "no fake kernel"
+
+
+def test_kernels_are_found():
+    binding = {
+        "a.cpp": 'STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {\n  m.impl("a.out", F(&a));\n  define_b(m);\n}\n',
+        "b.h": 'template <class L>\nvoid define_b(Library& m) {\n  // m.impl("no", x);\n  m.impl("b", F(&b));\n}\n',
+        "c.h": 'void define_c(Library& m) {\n  m.impl("c", F(&c));\n}\n',
+    }
+    assert rules.kernels(binding, "CPU") == {"a.out", "b"} and rules.kernels(binding, "CUDA") == set()
+    # Of this device the dispatcher says the same, which the test before has asked.
+    assert rules.kernels(BINDING, "CPU") == {schema.partition("(")[0] for schema in SCHEMAS}
 
 
 def test_one_name_on_every_layer():
@@ -466,6 +479,18 @@ def test_readme_lists_the_operators():
     assert rules.operators_listed(README) == set(PUBLIC_OPS)
 
 
+@pytest.mark.parametrize("device", ["CPU", "CUDA"])
+def test_readme_says_which_device_has_an_operator(device):
+    """All of its overloads, or it is not there yet."""
+    table = (
+        "## Operators\n| op | CPU | CUDA |\n|---|---|---|\n| `a`, `a_` | yes | yes¹ |\n| `b` | yes | not yet |\n## C\n"
+    )
+    assert rules.operators_on(table, "CUDA") == {"a", "a_"} and rules.operators_on(table, "CPU") == {"a", "a_", "b"}
+    names = {schema.partition("(")[0] for schema in SCHEMAS}
+    missing = {rules.op_name(name) for name in names - rules.kernels(BINDING, device)}
+    assert rules.operators_on(README, device) == set(PUBLIC_OPS) - missing
+
+
 def test_readme_shows_every_operator():
     shown = "## Operators\n```python\n>>> y = qops.a(qops.W.quantize(x))\nqops.b(x)\n```\n## More\n>>> qops.c(x)\n"
     assert rules.operators_shown(shown) == {"a"}
@@ -488,10 +513,35 @@ def test_tool_pins_are_one_set():
     assert hooks and hooks <= project
 
 
+def test_the_oldest_transformers_is_one():
+    oldest = ".".join(map(str, _transformers.MINIMUM))
+    project = FILES["pyproject.toml"]
+    assert re.findall(r'"transformers([^"]*)"', project) == 3 * [f">={oldest}"]
+    assert f"**transformers {oldest} or newer**" in README and f"`transformers` {oldest} or newer" in README
+    (tested,) = re.findall(r"^transformers_releases=\((.*)\)$", FILES[".ci/run"], flags=re.MULTILINE)
+    assert tested.split()[0] == f"{oldest}.0" and f"CI runs {tested.replace(' ', ', ')} and what pip resolves" in README
+
+
 def test_changelog_starts_with_this_version():
     version = re.search(r'^version = "(.*)"', FILES["pyproject.toml"], flags=re.MULTILINE)
     latest = re.search(r"^## \[(.*?)\]", FILES["CHANGELOG.md"], flags=re.MULTILINE)
     assert version and latest and version[1] == latest[1]
+
+
+def test_what_depends_on_transformers_is_found():
+    library = {"qops.model": "def f():\n    import transformers", "qops.nn": "from qops.model import f"}
+    tests = {
+        "helper": "from transformers.models import llama",
+        "test_a": "def test():\n    from qops import model",
+        "test_b": "import helper",
+        "test_c": "from tests.test_b import x",
+        "tests.test_b": "import helper",
+        "test_d": "import qops.nn, transformers_other",
+    }
+    assert importers("transformers", library, tests) == {"helper", "test_a", "test_b", "test_c", "tests.test_b"}
+    found = transformers_tests()
+    assert {"tests/test_model.py", "tests/test_families.py", "tests/test_smollm2.py"} < set(found)
+    assert not {"tests/test_rms_norm.py", "tests/test_house.py"} & set(found)
 
 
 # --- inline functions of the ISA levels: odr.py runs on a build, here on nm's words ----------------------------------

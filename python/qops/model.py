@@ -358,6 +358,7 @@ class _Folder:
     """A folder written by `save_model`."""
 
     def __init__(self, folder: Path):
+        from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError, safe_open
         from transformers import AutoConfig
 
@@ -366,7 +367,7 @@ class _Folder:
         try:
             self.config: Any = AutoConfig.from_pretrained(folder)
             model_class = _transformers_class((self.config.architectures or [None])[0])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
         if not isinstance(self.config, model_class.config_class):
             wanted = model_class.config_class.model_type

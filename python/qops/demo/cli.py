@@ -1,4 +1,4 @@
-"""Command line of ``python -m qops.demo``: fetch, answer, compare."""
+"""Command line of ``python -m qops.demo``: fetch, answer, prove, compare."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ TIMING_DTYPE = "bf16"
 
 _LOGGER = logging.getLogger("qops.demo")
 _DESCRIPTION = (
-    "Let a real language model answer from its own 4-bit weights on qops operators, then measure it against a dense "
-    "model of the same dequantised weights. Without --model it fetches SmolLM2-135M-Instruct (93 MB, once)."
+    "Let a real language model answer from its own 4-bit weights on qops operators, prove the answer with a dense "
+    "float32 model of the same dequantised weights, then measure it against one. Without --model it fetches "
+    "SmolLM2-135M-Instruct (93 MB, once)."
 )
 _EPILOG = (
     "The answer and the tables go to stdout, progress and errors to stderr. The model is cached in $QOPS_CACHE, else "
     "$XDG_CACHE_HOME/qops, else ~/.cache/qops. "
-    "exit status: 0 success; 1 failure; 2 wrong usage; 3 the model could not be fetched, verified or cached; "
-    "130 interrupted."
+    "exit status: 0 success; 1 failure, among them an answer that is not the dense model's; 2 wrong usage; 3 the model "
+    "could not be fetched, verified or cached; 130 interrupted."
 )
 
 
@@ -78,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="stored: the weights as the file has them (default); int8: the decoder's linears rounded to 8 bits per "
         "output channel and run with 8-bit activations (W8A8)",
     )
-    parser.add_argument("--no-compare", action="store_true", help="answer only; do not measure")
+    parser.add_argument("--no-compare", action="store_true", help="answer and prove it; do not measure")
     parser.add_argument(
         "--rounds",
         type=_positive,
@@ -219,7 +220,7 @@ def _import_model_code() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         require_transformers("qops.demo")
-        for name in ("transformers.models.llama.modeling_llama", "qops.model", "qops.demo.chat", "qops.demo.compare"):
+        for name in ("transformers.models.llama.modeling_llama", "qops.model", "qops.demo.chat", "qops.demo.proof"):
             importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "qops":
@@ -259,8 +260,8 @@ def _in_int8(model: Any) -> Any:
 
 
 def _answer(model: Any, tokenizer: Any, options: argparse.Namespace, clock: Stopwatch) -> list[int]:
-    """Stream the answer to stdout and report the time to its first token. Returns the prompt's ids."""
-    from qops.demo import chat
+    """Stream the answer to stdout, report the time to its first token and prove it. Returns the prompt's ids."""
+    from qops.demo import chat, proof
     from qops.demo.compare import generate, sampler
 
     prompt_ids = chat.prompt_ids(tokenizer, options.prompt)
@@ -271,9 +272,11 @@ def _answer(model: Any, tokenizer: Any, options: argparse.Namespace, clock: Stop
         raise DemoError(f"the prompt has {len(prompt_ids)} tokens; this model takes 1 ... {context - 1}")
     limit = min(options.max_new_tokens, room)
     answer: list[int] = []
+    rows: list[torch.Tensor] = []
+    endless = generate(model, prompt_ids, proof.recorded(sampler(options.temperature, options.seed), rows))
 
     def tokens() -> Iterator[int]:
-        for token in itertools.islice(generate(model, prompt_ids, sampler(options.temperature, options.seed)), limit):
+        for token in itertools.islice(endless, limit):
             if not answer:
                 clock.lap(f"prompt of {len(prompt_ids)} tokens")
             answer.append(token)
@@ -282,14 +285,17 @@ def _answer(model: Any, tokenizer: Any, options: argparse.Namespace, clock: Stop
             yield token
 
     print(f"> {options.prompt}", flush=True)
-    for text in chat.stream(tokenizer, tokens()):
-        print(text, end="", flush=True)
+    with console.warnings_afterwards():
+        for text in chat.stream(tokenizer, tokens()):
+            print(text, end="", flush=True)
     spent = console.seconds_since_process_start() - clock.total
     stopped = "" if answer[-1] in stop_ids else f"\n[stopped after {len(answer)} tokens]"
     print(f"{stopped}\n")
     rate = f", then {(len(answer) - 1) / spent:.1f} tokens/s" if len(answer) > 1 else ""
     print(f"First token {clock.total:.2f} s after the process started{rate}.")
     print(f"({clock.text()} s)", flush=True)
+    more = itertools.islice(endless, max(0, min(proof.LEAST_TOKENS, room) - len(answer)))
+    print(proof.prove(model, tokenizer, prompt_ids, [*answer, *more], rows, options.temperature > 0), flush=True)
     return prompt_ids
 
 

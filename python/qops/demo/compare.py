@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qops.demo.console import DemoError
 from qops.quantize import weight_bytes as weight_bytes
 
 PASSAGE_TITLE = "the United States Declaration of Independence (1776)"
@@ -54,13 +55,18 @@ def generate(model: Any, ids: Sequence[int], pick: Callable[[torch.Tensor], int]
     """Endless token ids that follow `ids`: one forward over the prompt, then one forward a token with a KV cache."""
     from transformers import DynamicCache
 
+    from qops.decoder import cache_keyword
+
+    keyword = cache_keyword(type(model))
+    if keyword is None:
+        raise DemoError(f"{type(model).__name__} takes no KV cache by a name that the demo knows")
     with torch.inference_mode():
-        cache = DynamicCache(config=model.config)
+        cache = {keyword: DynamicCache(config=model.config)}
         step = torch.tensor([list(ids)])
     while True:
         # Entered anew for each token: inference mode must not stay on in the caller between two of them.
         with torch.inference_mode():
-            logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            logits = model(input_ids=step, **cache, use_cache=True, logits_to_keep=1).logits[0, -1]
             token = pick(logits)
             step = torch.tensor([[token]])
         yield token

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from typing import TextIO
 
 EXIT_FAILED = 1
@@ -27,6 +30,18 @@ class DemoError(Exception):
 def note(text: str) -> None:
     """Print one diagnostic line to stderr, so that stdout holds nothing but the answer and the tables."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def warnings_afterwards() -> Iterator[None]:
+    """What others warn about inside is shown when it ends, not in the middle of an answer."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            yield
+    finally:
+        for warning in caught:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def megabytes(count: int) -> str:
