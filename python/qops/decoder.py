@@ -197,7 +197,9 @@ class Attention(MergingModule):
         nn.Module.__init__(self)
         self.__dict__.update({name: value for name, value in vars(original).items() if not name.startswith("_")})
         self.parameter_names = _named(type(original))
-        self.cache_keyword = cache_keyword(type(original))
+        keyword = cache_keyword(type(original))
+        assert keyword is not None, "unknown_architecture was not asked"
+        self.cache_keyword = keyword
         self.heads = self.config.num_attention_heads
         self.key_value_heads = self.config.num_key_value_heads
         self.qkv_proj = MergedLinear({name: part(f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj")})

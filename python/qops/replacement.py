@@ -168,7 +168,7 @@ def unfusable(model: Any) -> str | None:
     return None if reason is None else f"model.norm: {reason}"
 
 
-def parts_of(layer: nn.Module) -> list[str]:
+def parts_of(layer: Any) -> list[str]:
     """The names in a decoder layer of Transformers of what a fused one asks for."""
     named = dict(layer.named_children()), dict(layer.self_attn.named_children()), dict(layer.mlp.named_children())
     return [
