@@ -57,6 +57,11 @@ def norm_style(module: Any) -> dict[str, Any] | None:
 # Replacing -----------------------------------------------------------------------------------------------------------
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear to replace. A subclass, as some routers are, may compute more than its base."""
+    return type(module) is nn.Linear
+
+
 def replace_parts(
     model: Any,
     linear: Callable[[str, Any], nn.Module],
@@ -82,7 +87,7 @@ def replace_parts(
 
     def part(prefix: str, layer: nn.Module, name: str) -> nn.Module:
         module, name = layer.get_submodule(name), f"{prefix}.{name}"
-        return linear(name, module) if isinstance(module, nn.Linear) else norm(name, module)
+        return linear(name, module) if is_linear(module) else norm(name, module)
 
     if not fused:
         output = model.get_output_embeddings()
@@ -90,12 +95,12 @@ def replace_parts(
         names = [
             name
             for name, module in model.named_modules()
-            if (isinstance(module, nn.Linear) and module is not output)
+            if (is_linear(module) and module is not output)
             or (looks_like_norm(module) and norm_style(module) is not None)
         ]
         for name in bar(names):
             module = model.get_submodule(name)
-            model.set_submodule(name, linear(name, module) if isinstance(module, nn.Linear) else norm(name, module))
+            model.set_submodule(name, linear(name, module) if is_linear(module) else norm(name, module))
         return
 
     from qops.decoder import DecoderLayer, FinalNorm, RotaryTables, fused_class
@@ -117,11 +122,22 @@ def tie(model: Any, table: Int4Weight | Int8Weight, dtype: torch.dtype) -> None:
     if isinstance(table, Int8Weight) and type(embedding) is nn.Embedding:
         model.set_input_embeddings(Int8Embedding(table, dtype))
     else:
-        embedding.weight = frozen(table.dequantize(dtype))
+        replace_parameter(model, embedding.weight, table.dequantize(dtype))
+
+
+def replace_parameter(model: nn.Module, old: nn.Parameter, new: torch.Tensor) -> None:
+    """Wherever it is: an encoder and a decoder may look up one table through embeddings of their own."""
+    parameter = frozen(new)
+    for module in model.modules():
+        for key in [key for key, found in module._parameters.items() if found is old]:
+            module._parameters[key] = parameter
 
 
 def freeze(model: Any) -> Any:
-    return model.eval().requires_grad_(False)
+    """The last step of every conversion: a model for inference that Transformers' own surgery leaves whole."""
+    from qops.pretrained import protect
+
+    return protect(model.eval().requires_grad_(False))
 
 
 def packed(module: Any) -> Any:
@@ -135,8 +151,30 @@ def packed(module: Any) -> Any:
 # Looking -------------------------------------------------------------------------------------------------------------
 
 
+def input_table(model: Any) -> Any:
+    """The module that looks up token embeddings; None where the model takes something else than tokens."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # what Transformers raises for a model that has none
+        return None
+    return table if isinstance(table, (nn.Embedding, Int8Embedding)) else None
+
+
 def is_tied(model: Any) -> bool:
-    return model.get_output_embeddings() is not None and bool(model.config.tie_word_embeddings)
+    """Whether the output layer has the weight of the embedding."""
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    return tied and input_table(model) is not None and model.get_output_embeddings() is not None
+
+
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of that name; None where a quantised weight, or nothing, stands there."""
+    module_name, _, key = name.rpartition(".")
+    module: Any = model
+    for part in module_name.split(".") if module_name else ():
+        module = module._modules.get(part)
+        if module is None:
+            return None
+    return module._parameters.get(key)
 
 
 def is_replaced(model: Any) -> bool:
@@ -170,12 +208,22 @@ def kind_of(linear: Any) -> str:
 def entries(model: Any) -> Iterator[tuple[str, Any, str]]:
     """(parameter name in Transformers' model, weight or tensor, kind of a quantised weight), each once.
 
-    A tied table is the embedding's, as Transformers has it; its exact values are those of the output layer, because a
-    4-bit table is looked up densely and the dense one is rounded.
+    Tied tensors stand under the name of their source. A tied table is the embedding's, as Transformers has it; its
+    exact values are those of the output layer, because a 4-bit table is looked up densely and the dense one is rounded.
     """
-    table: Any = model.get_input_embeddings()
-    output: Any = model.get_output_embeddings()
-    tied = is_tied(model)
+    ties = model._qops_converted.ties
+    table, output = input_table(model), model.get_output_embeddings()
+    quantised = is_tied(model) and isinstance(output.weight, (Int4Weight, Int8Weight))
+    if quantised:
+        name = f"{name_of(model, table)}.weight"
+        yield ties.get(name, name), output.weight, kind_of(output)
+    for name, value, kind in _all_entries(model):
+        copied = name in ties and value is parameter_of(model, ties[name])
+        if not copied and not (quantised and (value is table.weight or value is output.weight)):
+            yield name, value, kind
+
+
+def _all_entries(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     merged: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(merged) and merged:
@@ -185,11 +233,6 @@ def entries(model: Any) -> Iterator[tuple[str, Any, str]]:
             parent = name.rpartition(".")[0]
             for part, linear in module.split().items():
                 yield from _own_entries(f"{parent}.{part}", linear)
-        elif tied and module is table and isinstance(output.weight, (Int4Weight, Int8Weight)):
-            yield f"{name}.weight", output.weight, kind_of(output)
-        elif tied and module is output:
-            if output.bias is not None:
-                yield f"{name}.bias", output.bias, ""
         else:
             yield from _own_entries(name, module)
 
