@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qops._offload import Offloadable
 from qops._weight_state import moved
 from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm, Stream, into_stream
 from qops.ops import qk_norm_rotary_, rotary_
@@ -219,7 +220,7 @@ class Attention(MergingModule):
             rotary_(query, key, cos, sin, positions)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Offloadable):
     """A decoder layer that takes and returns a sum or (delta, residual); see the module docstring.
 
     Two norms (Llama) stand before attention and before the MLP. With four (Gemma 2 and 3) the output of each is normed
@@ -252,6 +253,7 @@ class DecoderLayer(nn.Module):
         before_mlp = self.pre_feedforward_layernorm if self.sandwich else self.post_attention_layernorm
         self.input_layernorm.int8 = self.self_attn.qkv_proj.takes_int8
         before_mlp.int8 = self.mlp.gate_up_proj.takes_int8
+        self._be_hooked()
 
     def forward(
         self,

@@ -186,6 +186,12 @@ def require_replaced(model: Any, caller: str) -> None:
     require_transformers(caller)
     if not is_replaced(model):
         raise ValueError(f"{caller}: model must come from qops.load_model or qops.quantize_model")
+    weights = [module for module in model.modules() if isinstance(module, (Int4Weight, Int8Weight))]
+    if any(weight.is_offloaded for weight in weights) or any(parameter.is_meta for parameter in model.parameters()):
+        raise RuntimeError(
+            f"{caller}: model must be in memory, parts of it are offloaded; "
+            "accelerate.hooks.remove_hook_from_submodules(model) brings them back"
+        )
 
 
 def is_fused(model: Any) -> bool:
