@@ -124,7 +124,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         OSError: a folder without a tokenizer.
         ValueError: a GGUF file that is malformed or holds no tokenizer.
     """
-    require_transformers("qops.load_tokenizer")
+    require_transformers("qops.model.load_tokenizer")
     if Path(path).is_file():
         from qops.formats import gguf
 
@@ -222,7 +222,7 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         ImportError: Transformers >= 5.17, < 6 is missing.
         ValueError: the model has no qops parts; another dtype.
     """
-    require_replaced(model, "qops.dense_model")
+    require_replaced(model, "qops.model.dense_model")
     dense = _skeleton(type(model), model.config, dtype)
     state = {
         name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
