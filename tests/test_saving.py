@@ -215,6 +215,37 @@ def test_tying_and_initialising_again_change_nothing(name, scheme):
     assert_bitwise(outputs(moved, name), want)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_of_its_own_stays_one_where_the_config_says_tied(way, tmp_path):
+    # Transformers does not tie what a checkpoint holds twice, and differing.
+    source = llama()
+    source.config.tie_word_embeddings = True
+    source.save_pretrained(tmp_path / "dense")
+    model = quantize_model(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense"), **WAYS[way])
+    want = model(TOKENS).logits
+    save_model(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved", torch.float32)
+    for converted in (model, again):
+        converted.tie_weights(recompute_mapping=False)
+        assert_bitwise(converted(TOKENS).logits, want)
+        assert type(converted.get_input_embeddings()) is nn.Embedding
+        assert_bitwise(converted.model.embed_tokens.weight, source.model.embed_tokens.weight)
+    save_model(again, tmp_path / "again")
+    for name in ("qops.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+    dense = dense_model(again, torch.float32)
+    assert dense.lm_head.weight is not dense.model.embed_tokens.weight
+
+
+def test_a_head_that_was_untied_by_hand_is_refused():
+    model = llama(tie_word_embeddings=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"must have one weight, got two; set config\.tie_word_embeddings to False"):
+        quantize_model(model, "int8", skip=())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_untied_dense_tables_are_tied_as_ever():
     model = quantize_model(llama(tie_word_embeddings=True), "int4")
     model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -228,7 +228,8 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
         for name, value, _ in entries(model)
     }
-    _assign(dense, state.pop, frozenset(state))
+    _tie_what_is_tied(dense, frozenset(state).__contains__)
+    _assign(dense, state.pop)
     if is_fused(model):
         # The instance in use, not a new one from the config: it may carry its owner's frequencies.
         dense.model.rotary_emb = copy.deepcopy(model.model.rotary_emb.rotary)
@@ -283,6 +284,8 @@ def build_model(
     def linear(name: str, module: nn.Linear) -> nn.Module:
         return linear_of(name, fetch(name, module), checkpoint.bias(name))
 
+    if isinstance(checkpoint, _Folder):
+        _tie_what_is_tied(model, checkpoint.holds)
     replace_parts(model, linear, norm_weight, fused)
     embedding, output = input_table(model), model.get_output_embeddings()
     tied, name, table = is_tied(model), "", None
@@ -317,7 +320,7 @@ def build_model(
         assert isinstance(checkpoint, _Folder), name
         return _in_dtype(checkpoint.tensor(name), dtype)
 
-    _assign(model, rest, checkpoint.names if isinstance(checkpoint, _Folder) else frozenset())
+    _assign(model, rest)
     return freeze(packed(model)).to(device)
 
 
@@ -347,16 +350,22 @@ def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     register: Any = nn.modules.module.register_module_parameter_registration_hook
     hook = register(without_storage)
     try:
-        model = model_class(config)
+        return model_class(config)
     finally:
         hook.remove()
-    _share(model, model.all_tied_weights_keys)
-    return model
 
 
-def _share(model: Any, ties: Mapping[str, str]) -> None:
+def _tie_what_is_tied(model: Any, holds: Callable[[str], bool]) -> None:
+    """Forgets the ties of which both sides are held, which is Transformers' own rule, and ties the others."""
+    ties = model.all_tied_weights_keys
+    for target in [target for target, source in ties.items() if holds(target) and holds(source)]:
+        del ties[target]
+    _share(model)
+
+
+def _share(model: Any) -> None:
     """Ties parameters to their sources, where both are there."""
-    for target, source in ties.items():
+    for target, source in model.all_tied_weights_keys.items():
         parameter, (module_name, _, key) = parameter_of(model, source), target.rpartition(".")
         if parameter is not None and parameter_of(model, target) is not None:
             setattr(model.get_submodule(module_name), key, parameter)
@@ -367,12 +376,11 @@ def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def _assign(model: Any, tensor: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
+def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
     """Gives every parameter without storage, and every persistent buffer, what ``tensor`` has under its name.
 
-    Those that are tied to another one, and not among ``names``, share its parameter.
+    Those that are tied to another one share its parameter.
     """
-    ties = {target: source for target, source in model.all_tied_weights_keys.items() if target not in names}
     for module_name, module in model.named_modules():
         if isinstance(module, (Int4Weight, Int8Weight)):
             continue
@@ -382,13 +390,13 @@ def _assign(model: Any, tensor: Callable[[str], torch.Tensor], names: frozenset[
                 wanted[key] = value
         for key, value in wanted.items():
             name = f"{module_name}.{key}".removeprefix(".")
-            if name in ties:
+            if name in model.all_tied_weights_keys:
                 continue
             found = tensor(name)
             if found.shape != value.shape:
                 raise ValueError(f"{name} must have shape {list(value.shape)}, got {list(found.shape)}")
             setattr(module, key, frozen(found) if key in module._parameters else found)
-    _share(model, ties)
+    _share(model)
 
 
 # Folders -------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def protect(model: Any) -> Any:
     for module in model.modules():
         # Transformers initialises what it has not loaded itself, and takes whatever is called RMSNorm for its own.
         module._is_hf_initialized = True
-        if isinstance(module, PreTrainedModel):
+        if isinstance(module, PreTrainedModel) and is_replaced(module):
             _keep_ties(module)
             _keep_whole(module, fused)
     return model
@@ -50,13 +50,9 @@ def _keep_ties(model: Any) -> None:
         module = model.get_submodule(name.rpartition(".")[0])
         return not isinstance(getattr(module, "weight", None), (Int4Weight, Int8Weight))
 
-    ties = {
-        target: source
-        for target, source in model.all_tied_weights_keys.items()
-        if is_dense(target) and is_dense(source)
-    }
-    if len(ties) < len(model.all_tied_weights_keys):
-        model.all_tied_weights_keys = model._tied_weights_keys = ties
+    ties = model.all_tied_weights_keys.items()
+    kept = {target: source for target, source in ties if is_dense(target) and is_dense(source)}
+    model.all_tied_weights_keys = model._tied_weights_keys = kept
 
 
 def _keep_whole(model: Any, fused: set[str]) -> None:

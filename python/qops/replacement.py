@@ -160,10 +160,19 @@ def input_table(model: Any) -> Any:
     return table if isinstance(table, (nn.Embedding, Int8Embedding)) else None
 
 
+def ties_of(model: Any) -> dict[str, str]:
+    """The source of each tied parameter by its name, as it is in Transformers' model."""
+    converted = model.__dict__.get("_qops_converted")
+    return model.all_tied_weights_keys if converted is None else converted.ties
+
+
 def is_tied(model: Any) -> bool:
-    """Whether the output layer has the weight of the embedding."""
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    return tied and input_table(model) is not None and model.get_output_embeddings() is not None
+    """Whether the output layer has the weight of the embedding. The config alone does not tell: classes differ."""
+    table, output, ties = input_table(model), model.get_output_embeddings(), ties_of(model)
+    if table is None or output is None:
+        return False
+    names = [f"{name_of(model, module)}.weight" for module in (table, output)]
+    return ties.get(names[0], names[0]) == ties.get(names[1], names[1])
 
 
 def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
@@ -217,7 +226,7 @@ def entries(model: Any) -> Iterator[tuple[str, Any, str]]:
     Tied tensors stand under the name of their source. A tied table is the embedding's, as Transformers has it; its
     exact values are those of the output layer, because a 4-bit table is looked up densely and the dense one is rounded.
     """
-    ties = model._qops_converted.ties
+    ties = ties_of(model)
     table, output = input_table(model), model.get_output_embeddings()
     quantised = is_tied(model) and isinstance(output.weight, (Int4Weight, Int8Weight))
     if quantised:
