@@ -315,7 +315,7 @@ class QuantizedWeight(nn.Module):
         # One assignment: a thread that packs what another thread packed already sees one form or the other, whole.
         self._buffers = {**tensors, **{key: None for key in self._OPTIONAL_BUFFERS if key not in tensors}}
         # state_dict holds other tensors under other names, so torch.export must take these for constants.
-        self._non_persistent_buffers_set = set(tensors)
+        self._non_persistent_buffers_set = set(self._buffers)
         self._layout = tensors["packed"].device.type if "packed" in tensors else ""
 
     def _packed_from(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
