@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from gguf_files import VOCAB, llama_file
-from qops.decoder import DecoderLayer
+from qops.decoder import DecoderLayer, cache_keyword
 from qops.model import dense_model, load_model, save_model
 from qops.nn import Int8Embedding, Int8WeightOnlyLinear
 from qops.quantize import quantize_model
@@ -191,7 +192,7 @@ def test_quantised_models_match_the_dense_model(changes, dtype):
 def test_quantize_model_quantises_what_it_says():
     source = random_llama()
     original = copy.deepcopy(source)
-    model = quantize_model(source, group_size=16, symmetric=False, skip=("lm_head", "o_proj", "*.1.mlp.gate_proj"))
+    model = quantize_model(source, group_size=16, symmetric=False, skip=("o_proj", "*.1.mlp.gate_proj"))
     assert model is source
     dense = dense_model(model, torch.float32)
     for name, linear in original.named_modules():
@@ -235,15 +236,31 @@ def test_weights_that_are_not_finite_change_nothing():
     assert not any(isinstance(module, DecoderLayer) for module in model.modules())
 
 
-def test_other_transformers_releases_are_refused(monkeypatch, tmp_path):
-    for found in ("5.16.2", "4.57.0", "6.0.0", "6.0.0rc1"):
+def test_old_transformers_releases_are_refused(monkeypatch, tmp_path):
+    for found in ("5.16.2", "4.57.0"):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, found=found: found)
         for call in (lambda: load_model(tmp_path), lambda: quantize_model(random_llama())):
-            with pytest.raises(ImportError, match=rf"transformers >= 5\.17, < 6 is needed, got {found}"):
+            with pytest.raises(ImportError, match=rf"transformers >= 5\.17 is needed, got {found}"):
                 call()
-    for found in ("5.17.0", "5.99.1", "5.30.0.dev0"):
+
+
+@pytest.mark.parametrize("found", ["5.99.1", "6.0.0", "6.0.0rc1"])
+def test_newer_transformers_releases_are_warned_about_once(found, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+    with pytest.warns(UserWarning, match=rf"transformers {found} is newer than \d\.\d+, the newest that this qops"):
+        model = quantize_model(random_llama(), group_size=32)
+    assert model.qops_fusion.not_fused is None and "relative error" in model.qops_fusion.proof
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(random_llama(), group_size=32)
+
+
+def test_tested_transformers_releases_are_not_warned_about(monkeypatch):
+    for found in ("5.17.0", "5.24.7", "5.20.0.dev0"):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, found=found: found)
-        assert isinstance(quantize_model(random_llama(), group_size=32), LlamaForCausalLM)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert isinstance(quantize_model(random_llama(), group_size=32), LlamaForCausalLM)
 
 
 # Caches, masks, generation -------------------------------------------------------------------------------------------
@@ -257,7 +274,7 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(kind):
     cache = kind(config=model.config, max_cache_len=16) if kind is StaticCache else kind(config=model.config)
     # A prompt, a longer chunk behind it, then single tokens.
     steps = [ids[:, :4], ids[:, 4:8], *ids[:, 8:].split(1, dim=1)]
-    pieces = [model(step, past_key_values=cache, use_cache=True).logits for step in steps]
+    pieces = [model(step, **{cache_keyword(type(model)): cache}, use_cache=True).logits for step in steps]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=2e-5, rtol=2e-5)
 
 
@@ -318,7 +335,7 @@ def test_attention_implementations_agree(implementation):
     model.set_attn_implementation(implementation)
     torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=2e-5)
     cache = DynamicCache(config=model.config)
-    pieces = [model(step, past_key_values=cache).logits for step in (ids[:, :8], ids[:, 8:])]
+    pieces = [model(step, **{cache_keyword(type(model)): cache}).logits for step in (ids[:, :8], ids[:, 8:])]
     torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=2e-5, rtol=2e-5)
 
 
@@ -441,7 +458,7 @@ def test_folders_round_trip_gguf_models(gguf_path, tmp_path, dtype):
 
 
 def test_folders_round_trip_quantised_models(tmp_path):
-    model = quantize_model(random_llama(), group_size=32, symmetric=False, skip=("lm_head", "k_proj"))
+    model = quantize_model(random_llama(), group_size=32, symmetric=False, skip=("k_proj",))
     save_model(model, tmp_path)
     assert_bitwise(load_model(tmp_path, torch.float32)(random_ids(2, 9)).logits, model(random_ids(2, 9)).logits)
 

@@ -21,10 +21,10 @@ from accelerate.hooks import remove_hook_from_submodules  # noqa: E402
 WAYS = {
     "int4": {"scheme": "int4"},
     "int8": {"scheme": "int8"},
-    "int4, a dense part in each merged linear": {"scheme": "int4", "skip": ("lm_head", "k_proj", "up_proj")},
-    "int4, qkv dense": {"scheme": "int4", "skip": ("lm_head", "q_proj", "k_proj", "v_proj")},
+    "int4, a dense part in each merged linear": {"scheme": "int4", "skip": ("k_proj", "up_proj")},
+    "int4, qkv dense": {"scheme": "int4", "skip": ("q_proj", "k_proj", "v_proj")},
     "int4, not fused": {"scheme": "int4", "fuse": False},
-    "int8, head and table": {"scheme": "int8", "skip": ()},
+    "int8, head and table": {"scheme": "int8", "skip_default": False},
 }
 
 
@@ -172,7 +172,7 @@ def test_a_hook_of_the_user_stays_on_a_part_of_an_offloaded_layer(tmp_path):
             Count.calls += 1
             return args, kwargs
 
-    model = quantize_model(random_model("llama"), "int4", skip=("lm_head", "o_proj"))
+    model = quantize_model(random_model("llama"), "int4", skip=("o_proj",))
     want = model(IDS).logits
     accelerate.hooks.add_hook_to_module(model.model.layers[0].self_attn.o_proj, Count())
     accelerate.disk_offload(model, tmp_path, "cpu")
@@ -181,7 +181,7 @@ def test_a_hook_of_the_user_stays_on_a_part_of_an_offloaded_layer(tmp_path):
 
 
 def test_a_table_that_is_shared_comes_and_goes_with_each_of_its_users(tmp_path):
-    model = quantize_model(random_model("llama", tie_word_embeddings=True), "int8", skip=())
+    model = quantize_model(random_model("llama", tie_word_embeddings=True), "int8", skip_default=False)
     assert isinstance(model.get_input_embeddings(), Int8Embedding)
     want = model(IDS).logits
     accelerate.disk_offload(model, tmp_path, "cpu")

@@ -24,8 +24,8 @@ from qops.weights import Int4Weight, Int8Weight
 # Every linear that can be; the output layer, and a table that is tied to it, in 4 and in 8 bits.
 WAYS = {
     "int8": {"scheme": "int8"},
-    "int4, all": {"scheme": "int4", "skip": ()},
-    "int8, all, not fused": {"scheme": "int8", "skip": (), "fuse": False},
+    "int4, all": {"scheme": "int4", "skip_default": False},
+    "int8, all, not fused": {"scheme": "int8", "skip_default": False, "fuse": False},
 }
 
 
@@ -195,7 +195,7 @@ def test_adapters_of_transformers_own_integration_are_saved_alone(tmp_path):
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration", "MarianMTModel"])
 def test_tying_and_initialising_again_change_nothing(name, scheme):
     source = tiny_model(name) if name != "LlamaForCausalLM" else llama(tie_word_embeddings=True)
-    model = quantize_model(source, scheme, skip=())
+    model = quantize_model(source, scheme, skip_default=False)
     want, head, copied = outputs(model, name), model.get_output_embeddings(), copy.deepcopy(model)
     for call in (
         model.tie_weights,
@@ -241,7 +241,7 @@ def test_a_head_that_was_untied_by_hand_is_refused():
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"must have one weight, got two; set config\.tie_word_embeddings to False"):
-        quantize_model(model, "int8", skip=())
+        quantize_model(model, "int8", skip_default=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -255,7 +255,7 @@ def test_untied_dense_tables_are_tied_as_ever():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("scheme", ["int4", "int8"])
 def test_resizing_a_quantised_table_is_an_error_that_changes_nothing(scheme, tied):
-    model = quantize_model(llama(tie_word_embeddings=tied), scheme, skip=())
+    model = quantize_model(llama(tie_word_embeddings=tied), scheme, skip_default=False)
     want = model(TOKENS).logits
     for arguments in ((104,), (88,), (None, 64), (90, 64)):
         with pytest.raises(RuntimeError, match=r"resize_token_embeddings: an Int[48]Weight keeps its 96 rows, got"):
@@ -292,7 +292,7 @@ def test_device_maps_split_no_fused_layer():
 
 @pytest.mark.parametrize("fuse", [True, False])
 def test_converted_models_pickle_and_copy(tmp_path, fuse):
-    model = quantize_model(llama(tie_word_embeddings=True), "int8", skip=(), fuse=fuse)
+    model = quantize_model(llama(tie_word_embeddings=True), "int8", skip_default=False, fuse=fuse)
     want = model(TOKENS).logits
     torch.save(model, tmp_path / "model.pt")
     for again in (
@@ -318,7 +318,7 @@ def test_a_tokenizer_of_a_missing_folder_is_not_looked_for_elsewhere(tmp_path, m
 
 
 def test_int4_tables_are_looked_up_densely_wherever_they_are_tied():
-    model = quantize_model(tiny_model("MarianMTModel"), "int4", skip=())
+    model = quantize_model(tiny_model("MarianMTModel"), "int4", skip_default=False)
     head = model.get_output_embeddings()
     assert isinstance(head, Int4Linear)
     exact = head.weight.dequantize()

@@ -55,6 +55,9 @@ class Weights:
             return layer.norms[part]
         return qops.Int4Weight.from_canonical(*layer.linears[part], kind="symmetric", pack=False)
 
+    def kind(self, name: str) -> str:
+        return "int4"
+
     def bias(self, name: str) -> None:
         return None
 
@@ -68,7 +71,7 @@ class Cache:
 
         self._layers = [(longer(layer.keys), longer(layer.values)) for layer in p.layers]
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._layers[layer]
         keys[:, :, -1:].copy_(key)
         values[:, :, -1:].copy_(value)
@@ -77,7 +80,11 @@ class Cache:
 
 def steps(model: Any, p: Int4Decode) -> Callable[[], Result]:
     """The next step of each call."""
+    from qops.decoder import cache_keyword
+
     decoder, cache, ids = model.model, Cache(p), p.ids[:, None].clone()
+    keyword = cache_keyword(type(decoder))
+    assert keyword is not None
     positions = torch.full((1, 1), p.sizes["C"], device=p.device)
 
     def call() -> Tensor:
@@ -88,7 +95,7 @@ def steps(model: Any, p: Int4Decode) -> Callable[[], Result]:
                 hidden,
                 attention_mask=None,
                 position_ids=positions,
-                past_key_values=cache,
+                **{keyword: cache},
                 use_cache=True,
                 position_embeddings=tables,
             )
@@ -100,7 +107,8 @@ def steps(model: Any, p: Int4Decode) -> Callable[[], Result]:
 
 
 def int4_model(p: Int4Decode) -> Any:
-    return build_model(Weights(p), p.dtype, p.device)
+    # Its results are compared with the dense model's before anything is timed.
+    return build_model(Weights(p), p.dtype, p.device, prove=False)
 
 
 def int4_decode(p: Int4Decode) -> Callable[[], Result]:

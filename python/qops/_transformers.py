@@ -1,28 +1,59 @@
-"""The one place that decides which Transformers releases the model code accepts."""
+"""What is known of Transformers as a package: which releases the model code accepts, and its traces in modules."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import warnings
+
+from torch import nn
 
 MINIMUM = (5, 17)
-BELOW = (6,)
+NEWEST_TESTED = (5, 24)
+
+# Where Transformers defines the hooks that record hidden states and attentions.
+_RECORDING = "transformers.utils.output_capturing"
 
 
 def require_transformers(caller: str) -> None:
-    """Raises ImportError unless a supported Transformers is installed.
+    """Raises ImportError unless Transformers is installed and not too old.
 
-    The replaced parts rely on how this range of releases calls decoder layers, masks and caches; another release
-    would fail late or, worse, run wrong.
+    A release newer than any that was tested is warned about once: whether fused layers compute what its own layers do
+    is proven before they are used (`qops.proof`).
     """
-    wanted = f"transformers >= {_text(MINIMUM)}, < {_text(BELOW)}"
+    wanted = f"transformers >= {_text(MINIMUM)}"
     try:
         found = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(f"{caller}: {wanted} is needed, none is installed: pip install 'qops[demo]'") from None
     release = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    if not MINIMUM <= release < BELOW:
+    if release < MINIMUM:
         raise ImportError(f"{caller}: {wanted} is needed, got {found}: pip install 'qops[demo]'")
+    if release > NEWEST_TESTED:
+        _warn_newer(found)
+
+
+@functools.cache
+def _warn_newer(found: str) -> None:
+    warnings.warn(
+        f"qops: transformers {found} is newer than {_text(NEWEST_TESTED)}, the newest that this qops was tested with; "
+        "decoder layers are fused only where they are proven to compute what its own layers do",
+        stacklevel=4,
+    )
 
 
 def _text(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what goes into or comes out of a module: the user's hooks, or accelerate's.
+
+    The hooks with which Transformers records hidden states and attentions do not count.
+    """
+    if "_hf_hook" in vars(module):
+        return True
+    if not (module._forward_pre_hooks or module._forward_hooks):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(getattr(hook, "__module__", None) != _RECORDING for hook in hooks)

@@ -35,6 +35,8 @@ from qops.replacement import (
     replace_parts,
     require_replaced,
     tie,
+    unfusable,
+    warn_not_fused,
 )
 from qops.weights import Int4Weight, Int8Weight
 
@@ -66,9 +68,17 @@ class Checkpoint(Protocol):
 
     def bias(self, name: str) -> torch.Tensor | None: ...
 
+    def kind(self, name: str) -> str:
+        """How the weight is stored; equal for weights that become linears of one kind."""
+        ...
+
 
 def load_model(
-    path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    *,
+    prove: bool = True,
 ) -> Any:
     """Loads a model whose linears, norms, rotary and SiLU-mul run on qops operators.
 
@@ -81,14 +91,18 @@ def load_model(
             :func:`qops.save_model`.
         dtype: float32, bfloat16 or float16.
         device: where the model goes.
+        prove: compare fused decoder layers with those of the installed Transformers first, one of each kind
+            (:func:`qops.quantize_model` tells how). Where they differ the model keeps Transformers' layers, with qops
+            linears and norms, and a warning says what differed.
 
     Returns:
         A Transformers model (`LlamaForCausalLM` or whichever was saved) in eval mode, frozen; `generate` works as
-        usual. With a quantised output layer its logits are float32: logits near 25 are 0.125 apart in bfloat16, so
-        rounding them makes ties that greedy search then decides by their index.
+        usual. `model.qops_fusion` tells whether its layers are fused, and what was proven. With a quantised output
+        layer its logits are float32: logits near 25 are 0.125 apart in bfloat16, so rounding them makes ties that
+        greedy search then decides by their index.
 
     Raises:
-        ImportError: Transformers >= 5.17, < 6 (or, for GGUF, the gguf package) is missing.
+        ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
         FileNotFoundError: nothing is at `path`.
         ValueError: the checkpoint is malformed or of a kind that is not supported.
     """
@@ -97,11 +111,11 @@ def load_model(
     if path.is_file():
         from qops.formats.gguf import GGUFFile
 
-        return build_model(GGUFFile(path), dtype, device)
+        return build_model(GGUFFile(path), dtype, device, prove=prove)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such GGUF file or model folder")
     folder = _Folder(path)
-    model = build_model(folder, dtype, device, folder.fused, folder.dynamic)
+    model = build_model(folder, dtype, device, folder.fused, folder.dynamic, prove)
     if (path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -119,7 +133,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         A Transformers tokenizer.
 
     Raises:
-        ImportError: Transformers >= 5.17, < 6 (or, for GGUF, the gguf package) is missing.
+        ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
         FileNotFoundError: nothing is at `path`.
         OSError: a folder without a tokenizer.
         ValueError: a GGUF file that is malformed or holds no tokenizer.
@@ -147,7 +161,7 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
         folder: created where it is missing; its files are replaced.
 
     Raises:
-        ImportError: Transformers >= 5.17, < 6 or safetensors is missing.
+        ImportError: Transformers >= 5.17 or safetensors is missing.
         ValueError: the model has no qops parts, or its class is not one of Transformers' own.
     """
     from safetensors.torch import save_file
@@ -219,11 +233,11 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         A model of the same class, in eval mode, frozen.
 
     Raises:
-        ImportError: Transformers >= 5.17, < 6 is missing.
+        ImportError: Transformers >= 5.17 is missing.
         ValueError: the model has no qops parts; another dtype.
     """
     require_replaced(model, "qops.model.dense_model")
-    dense = _skeleton(type(model), model.config, dtype)
+    dense = skeleton(type(model), model.config, dtype)
     state = {
         name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
         for name, value, _ in entries(model)
@@ -247,12 +261,13 @@ def build_model(
     device: str | torch.device,
     fused: bool = True,
     dynamic: frozenset[str] = frozenset(),
+    prove: bool = True,
 ) -> Any:
     """The model of a checkpoint. ``dynamic`` names the int8 linears whose activations are quantised too.
 
     Weights are packed where the checkpoint has them; the whole goes to ``device`` then.
     """
-    model = _skeleton(_transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
+    model = skeleton(_transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
 
     def fetch(name: str, module: Any) -> Weight:
         weight = checkpoint.weight(name)
@@ -286,7 +301,10 @@ def build_model(
 
     if isinstance(checkpoint, _Folder):
         _tie_what_is_tied(model, checkpoint.holds)
-    replace_parts(model, linear, norm_weight, fused)
+    not_fused = "it was saved so"
+    if fused and (not_fused := unfusable(model)) is not None:
+        warn_not_fused(model, not_fused)
+    model.qops_fusion = replace_parts(model, linear, norm_weight, checkpoint.kind, not_fused, prove)
     embedding, output = input_table(model), model.get_output_embeddings()
     tied, name, table = is_tied(model), "", None
 
@@ -333,7 +351,7 @@ def _transformers_class(name: object) -> Any:
     return found
 
 
-def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """The model with its parameters on the meta device, to be replaced or assigned, and its buffers real."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -471,6 +489,9 @@ class _Folder:
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{self.folder}: {name}.weight: {error}") from error
         raise ValueError(f"{self.folder}: {name}.weight has unknown kind '{kind}'")
+
+    def kind(self, name: str) -> str:
+        return self._kinds.get(name, "dense")
 
     def bias(self, name: str) -> torch.Tensor | None:
         return self.tensor(f"{name}.bias") if f"{name}.bias" in self.names else None

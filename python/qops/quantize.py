@@ -14,16 +14,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qops._transformers import require_transformers
-from qops.nn import Int4Linear, Int8Linear, MergedLinear, RMSNorm
+from qops.nn import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, RMSNorm
 from qops.replacement import (
     freeze,
     is_replaced,
     is_tied,
     looks_like_norm,
     name_of,
-    norm_style,
+    odd_linear,
+    odd_norm,
     replace_parts,
+    take_hooks,
     tie,
+    unfusable,
+    warn_not_fused,
 )
 from qops.smoothing import Scales, Smoothing, plan_smoothing
 from qops.weights import Int4Weight, Int8Weight
@@ -32,6 +36,7 @@ __all__ = ["QuantizationReport", "quantize_model"]
 
 SCHEMES = ("int4", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PARTS = (Int4Linear, Int8Linear, Int8Embedding, RMSNorm)
 # Operators that neither read nor write elements.
 _NO_PASS = ("aten::empty", "aten::new_empty", "aten::_unsafe_view")
 
@@ -42,11 +47,14 @@ def quantize_model(
     model: Any,
     scheme: str = "int4",
     group_size: int | None = None,
-    skip: tuple[str, ...] = ("lm_head",),
+    skip: tuple[str, ...] = (),
     symmetric: bool = True,
     *,
+    skip_default: bool = True,
     fuse: bool = True,
+    prove: bool = True,
     smoothing: Scales | None = None,
+    count_passes: bool = False,
     progress: bool | None = None,
 ) -> Any:
     """Quantises a dense Transformers model by round-to-nearest and puts it on qops operators, in place.
@@ -63,6 +71,13 @@ def quantize_model(
     the linears and RMSNorms are replaced one by one. What became of every part stands in `model.quantization_report`,
     a :class:`qops.quantize.QuantizationReport`.
 
+    Transformers calls its layers in other ways from release to release, so before anything is replaced fused layers are
+    run against those of the installed release: one of each kind, on the same quantised linears, with and without
+    padding, a prompt and two steps with a cache. Where they differ (in float32 they agree to about 1e-6), the model
+    keeps Transformers' layers with qops linears and norms; the report and one warning say what differed. So do layers
+    that have hooks already. Hooks on other modules go over to what replaces them, and hooks that are registered later
+    see what they would see in Transformers' layers, where these have a module of that name.
+
     Layers are converted one at a time and their dense weights freed: at its peak the memory is that of the dense model
     and one quantised layer.
 
@@ -71,16 +86,21 @@ def quantize_model(
         scheme: "int4" or "int8".
         group_size: columns of K that share a scale, int4 only: a multiple of 16 that divides each K, or -1 for one
             scale per row. By default, linear by linear, the largest of 128, 64, 32 and 16 that divides K.
-        skip: linears to leave dense: names, their last parts, or shell patterns ("lm_head", "*.mlp.down_proj"). A tied
-            output layer that is not skipped takes the embedding with it, so that they stay tied.
+        skip: linears to leave dense: names, their last parts, or shell patterns ("o_proj", "*.mlp.down_proj").
         symmetric: int4 only: codes around 8, or with a zero point per group.
+        skip_default: leave dense also the output layer and all other linears outside the base model (classification
+            heads), and in multimodal models everything outside the language model. With False `skip` alone decides; a
+            tied output layer that is quantised takes the embedding with it, so that they stay tied.
         fuse: False replaces linears and norms alone in every model.
+        prove: False fuses without running fused layers first; the report says so.
         smoothing: int8 only, of the architectures above: SmoothQuant's scales s, positive, `[K]` by the name of the
             linear; a mapping, or the path of a `.safetensors` or `.pt` file (of scales, not of activation maxima: those
             go through :func:`qops.smoothing.smoothing_scales`). The columns of the linear are multiplied by s before
             they are quantised, and what makes its input is divided by it: for q, k and v the norm before attention, for
             gate and up the norm before the MLP (one vector for all that read it), for down the rows of up, for o the
             rows of v (equal over the query heads that share a key/value head).
+        count_passes: count the passes over memory in a decoder layer for the report, which takes two forwards of the
+            whole model, its hooks included.
         progress: show a progress bar on stderr; by default only on a terminal.
 
     Returns:
@@ -95,14 +115,14 @@ def quantize_model(
         every dtype.
 
     Raises:
-        ImportError: Transformers >= 5.17, < 6 is missing.
+        ImportError: Transformers >= 5.17 is missing.
         ValueError: an unknown scheme; arguments that the scheme does not take; a group size that does not fit; weights
             that are not finite; nothing to quantise; smoothing that cannot be folded. The model is then unchanged.
         RuntimeError: the model is on a device without kernels; it is then unchanged.
     """
     require_transformers("qops.quantize_model")
-    plan = _plan(model, scheme, group_size, skip, symmetric, fuse, smoothing)
-    bytes_before, passes_before = weight_bytes(model), passes_per_layer(model)
+    plan = _plan(model, scheme, group_size, skip, skip_default, symmetric, fuse, smoothing)
+    bytes_before, passes_before = weight_bytes(model), passes_per_layer(model) if count_passes else None
 
     def linear(name: str, module: nn.Linear, logits: bool = False) -> nn.Module:
         folded = plan.smoothing.linear(name, module)
@@ -112,25 +132,33 @@ def quantize_model(
             return Int4Linear.from_linear(folded, plan.linears[name], symmetric, float32_output=logits)
         return Int8Linear.from_linear(folded, float32_output=logits)
 
-    replace_parts(model, linear, plan.smoothing.norm, plan.fused, progress)
+    def kind(name: str) -> str:
+        return str(plan.linears.get(name))
+
+    fusion = replace_parts(model, linear, plan.smoothing.norm, kind, plan.not_fused, prove, progress)
     output = model.get_output_embeddings()
     if output is not None and (name := name_of(model, output)) in plan.linears:
-        quantised: Any = linear(name, output, logits=True)
+        quantised: Any = take_hooks(linear(name, output, logits=True), output)
         if is_tied(model):
             tie(model, quantised.weight, model.get_input_embeddings().weight.dtype)
         model.set_output_embeddings(quantised)
     freeze(model)
+    replaced = replaced_parts(model)
+    kept = {name: reason for name, reason in plan.kept.items() if name.removesuffix(".weight") not in replaced}
+    model.qops_fusion = fusion
     model.quantization_report = QuantizationReport(
         scheme=scheme,
         architecture=type(model).__name__,
-        not_fused=plan.not_fused,
-        replaced=replaced_parts(model),
+        not_fused=fusion.not_fused,
+        proof=fusion.proof,
+        replaced=replaced,
         smoothed=plan.smoothing.into,
-        kept=plan.kept,
+        kept=kept,
+        kept_bytes={name: plan.kept_bytes[name] for name in kept},
         bytes_before=bytes_before,
         bytes_after=weight_bytes(model),
         passes_before=passes_before,
-        passes_after=passes_per_layer(model),
+        passes_after=passes_per_layer(model) if count_passes else None,
     )
     _LOGGER.info("%s", model.quantization_report)
     return model
@@ -144,21 +172,26 @@ class QuantizationReport:
         scheme: as asked for.
         architecture: class of the model.
         not_fused: why the decoder layers were not fused; None if they were.
-        replaced: what each linear and norm became, by its name in the original model.
+        proof: which fused layers were run against Transformers' own before that was decided, and with which result.
+        replaced: what each linear, norm and embedding became, by its name in the original model.
         smoothed: for each linear with smoothing scales the norm or linear that was divided by them.
-        kept: why each other linear and norm was left dense.
+        kept: why everything else stayed as it was: linears and norms by their names, the parameters of all other
+            modules by theirs. Each parameter of the model, or its module, stands here or in `replaced`.
+        kept_bytes: of each, under the same names.
         bytes_before, bytes_after: of all weights and buffers, shared ones once.
         passes_before, passes_after: operator calls in a decoder layer that read and write memory (views and
-            allocations do not count), averaged over the layers of a forward over two tokens; None where the model has
-            no such layers or its forward needs more than token ids.
+            allocations do not count), averaged over the layers of a forward over two tokens; None where they were not
+            asked for, the model has no such layers or its forward needs more than token ids.
     """
 
     scheme: str
     architecture: str
     not_fused: str | None
+    proof: str
     replaced: dict[str, str]
     smoothed: dict[str, str]
     kept: dict[str, str]
+    kept_bytes: dict[str, int]
     bytes_before: int
     bytes_after: int
     passes_before: float | None
@@ -172,10 +205,12 @@ class QuantizationReport:
         lines = [
             f"{self.architecture}, {self.scheme}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
             "decoder layers: " + ("fused" if self.not_fused is None else f"not fused: {self.not_fused}"),
+            f"proof: {self.proof}",
         ]
         for reason, names in reasons.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"left dense: {', '.join(names[:3])}{more}: {reason}")
+            size = sum(self.kept_bytes[name] for name in names) / 1e6
+            lines.append(f"left dense: {', '.join(names[:3])}{more}: {reason} ({size:.1f} MB)")
         if self.smoothed:
             folded = Counter(name.rpartition(".")[2] for name in self.smoothed.values())
             into = ", ".join(f"{count} into {name}" for name, count in folded.items())
@@ -196,19 +231,17 @@ class _Plan:
 
     Attributes:
         linears: group size of each linear to quantise, by name.
-        kept: why each other linear or norm stays.
+        kept: why everything else stays, by the name of a linear, a norm or a parameter.
+        kept_bytes: the bytes of each.
         not_fused: why the layers cannot be fused, or None.
         smoothing: scales that are folded on the way.
     """
 
     linears: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    kept_bytes: dict[str, int] = field(default_factory=dict)
     not_fused: str | None = None
     smoothing: Smoothing = field(default_factory=Smoothing)
-
-    @property
-    def fused(self) -> bool:
-        return self.not_fused is None
 
 
 def _plan(
@@ -216,6 +249,7 @@ def _plan(
     scheme: str,
     group_size: int | None,
     skip: tuple[str, ...],
+    skip_default: bool,
     symmetric: bool,
     fuse: bool,
     smoothing: Scales | None,
@@ -249,21 +283,34 @@ def _plan(
             f"{caller}: the config ties the output layer to the embedding, so both must have one weight, got two; "
             "set config.tie_word_embeddings to False before the model is made, or call tie_weights()"
         )
-    plan = _Plan(not_fused=unknown_architecture(model) if fuse else "fuse=False")
+    plan = _Plan(not_fused=unfusable(model) if fuse else "fuse=False")
+    if fuse and plan.not_fused is not None and unknown_architecture(model) is None:
+        warn_not_fused(model, plan.not_fused)
     if smoothing is not None:
         plan.smoothing = plan_smoothing(caller, model, smoothing)
+    norms = set()
+    by_default = _kept_by_default(model) if skip_default else {}
+    adapters = _adapters(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            reason = _unquantizable(name, module, skip)
-            if reason is not None:
-                plan.kept[name] = reason
-                continue
-            plan.linears[name] = _group_size(module.in_features, group_size) if scheme == "int4" else -1
-            _check_quantizable(name, module, plan.linears[name])
-        elif looks_like_norm(module) and norm_style(module) is None:
-            plan.kept[name] = f"{type(module).__name__} is not an RMSNorm that qops computes"
-            if plan.fused:
-                plan.not_fused = f"{name}: {plan.kept[name]}"
+            reason = adapters.get(name) or by_default.get(name) or _unquantizable(name, module, skip)
+            if reason is None:
+                plan.linears[name] = _group_size(module.in_features, group_size) if scheme == "int4" else -1
+                _check_quantizable(name, module, plan.linears[name])
+        elif looks_like_norm(module):
+            reason = odd_norm(module)
+            norms.add(name)
+        else:
+            continue
+        if reason is not None:
+            plan.kept[name] = reason
+            plan.kept_bytes[name] = sum(parameter.nbytes for parameter in module.parameters())
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner not in norms and owner not in plan.linears and owner not in plan.kept:
+            kind = type(model.get_submodule(owner)).__name__
+            plan.kept[name] = f"a parameter of {kind}, which is neither a linear nor an RMSNorm"
+            plan.kept_bytes[name] = parameter.nbytes
     devices: set[Any] = {model.get_submodule(name).weight.device for name in plan.linears}
     for device in devices:
         Int8Weight.quantize(torch.zeros(8, 8, device=device))  # raises where there are no kernels
@@ -272,11 +319,50 @@ def _plan(
     return plan
 
 
+def _kept_by_default(model: Any) -> dict[str, str]:
+    """Linears that stay dense unless they are asked for: heads, and what feeds a language model from other senses."""
+    kept: dict[str, str] = {}
+    base, text, output = model.base_model, _language_models(model), model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        inside = base is model or any(module is other for other in base.modules())
+        if module is output or not inside:
+            kept[name] = "a head; skip_default=False quantises it"
+        elif text and not any(name.startswith(prefix) for prefix in text):
+            kept[name] = "outside the language model; skip_default=False quantises it"
+    return kept
+
+
+def _language_models(model: Any) -> list[str]:
+    """The prefixes of the parts of a multimodal model that are language models; none where the whole model is one."""
+    from transformers import PreTrainedModel
+
+    config = getattr(model.config, "text_config", None)
+    if config is None:
+        return []
+    parts = model.named_modules()
+    return [
+        f"{name}." for name, part in parts if isinstance(part, PreTrainedModel) and type(part.config) is type(config)
+    ]
+
+
+def _adapters(model: nn.Module) -> dict[str, str]:
+    """Linears that PEFT has put beside a layer: they are trained, and small."""
+    kept: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__):
+            for inner, part in module.named_modules():
+                if isinstance(part, nn.Linear) and not f"{inner}.".startswith("base_layer."):
+                    kept[f"{name}.{inner}"] = f"part of an adapter, {type(module).__name__}"
+    return kept
+
+
 def _unquantizable(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str | None:
     if any(fnmatch.fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern for pattern in skip):
         return "skipped"
-    if type(linear) is not nn.Linear:
-        return f"{type(linear).__name__} is a linear of another kind"
+    if (reason := odd_linear(linear)) is not None:
+        return reason
     if linear.weight.dtype not in DTYPES:
         return f"its weight is {linear.weight.dtype}"
     n, k = linear.weight.shape
@@ -307,7 +393,7 @@ def _check_quantizable(name: str, linear: nn.Linear, group_size: int) -> None:
 
 
 def replaced_parts(model: nn.Module) -> dict[str, str]:
-    """What linears and norms became, by their names in the original model."""
+    """What linears, norms and embeddings became, by their names in the original model."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, MergedLinear):
@@ -317,7 +403,7 @@ def replaced_parts(model: nn.Module) -> dict[str, str]:
                 if not isinstance(linear, nn.Linear):
                     how = "" if module.merged is None else "merged "
                     found[f"{parent}.{part}"] = how + _described(linear)
-        elif isinstance(module, (Int4Linear, Int8Linear, RMSNorm)) and not re.search(r"\.(merged|separate)\b", name):
+        elif isinstance(module, _PARTS) and not re.search(r"\.(merged|separate)\b", name):
             found[name] = _described(module)
     return found
 

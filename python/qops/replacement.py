@@ -2,31 +2,66 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from qops._transformers import require_transformers
+from qops._transformers import is_watched, require_transformers
 from qops.nn import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, RMSNorm, frozen
 from qops.ops import rms_norm
 from qops.weights import Int4Weight, Int8Weight
 
-# Norms ---------------------------------------------------------------------------------------------------------------
+# Linears and norms ---------------------------------------------------------------------------------------------------
+
+
+def own_state(module: nn.Module) -> set[str]:
+    """The names of the parameters and buffers that stand in a module itself."""
+    return {key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None}
+
+
+def odd_linear(module: nn.Linear) -> str | None:
+    """Why an nn.Linear is not what it seems, so that nothing may take its place; None if it is.
+
+    Subclasses compute more (routers), or are read by their owners without being called (the output of
+    nn.MultiheadAttention). Parametrisations and weight norms compute the weight from something else.
+    """
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a linear of another kind"
+    if not own_state(module) <= {"weight", "bias"} or "weight" not in module._parameters:
+        return f"its weight is made of {', '.join(sorted(own_state(module) - {'bias'})) or 'nothing'}"
+    if "forward" in vars(module):
+        return "its forward was replaced by its owner"
+    return None
 
 
 def looks_like_norm(module: nn.Module) -> bool:
     """Whether its state is that of an RMSNorm; what it computes is another question."""
     weight = module._parameters.get("weight")
-    own = [key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
-    return own == ["weight"] and weight is not None and weight.dim() == 1 and _eps(module) is not None
+    return own_state(module) == {"weight"} and weight is not None and weight.dim() == 1 and _eps(module) is not None
 
 
 def _eps(module: nn.Module) -> float | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return eps if isinstance(eps, float) else None
+
+
+def odd_norm(module: Any) -> str | None:
+    """Why a module that looks like a norm cannot be replaced; None if it can."""
+    name = type(module).__name__
+    if "forward" in vars(module):
+        return "its forward was replaced by its owner"
+    parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+    if len(parameters) != 1:
+        return f"{name} takes more than x: {', '.join(parameters)}"
+    if norm_style(module) is None:
+        return f"{name} is not an RMSNorm that qops computes"
+    return None
 
 
 def norm_style(module: Any) -> dict[str, Any] | None:
@@ -39,8 +74,11 @@ def norm_style(module: Any) -> dict[str, Any] | None:
     rows = 4 + 512 // max(h, 1)
     x = (3 * torch.randn(rows, h, generator=rng)).bfloat16()
     weight = (1 + 0.5 * torch.randn(h, generator=rng)).bfloat16()
+    # A copy with another weight, asked without a call, which would fire hooks.
+    probe = copy.copy(module)
+    probe._parameters = {"weight": frozen(weight)}
     try:
-        theirs = torch.func.functional_call(module, {"weight": weight}, (x,))
+        theirs = type(module).forward(probe, x)
     except (TypeError, ValueError, RuntimeError):
         return None
     if not isinstance(theirs, torch.Tensor) or theirs.shape != x.shape or theirs.dtype != x.dtype:
@@ -54,6 +92,30 @@ def norm_style(module: Any) -> dict[str, Any] | None:
     return None
 
 
+def rms_norm_of(module: Any, weight: torch.Tensor) -> RMSNorm:
+    """The norm that computes what `module` does, with a weight of its own; `odd_norm(module)` is None."""
+    style = norm_style(module)
+    assert style is not None
+    return RMSNorm(weight, _eps(module) or 0.0, **style)
+
+
+def take_hooks(new: nn.Module, old: nn.Module) -> nn.Module:
+    """`new` with the forward hooks of the module that it replaces; their handles stay valid."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    return new
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+_OTHER_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+
+
 # Replacing -----------------------------------------------------------------------------------------------------------
 
 
@@ -62,58 +124,146 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
 
+class Fusion(NamedTuple):
+    """What became of the decoder layers.
+
+    Attributes:
+        not_fused: why they stayed Transformers' own; None if they were fused.
+        proof: what was compared before that was decided, and with which result.
+    """
+
+    not_fused: str | None
+    proof: str
+
+
+def unfusable(model: Any) -> str | None:
+    """Why the layers of a model cannot be fused, found without changing it; None if they can."""
+    from qops.decoder import unknown_architecture
+
+    if (reason := unknown_architecture(model)) is not None:
+        return reason
+    if len({id(layer) for layer in model.model.layers}) < len(model.model.layers):
+        return "one of its layers stands in two places"
+    for index, layer in enumerate(model.model.layers):
+        seen: set[int] = set()
+        for name, module in layer.named_modules(remove_duplicate=False):
+            full = f"model.layers.{index}.{name}".rstrip(".")
+            if is_watched(module) or any(getattr(module, hooks) for hooks in _OTHER_HOOKS):
+                return f"{full} has hooks, which a fused layer would lose"
+            if "forward" in vars(module):
+                return f"the forward of {full} was replaced by its owner"
+            if id(module) in seen:
+                return f"{full} stands in two places"
+            seen.add(id(module))
+        parts = parts_of(layer)
+        for name, _ in layer.named_parameters():
+            if name.rpartition(".")[0] not in parts:
+                return f"model.layers.{index}.{name} is a parameter that a fused layer does not have"
+        for name in parts:
+            module = layer.get_submodule(name)
+            if looks_like_norm(module):
+                reason = odd_norm(module)
+            elif isinstance(module, nn.Linear):
+                reason = odd_linear(module)
+            else:
+                reason = f"{type(module).__name__} is neither a linear nor a norm"
+            if reason is not None:
+                return f"model.layers.{index}.{name}: {reason}"
+    if is_watched(model.model.rotary_emb) or "forward" in vars(model.model.rotary_emb):
+        return "model.rotary_emb has hooks"
+    reason = odd_norm(model.model.norm) if looks_like_norm(model.model.norm) else "not a norm"
+    return None if reason is None else f"model.norm: {reason}"
+
+
+def parts_of(layer: nn.Module) -> list[str]:
+    """The names in a decoder layer of Transformers of what a fused one asks for."""
+    named = dict(layer.named_children()), dict(layer.self_attn.named_children()), dict(layer.mlp.named_children())
+    return [
+        *(name for name in named[0] if name.endswith("layernorm")),
+        *(f"self_attn.{name}" for name in named[1] if name.endswith(("_proj", "_norm"))),
+        *(f"mlp.{name}" for name in named[2] if name.endswith("_proj")),
+    ]
+
+
 def replace_parts(
     model: Any,
     linear: Callable[[str, Any], nn.Module],
     norm_weight: Callable[[str, Any], torch.Tensor],
-    fused: bool,
+    kind: Callable[[str], str],
+    not_fused: str | None,
+    prove: bool = True,
     progress: bool | None = False,
-) -> None:
+) -> Fusion:
     """Replaces all linears and norms but the output layer, one decoder layer at a time where they are fused.
 
     Args:
-        linear: gives what takes the place of a linear.
+        linear: gives what takes the place of a linear: the linear itself where it stays.
         norm_weight: gives the weight of a norm.
+        kind: tells linears that become different ones apart, by their names.
+        not_fused: why layers are not to be fused; None fuses them if the proof agrees.
+        prove: whether fused layers are compared with Transformers' own first (`qops.proof`).
+
+    Returns:
+        What became of the layers. What they were fused into and differed is warned about.
     """
     from tqdm import tqdm
 
     def bar(things: Any) -> Any:
         return tqdm(things, desc="qops: replacing", leave=False, disable=None if progress is None else not progress)
 
-    def norm(name: str, module: Any, into: Any = RMSNorm) -> nn.Module:
-        style = norm_style(module)
-        assert style is not None
-        return into(norm_weight(name, module), _eps(module), **style)
+    def norm(name: str, module: Any) -> nn.Module:
+        return rms_norm_of(module, norm_weight(name, module))
 
     def part(prefix: str, layer: nn.Module, name: str) -> nn.Module:
         module, name = layer.get_submodule(name), f"{prefix}.{name}"
         return linear(name, module) if is_linear(module) else norm(name, module)
 
-    if not fused:
-        output = model.get_output_embeddings()
-        # Names alone: a list of modules would keep every original alive until the end.
-        names = [
-            name
-            for name, module in model.named_modules()
-            if (is_linear(module) and module is not output)
-            or (looks_like_norm(module) and norm_style(module) is not None)
-        ]
-        for name in bar(names):
-            module = model.get_submodule(name)
-            model.set_submodule(name, linear(name, module) if is_linear(module) else norm(name, module))
-        return
+    proof = "not made: prove=False" if not_fused is None else "not needed"
+    if not_fused is None and prove:
+        from qops.proof import prove_fusion
 
-    from qops.decoder import DecoderLayer, FinalNorm, RotaryTables, fused_class
+        proof, not_fused = prove_fusion(model, linear, norm_weight, kind)
+        if not_fused is not None:
+            warn_not_fused(model, not_fused)
+    if not_fused is not None:
+        output = model.get_output_embeddings()
+        # Names alone: a list of modules would keep every original alive until the end. A module of several names is
+        # replaced at all of them.
+        places: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            is_norm = looks_like_norm(module) and odd_norm(module) is None
+            if (is_linear(module) and module is not output) or is_norm:
+                places.setdefault(id(module), []).append(name)
+        for names in bar(places.values()):
+            module = model.get_submodule(names[0])
+            new = linear(names[0], module) if is_linear(module) else norm(names[0], module)
+            if new is not module:
+                take_hooks(new, module)
+            for name in names:
+                model.set_submodule(name, new)
+        return Fusion(not_fused, proof)
+
+    from qops.decoder import DecoderLayer, RotaryTables, fused_class
 
     decoder = model.model
     for index in bar(range(len(decoder.layers))):
         layer = decoder.layers[index]
         parts = functools.partial(part, f"model.layers.{index}", layer)
         decoder.layers[index] = packed(fused_class(DecoderLayer, type(layer))(layer, parts))
-    decoder.norm = norm("model.norm", decoder.norm, FinalNorm)
+    decoder.norm = take_hooks(norm("model.norm", decoder.norm), decoder.norm)
     decoder.rotary_emb = RotaryTables(decoder.rotary_emb, model.config)
     # Transformers hooks layers when hidden states are first asked for; the new ones have no hooks yet.
     decoder._output_capturing_hooks_installed = False
+    return Fusion(None, proof)
+
+
+def warn_not_fused(model: Any, reason: str) -> None:
+    """For layers of a kind that is fused elsewhere: the loss of speed has a reason that its user may remove."""
+    warnings.warn(
+        f"qops: the decoder layers of {type(model).__name__} stay Transformers' own, with qops linears and norms: "
+        f"{reason}",
+        stacklevel=4,
+    )
 
 
 def tie(model: Any, table: Int4Weight | Int8Weight, dtype: torch.dtype) -> None:

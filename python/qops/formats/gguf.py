@@ -191,6 +191,17 @@ class GGUFFile:
         except ValueError as error:
             raise self._error(f"tensor {stored}: {error}") from error
 
+    def kind(self, name: str) -> str:
+        """The type of a module's weight in the file.
+
+        Args:
+            name: of the module in Transformers' model.
+
+        Returns:
+            As GGUF calls it, e.g. "Q4_1".
+        """
+        return self._tensors[f"{self._stored_name(name)}.weight"].tensor_type.name
+
     def bias(self, name: str) -> torch.Tensor | None:
         """The dense bias of a module.
 
