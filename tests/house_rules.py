@@ -416,6 +416,18 @@ def fenced_blocks(markdown: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL)
 
 
+def names_in_strings(text: str) -> dict[str, int]:
+    """Public names `qops.a.b` in the strings of a Python file, with their lines; files of a model are no names."""
+    strings = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    return {
+        name: node.lineno
+        for node in strings
+        if isinstance(node.value, str)
+        for name in re.findall(r"(?<![\w./-])qops(?:\.[A-Za-z]\w*)+", node.value)
+        if not name.endswith(".safetensors")
+    }
+
+
 def variables_read(text: str) -> set[str]:
     """Environment variables that Python or C++ code reads (or sets a default for) under a literal name."""
     python = r"""environ(?:\.get\(|\.setdefault\(|\.pop\(|\[)\s*["']([A-Z][A-Z0-9_]+)["'](?!\]\s*=[^=])"""

@@ -451,24 +451,43 @@ def test_readme_example():
     assert blocks and all(run_doctests(block, "README.md", {}) > 0 for block in blocks)
 
 
-def test_readme_names_exist():
-    def resolves(name: str) -> bool:
-        value: object = qops
-        for i, part in enumerate(name.split(".")[1:], start=2):
+def resolves(name: str) -> bool:
+    value: object = qops
+    for i, part in enumerate(name.split(".")[1:], start=2):
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            module = ".".join(name.split(".")[:i])
             try:
-                value = getattr(value, part)
-            except AttributeError:
-                module = ".".join(name.split(".")[:i])
-                try:
-                    value = importlib.import_module(module)
-                except ImportError:
-                    return False
-        return True
+                value = importlib.import_module(module)
+            except ImportError:
+                return False
+    return True
 
+
+def test_resolving_can_fail():
     assert resolves("qops.testing.generator") and not resolves("qops.nothing")
+    assert rules.names_in_strings('"see :func:`qops.a.b`, torch.ops.qops.c."\nf"{1}qops.d: qops._e"\nqops.f') == {
+        "qops.a.b": 1,
+        "qops.d": 2,
+    }
+
+
+def test_readme_names_exist():
     names = set(re.findall(r"`(qops(?:\.\w+)+)(?:\(\))?`", README)) - {"qops.name"}
     assert len(names) >= 4
     assert [name for name in sorted(names) if not resolves(name)] == []
+
+
+def test_errors_and_docstrings_name_what_exists():
+    found = {path: rules.names_in_strings(text) for path, text in PYTHON.items() if path.startswith("python/qops/")}
+    assert sum(len(names) for names in found.values()) > 50
+    assert_none(
+        {
+            path: [f"{line}: {name}" for name, line in names.items() if not resolves(name)]
+            for path, names in found.items()
+        }
+    )
 
 
 def test_readme_lists_the_operators():

@@ -40,6 +40,7 @@ class QuantizedWeight(nn.Module):
     """Whether the packed strips mix the rows of gate and up; the canonical tensors never do."""
     qweight: Tensor
     packed: Tensor
+    _layout: str
     scales: Tensor
     zeros: Tensor | None
     perm: Tensor | None
@@ -102,9 +103,14 @@ class QuantizedWeight(nn.Module):
         return "packed" in self._buffers
 
     @property
+    def is_offloaded(self) -> bool:
+        """Whether accelerate holds the tensors; the module that computes with them fetches them for its forward."""
+        return not self._tensors()
+
+    @property
     def device(self) -> torch.device:
-        """Where the tensors live."""
-        return self.scales.device
+        """Where the tensors live: "meta" where they are offloaded."""
+        return torch.device("meta") if self.is_offloaded else self.scales.device
 
     @torch.no_grad()
     def pack(self) -> Self:
@@ -116,9 +122,21 @@ class QuantizedWeight(nn.Module):
             RuntimeError: this build has no kernels for the weight's device.
         """
         tensors = self._tensors()
-        if "packed" not in tensors:
+        if tensors and "packed" not in tensors:
             self._hold(self._packed_from(tensors))
         return self
+
+    def _drop(self) -> None:
+        """Forgets the tensors, for an owner that has them elsewhere and loads them as a state."""
+        self._hold({})
+
+    def _settle(self) -> None:
+        """Packs anew what was moved to another type of device tensor by tensor, and so is in the layout of the old."""
+        tensors = self._tensors()
+        if "packed" in tensors and tensors["packed"].device.type not in (self._layout, "meta"):
+            device = tensors["packed"].device
+            self._hold({key: tensor.to(self._layout) for key, tensor in tensors.items()})
+            self.to(device)
 
     @torch.no_grad()
     def unpack(self) -> Self:
@@ -164,6 +182,9 @@ class QuantizedWeight(nn.Module):
 
         Shapes and dtypes stand in the docstring of the class.
         """
+        if self.is_offloaded:  # what accelerate leaves of any tensor that it offloads
+            spec = self._canonical_spec().items()
+            return {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in spec}
         rows, perm = self._rows(0, self.out_features), getattr(self, "perm", None)
         order = self._row_order(self.device) if self.is_packed else None
         if order is not None:
@@ -175,8 +196,13 @@ class QuantizedWeight(nn.Module):
     def _require_packed(self) -> None:
         """What every forward calls: packing there would copy the weight inside a compiled or captured region."""
         if not self.is_packed:
+            self._require_tensors()
             raise RuntimeError(f"{self._name()}: the weight is not packed; call .pack() before the forward")
         self._name_layout()
+
+    def _require_tensors(self) -> None:
+        if self.is_offloaded:
+            raise RuntimeError(f"{self._name()}: the weight is offloaded, and only there while its linear runs")
 
     def _name_layout(self) -> None:
         """Has an exported model refuse to run where its constants, the packed tensors, would be read another way."""
@@ -202,6 +228,7 @@ class QuantizedWeight(nn.Module):
         """
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise RuntimeError(f"{self._name()}.dequantize: dtype must be floating point, got {dtype_name(dtype)}")
+        self._require_tensors()
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
         perm = getattr(self, "perm", None)
         columns = slice(None) if perm is None else perm.long()
@@ -277,7 +304,7 @@ class QuantizedWeight(nn.Module):
         return self._from_tensors(rows, self._config_of_rows(), pack=self.is_packed)
 
     def extra_repr(self) -> str:
-        form = "packed" if self.is_packed else "canonical"
+        form = "packed" if self.is_packed else "offloaded" if self.is_offloaded else "canonical"
         config = ", ".join(f"{key}={value}" for key, value in self._config().items())
         return f"out_features={self.out_features}, {config}, device={self.device}, {form}"
 
@@ -291,6 +318,7 @@ class QuantizedWeight(nn.Module):
         self._buffers = {**tensors, **{key: None for key in self._OPTIONAL_BUFFERS if key not in tensors}}
         # state_dict holds other tensors under other names, so torch.export must take these for constants.
         self._non_persistent_buffers_set = set(self._buffers)
+        self._layout = tensors["packed"].device.type if "packed" in tensors else ""
 
     def _packed_from(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device = tensors["qweight"].device

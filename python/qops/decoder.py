@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qops._offload import Offloadable
 from qops._transformers import is_watched
 from qops._weight_state import moved
 from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm, into_stream
@@ -298,7 +299,7 @@ class Attention(MergingModule):
         return norm(heads.transpose(1, 2)).transpose(1, 2) if self.heads_first else norm(heads)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Offloadable):
     """A decoder layer in as few passes over memory as its parts allow; see the module docstring.
 
     Two norms (Llama) stand before attention and before the MLP. With four (Gemma 2 and 3) the output of each is normed
@@ -334,6 +335,7 @@ class DecoderLayer(nn.Module):
                 setattr(self, name, part(name))
         self.before_mlp = "pre_feedforward_layernorm" if self.sandwich else "post_attention_layernorm"
         self._look_for_hooks()
+        self._be_hooked()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Transformers' arguments and result."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,14 @@ from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, dense_linear, 
 from qops.replacement import (
     entries,
     freeze,
+    input_table,
     is_fused,
+    is_linear,
     is_tied,
     name_of,
     packed,
+    parameter_of,
+    replace_parameter,
     replace_parts,
     require_replaced,
     tie,
@@ -47,6 +52,8 @@ FORMAT_VERSION = 1
 # Not model.safetensors: Transformers skips a quant_method it does not know and would load the rest as noise. Without
 # a file of that name it stops.
 TENSORS_FILE = "qops.safetensors"
+# A folder without the first is no model: it goes first and comes last.
+FILES = ("config.json", "generation_config.json", TENSORS_FILE)
 
 
 class Checkpoint(Protocol):
@@ -127,14 +134,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
     Raises:
         ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
-        OSError: nothing is at `path`, or a folder without a tokenizer.
+        FileNotFoundError: nothing is at `path`.
+        OSError: a folder without a tokenizer.
         ValueError: a GGUF file that is malformed or holds no tokenizer.
     """
-    require_transformers("qops.load_tokenizer")
+    require_transformers("qops.model.load_tokenizer")
     if Path(path).is_file():
         from qops.formats import gguf
 
         return gguf.load_tokenizer(path)
+    if not Path(path).is_dir():  # from_pretrained would take it for the name of a repository, and ask for that
+        raise FileNotFoundError(f"{path}: no such GGUF file or folder")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path)
@@ -159,8 +169,6 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
     require_replaced(model, "qops.save_model")
     if _transformers_class(type(model).__name__) is not type(model):
         raise ValueError(f"qops.save_model: model must be of a class of transformers, got {type(model)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     kinds: dict[str, str] = {}
     for name, value, kind in entries(model):
@@ -180,13 +188,37 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
         "fused": is_fused(model),
         "weights": kinds,
     }
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    # Written aside and renamed: a reader never meets half a file.
-    partial = folder / f"{TENSORS_FILE}.partial"
-    save_file(tensors, partial)
-    os.replace(partial, folder / TENSORS_FILE)
+    generation_config = getattr(model, "generation_config", None)
+
+    def write(into: Path) -> None:
+        config.save_pretrained(into)
+        if generation_config is not None:
+            generation_config.save_pretrained(into)
+        save_file(tensors, into / TENSORS_FILE)
+
+    _replace_files(Path(folder), write)
+
+
+def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Replaces a saved model. A reader meets the old one, the new one, or a folder without a config, never a mixture.
+
+    Args:
+        write: writes the files of the new one into an empty folder; where it fails nothing has changed.
+    """
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".qops-") as aside:
+            write(Path(aside))
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+            for name in reversed(FILES):
+                if (Path(aside) / name).exists():
+                    os.replace(Path(aside) / name, folder / name)
+    except BaseException:
+        if created:
+            folder.rmdir()
+        raise
 
 
 def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -204,17 +236,19 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         ImportError: Transformers >= 5.17 is missing.
         ValueError: the model has no qops parts; another dtype.
     """
-    require_replaced(model, "qops.dense_model")
+    require_replaced(model, "qops.model.dense_model")
     dense = skeleton(type(model), model.config, dtype)
     state = {
         name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
         for name, value, _ in entries(model)
     }
+    _tie_what_is_tied(dense, frozenset(state).__contains__)
     _assign(dense, state.pop)
     if is_fused(model):
         # The instance in use, not a new one from the config: it may carry its owner's frequencies.
         dense.model.rotary_emb = copy.deepcopy(model.model.rotary_emb.rotary)
-    dense.generation_config = copy.deepcopy(model.generation_config)
+    if (generation_config := getattr(model, "generation_config", None)) is not None:
+        dense.generation_config = copy.deepcopy(generation_config)
     return freeze(dense)
 
 
@@ -265,26 +299,40 @@ def build_model(
     def linear(name: str, module: nn.Linear) -> nn.Module:
         return linear_of(name, fetch(name, module), checkpoint.bias(name))
 
+    if isinstance(checkpoint, _Folder):
+        _tie_what_is_tied(model, checkpoint.holds)
     not_fused = "it was saved so"
     if fused and (not_fused := unfusable(model)) is not None:
         warn_not_fused(model, not_fused)
     model.qops_fusion = replace_parts(model, linear, norm_weight, checkpoint.kind, not_fused, prove)
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    name = name_of(model, embedding)
-    table = fetch(name, embedding)
-    if isinstance(table, torch.Tensor):
-        embedding.weight = frozen(table)
-    else:
-        tie(model, table, dtype)
-    if output is not None:
-        tied = is_tied(model)
+    embedding, output = input_table(model), model.get_output_embeddings()
+    tied, name, table = is_tied(model), "", None
+
+    def stored(name: str) -> str:
+        """Where a folder has a tensor that may be tied to another one."""
+        if isinstance(checkpoint, _Folder) and not checkpoint.holds(name):
+            return model.all_tied_weights_keys.get(name, name)
+        return name
+
+    if embedding is not None:
+        name = stored(f"{name_of(model, embedding)}.weight").removesuffix(".weight")
+        table = fetch(name, embedding)
+        if isinstance(table, torch.Tensor):
+            replace_parameter(model, embedding.weight, table)
+        else:
+            tie(model, table, dtype)
+    if output is not None and is_linear(output):
         # A tied table stands under the embedding's name, and with it what becomes of it.
-        bias = checkpoint.bias(name_of(model, output))
-        name = name if tied else name_of(model, output)
-        logits: Any = linear_of(name, table if tied else fetch(name, output), bias, logits=True)
-        if tied and isinstance(table, torch.Tensor):
-            logits.weight = model.get_input_embeddings().weight
-        model.set_output_embeddings(logits)
+        own_name = name_of(model, output)
+        name = name if tied else own_name
+        weight = table if tied and table is not None else fetch(name, output)
+        bias = checkpoint.bias(stored(f"{own_name}.bias").removesuffix(".bias"))
+        if not isinstance(weight, torch.Tensor):
+            model.set_output_embeddings(linear_of(name, weight, bias, logits=True))
+        else:
+            output.weight = embedding.weight if embedding is not None and weight is table else frozen(weight)
+            if bias is not None:
+                output.bias = frozen(bias.to(dtype))
 
     def rest(name: str) -> torch.Tensor:
         assert isinstance(checkpoint, _Folder), name
@@ -325,17 +373,34 @@ def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
         hook.remove()
 
 
+def _tie_what_is_tied(model: Any, holds: Callable[[str], bool]) -> None:
+    """Forgets the ties of which both sides are held, which is Transformers' own rule, and ties the others."""
+    ties = model.all_tied_weights_keys
+    for target in [target for target, source in ties.items() if holds(target) and holds(source)]:
+        del ties[target]
+    _share(model)
+
+
+def _share(model: Any) -> None:
+    """Ties parameters to their sources, where both are there."""
+    for target, source in model.all_tied_weights_keys.items():
+        parameter, (module_name, _, key) = parameter_of(model, source), target.rpartition(".")
+        if parameter is not None and parameter_of(model, target) is not None:
+            setattr(model.get_submodule(module_name), key, parameter)
+
+
 def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A copy; integers keep their dtype."""
     return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
-    """Gives every parameter without storage, and every persistent buffer, what ``tensor`` has under its name."""
-    table, output = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = is_tied(model)
+    """Gives every parameter without storage, and every persistent buffer, what ``tensor`` has under its name.
+
+    Those that are tied to another one share its parameter.
+    """
     for module_name, module in model.named_modules():
-        if isinstance(module, (Int4Weight, Int8Weight)) or (tied and module is output):
+        if isinstance(module, (Int4Weight, Int8Weight)):
             continue
         wanted = {key: value for key, value in module._parameters.items() if value is not None and value.is_meta}
         for key, value in module._buffers.items():
@@ -343,12 +408,13 @@ def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
                 wanted[key] = value
         for key, value in wanted.items():
             name = f"{module_name}.{key}".removeprefix(".")
+            if name in model.all_tied_weights_keys:
+                continue
             found = tensor(name)
             if found.shape != value.shape:
                 raise ValueError(f"{name} must have shape {list(value.shape)}, got {list(found.shape)}")
             setattr(module, key, frozen(found) if key in module._parameters else found)
-    if tied and isinstance(output, nn.Linear):
-        output.weight = table.weight
+    _share(model)
 
 
 # Folders -------------------------------------------------------------------------------------------------------------
@@ -384,7 +450,7 @@ class _Folder:
             self._file: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-        self._names = set(self._file.keys())
+        self.names: frozenset[str] = frozenset(self._file.keys())
 
     def _read_settings(self) -> dict[str, Any]:
         path = self.folder / "config.json"
@@ -403,6 +469,10 @@ class _Folder:
             raise ValueError(f"{path}: weights must map names to kinds, got {kinds!r}")
         return settings
 
+    def holds(self, name: str) -> bool:
+        """Whether there is a parameter of that name, dense or quantised."""
+        return name in self.names or name.removesuffix(".weight") in self._kinds
+
     def weight(self, name: str) -> Weight:
         kind = self._kinds.get(name)
         if kind is None:
@@ -410,7 +480,7 @@ class _Folder:
         family, _, variant = kind.partition(" ")
         tensors = {key: self.tensor(f"{name}.weight.{key}") for key in ("qweight", "scales")}
         for key, stored in (("zeros", "offsets" if variant == "offset" else "zeros"), ("perm", "perm")):
-            if f"{name}.weight.{stored}" in self._names:
+            if f"{name}.weight.{stored}" in self.names:
                 tensors[key] = self.tensor(f"{name}.weight.{stored}")
         try:
             if family == "int4":
@@ -426,9 +496,9 @@ class _Folder:
         return self._kinds.get(name, "dense")
 
     def bias(self, name: str) -> torch.Tensor | None:
-        return self.tensor(f"{name}.bias") if f"{name}.bias" in self._names else None
+        return self.tensor(f"{name}.bias") if f"{name}.bias" in self.names else None
 
     def tensor(self, name: str) -> torch.Tensor:
-        if name not in self._names:
+        if name not in self.names:
             raise ValueError(f"{self.folder / TENSORS_FILE}: tensor {name} is missing")
         return self._file.get_tensor(name)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qops._merged_state import merge_names, restore_names
+from qops._offload import Offloadable
 from qops.ops import (
     add_rms_norm,
     add_rms_norm_int8,
@@ -106,7 +107,7 @@ def into_stream(linear: Any, x: Any, residual: torch.Tensor | None) -> Any:
     return linear(x), residual
 
 
-class _QuantizedLinear(nn.Module):
+class _QuantizedLinear(Offloadable):
     """What the quantised linears share. Their forward needs a packed weight.
 
     Args:
@@ -131,6 +132,7 @@ class _QuantizedLinear(nn.Module):
         self.weight = weight
         self.float32_output = float32_output
         self.register_parameter("bias", None if bias is None else frozen(bias.contiguous()))
+        self._be_hooked()
 
     def _operands(self) -> Any:
         # Module.__getattr__ takes 0.5 us an attribute, at 240 reads a token in a model of 30 layers.
@@ -276,7 +278,7 @@ class Int8WeightOnlyLinear(_QuantizedLinear):
         return int8_weight_only_gemm(x if x.is_contiguous() else _with_dense_rows(x), *self._operands())
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(Offloadable):
     """Rows of an int8 weight, dequantised when looked up.
 
     The exact row is rounded once to the module's dtype, which follows `.to(dtype)`. A tied output linear holds the
@@ -437,7 +439,7 @@ class MergedLinear(nn.Module):
         return f"{dict(zip(self.names, self.sizes, strict=True))}"
 
 
-class MergingModule(nn.Module):
+class MergingModule(Offloadable):
     """Base of modules with :class:`MergedLinear` children: loads state_dicts that name the parts."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -490,6 +492,7 @@ class MLP(MergingModule):
         self.activates_in_gemm = act is None and isinstance(merged, (Int4Linear, Int8Linear))
         if self.activates_in_gemm:
             merged.weight.interleave_gate_up()
+        self._be_hooked()
 
     def forward(self, x: torch.Tensor | Int8Rows, residual: torch.Tensor | None = None) -> Any:
         """The formula of the class.

@@ -280,6 +280,12 @@ def _plan(
         raise ValueError(f"{caller}: model has qops parts already")
     if model.dtype not in DTYPES:
         raise ValueError(f"{caller}: model must be in float32, bfloat16 or float16, got {model.dtype}")
+    output: Any = model.get_output_embeddings()
+    if is_tied(model) and output.weight is not model.get_input_embeddings().weight:
+        raise ValueError(
+            f"{caller}: the config ties the output layer to the embedding, so both must have one weight, got two; "
+            "set config.tie_word_embeddings to False before the model is made, or call tie_weights()"
+        )
     plan = _Plan(not_fused=unfusable(model) if fuse else "fuse=False")
     if fuse and plan.not_fused is not None and unknown_architecture(model) is None:
         warn_not_fused(model, plan.not_fused)

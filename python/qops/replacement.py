@@ -119,6 +119,11 @@ _OTHER_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "
 # Replacing -----------------------------------------------------------------------------------------------------------
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear to replace. A subclass, as some routers are, may compute more than its base."""
+    return type(module) is nn.Linear
+
+
 class Fusion(NamedTuple):
     """What became of the decoder layers.
 
@@ -209,7 +214,7 @@ def replace_parts(
 
     def part(prefix: str, layer: nn.Module, name: str) -> nn.Module:
         module, name = layer.get_submodule(name), f"{prefix}.{name}"
-        return linear(name, module) if isinstance(module, nn.Linear) else norm(name, module)
+        return linear(name, module) if is_linear(module) else norm(name, module)
 
     proof = "not made: prove=False" if not_fused is None else "not needed"
     if not_fused is None and prove:
@@ -225,11 +230,11 @@ def replace_parts(
         places: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             is_norm = looks_like_norm(module) and odd_norm(module) is None
-            if (isinstance(module, nn.Linear) and module is not output) or is_norm:
+            if (is_linear(module) and module is not output) or is_norm:
                 places.setdefault(id(module), []).append(name)
         for names in bar(places.values()):
             module = model.get_submodule(names[0])
-            new = linear(names[0], module) if isinstance(module, nn.Linear) else norm(names[0], module)
+            new = linear(names[0], module) if is_linear(module) else norm(names[0], module)
             if new is not module:
                 take_hooks(new, module)
             for name in names:
@@ -265,11 +270,22 @@ def tie(model: Any, table: Int4Weight | Int8Weight, dtype: torch.dtype) -> None:
     if isinstance(table, Int8Weight) and type(embedding) is nn.Embedding:
         model.set_input_embeddings(Int8Embedding(table, dtype))
     else:
-        embedding.weight = frozen(table.dequantize(dtype))
+        replace_parameter(model, embedding.weight, table.dequantize(dtype))
+
+
+def replace_parameter(model: nn.Module, old: nn.Parameter, new: torch.Tensor) -> None:
+    """Wherever it is: an encoder and a decoder may look up one table through embeddings of their own."""
+    parameter = frozen(new)
+    for module in model.modules():
+        for key in [key for key, found in module._parameters.items() if found is old]:
+            module._parameters[key] = parameter
 
 
 def freeze(model: Any) -> Any:
-    return model.eval().requires_grad_(False)
+    """The last step of every conversion: a model for inference that Transformers' own surgery leaves whole."""
+    from qops.pretrained import protect
+
+    return protect(model.eval().requires_grad_(False))
 
 
 def packed(module: Any) -> Any:
@@ -283,8 +299,39 @@ def packed(module: Any) -> Any:
 # Looking -------------------------------------------------------------------------------------------------------------
 
 
+def input_table(model: Any) -> Any:
+    """The module that looks up token embeddings; None where the model takes something else than tokens."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # what Transformers raises for a model that has none
+        return None
+    return table if isinstance(table, (nn.Embedding, Int8Embedding)) else None
+
+
+def ties_of(model: Any) -> dict[str, str]:
+    """The source of each tied parameter by its name, as it is in Transformers' model."""
+    converted = model.__dict__.get("_qops_converted")
+    return model.all_tied_weights_keys if converted is None else converted.ties
+
+
 def is_tied(model: Any) -> bool:
-    return model.get_output_embeddings() is not None and bool(model.config.tie_word_embeddings)
+    """Whether the output layer has the weight of the embedding. The config alone does not tell: classes differ."""
+    table, output, ties = input_table(model), model.get_output_embeddings(), ties_of(model)
+    if table is None or output is None:
+        return False
+    names = [f"{name_of(model, module)}.weight" for module in (table, output)]
+    return ties.get(names[0], names[0]) == ties.get(names[1], names[1])
+
+
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of that name; None where a quantised weight, or nothing, stands there."""
+    module_name, _, key = name.rpartition(".")
+    module: Any = model
+    for part in module_name.split(".") if module_name else ():
+        module = module._modules.get(part)
+        if module is None:
+            return None
+    return module._parameters.get(key)
 
 
 def is_replaced(model: Any) -> bool:
@@ -296,6 +343,12 @@ def require_replaced(model: Any, caller: str) -> None:
     require_transformers(caller)
     if not is_replaced(model):
         raise ValueError(f"{caller}: model must come from qops.load_model or qops.quantize_model")
+    weights = [module for module in model.modules() if isinstance(module, (Int4Weight, Int8Weight))]
+    if any(weight.is_offloaded for weight in weights) or any(parameter.is_meta for parameter in model.parameters()):
+        raise RuntimeError(
+            f"{caller}: model must be in memory, parts of it are offloaded; "
+            "accelerate.hooks.remove_hook_from_submodules(model) brings them back"
+        )
 
 
 def is_fused(model: Any) -> bool:
@@ -318,12 +371,22 @@ def kind_of(linear: Any) -> str:
 def entries(model: Any) -> Iterator[tuple[str, Any, str]]:
     """(parameter name in Transformers' model, weight or tensor, kind of a quantised weight), each once.
 
-    A tied table is the embedding's, as Transformers has it; its exact values are those of the output layer, because a
-    4-bit table is looked up densely and the dense one is rounded.
+    Tied tensors stand under the name of their source. A tied table is the embedding's, as Transformers has it; its
+    exact values are those of the output layer, because a 4-bit table is looked up densely and the dense one is rounded.
     """
-    table: Any = model.get_input_embeddings()
-    output: Any = model.get_output_embeddings()
-    tied = is_tied(model)
+    ties = ties_of(model)
+    table, output = input_table(model), model.get_output_embeddings()
+    quantised = is_tied(model) and isinstance(output.weight, (Int4Weight, Int8Weight))
+    if quantised:
+        name = f"{name_of(model, table)}.weight"
+        yield ties.get(name, name), output.weight, kind_of(output)
+    for name, value, kind in _all_entries(model):
+        copied = name in ties and value is parameter_of(model, ties[name])
+        if not copied and not (quantised and (value is table.weight or value is output.weight)):
+            yield name, value, kind
+
+
+def _all_entries(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     merged: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(merged) and merged:
@@ -333,11 +396,6 @@ def entries(model: Any) -> Iterator[tuple[str, Any, str]]:
             parent = name.rpartition(".")[0]
             for part, linear in module.split().items():
                 yield from _own_entries(f"{parent}.{part}", linear)
-        elif tied and module is table and isinstance(output.weight, (Int4Weight, Int8Weight)):
-            yield f"{name}.weight", output.weight, kind_of(output)
-        elif tied and module is output:
-            if output.bias is not None:
-                yield f"{name}.bias", output.bias, ""
         else:
             yield from _own_entries(name, module)
 
