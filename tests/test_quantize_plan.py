@@ -91,6 +91,15 @@ GATED = {
         "shared_intermediate_size": 64,
         "layer_types": ["mamba", "attention", "mamba"],
     },
+    "NemotronH": {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+        "ssm_state_size": 16,
+        "head_dim": 16,
+        "layers_block_type": ["mamba", "attention"],
+        "num_hidden_layers": 2,
+    },
 }
 
 
@@ -107,6 +116,53 @@ def test_norms_that_take_more_than_x_stay(prefix, scheme):
         assert "takes more than x: hidden_states, gate" in model.quantization_report.kept[name]
     assert any(isinstance(module, RMSNorm) for module in model.modules())
     assert_near(model(IDS).logits, wanted, scheme)
+
+
+def segformer():
+    config = transformers.SegformerConfig(
+        hidden_sizes=[16, 32, 32, 64],
+        num_attention_heads=[1, 2, 2, 4],
+        depths=[1, 1, 1, 1],
+        sr_ratios=[4, 2, 1, 1],
+        decoder_hidden_size=32,
+        num_labels=8,
+        initializer_range=0.2,
+    )
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def detr():
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], out_features=["stage4"]
+    )
+    config = transformers.DetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=backbone,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_queries=5,
+        num_labels=7,
+        init_std=0.2,
+    )
+    return transformers.DetrForObjectDetection(config)
+
+
+@pytest.mark.parametrize("build", [segformer, detr])
+def test_models_whose_linears_see_transposed_images(build):
+    torch.manual_seed(0)
+    source = build().eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    wanted = source(pixel_values=pixels).logits
+    model = quantize_model(source, "int8")
+    assert len(model.quantization_report.replaced) >= 16
+    assert_near(model(pixel_values=pixels).logits, wanted)
 
 
 # Wrapped, adapted, shared --------------------------------------------------------------------------------------------
