@@ -222,7 +222,10 @@ class _Copy:
         """In the dtype of the proof, around the same weight."""
         bias = None if linear.bias is None else self._weight(linear.bias)
         if isinstance(linear, (Int4Linear, Int8Linear, Int8WeightOnlyLinear)):
-            return type(linear)(linear.weight, bias, float32_output=linear.float32_output)
+            weight: Any = linear.weight
+            if weight.device != self.device:  # of a model on several GPUs
+                weight = copy.deepcopy(weight).to(self.device)
+            return type(linear)(weight, bias, float32_output=linear.float32_output)
         return dense_linear(self._weight(linear.weight), bias)
 
 

@@ -79,7 +79,8 @@ def quantize_model(
     padding, a prompt and two steps with a cache. Where they differ (in float32 they agree to about 1e-6), the model
     keeps Transformers' layers with qops linears and norms; the report and one warning say what differed. So do layers
     that have hooks already. Hooks on other modules go over to what replaces them, and hooks that are registered later
-    see what they would see in Transformers' layers, where these have a module of that name.
+    see what they would see in Transformers' layers, where these have a module of that name. Hooks for all modules of
+    the process see the layers of the comparison too.
 
     Layers are converted one at a time and their dense weights freed: at its peak the memory is that of the dense model
     and one quantised layer.
