@@ -79,4 +79,5 @@ def gpu(backend: Backend) -> Iterator[None]:
 
 def made_there(backend: Backend, tensors: dict[str, Tensor], kind: str, *, pack: bool = True) -> qops.Int4Weight:
     there = {key: backend.on_device(tensor) for key, tensor in tensors.items()}
-    return qops.Int4Weight.from_canonical(**there, kind=kind, pack=pack)
+    columns = 2 * tensors["qweight"].shape[1]
+    return qops.Int4Weight.from_canonical(**there, kind=kind, in_features=columns, pack=pack)

@@ -108,7 +108,7 @@ def test_dequantize_covers_every_chunk(monkeypatch):
 
     weights = [weight for _, weight in some_weights()]
     whole = [weight.dequantize() for weight in weights]
-    monkeypatch.setattr(qops._weight_state, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(qops._layout, "CHUNK_ELEMENTS", 1)
     for weight, expected in zip(weights, whole, strict=True):
         assert torch.equal(weight.dequantize(), expected)
         assert torch.equal(weight.unpack().dequantize(), expected)

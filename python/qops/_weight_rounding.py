@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qops._layout import chunk_rows, group_count
 from qops._weight_state import (
     SCALE_DTYPES,
-    chunk_rows,
     dtype_name,
-    group_count,
     require_matrix,
     require_multiples_of_8,
     require_scale_dtype,

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qops._layout import group_count
 from qops._weight_rounding import add_rounding_to_odd, round_to_nearest, scale_codes, store_nibbles
 from qops._weight_state import (
     SCALE_DTYPES,
     QuantizedWeight,
     dtype_name,
-    group_count,
     group_size_from_scales,
     require_dtype,
     require_int,
