@@ -116,6 +116,34 @@ def test_a_hook_that_changes_what_a_layer_returns(family, skip):
     assert (fused - after).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "part", ["mlp", "self_attn", "mlp.down_proj", "self_attn.o_proj", "input_layernorm", "self_attn.q_norm"]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_forward_that_somebody_replaces_sees_what_it_sees_in_transformers_layers(family, part):
+    outputs = []
+    for fuse in (True, False):
+        model = quantize_model(random_model(family), fuse=fuse)
+        model(IDS)
+        if f"model.layers.1.{part}" not in names(model):
+            pytest.skip("not in this family")
+        module = model.model.layers[1].get_submodule(part)
+        original = module.forward
+
+        def halved(*args, original=original, **kwargs):
+            out = original(*args, **kwargs)
+            return (0.5 * out[0], *out[1:]) if isinstance(out, tuple) else 0.5 * out
+
+        before = model(IDS).logits
+        module.forward = halved
+        outputs.append((before, model(IDS).logits))
+        del module.forward
+        assert torch.equal(model(IDS).logits, before)
+    (before, fused), (_, alone) = outputs
+    torch.testing.assert_close(fused, alone, atol=2e-5, rtol=2e-5)
+    assert (fused - before).abs().max() > 1e-3
+
+
 def test_layers_are_fused_again_when_their_hooks_are_gone():
     model = quantize_model(random_model("llama"), "int8")
     layer = model.model.layers[0]

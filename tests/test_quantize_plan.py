@@ -322,6 +322,31 @@ def test_a_weight_that_its_owner_reads_stays_a_tensor(scheme):
         assert (found - wanted).norm() < 0.5 * wanted.norm()  # states add up what rounding does to random weights
 
 
+def test_weights_that_the_model_reads_from_afar_stay_tensors():
+    """RWKV rescales those of its blocks."""
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(vocab_size=VOCAB, hidden_size=64, attention_hidden_size=64, num_hidden_layers=8)
+    source = transformers.RwkvForCausalLM(config).eval()
+    wanted = copy.deepcopy(source)(IDS).logits
+    model = quantize_model(source, "int8")
+    assert model.quantization_report.kept["rwkv.blocks.3.attention.output"] == "its model reads its weight"
+    assert isinstance(model.rwkv.blocks[3].attention.key, Int8Linear)
+    assert_near(model(IDS).logits, wanted)
+
+
+@pytest.mark.parametrize("prefix", ["ModernBert", "Mpt"])
+def test_norms_of_another_kind_without_a_bias_stay(prefix):
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB} if prefix == "Mpt" else SIZES
+    config = getattr(transformers, f"{prefix}Config")(**sizes)
+    source = getattr(transformers, f"{prefix}ForCausalLM" if prefix == "Mpt" else f"{prefix}ForMaskedLM")(config).eval()
+    norms = [name for name, module in source.named_modules() if type(module) is nn.LayerNorm]
+    wanted = source(IDS).logits
+    model = quantize_model(source, "int8")
+    assert all(type(model.get_submodule(name)) is nn.LayerNorm for name in norms) and norms
+    assert_near(model(IDS).logits, wanted)
+
+
 def test_a_weight_that_is_read_only_where_it_is_a_tensor_is_quantised():
     source = tiny("T5", "ForConditionalGeneration", d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=1)
     model = quantize_model(source)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qops._hooks import Noticed
 from qops._weight_state import QuantizedWeight
 
 # Where accelerate leaves its hook on a module.
@@ -24,7 +25,7 @@ _HOOK = "_hf_hook"
 _OWNED = "_offloaded_from_above"
 
 
-class Offloadable(nn.Module):
+class Offloadable(Noticed):
     """Base of modules that load and drop everything below them as one."""
 
     def _be_hooked(self) -> None:

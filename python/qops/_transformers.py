@@ -1,4 +1,4 @@
-"""What is known of Transformers as a package: which releases the model code accepts, and its traces in modules."""
+"""The one place that decides which Transformers releases the model code accepts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import functools
 import importlib.metadata
 import warnings
 
-from torch import nn
-
 MINIMUM = (5, 17)
 NEWEST_TESTED = (5, 24)
-
-# Where Transformers defines the hooks that record hidden states and attentions.
-_RECORDING = "transformers.utils.output_capturing"
 
 
 def require_transformers(caller: str) -> None:
@@ -44,16 +39,3 @@ def _warn_newer(found: str) -> None:
 
 def _text(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether somebody sees or changes what goes into or comes out of a module: the user's hooks, or accelerate's.
-
-    The hooks with which Transformers records hidden states and attentions do not count.
-    """
-    if "_hf_hook" in vars(module):
-        return True
-    if not (module._forward_pre_hooks or module._forward_hooks):
-        return False
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return any(getattr(hook, "__module__", None) != _RECORDING for hook in hooks)

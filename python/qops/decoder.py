@@ -28,12 +28,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qops._hooks import is_watched, newest_hook
 from qops._offload import Offloadable
-from qops._transformers import is_watched
 from qops._weight_state import moved
 from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm, into_stream
 from qops.ops import qk_norm_rotary_, rotary, rotary_
@@ -340,18 +339,11 @@ class DecoderLayer(Offloadable):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Transformers' arguments and result."""
         _by_name(self, args, kwargs)
-        norm = self.input_layernorm
-        # Of accelerate's hooks torch knows nothing; where it offloads one norm it does so with all.
-        if (
-            RemovableHandle.next_id != self.newest_hook
-            or self.watched
-            or "_hf_hook" in norm.__dict__
-            or torch.compiler.is_compiling()
-        ):
+        if newest_hook() != self.newest_hook or self.watched or torch.compiler.is_compiling():
             self._look_for_hooks()
             if self.watched:
                 return self._one_after_the_other(hidden_states, kwargs)
-        x = norm(hidden_states)
+        x = self.input_layernorm(hidden_states)
         if self.sandwich:
             attended, _ = self.self_attn(x, **kwargs)
             x, residual = self.pre_feedforward_layernorm.add(self.post_attention_layernorm(attended), hidden_states)
@@ -377,7 +369,7 @@ class DecoderLayer(Offloadable):
     def _look_for_hooks(self) -> None:
         """Norms that a hook may watch emit no 8-bit activations."""
         # Every hook of the process gets a number, so that an unchanged one spares the look at 20 modules.
-        self.newest_hook = RemovableHandle.next_id
+        self.newest_hook = newest_hook()
         self.watched = any(is_watched(module) for module in self.modules() if module is not self)
         self.input_layernorm.int8 = self.self_attn.qkv_proj.takes_int8 and not self.watched
         getattr(self, self.before_mlp).int8 = self.mlp.gate_up_proj.takes_int8 and not self.watched

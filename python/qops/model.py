@@ -417,6 +417,17 @@ def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
     _share(model)
 
 
+def _takes(model_class: Any, config: Any) -> bool:
+    """Whether a class of Transformers is for a config: by its own type, or as one that borrows the class."""
+    from transformers.models.auto import modeling_auto
+
+    if isinstance(config, model_class.config_class):
+        return True
+    mappings = [mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    found = [mapping.get(config.model_type, ()) for mapping in mappings]
+    return any(model_class.__name__ in ((names,) if isinstance(names, str) else names) for names in found)
+
+
 # Folders -------------------------------------------------------------------------------------------------------------
 
 
@@ -435,7 +446,7 @@ class _Folder:
             model_class = _transformers_class((self.config.architectures or [None])[0])
         except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
-        if not isinstance(self.config, model_class.config_class):
+        if not _takes(model_class, self.config):
             wanted = model_class.config_class.model_type
             raise ValueError(
                 f"{folder / 'config.json'}: model_type must be '{wanted}' for {model_class.__name__}, "

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from qops._hooks import Noticed
 from qops._merged_state import merge_names, restore_names
 from qops._offload import Offloadable
 from qops.ops import (
@@ -314,7 +315,7 @@ class Int8Embedding(Offloadable):
         return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype_marker.dtype}"
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Noticed):
     """:func:`qops.rms_norm`, or with a residual :func:`qops.add_rms_norm`, as a module.
 
     With `int8` they are :func:`qops.rms_norm_int8` and :func:`qops.add_rms_norm_int8`, rule "127".

@@ -363,17 +363,25 @@ def _adapters(model: nn.Module) -> dict[str, str]:
 
 
 def _read_by_owner(model: nn.Module) -> dict[str, str]:
-    """Linears whose weight the module around them reads as a tensor, by its source, instead of calling them."""
+    """Linears whose weight another module reads as a tensor, by its source, instead of calling them."""
     kept: dict[str, str] = {}
+    everything = "".join({_source(type(module)) for module in model.modules()})
     for name, module in model.named_modules():
-        source = None
         for part, linear in module._modules.items():
             if isinstance(linear, nn.Linear):
-                source = _source(type(module)) if source is None else source
+                source, parent = _source(type(module)), name.rpartition(".")[2]
                 # T5 asks first whether the weight is a tensor.
                 guarded = f"isinstance(self.{part}.weight, torch.Tensor)" in source
-                if re.search(rf"\bself\.{part}\.weight\b", source) and not guarded:
-                    kept[f"{name}.{part}".lstrip(".")] = f"{type(module).__name__} reads its weight itself"
+                by_itself = re.search(rf"\bself\.{part}\.weight\b", source) and not guarded
+                # RWKV rescales the weights of its blocks.
+                from_afar = parent and re.search(rf"\w\.{parent}\.{part}\.weight\b", everything)
+                if by_itself or from_afar:
+                    who = (
+                        f"{type(module).__name__} reads its weight itself"
+                        if by_itself
+                        else "its model reads its weight"
+                    )
+                    kept[f"{name}.{part}".lstrip(".")] = who
     return kept
 
 

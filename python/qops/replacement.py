@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from qops._transformers import is_watched, require_transformers
+from qops._hooks import is_watched
+from qops._transformers import require_transformers
 from qops.nn import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, RMSNorm, frozen
 from qops.ops import rms_norm
 from qops.weights import Int4Weight, Int8Weight
@@ -76,10 +77,10 @@ def norm_style(module: Any) -> dict[str, Any] | None:
     weight = (1 + 0.5 * torch.randn(h, generator=rng)).bfloat16()
     # A copy with another weight, asked without a call, which would fire hooks.
     probe = copy.copy(module)
-    probe._parameters = {"weight": frozen(weight)}
+    probe._parameters = {**module._parameters, "weight": frozen(weight)}
     try:
         theirs = type(module).forward(probe, x)
-    except (TypeError, ValueError, RuntimeError):
+    except (AttributeError, TypeError, ValueError, RuntimeError):
         return None
     if not isinstance(theirs, torch.Tensor) or theirs.shape != x.shape or theirs.dtype != x.dtype:
         return None
@@ -146,10 +147,10 @@ def unfusable(model: Any) -> str | None:
     for index, layer in enumerate(model.model.layers):
         for name, module in layer.named_modules(remove_duplicate=False):
             full = f"model.layers.{index}.{name}".rstrip(".")
-            if is_watched(module) or any(getattr(module, hooks) for hooks in _OTHER_HOOKS):
-                return f"{full} has hooks, which a fused layer would lose"
             if "forward" in vars(module):
                 return f"the forward of {full} was replaced by its owner"
+            if is_watched(module) or any(getattr(module, hooks) for hooks in _OTHER_HOOKS):
+                return f"{full} has hooks, which a fused layer would lose"
             if id(module) in seen:
                 return f"{full} stands in two places"
             seen.add(id(module))
@@ -167,8 +168,8 @@ def unfusable(model: Any) -> str | None:
                 reason = f"{type(module).__name__} is neither a linear nor a norm"
             if reason is not None:
                 return f"model.layers.{index}.{name}: {reason}"
-    if is_watched(model.model.rotary_emb) or "forward" in vars(model.model.rotary_emb):
-        return "model.rotary_emb has hooks"
+    if is_watched(model.model.rotary_emb):
+        return "model.rotary_emb has hooks, or a forward of its owner's"
     reason = odd_norm(model.model.norm) if looks_like_norm(model.model.norm) else "not a norm"
     return None if reason is None else f"model.norm: {reason}"
 

@@ -1,0 +1,38 @@
+"""Who looks into a module: hooks, and a forward that somebody put in the place of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+# Where Transformers defines the hooks that record hidden states and attentions.
+_RECORDING = "transformers.utils.output_capturing"
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what goes into or comes out of a module: hooks, or another forward in its place.
+
+    The hooks with which Transformers records hidden states and attentions do not count.
+    """
+    if "_hf_hook" in module.__dict__ or "forward" in module.__dict__:
+        return True
+    if not (module._forward_pre_hooks or module._forward_hooks):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(getattr(hook, "__module__", None) != _RECORDING for hook in hooks)
+
+
+def newest_hook() -> int:
+    """Changes whenever any module of the process gets a hook, or a :class:`Noticed` one another forward."""
+    return RemovableHandle.next_id
+
+
+class Noticed(nn.Module):
+    """Base of modules that a fused layer may compute without a call: another forward of theirs counts as a hook."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "forward":
+            RemovableHandle.next_id += 1
