@@ -149,7 +149,7 @@ def test_tied_tables_stay_tied(family, scheme, skip, tmp_path):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folders_round_trip(family, scheme, tmp_path):
-    model = quantize_model(random_model(family, dtype=torch.bfloat16), scheme, skip=("v_proj",))
+    model = quantize_model(random_model(family, dtype=torch.bfloat16), scheme, skip=("*v_proj",))
     model.generation_config.max_length = 77
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
@@ -347,6 +347,20 @@ def test_what_cannot_be_replaced_stays_and_the_report_says_why():
     assert model.quantization_report.not_fused == "model.layers.0.self_attn.q_proj: Linear is a linear of another kind"
     want = expected(IDS).logits
     assert (model(IDS).logits - want).norm() < 0.1 * want.norm()
+
+
+@pytest.mark.parametrize("pattern", ["lm_haed", "layers.0.mlp.down_proj", "model.layers.0", "*.gate"])
+def test_a_name_to_skip_that_names_no_linear_is_an_error(pattern):
+    source = random_model("llama")
+    with pytest.raises(ValueError, match=r"skip must name linears of the model, '.*' names none"):
+        quantize_model(source, skip=("o_proj", pattern))
+    assert type(source.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("skip", [None, 3, ("o_proj", 3)])
+def test_names_to_skip_are_strings(skip):
+    with pytest.raises(ValueError, match="skip must be a tuple of names, got"):
+        quantize_model(random_model("llama"), skip=skip)
 
 
 def test_group_sizes_follow_the_linears():

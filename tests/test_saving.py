@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from tests.architectures import ARCHITECTURES, TOKENS, outputs, tiny_model
+from tests.families import IDS, SIZES, random_model
 from torch import nn
 
 from qops.decoder import DecoderLayer
@@ -324,3 +326,33 @@ def test_int4_tables_are_looked_up_densely_wherever_they_are_tied():
     exact = head.weight.dequantize()
     for table in (model.model.shared, model.model.encoder.embed_tokens, model.model.decoder.embed_tokens):
         assert_bitwise(table.weight, exact)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", ["llama", "olmo2", "granite"])
+def test_a_model_that_was_cast_comes_back_in_its_dtype_and_bits(family, dtype, fuse, tmp_path):
+    """Rotary frequencies are cast with a model, and are no part of its state."""
+    model = quantize_model(random_model(family).to(dtype), "int8", fuse=fuse)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.dtype == dtype
+    assert_bitwise(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.skipif("internlm3" not in transformers.CONFIG_MAPPING, reason="an older Transformers")
+def test_a_class_that_another_config_borrows(tmp_path):
+    """InternLM 3 is a LlamaForCausalLM."""
+    config = transformers.CONFIG_MAPPING["internlm3"](**SIZES)
+    model = quantize_model(transformers.AutoModelForCausalLM.from_config(config).eval())
+    save_model(model, tmp_path)
+    assert_bitwise(load_model(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_tensors_without_a_place_are_an_error(tmp_path):
+    save_model(quantize_model(random_model("llama")), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"must have a place in LlamaForCausalLM .* have none: model\.layers\.2"):
+        load_model(tmp_path)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -206,8 +207,7 @@ class Attention(MergingModule):
         self.o_proj = part("self_attn.o_proj")
         if hasattr(original, "q_norm"):
             self.q_norm, self.k_norm = part("self_attn.q_norm"), part("self_attn.k_norm")
-        module = importlib.import_module(type(original).__module__)
-        self.eager_attention = module.eager_attention_forward
+        self.modeling = type(original).__module__
         architecture = ARCHITECTURES[type(original).__module__.rpartition("modeling_")[2]]
         self.extras: dict[str, Any] = {}
         if hasattr(original, "sliding_window"):
@@ -254,7 +254,9 @@ class Attention(MergingModule):
             output = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=self.scaling)
             return into_stream(self.o_proj, output.reshape(batch, 1, -1), residual), None
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(shared.attention, self.eager_attention)
+        # Looked up in each call, as Transformers does: others put theirs in its place.
+        eager = sys.modules[self.modeling].eager_attention_forward
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(shared.attention, eager)
         output, weights = attend(
             self,
             query.transpose(1, 2),

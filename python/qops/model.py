@@ -75,7 +75,7 @@ class Checkpoint(Protocol):
 
 def load_model(
     path: str | os.PathLike[str],
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     *,
     prove: bool = True,
@@ -89,7 +89,7 @@ def load_model(
     Args:
         path: a GGUF file of a Llama-family model (Q4_0, Q4_1, Q8_0, F32, F16, BF16 tensors), or a folder written by
             :func:`qops.save_model`.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16; by default that in which a folder was saved, and bfloat16 for a GGUF file.
         device: where the model goes.
         prove: compare fused decoder layers with those of the installed Transformers first, one of each kind
             (:func:`qops.quantize_model` tells how). Where they differ the model keeps Transformers' layers, with qops
@@ -111,11 +111,12 @@ def load_model(
     if path.is_file():
         from qops.formats.gguf import GGUFFile
 
-        return build_model(GGUFFile(path), dtype, device, prove=prove)
+        return build_model(GGUFFile(path), dtype or torch.bfloat16, device, prove=prove)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such GGUF file or model folder")
     folder = _Folder(path)
-    model = build_model(folder, dtype, device, folder.fused, folder.dynamic, prove)
+    model = build_model(folder, dtype or folder.config.dtype, device, folder.fused, folder.dynamic, prove)
+    folder.finish(model)
     if (path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -187,6 +188,7 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
         "format_version": FORMAT_VERSION,
         "fused": is_fused(model),
         "weights": kinds,
+        "cast": _cast_buffers(model),
     }
     generation_config = getattr(model, "generation_config", None)
 
@@ -197,6 +199,20 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
         save_file(tensors, into / TENSORS_FILE)
 
     _replace_files(Path(folder), write)
+
+
+def _cast_buffers(model: nn.Module) -> dict[str, str]:
+    """The dtype of each buffer that is no part of the state and was cast with the model, as rotary frequencies are."""
+    return {
+        f"{name}.{key}".lstrip("."): str(buffer.dtype).removeprefix("torch.")
+        for name, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if key in module._non_persistent_buffers_set
+        and buffer is not None
+        and buffer.dtype in (torch.bfloat16, torch.float16)
+        and buffer.numel() > 0
+        and not isinstance(module, (Int4Weight, Int8Weight))
+    }
 
 
 def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
@@ -454,6 +470,8 @@ class _Folder:
             )
         del self.config.__dict__["quantization_config"]
         self.fused: bool = settings.get("fused", True)
+        self._cast: dict[str, str] = settings.get("cast", {})
+        self._read: set[str] = set()
         self._kinds: dict[str, str] = settings["weights"]
         self.dynamic = frozenset(name for name, kind in self._kinds.items() if kind == "int8 dynamic")
         path = folder / TENSORS_FILE
@@ -512,4 +530,20 @@ class _Folder:
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self.names:
             raise ValueError(f"{self.folder / TENSORS_FILE}: tensor {name} is missing")
+        self._read.add(name)
         return self._file.get_tensor(name)
+
+    def finish(self, model: nn.Module) -> None:
+        """Casts what was cast when the model was saved; raises where tensors are left that no part of it has taken."""
+        left = sorted(self.names - self._read)
+        if left:
+            raise ValueError(
+                f"{self.folder / TENSORS_FILE}: every tensor must have a place in {type(model).__name__} as "
+                f"config.json describes it, {len(left)} have none: {', '.join(left[:3])}"
+            )
+        for name, dtype in self._cast.items():
+            module_name, _, key = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            buffer = getattr(module, key)
+            assert isinstance(buffer, torch.Tensor)
+            setattr(module, key, buffer.to(getattr(torch, dtype)))

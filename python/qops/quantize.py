@@ -9,6 +9,7 @@ import inspect
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +91,8 @@ def quantize_model(
         scheme: "int4" or "int8".
         group_size: columns of K that share a scale, int4 only: a multiple of 16 that divides each K, or -1 for one
             scale per row. By default, linear by linear, the largest of 128, 64, 32 and 16 that divides K.
-        skip: linears to leave dense: names, their last parts, or shell patterns ("o_proj", "*.mlp.down_proj").
+        skip: linears to leave dense: names, their last parts, or shell patterns ("o_proj", "*.mlp.down_proj"); one that
+            names none is an error.
         symmetric: int4 only: codes around 8, or with a zero point per group.
         skip_default: leave dense also the output layer and all other linears outside the base model (classification
             heads), and in multimodal models everything outside the language model. With False `skip` alone decides; a
@@ -273,8 +275,9 @@ def _plan(
         raise ValueError(f"{caller}: symmetric must be True with 'int8', got False")
     if scheme == "int4" and smoothing is not None:
         raise ValueError(f"{caller}: smoothing must be None with 'int4', which leaves activations as they are")
-    if isinstance(skip, str):
-        raise ValueError(f"{caller}: skip must be a tuple of names, got the string {skip!r}")
+    if isinstance(skip, str) or not isinstance(skip, Sequence) or not all(isinstance(name, str) for name in skip):
+        got = f"the string {skip!r}" if isinstance(skip, str) else repr(skip)
+        raise ValueError(f"{caller}: skip must be a tuple of names, got {got}")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{caller}: model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if is_replaced(model):
@@ -287,6 +290,10 @@ def _plan(
             f"{caller}: the config ties the output layer to the embedding, so both must have one weight, got two; "
             "set config.tie_word_embeddings to False before the model is made, or call tie_weights()"
         )
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in skip:
+        if not any(_skips(pattern, name) for name in linears):
+            raise ValueError(f"{caller}: skip must name linears of the model, {pattern!r} names none")
     plan = _Plan(not_fused=unfusable(model) if fuse else "fuse=False")
     if fuse and plan.not_fused is not None and unknown_architecture(model) is None:
         warn_not_fused(model, plan.not_fused)
@@ -319,7 +326,9 @@ def _plan(
     for device in devices:
         Int8Weight.quantize(torch.zeros(8, 8, device=device))  # raises where there are no kernels
     if not plan.linears:
-        raise ValueError(f"{caller}: model must have linears to quantise, {type(model).__name__} has none: {plan.kept}")
+        reasons = Counter(plan.kept.values()).most_common(5)
+        why = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        raise ValueError(f"{caller}: model must have linears to quantise, {type(model).__name__} has none: {why}")
     return plan
 
 
@@ -373,8 +382,8 @@ def _read_by_owner(model: nn.Module) -> dict[str, str]:
                 # T5 asks first whether the weight is a tensor.
                 guarded = f"isinstance(self.{part}.weight, torch.Tensor)" in source
                 by_itself = re.search(rf"\bself\.{part}\.weight\b", source) and not guarded
-                # RWKV rescales the weights of its blocks.
-                from_afar = parent and re.search(rf"\w\.{parent}\.{part}\.weight\b", everything)
+                # RWKV rescales the weights of its blocks. Names in strings are those of ties.
+                from_afar = parent and re.search(rf"(?<![\w.'\"])\w+(\.\w+)*\.{parent}\.{part}\.weight\b", everything)
                 if by_itself or from_afar:
                     who = (
                         f"{type(module).__name__} reads its weight itself"
@@ -395,8 +404,12 @@ def _source(kind: type) -> str:
     return found
 
 
+def _skips(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
+
+
 def _unquantizable(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str | None:
-    if any(fnmatch.fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern for pattern in skip):
+    if any(_skips(pattern, name) for pattern in skip):
         return "skipped"
     if (reason := odd_linear(linear)) is not None:
         return reason
