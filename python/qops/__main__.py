@@ -21,6 +21,8 @@ def info() -> str:
     native = "CPU kernels only"
     if build["cuda"]:
         native = f"CPU and CUDA kernels for {build['cuda_archs']} by nvcc {build['nvcc']}"
+    if build["cuda_reason"]:
+        native += f" ({build['cuda_reason']})"
     lines = {
         "qops": build["version"],
         "python": f"{platform.python_version()} ({sys.executable})",
