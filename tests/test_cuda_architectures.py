@@ -282,7 +282,8 @@ class Project:
     def configure(self, archs: str, **options: object) -> subprocess.CompletedProcess[str]:
         words = [f"-D{name}={value}" for name, value in {**self.options, **options}.items()]
         command = [cuda_tools.cmake(), "-S", str(ROOT), "-B", str(self.folder), "-G", "Ninja", *words]
-        env = {**os.environ, "TORCH_CUDA_ARCH_LIST": archs, "PATH": f"{self.path}:{os.environ['PATH']}"}
+        env = dict(os.environ)
+        env |= {"TORCH_CUDA_ARCH_LIST": archs, "PATH": f"{self.path}:{env['PATH']}"}
         return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
     def command(self, source: str) -> list[str]:
