@@ -74,7 +74,7 @@ class CMakeBuild(build_ext):
                 f"-DQOPS_VERSION={self.distribution.get_version()}",
                 f"-DQOPS_OUTPUT_DIR={binary.parent}",
                 f"-DQOPS_CUDA={os.environ.get('QOPS_CUDA', 'AUTO')}",
-                f"-DQOPS_CUDA_ARCHS={os.environ.get('QOPS_CUDA_ARCHS') or os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
+                f"-DQOPS_CUDA_ARCHS={os.environ.get('QOPS_CUDA_ARCHS', '')}",
             ]
         )
         subprocess.check_call([tool, "--build", str(build), "-j", jobs])

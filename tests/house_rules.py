@@ -53,7 +53,8 @@ def authored_files(root: Path) -> Iterator[Path]:
     folders = [root / name for name in (".ci", "bench", "csrc", "docs", "python", "tests")]
     files = [path for path in root.iterdir() if path.is_file() and path.name != ".git"]
     files += [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    suffixes = {".cpp", ".css", ".cu", ".cuh", ".h", ".jinja2", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ""}
+    code, text = {".cmake", ".cpp", ".cu", ".cuh", ".h", ".py", ""}, {".css", ".jinja2", ".md", ".txt"}
+    suffixes = code | text | {".json", ".toml", ".yaml"}
     for path in sorted(files):
         parts = path.relative_to(root).parts
         if path.suffix in suffixes and not any(p.startswith(("__pycache__", "build")) or ".egg" in p for p in parts):
@@ -429,9 +430,10 @@ def names_in_strings(text: str) -> dict[str, int]:
 
 
 def variables_read(text: str) -> set[str]:
-    """Environment variables that Python or C++ code reads (or sets a default for) under a literal name."""
+    """Environment variables that Python, C++ or CMake code reads (or sets a default for) under a literal name."""
     python = r"""environ(?:\.get\(|\.setdefault\(|\.pop\(|\[)\s*["']([A-Z][A-Z0-9_]+)["'](?!\]\s*=[^=])"""
-    found = re.findall(python + r"""|getenv\(\s*["']([A-Z][A-Z0-9_]+)["']""", text)
+    cmake = r"|\$ENV\{(?!PATH\})([A-Z][A-Z0-9_]+)\}"
+    found = re.findall(python + r"""|getenv\(\s*["']([A-Z][A-Z0-9_]+)["']""" + cmake, text)
     return {name for names in found for name in names if name}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qops
-from qops.__main__ import main
+from qops.__main__ import info, main
 
 
 def test_info(capsys):
@@ -20,9 +20,39 @@ def test_info(capsys):
     assert lines["torch"] == f"{torch.__version__} (built with {build['built_with_torch']})"
     assert lines["isa"] == f"{build['isa']} (available: {build['isa_available']})"
     assert lines["python"].startswith(sys.version.split()[0])
-    assert lines["build"].startswith("CPU kernels only, ")
+    kernels = "CPU and CUDA kernels for " if build["cuda"] else f"CPU kernels only ({build['cuda_reason']}), "
+    assert lines["build"].startswith(kernels)
     assert lines["cpu"].endswith(" threads")
     assert len([name for name in lines if name.startswith("cuda")]) == torch.cuda.device_count()
+
+
+# By the names of machine code and PTX, the compute capabilities that find code in them, and some that do not.
+CODE = {
+    "80-real": ([(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+    "86-real": ([(8, 6), (8, 9)], [(8, 0)]),
+    "90a-real": ([(9, 0)], [(8, 0), (10, 0)]),
+    "100-real": ([(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+    "100f-real": ([(10, 0), (10, 3)], [(11, 0)]),
+    "103a-real": ([(10, 3)], [(10, 0), (10, 4)]),
+    "100-virtual": ([(10, 0), (10, 3), (11, 0), (12, 1), (13, 0)], [(9, 0)]),
+    "80-real 100-virtual": ([(8, 6), (11, 0)], [(9, 0)]),
+}
+
+
+@pytest.mark.parametrize("archs", CODE)
+def test_info_tells_which_gpus_have_no_code(archs, monkeypatch):
+    build = {**qops.build_info(), "cuda": True, "cuda_archs": archs, "nvcc": "13.0", "cuda_reason": ""}
+    monkeypatch.setattr("qops.__main__.build_info", lambda: build)
+    gpus = [(capability, use) for use, some in zip(("", " (not used"), CODE[archs], strict=True) for capability in some]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index][0])
+    lines = dict(line.split(": ", 1) for line in info().splitlines())
+    for index, ((major, minor), use) in enumerate(gpus):
+        why = f"{use}: no code for compute capability {major}.{minor} in this build)" if use else ""
+        assert lines[f"cuda:{index}"] == f"GPU{why}"
+    build["cuda"] = False
+    assert info().splitlines()[-1].endswith(": GPU (not used: no CUDA kernels in this build)")
 
 
 def test_info_as_a_command():

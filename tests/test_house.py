@@ -25,7 +25,7 @@ from qops import _native, _transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path in rules.authored_files(ROOT)}
-CPP = {p: text for p, text in FILES.items() if p.startswith("csrc/") and not p.endswith("CMakeLists.txt")}
+CPP = {p: text for p, text in FILES.items() if p.startswith("csrc/") and not p.endswith(("CMakeLists.txt", ".cmake"))}
 PYTHON = {path: text for path, text in FILES.items() if path.endswith(".py")}
 README = FILES["README.md"]
 BINDING = {path: text for path, text in CPP.items() if path.startswith("csrc/binding/")}
@@ -518,8 +518,8 @@ def test_readme_shows_every_operator():
 
 def test_readme_lists_the_environment_variables():
     reads = """os.environ.get("A_B") os.environ["CC"] os.getenv('EE') std::getenv("GG")"""
-    reads += 'os.environ.setdefault("FF", "") '
-    assert rules.variables_read(reads + 'os.environ["DD"] = "1"') == {"A_B", "CC", "EE", "FF", "GG"}
+    reads += 'os.environ.setdefault("FF", "") "$ENV{HH}" "$ENV{PATH}"'
+    assert rules.variables_read(reads + 'os.environ["DD"] = "1"') == {"A_B", "CC", "EE", "FF", "GG", "HH"}
     read = {
         name for path, text in FILES.items() if path != "tests/test_house.py" for name in rules.variables_read(text)
     }

@@ -20,9 +20,10 @@ STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
 namespace {
 
 PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:z}", "version", QOPS_VERSION, "compiler", QOPS_COMPILER,
-                       "built_with_torch", QOPS_BUILT_WITH_TORCH, "isa", qops::cpu::isa_level(), "isa_available",
-                       qops::cpu::isa_levels_available(), "isa_error", qops::cpu::isa_error());
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:z}", "version", QOPS_VERSION, "compiler", QOPS_COMPILER,
+                       "built_with_torch", QOPS_BUILT_WITH_TORCH, "cuda_missing", QOPS_CUDA_MISSING, "isa",
+                       qops::cpu::isa_level(), "isa_available", qops::cpu::isa_levels_available(), "isa_error",
+                       qops::cpu::isa_error());
 }
 
 PyObject* poison_outputs(PyObject*, PyObject* on) {

@@ -28,7 +28,8 @@ STABLE_TORCH_LIBRARY_IMPL(qops, CUDA, m) {
 namespace {
 
 PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s}", "archs", QOPS_CUDA_ARCHS, "nvcc", QOPS_CUDA_VERSION);
+  return Py_BuildValue("{s:s,s:s,s:s}", "archs", QOPS_CUDA_ARCHS, "nvcc", QOPS_CUDA_VERSION, "left_out",
+                       QOPS_CUDA_LEFT_OUT);
 }
 
 PyMethodDef methods[] = {

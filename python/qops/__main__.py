@@ -21,6 +21,8 @@ def info() -> str:
     native = "CPU kernels only"
     if build["cuda"]:
         native = f"CPU and CUDA kernels for {build['cuda_archs']} by nvcc {build['nvcc']}"
+    if build["cuda_reason"]:
+        native += f" ({build['cuda_reason']})"
     lines = {
         "qops": build["version"],
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -31,9 +33,22 @@ def info() -> str:
         "cpu": f"{cpu_name()}, {build['threads']} threads",
     }
     for index in range(torch.cuda.device_count()):
-        use = "" if build["cuda"] else " (not used: no CUDA kernels in this build)"
-        lines[f"cuda:{index}"] = torch.cuda.get_device_name(index) + use
+        why = "no CUDA kernels in this build"
+        if build["cuda"]:
+            major, minor = torch.cuda.get_device_capability(index)
+            has_code = any(_runs(arch, major, minor) for arch in build["cuda_archs"].split())
+            why = "" if has_code else f"no code for compute capability {major}.{minor} in this build"
+        lines[f"cuda:{index}"] = torch.cuda.get_device_name(index) + (f" (not used: {why})" if why else "")
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
+
+
+def _runs(arch: str, major: int, minor: int) -> bool:
+    """Whether a GPU of this compute capability runs an entry of ``cuda_archs``."""
+    name, _, kind = arch.partition("-")
+    built_for, this = int(name.rstrip("af")), 10 * major + minor
+    if name.endswith("a"):
+        return built_for == this
+    return built_for <= this and (kind == "virtual" or built_for // 10 == major)
 
 
 def cpu_name() -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,8 +21,14 @@ if _C.build_info()["isa_error"]:
     raise ImportError(f"qops: {_C.build_info()['isa_error']}")
 
 _C_cuda: Any = None
+# Why it is not there; half a sentence.
+_cuda_missing = ""
 # A torch without CUDA can neither load the module nor hold a tensor for it.
-if torch.version.cuda is not None and importlib.util.find_spec("qops._C_cuda") is not None:
+if torch.version.cuda is None:
+    _cuda_missing = f"torch {torch.__version__} is one without CUDA"
+elif importlib.util.find_spec("qops._C_cuda") is None:
+    _cuda_missing = _C.build_info()["cuda_missing"] or "its file is missing beside qops._C"
+else:
     try:
         _C_cuda = importlib.import_module("qops._C_cuda")
     except ImportError as error:
@@ -31,18 +38,45 @@ if torch.version.cuda is not None and importlib.util.find_spec("qops._C_cuda") i
         ) from error
 
 
+def _refuse_cuda(overload: str) -> Callable[..., NoReturn]:
+    """The kernel of an operator on a GPU where the module is missing."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        name, _, variant = overload.removeprefix("qops::").partition(".")
+        schema = getattr(getattr(torch.ops.qops, name), variant or "default")._schema
+        given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
+        # torch calls a GPU of a ROCm torch cuda too.
+        arg, device = next((arg, t.device) for arg, t in given.items() if isinstance(t, torch.Tensor) and t.is_cuda)
+        raise RuntimeError(
+            f"qops.{name}: {arg} must be on a CPU, as qops has no CUDA kernels here ({_cuda_missing}; from its source, "
+            "`QOPS_CUDA=ON pip install --force-reinstall --no-deps .` builds them or says what is missing), "
+            f"got {device}"
+        )
+
+    return refuse
+
+
+# torch would say "Could not run" and list its backends. The library lives as long as its kernels are to.
+_refusals = torch.library.Library("qops", "IMPL")
+if _C_cuda is None:
+    for _overload in torch._C._dispatch_get_all_op_names():
+        if _overload.startswith("qops::"):
+            _refusals.impl(_overload, _refuse_cuda(_overload), "CUDA")
+
+
 def build_info() -> dict[str, Any]:
     """What this installation is: versions, compiler, ISA levels, devices.
 
     Returns:
         A flat dictionary of strings, booleans and integers: ``version``, ``torch`` (running) and ``built_with_torch``,
         ``compiler``, ``isa`` (level in use), ``isa_available`` (levels this build holds and this CPU runs),
-        ``cuda`` (whether CUDA kernels are loaded: this build has them, and torch is one with CUDA), ``cuda_archs``
-        (GPU architectures they are built for, as CMake spells them: ``80-real`` is machine code for sm_80,
-        ``90-virtual`` PTX) and ``nvcc`` (its version), both empty without; ``threads``.
+        ``cuda`` (whether CUDA kernels are loaded: this build has them, and torch is one with CUDA), ``cuda_reason``
+        (why they are not, or which of the architectures that were asked for they were not built for and why, or
+        empty), ``cuda_archs`` (GPU architectures they are built for, as CMake spells them: ``80-real`` is machine code
+        for sm_80, ``100-virtual`` PTX) and ``nvcc`` (its version), both empty without; ``threads``.
     """
     native = _C.build_info()
-    cuda = _C_cuda.build_info() if _C_cuda else {"archs": "", "nvcc": ""}
+    cuda = _C_cuda.build_info() if _C_cuda else {"archs": "", "nvcc": "", "left_out": _cuda_missing}
     return {
         "version": native["version"],
         "torch": torch.__version__,
@@ -51,6 +85,7 @@ def build_info() -> dict[str, Any]:
         "isa": native["isa"],
         "isa_available": native["isa_available"],
         "cuda": _C_cuda is not None,
+        "cuda_reason": cuda["left_out"],
         "cuda_archs": cuda["archs"],
         "nvcc": cuda["nvcc"],
         "threads": torch.get_num_threads(),
