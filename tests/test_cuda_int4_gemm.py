@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qops
 from cuda_backend import POLICIES, Backend, gpu, made_there
@@ -181,7 +182,8 @@ def test_every_group_size(each):
 
 def test_sizes_of_zero(backend):
     for m, n, k in itertools.product((0, 2, 40), (0, 24), (0, 64)):
-        tensors = {"qweight": torch.zeros(n, k // 2, dtype=torch.uint8), "scales": torch.ones(n, min(k, 1))}
+        codes = torch.zeros(n, k // 2, dtype=torch.uint8)
+        tensors = {"qweight": codes, "scales": torch.ones(n, min(k, 1)), "in_features": k}
         bias = torch.arange(n, dtype=torch.float32)
         with gpu(backend):
             y = call(backend, torch.ones(m, k, dtype=torch.float16), made_there(backend, tensors, "symmetric"), bias)
@@ -360,6 +362,40 @@ def test_epilogues_round_where_the_operators_do(backend, dtype):
         assert_bitwise(call(backend, x, mixed, bias, silu_mul=True), qops.silu_mul(y), "silu_mul")
         bias = torch.cat((bias[:1], bias))[1:]
         assert_bitwise(call(backend, x, mixed, bias, silu_mul=True), qops.silu_mul(y), "silu_mul, bias anywhere")
+
+
+def call_raw(ops: Any, device: str, op: str, k: int, n: int) -> None:
+    """A call with a weight of 16 rows that is packed for 128 columns."""
+    scales = torch.ones(1, 1, 16, device=device)
+    if op == "int8_gemm":
+        packed = ops.int8_pack(torch.zeros(16, 128, dtype=torch.int8, device=device))
+        q = torch.zeros(3, k, dtype=torch.int8, device=device)
+        ops.int8_gemm(q, torch.ones(3, device=device), None, packed, scales, None, n, torch.float32)
+        return
+    packed = ops.int4_pack(torch.zeros(16, 64, dtype=torch.uint8, device=device))
+    if op == "int4_gemm":
+        x = torch.ones(3, k, dtype=torch.float16, device=device)
+        ops.int4_gemm(x, packed, scales, None, None, None, n, k, 0)
+    else:
+        ops.int4_dequantize(packed, scales, None, n, k, 0, torch.float32)
+
+
+@pytest.mark.parametrize("op", ["int4_gemm", "int4_dequantize", "int8_gemm"])
+def test_sizes_are_multiples_of_8_for_raw_callers_too(backend, op):
+    """K = 100 of a weight that is packed for 128: an error, the same one of the CPU, of a GPU and of fake tensors."""
+
+    def text(*where: Any) -> str:
+        with pytest.raises(ValueError) as caught:
+            call_raw(*where)
+        return str(caught.value)
+
+    for k, n in ((100, 16), (124, 16), (128, 12), (128, -8)):
+        texts = {text(torch.ops.qops, "cpu", op, k, n), text(backend.ops, backend.device, op, k, n)}
+        with FakeTensorMode():
+            texts |= {text(torch.ops.qops, device, op, k, n) for device in ("cpu", "cuda")}
+        assert len(texts) == 1 and texts.pop().startswith(f"qops.{op}: "), (k, n)
+    for k in (72, 120, 128):  # fit what is packed
+        call_raw(backend.ops, backend.device, op, k, 16)
 
 
 def test_float32_is_refused(backend):
