@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from bench.cases import LAYERS as LINEARS
 
 import gemm_plans
-from bench.cases import LAYERS as LINEARS
 from cuda_tools import checked
 from gemm_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans, searches
 
@@ -83,7 +83,9 @@ def test_every_shape_has_a_plan_that_fits():
 
 def test_scratch_of_cublas_is_bounded_for_every_m():
     """And no row is multiplied alone: where some are at a time, they fill a GPU."""
-    sizes = [(m, k) for m in (17, 4096, 60_000, 70_000, 10**6, 10**9) for k in (8, 4096, 28672, 122_000, 131_072, 10**6)]
+    sizes = [
+        (m, k) for m in (17, 4096, 60_000, 70_000, 10**6, 10**9) for k in (8, 4096, 28672, 122_000, 131_072, 10**6)
+    ]
     found = plans(Question(m, 4096, k, k, 0, H100, True) for m, k in sizes)
     for (m, k), plan in zip(sizes, found, strict=True):
         assert plan.scratch_bytes <= 32 << 20, (m, k)
