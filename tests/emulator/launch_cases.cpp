@@ -56,6 +56,17 @@ void run_touches(int arch) {
   for (uint32_t i = 0; i < 32; ++i) require(y[i] == 2 * i, "another sum");
 }
 
+void run_current_gpu() {
+  for (const int arch : {80, 86, 89, 90, 103, 120, 89}) {
+    for (const int multiprocessors : {132, 84}) {
+      emu::options().arch = arch;
+      emu::options().multiprocessors = multiprocessors;
+      const qops::cuda::Gpu gpu{multiprocessors, static_cast<int64_t>(emu::max_shared_bytes(arch)), arch};
+      for (int again = 0; again < 2; ++again) require(qops::cuda::current_gpu() == gpu, "another GPU");
+    }
+  }
+}
+
 // Before the kernel has run and after it, on GPUs of which one allows less.
 void run_limit_beside_static_memory() {
   for (const int arch : {90, 120, 80}) run_touches<0>(arch);
@@ -163,6 +174,7 @@ void run_capture_synchronise_device() {
 }
 
 const Case kCases[] = {
+    {Kind::kSound, "current_gpu", run_current_gpu},
     {Kind::kSound, "limit_beside_static_memory", run_limit_beside_static_memory},
     {Kind::kSound, "limit_of_two_threads", run_two_threads},
     {Kind::kSound, "limit_of_sm_89", run_limit_past_opt_in<89, 99 * kKiB>},
