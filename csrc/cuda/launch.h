@@ -40,25 +40,30 @@ inline Gpu current_gpu() {
   return gpu;
 }
 
+// Kernels on GPUs that have been allowed all the shared memory there is for them.
+struct AllowedKernels {
+  using Place = std::pair<const void*, int>;
+  std::mutex mutex;
+  std::set<Place> places;
+};
+inline AllowedKernels allowed_kernels;
+
 // Allows a kernel all the dynamic shared memory that a block may have on the current GPU beside the kernel's own
 // arrays: once for each kernel and GPU, and never less, for what one thread lowered between another one's setting and
 // launch would refuse that launch. The mutex is for the first time that a thread comes with a kernel.
 inline bool allow_shared_memory(const void* kernel) {
-  using Place = std::pair<const void*, int>;
-  thread_local std::vector<Place> known;
+  thread_local std::vector<AllowedKernels::Place> known;
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
-  const Place place{kernel, device};
+  const AllowedKernels::Place place{kernel, device};
   if (std::find(known.begin(), known.end(), place) != known.end()) return true;
-  static std::mutex mutex;
-  static std::set<Place> allowed;
-  const std::lock_guard lock(mutex);
-  if (!allowed.contains(place)) {
+  const std::lock_guard lock(allowed_kernels.mutex);
+  if (!allowed_kernels.places.contains(place)) {
     cudaFuncAttributes attributes{};
     if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
     const int bytes = static_cast<int>(current_gpu().shared_bytes) - static_cast<int>(attributes.sharedSizeBytes);
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) return false;
-    allowed.insert(place);
+    allowed_kernels.places.insert(place);
   }
   known.push_back(place);
   return true;
