@@ -1,6 +1,6 @@
 // Reads lines "m n k group_size kind may_round multiprocessors shared_bytes arch" and prints what
-// csrc/cuda/gemm_config.h plans for them; with an argument, what its index functions say about banks of shared memory
-// instead.
+// csrc/cuda/gemm_config.h plans for them, and how many times a cache of plans had to search so far; with an argument,
+// what its index functions say about banks of shared memory instead.
 #include <cstdio>
 #include <cstring>
 #include <set>
@@ -73,13 +73,19 @@ int main(int argc, char** argv) {
   }
   long long m, n, k, group_size, kind, may_round, multiprocessors, shared_bytes;
   int arch;
+  PlanCache cache;
   while (std::scanf("%lld %lld %lld %lld %lld %lld %lld %lld %d", &m, &n, &k, &group_size, &kind, &may_round,
                     &multiprocessors, &shared_bytes, &arch) == 9) {
-    const GemmPlan p = plan_int4_gemm(
-        {m, n, k, group_size, static_cast<WeightKind>(kind), may_round != 0, {multiprocessors, shared_bytes, arch}});
+    const GemmShape shape{
+        m, n, k, group_size, static_cast<WeightKind>(kind), may_round != 0, {multiprocessors, shared_bytes, arch}};
+    const GemmPlan p = plan_int4_gemm(shape);
+    if (const GemmPlan& cached = cache(shape); !(cached == p)) {
+      std::fprintf(stderr, "the cache has another plan for M = %lld, N = %lld, K = %lld\n", m, n, k);
+      return 1;
+    }
     const auto print = [](auto... values) { (std::printf("%lld ", static_cast<long long>(values)), ...); };
-    print(p.kind, p.stages, p.shared_bytes, p.blocks, p.time, p.tokens, p.k_parts, p.ranges, p.strips, p.live,
-          p.token_tiles, p.row_tiles, p.whole, p.scratch_bytes(m, n, k));
+    print(p.kind, p.stages, p.shared_bytes, p.blocks, p.time, p.tokens, p.k_parts, p.ranges, p.strips, p.rows, p.live,
+          p.token_tiles, p.row_tiles, p.whole, p.scratch_bytes(m, n, k), cache.searches());
     std::printf("\n");
   }
 }

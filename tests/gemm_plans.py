@@ -36,6 +36,7 @@ class Plan:
     k_parts: int
     ranges: int
     strips: int
+    rows: int
     live: int
     token_tiles: int
     row_tiles: int
@@ -68,9 +69,18 @@ def program() -> Path:
     return path
 
 
-def plans(questions: Iterable[Question]) -> list[Plan]:
+def answers(questions: Iterable[Question]) -> list[list[int]]:
     text = "".join(
         f"{q.m} {q.n} {q.k} {q.group_size} {q.kind} {q.may_round:d} {' '.join(map(str, q.gpu))}\n" for q in questions
     )
     result = subprocess.run([str(program())], input=text, capture_output=True, text=True, check=True)
-    return [Plan(*map(int, line.split())) for line in result.stdout.splitlines()]
+    return [[*map(int, line.split())] for line in result.stdout.splitlines()]
+
+
+def plans(questions: Iterable[Question]) -> list[Plan]:
+    return [Plan(*values[:-1]) for values in answers(questions)]
+
+
+def searches(questions: Iterable[Question]) -> list[int]:
+    """How many times a cache of plans, new at the first question, has searched for one after each of them."""
+    return [values[-1] for values in answers(questions)]

@@ -118,12 +118,12 @@ _CUDA_NEVER = {
 
 # The emulator without the kernels that test it: nothing of this project, so that others can take it along.
 EMULATOR = Layer(
-    r"tests/emulator/(block|cuda_emu|emu|fiber|fragments|ptx_emu|state|tracer|tracer_report|warp)\.(h|cpp)",
+    r"tests/emulator/(block|cuda_emu|emu|fiber|fragments|ptx_emu|runtime|state|tracer|tracer_report|warp)\.(h|cpp)",
     (
         _STD,
-        r"<(cstdio|cxxabi\.h|dlfcn\.h|link\.h|pthread\.h|sanitizer/\w+\.h|sys/mman\.h|unistd\.h)>",
+        r"<(cstdio|mutex|cxxabi\.h|dlfcn\.h|link\.h|pthread\.h|sanitizer/\w+\.h|sys/mman\.h|unistd\.h)>",
         r"<(cuda_(bf16|fp16|runtime)|vector_types)\.h>",
-        r'"emulator/(cuda_emu|emu|fiber|fragments|ptx_emu|state|tracer|tracer_report)\.h"',
+        r'"emulator/(cuda_emu|emu|fiber|fragments|ptx_emu|runtime|state|tracer|tracer_report)\.h"',
     ),
     {r"\bqops\b|QOPS_": "names of the project", r"\bstd::j?thread\b": "threads of its own"},
 )
@@ -147,7 +147,11 @@ LAYERS = (
         {r"\btorch\b": "torch", r"#\s*pragma\s+omp|\bomp_|\bstd::j?thread\b": "threads of its own"},
     ),
     # What stands between kernels and nvcc, or g++ and the emulator.
-    Layer(r"csrc/cuda/(port\.cuh|ptx\.cuh|launch\.h)", (*_CUDA_INCLUDES, r'"emulator/(cuda|ptx)_emu\.h"'), _CUDA_NEVER),
+    Layer(
+        r"csrc/cuda/(port\.cuh|ptx\.cuh|launch\.h)",
+        (*_CUDA_INCLUDES, r"<mutex>", r'"emulator/(cuda|ptx)_emu\.h"'),
+        _CUDA_NEVER,
+    ),
     Layer(r"csrc/cuda/.*", _CUDA_INCLUDES, _CUDA_NEVER),
     EMULATOR,
     Layer(

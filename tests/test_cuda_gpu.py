@@ -309,14 +309,32 @@ def test_int4_gemm_in_graphs_on_streams_and_behind_late_inputs(m, n, k):
         assert_bitwise(result.cpu(), want[1].cpu())
 
 
+def test_int4_gemm_in_eight_threads_that_need_little_and_much_shared_memory():
+    """One kernel, launched with more of it by one thread than by another."""
+    weights = [
+        qops.Int4Weight.quantize(random_activations(n, 1024, dtype=torch.float32, seed=n), group_size=128).to("cuda")
+        for n in (8, 512, 4096, 28672)
+    ]
+    x = random_activations(3, 1024, dtype=torch.bfloat16, seed=1).cuda()
+    want = [qops.int4_gemm(x, w).cpu() for w in weights]
+
+    def work(seed: int) -> None:
+        for index in range(seed, seed + 200):
+            got = qops.int4_gemm(x, weights[index % 4])
+        assert_bitwise(got.cpu(), want[index % 4], f"thread {seed}")
+
+    in_eight_threads(work)
+
+
 def test_int4_gemm_of_many_rows():
     """Through cuBLAS where it has faster instructions, but not if a row's bits must not depend on M."""
     w = qops.Int4Weight.quantize(torch.randn(2048, 2048, generator=generator(1)), group_size=128).to("cuda")
-    x = random_activations(2048, 2048, dtype=torch.bfloat16, seed=1).cuda()
-    dense = w.dequantize(torch.bfloat16)
+    wide = random_activations(2048, 2048 + 24, dtype=torch.bfloat16, seed=1).cuda()
+    columns = wide[:, 8 : 2048 + 8]
+    x, dense = columns.contiguous(), w.dequantize(torch.bfloat16)
     exact = x.double() @ w.dequantize().double().T
     y, invariant = qops.int4_gemm(x, w), qops.int4_gemm(x, w, batch_invariant=True)
-    for result in (y, invariant):
+    for result in (y, invariant, qops.int4_gemm(columns, w)):
         assert_accurate(result.cpu(), exact.cpu(), (x @ dense.T).cpu(), "2048 rows")
     assert_bitwise(qops.int4_gemm(x[-5:], w, batch_invariant=True).cpu(), invariant[-5:].cpu(), "five of them")
     through_cublas = torch.cuda.get_device_capability()[0] in (9, 10)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qops
 from cuda_backend import POLICIES, Backend, gpu, made_there
@@ -105,26 +106,34 @@ def test_every_kernel(emulated, emulator, dtype, kind):
             assert_right(call(emulator, x, w, batch_invariant=True), x, here)
 
 
+def assert_rounded_weight(y: Tensor, x: Tensor, w: qops.Int4Weight, bias: Tensor | None) -> None:
+    """One rounding away from the product with the weight that int4_dequantize gives on a CPU."""
+    weight = (w.packed, w.scales, w.zeros, w.out_features, w.group_size, KINDS.index(w.kind))
+    rounded = torch.ops.qops.int4_dequantize(*weight, torch.bfloat16)
+    exact = (x if w.perm is None else x[:, w.perm.long()]).float() @ rounded.float().T
+    exact = exact if bias is None else exact + bias
+    one_rounding, order_of_sums = 2**-8 * exact.abs(), 1e-6 * float(exact.abs().max())
+    assert bool(((y.float() - exact).abs() <= one_rounding + order_of_sums).all())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_rows_through_cublas(emulated, emulator, kind):
-    """Weights are rounded to bfloat16, some strips multiplied at a time; what comes after the product is the same."""
+    """Weights are rounded to bfloat16; what comes after the product is the same."""
     configure(emulated, multiprocessors=1)
-    for index, (m, n, k, group_size) in enumerate(((300, 144, 384, 64), (300, 48, 336, 112), (2000, 3744, 512, 128))):
-        if m == 2000 and kind != "zero_point":
-            continue  # takes seconds
+    shapes = ((300, 144, 384, 64), (300, 48, 336, 112))
+    for index, ((m, n, k, group_size), scale_dtype) in enumerate(itertools.product(shapes, SCALE_DTYPES)):
         plan = plan_of(m, n, k, group_size, kind, 1, 90, may_round=True)
-        assert plan.kind == DENSE and (plan.strips < n // 16) == (m == 2000)
-        w, here = pair(emulator, n, k, group_size, kind, act_order=index == 0, scale_dtype=SCALE_DTYPES[index], seed=n)
-        x = random_activations(m, k, dtype=torch.bfloat16, seed=index)
+        assert (plan.kind, plan.strips, plan.rows) == (DENSE, n // 16, m)
+        w, here = pair(emulator, n, k, group_size, kind, act_order=index % 2 == 0, scale_dtype=scale_dtype, seed=n)
+        wide = random_activations(m, k + 24, dtype=torch.bfloat16, seed=index)
+        x = wide[:, 8 : k + 8].clone()
         bias = torch.randn(n, generator=generator(1))
         y = call(emulator, x, w, bias)
-        tensors = (here.packed, here.scales, here.zeros)
-        rounded = torch.ops.qops.int4_dequantize(*tensors, n, group_size, KINDS.index(kind), torch.bfloat16)
-        exact = (x if here.perm is None else x[:, here.perm.long()]).float() @ rounded.float().T + bias
-        one_rounding, order_of_sums = 2**-8 * exact.abs(), 1e-6 * float(exact.abs().max())
-        assert bool(((y.float() - exact).abs() <= one_rounding + order_of_sums).all())
-        if m < 2000:
-            assert_right(y, x, here, bias, rounded_to=torch.bfloat16)
+        assert_rounded_weight(y, x, here, bias)
+        assert_right(y, x, here, bias, rounded_to=torch.bfloat16)
+        assert_bitwise(call(emulator, wide[:, 8 : k + 8], w, bias), y, "columns of a wider tensor")
+        if index % 3:
+            continue
         residual = random_activations(m, n, dtype=torch.bfloat16, seed=5)
         assert_bitwise(call(emulator, x, w, bias, residual=residual), y + residual, "residual")
         scale = torch.tensor([0.37])
@@ -135,6 +144,31 @@ def test_many_rows_through_cublas(emulated, emulator, kind):
         # Rows of several strides have none that cuBLAS could take.
         twice = torch.stack((x, x)).transpose(0, 1)
         assert_bitwise(call(emulator, twice, mixed, bias, silu_mul=True)[:, 1], qops.silu_mul(y), "[M, 2, K]")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_rows_than_scratch_holds(emulated, emulator, kind):
+    """Some strips and some rows are multiplied at a time: 32 MB of scratch hold neither all sums nor all weights."""
+    configure(emulated, multiprocessors=1, policy=POLICIES["fifo"])
+    m, n, k, group_size = 66_000, 144, 256, 128
+    plan = plan_of(m, n, k, group_size, kind, 1, 90, may_round=True)
+    assert (plan.kind, plan.strips, plan.rows) == (DENSE, 8, 33_000)
+    w, here = pair(emulator, n, k, group_size, kind, scale_dtype=SCALE_DTYPES[KINDS.index(kind) % 3], seed=n)
+    x = random_activations(m, k + 16, dtype=torch.bfloat16, seed=1)[:, 8 : k + 8]
+    assert_rounded_weight(call(emulator, x, w), x, here, None)
+
+
+def test_batch_invariant_has_a_plan_of_its_own(emulated, emulator):
+    """Of two calls that differ in it alone, one after the other in both orders."""
+    configure(emulated, multiprocessors=1)
+    m, n, k = 300, 144, 384
+    w, _ = pair(emulator, n, k, 64, "symmetric")
+    x = random_activations(m, k, dtype=torch.bfloat16, seed=1)
+    few = call(emulator, x[:7], w)
+    for order in ((False, True), (True, False)):
+        by_flag = {flag: call(emulator, x, w, batch_invariant=flag) for flag in order}
+        assert_bitwise(by_flag[True][:7], few, f"{order}")
+        assert not torch.equal(by_flag[False], by_flag[True])
 
 
 def test_what_keeps_cublas_away(emulated, emulator):
@@ -181,7 +215,8 @@ def test_every_group_size(each):
 
 def test_sizes_of_zero(backend):
     for m, n, k in itertools.product((0, 2, 40), (0, 24), (0, 64)):
-        tensors = {"qweight": torch.zeros(n, k // 2, dtype=torch.uint8), "scales": torch.ones(n, min(k, 1))}
+        codes = torch.zeros(n, k // 2, dtype=torch.uint8)
+        tensors = {"qweight": codes, "scales": torch.ones(n, min(k, 1)), "in_features": k}
         bias = torch.arange(n, dtype=torch.float32)
         with gpu(backend):
             y = call(backend, torch.ones(m, k, dtype=torch.float16), made_there(backend, tensors, "symmetric"), bias)
@@ -360,6 +395,40 @@ def test_epilogues_round_where_the_operators_do(backend, dtype):
         assert_bitwise(call(backend, x, mixed, bias, silu_mul=True), qops.silu_mul(y), "silu_mul")
         bias = torch.cat((bias[:1], bias))[1:]
         assert_bitwise(call(backend, x, mixed, bias, silu_mul=True), qops.silu_mul(y), "silu_mul, bias anywhere")
+
+
+def call_raw(ops: Any, device: str, op: str, k: int, n: int) -> None:
+    """A call with a weight of 16 rows that is packed for 128 columns."""
+    scales = torch.ones(1, 1, 16, device=device)
+    if op == "int8_gemm":
+        packed = ops.int8_pack(torch.zeros(16, 128, dtype=torch.int8, device=device))
+        q = torch.zeros(3, k, dtype=torch.int8, device=device)
+        ops.int8_gemm(q, torch.ones(3, device=device), None, packed, scales, None, n, torch.float32)
+        return
+    packed = ops.int4_pack(torch.zeros(16, 64, dtype=torch.uint8, device=device))
+    if op == "int4_gemm":
+        x = torch.ones(3, k, dtype=torch.float16, device=device)
+        ops.int4_gemm(x, packed, scales, None, None, None, n, k, 0)
+    else:
+        ops.int4_dequantize(packed, scales, None, n, k, 0, torch.float32)
+
+
+@pytest.mark.parametrize("op", ["int4_gemm", "int4_dequantize", "int8_gemm"])
+def test_sizes_are_multiples_of_8_for_raw_callers_too(backend, op):
+    """K = 100 of a weight that is packed for 128: an error, the same one of the CPU, of a GPU and of fake tensors."""
+
+    def text(*where: Any) -> str:
+        with pytest.raises(ValueError) as caught:
+            call_raw(*where)
+        return str(caught.value)
+
+    for k, n in ((100, 16), (124, 16), (128, 12), (128, -8)):
+        texts = {text(torch.ops.qops, "cpu", op, k, n), text(backend.ops, backend.device, op, k, n)}
+        with FakeTensorMode():
+            texts |= {text(torch.ops.qops, device, op, k, n) for device in ("cpu", "cuda")}
+        assert len(texts) == 1 and texts.pop().startswith(f"qops.{op}: "), (k, n)
+    for k in (72, 120, 128):  # fit what is packed
+        call_raw(backend.ops, backend.device, op, k, 16)
 
 
 def test_float32_is_refused(backend):

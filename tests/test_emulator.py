@@ -171,6 +171,21 @@ PLANTED = {
     "launch_1025_threads": Caught(fault=r"a block of \(1025,1,1\) threads: 1 to 1024"),
     "launch_grid_too_high": Caught(fault=r"a grid of \(1,65536,1\) blocks"),
     "launch_shared_past_sm_80": Caught(fault="166913 bytes of shared memory: sm_80 has 166912"),
+    "limit_past_sm_89": Caught(fault="101377 bytes of dynamic shared memory: beside 0 static ones sm_89 has 101376"),
+    "limit_past_sm_90": Caught(fault="232449 bytes of dynamic shared memory: beside 0 static ones sm_90 has 232448"),
+    "limit_missing": Caught(fault=r"49153 bytes of dynamic shared memory: 49152 are allowed \(cudaFuncSetAttribute\)"),
+    "limit_of_another_gpu": Caught(fault="102400 bytes of dynamic shared memory: 49152 are allowed"),
+    "limit_lowered": Caught(fault="lowers a limit from 204800 to 102400 bytes"),
+    "limit_without_room_for_static_memory": Caught(
+        fault="232448 bytes of dynamic shared memory( were allowed|: beside 1024 static ones sm_90 has 231424)"
+    ),
+    "stream_of_nobody": Caught(fault=r"a launch on stream \S+: the caller's on this GPU is 0x57\w+"),
+    "stream_of_another_gpu": Caught(fault=r"a launch on stream 0x57\w+: the caller's on this GPU is 0x57\w+"),
+    "capture_default_stream": Caught(fault="a launch on the default stream: another one is being captured"),
+    "capture_malloc": Caught(fault="cudaMalloc: a stream is being captured"),
+    "capture_free": Caught(fault="cudaFree: a stream is being captured"),
+    "capture_synchronise_stream": Caught(fault="cudaStreamSynchronize: a stream is being captured"),
+    "capture_synchronise_device": Caught(fault="cudaDeviceSynchronize: a stream is being captured"),
     "launch_shared_past_sm_120": Caught(fault="102400 bytes of shared memory: sm_120 has 101376"),
     "shared_one_past_end": Caught(fault="to offset 33 of the dynamic shared memory, which has 33 bytes"),
     "shared_one_before": Caught(fault="to offset -1 of the dynamic shared memory, which has 33 bytes"),
@@ -202,7 +217,7 @@ def test_planted_bug_is_caught(plain, bug):
     else:
         assert len(missed) < len(runs)
     for run in runs:
-        if run.outcome == "fault":
+        if run.outcome == "fault" and not bug.startswith(("limit_", "stream_", "capture_")):  # no schedule is at fault
             assert f"[seed {run.seed}, policy {run.policy}]" in run.message
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from bench.cases import LAYERS as LINEARS
 
 import gemm_plans
 from cuda_tools import checked
-from gemm_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans
+from gemm_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans, searches
 
 KIB = 1024
 # An A100, H100 PCIe, RTX 4090, H100 SXM, RTX 5090.
@@ -53,12 +54,12 @@ def test_every_shape_has_a_plan_that_fits():
     for question, plan in zip(questions, plans(questions), strict=True):
         m, n, k, _, kind, gpu, may_round = question
         strips = -(-n // 16)
-        assert plan.scratch_bytes <= 32 << 20 or plan.kind == DENSE, question
+        assert plan.scratch_bytes <= 32 << 20, question
         if plan.kind == DENSE:
             assert may_round and gpu.arch == 90 and m > 16 and k > 0, question
-            assert 1 <= plan.strips <= strips and plan.scratch_bytes == plan.strips * 16 * (2 * k + 4 * m), question
-            # No more than scratch is to hold, if not one tile of cuBLAS takes more.
-            assert plan.scratch_bytes <= 32 << 20 or plan.strips <= 8, question
+            assert 1 <= plan.strips <= strips and 1 <= plan.rows <= m, question
+            assert plan.scratch_bytes == plan.strips * 16 * (2 * k + 4 * plan.rows), question
+            assert plan.rows == m or plan.strips <= 8, question
             continue
         assert 2 <= plan.stages <= 10 and plan.k_parts in (1, 2, 4, 8), question
         if plan.kind == DECODE:
@@ -78,6 +79,41 @@ def test_every_shape_has_a_plan_that_fits():
             assert shared >= 0 and (plan.k_parts > 1 or shared == 0), question
             assert plan.blocks == min(resident * gpu.multiprocessors, plan.whole + shared * plan.k_parts), question
             assert plan.scratch_bytes == (plan.k_parts > 1) * 8 * shared * plan.live * 128 * 4, question
+
+
+def test_scratch_of_cublas_is_bounded_for_every_m():
+    """And no row is multiplied alone: where some are at a time, they fill a GPU."""
+    sizes = [
+        (m, k) for m in (17, 4096, 60_000, 70_000, 10**6, 10**9) for k in (8, 4096, 28672, 122_000, 131_072, 10**6)
+    ]
+    found = plans(Question(m, 4096, k, k, 0, H100, True) for m, k in sizes)
+    for (m, k), plan in zip(sizes, found, strict=True):
+        assert plan.scratch_bytes <= 32 << 20, (m, k)
+        if plan.kind == DENSE:
+            assert min(m, 4096) <= plan.rows <= m, (m, k)
+    dense = {size for size, plan in zip(sizes, found, strict=True) if plan.kind == DENSE}
+    assert {(m, 4096) for m in (4096, 60_000, 70_000, 10**6, 10**9)} <= dense
+    assert not [size for size in dense if size[1] > 131_072]
+
+
+def test_a_model_finds_all_its_plans_again():
+    """The layers of a model, in decoding and in prefill, in turns: each plan is searched for once."""
+    models: dict[str, list[tuple[int, int]]] = {}
+    for name, shape in LINEARS.items():
+        models.setdefault(name.rpartition(" ")[0], []).append(shape)
+    assert len(models) >= 6 and max(map(len, models.values())) >= 5
+    for (model, layers), rows in itertools.product(models.items(), itertools.product((1, 4, 16), (64, 512, 4096))):
+        calls = [
+            Question(m, n, k, 128 if k % 128 == 0 else k, 0, H100, True) for m in rows for n, k in dict.fromkeys(layers)
+        ]
+        assert searches(calls * 3)[-1] == len(calls), (model, rows)
+
+
+def test_a_plan_that_may_round_is_not_found_for_a_call_that_may_not():
+    """gemm_plans.cpp holds each plan of the cache against a new one."""
+    calls = [Question(4096, 4096, 4096, 128, 0, H100, may_round) for may_round in (True, False)]
+    assert [plan.kind for plan in plans(calls * 2)] == [DENSE, TILED] * 2
+    assert searches(calls * 2) == [1, 2, 2, 2]
 
 
 def test_time_never_falls_with_more_rows():

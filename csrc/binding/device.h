@@ -1,6 +1,6 @@
 // The device whose kernels a binding calls. Bindings are compiled once per module: for _C with the CPU's kernels, for
-// _C_cuda (QOPS_CUDA) with CUDA's, and for the tests (QOPS_CUDA and QOPS_EMULATED) with CUDA's in the emulator, which
-// take tensors in the CPU's memory.
+// _C_cuda (QOPS_CUDA) with CUDA's. For the tests they are those of _C_cuda, linked to an emulator of CUDA and to a
+// torch that says that tensors in the CPU's memory are on a GPU.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 #include "binding/checks.h"
 
-#if defined(QOPS_CUDA) && !defined(QOPS_EMULATED)
+#if defined(QOPS_CUDA)
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -44,24 +44,15 @@ inline void dense_product(void* context, const void* x, int64_t x_stride, const 
     return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, device,
                                     dtype);
   };
-  Tensor a = matrix(x, m, k, x_stride, 1, ScalarType::BFloat16);
-  Tensor b = matrix(w, k, n, 1, k, ScalarType::BFloat16);
-  Tensor c = matrix(sums, m, n, n, 1, ScalarType::Float);
+  const Tensor a = matrix(x, m, k, x_stride, 1, ScalarType::BFloat16);
+  const Tensor b = matrix(w, k, n, 1, k, ScalarType::BFloat16);
+  const Tensor c = matrix(sums, m, n, n, 1, ScalarType::Float);
   using torch::stable::detail::from;
-#if defined(QOPS_EMULATED)
-  a = torch::stable::to(a, ScalarType::Float);
-  b = torch::stable::to(b, ScalarType::Float);
-  std::array<StableIValue, 3> stack{from(a), from(b), from(c)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-#else
   std::array<StableIValue, 4> stack{from(a), from(b), from(ScalarType::Float), from(c)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
-#endif
   const Tensor returned = torch::stable::detail::to<Tensor>(stack[0]);  // c once more, for us to let go of
 }
-#endif
 
-#if defined(QOPS_CUDA) && !defined(QOPS_EMULATED)
 inline constexpr bool kIsCuda = true;
 
 // On the current stream of the device of `on`.
@@ -87,17 +78,6 @@ inline constexpr bool kIsCuda = false;
 
 inline std::string last_error() { return ""; }
 
-#if defined(QOPS_CUDA)
-template <class Params>
-int64_t scratch_bytes(int64_t (*needed)(const Params&), const std::type_identity_t<Params>& params, const Tensor&) {
-  return needed(params);
-}
-
-template <class Params>
-Status run(Kernel<Params> kernel, const std::type_identity_t<Params>& params, const Tensor&) {
-  return kernel(params, nullptr);
-}
-#else
 // torch's intra-op threads.
 inline ThreadPool thread_pool() {
   return {[](int64_t n, int64_t grain, ThreadPool::Body body, void* arg) {
@@ -110,7 +90,6 @@ template <class Params>
 Status run(Kernel<Params> kernel, const std::type_identity_t<Params>& params, const Tensor&) {
   return kernel(params, thread_pool());
 }
-#endif
 #endif
 
 }  // namespace qops::binding::device

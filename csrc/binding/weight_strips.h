@@ -48,7 +48,8 @@ void take_weight(const Checker& check, const Tensor& packed, ScalarType packed_d
   }
   p.k = packed.size(1) / strip_elements_per_column;
   if (kGpuLayout && scales.dim() == 3 && scales.size(1) > 0 && group_size > 0 && group_size <= p.k / scales.size(1)) {
-    p.k = group_size * scales.size(1);  // without the columns of padding
+    // Without the columns of padding. No K is other than a multiple of 8: kernels copy 8 of its columns at a time.
+    if (const int64_t k = group_size * scales.size(1); k % 8 == 0) p.k = k;
   }
   const int64_t strips = strips_of(p.n);
   check.shape(packed, "packed", "[S, K-strip]", {strips, stored_columns(p.k) * strip_elements_per_column});

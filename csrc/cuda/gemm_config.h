@@ -130,9 +130,11 @@ struct GemmPlan {
   int tokens;    // of a tile that the kernel is compiled for: a multiple of 8
   int k_parts;   // 1, 2, 4 or 8 blocks share slices; above 1, a second kernel adds them
   // Decode: into how many ranges the strips are cut, one for each block of a part, and the most strips that a warp
-  // takes at a time. Dense: strips that are dequantised at a time.
+  // takes at a time. Dense: strips that are dequantised at a time, and rows of x that are multiplied with them at a
+  // time.
   int64_t ranges;
   int64_t strips;
+  int64_t rows;
   // Tiled: tiles of `live` tokens, in eights, x 128 rows of w. The kernel leaves out what it could hold beyond. The
   // first `whole` of them have a block each, the others k_parts. Blocks take items in turns.
   int live;
@@ -151,13 +153,15 @@ struct GemmPlan {
   }
 
   // float32 sums between two kernels: [slice][M][S * 16] (decode), [slice][tile][live][128] of the tiles that blocks
-  // share (tiled); or weights [strips * 16][K] and sums [M][strips * 16] (dense).
+  // share (tiled); or weights [strips * 16][K] and sums [rows][strips * 16] (dense).
   constexpr int64_t scratch_bytes(int64_t m, int64_t n, int64_t k) const {
-    if (kind == Kind::kDense) return strips * kStripRows * (2 * k + 4 * m);
+    if (kind == Kind::kDense) return strips * kStripRows * (2 * k + 4 * rows);
     if (k_parts == 1) return 0;
     return 4 * kSlices *
            (kind == Kind::kDecode ? m * int4::strips(n) * kStripRows : (tiles() - whole) * live * kTileRows);
   }
+
+  bool operator==(const GemmPlan&) const = default;
 };
 
 namespace plan {
@@ -236,13 +240,16 @@ constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, bool offset
 }
 
 // cuBLAS on weights that int4_dequantize has made, and a kernel that finishes its float32 sums: for as many strips at a
-// time as scratch holds. For GPUs on which cuBLAS has instructions that the tiled kernel has not (wgmma of sm_90,
-// tcgen05 of sm_100 and sm_103).
+// time as scratch holds with the sums of all rows; if that is less than a tile of cuBLAS, for a tile, and for as many
+// rows at a time as scratch holds then. For GPUs on which cuBLAS has instructions that the tiled kernel has not (wgmma
+// of sm_90, tcgen05 of sm_100 and sm_103).
 constexpr bool has_faster_cublas(Gpu gpu) { return gpu.arch >= 90 && gpu.arch < 120; }
 
+// No plan (blocks = 0) where scratch does not hold the weights of a tile and enough rows: K of more than 120,000.
 constexpr GemmPlan dense(int64_t m, int64_t n, int64_t k, Gpu gpu) {
   constexpr int64_t kMostOfPeak = 1600;  // multiplications of bf16 in a cycle, of wgmma's 2048
   constexpr int64_t kLeastStrips = 8;    // a tile of cuBLAS
+  constexpr int64_t kLeastRows = 4096;   // fill any GPU with tiles of 128 x 128 sums
   GemmPlan p{};
   p.kind = GemmPlan::Kind::kDense;
   p.k_parts = 1;
@@ -250,9 +257,13 @@ constexpr GemmPlan dense(int64_t m, int64_t n, int64_t k, Gpu gpu) {
   const int64_t at_most = max_of(kLeastStrips, fitting / kLeastStrips * kLeastStrips);
   const int64_t passes = ceil_div(strips, at_most);
   p.strips = min_of(strips, ceil_div(ceil_div(strips, passes), kLeastStrips) * kLeastStrips);
+  const int64_t rows = (kMostScratch / (p.strips * kStripRows) - 2 * k) / 4;
+  if (rows < min_of(m, kLeastRows)) return p;
+  const int64_t row_passes = ceil_div(m, rows);
+  p.rows = ceil_div(m, row_passes);
   p.blocks = 1;
   const int64_t bytes = n * int4::blocks(k) * int4::kBlockBytes / kStripRows + 2 * 2 * n * k + 2 * 4 * m * n;
-  p.time = passes * 3 * kNextKernel + bytes / (kL2BytesPerCycle * gpu.multiprocessors) +
+  p.time = passes * (1 + 2 * row_passes) * kNextKernel + bytes / (kL2BytesPerCycle * gpu.multiprocessors) +
            m * n * k / (kMostOfPeak * gpu.multiprocessors);
   return p;
 }
@@ -289,8 +300,49 @@ constexpr GemmPlan plan_int4_gemm(const GemmShape& shape) {
       if (k_parts > 1) consider_ours(plan::tiled(m, n, k, fine, offset, live, k_parts, true, gpu));
     }
   }
-  if (may_round && m > kDecodeTokens && k > 0 && plan::has_faster_cublas(gpu)) consider(plan::dense(m, n, k, gpu));
+  if (may_round && m > kDecodeTokens && k > 0 && plan::has_faster_cublas(gpu)) {
+    if (const GemmPlan p = plan::dense(m, n, k, gpu); p.blocks > 0) consider(p);
+  }
   return best;
 }
+
+// Plans that were asked for lately. To search for one takes 2 us; a model asks for few different ones, each twice a
+// call.
+class PlanCache {
+ public:
+  const GemmPlan& operator()(const GemmShape& shape) {
+    Found* const set = sets_[set_of(shape)];
+    for (int way = 0; way < kWays; ++way) {
+      if (set[way].shape == shape) return set[way].plan;
+    }
+    ++searches_;
+    for (int way = kWays - 1; way > 0; --way) set[way] = set[way - 1];
+    set[0] = {shape, plan_int4_gemm(shape)};
+    return set[0].plan;
+  }
+
+  int64_t searches() const { return searches_; }
+
+ private:
+  static constexpr int kSetBits = 5, kWays = 4;
+  struct Found {
+    GemmShape shape;  // none has M = 0
+    GemmPlan plan;
+  };
+
+  // Sizes are multiples of powers of two, so only a product's upper bits depend on all of theirs.
+  static constexpr uint64_t set_of(const GemmShape& shape) {
+    uint64_t hash = 0;
+    const int64_t sizes[] = {shape.m, shape.n, shape.k, shape.group_size, shape.may_round};
+    for (const int64_t size : sizes) {
+      hash = (hash ^ static_cast<uint64_t>(size)) * 0x9e3779b97f4a7c15;
+      hash ^= hash >> 32;
+    }
+    return hash * 0x9e3779b97f4a7c15 >> (64 - kSetBits);
+  }
+
+  Found sets_[1 << kSetBits][kWays]{};
+  int64_t searches_ = 0;
+};
 
 }  // namespace qops::cuda

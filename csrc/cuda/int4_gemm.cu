@@ -34,12 +34,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   *reinterpret_cast<uint4*>(target + m * p.k + k) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Sums that another kernel has left, [slices][rows][columns]: of y's columns from `column0` on, or of the tiles that
-// blocks share, one below the other.
+// Sums that another kernel has left, [slices][rows][columns]: of y's rows from `row0` and columns from `column0` on, or
+// of the tiles that blocks share, one below the other.
 struct Sums {
   const float* at;
   int64_t rows, columns;
-  int64_t column0;
+  int64_t row0, column0;
   bool of_tiles;
 };
 
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x, chunks = from.columns / kVector;
   if (i >= from.rows * chunks) return;
   const int64_t row = i / chunks, column = i % chunks * kVector;
-  int64_t m = row, n = from.column0 + column;
+  int64_t m = from.row0 + row, n = from.column0 + column;
   if (from.of_tiles) {
     const TilePosition at = plan.position(plan.whole + row / plan.live);
     m = at.token_tile * plan.live + row % plan.live;
@@ -99,19 +99,14 @@ int64_t copy_bytes(const WeightOnlyGemmParams& p, const GemmPlan& plan) {
   return copies_x(p, plan) ? padded(p.x_rows.count * p.k * 2) : 0;
 }
 
-// To search for a plan takes 2 us. A model asks for few different ones, each twice a call.
+// No blocks where CUDA does not tell what the GPU is.
 GemmPlan plan_of(const WeightOnlyGemmParams& p) {
-  struct Found {
-    GemmShape shape;  // none has M = 0
-    GemmPlan plan;
-  };
-  thread_local Found memory[64]{};
+  thread_local PlanCache plans;
+  const Gpu gpu = current_gpu();
+  if (gpu.multiprocessors == 0) return {};
   // float16 cannot hold every weight, and a sum that it made infinite would be wrong.
   const bool may_round = p.dtype == DType::kBFloat16 && !p.batch_invariant;
-  const GemmShape shape{p.x_rows.count, p.n, p.k, p.group_size, p.kind, may_round, current_gpu()};
-  Found& found = memory[static_cast<uint64_t>(5 * shape.m + 3 * shape.n / 8 + shape.k / 8) % 64];
-  if (found.shape != shape) found = {shape, plan_int4_gemm(shape)};
-  return found.plan;
+  return plans({p.x_rows.count, p.n, p.k, p.group_size, p.kind, may_round, gpu});
 }
 
 bool is_empty(const WeightOnlyGemmParams& p) { return p.x_rows.count == 0 || p.n == 0; }
@@ -119,7 +114,7 @@ bool is_empty(const WeightOnlyGemmParams& p) { return p.x_rows.count == 0 || p.n
 // Blocks of 64 columns and groups are counted in 32 bits.
 constexpr int64_t kMaxColumns = int64_t{1} << 34;
 
-// Some strips at a time: weights as numbers, their product with x, and y of its sums.
+// Some strips at a time: weights as numbers; and some rows at a time, their product with x, and y of its sums.
 Status multiply_dense(const Int4Job& job, cudaStream_t stream) {
   const WeightOnlyGemmParams& p = job.p;
   const int64_t strips = int4::strips(p.n), groups = p.k / p.group_size, m = p.x_rows.count;
@@ -134,7 +129,7 @@ Status multiply_dense(const Int4Job& job, cudaStream_t stream) {
     w.packed = at(p.packed, strip * int4::strip_bytes(p.k));
     w.scales = at(p.scales, row0 * groups * scale_bytes);
     w.zeros = at(p.zeros, row0 * groups * zero_bytes);
-    w.w = job.sums + job.plan.strips * kStripRows * m;
+    w.w = job.sums + job.plan.strips * kStripRows * job.plan.rows;
     w.dtype = p.dtype;
     w.scale_dtype = p.scale_dtype;
     w.kind = p.kind;
@@ -142,9 +137,13 @@ Status multiply_dense(const Int4Job& job, cudaStream_t stream) {
     w.k = p.k;
     w.group_size = p.group_size;
     if (const Status status = int4_dequantize(w, stream); status != Status::kOk) return status;
-    p.product.run(p.product.context, p.x, p.x_rows.stride[0], w.w, job.sums, m, rows, p.k);
-    const Status status = finish_sums<__nv_bfloat16, 1>(job, {job.sums, m, rows, row0, false}, stream);
-    if (status != Status::kOk) return status;
+    for (int64_t first = 0; first < m; first += job.plan.rows) {
+      const int64_t count = min_of(job.plan.rows, m - first);
+      p.product.run(p.product.context, at(p.x, first * p.x_rows.stride[0] * 2), p.x_rows.stride[0], w.w, job.sums,
+                    count, rows, p.k);
+      const Status status = finish_sums<__nv_bfloat16, 1>(job, {job.sums, count, rows, first, row0, false}, stream);
+      if (status != Status::kOk) return status;
+    }
   }
   return Status::kOk;
 }
@@ -163,7 +162,8 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
     return Status::kUnsupported;
   }
   Int4Job job{p, plan_of(p), {}, nullptr};
-  if (job.plan.blocks == 0 || job.plan.items() > 0x7fffffff) return Status::kUnsupported;
+  if (job.plan.blocks == 0) return Status::kLaunchFailed;
+  if (job.plan.items() > 0x7fffffff) return Status::kUnsupported;
   job.aligned = {multiple_of_16(p.y), multiple_of_16(p.bias),
                  p.residual != nullptr && aligned(p.residual, p.residual_rows, p.n, p.dtype)};
   job.sums = reinterpret_cast<float*>(static_cast<uint8_t*>(p.scratch) + copy_bytes(p, job.plan));
@@ -190,7 +190,7 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
   const int64_t columns = is_decode ? int4::strips(p.n) * kStripRows : kTileRows;
   if (rows == 0) return Status::kOk;
   return with_16_bits(p.dtype, [&](auto element) {
-    return finish_sums<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, !is_decode}, stream);
+    return finish_sums<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode}, stream);
   });
 }
 

@@ -460,7 +460,11 @@ bool copies_q(const Int8GemmParams& p) {
 int64_t copy_stride(const Int8GemmParams& p) { return ceil_div(p.k, 16) * 16; }
 int64_t copy_bytes(const Int8GemmParams& p) { return copies_q(p) ? p.q_rows.count * copy_stride(p) : 0; }
 
-int8::Plan plan_of(const Int8GemmParams& p) { return int8::plan_int8_gemm(p.q_rows.count, p.n, p.k, current_gpu()); }
+// No blocks where CUDA does not tell what the GPU is.
+int8::Plan plan_of(const Int8GemmParams& p) {
+  const Gpu gpu = current_gpu();
+  return gpu.multiprocessors == 0 ? int8::Plan{} : int8::plan_int8_gemm(p.q_rows.count, p.n, p.k, gpu);
+}
 
 bool is_empty(const Int8GemmParams& p) { return p.q_rows.count == 0 || p.n == 0; }
 
@@ -484,6 +488,7 @@ int64_t int8_gemm_scratch_bytes(const Int8GemmParams& p) {
 Status int8_gemm(const Int8GemmParams& params, cudaStream_t stream) {
   if (is_empty(params)) return Status::kOk;
   Job job{params, plan_of(params), {}, {}};
+  if (job.plan.blocks == 0) return Status::kLaunchFailed;
   Int8GemmParams& p = job.p;
   if (!multiple_of_16(p.packed)) return Status::kUnsupported;
   uint8_t* const scratch = static_cast<uint8_t*>(p.scratch);

@@ -1,9 +1,15 @@
-// The one way to start a kernel: on the caller's stream under nvcc, in the emulator under g++.
+// The one way to start a kernel: on the caller's stream. Under g++ the functions of CUDA's runtime are the emulator's,
+// so that what stands here runs in tests as it is.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cuda/gemm_config.h"
 #include "cuda/port.cuh"
@@ -11,27 +17,56 @@
 
 namespace qops::cuda {
 
-// A GPU's properties never change: asked for once a thread, not in every call.
+// A GPU's properties never change: asked for once a thread, not in every call. Without multiprocessors where CUDA does
+// not answer.
 inline Gpu current_gpu() {
-#if defined(__CUDACC__)
   thread_local int known = -1;
   thread_local Gpu gpu{};
   int device = 0;
-  cudaGetDevice(&device);
+  if (cudaGetDevice(&device) != cudaSuccess) return {};
   if (device != known) {
     int multiprocessors = 0, shared_bytes = 0, major = 0, minor = 0;
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    const auto ask = [&](cudaDeviceAttr attribute, int& value) {
+      return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+    };
+    if (!ask(cudaDevAttrMultiProcessorCount, multiprocessors) ||
+        !ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_bytes) || !ask(cudaDevAttrComputeCapabilityMajor, major) ||
+        !ask(cudaDevAttrComputeCapabilityMinor, minor)) {
+      return {};
+    }
     gpu = {multiprocessors, shared_bytes, 10 * major + minor};
     known = device;
   }
   return gpu;
-#else
-  const emu::Options& options = ::emu::options();
-  return {options.multiprocessors, static_cast<int64_t>(::emu::max_shared_bytes(options.arch)), options.arch};
-#endif
+}
+
+// Kernels on GPUs that have been allowed all the shared memory there is for them.
+struct AllowedKernels {
+  using Place = std::pair<const void*, int>;
+  std::mutex mutex;
+  std::set<Place> places;
+};
+inline AllowedKernels allowed_kernels;
+
+// Allows a kernel all the dynamic shared memory that a block may have on the current GPU beside the kernel's own
+// arrays: once for each kernel and GPU, and never less, for what one thread lowered between another one's setting and
+// launch would refuse that launch. The mutex is for the first time that a thread comes with a kernel.
+inline bool allow_shared_memory(const void* kernel) {
+  thread_local std::vector<AllowedKernels::Place> known;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  const AllowedKernels::Place place{kernel, device};
+  if (std::find(known.begin(), known.end(), place) != known.end()) return true;
+  const std::lock_guard lock(allowed_kernels.mutex);
+  if (!allowed_kernels.places.contains(place)) {
+    cudaFuncAttributes attributes{};
+    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
+    const int bytes = static_cast<int>(current_gpu().shared_bytes) - static_cast<int>(attributes.sharedSizeBytes);
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) return false;
+    allowed_kernels.places.insert(place);
+  }
+  known.push_back(place);
+  return true;
 }
 
 // Runs kernel(args...) on `grid` blocks of `block` threads with `shared_bytes` of dynamic shared memory. Arguments
@@ -41,24 +76,9 @@ inline Gpu current_gpu() {
 template <class... Params, std::same_as<cudaStream_t> Stream>
 Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, Stream stream,
               const std::type_identity_t<Params>&... args) {
-#if defined(__CUDACC__)
-  // Above 48 KiB a kernel has to ask, once per device; asking is cheap next to a launch.
-  constexpr std::size_t kUnasked = 48 * 1024;
-  if (shared_bytes > kUnasked && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                      static_cast<int>(shared_bytes)) != cudaSuccess) {
-    return Status::kLaunchFailed;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
+  if (shared_bytes > 0 && !allow_shared_memory(reinterpret_cast<const void*>(kernel))) return Status::kLaunchFailed;
+  const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, nullptr, 0};  // no attributes
   return cudaLaunchKernelEx(&config, kernel, args...) == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
-#else
-  static_cast<void>(stream);
-  ::emu::launch_kernel(kernel, grid, block, shared_bytes, args...);
-  return Status::kOk;
-#endif
 }
 
 }  // namespace qops::cuda

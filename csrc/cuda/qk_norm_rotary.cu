@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
   }
 }
 
-// What a block may have without asking the driver.
+// Heads that take more of shared memory have no kernel.
 constexpr int64_t kMaxShared = 48 << 10;
 
 }  // namespace

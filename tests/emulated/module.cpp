@@ -5,10 +5,13 @@
 #include <string>
 #include <vector>
 
-#include "binding/checks.h"
-#include "emulator/emu.h"
+#include "emulator/runtime.h"
+#include "gpu_torch.h"
 
 namespace {
+
+// Work of tests goes to a stream, unless they say otherwise: one that goes elsewhere shows in each of them.
+constexpr unsigned kStream = 1;
 
 // configure(seed, policy, left_out, arch=90, multiprocessors=132): of all launches from now on.
 PyObject* configure(PyObject*, PyObject* arguments) {
@@ -22,6 +25,39 @@ PyObject* configure(PyObject*, PyObject* arguments) {
   emu::options().left_out = left_out;
   emu::options().arch = arch;
   emu::options().multiprocessors = multiprocessors;
+  emu::options().stream = kStream;
+  Py_RETURN_NONE;
+}
+
+// place_tensors(arch, multiprocessors): of all calls from now on, on a GPU that need not be the current one;
+// place_tensors(): on the current one again.
+PyObject* place_tensors(PyObject*, PyObject* arguments) {
+  int arch = 0, multiprocessors = 0;
+  if (!PyArg_ParseTuple(arguments, "|ii", &arch, &multiprocessors)) return nullptr;
+  if (arch == 0) {
+    emulated::place_tensors(-1);
+    Py_RETURN_NONE;
+  }
+  const int current = emu::current_gpu();
+  emu::options().arch = arch;
+  emu::options().multiprocessors = multiprocessors;
+  const int gpu = emu::current_gpu();
+  emu::set_current_gpu(current);
+  emulated::place_tensors(gpu);
+  return PyLong_FromLong(gpu);
+}
+
+PyObject* current_gpu(PyObject*, PyObject*) { return PyLong_FromLong(emu::current_gpu()); }
+
+// set_runtime(stream, captures=False, refused="", records=False): as emu::Options.
+PyObject* set_runtime(PyObject*, PyObject* arguments) {
+  int stream = 0, captures = 0, records = 0;
+  const char* refused = "";
+  if (!PyArg_ParseTuple(arguments, "i|psp", &stream, &captures, &refused, &records)) return nullptr;
+  emu::options().stream = static_cast<unsigned>(stream);
+  emu::options().captures = captures != 0;
+  emu::options().refused = refused;
+  emu::options().records = records != 0;
   Py_RETURN_NONE;
 }
 
@@ -51,16 +87,16 @@ PyObject* races_seen(PyObject*, PyObject*) {
   return PyLong_FromLong(0);
 }
 
-PyObject* poison_outputs(PyObject*, PyObject* on) {
-  qops::binding::poison_outputs(PyObject_IsTrue(on) == 1);
-  return Py_BuildValue("");
-}
+PyObject* take_calls(PyObject*, PyObject*) { return list_of(emu::take_calls()); }
 
 PyObject* copied_bytes(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(emu::copied_bytes()); }
 
 PyMethodDef methods[] = {
     {"configure", configure, METH_VARARGS, "configure(seed, policy, left_out, arch=90, multiprocessors=132)"},
-    {"poison_outputs", poison_outputs, METH_O, "As that of qops._C, for this module's own bindings."},
+    {"place_tensors", place_tensors, METH_VARARGS, "place_tensors([arch, multiprocessors]) -> number of the GPU"},
+    {"current_gpu", current_gpu, METH_NOARGS, "Its number."},
+    {"set_runtime", set_runtime, METH_VARARGS, "set_runtime(stream, captures=False, refused='', records=False)"},
+    {"take_calls", take_calls, METH_NOARGS, "What CUDA's runtime was asked, in order, while it recorded."},
     {"copied_bytes", copied_bytes, METH_NOARGS, "Bytes that cp.async has read from global memory so far."},
     {"take_trace", take_trace, METH_NOARGS, "Lines of emu::take_trace(), of a build with the tracer."},
     {"races_seen", races_seen, METH_NOARGS, "How many of them are races."},

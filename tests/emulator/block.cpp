@@ -144,7 +144,6 @@ constexpr uint8_t kGuard = 0xa5;
 // 0 is no address, as in a kernel that sm_90 reserves the first KiB for.
 constexpr uint32_t kFirstAddress = 1024;
 constexpr std::size_t kDynamicAlignment = 1024;
-constexpr std::size_t kMaxStaticBytes = 48 * 1024;
 
 std::size_t round_up(std::size_t n, std::size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -207,12 +206,13 @@ uint8_t* static_shared(const void* declaration, const char* name, std::size_t by
     if (array.declaration == declaration) return array.data;
   }
   block.static_bytes += bytes;
-  if (block.static_bytes > kMaxStaticBytes) {
+  if (block.static_bytes > kUnaskedSharedBytes) {
     fault(at, "%zu bytes of static shared memory: 49152 are possible", block.static_bytes);
   }
   const std::size_t total = block.static_bytes + t_scheduler->dynamic_bytes;
   const std::string violated = limits_violated(t_scheduler->options, indices().grid_dim, indices().block_dim, total);
   if (!violated.empty()) fault(at, "%s", violated.c_str());
+  require_shared_bytes(t_scheduler->kernel_address, block.static_bytes, t_scheduler->dynamic_bytes, at);
   return add_array(block, declaration, name, bytes, alignment, at);
 }
 

@@ -24,5 +24,6 @@ std::span<const Case> block_cases();        // barriers, shuffles, shared memory
 std::span<const Case> matrix_cases();       // asynchronous copies, ldmatrix, stmatrix, mma
 std::span<const Case> instruction_cases();  // every form of every instruction
 std::span<const Case> small_cases();        // votes, reductions, atomics; limits of a launch
+std::span<const Case> launch_cases();       // of the emulator alone: attributes, streams, captures
 
 }  // namespace cases

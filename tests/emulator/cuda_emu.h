@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "emulator/emu.h"
+#include "emulator/runtime.h"
 
 // In NVIDIA's headers for g++ these are attributes that g++ does not know.
 #undef __global__

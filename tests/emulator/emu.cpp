@@ -408,6 +408,7 @@ Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes
   if (t_scheduler != nullptr) fault(Site(), "a kernel launches another one");
   Scheduler scheduler;
   scheduler.options = options();
+  scheduler.kernel_address = kernel;
   scheduler.kernel = name_of_kernel(kernel);
   scheduler.dynamic_bytes = shared_bytes;
   scheduler.body = &thread_body;
@@ -428,6 +429,7 @@ Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes
   } scope(scheduler);
   const std::string violated = limits_violated(scheduler.options, grid, block, shared_bytes);
   if (!violated.empty()) fault(Site(), "%s", violated.c_str());
+  require_shared_bytes(kernel, 0, shared_bytes, Site());
   if constexpr (kTraced) trace::start_launch(kernel);
   run(scheduler, grid, block);
   return scheduler.stats;

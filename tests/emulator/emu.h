@@ -29,9 +29,15 @@ enum class Policy : uint8_t {
 struct Options {
   uint64_t seed = 1;  // of every choice: a seed and a policy replay a launch exactly
   Policy policy = Policy::kPrio;
-  int arch = 90;              // compute capability times ten: what it lacks is a fault
-  int multiprocessors = 132;  // that a launch may ask for; any number of blocks runs
-  int resident_blocks = 0;    // that run interleaved; 0: one to four, drawn from the seed
+  // The current GPU: compute capability times ten, what it lacks is a fault; multiprocessors that a launch may ask for,
+  // any number of blocks runs.
+  int arch = 90;
+  int multiprocessors = 132;
+  unsigned stream = 0;      // the number of the caller's stream, to which launches have to go; 0: the default stream
+  bool captures = false;    // that stream is being captured into a graph
+  std::string refused;      // a function of the runtime that fails: "cudaLaunchKernelEx"
+  bool records = false;     // what the runtime is asked (runtime.h)
+  int resident_blocks = 0;  // that run interleaved; 0: one to four, drawn from the seed
   // Switches between threads, while none of them ends, until a launch counts as one that hangs: about two seconds. A
   // block that multiplies 64 x 4096 by 4096 x 32 by mma.sync takes 0.3 million.
   uint64_t max_switches = 20'000'000;

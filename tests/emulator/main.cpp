@@ -16,8 +16,8 @@ constexpr uint64_t kMaxSwitches = 1'000'000;
 
 std::vector<cases::Case> all_cases() {
   std::vector<cases::Case> all;
-  for (const auto& some :
-       {cases::block_cases(), cases::matrix_cases(), cases::instruction_cases(), cases::small_cases()}) {
+  for (const auto& some : {cases::block_cases(), cases::matrix_cases(), cases::instruction_cases(),
+                           cases::small_cases(), cases::launch_cases()}) {
     all.insert(all.end(), some.begin(), some.end());
   }
   return all;

@@ -16,6 +16,7 @@ inline constexpr int kMaxBlockThreads = 1024;
 inline constexpr int kMaxWarps = kMaxBlockThreads / kWarpSize;
 inline constexpr int kBarriers = 16;
 inline constexpr int kPoison = 0xff;
+inline constexpr std::size_t kUnaskedSharedBytes = 48 * 1024;  // of a block whose kernel has not been allowed more
 
 struct Block;
 struct Warp;
@@ -114,6 +115,7 @@ struct Block {
 
 struct Scheduler {
   Options options;
+  const void* kernel_address = nullptr;
   std::string kernel;
   std::size_t dynamic_bytes = 0;
   const std::function<void()>* body = nullptr;
@@ -138,6 +140,9 @@ extern constinit thread_local Scheduler* t_scheduler;
 void run_another();
 
 std::string limits_violated(const Options& options, dim3 grid, dim3 block, std::size_t shared_bytes);
+
+// A fault unless a block of this kernel may have so much static and dynamic shared memory, on the current GPU.
+void require_shared_bytes(const void* kernel, std::size_t static_bytes, std::size_t dynamic_bytes, const Site& at);
 
 void start_shared_memory(Block& block, std::size_t dynamic_bytes);
 void end_shared_memory(Block& block);  // throws Fault where something wrote past an array

@@ -227,7 +227,8 @@ def check_packed_weight(
     check.require(ok, "packed", requirement, lambda: str(packed.shape[1]))
     k = packed.shape[1] // per_column
     if step > 8 and scales.dim() == 3 and scales.shape[1] > 0 and 0 < group_size <= k // scales.shape[1]:
-        k = group_size * scales.shape[1]  # without the columns of padding
+        without_padding = group_size * scales.shape[1]
+        k = without_padding if without_padding % 8 == 0 else k
     strips = strips_of(out_features)
     stored = stored_columns(k, packed.device)
     check.shape(packed, "packed", "[S, K-strip]", (strips, stored * per_column))
