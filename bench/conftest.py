@@ -1,10 +1,11 @@
 """``pytest bench --benchmark-only``: the cases of ``bench.run`` under pytest-benchmark, with its table and its JSON.
 
-On a GPU every provider that is installed (ours, cuBLAS, eager and compiled PyTorch, peers) is a benchmark of its own in
-the group of its case, beside the limit. They are measured as ``bench.run`` does: a process each, verified, interleaved,
-CUDA graphs over rotated weights, timed by CUDA events; pytest-benchmark is given the samples. On the CPU one process has
-ours, oneDNN, eager PyTorch and the limit, against PyTorch alone; the numbers that are published come from ``python -m
-bench.run``. QOPS_BENCH_DEVICE=cpu, cuda or emulated chooses; the last takes the way of a GPU without one, and times
+On a GPU every provider that is installed (ours, cuBLAS, eager and compiled PyTorch, peers) is a benchmark of its own,
+in the group of its case and beside the limit. They are measured as ``bench.run`` does: a process each, verified,
+interleaved, CUDA graphs over rotated weights, CUDA events; pytest-benchmark is given the samples. On the CPU one
+process has ours, oneDNN, eager PyTorch and the limit; what is published comes from ``python -m bench.run``.
+
+QOPS_BENCH_DEVICE=cpu, cuda or emulated chooses; the last takes the way of a GPU where there is none, and its times say
 nothing. With ``--benchmark-disable`` results are verified, and nothing is timed.
 """
 
@@ -132,7 +133,7 @@ class OnGpu:
         ]
         row = self._results.of(case, names, timed=not self._benchmark.disabled)[self._provider]
         if row["error"]:
-            (pytest.skip if row["error"].startswith("NotImplementedError: ") else pytest.fail)(row["error"])
+            (pytest.skip if row["error"].startswith("Unsupported: ") else pytest.fail)(row["error"])
         self._benchmark.group, self._benchmark.name = str(case), self._provider
         self._benchmark.extra_info.update({key: row[key] for key in ("provider", "accuracy", "max_err", "axes")})
         PLAYER.left = [1e-6 * us for us in row["samples_us"]] or [0.0]

@@ -77,7 +77,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", help="numbers of rows (tokens), out of all")
     parser.add_argument("--depth", type=int, metavar="N", help="decode with models of so many layers alone")
     parser.add_argument("--budget-seconds", type=float, metavar="S", help="start no case after so many")
-    parser.add_argument("--timeout-seconds", type=float, metavar="S", help="give up a provider without an answer so long")
+    parser.add_argument(
+        "--timeout-seconds", type=float, metavar="S", help="give up a provider without an answer so long"
+    )
     parser.add_argument("--commit", default="", metavar="SHA", help="of this tree, where it is a copy without .git")
     parser.add_argument("--list", action="store_true", help="print cases and providers, and run nothing")
     parser.set_defaults(size="default")
@@ -170,17 +172,18 @@ def measure(wanted: Plan, results: Document, sessions: Mapping[int, Session]) ->
         return [*(p.name for p in wanted.offered[case.op]), LIMIT]
 
     todo = [(threads, case) for threads, case in steps if not results.has(case, names(case))]
-    with tqdm(total=len(steps), initial=len(steps) - len(todo), unit="case", disable=None, file=sys.stderr) as bar:
-        for index, (threads, case) in enumerate(todo):
-            if wanted.budget_seconds is not None and time.monotonic() - started > wanted.budget_seconds:
-                return f"the time is up, {len(todo) - index} of {len(steps)} cases are left"
-            bar.set_description(str(case))
-            try:
+    index = 0
+    try:
+        with tqdm(total=len(steps), initial=len(steps) - len(todo), unit="case", disable=None, file=sys.stderr) as bar:
+            for index, (threads, case) in enumerate(todo):
+                if wanted.budget_seconds is not None and time.monotonic() - started > wanted.budget_seconds:
+                    return f"the time is up, {len(todo) - index} of {len(steps)} cases are left"
+                bar.set_description(str(case))
                 rows = sessions[threads].run(case, wanted.offered[case.op])
-            except KeyboardInterrupt:
-                return f"interrupted, {len(todo) - index} of {len(steps)} cases are left"
-            results.add(case, rows, wanted.offered[case.op])
-            bar.update()
+                results.add(case, rows, wanted.offered[case.op])
+                bar.update()
+    except KeyboardInterrupt:  # also between two cases
+        return f"interrupted, {len(todo) - index} of {len(steps)} cases are left"
     return None
 
 

@@ -103,6 +103,10 @@ def call_bytes(provider: Provider, axes: Axes) -> int:
     return moved - stored + problems.weight_bytes(provider.op, axes, provider.weight_bits)
 
 
+class Unsupported(Exception):
+    """A provider does not take a case, and says so. What fails without that is no such case."""
+
+
 @dataclass(frozen=True)
 class Error:
     """The largest one over all results, absolute, and relative to the largest value of its result."""
@@ -248,7 +252,7 @@ def prepare(
 ) -> tuple[Sampled, dict[str, Any]]:
     """Builds, verifies and calibrates a provider, whose inputs may take so much memory; with what its row says."""
     if reason := provider.unsupported(devices.of_providers(device), axes):
-        raise NotImplementedError(reason)
+        raise Unsupported(reason)
     problem = problems.make(provider.op, axes, devices.of_tensors(device), seed=0)
     call = provider.build(problem)
     error = verify(provider, problem, call())

@@ -77,7 +77,9 @@ class Worker:
             )
             sampled, found = limit, {"rotated_inputs": limit.copies, "peak_kind": limit.kind}
         else:
-            provider = next(p for p in providers.all(op, devices.of_providers(self._device), self._modules) if p.name == name)
+            provider = next(
+                p for p in providers.all(op, devices.of_providers(self._device), self._modules) if p.name == name
+            )
             sampled, found = timing.prepare(provider, axes, self._device, self._protocol, memory_bytes)
         self._sampled[name] = sampled
         gc.collect()

@@ -267,7 +267,7 @@ class Asked(session.Session):
     def _prepare(self, case, rows):
         return dict.fromkeys(rows, 0.001)
 
-    def ask(self, provider, method, /, **arguments):
+    def ask(self, provider, method, op="", /, **arguments):
         self.asked.append(provider)
         if provider == self.failing and len(self.asked) > 6:
             raise session.Failure("crashed: killed by SIGSEGV")

@@ -1,0 +1,47 @@
+"""An operator of ours, verified and then called a few times, for a profiler to look at.
+
+python -m bench.once int4_gemm --rows 64 --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from bench import devices, emulated, problems, providers, timing
+from bench.cases import SELECTIONS, cases
+from bench.providers import OURS
+
+CALLS = 3
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.once", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("op", choices=problems.OPS)
+    parser.add_argument("--rows", type=int, required=True, metavar="N", help="tokens")
+    parser.add_argument("--device", choices=devices.KINDS, default="cpu")
+    args = parser.parse_args(argv)
+    if args.device == "emulated":
+        emulated.install(emulated.build())
+    rows = frozenset({args.rows})
+    found = cases(args.op, replace(SELECTIONS[args.device, "quick"], rows=rows, tokens=rows))
+    if not found:
+        parser.error(f"no case of {args.op} has {args.rows} rows")
+    offered = providers.all(args.op, devices.of_providers(args.device))
+    provider = next(p for p in offered if p.name == OURS)
+    with torch.inference_mode():
+        problem = problems.make(args.op, found[0].axes, devices.of_tensors(args.device))
+        call = provider.build(problem)
+        error = timing.verify(provider, problem, call())
+        for _ in range(CALLS):
+            call()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+    print(f"{found[0]}: {CALLS + 1} calls, error {error.relative:.2g} of the largest value")
+
+
+if __name__ == "__main__":
+    main()
