@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu_evidence" / "site"
 PEERS = ROOT / "build" / "gpu_evidence" / "peers"
 SCHEMA = "qops-gpu-evidence-2"
-OUTCOME = re.compile(r"(tests/\S+?\.py::.+?) (PASSED|FAILED|ERROR)\b")
+OUTCOME = re.compile(r"(tests/\S+?\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 STARTED = re.compile(r"(tests/\S+?\.py::\S+)")
 
 
 @dataclass
 class Step:
-    """How one command ended: passed, failed, timed out, unavailable or left out, with the reason.
+    """How one command ended: passed, failed, timed out, interrupted, unavailable or left out, with the reason.
 
     ``failed`` names what failed in it: tests, or providers at an operator.
     """
@@ -49,6 +49,7 @@ class Ended:
     lines: list[str]
     seconds: float
     is_missing: bool = False
+    is_interrupted: bool = False
 
 
 @dataclass
@@ -66,10 +67,10 @@ def tests_of(lines: Sequence[str]) -> Tests:
     for line in lines:
         if outcome := OUTCOME.match(line):
             found.passed += outcome[2] == "PASSED"
-            found.failed += [outcome[1]] * (outcome[2] != "PASSED")
+            found.failed += [outcome[1]] * (outcome[2] in ("FAILED", "ERROR"))
             found.running = ""
         elif started := STARTED.match(line):
-            found.running = "" if " SKIPPED" in line else started[1]
+            found.running = started[1]
     return found
 
 
@@ -104,6 +105,7 @@ class Evidence:
     versions: dict[str, str] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     deadline: float = 0.0
+    interrupted: threading.Event = field(default_factory=threading.Event)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _groups: set[int] = field(default_factory=set)
 
@@ -152,8 +154,9 @@ class Evidence:
         return self.deadline - time.monotonic()
 
     def stop(self) -> None:
-        """Ends whatever runs."""
+        """Ends whatever runs, and lets nothing begin; what was running is recorded with what it has said."""
         with self._lock:
+            self.interrupted.set()
             for group in self._groups:
                 kill(group)
 
@@ -162,6 +165,8 @@ class Evidence:
         limit = max(1.0, min(limit, self.left()))
         print(f"\n=== {stage}, {name}: at most {limit:.0f} s\n+ {' '.join(command)}", flush=True)
         start, lines, late = time.monotonic(), list[str](), threading.Event()
+        if self.interrupted.is_set():
+            return Ended(None, [], 0.0, is_interrupted=True)
         environment = {**os.environ, "PYTHONPATH": f"{SITE}{os.pathsep}{PEERS}", "PYTHONUNBUFFERED": "1", **env}
         try:
             process = subprocess.Popen(
@@ -177,7 +182,10 @@ class Evidence:
 
         with self._lock:
             self._groups.add(process.pid)
+            if self.interrupted.is_set():
+                kill(process.pid)
         timer = threading.Timer(limit, give_up)
+        timer.daemon = True
         timer.start()
         assert process.stdout is not None
         for line in process.stdout:
@@ -190,7 +198,8 @@ class Evidence:
             self._groups.discard(process.pid)
         if code != 0:
             print("".join(lines[-25:]), end="")
-        return Ended(None if late.is_set() else code, lines, time.monotonic() - start)
+        stopped = self.interrupted.is_set() and code < 0
+        return Ended(None if late.is_set() else code, lines, time.monotonic() - start, is_interrupted=stopped)
 
     def run(
         self,
@@ -274,6 +283,8 @@ def kill(group: int) -> None:
 def status_of(ended: Ended, unavailable: str) -> str:
     if ended.is_missing:
         return "unavailable"
+    if ended.is_interrupted:
+        return "interrupted"
     if ended.code is None:
         return "timed out"
     if ended.code == 0:

@@ -45,7 +45,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.evidence import PEERS, ROOT, SCHEMA, SITE, Evidence, Step
 
@@ -261,6 +260,8 @@ def run_stages(evidence: Evidence, chosen: Sequence[str], minutes: float, again:
     tried = {name for name in chosen if name not in first and evidence.of(name) and not again}
     left_out = {s.stage for s in evidence.steps if s.status == "left out"}
     for name in sorted(chosen, key=lambda name: name in tried - left_out):
+        if evidence.interrupted.is_set():
+            return
         stage = STAGES[name]
         kept = SITE.is_dir() if name == "build" else name != "install-peers"
         if kept and not again and evidence.passed(name):
@@ -310,10 +311,6 @@ def load(out: Path) -> Evidence:
     return evidence
 
 
-def interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stages that are asked for and returns the exit status."""
     form = argparse.RawDescriptionHelpFormatter
@@ -340,16 +337,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     evidence.modules, evidence.peers, evidence.commit = args.modules, args.peers, args.commit
     evidence.depth = args.depth
     evidence.versions = versions(args.commit)
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, lambda *_: evidence.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         run_stages(evidence, chosen, args.minutes, args.again)
-    except KeyboardInterrupt:
-        evidence.stop()
-        print(f"\n{table(evidence)}\ninterrupted; the same command goes on")
-        return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print(f"\n{table(evidence)}")
+    if evidence.interrupted.is_set():
+        print("interrupted; the same command goes on")
+        return 130
     return status(evidence, chosen)
 
 

@@ -12,10 +12,16 @@ from dataclasses import replace
 import torch
 
 from bench import devices, emulated, problems, providers, timing
-from bench.cases import SELECTIONS, cases
+from bench.cases import SELECTIONS, Case, cases
 from bench.providers import OURS
 
 CALLS = 3
+
+
+def case_of(op: str, rows: int, device: str) -> Case | None:
+    """The first with so many tokens, if there is one."""
+    only = frozenset({rows})
+    return next(iter(cases(op, replace(SELECTIONS[device, "quick"], rows=only, tokens=only))), None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,21 +32,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.device == "emulated":
         emulated.install(emulated.build())
-    rows = frozenset({args.rows})
-    found = cases(args.op, replace(SELECTIONS[args.device, "quick"], rows=rows, tokens=rows))
-    if not found:
+    case = case_of(args.op, args.rows, args.device)
+    if case is None:
         parser.error(f"no case of {args.op} has {args.rows} rows")
     offered = providers.all(args.op, devices.of_providers(args.device))
     provider = next(p for p in offered if p.name == OURS)
     with torch.inference_mode():
-        problem = problems.make(args.op, found[0].axes, devices.of_tensors(args.device))
+        problem = problems.make(args.op, case.axes, devices.of_tensors(args.device))
         call = provider.build(problem)
         error = timing.verify(provider, problem, call())
         for _ in range(CALLS):
             call()
         if args.device != "cpu":
             torch.cuda.synchronize()
-    print(f"{found[0]}: {CALLS + 1} calls, error {error.relative:.2g} of the largest value")
+    print(f"{case}: {CALLS + 1} calls, error {error.relative:.2g} of the largest value")
 
 
 if __name__ == "__main__":

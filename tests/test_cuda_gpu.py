@@ -57,6 +57,7 @@ def weights():
             weight = qops.Int8Weight.quantize(random_activations(72, H, dtype=torch.float32, seed=4))
             WEIGHTS[device] = weight.to(device)
 
+
 OPS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "quantize_int8": lambda i: qops.quantize_int8(i["x"]),
     "quantize_int8_asym": lambda i: qops.quantize_int8_asym(i["x"]),
