@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 FOREVER = contextlib.ExitStack()
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-FOR_THE_HOST = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh")
+# In inference mode "item" comes whole.
+FOR_THE_HOST = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "lift_fresh")
 # Small, so that nothing made for them is large.
 MEMORY_BYTES, L2_BYTES = 1 << 30, 1 << 20
 

@@ -51,8 +51,6 @@ from bench.evidence import PEERS, ROOT, SCHEMA, SITE, Evidence, Step
 USUAL_MINUTES = 15.0
 # For what comes after a stage: the table, and the machine's return.
 RESERVED_SECONDS = 10.0
-# A file that hangs in a rehearsal costs its share, in which nothing else can run on a small machine.
-REHEARSED_SHARE = 0.6
 # Of one request to a provider: some tune a kernel for minutes at its first call.
 PROVIDER_SECONDS = 30.0
 # A whole model of 32 layers and its dense twin take minutes to make and to verify.
@@ -204,9 +202,10 @@ def bench(stage: str, ops: Sequence[str], *more: str, providers: str = "") -> Ca
         if stage == "decode" and evidence.has_gpu and (depth := depth_of(evidence)) is not None:
             command += ["--depth", str(depth)]
         command += ["--commit", evidence.commit] if evidence.commit else []
-        # The case that has begun has time to end, and the command to report.
-        budget = max(1.0, evidence.left() - min(PROVIDER_SECONDS, evidence.left() / 3))
-        command += ["--budget-seconds", f"{budget:.0f}", "--timeout-seconds", f"{PROVIDER_SECONDS:.0f}"]
+        # It ends by itself, and reports; a case that has no time is not begun.
+        left = evidence.left()
+        command += ["--budget-seconds", f"{0.8 * left:.0f}", "--end-seconds", f"{0.9 * left:.0f}"]
+        command += ["--timeout-seconds", f"{PROVIDER_SECONDS:.0f}"]
         evidence.run_bench(stage, [*command, "--out", str(file)], file, ours="" if stage == "peers" else "qops")
 
     return run
@@ -219,11 +218,15 @@ def depth_of(evidence: Evidence) -> int | None:
 
 @dataclass(frozen=True)
 class Stage:
-    """What runs, for how many seconds of a quarter of an hour, and whether our kernels have to work."""
+    """What runs, for how many seconds of a quarter of an hour, whether our kernels have to work; seconds of a rehearsal.
+
+    A file that hangs in a rehearsal costs its share; on a machine of two cores processes take long to start.
+    """
 
     run: Callable[[Evidence], None]
     seconds: float
     needs_kernels: bool = True
+    rehearsed_seconds: float = 240
 
 
 ROWS = ("--rows", "1,16,64,256,1024,4096")
@@ -233,7 +236,7 @@ STAGES: dict[str, Stage] = {
     "install-peers": Stage(install_peers, 30, needs_kernels=False),
     "build": Stage(build, 300, needs_kernels=False),
     "check": Stage(check, 60),
-    "tests": Stage(tests, 120),
+    "tests": Stage(tests, 120, rehearsed_seconds=75),
     "gemms": Stage(
         bench("gemms", ("int4_gemm", "int8_gemm"), "--layers", LAYERS, *ROWS, providers="qops,cublas*"), 165
     ),
@@ -267,7 +270,8 @@ def run_stages(evidence: Evidence, chosen: Sequence[str], minutes: float, again:
         if kept and not again and evidence.passed(name):
             print(f"=== {name}: has passed", flush=True)
             continue
-        share = stage.seconds * max(1.0, minutes / USUAL_MINUTES) * (1.0 if evidence.has_gpu else REHEARSED_SHARE)
+        seconds = stage.seconds if evidence.has_gpu else stage.rehearsed_seconds
+        share = seconds * max(1.0, minutes / USUAL_MINUTES)
         left = end - time.monotonic()
         if not evidence.has_qops or (stage.needs_kernels and not evidence.has_kernels):
             evidence.record(name, "all", [], "left out", 0.0, "the build has failed")

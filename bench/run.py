@@ -28,7 +28,7 @@ from bench import devices, document, problems, providers, timing
 from bench.cases import LAYERS, MODELS, SELECTIONS, Case, Selection, cases, interleaved
 from bench.document import Document, OtherRun
 from bench.providers import DEFAULT_MODULES, EAGER_MODULES, LIMIT, OURS, Provider
-from bench.session import Failure, Session
+from bench.session import Failure, Session, TimeUp
 from bench.stats import median
 
 QUICK_SECONDS = 120.0
@@ -51,6 +51,7 @@ class Plan:
     offered: Mapping[str, list[Provider]]
     protocol: timing.Protocol
     budget_seconds: float | None
+    end_seconds: float | None = None
 
     def steps(self) -> Iterator[tuple[int, Case]]:
         """In their order: workers are started for one number of threads after the other."""
@@ -77,6 +78,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", help="numbers of rows (tokens), out of all")
     parser.add_argument("--depth", type=int, metavar="N", help="decode with models of so many layers alone")
     parser.add_argument("--budget-seconds", type=float, metavar="S", help="start no case after so many")
+    parser.add_argument("--end-seconds", type=float, metavar="S", help="end after so many, whatever is under way")
     parser.add_argument(
         "--timeout-seconds", type=float, metavar="S", help="give up a provider without an answer so long"
     )
@@ -149,7 +151,7 @@ def plan(args: argparse.Namespace, modules: Sequence[str] = DEFAULT_MODULES) -> 
     protocol = timing.EMULATED if args.device == "emulated" else PROTOCOLS[args.size]
     if args.timeout_seconds is not None:
         protocol = replace(protocol, timeout_seconds=args.timeout_seconds)
-    return Plan(args.device, _threads(args), chosen, offered, protocol, budget)
+    return Plan(args.device, _threads(args), chosen, offered, protocol, budget, args.end_seconds)
 
 
 def listing(wanted: Plan, modules: Sequence[str] = DEFAULT_MODULES) -> str:
@@ -182,6 +184,8 @@ def measure(wanted: Plan, results: Document, sessions: Mapping[int, Session]) ->
                 rows = sessions[threads].run(case, wanted.offered[case.op])
                 results.add(case, rows, wanted.offered[case.op])
                 bar.update()
+    except TimeUp:
+        return f"the time is up, {len(todo) - index} of {len(steps)} cases are left"
     except KeyboardInterrupt:  # also between two cases
         return f"interrupted, {len(todo) - index} of {len(steps)} cases are left"
     return None
@@ -230,6 +234,7 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] | None = None
     args = arguments(argv)
     modules = modules or (EAGER_MODULES if args.device == "emulated" else DEFAULT_MODULES)
     sessions: dict[int, Session] = {}
+    started = time.monotonic()
     try:
         wanted = plan(args, modules)
         if args.list:
@@ -239,6 +244,8 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] | None = None
             raise Mistake("no CUDA device is visible to torch")
         for threads in wanted.threads:
             sessions[threads] = open_session(wanted.device, threads, wanted.protocol, modules)
+            if wanted.end_seconds is not None:
+                sessions[threads].end = started + wanted.end_seconds
         device = (
             document.cpu_device()
             if wanted.device == "cpu"
@@ -246,8 +253,8 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] | None = None
         )
         results = Document(args.out, device, wanted.protocol, args.commit)
         early = measure(wanted, results, sessions)
-    except (Mistake, OtherRun, Failure) as problem:
-        print(f"bench.run: {problem}", file=sys.stderr)
+    except (Mistake, OtherRun, Failure, TimeUp) as problem:
+        print(f"bench.run: {problem or 'the time is up before the first case'}", file=sys.stderr)
         return 2
     finally:
         for session in sessions.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +41,10 @@ class Failure(Exception):
 
 class Hang(Failure):
     """It did not answer."""
+
+
+class TimeUp(Exception):
+    """The run is over in the middle of a case, which nobody is to blame for."""
 
 
 class WorkerProcess:
@@ -183,6 +189,7 @@ class Session:
     """The workers of one device and thread count, which live from case to case.
 
     ``slots`` are sets of CPUs, as many as there are threads in each: calls are timed on the first, and prepared on all.
+    ``end``, by ``time.monotonic()``, is when whatever is under way raises TimeUp.
     """
 
     def __init__(
@@ -200,6 +207,7 @@ class Session:
         self._workers: dict[str, WorkerProcess] = {}
         self._crashes: Counter[tuple[str, str]] = Counter()
         self._hung: set[tuple[str, str]] = set()
+        self.end = math.inf
 
     def close(self) -> None:
         """Ends all workers, whatever they do."""
@@ -222,9 +230,14 @@ class Session:
         if self._crashes[key] >= MOST_CRASHES:
             raise Failure(f"given up after {MOST_CRASHES} crashes")
         worker = self._worker(provider)
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeUp
         try:
-            return worker.ask(method, self._protocol.timeout_seconds, **arguments)
+            return worker.ask(method, min(left, self._protocol.timeout_seconds), **arguments)
         except Hang:
+            if left <= self._protocol.timeout_seconds:
+                raise TimeUp from None
             self._hung.add(key)
             raise
         finally:
@@ -246,7 +259,7 @@ class Session:
         finally:
             for name, worker in self._workers.items():
                 if worker.alive:
-                    with contextlib.suppress(Failure):
+                    with contextlib.suppress(Failure, TimeUp):
                         self.ask(name, "release")
         return list(rows.values())
 
