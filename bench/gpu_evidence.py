@@ -218,9 +218,9 @@ def depth_of(evidence: Evidence) -> int | None:
 
 @dataclass(frozen=True)
 class Stage:
-    """What runs, for how many seconds of a quarter of an hour, whether our kernels have to work; seconds of a rehearsal.
+    """What runs, for how many seconds of a quarter of an hour, and whether our kernels have to work.
 
-    A file that hangs in a rehearsal costs its share; on a machine of two cores processes take long to start.
+    In a rehearsal a file that hangs costs its share; benchmarks have more, as processes take long to start there.
     """
 
     run: Callable[[Evidence], None]

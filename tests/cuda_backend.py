@@ -63,7 +63,7 @@ class Faulty:
             time.sleep(1)
         results = self.operator(*args, **more)
         for tensor in tree_leaves(results):
-            tensor.add_(1)
+            tensor.neg_()
         return results
 
 

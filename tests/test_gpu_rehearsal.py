@@ -31,15 +31,18 @@ def test_the_evidence_command(tmp_path):
     modules = tmp_path / "modules"
     modules.mkdir()
     shutil.copy(_native._C.__file__, modules)
+    if (built := ROOT / "build" / "cuda-check" / "qops" / "_C_cuda.abi3.so").is_file():
+        shutil.copy(built, modules)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "bench.gpu_evidence", "--out", str(out), "--modules", str(modules)]
-    stages = ["--stage", "build,tests,gemms,rows,memcheck"]
+    stages = ["--stage", "build,check,tests,gemms,rows,memcheck"]
     env = planted(*(f"{op}={fault}" for op, fault in PLANTED.items()))
     done = subprocess.run([*command, *stages], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     steps = {(s["stage"], s["name"]): s for s in json.loads((out / "evidence.json").read_text())["steps"]}
     assert {key: step["status"] for key, step in steps.items()} == {
         ("build", "import"): "passed",
+        ("check", "python -m qops check"): "passed",
         ("tests", "tests/test_cuda_int4_gemm.py"): "failed",
         ("tests", "tests/test_cuda_int4_weights.py"): "passed",
         ("tests", "tests/test_cuda_int8_gemm.py"): "timed out",
@@ -66,19 +69,25 @@ def test_the_evidence_command(tmp_path):
         assert any(op in name for name in steps[stage, "bench.run"]["failed"])
 
 
-def benchmarks(json_file: Path, files: list[str], env: dict[str, str]) -> tuple[int, str, dict[str, set[str]]]:
-    """pytest bench on an emulated GPU: its exit status, its text, and operators and providers in its document."""
-    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "--benchmark-only"]
-    command += [f"--benchmark-json={json_file}"]
+def pytest_bench(files: list[str], env: dict[str, str], *options: str) -> tuple[int, str]:
+    """On an emulated GPU: its exit status and its text."""
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", *options]
     env = {**env, "QOPS_BENCH_DEVICE": "emulated", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def benchmarks(json_file: Path, files: list[str], env: dict[str, str]) -> tuple[int, str, dict[str, set[str]]]:
+    """Also the operators and their providers in pytest-benchmark's document."""
+    code, text = pytest_bench(files, env, "--benchmark-only", f"--benchmark-json={json_file}")
     found: dict[str, set[str]] = {}
     for benchmark in json.loads(json_file.read_text())["benchmarks"]:
         assert benchmark["stats"]["rounds"] == 2 and benchmark["stats"]["min"] > 0
         op = benchmark["fullname"].partition("::bench_")[2].partition("[")[0]
         assert benchmark["group"].startswith(f"{op} ")
         found.setdefault(op, set()).add(benchmark["extra_info"]["provider"])
-    return done.returncode, done.stdout + done.stderr, found
+    return code, text, found
 
 
 def test_the_benchmarks_of_a_gpu(tmp_path):
@@ -91,7 +100,7 @@ def test_the_benchmarks_of_a_gpu(tmp_path):
         assert ("qops" in names) == (op != "int8_weight_only_gemm")
         vendor = op in (*problems.GEMMS, "int8_layer", "int4_decode")
         assert any(name.startswith("cublas") for name in names) == vendor
-    assert "it has no CUDA kernel" in text or "1 skipped" in text
+    assert "1 skipped" in text  # int8_weight_only_gemm, which has no CUDA kernel
 
 
 def test_a_fault_costs_a_benchmark(tmp_path):
@@ -100,3 +109,9 @@ def test_a_fault_costs_a_benchmark(tmp_path):
     assert code == 1 and "2 failed" in text and "killed by SIGSEGV" in text and "wrong result" in text, text
     assert "qops" in found["int8_gemm"] and "cublas _int_mm" in found["int8_gemm"]
     assert found["silu_mul"] == found["rotary"] == {"transformers formula", "limit"}
+
+
+def test_what_is_not_timed_is_verified():
+    files = [f"bench/bench_{op}.py" for op in ("silu_mul", "rotary")]
+    code, text = pytest_bench(files, planted("rotary=wrong"), "--benchmark-disable")
+    assert code == 1 and "1 failed, 5 passed" in text and "wrong result" in text and "no speeds" not in text, text
