@@ -213,7 +213,7 @@ class Asked(session.Session):
             self.started.append(FakeWorker(planted, self.log))
             return self.started[-1]
 
-        self._start = start  # pyright: ignore[reportAttributeAccessIssue]
+        self._start = start
 
     def ask(self, provider: str, method: str, op: str = "", /, **arguments: Any) -> Any:
         self.asked.append((provider, method))
@@ -281,6 +281,10 @@ def test_no_request_waits_past_the_end():
     asked.end = time.monotonic() + 20
     asked.rows_of(SILU)
     assert all(0 < timeout <= 20 for _, _, timeout in asked.log)
+    hanging = Asked(silu_mul="hang")
+    hanging.end = time.monotonic() + 20
+    with pytest.raises(session.TimeUp):  # it had less time than a provider has
+        hanging.rows_of(SILU)
     asked.end = math.inf
     asked.log.clear()
     asked.rows_of(SILU)
