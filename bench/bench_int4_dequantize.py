@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CPU, Case, cases
+from bench.cases import Case, benchmarked
 
 
-@pytest.mark.parametrize("case", cases("int4_dequantize", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("int4_dequantize"), ids=str)
 def bench_int4_dequantize(compare, case: Case) -> None:
     compare(case)

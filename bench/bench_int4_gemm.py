@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CPU, Case, cases
+from bench.cases import Case, benchmarked
 
 
-@pytest.mark.parametrize("case", cases("int4_gemm", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("int4_gemm"), ids=str)
 def bench_int4_gemm(compare, case: Case) -> None:
     compare(case)

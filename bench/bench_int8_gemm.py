@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CPU, Case, cases
+from bench.cases import Case, benchmarked
 
 
-@pytest.mark.parametrize("case", cases("int8_gemm", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("int8_gemm"), ids=str)
 def bench_int8_gemm(compare, case: Case) -> None:
     compare(case)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CPU, Case, cases
+from bench.cases import Case, benchmarked
 
 
-@pytest.mark.parametrize("case", cases("int8_layer", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("int8_layer"), ids=str)
 def bench_int8_layer(compare, case: Case) -> None:
     compare(case)
 
 
-@pytest.mark.parametrize("case", cases("int4_decode", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("int4_decode"), ids=str)
 def bench_int4_decode(compare, case: Case) -> None:
     compare(case)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CPU, Case, cases
+from bench.cases import Case, benchmarked
 
 
-@pytest.mark.parametrize("case", cases("qk_norm_rotary", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("qk_norm_rotary"), ids=str)
 def bench_qk_norm_rotary(compare, case: Case) -> None:
     compare(case)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CPU, Case, cases
+from bench.cases import Case, benchmarked
 
 
-@pytest.mark.parametrize("case", cases("quantize_int8", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("quantize_int8"), ids=str)
 def bench_quantize_int8(compare, case: Case) -> None:
     compare(case)
 
 
-@pytest.mark.parametrize("case", cases("quantize_int8_asym", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("quantize_int8_asym"), ids=str)
 def bench_quantize_int8_asym(compare, case: Case) -> None:
     compare(case)
 
 
-@pytest.mark.parametrize("case", cases("quantize_int8_static", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("quantize_int8_static"), ids=str)
 def bench_quantize_int8_static(compare, case: Case) -> None:
     compare(case)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CPU, Case, cases
+from bench.cases import Case, benchmarked
 
 
-@pytest.mark.parametrize("case", cases("rms_norm", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("rms_norm"), ids=str)
 def bench_rms_norm(compare, case: Case) -> None:
     compare(case)
 
 
-@pytest.mark.parametrize("case", cases("add_rms_norm", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("add_rms_norm"), ids=str)
 def bench_add_rms_norm(compare, case: Case) -> None:
     compare(case)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CPU, Case, cases
+from bench.cases import Case, benchmarked
 
 
-@pytest.mark.parametrize("case", cases("rotary", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("rotary"), ids=str)
 def bench_rotary(compare, case: Case) -> None:
     compare(case)

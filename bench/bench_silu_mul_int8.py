@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CPU, Case, cases
+from bench.cases import Case, benchmarked
 
 
-@pytest.mark.parametrize("case", cases("silu_mul_int8", CPU), ids=str)
+@pytest.mark.parametrize("case", benchmarked("silu_mul_int8"), ids=str)
 def bench_silu_mul_int8(compare, case: Case) -> None:
     compare(case)

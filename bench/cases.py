@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from bench import models, problems
+from bench import devices, models, problems
 
 # (N, K) of the projections of a layer, merged as inference engines merge them.
 LAYERS = {
@@ -100,6 +100,7 @@ class Selection:
             few.
         dtypes: of activations.
         depth: layers of a model that is decoded, where not its own number.
+        tiny: one case that an emulator computes in a moment, instead of all others.
     """
 
     layers: frozenset[str] | None = None
@@ -110,6 +111,7 @@ class Selection:
     both_caches: bool = True
     dtypes: tuple[str, ...] = ("bfloat16",)
     depth: int | None = None
+    tiny: bool = False
 
     def caches_of(self, tokens: int | None) -> tuple[str, ...]:
         """Of a number of tokens that were just written; of weights where that is None."""
@@ -165,6 +167,10 @@ CUDA_QUICK = Selection(
     formats=USUAL,
     both_caches=False,
 )
+EMULATED = Selection(tiny=True)
+# More than 16 rows, which cuBLAS's int8 product wants, and no multiple of anything.
+TINY = {"layer": "tiny", "M": 19, "N": 96, "K": 256, "G": 64, "kind": "symmetric"}
+TINY_MODEL = {"H": 128, "I": 256, "Hq": 4, "Hk": 2, "D": 32, "L": 1, "V": 64, "C": 8}
 SELECTIONS = {
     ("cpu", "default"): CPU,
     ("cpu", "quick"): CPU_QUICK,
@@ -172,11 +178,16 @@ SELECTIONS = {
     ("cuda", "default"): CUDA,
     ("cuda", "quick"): CUDA_QUICK,
     ("cuda", "full"): FULL,
+    ("emulated", "default"): EMULATED,
+    ("emulated", "quick"): EMULATED,
+    ("emulated", "full"): EMULATED,
 }
 
 
 def cases(op: str, selection: Selection) -> list[Case]:
     """Those of an operator."""
+    if selection.tiny:
+        return [_tiny(op)]
     if op in problems.GEMMS:
         return [case for dtype in selection.dtypes for case in _gemms(op, dtype, selection)]
     if op in models.OPS:
@@ -190,6 +201,29 @@ def cases(op: str, selection: Selection) -> list[Case]:
         for tokens in _chosen(TOKENS, selection.tokens)
         for cache in selection.caches_of(tokens)
     ]
+
+
+def benchmarked(op: str) -> list[Case]:
+    """Those of ``pytest bench``, on the device that it takes: as many as a few minutes hold."""
+    return cases(op, {"cpu": CPU, "cuda": CUDA_QUICK, "emulated": EMULATED}[devices.chosen()])
+
+
+def _tiny(op: str) -> Case:
+    names = {
+        "int4_gemm": "layer M N K G kind",
+        "int4_dequantize": "layer N K G kind",
+        "int8_weight_only_gemm": "layer M N K G",
+        "int8_gemm": "layer M N K",
+        "int8_layer": "layer T H I Hq Hk D",
+        "int4_decode": "layer M H I Hq Hk D L V C",
+        **dict.fromkeys(problems.NORMS, "T H"),
+        **dict.fromkeys(problems.QUANTIZERS, "T K rule"),
+        **dict.fromkeys(problems.ROTARIES, "T Hq Hk D"),
+        **dict.fromkeys(problems.SILUS, "T I"),
+    }[op].split()
+    sizes = {**TINY_MODEL, **TINY, "T": TINY["M"], "rule": RULES.get(op, ("",))[0]}
+    dtype_and_cache = {"dtype": "bfloat16", "cache": "hot" if op == "int4_decode" else "cold"}
+    return Case(op, {**{name: sizes[name] for name in names}, **dtype_and_cache})
 
 
 T = TypeVar("T", int, str)

@@ -24,6 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # What must be equal in two parts of one document.
 SAME = ("schema", "device", "protocol")
 SAME_META = ("git_sha", "dirty")
+TIMERS = {
+    "cpu": "perf_counter_ns",
+    "cuda": "CUDA events",
+    "emulated": "perf_counter, of an emulator: its times say nothing",
+}
 
 
 class OtherRun(Exception):
@@ -95,8 +100,10 @@ def gpu_clocks() -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value.replace(".", "", 1).isdigit()}
 
 
-def cuda_device(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """``machine`` is what a worker says about its GPU."""
+def cuda_device(machine: Mapping[str, Any], kind: str = "cuda") -> dict[str, Any]:
+    """``machine`` is what a worker says about its GPU, emulated or not."""
+    if kind == "emulated":
+        return {"kind": kind, **machine}
     fields = {"driver": "driver_version", "power_limit_w": "power.limit", "largest_sm_mhz": "clocks.max.sm"}
     return {"kind": "cuda", **machine, **query_gpu(fields), "ecc": query_gpu({"ecc": "ecc.mode.current"}).get("ecc")}
 
@@ -120,7 +127,7 @@ class Document:
             },
             "device": dict(device),
             "protocol": {
-                "timer": "CUDA events" if device["kind"] == "cuda" else "perf_counter_ns",
+                "timer": TIMERS[device["kind"]],
                 "order": "a process for each provider, one sample each in turn, another one first each round",
                 "inputs": inputs_text(device["kind"]),
                 **asdict(protocol),
@@ -178,7 +185,7 @@ class Document:
 
 
 def inputs_text(kind: str) -> str:
-    if kind == "cuda":
+    if kind != "cpu":
         return (
             "cold: one call per copy in a CUDA graph, copies past 3 x L2, 100 MB and 8 of them; "
             "hot: the same input in each call, L2 as that leaves it; no flush"

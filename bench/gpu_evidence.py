@@ -1,181 +1,72 @@
-"""Everything that a GPU has to show, in stages that each end inside eight minutes.
+"""Everything that a GPU has to show, the most telling first, in the minutes that there are.
 
-    python -m bench.gpu_evidence --out DIR                        # all stages; those that have passed are not run again
-    python -m bench.gpu_evidence --out DIR --stage tests,sanitize
+    python -m bench.gpu_evidence --out DIR                        # 15 minutes; what has passed is not run again
+    python -m bench.gpu_evidence --out DIR --minutes 9
+    python -m bench.gpu_evidence --out DIR --stage tests,memcheck
     python -m bench.gpu_evidence --out DIR --modules FOLDER       # _C.abi3.so and _C_cuda.abi3.so built elsewhere
-    python -m bench.gpu_evidence --out DIR --stage decode --depth 8
-    python -m bench.gpu_evidence --out DIR --stage build,install-peers,peers --peers FOLDER
+    python -m bench.gpu_evidence --out DIR --stage install-peers,build,peers --peers FOLDER
 
-    build         installs this tree into build/gpu_evidence, without a network; or takes modules built elsewhere
-    check         `python -m qops check`: every kernel against its contract, at each level of the CPU and on the GPUs
     install-peers what bench.peers.collect has put into FOLDER; one folder after the other, if they come in parts
-    tests         the CUDA operators against the CPU's bits, streams, graphs, compilation, tensors past 2^31 elements
-    sanitize      compute-sanitizer's memcheck, racecheck, initcheck and synccheck on a part of the tests
-    bench-norms   bench.run on everything that is bound by memory, with every peer that is installed
-    bench-gemms   the same for the products
-    chain         the W8A8 chain of a decoder layer (add, norm, int8, product, ..., SiLU-mul, int8, product), against
-                  vLLM's operators and a dense layer, eager and compiled
+    build         installs this tree into build/gpu_evidence, without a network; or takes modules built elsewhere. If
+                  that fails it tries without CUDA kernels, so that the peers can be measured
+    check         `python -m qops check`: every kernel against its contract, at each level of the CPU and on the GPUs
+    tests         the CUDA operators against the CPU's bits, streams, graphs, tensors past 2^31 elements; a process for
+                  each file, side by side
+    gemms         int4_gemm and int8_gemm against cuBLAS, on the four layers of a Llama 3 8B
+    rows          everything that is bound by memory, at one token and at many
     decode        a decode loop of a Llama 3 8B with random 4-bit weights, and of its dense twin by cuBLAS, as CUDA
-                  graphs; tokens a second are M / time; --depth N: with N layers, for a GPU that does not hold all 32
+                  graphs; tokens a second are M / time; --depth N: with N layers; all 32 where there is time
+    memcheck      compute-sanitizer on a part of the tests; also racecheck, initcheck and synccheck, last of all
+    chain         the W8A8 chain of a decoder layer against vLLM's operators and a dense layer, eager and compiled
     peers         limits, cuBLAS and the peers alone, for all operators: nothing of ours has to work for it
+    profile       ncu on int4_gemm, int8_gemm and qk_norm_rotary
 
-DIR gets evidence.json (every step: what it was, how it ended, how long it took), evidence.log (what the steps printed)
-and one JSON document for each benchmark. A tool that this machine does not have is a result, "unavailable", no failure.
-Without a GPU some of the tests run in the emulator, and sanitize and the benchmarks are unavailable: so the way there
-is tried.
+A stage ends when its share of the time is over, and begins if a third of its share is left; with more than 15 minutes
+the shares grow. A fault costs a test file, a provider or an operator: each has a process of its own. DIR gets
+evidence.json (every step: what it was, how it ended, what failed in it), evidence.log (what the steps printed) and one
+JSON document for each benchmark, all written as results come. A tool that this machine does not have is a result,
+"unavailable", no failure. The exit status is 0 if all has passed, 1 if anything failed or timed out, 3 if only time was
+short, 130 if interrupted.
+
+Without a GPU this is a rehearsal: the same steps in the emulator, of each a little, and no speeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
-import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SITE = ROOT / "build" / "gpu_evidence" / "site"
-PEERS = ROOT / "build" / "gpu_evidence" / "peers"
-SCHEMA = "qops-gpu-evidence-1"
-STAGE_SECONDS = 460.0
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+from bench.evidence import PEERS, ROOT, SCHEMA, SITE, Evidence, Step
+
+USUAL_MINUTES = 15.0
+# For what comes after a stage: the table, and the machine's return.
+RESERVED_SECONDS = 10.0
+# Of one request to a provider: some tune a kernel for minutes at its first call.
+PROVIDER_SECONDS = 30.0
+# A whole model of 32 layers and its dense twin take minutes to make and to verify.
+WHOLE_MODEL_SECONDS, PART_OF_THE_MODEL = 240.0, 8
+# Files without a test for a GPU: they would have shown nothing. Of the others, what inductor compiles takes minutes.
+WITHOUT_GPU = ("tests/test_cuda_compile.py", "tests/test_cuda_instances.py")
+GPU_TESTS = "gpu and not compile"
+REHEARSED_TESTS = "not gpu and begin_anywhere"
 # A few minutes under a sanitizer: every kernel, aligned and not, with and without values past the row's end.
 SANITIZED_TESTS = "gpu and (begin_anywhere or behind_a_row or heads or every_group_size or every_small_number)"
-GEMMS = ("int4_gemm", "int8_gemm", "int4_dequantize")
 ROW_OPS = (
     *("rms_norm", "add_rms_norm", "rms_norm_int8", "add_rms_norm_int8", "quantize_int8", "quantize_int8_asym"),
     *("quantize_int8_static", "rotary", "qk_norm_rotary", "silu_mul", "silu_mul_int8"),
 )
-
-
-@dataclass
-class Step:
-    """How one command ended: passed, failed, timed out, or unavailable, with the reason."""
-
-    stage: str
-    name: str
-    command: list[str]
-    status: str
-    seconds: float
-    note: str
-    source: str
-    utc: str
-
-
-@dataclass
-class Evidence:
-    """What this machine has shown so far."""
-
-    out: Path
-    device: str
-    source: str
-    modules: Path | None = None
-    peers: Path | None = None
-    commit: str = ""
-    depth: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    deadline: float = 0.0
-
-    @property
-    def has_gpu(self) -> bool:
-        return bool(self.device)
-
-    def passed(self, stage: str) -> bool:
-        """Whether it has passed, of this source."""
-        steps = [step for step in self.steps if step.stage == stage]
-        return bool(steps) and all((step.status, step.source) == ("passed", self.source) for step in steps)
-
-    def record(self, stage: str, name: str, command: Sequence[str], status: str, seconds: float, note: str) -> None:
-        utc = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.steps = [step for step in self.steps if (step.stage, step.name) != (stage, name)]
-        self.steps.append(Step(stage, name, list(command), status, round(seconds, 1), note, self.source, utc))
-        document = {
-            "schema": SCHEMA,
-            "device": self.device,
-            "versions": self.versions,
-            "steps": list(map(asdict, self.steps)),
-        }
-        whole = self.out / "evidence.json.part"
-        whole.write_text(json.dumps(document, indent=1) + "\n")
-        whole.replace(self.out / "evidence.json")
-
-    def run(
-        self,
-        stage: str,
-        name: str,
-        command: Sequence[str],
-        limit: float = STAGE_SECONDS,
-        env: Mapping[str, str] | None = None,
-        unavailable: str = r"(?!)",
-    ) -> bool:
-        """Runs a command in the root of the tree, with what was built before the tree's own modules, and records it.
-
-        Args:
-            stage, name: of the step.
-            command: ends as soon as it fails, hangs or the stage's time is over.
-            limit: seconds.
-            env: on top of this process's.
-            unavailable: where this matches what a failed command printed, the machine lacks something.
-
-        Returns:
-            Whether it passed.
-        """
-        limit = max(1.0, min(limit, self.deadline - time.monotonic()))
-        print(f"\n=== {stage}, {name}: at most {limit:.0f} s\n+ {' '.join(command)}", flush=True)
-        start = time.monotonic()
-        environment = {**os.environ, "PYTHONPATH": f"{SITE}{os.pathsep}{PEERS}", "PYTHONUNBUFFERED": "1", **(env or {})}
-        lines: list[str] = []
-        try:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, text=True, errors="replace", start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        except FileNotFoundError:
-            self.record(stage, name, command, "unavailable", 0.0, f"{command[0]} is not installed")
-            return False
-        timer = signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
-        signal.setitimer(signal.ITIMER_REAL, limit)
-        try:
-            assert process.stdout is not None
-            with (self.out / "evidence.log").open("a") as log:
-                log.write(f"\n=== {stage}, {name}: {' '.join(command)}\n")
-                for line in process.stdout:
-                    lines.append(line)
-                    log.write(line)
-            status = {0: "passed"}.get(process.wait(), "failed")
-        except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, timer)
-        seconds = time.monotonic() - start
-        text = "".join(lines)
-        if status == "failed":
-            print("".join(lines[-25:]), end="")
-            status = "timed out" if seconds >= limit else "unavailable" if re.search(unavailable, text) else "failed"
-        self.record(stage, name, command, status, seconds, summary(lines, unavailable))
-        print(f"=== {stage}, {name}: {status} in {seconds:.0f} s", flush=True)
-        return status == "passed"
-
-
-def summary(lines: Sequence[str], unavailable: str) -> str:
-    """The line that says it all: the reason, what pytest counted, else the last."""
-    for pattern in (unavailable, r"\d+ (passed|failed|skipped).* in "):
-        for line in reversed(lines):
-            if re.search(pattern, line):
-                return line.strip(" =\n")[:160]
-    return next((line.strip()[:160] for line in reversed(lines) if line.strip()), "")
+LAYERS = "llama3-8b qkv,llama3-8b o,llama3-8b gate_up,llama3-8b down"
+PROFILED = [(op, rows) for op in ("int4_gemm", "int8_gemm") for rows in (1, 64, 4096)] + [("qk_norm_rotary", 4096)]
 
 
 def versions(commit: str) -> dict[str, str]:
@@ -209,122 +100,213 @@ def fingerprint() -> str:
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 
-def build(evidence: Evidence) -> None:
-    shutil.rmtree(SITE, ignore_errors=True)
-    if evidence.modules is not None:
-        modules = [evidence.modules / f"{name}.abi3.so" for name in ("_C", "_C_cuda")]
-        shutil.copytree(ROOT / "python" / "qops", SITE / "qops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        for module in modules:
-            if module.is_file():
-                shutil.copy(module, SITE / "qops")
-    else:
-        pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
-        if not evidence.run("build", "pip install", [*pip, "--target", str(SITE), "."]):
-            return
-    loads = "import qops, json; print(json.dumps(qops.build_info()))"
-    if evidence.has_gpu:
-        loads += "; assert qops.build_info()['cuda'], 'no CUDA kernels'"
-    evidence.run("build", "import", [sys.executable, "-c", loads])
-
-
-def check(evidence: Evidence) -> None:
-    evidence.run("check", "python -m qops check", [sys.executable, "-m", "qops", "check"])
-
-
 def install_peers(evidence: Evidence) -> None:
     if evidence.peers is not None:
         command = [sys.executable, "-m", "bench.peers.install", str(evidence.peers.resolve()), "--to", str(PEERS)]
         evidence.run("install-peers", evidence.peers.name, command)
 
 
+def build(evidence: Evidence) -> None:
+    evidence.steps = [step for step in evidence.steps if step.stage != "build"]  # each try has steps of its own
+    evidence.has_qops = install(evidence, "")
+    evidence.has_kernels = evidence.has_qops
+    if evidence.has_qops and evidence.has_gpu:
+        loads = "import qops; assert qops.build_info()['cuda'], 'no CUDA kernels'"
+        evidence.has_kernels = evidence.run("build", "CUDA kernels", [sys.executable, "-c", loads])
+    elif not evidence.has_qops:
+        evidence.has_qops = install(evidence, " without CUDA")
+
+
+def install(evidence: Evidence, without: str) -> bool:
+    """Whether it can be imported."""
+    shutil.rmtree(SITE, ignore_errors=True)
+    if evidence.modules is not None:
+        shutil.copytree(ROOT / "python" / "qops", SITE / "qops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        for module in [evidence.modules / f"{name}.abi3.so" for name in ("_C", *(() if without else ("_C_cuda",)))]:
+            if module.is_file():
+                shutil.copy(module, SITE / "qops")
+    else:
+        pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
+        env = {"QOPS_CUDA": "OFF"} if without else {}
+        if not evidence.run("build", f"pip install{without}", [*pip, "--target", str(SITE), "."], env=env):
+            return False
+    loads = "import qops, json; print(json.dumps(qops.build_info()))"
+    return evidence.run("build", f"import{without}", [sys.executable, "-c", loads])
+
+
+def check(evidence: Evidence) -> None:
+    evidence.run("check", "python -m qops check", [sys.executable, "-m", "qops", "check"])
+
+
 def cuda_tests() -> list[str]:
     """A new operator's file is run without being listed."""
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda_*.py"))
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda_*.py"))
+    return [file for file in files if file not in WITHOUT_GPU]
+
+
+def pytest(chosen: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-k", chosen]
 
 
 def tests(evidence: Evidence) -> None:
-    files = cuda_tests()
-    # In the emulator a few, to try the way there: pytest runs all of them anywhere.
-    chosen = "gpu" if evidence.has_gpu else "not gpu and begin_anywhere"
-    evidence.run(
-        "tests", chosen, [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-k", chosen, *files]
-    )
-
-
-def sanitize(evidence: Evidence) -> None:
+    files, chosen, at_a_time = cuda_tests(), GPU_TESTS, len(cuda_tests())
     if not evidence.has_gpu:
-        return evidence.record("sanitize", "compute-sanitizer", [], "unavailable", 0.0, "no GPU")
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SANITIZED_TESTS]
-    for index, tool in enumerate(SANITIZERS):
-        share = (evidence.deadline - time.monotonic()) / (len(SANITIZERS) - index)
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *pytest, *cuda_tests()]
+        named = REHEARSED_TESTS.rpartition(" ")[2]
+        files, chosen, at_a_time = [f for f in files if named in (ROOT / f).read_text()], REHEARSED_TESTS, 2
+    share = evidence.left()
+    if not evidence.has_gpu:  # two after two: each has the share
+        evidence.deadline += (len(files) + 1) // 2 * share
+    with ThreadPoolExecutor(at_a_time) as pool:
+        left = [file for file in files if not evidence.passed("tests", file)]
+        list(pool.map(lambda file: evidence.run_tests("tests", file, [*pytest(chosen), file], share), left))
+
+
+def sanitize(tool: str) -> Callable[[Evidence], None]:
+    def stage(evidence: Evidence) -> None:
+        if not evidence.has_gpu:
+            return evidence.record(tool, "compute-sanitizer", [], "unavailable", 0.0, "no GPU")
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99"]
         # torch's allocator would hand out parts of large blocks, whose bounds the tool does not know.
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        refused = r"Device not supported|Unable to (find|initialize)|not supported on"
         evidence.run(
-            "sanitize", tool, command, share, env, r"Device not supported|Unable to (find|initialize)|not supported on"
-        )
+            tool, "compute-sanitizer", [*command, *pytest(SANITIZED_TESTS), "-x", *cuda_tests()],
+            env=env, unavailable=refused,
+        )  # fmt: skip
+
+    return stage
 
 
-def bench_norms(evidence: Evidence) -> None:
-    bench(evidence, "bench-norms", ROW_OPS)
-
-
-def bench_gemms(evidence: Evidence) -> None:
-    bench(evidence, "bench-gemms", GEMMS)
-
-
-def chain(evidence: Evidence) -> None:
-    bench(evidence, "chain", ("int8_layer",))
-
-
-def decode(evidence: Evidence) -> None:
-    depth = () if evidence.depth is None else ("--depth", str(evidence.depth))
-    bench(evidence, "decode", ("int4_decode",), *depth)
-
-
-def peers(evidence: Evidence) -> None:
-    bench(evidence, "peers", (*GEMMS, *ROW_OPS), "--providers", "!qops")
-
-
-def bench(evidence: Evidence, stage: str, ops: Sequence[str], *more: str) -> None:
+def profile(evidence: Evidence) -> None:
     if not evidence.has_gpu:
-        return evidence.record(stage, "bench.run", [], "unavailable", 0.0, "no GPU")
-    budget = evidence.deadline - time.monotonic() - 40  # the case that has begun, and its report
-    command = [sys.executable, "-m", "bench.run", *ops, "--device", "cuda", "--budget-seconds", f"{budget:.0f}", *more]
-    command += ["--commit", evidence.commit] if evidence.commit else []
-    evidence.run(stage, "bench.run", [*command, "--out", str(evidence.out / f"{stage}.json")])
+        return evidence.record("profile", "ncu", [], "unavailable", 0.0, "no GPU")
+    sections = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats")
+    ncu = ["ncu", "--kernel-name-base", "demangled", "--kernel-name", "regex:qops", "--launch-count", "4"]
+    ncu += [word for section in sections for word in ("--section", section)]
+    for index, (op, rows) in enumerate(PROFILED):
+        once = [sys.executable, "-m", "bench.once", op, "--rows", str(rows), "--device", "cuda"]
+        share = evidence.left() / (len(PROFILED) - index)
+        refused = r"ERR_NVGPUCTRPERM|not supported|No kernels were profiled.*permission"
+        if not evidence.passed("profile", f"{op}, {rows}"):
+            evidence.run("profile", f"{op}, {rows}", [*ncu, *once], share, unavailable=refused)
 
 
-STAGES: dict[str, Callable[[Evidence], None]] = {
-    "build": build,
-    "check": check,
-    "install-peers": install_peers,
-    "tests": tests,
-    "sanitize": sanitize,
-    "bench-norms": bench_norms,
-    "bench-gemms": bench_gemms,
-    "chain": chain,
-    "decode": decode,
-    "peers": peers,
+def bench(stage: str, ops: Sequence[str], *more: str, providers: str = "") -> Callable[[Evidence], None]:
+    """``more`` says which cases a GPU has; the emulator has one of each operator."""
+
+    def run(evidence: Evidence) -> None:
+        file = evidence.out / f"{stage}.json"
+        command = [sys.executable, "-m", "bench.run", *ops, "--device", evidence.kind, "--quick"]
+        command += ["--providers", providers] if providers else []
+        command += more if evidence.has_gpu else ()
+        if stage == "decode" and evidence.has_gpu and (depth := depth_of(evidence)) is not None:
+            command += ["--depth", str(depth)]
+        command += ["--commit", evidence.commit] if evidence.commit else []
+        # It ends by itself, and reports; a case that has no time is not begun.
+        left = evidence.left()
+        command += ["--budget-seconds", f"{0.8 * left:.0f}", "--end-seconds", f"{0.9 * left:.0f}"]
+        command += ["--timeout-seconds", f"{PROVIDER_SECONDS:.0f}"]
+        evidence.run_bench(stage, [*command, "--out", str(file)], file, ours="" if stage == "peers" else "qops")
+
+    return run
+
+
+def depth_of(evidence: Evidence) -> int | None:
+    """As asked, else of what there is time for; None is the whole model."""
+    return evidence.depth or (PART_OF_THE_MODEL if evidence.left() < WHOLE_MODEL_SECONDS else None)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What runs, for how many seconds of a quarter of an hour, and whether our kernels have to work.
+
+    In a rehearsal a file that hangs costs its share; benchmarks have more, as processes take long to start there.
+    """
+
+    run: Callable[[Evidence], None]
+    seconds: float
+    needs_kernels: bool = True
+    rehearsed_seconds: float = 240
+
+
+ROWS = ("--rows", "1,16,64,256,1024,4096")
+EAGER = "qops,transformers formula,torch eager"
+# By value. A build from source may take what the last stages would have had.
+STAGES: dict[str, Stage] = {
+    "install-peers": Stage(install_peers, 30, needs_kernels=False),
+    "build": Stage(build, 300, needs_kernels=False),
+    "check": Stage(check, 60),
+    "tests": Stage(tests, 120, rehearsed_seconds=75),
+    "gemms": Stage(
+        bench("gemms", ("int4_gemm", "int8_gemm"), "--layers", LAYERS, *ROWS, providers="qops,cublas*"), 165
+    ),
+    "rows": Stage(bench("rows", ROW_OPS, "--rows", "1,4096", providers=EAGER), 60),
+    "decode": Stage(bench("decode", ("int4_decode",)), 75),
+    "memcheck": Stage(sanitize("memcheck"), 90),
+    "chain": Stage(bench("chain", ("int8_layer",)), 45),
+    "peers": Stage(
+        bench("peers", ("int4_gemm", "int8_gemm", "int4_dequantize", *ROW_OPS), providers="!qops*"),
+        75,
+        needs_kernels=False,
+    ),
+    "profile": Stage(profile, 75),
+    "racecheck": Stage(sanitize("racecheck"), 60),
+    "initcheck": Stage(sanitize("initcheck"), 60),
+    "synccheck": Stage(sanitize("synccheck"), 60),
 }
+
+
+def run_stages(evidence: Evidence, chosen: Sequence[str], minutes: float, again: bool = False) -> None:
+    """What has not been tried first, by value; then what has failed before."""
+    end = time.monotonic() + 60 * minutes - RESERVED_SECONDS
+    first = ("install-peers", "build")
+    tried = {name for name in chosen if name not in first and evidence.of(name) and not again}
+    left_out = {s.stage for s in evidence.steps if s.status == "left out"}
+    for name in sorted(chosen, key=lambda name: name in tried - left_out):
+        if evidence.interrupted.is_set():
+            return
+        stage = STAGES[name]
+        kept = SITE.is_dir() if name == "build" else name != "install-peers"
+        if kept and not again and evidence.passed(name):
+            print(f"=== {name}: has passed", flush=True)
+            continue
+        seconds = stage.seconds if evidence.has_gpu else stage.rehearsed_seconds
+        share = seconds * max(1.0, minutes / USUAL_MINUTES)
+        left = end - time.monotonic()
+        if not evidence.has_qops or (stage.needs_kernels and not evidence.has_kernels):
+            evidence.record(name, "all", [], "left out", 0.0, "the build has failed")
+        elif left < share / 3:
+            evidence.record(name, "all", [], "left out", 0.0, f"{max(left, 0):.0f} s are left of {60 * minutes:.0f}")
+        else:
+            evidence.steps = [s for s in evidence.steps if (s.stage, s.status) != (name, "left out")]
+            evidence.deadline = time.monotonic() + min(share, left)
+            stage.run(evidence)
+
+
+def status(evidence: Evidence, chosen: Sequence[str]) -> int:
+    """Of the process."""
+    found = {step.status for step in evidence.steps if step.stage in chosen}
+    return 1 if found & {"failed", "timed out"} else 3 if "left out" in found else 0
 
 
 def table(evidence: Evidence) -> str:
     rows = [("stage", "step", "result", "s", "")]
-    rows += [(s.stage, s.name, s.status, f"{s.seconds:.0f}", s.note) for s in evidence.steps]
+    rows += [(s.stage, s.name, s.status, f"{s.seconds:.0f}", s.note[:200]) for s in evidence.steps]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join((*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4])).rstrip() for row in rows
     ]
-    return "\n".join([evidence.device or "no GPU: the emulator stands in for it", *lines])
+    lines += [f"failed: {name}" for s in evidence.steps for name in s.failed]
+    return "\n".join([evidence.device if evidence.has_gpu else "no GPU: a rehearsal in the emulator", *lines])
 
 
 def load(out: Path) -> Evidence:
     """What is there already, as far as it was seen on this device."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    evidence = Evidence(out, device, fingerprint())
+    has_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if has_gpu else ""
+    evidence = Evidence(out, "cuda" if has_gpu else "emulated", device, fingerprint())
     file = out / "evidence.json"
     if file.is_file():
         document = json.loads(file.read_text())
@@ -334,20 +316,23 @@ def load(out: Path) -> Evidence:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the stages that are asked for and returns the exit code: 1 where anything failed."""
+    """Runs the stages that are asked for and returns the exit status."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_evidence", description=__doc__, formatter_class=form)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets the results; kept and continued")
+    parser.add_argument("--minutes", type=float, default=USUAL_MINUTES, metavar="N", help="that there are; default 15")
     parser.add_argument("--stage", default="all", help=f"all, or some of {', '.join(STAGES)}")
     parser.add_argument("--modules", type=Path, metavar="FOLDER", help="_C.abi3.so and _C_cuda.abi3.so built elsewhere")
     parser.add_argument("--peers", type=Path, metavar="FOLDER", help="archives of bench.peers.collect")
-    parser.add_argument("--depth", type=int, metavar="N", help="layers of the model that decodes; default: all 32")
+    parser.add_argument("--depth", type=int, metavar="N", help="layers of the model that decodes")
     parser.add_argument("--commit", default="", metavar="SHA", help="of this tree, where it is a copy without .git")
     parser.add_argument("--again", action="store_true", help="also what has passed")
     args = parser.parse_args(argv)
     chosen = list(STAGES) if args.stage == "all" else args.stage.split(",")
     if unknown := [stage for stage in chosen if stage not in STAGES]:
         parser.error(f"--stage: {', '.join(unknown)} is none of {', '.join(STAGES)}")
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {args.minutes}")
     if args.modules is not None and not (args.modules / "_C.abi3.so").is_file():
         parser.error(f"--modules: {args.modules} holds no _C.abi3.so")
 
@@ -356,17 +341,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     evidence.modules, evidence.peers, evidence.commit = args.modules, args.peers, args.commit
     evidence.depth = args.depth
     evidence.versions = versions(args.commit)
-    for stage in chosen:
-        kept = SITE.is_dir() if stage == "build" else stage != "install-peers"
-        if kept and evidence.passed(stage) and not args.again:
-            print(f"=== {stage}: has passed", flush=True)
-            continue
-        evidence.deadline = time.monotonic() + STAGE_SECONDS
-        STAGES[stage](evidence)
-        if stage == "build" and not evidence.passed(stage):
-            break
+    before = {number: signal.signal(number, lambda *_: evidence.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        run_stages(evidence, chosen, args.minutes, args.again)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print(f"\n{table(evidence)}")
-    return int(any(step.status in ("failed", "timed out") for step in evidence.steps if step.stage in chosen))
+    if evidence.interrupted.is_set():
+        print("interrupted; the same command goes on")
+        return 130
+    return status(evidence, chosen)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench import problems
+from bench import devices, problems
 from bench.problems import Axes
 from bench.timing import CudaSampler, Protocol, Sampler, last_level_cache_bytes, rotation
 
@@ -105,28 +105,33 @@ class CpuLimit:
         return {"us": us, "bandwidth_gbs": bandwidth, "peak_gflops": peak}
 
 
-CUDA_COPY_BYTES = 256 << 20
-CUDA_SIZES = {"f32": 4096, "bf16": 8192, "int8": 8192}
+# Bytes of the copy, and sizes of the products.
+CUDA_COPY_BYTES = {"cuda": 256 << 20, "emulated": 1 << 20}
+CUDA_SIZES = {
+    "cuda": {"f32": 4096, "bf16": 8192, "int8": 8192},
+    "emulated": {"f32": 64, "bf16": 64, "int8": 64},
+}
 
 
 class CudaLimit:
     """torch's copy and cuBLAS. Hot, the copy is of the operator's own size."""
 
-    def __init__(self, op: str, axes: Axes, protocol: Protocol) -> None:
+    def __init__(self, op: str, axes: Axes, protocol: Protocol, device: str) -> None:
         moved, _ = problems.bytes_and_flops(op, axes)
         self.kind, self._op, self._axes, self.copies = peak_kind(op), op, axes, 1
-        self._copied = CUDA_COPY_BYTES if axes["cache"] == "cold" else max(1, moved // 2)
-        source, target = (torch.zeros(self._copied, dtype=torch.uint8, device="cuda") for _ in range(2))
+        place = devices.of_tensors(device)
+        self._copied = CUDA_COPY_BYTES[device] if axes["cache"] == "cold" else max(1, moved // 2)
+        source, target = (torch.zeros(self._copied, dtype=torch.uint8, device=place) for _ in range(2))
         self._copy = CudaSampler([functools.partial(target.copy_, source)], protocol)
         self.calls = self._copy.calls
-        n = CUDA_SIZES[self.kind]
+        n = CUDA_SIZES[device][self.kind]
         self._operations = 2 * n**3
         if self.kind == "int8":
-            a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device="cuda") for _ in range(2))
+            a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device=place) for _ in range(2))
             product = functools.partial(torch._int_mm, a, b.T)
         else:
             dtype = torch.float32 if self.kind == "f32" else problems.dtype_of(axes)
-            a, b = (torch.randn(n, n, dtype=dtype, device="cuda") for _ in range(2))
+            a, b = (torch.randn(n, n, dtype=dtype, device=place) for _ in range(2))
             product = functools.partial(torch.matmul, a, b)
         self._product = CudaSampler([product], protocol, least_calls=2)
 

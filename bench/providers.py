@@ -14,6 +14,8 @@ from bench.problems import Axes, Result
 OURS = "qops"
 LIMIT = "limit"
 DEFAULT_MODULES = tuple(f"bench.peers.{name}" for name in MODULES)
+# What torch alone has, and nothing that compiles.
+EAGER_MODULES = tuple(f"bench.peers.{name}" for name in ("ours", "vendor", "eager", "decode"))
 # Largest error of a result, relative to its largest value. These tell a rounding from another operation, not good
 # roundings from bad ones: the error itself stands in every row, beside the class.
 LARGEST_ERROR = 0.02

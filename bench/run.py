@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import document, problems, providers, timing
+from bench import devices, document, problems, providers, timing
 from bench.cases import LAYERS, MODELS, SELECTIONS, Case, Selection, cases, interleaved
 from bench.document import Document, OtherRun
-from bench.providers import DEFAULT_MODULES, LIMIT, OURS, Provider
-from bench.session import Failure, Session
+from bench.providers import DEFAULT_MODULES, EAGER_MODULES, LIMIT, OURS, Provider
+from bench.session import Failure, Session, TimeUp
 from bench.stats import median
 
 QUICK_SECONDS = 120.0
@@ -51,6 +51,7 @@ class Plan:
     offered: Mapping[str, list[Provider]]
     protocol: timing.Protocol
     budget_seconds: float | None
+    end_seconds: float | None = None
 
     def steps(self) -> Iterator[tuple[int, Case]]:
         """In their order: workers are started for one number of threads after the other."""
@@ -63,7 +64,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, formatter_class=form)
     parser.add_argument("ops", nargs="+", metavar="OP", help=f"all, or some of {', '.join(problems.OPS)}")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=devices.KINDS, default="cpu")
     parser.add_argument("--threads", help='on the CPU: numbers and "all" (cores); default 1,all, or all with --quick')
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON document, written after each case, or continued")
     size = parser.add_mutually_exclusive_group()
@@ -77,6 +78,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", help="numbers of rows (tokens), out of all")
     parser.add_argument("--depth", type=int, metavar="N", help="decode with models of so many layers alone")
     parser.add_argument("--budget-seconds", type=float, metavar="S", help="start no case after so many")
+    parser.add_argument("--end-seconds", type=float, metavar="S", help="end after so many, whatever is under way")
+    parser.add_argument(
+        "--timeout-seconds", type=float, metavar="S", help="give up a provider without an answer so long"
+    )
     parser.add_argument("--commit", default="", metavar="SHA", help="of this tree, where it is a copy without .git")
     parser.add_argument("--list", action="store_true", help="print cases and providers, and run nothing")
     parser.set_defaults(size="default")
@@ -116,7 +121,7 @@ def _selection(args: argparse.Namespace) -> Selection:
 
 
 def _threads(args: argparse.Namespace) -> list[int]:
-    if args.device == "cuda":
+    if args.device != "cpu":
         return [document.cores()]
     words = (args.threads or ("all" if args.size == "quick" else "1,all")).split(",")
     wanted = [document.cores() if word == "all" else _numbers(word, "--threads")[0] for word in words]
@@ -126,8 +131,9 @@ def _threads(args: argparse.Namespace) -> list[int]:
 
 
 def plan(args: argparse.Namespace, modules: Sequence[str] = DEFAULT_MODULES) -> Plan:
+    kind = devices.of_providers(args.device)
     ops = [*problems.OPS] if "all" in args.ops else _matching(problems.OPS, ",".join(args.ops), "operator")
-    offered = {op: providers.all(op, args.device, modules) for op in ops}
+    offered = {op: providers.all(op, kind, modules) for op in ops}
     if args.providers:
         names = list(dict.fromkeys(p.name for found in offered.values() for p in found))
         wanted = _matching(names, args.providers, "provider")
@@ -142,7 +148,10 @@ def plan(args: argparse.Namespace, modules: Sequence[str] = DEFAULT_MODULES) -> 
     # The most telling ones first, should the time not suffice.
     telling = {str(case) for op in ops for case in cases(op, SELECTIONS[args.device, "quick"])}
     chosen.sort(key=lambda case: str(case) not in telling)
-    return Plan(args.device, _threads(args), chosen, offered, PROTOCOLS[args.size], budget)
+    protocol = timing.EMULATED if args.device == "emulated" else PROTOCOLS[args.size]
+    if args.timeout_seconds is not None:
+        protocol = replace(protocol, timeout_seconds=args.timeout_seconds)
+    return Plan(args.device, _threads(args), chosen, offered, protocol, budget, args.end_seconds)
 
 
 def listing(wanted: Plan, modules: Sequence[str] = DEFAULT_MODULES) -> str:
@@ -150,7 +159,7 @@ def listing(wanted: Plan, modules: Sequence[str] = DEFAULT_MODULES) -> str:
     lines = [str(case) for _, case in wanted.steps()]
     lines.append(f"{len(lines)} cases\n")
     for op in wanted.offered:
-        for provider in providers.all(op, wanted.device, modules):
+        for provider in providers.all(op, devices.of_providers(wanted.device), modules):
             lack = ", ".join(provider.missing())
             lines.append(f"{op}: {provider.name} ({provider.accuracy})" + (f": not installed: {lack}" if lack else ""))
     return "\n".join(lines)
@@ -165,17 +174,20 @@ def measure(wanted: Plan, results: Document, sessions: Mapping[int, Session]) ->
         return [*(p.name for p in wanted.offered[case.op]), LIMIT]
 
     todo = [(threads, case) for threads, case in steps if not results.has(case, names(case))]
-    with tqdm(total=len(steps), initial=len(steps) - len(todo), unit="case", disable=None, file=sys.stderr) as bar:
-        for index, (threads, case) in enumerate(todo):
-            if wanted.budget_seconds is not None and time.monotonic() - started > wanted.budget_seconds:
-                return f"the time is up, {len(todo) - index} of {len(steps)} cases are left"
-            bar.set_description(str(case))
-            try:
+    index = 0
+    try:
+        with tqdm(total=len(steps), initial=len(steps) - len(todo), unit="case", disable=None, file=sys.stderr) as bar:
+            for index, (threads, case) in enumerate(todo):
+                if wanted.budget_seconds is not None and time.monotonic() - started > wanted.budget_seconds:
+                    return f"the time is up, {len(todo) - index} of {len(steps)} cases are left"
+                bar.set_description(str(case))
                 rows = sessions[threads].run(case, wanted.offered[case.op])
-            except KeyboardInterrupt:
-                return f"interrupted, {len(todo) - index} of {len(steps)} cases are left"
-            results.add(case, rows, wanted.offered[case.op])
-            bar.update()
+                results.add(case, rows, wanted.offered[case.op])
+                bar.update()
+    except TimeUp:
+        return f"the time is up, {len(todo) - index} of {len(steps)} cases are left"
+    except KeyboardInterrupt:  # also between two cases
+        return f"interrupted, {len(todo) - index} of {len(steps)} cases are left"
     return None
 
 
@@ -211,10 +223,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def main(argv: Sequence[str] | None = None, modules: Sequence[str] = DEFAULT_MODULES) -> int:
+def open_session(device: str, threads: int, protocol: timing.Protocol, modules: Sequence[str]) -> Session:
+    """With as many slots as the device's providers may prepare their calls in at a time."""
+    slots = document.slots(threads) if device == "cpu" else [document.cpus()] * CUDA_SLOTS
+    return Session(device, slots, protocol, modules, document.gpu_clocks if device == "cuda" else None)
+
+
+def main(argv: Sequence[str] | None = None, modules: Sequence[str] | None = None) -> int:
     """Run the command line and return the process's exit code."""
     args = arguments(argv)
+    modules = modules or (EAGER_MODULES if args.device == "emulated" else DEFAULT_MODULES)
     sessions: dict[int, Session] = {}
+    started = time.monotonic()
     try:
         wanted = plan(args, modules)
         if args.list:
@@ -222,24 +242,26 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] = DEFAULT_MOD
             return 0
         if wanted.device == "cuda" and not torch.cuda.is_available():
             raise Mistake("no CUDA device is visible to torch")
-        clocks = document.gpu_clocks if wanted.device == "cuda" else None
         for threads in wanted.threads:
-            slots = document.slots(threads) if wanted.device == "cpu" else [document.cpus()] * CUDA_SLOTS
-            sessions[threads] = Session(wanted.device, slots, wanted.protocol, modules, clocks)
+            sessions[threads] = open_session(wanted.device, threads, wanted.protocol, modules)
+            if wanted.end_seconds is not None:
+                sessions[threads].end = started + wanted.end_seconds
         device = (
-            document.cuda_device(sessions[wanted.threads[0]].ask(OURS, "machine"))
-            if wanted.device == "cuda"
-            else document.cpu_device()
+            document.cpu_device()
+            if wanted.device == "cpu"
+            else document.cuda_device(sessions[wanted.threads[0]].machine, wanted.device)
         )
         results = Document(args.out, device, wanted.protocol, args.commit)
         early = measure(wanted, results, sessions)
-    except (Mistake, OtherRun, Failure) as problem:
-        print(f"bench.run: {problem}", file=sys.stderr)
+    except (Mistake, OtherRun, Failure, TimeUp) as problem:
+        print(f"bench.run: {problem or 'the time is up before the first case'}", file=sys.stderr)
         return 2
     finally:
         for session in sessions.values():
             session.close()
     print(table(results.rows))
+    if wanted.device == "emulated":
+        print("these are times of an emulator, no speeds")
     if early:
         print(f"bench.run: {early}; the same command goes on" if args.out else f"bench.run: {early}", file=sys.stderr)
     if args.out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +21,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench import problems
+from bench import emulated, problems
 from bench.cases import Case
-from bench.providers import DEFAULT_MODULES, LIMIT, OURS, Provider
+from bench.providers import DEFAULT_MODULES, LIMIT, Provider
 from bench.timing import Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
-# A provider whose process has crashed or hung so many times is not started again.
+# A provider whose process has crashed so many times at an operator, or hung once, is not asked for that operator again.
 MOST_CRASHES = 3
 START_SECONDS = 120.0
 # For all providers together, some of which hold their weights twice; of the memory that is free, of all of a GPU's.
@@ -37,10 +39,25 @@ class Failure(Exception):
     """Why a provider has no time."""
 
 
+class Hang(Failure):
+    """It did not answer."""
+
+
+class TimeUp(Exception):
+    """The run is over in the middle of a case, which nobody is to blame for."""
+
+
 class WorkerProcess:
     """A worker, on CPUs of its own choice, that runs only while it is asked: idle threads of others do not spin."""
 
-    def __init__(self, device: str, cpus: Sequence[int], modules: Sequence[str], protocol: Protocol) -> None:
+    def __init__(
+        self,
+        device: str,
+        cpus: Sequence[int],
+        modules: Sequence[str],
+        protocol: Protocol,
+        emulator: str | None = None,
+    ) -> None:
         threads = len(cpus)
         self._connection, theirs = multiprocessing.Pipe()
         self._stops = device == "cpu"
@@ -51,6 +68,7 @@ class WorkerProcess:
             "threads": threads,
             "modules": list(modules),
             "protocol": asdict(protocol),
+            "emulator": emulator,
         }
         environment = {
             **os.environ,
@@ -102,7 +120,7 @@ class WorkerProcess:
     def _receive(self, timeout: float) -> tuple[bool, Any]:
         if not self._connection.poll(timeout):
             self.kill()
-            raise Failure(f"no answer in {timeout:.0f} s")
+            raise Hang(f"no answer in {timeout:.0f} s")
         return self._connection.recv()
 
     def _last_words(self) -> str:
@@ -171,6 +189,7 @@ class Session:
     """The workers of one device and thread count, which live from case to case.
 
     ``slots`` are sets of CPUs, as many as there are threads in each: calls are timed on the first, and prepared on all.
+    ``end``, by ``time.monotonic()``, is when whatever is under way raises TimeUp.
     """
 
     def __init__(
@@ -183,9 +202,12 @@ class Session:
     ) -> None:
         self._device, self._protocol, self._clocks = device, protocol, clocks
         self._slots = slots
-        self._start = functools.partial(WorkerProcess, device, slots[0], modules, protocol)
+        emulator = str(emulated.build()) if device == "emulated" else None
+        self._start = functools.partial(WorkerProcess, device, slots[0], modules, protocol, emulator)
         self._workers: dict[str, WorkerProcess] = {}
-        self._crashes: Counter[str] = Counter()
+        self._crashes: Counter[tuple[str, str]] = Counter()
+        self._hung: set[tuple[str, str]] = set()
+        self.end = math.inf
 
     def close(self) -> None:
         """Ends all workers, whatever they do."""
@@ -194,23 +216,40 @@ class Session:
         self._workers.clear()
 
     def _worker(self, provider: str) -> WorkerProcess:
-        """The process that serves a provider; the limit is measured in ours."""
-        process = OURS if provider == LIMIT else provider
-        worker = self._workers.get(process)
+        """The process that serves a provider."""
+        worker = self._workers.get(provider)
         if worker is None or not worker.alive:
-            if self._crashes[process] >= MOST_CRASHES:
-                raise Failure(f"given up after {MOST_CRASHES} crashes")
-            worker = self._workers[process] = self._start()
+            worker = self._workers[provider] = self._start()
         return worker
 
-    def ask(self, provider: str, method: str, /, **arguments: Any) -> Any:
-        """Of the process of a provider."""
+    def ask(self, provider: str, method: str, op: str = "", /, **arguments: Any) -> Any:
+        """Of the process of a provider; ``op`` is what a crash or a hang is counted for."""
+        key = provider, op
+        if key in self._hung:
+            raise Failure("given up: it has hung before")
+        if self._crashes[key] >= MOST_CRASHES:
+            raise Failure(f"given up after {MOST_CRASHES} crashes")
         worker = self._worker(provider)
+        # What the limit is measured with is compiled first: a part of its start.
+        timeout = START_SECONDS if (provider, method) == (LIMIT, "prepare") else self._protocol.timeout_seconds
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeUp
         try:
-            return worker.ask(method, self._protocol.timeout_seconds, **arguments)
+            return worker.ask(method, min(left, timeout), **arguments)
+        except Hang:
+            if left <= timeout:
+                raise TimeUp from None
+            self._hung.add(key)
+            raise
         finally:
             if not worker.alive:
-                self._crashes[OURS if provider == LIMIT else provider] += 1
+                self._crashes[key] += 1
+
+    @functools.cached_property
+    def machine(self) -> dict[str, Any]:
+        """The GPU. Asked once, of the process of the limit, in which no kernel of anybody else runs."""
+        return self.ask(LIMIT, "machine")
 
     def run(self, case: Case, offered: Sequence[Provider]) -> list[dict[str, Any]]:
         """The rows of a case. Whatever a provider does, the others have theirs."""
@@ -218,11 +257,11 @@ class Session:
         rows[LIMIT] = new_row(case, LIMIT, "")
         try:
             costs = self._prepare(case, rows)
-            self._measure(rows, rounds_of(list(costs.values()), self._protocol), list(costs))
+            self._measure(case, rows, rounds_of(list(costs.values()), self._protocol), list(costs))
         finally:
             for name, worker in self._workers.items():
                 if worker.alive:
-                    with contextlib.suppress(Failure):
+                    with contextlib.suppress(Failure, TimeUp):
                         self.ask(name, "release")
         return list(rows.values())
 
@@ -230,7 +269,7 @@ class Session:
         """What all providers of a case may hold."""
         if self._device == "cpu":
             return free_memory_bytes()
-        return int(CUDA_MEMORY_SHARE * self.ask(OURS, "machine")["memory_bytes"])
+        return int(CUDA_MEMORY_SHARE * self.machine["memory_bytes"])
 
     def _prepare(self, case: Case, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         """What a sample of each provider takes that can be timed."""
@@ -244,7 +283,8 @@ class Session:
             slot = free.get()
             try:
                 with self._worker(name).on(slot, self._slots[0]):
-                    found = self.ask(name, "prepare", name=name, op=case.op, axes=case.axes, memory_bytes=memory_bytes)
+                    asked = {"name": name, "op": case.op, "axes": case.axes, "memory_bytes": memory_bytes}
+                    found = self.ask(name, "prepare", case.op, **asked)
             except Failure as failure:
                 rows[name]["error"] = str(failure)
             else:
@@ -265,15 +305,15 @@ class Session:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.close()
                 raise
-        prepare(LIMIT)  # in the process of ours
+        prepare(LIMIT)  # alone, as it takes all that there is
         return {name: costs[name] for name in rows if name in costs}
 
-    def _measure(self, rows: dict[str, dict[str, Any]], rounds: int, names: list[str]) -> None:
+    def _measure(self, case: Case, rows: dict[str, dict[str, Any]], rounds: int, names: list[str]) -> None:
         for index in range(rounds):
             for name in turns(names, index):
                 row = rows[name]
                 try:
-                    sample = self.ask(name, "sample", name=name)
+                    sample = self.ask(name, "sample", case.op, name=name)
                 except Failure as failure:
                     row["error"], row["samples_us"] = str(failure), []
                     names.remove(name)

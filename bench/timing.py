@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import problems
+from bench import devices, problems
 from bench.problems import Axes, Problem, Result
 from bench.providers import Provider
 
@@ -50,6 +50,16 @@ class Protocol:
 
 QUICK = Protocol(rounds=10, case_seconds=1.0, least_rounds=5, rotation_cap_bytes=GIB // 8, slowest_call_seconds=0.5)
 FULL = Protocol(case_seconds=30.0, slowest_call_seconds=30.0, timeout_seconds=600.0)
+# Every step of it, once or twice.
+EMULATED = Protocol(
+    rounds=2,
+    case_seconds=1.0,
+    least_rounds=2,
+    sample_seconds=0.0,
+    warm_up_seconds=0.0,
+    rotation_cap_copies=2,
+    slowest_call_seconds=30.0,
+)
 
 # Some libraries hold a weight five times: with less than this part of the memory free, no copies are added.
 LEAST_FREE_MEMORY = 0.15
@@ -77,7 +87,7 @@ def free_memory() -> float:
 
 def rotation(bytes_per_input: int, cache_bytes: int, protocol: Protocol, memory_bytes: int, device: str) -> int:
     """How many inputs of this size pass three times the cache, within the caps and the memory for them."""
-    if device == "cuda":
+    if device != "cpu":
         target, least = max(3 * cache_bytes, CUDA_ROTATION_BYTES), CUDA_LEAST_COPIES
     else:
         target, least = min(3 * cache_bytes, protocol.rotation_cap_bytes), 1
@@ -91,6 +101,10 @@ def call_bytes(provider: Provider, axes: Axes) -> int:
     moved, _ = problems.bytes_and_flops(provider.op, axes)
     stored = problems.weight_bytes(provider.op, axes)
     return moved - stored + problems.weight_bytes(provider.op, axes, provider.weight_bits)
+
+
+class Unsupported(Exception):
+    """A provider does not take a case, and says so. What fails without that is no such case."""
 
 
 @dataclass(frozen=True)
@@ -225,26 +239,26 @@ class CudaSampler:
 
 def another(op: str, axes: Axes, device: str, problem: Problem, seed: int) -> Problem:
     """The same numbers in other memory; for GEMMs other numbers, too, since libraries may merge equal weights."""
-    return problems.make(op, axes, device, seed) if op in problems.GEMMS else copy.deepcopy(problem)
+    return problems.make(op, axes, devices.of_tensors(device), seed) if op in problems.GEMMS else copy.deepcopy(problem)
 
 
 def cache_bytes(device: str) -> int:
     """Of the cache that inputs rotate past."""
-    return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else last_level_cache_bytes()
+    return torch.cuda.get_device_properties(0).L2_cache_size if device != "cpu" else last_level_cache_bytes()
 
 
 def prepare(
     provider: Provider, axes: Axes, device: str, protocol: Protocol, memory_bytes: int
 ) -> tuple[Sampled, dict[str, Any]]:
     """Builds, verifies and calibrates a provider, whose inputs may take so much memory; with what its row says."""
-    if reason := provider.unsupported(device, axes):
-        raise NotImplementedError(reason)
-    problem = problems.make(provider.op, axes, device, seed=0)
+    if reason := provider.unsupported(devices.of_providers(device), axes):
+        raise Unsupported(reason)
+    problem = problems.make(provider.op, axes, devices.of_tensors(device), seed=0)
     call = provider.build(problem)
     error = verify(provider, problem, call())
     start = time.perf_counter()
     call()
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.synchronize()
     if (seconds := time.perf_counter() - start) > protocol.slowest_call_seconds:
         raise TimeoutError(f"a call takes {seconds:.1f} s, longer than is timed")
@@ -252,7 +266,7 @@ def prepare(
     if axes["cache"] == "cold":
         copies = rotation(call_bytes(provider, axes), cache_bytes(device), protocol, memory_bytes, device)
     calls = [call]
-    while len(calls) < copies and (device == "cuda" or free_memory() > LEAST_FREE_MEMORY):
+    while len(calls) < copies and (device != "cpu" or free_memory() > LEAST_FREE_MEMORY):
         calls.append(provider.build(another(provider.op, axes, device, problem, len(calls))))
     found = {"max_err": error.absolute, "rel_err": error.relative, "rotated_inputs": len(calls)}
     if device == "cpu":

@@ -15,11 +15,12 @@ import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import limits, providers, timing
+from bench import devices, emulated, limits, providers, timing
 from bench.problems import Axes
 from bench.providers import LIMIT
 from bench.timing import Sampled
@@ -31,10 +32,11 @@ class Options:
 
     Attributes:
         file: descriptor of the pipe.
-        device: "cpu" or "cuda".
+        device: of ``devices.KINDS``.
         threads: of torch, and of whatever a provider runs.
         modules: where providers are looked for.
         protocol: fields of ``timing.Protocol``.
+        emulator: the module of ``bench.emulated``, where that is the device.
     """
 
     file: int
@@ -42,6 +44,7 @@ class Options:
     threads: int
     modules: list[str]
     protocol: dict[str, Any]
+    emulator: str | None = None
 
 
 class Worker:
@@ -68,13 +71,15 @@ class Worker:
         """Builds, verifies and calibrates; copies of the inputs may take so much memory."""
         if name == LIMIT:
             limit = (
-                limits.CudaLimit(op, axes, self._protocol)
-                if self._device == "cuda"
-                else limits.CpuLimit(op, axes, self._protocol, memory_bytes)
+                limits.CpuLimit(op, axes, self._protocol, memory_bytes)
+                if self._device == "cpu"
+                else limits.CudaLimit(op, axes, self._protocol, self._device)
             )
             sampled, found = limit, {"rotated_inputs": limit.copies, "peak_kind": limit.kind}
         else:
-            provider = next(p for p in providers.all(op, self._device, self._modules) if p.name == name)
+            provider = next(
+                p for p in providers.all(op, devices.of_providers(self._device), self._modules) if p.name == name
+            )
             sampled, found = timing.prepare(provider, axes, self._device, self._protocol, memory_bytes)
         self._sampled[name] = sampled
         gc.collect()
@@ -84,7 +89,7 @@ class Worker:
 
     def healthy(self) -> bool:
         """Whether CUDA works in this process: after an error in a kernel it never does again."""
-        if self._device == "cuda":
+        if self._device != "cpu":
             try:
                 torch.cuda.synchronize()
             except RuntimeError:
@@ -99,7 +104,7 @@ class Worker:
         """Frees what ``prepare`` has made."""
         self._sampled.clear()
         gc.collect()
-        if self._device == "cuda":
+        if self._device != "cpu":
             torch.cuda.empty_cache()
         elif sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)
@@ -135,6 +140,8 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(options.threads)
     gc.disable()
+    if options.emulator is not None:
+        emulated.install(Path(options.emulator))
     with torch.inference_mode():
         serve(Connection(options.file), Worker(options))
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 import cuda_tools
-from cuda_backend import POLICIES, Backend, a_gpu
+from cuda_backend import POLICIES, Backend, a_gpu, the_emulator
 from qops._native import _C
 
 # One fixed set of calls for every day; `--hypothesis-profile=thorough` draws new ones each time.
@@ -90,7 +90,7 @@ def each(request) -> Iterator[Backend]:
         return
     emulated = request.getfixturevalue("emulated")
     emulated.configure(1, POLICIES[request.param], "")
-    yield Backend(torch.ops.qops_emu, "cpu")
+    yield the_emulator()
     emulated.configure(1, POLICIES["prio"], "")
 
 
@@ -100,4 +100,4 @@ def backend(request) -> Backend:
     if request.param == "gpu":
         return a_gpu()
     request.getfixturevalue("emulated").configure(1, POLICIES["prio"], "")
-    return Backend(torch.ops.qops_emu, "cpu")
+    return the_emulator()

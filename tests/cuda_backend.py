@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import qops
 from qops.ops import _checks
@@ -33,6 +37,49 @@ def a_gpu() -> Backend:
     if not qops.build_info()["cuda"] or not torch.cuda.is_available():
         pytest.skip("needs a build with CUDA kernels, and a GPU")
     return Backend(torch.ops.qops, "cuda")
+
+
+def planted() -> dict[str, str]:
+    """Faults of emulated operators, for rehearsals of what a GPU may do: QOPS_PLANTED="silu_mul=crash rotary=hang"."""
+    found = dict(word.split("=") for word in os.environ.get("QOPS_PLANTED", "").split())
+    if wrong := set(found.values()) - {"crash", "hang", "wrong"}:
+        raise ValueError(f"QOPS_PLANTED must plant crash, hang or wrong, got {', '.join(sorted(wrong))}")
+    return found
+
+
+class Faulty:
+    """An operator that crashes, hangs, or changes what it has computed."""
+
+    def __init__(self, operator: Any, fault: str) -> None:
+        self.operator, self.fault = operator, fault
+
+    def __getattr__(self, overload: str) -> Faulty:
+        return Faulty(getattr(self.operator, overload), self.fault)
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        if self.fault == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        while self.fault == "hang":
+            time.sleep(1)
+        results = self.operator(*args, **more)
+        for tensor in tree_leaves(results):
+            tensor.neg_()
+        return results
+
+
+class Emulated:
+    """torch.ops.qops_emu, with what is planted."""
+
+    def __init__(self) -> None:
+        self.faults = planted()
+
+    def __getattr__(self, name: str) -> Any:
+        operator = getattr(torch.ops.qops_emu, name)
+        return Faulty(operator, self.faults[name]) if name in self.faults else operator
+
+
+def the_emulator() -> Backend:
+    return Backend(Emulated(), "cpu")
 
 
 def assert_same(backend: Backend, op: str, *args: Any, overload: str = "default") -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +27,7 @@ FAST = timing.Protocol(
     sample_seconds=1e-4,
     warm_up_seconds=1e-3,
     rotation_cap_copies=3,
-    timeout_seconds=2.0,
+    timeout_seconds=6.0,
 )
 
 
@@ -133,76 +130,6 @@ def test_rotation_passes_the_cache_within_the_caps():
     assert timing.last_level_cache_bytes() >= 1 << 16
 
 
-def test_calls_rotate_through_the_inputs():
-    seen: list[int] = []
-    protocol = dataclasses.replace(FAST, sample_seconds=0)
-    sampler = timing.Sampler([lambda i=i: seen.append(i) for i in range(3)], protocol)
-    sampler.calls = 4
-    seen.clear()
-    assert sampler.sample()["us"] > 0
-    first = seen[0]
-    assert seen == [(first + i) % 3 for i in range(1 + 4)]  # one of them to warm up
-
-
-class FakeCuda:
-    """What a sampler uses of torch.cuda. A replay makes the captured calls, each of which takes a millisecond."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.log, self.captured = 0.0, [], []
-        cuda = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                self.at = 0.0
-
-            def record(self) -> None:
-                self.at = cuda.now
-
-            def synchronize(self) -> None:
-                pass
-
-            def elapsed_time(self, end: Event) -> float:
-                return end.at - self.at
-
-        class Graph:
-            def replay(self) -> None:
-                for name in cuda.captured:
-                    cuda.call(name)
-
-        @contextlib.contextmanager
-        def capturing(graph: Graph) -> Iterator[None]:
-            cuda.log.clear()
-            yield
-            cuda.captured = list(cuda.log)
-
-        class Stream:
-            def wait_stream(self, other: Stream) -> None:
-                pass
-
-        fakes = {"Event": Event, "CUDAGraph": Graph, "graph": capturing, "Stream": Stream, "current_stream": Stream}
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-
-    def call(self, name: int) -> None:
-        self.log.append(name)
-        self.now += 1.0
-
-
-@pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize(("copies", "in_graph"), [(1, 20), (8, 24), (30, 30)])
-def test_a_graph_holds_a_call_for_each_copy(monkeypatch, copies, in_graph, graph):
-    cuda = FakeCuda(monkeypatch)
-    calls = [functools.partial(cuda.call, i) for i in range(copies)]
-    sampler = timing.CudaSampler(calls, FAST, graph=graph)
-    assert cuda.captured == [i % copies for i in range(in_graph)] if graph else not cuda.captured
-    assert sampler.calls == in_graph
-    cuda.log.clear()
-    assert sampler.sample() == {"us": pytest.approx(1000)}
-    assert len(cuda.log) == 2 * in_graph  # the first ones are not timed
-
-
 def test_clocks_are_those_of_nvidia_smi(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert document.gpu_clocks() == {} and document.cuda_device({"name": "a GPU"})["kind"] == "cuda"
@@ -267,7 +194,7 @@ class Asked(session.Session):
     def _prepare(self, case, rows):
         return dict.fromkeys(rows, 0.001)
 
-    def ask(self, provider, method, /, **arguments):
+    def ask(self, provider, method, op="", /, **arguments):
         self.asked.append(provider)
         if provider == self.failing and len(self.asked) > 6:
             raise session.Failure("crashed: killed by SIGSEGV")
@@ -321,7 +248,7 @@ def fates() -> dict[str, dict]:
         "raising": "RuntimeError: no such shape",
         "crashing": "crashed: killed by SIGSEGV: last words",
         "crashing later": "crashed: exit status 7",
-        "hanging": "no answer in 2 s",
+        "hanging": "no answer in 6 s",
         "missing": "No module named 'a_package_that_nobody_has'",
         "unsupported": "wider than it can",
     }.items(),

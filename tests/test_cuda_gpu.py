@@ -46,12 +46,17 @@ def in_place(i: Inputs, run: Callable[[Tensor, Tensor], None]) -> tuple[Tensor, 
     return q, k
 
 
-GPUS = torch.cuda.device_count() if qops.build_info()["cuda"] else 0
-# Packed once: under capture it would be an error.
-WEIGHTS = {
-    device: qops.Int8Weight.quantize(random_activations(72, H, dtype=torch.float32, seed=4)).to(device)
-    for device in ("cpu", *(f"cuda:{index}" for index in range(GPUS)))
-}
+WEIGHTS: dict[str, qops.Int8Weight] = {}
+
+
+@pytest.fixture(autouse=True)
+def weights():
+    """Packed before the first test, as under capture it would be an error; not by an import, which ends all tests."""
+    for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        if device not in WEIGHTS:
+            weight = qops.Int8Weight.quantize(random_activations(72, H, dtype=torch.float32, seed=4))
+            WEIGHTS[device] = weight.to(device)
+
 
 OPS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "quantize_int8": lambda i: qops.quantize_int8(i["x"]),

@@ -134,7 +134,14 @@ def _provider(name: str, op: str, build: Callable[..., Callable[[], Result]], ac
 PROVIDERS = [
     _provider(OURS, "int4_gemm", int4_gemm, EXACT),
     _provider(OURS, "int4_dequantize", int4_dequantize, "rounded once"),
-    _provider(OURS, "int8_weight_only_gemm", int8_weight_only_gemm, EXACT),
+    Provider(
+        OURS,
+        "int8_weight_only_gemm",
+        ("cpu", "cuda"),
+        int8_weight_only_gemm,
+        EXACT,
+        unsupported=lambda device, axes: "it has no CUDA kernel" if device == "cuda" else None,
+    ),
     _provider(OURS, "int8_gemm", int8_gemm, "exact sums"),
     *(
         _provider(OURS, build.__name__, build, "rounded as Transformers")
