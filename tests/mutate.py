@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -96,14 +97,20 @@ class Project:
         return next(found, None)
 
 
+def _brought(source: str, target: str) -> None:
+    """Copies what differs, with a time of its own, so that a build sees how the fault of an interrupted run goes."""
+    if not os.path.exists(target) or Path(source).read_bytes() != Path(target).read_bytes():
+        shutil.copyfile(source, target)
+        shutil.copymode(source, target)
+
+
 class Copy:
     """Of a tree, where one file at a time has a fault."""
 
     def __init__(self, project: Project, folder: Path) -> None:
         self.folder = folder
-        shutil.copytree(
-            project.root, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True, dirs_exist_ok=True
-        )
+        ignored = shutil.ignore_patterns(*LEFT_OUT)
+        shutil.copytree(project.root, folder, ignore=ignored, copy_function=_brought, symlinks=True, dirs_exist_ok=True)
         # No byte code: a fault of the same size in the same second would not be noticed.
         self.environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         path = (str(folder / "python"), str(folder), os.environ.get("PYTHONPATH", ""))
@@ -186,8 +193,8 @@ def look_at(project: Project, copy: Copy, name: str, count: int, seed: int) -> i
 
 def mutate(project: Project, names: Iterable[str], count: int, seed: int, work: Path | None = None) -> int:
     """The exit status."""
-    with tempfile.TemporaryDirectory(prefix="mutate-") as temporary:
-        copy = Copy(project, work or Path(temporary) / "tree")
+    with tempfile.TemporaryDirectory(prefix="mutate-") if work is None else nullcontext(str(work)) as folder:
+        copy = Copy(project, Path(folder))
         survivors = sum(look_at(project, copy, name, count, seed) for name in names)
     if survivors:
         print(f"{survivors} new survivors: write a test for each, or class it in {project.known.name}", file=sys.stderr)

@@ -99,6 +99,17 @@ def test_cpp_is_built_and_what_does_not_build_is_no_fault(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "tree").iterdir()) == ["test_twice.py", "twice.cpp"]
 
 
+def test_a_copy_that_stays_is_brought_up_to_date(project, tmp_path):
+    work = tmp_path / "work"
+    mutate(project, ["sample.py"], 0, 1, work)
+    before = files(work)
+    (work / "sample.py").write_text("a fault of a run that was interrupted")
+    mutate(project, ["sample.py"], 0, 1, work)
+    after = files(work)
+    assert after["test_sample.py"] == before["test_sample.py"] and after["sample.py"][0] == before["sample.py"][0]
+    assert after["sample.py"][1] > before["sample.py"][1]
+
+
 def edits(name: str, text: str) -> set[str]:
     return {fault.planted(text) for fault in faults(name, text)}
 
