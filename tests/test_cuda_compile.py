@@ -6,7 +6,6 @@ then held against what is checked in.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shlex
@@ -27,48 +26,31 @@ BUDGETS = ROOT / "tests/data/cuda_budgets.json"
 BUILD = ROOT / "build/cuda-check"
 OBJECTS = BUILD / "csrc/cuda/CMakeFiles/_C_cuda.dir"
 MODULE = BUILD / "qops/_C_cuda.abi3.so"
-# Threads of a block by the threads of a row (row.cuh); of a kernel without a row shape, its launch bounds.
-BLOCK = {"32": 128, "128": 128, "512": 512}
-# Of the tiles of int8_gemm, by their tokens (int8_config.h).
-INT8_THREADS = {"8": 256, "16": 256, "32": 256, "64": 128, "128": 128}
+KERNELS: dict[str, dict[str, int]] = json.loads(BUDGETS.read_text())["kernels"]
 
 
 @dataclass(frozen=True)
 class Compiled:
     """One kernel for one architecture."""
 
-    kernel: str
     instance: str
     arch: str  # "90a"
     registers: int
     shared_bytes: int
 
     @property
-    def threads(self) -> int:
-        if tile := re.search(r"int8_gemm_kernel<(\d+),", self.instance):
-            return INT8_THREADS[tile[1]]
-        shape = re.search(r"RowShape<(\d+),", self.instance)
-        return BLOCK[shape.group(1)] if shape else max_threads(self.kernel)
-
-    @property
     def shape(self) -> str:
-        shape = re.search(r"RowShape<(\d+), (\d+), (true|false)>", self.instance)
-        if shape:
-            return f"{self.kernel} {' '.join(shape.groups())}"
-        tile = re.search(rf"{self.kernel}<(?:[a-z_]\w*, )?(\d[\w, ]*)>", self.instance)
-        return f"{self.kernel} {tile.group(1).replace(',', '')}" if tile else self.kernel
+        return shape_of(self.instance)
 
 
-@functools.cache
-def max_threads(kernel: str) -> int:
-    sources = [path.read_text() for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-    source = next(text for text in sources if re.search(rf"\b{kernel}\(const __grid_constant__", text))
-    headers = ((ROOT / f"csrc/cuda/{name}").read_text() for name in ("rotate_head.cuh", "gemm_config.h"))
-    bounds = re.search(rf"__launch_bounds__\((\w+)(?:[^()]|\([^()]*\))*\)\s+{kernel}\(", source)
-    assert bounds, kernel
-    found = re.search(rf"\b{bounds.group(1)} = (\d+);", source + "".join(headers))
-    assert found, kernel
-    return int(found.group(1))
+def shape_of(instance: str) -> str:
+    """The key of a kernel's budget."""
+    (kernel,) = re.findall(r"::(\w+)[<(]", instance)[:1]
+    shape = re.search(r"RowShape<(\d+), (\d+), (true|false)>", instance)
+    if shape:
+        return f"{kernel} {' '.join(shape.groups())}"
+    tile = re.search(rf"{kernel}<(?:[a-z_]\w*, )?(\d[\w, ]*)>", instance)
+    return f"{kernel} {tile.group(1).replace(',', '')}" if tile else kernel
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +77,7 @@ def compiled(log) -> list[Compiled]:
     assert len(rows) == len(re.findall(entry, log)) > 0
     names = checked("c++filt", *(row[0] for row in rows)).splitlines()
     return [
-        Compiled(re.findall(r"::(\w+)[<(]", name)[0], name, arch, int(registers), int(shared or 0))
+        Compiled(name, arch, int(registers), int(shared or 0))
         for (_, arch, registers, shared), name in zip(rows, names, strict=True)
     ]
 
@@ -108,9 +90,19 @@ def occupancy(kernels: list[Compiled], folder: Path) -> list[int]:
     text = ""
     for kernel in kernels:
         number = kernel.arch.rstrip("af")
-        text += f"{number[:-1]} {number[-1]} {kernel.registers} {kernel.shared_bytes} {kernel.threads}\n"
+        threads = KERNELS[kernel.shape]["threads"]
+        text += f"{number[:-1]} {number[-1]} {kernel.registers} {kernel.shared_bytes} {threads}\n"
     result = subprocess.run([str(program)], input=text, capture_output=True, text=True, check=True)
     return [int(line) for line in result.stdout.split()]
+
+
+def planted(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
+    """A source of its own, compiled as the preset compiles rms_norm.cu."""
+    commands = json.loads((BUILD / "compile_commands.json").read_text())
+    command = next(entry["command"] for entry in commands if entry["file"].endswith("rms_norm.cu"))
+    words = [str(source) if word.endswith("rms_norm.cu") else word for word in shlex.split(command)]
+    words[words.index("-o") + 1] = str(target)
+    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=BUILD)
 
 
 # What the preset has to refuse. An array that is indexed at run time lives in memory; so many live values spill.
@@ -139,15 +131,11 @@ int host(int a, unsigned b) { return a < b; }""",
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_the_preset_refuses(log, what, tmp_path):
-    commands = json.loads((BUILD / "compile_commands.json").read_text())
-    command = next(entry["command"] for entry in commands if entry["file"].endswith("rms_norm.cu"))
     source, fine = tmp_path / "planted.cu", tmp_path / "fine.cu"
     fine.write_text("__global__ void kernel(float* x) { x[0] = 1; }")
     source.write_text(REFUSED[what])
     for path in (fine, source):
-        words = [str(path) if word.endswith("rms_norm.cu") else word for word in shlex.split(command)]
-        words[words.index("-o") + 1] = str(tmp_path / "planted.o")
-        result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=BUILD)
+        result = planted(path, tmp_path / "planted.o")
         assert (result.returncode == 0) == (path == fine), result.stderr
 
 
@@ -160,23 +148,56 @@ def test_nothing_is_ignored_or_injected(log):
 
 def test_registers_shared_memory_and_occupancy_are_within_budget(compiled, tmp_path):
     """The budgets hold for every architecture and element type: registers as they are allocated, in eights."""
-    budgets = json.loads(BUDGETS.read_text())["kernels"]
+    assert {c.shape for c in compiled} == set(KERNELS), "kernels and budgets differ"
     blocks = occupancy(compiled, tmp_path)
     measured: dict[str, dict[str, int]] = {}
     for c, resident in zip(compiled, blocks, strict=True):
         row = measured.setdefault(c.shape, {"registers": 0, "shared_bytes": 0, "threads_per_sm": 1 << 20})
         row["registers"] = max(row["registers"], -(-c.registers // 8) * 8)
         row["shared_bytes"] = max(row["shared_bytes"], c.shared_bytes)
-        row["threads_per_sm"] = min(row["threads_per_sm"], resident * c.threads)
-    assert sorted(measured) == sorted(budgets), "kernels and budgets differ"
+        row["threads_per_sm"] = min(row["threads_per_sm"], resident * KERNELS[c.shape]["threads"])
     over = {
         shape: row
         for shape, row in measured.items()
-        if row["registers"] > budgets[shape]["registers"]
-        or row["shared_bytes"] > budgets[shape]["shared_bytes"]
-        or row["threads_per_sm"] < budgets[shape]["threads_per_sm"]
+        if row["registers"] > KERNELS[shape]["registers"]
+        or row["shared_bytes"] > KERNELS[shape]["shared_bytes"]
+        or row["threads_per_sm"] < KERNELS[shape]["threads_per_sm"]
     }
     assert not over, f"over {BUDGETS.name}: {json.dumps(over)}"
+
+
+def test_launch_bounds_are_the_threads_that_are_launched(log):
+    """Of the machine code: fewer, and the driver refuses the launch; more, and registers are kept for nobody."""
+    found: dict[str, set[int | None]] = {}
+    for path in sorted(OBJECTS.glob("*.cu.o")):
+        dump = checked(str(cuda_tools.require_cuobjdump()), "-elf", str(path))
+        sections = re.findall(r"^\.nv\.info\.(\S+)\n((?:(?!\.).*\n)*)", dump, flags=re.MULTILINE)
+        names = checked("c++filt", *(name for name, _ in sections)).splitlines()
+        assert sections, path
+        for name, (_, attributes) in zip(names, sections, strict=True):
+            bounds = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(\w+) 0x1 0x1\b", attributes)
+            found.setdefault(shape_of(name), set()).add(int(bounds[1], 16) if bounds else None)
+    assert found == {shape: {row["threads"]} for shape, row in KERNELS.items()}
+
+
+CONTRACTIBLE = """
+__global__ void kernel(float* x) { x[0] = x[1] * x[2] + x[3]; }
+float host(const float* x) { return x[1] * x[2] + x[3]; }"""
+
+
+def test_products_and_sums_are_rounded_one_by_one(log, tmp_path):
+    """A contracted product and sum would round once where the contracts round twice."""
+    commands = json.loads((BUILD / "compile_commands.json").read_text())
+    sources = [entry["command"] for entry in commands if entry["file"].endswith(".cu")]
+    assert len(sources) == len(list((ROOT / "csrc/cuda").glob("*.cu")))
+    for command in sources:
+        assert "-fmad=false" in shlex.split(command) and re.search(r"-Xcompiler=\S*-ffp-contract=off", command), command
+        assert not re.search(r"fast.?math|-ftz=|-prec-", command), command
+    (source := tmp_path / "planted.cu").write_text(CONTRACTIBLE)
+    result = planted(source, tmp_path / "planted.o")
+    assert result.returncode == 0, result.stderr
+    sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(tmp_path / "planted.o"))
+    assert "FMUL" in sass and "FADD" in sass and "FFMA" not in sass
 
 
 def test_the_number_of_gemm_kernels_is_within_budget(compiled):

@@ -320,6 +320,20 @@ def test_padded_batches_match_the_dense_model(dtype):
     assert_same_model(quantised().to(dtype), dtype, where=mask.bool(), **inputs)
 
 
+def test_masks_of_each_head_match_the_dense_model():
+    """In one-token decode too, where heads that share keys and values take the place of tokens."""
+    model, ids = quantised(), random_ids(2, 6)
+    logits = []
+    for each in (model, dense_model(model, torch.float32)):
+        cache = DynamicCache(config=model.config)
+        each(ids[:, :5], **{cache_keyword(type(model)): cache})
+        # Of the six positions each head of each sequence misses one of its own, never the last.
+        mask = torch.zeros(2, 4, 1, 6)
+        mask.view(8, 6)[range(8), [0, 1, 2, 3, 4, 0, 2, 4]] = torch.finfo(torch.float32).min
+        logits.append(each(ids[:, 5:], attention_mask=mask, **{cache_keyword(type(model)): cache}).logits)
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=2e-5)
+
+
 def test_beam_search_matches_the_dense_model():
     model = quantised()
     settings = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None}

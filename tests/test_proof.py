@@ -408,3 +408,9 @@ def test_the_older_name_of_a_cache_is_taken_and_warned_about():
 
 def test_every_known_architecture_is_tried():
     assert {family for family in FUSED} == set(ARCHITECTURES)
+
+
+def test_tolerances_of_most_rows_are_not_above_those_of_all():
+    """Those of 16 bits are used on a GPU alone."""
+    for tolerance in (qops.proof.FLOAT32, qops.proof.FLOAT32_INT8, *qops.proof.HALF.values()):
+        assert 0 < tolerance.typical <= tolerance.largest < 1

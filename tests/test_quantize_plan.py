@@ -13,6 +13,7 @@ from torch import nn
 from qops import quantize_model
 from qops.nn import Int4Linear, Int8Linear, RMSNorm
 from qops.replacement import is_fused
+from qops.weights import Int4Weight, Int8Weight
 
 SCHEMES = ("int4", "int8")
 
@@ -352,6 +353,28 @@ def test_a_weight_that_is_read_only_where_it_is_a_tensor_is_quantised():
     model = quantize_model(source)
     assert isinstance(model.encoder.block[0].layer[1].DenseReluDense.wo, Int4Linear)
     assert torch.isfinite(model(input_ids=IDS, decoder_input_ids=IDS).logits).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_device_without_kernels_is_an_error_that_changes_nothing(scheme, monkeypatch):
+    def without_kernels(weight):
+        pack = weight._pack_codes
+
+        def packed(qweight):
+            if qweight.is_meta:
+                return pack(qweight)
+            raise NotImplementedError("Could not run 'qops::int8_pack'")
+
+        monkeypatch.setattr(weight, "_pack_codes", staticmethod(packed))
+
+    model = random_model("llama")
+    before, logits = {name: type(part) for name, part in model.named_modules()}, model(IDS).logits
+    for weight in (Int4Weight, Int8Weight):
+        without_kernels(weight)
+    with pytest.raises(RuntimeError, match=r"^qops\.Int8Weight: this build of qops has no kernels for device cpu"):
+        quantize_model(model, scheme)
+    assert {name: type(part) for name, part in model.named_modules()} == before
+    assert torch.equal(model(IDS).logits, logits)
 
 
 # Heads and other senses ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import transformers
-from tests.architectures import ARCHITECTURES, TOKENS, outputs, tiny_model
+from tests.architectures import ARCHITECTURES, DECODER, TOKENS, outputs, tiny_model
 from tests.families import IDS, SIZES, random_model
 from torch import nn
 
@@ -60,6 +60,20 @@ def test_folders_and_dense_twins_of_every_class(name, way, tmp_path):
     assert_bitwise(outputs(dense_model(again, torch.float32), name), outputs(dense, name), name)
     error = (outputs(dense, name) - want).abs().max() / want.abs().max()
     assert error < (1e-5 if "int4" in way else 0.5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tied_output_keeps_a_bias_of_its_own(way, tmp_path):
+    config = transformers.PhiConfig(**DECODER, tie_word_embeddings=True)
+    source = transformers.PhiForCausalLM(config).eval()
+    source.lm_head.bias.data = torch.arange(float(config.vocab_size))
+    model = quantize_model(source, **WAYS[way])
+    want = model(TOKENS).logits
+    save_model(model, tmp_path)
+    again = load_model(tmp_path, torch.float32)
+    assert_bitwise(again.lm_head.bias, torch.arange(float(config.vocab_size)))
+    assert_bitwise(again(TOKENS).logits, want)
+    assert_bitwise(dense_model(again, torch.float32).lm_head.bias, again.lm_head.bias)
 
 
 def test_a_linear_of_another_class_stays_what_it_is(tmp_path):

@@ -267,3 +267,22 @@ def test_norms_out_of_range_other_models_schemes_and_files(tmp_path):
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="must hold a dict of tensors, got list"):
         quantize_model(model, "int8", smoothing=tmp_path / "list.pt")
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    class Planted:
+        def __reduce__(self):
+            return (tmp_path / "run").touch, ()
+
+    torch.save({"model.layers.0.mlp.down_proj": Planted()}, tmp_path / "planted.pt")
+    with pytest.raises(ValueError, match=r"planted\.pt must be a \.safetensors or \.pt file of tensors"):
+        quantize_model(random_model("llama"), "int8", smoothing=tmp_path / "planted.pt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_maxima_that_do_not_fit_are_named():
+    model = random_model("llama")
+    maxima, name = maxima_of(model, IDS), "model.layers.0.self_attn.q_proj"
+    maxima[name] = maxima[name][:-1]
+    with pytest.raises(ValueError, match=rf"^qops\.smoothing\.smoothing_scales: maxima of {name} must be a tensor of"):
+        smoothing_scales(model, maxima)

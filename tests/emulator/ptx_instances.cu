@@ -20,18 +20,22 @@ __global__ void copies(const uint8_t* source, uint32_t shared, uint32_t bytes) {
   ptx::cp_async_wait_all();
 }
 
-__global__ void matrices(uint32_t* y) {
+__global__ void matrices(uint32_t* y, uint2* y2, uint4* y4) {
   QOPS_SHARED(uint32_t, tile, 1024);
   const uint32_t shared = ptx::shared_address(tile + 4 * threadIdx.x);
   uint32_t one[1], two[2], four[4];
   ptx::ldmatrix_x1(one, shared);
   ptx::ldmatrix_x2(two, shared);
   ptx::ldmatrix_x4(four, shared);
-  y[0] = one[0] + two[0] + two[1] + four[0] + four[1] + four[2] + four[3];
+  ptx::st_cs(y, one[0]);
+  ptx::st_cs(y2, make_uint2(two[0], two[1]));
+  ptx::st_cs(y4, make_uint4(four[0], four[1], four[2], four[3]));
   ptx::ldmatrix_x1_trans(one, shared);
   ptx::ldmatrix_x2_trans(two, shared);
   ptx::ldmatrix_x4_trans(four, shared);
-  y[1] = one[0] + two[0] + two[1] + four[0] + four[1] + four[2] + four[3];
+  ptx::st_cs(y, one[0]);
+  ptx::st_cs(y2, make_uint2(two[0], two[1]));
+  ptx::st_cs(y4, make_uint4(four[0], four[1], four[2], four[3]));
 #if __CUDA_ARCH__ >= 900
   ptx::stmatrix_x1(shared, one);
   ptx::stmatrix_x2(shared, two);
@@ -44,8 +48,8 @@ __global__ void matrices(uint32_t* y) {
 
 __global__ void tensor_cores(const uint32_t* x, float* y, int32_t* z) {
   const uint32_t a[4] = {x[0], x[1], x[2], x[3]}, b[2] = {x[4], x[5]};
-  float d[4] = {};
-  int32_t e[4] = {};
+  float d[4] = {y[0], y[1], y[2], y[3]};
+  int32_t e[4] = {z[0], z[1], z[2], z[3]};
   ptx::mma_m16n8k16_f16(d, a, b);
   ptx::mma_m16n8k16_bf16(d, a, b);
   ptx::mma_m16n8k32_s8(e, a, b);
