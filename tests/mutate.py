@@ -113,7 +113,7 @@ class Copy:
         shutil.copytree(project.root, folder, ignore=ignored, copy_function=_brought, symlinks=True, dirs_exist_ok=True)
         # No byte code: a fault of the same size in the same second would not be noticed.
         self.environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-        path = (str(folder / "python"), str(folder), os.environ.get("PYTHONPATH", ""))
+        path = (str(folder / "python"), str(folder), self.environment.get("PYTHONPATH", ""))
         self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
 
     def run(self, command: Sequence[str], seconds: float | None = None) -> tuple[bool, str]:
