@@ -101,7 +101,7 @@ AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dims, const int64_t* size
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(*tensor, &data));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(*tensor, &bytes));
-  std::memset(data, 0xff, static_cast<std::size_t>(bytes));
+  if (bytes > 0) std::memset(data, 0xff, static_cast<std::size_t>(bytes));
   emu::record("allocate " + std::to_string(bytes));
   const std::lock_guard lock(g_mutex);
   g_allocated[*tensor] = {data, static_cast<std::size_t>(bytes)};
@@ -122,7 +122,7 @@ AOTITorchError __wrap_aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
   {
     const std::lock_guard lock(g_mutex);
     if (const auto scratch = g_allocated.find(tensor); scratch != g_allocated.end()) {
-      std::memset(scratch->second.data, 0xff, scratch->second.bytes);
+      if (scratch->second.bytes > 0) std::memset(scratch->second.data, 0xff, scratch->second.bytes);
       emu::record("free " + std::to_string(scratch->second.bytes));
       g_allocated.erase(scratch);
     }
