@@ -216,7 +216,7 @@ def test_every_group_size(each):
 def test_sizes_of_zero(backend):
     for m, n, k in itertools.product((0, 2, 40), (0, 24), (0, 64)):
         codes = torch.zeros(n, k // 2, dtype=torch.uint8)
-        tensors = {"qweight": codes, "scales": torch.ones(n, min(k, 1)), "in_features": k}
+        tensors = {"qweight": codes, "scales": torch.ones(n, min(k, 1))}
         bias = torch.arange(n, dtype=torch.float32)
         with gpu(backend):
             y = call(backend, torch.ones(m, k, dtype=torch.float16), made_there(backend, tensors, "symmetric"), bias)
