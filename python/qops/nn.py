@@ -85,10 +85,6 @@ def _in_dtype_of(x: Any, residual: torch.Tensor) -> Any:
     return x._replace(dtype=residual.dtype) if isinstance(x, Int8Rows) else x.to(residual.dtype)
 
 
-# A residual stream: a sum, or (delta, residual) whose sum the next norm takes.
-Stream = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-
-
 def into_stream(linear: Any, x: Any, residual: torch.Tensor | None) -> Any:
     """A linear at the end of a branch, in as few passes over memory as it allows.
 
