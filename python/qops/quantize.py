@@ -335,12 +335,12 @@ def _plan(
 def _kept_by_default(model: Any) -> dict[str, str]:
     """Linears that stay dense unless they are asked for: heads, and what feeds a language model from other senses."""
     kept: dict[str, str] = {}
-    base, text, output = model.base_model, _language_models(model), model.get_output_embeddings()
+    text, output = _language_models(model), model.get_output_embeddings()
+    inside = {id(module) for module in model.base_model.modules()}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        inside = base is model or any(module is other for other in base.modules())
-        if module is output or not inside:
+        if module is output or id(module) not in inside:
             kept[name] = "a head; skip_default=False quantises it"
         elif text and not any(name.startswith(prefix) for prefix in text):
             kept[name] = "outside the language model; skip_default=False quantises it"

@@ -32,7 +32,7 @@ def odd_linear(module: nn.Linear) -> str | None:
     Subclasses compute more (routers), or are read by their owners without being called (the output of
     nn.MultiheadAttention). Parametrisations and weight norms compute the weight from something else.
     """
-    if type(module) is not nn.Linear:
+    if not is_linear(module):
         return f"{type(module).__name__} is a linear of another kind"
     if not own_state(module) <= {"weight", "bias"} or "weight" not in module._parameters:
         return f"its weight is made of {', '.join(sorted(own_state(module) - {'bias'})) or 'nothing'}"
