@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import fnmatch
 import functools
 import inspect
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -374,7 +376,8 @@ def _adapters(model: nn.Module) -> dict[str, str]:
 def _read_by_owner(model: nn.Module) -> dict[str, str]:
     """Linears whose weight another module reads as a tensor, by its source, instead of calling them."""
     kept: dict[str, str] = {}
-    everything = "".join({_source(type(module)) for module in model.modules()})
+    # RWKV rescales the weights of its blocks.
+    from_afar = set().union(*(_weights_read(kind) for kind in {type(module) for module in model.modules()}))
     for name, module in model.named_modules():
         for part, linear in module._modules.items():
             if isinstance(linear, nn.Linear):
@@ -382,9 +385,7 @@ def _read_by_owner(model: nn.Module) -> dict[str, str]:
                 # T5 asks first whether the weight is a tensor.
                 guarded = f"isinstance(self.{part}.weight, torch.Tensor)" in source
                 by_itself = re.search(rf"\bself\.{part}\.weight\b", source) and not guarded
-                # RWKV rescales the weights of its blocks. Names in strings are those of ties.
-                from_afar = parent and re.search(rf"(?<![\w.'\"])\w+(\.\w+)*\.{parent}\.{part}\.weight\b", everything)
-                if by_itself or from_afar:
+                if by_itself or (parent, part) in from_afar:
                     who = (
                         f"{type(module).__name__} reads its weight itself"
                         if by_itself
@@ -395,13 +396,29 @@ def _read_by_owner(model: nn.Module) -> dict[str, str]:
 
 
 @functools.cache
+def _weights_read(kind: type) -> set[tuple[str, str]]:
+    """(parent, part) of each `x.parent.part.weight` in its source. Names in strings are those of ties."""
+    chains = (chain.split(".") for chain in re.findall(r"(?<![\w.'\"])\w+(?:\.\w+)+", _source(kind)))
+    return {(c[i - 2], c[i - 1]) for c in chains for i in range(3, len(c)) if c[i] == "weight"}
+
+
+@functools.cache
 def _source(kind: type) -> str:
     """Of a class and its bases, as far as there is one."""
     found = ""
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         with contextlib.suppress(OSError, TypeError):  # of classes made at run time
-            found += inspect.getsource(base)
+            found += _classes(base.__module__).get(base.__qualname__) or inspect.getsource(base)
     return found
+
+
+@functools.cache
+def _classes(module: str) -> dict[str, str]:
+    """Sources of its classes: inspect.getsource parses the whole file for each of them."""
+    text = inspect.getsource(sys.modules[module])
+    lines = text.split("\n")
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in classes}
 
 
 def _skips(pattern: str, name: str) -> bool:
