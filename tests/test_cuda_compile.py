@@ -19,14 +19,13 @@ import torch
 
 import cuda_tools
 import house_rules as rules
+from cuda_budgets import BUDGETS, KERNELS, shape_of
 from cuda_tools import ROOT, checked
 
 pytestmark = pytest.mark.slow
-BUDGETS = ROOT / "tests/data/cuda_budgets.json"
 BUILD = ROOT / "build/cuda-check"
 OBJECTS = BUILD / "csrc/cuda/CMakeFiles/_C_cuda.dir"
 MODULE = BUILD / "qops/_C_cuda.abi3.so"
-KERNELS: dict[str, dict[str, int]] = json.loads(BUDGETS.read_text())["kernels"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,6 @@ class Compiled:
     @property
     def shape(self) -> str:
         return shape_of(self.instance)
-
-
-def shape_of(instance: str) -> str:
-    """The key of a kernel's budget."""
-    (kernel,) = re.findall(r"::(\w+)[<(]", instance)[:1]
-    shape = re.search(r"RowShape<(\d+), (\d+), (true|false)>", instance)
-    if shape:
-        return f"{kernel} {' '.join(shape.groups())}"
-    tile = re.search(rf"{kernel}<(?:[a-z_]\w*, )?(\d[\w, ]*)>", instance)
-    return f"{kernel} {tile.group(1).replace(',', '')}" if tile else kernel
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ import torch
 
 import qops
 from cuda_backend import POLICIES, Backend, assert_same, gpu, made_there
+from cuda_budgets import KERNELS, shape_of
 from cuda_tools import ROOT, build_emulated_operators, checked
 from int8_gemm_oracle import activations, by_contract, make_weight
+from launch_records import kernel_names, launches
 from qops.ops.int4_gemm import int4_gemm_ref
 from qops.testing import (
     FLOAT_DTYPES,
@@ -58,10 +60,19 @@ def before(emulated) -> None:
 
 @pytest.fixture
 def fifo(emulated):
-    """The order of threads in which a missing synchronisation changes no result."""
+    """The order of threads in which a missing synchronisation changes no result.
+
+    No launch has more threads than its kernel's launch bounds, which test_cuda_compile.py finds in the machine code: a
+    GPU would refuse it.
+    """
     emulated.configure(1, POLICIES["fifo"], "")
+    emulated.set_runtime(1, False, "", True)
     yield emulated
+    emulated.set_runtime(1)
     emulated.configure(1, POLICIES["prio"], "")
+    for each in launches(emulated.take_calls()):
+        name = kernel_names(emulated.__file__)[each.kernel]
+        assert each.threads <= KERNELS[shape_of(name)]["threads"], name
 
 
 # One call of each ----------------------------------------------------------------------------------------------------

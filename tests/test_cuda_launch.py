@@ -9,16 +9,17 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from cuda_backend import emulated_operators
 from gemm_plans import DECODE, Gpu, Question, plans
+from launch_records import launches, limits
 from overloads import valid_calls
 from property_rows import ROW_OPS
 from qops.testing import assert_bitwise, generator, random_activations
@@ -27,36 +28,6 @@ KIB = 1024
 OPT_IN = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB}
 # Multiprocessors of a GPU that no other test has: where no kernel has been allowed anything so far.
 unseen = itertools.count(200)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A line of the record."""
-
-    kernel: str
-    gpu: int
-    stream: int
-    grid: int
-    shared: int
-
-
-def launches(record: list[str]) -> list[Launch]:
-    found = []
-    for line in record:
-        verb, *words = line.split()
-        if verb == "launch":
-            kernel, gpu, stream, grid, shared = words[0], words[2], words[4], words[6], words[10]
-            found.append(Launch(kernel, int(gpu), int(stream, 16), int(grid), int(shared)))
-    return found
-
-
-def limits(record: list[str]) -> dict[str, list[int]]:
-    """Bytes that kernels have been allowed, by kernel."""
-    found: dict[str, list[int]] = {}
-    for line in record:
-        if line.startswith("limit "):
-            found.setdefault(line.split()[1], []).append(int(line.split()[2]))
-    return found
 
 
 @pytest.fixture
@@ -271,6 +242,24 @@ def test_calls_can_be_captured(runtime, calls):
     runtime.set_runtime(3, True)
     for call in calls.values():
         call()
+
+
+# Grids ---------------------------------------------------------------------------------------------------------------
+
+
+def test_grids_have_a_limit(runtime):
+    """What passes it goes on in blocks that exist; 65535 is the most in y. The kernels themselves do not run."""
+    strips_of_block, most = 4, 65535
+    n = 16 * strips_of_block * most + 16
+    packed = torch.from_numpy(np.zeros((n // 16, 1, 32, 4), np.int32)).view(torch.uint8).view(n // 16, -1)
+    scales = torch.from_numpy(np.zeros((n // 16, 1, 16), np.float32))
+
+    def wide() -> None:
+        runtime.set_runtime(1, False, "", True, False)
+        torch.ops.qops_emu.int4_dequantize(packed, scales, None, n, 16, 0, torch.bfloat16)
+
+    (launch,) = launches(recorded(runtime, wide))
+    assert launch.grid == most
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <set>
 #include <type_traits>
@@ -79,6 +80,16 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shar
   if (shared_bytes > 0 && !allow_shared_memory(reinterpret_cast<const void*>(kernel))) return Status::kLaunchFailed;
   const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, nullptr, 0};  // no attributes
   return cudaLaunchKernelEx(&config, kernel, args...) == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+}
+
+// Likewise, of any number of blocks in one dimension.
+template <class... Parameters, class... Arguments>
+Status launch_blocks(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared_bytes,
+                     cudaStream_t stream, const Arguments&... arguments) {
+  if (blocks == 0) return Status::kOk;
+  if (blocks > 0x7fffffff) return Status::kUnsupported;  // the largest grid
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared_bytes, stream,
+                arguments...);
 }
 
 }  // namespace qops::cuda

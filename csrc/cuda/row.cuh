@@ -152,15 +152,6 @@ Status with_row_shape(int64_t columns, bool is_aligned, const F& run) {
   return run(RowShape<512, 0, true>{});
 }
 
-template <class... Parameters, class... Arguments>
-Status launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
-                     cudaStream_t stream, const Arguments&... arguments) {
-  if (blocks == 0) return Status::kOk;
-  if (blocks > 0x7fffffff) return Status::kUnsupported;  // the largest grid
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared_bytes, stream,
-                arguments...);
-}
-
 // Launches `kernel` with one group of threads for each row.
 template <class Shape, class... Parameters, class... Arguments>
 Status launch_rows(void (*kernel)(Parameters...), int64_t rows, size_t shared_bytes, cudaStream_t stream,

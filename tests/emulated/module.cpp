@@ -49,15 +49,16 @@ PyObject* place_tensors(PyObject*, PyObject* arguments) {
 
 PyObject* current_gpu(PyObject*, PyObject*) { return PyLong_FromLong(emu::current_gpu()); }
 
-// set_runtime(stream, captures=False, refused="", records=False): as emu::Options.
+// set_runtime(stream, captures=False, refused="", records=False, runs=True): as emu::Options.
 PyObject* set_runtime(PyObject*, PyObject* arguments) {
-  int stream = 0, captures = 0, records = 0;
+  int stream = 0, captures = 0, records = 0, runs = 1;
   const char* refused = "";
-  if (!PyArg_ParseTuple(arguments, "i|psp", &stream, &captures, &refused, &records)) return nullptr;
+  if (!PyArg_ParseTuple(arguments, "i|pspp", &stream, &captures, &refused, &records, &runs)) return nullptr;
   emu::options().stream = static_cast<unsigned>(stream);
   emu::options().captures = captures != 0;
   emu::options().refused = refused;
   emu::options().records = records != 0;
+  emu::options().runs = runs != 0;
   Py_RETURN_NONE;
 }
 
@@ -95,7 +96,8 @@ PyMethodDef methods[] = {
     {"configure", configure, METH_VARARGS, "configure(seed, policy, left_out, arch=90, multiprocessors=132)"},
     {"place_tensors", place_tensors, METH_VARARGS, "place_tensors([arch, multiprocessors]) -> number of the GPU"},
     {"current_gpu", current_gpu, METH_NOARGS, "Its number."},
-    {"set_runtime", set_runtime, METH_VARARGS, "set_runtime(stream, captures=False, refused='', records=False)"},
+    {"set_runtime", set_runtime, METH_VARARGS,
+     "set_runtime(stream, captures=False, refused='', records=False, runs=True)"},
     {"take_calls", take_calls, METH_NOARGS, "What CUDA's runtime was asked, in order, while it recorded."},
     {"copied_bytes", copied_bytes, METH_NOARGS, "Bytes that cp.async has read from global memory so far."},
     {"take_trace", take_trace, METH_NOARGS, "Lines of emu::take_trace(), of a build with the tracer."},

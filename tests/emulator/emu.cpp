@@ -430,6 +430,7 @@ Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes
   const std::string violated = limits_violated(scheduler.options, grid, block, shared_bytes);
   if (!violated.empty()) fault(Site(), "%s", violated.c_str());
   require_shared_bytes(kernel, 0, shared_bytes, Site());
+  if (!scheduler.options.runs) return scheduler.stats;
   if constexpr (kTraced) trace::start_launch(kernel);
   run(scheduler, grid, block);
   return scheduler.stats;

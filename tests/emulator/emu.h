@@ -37,6 +37,7 @@ struct Options {
   bool captures = false;    // that stream is being captured into a graph
   std::string refused;      // a function of the runtime that fails: "cudaLaunchKernelEx"
   bool records = false;     // what the runtime is asked (runtime.h)
+  bool runs = true;         // else launches are asked everything, and their kernels do not run
   int resident_blocks = 0;  // that run interleaved; 0: one to four, drawn from the seed
   // Switches between threads, while none of them ends, until a launch counts as one that hangs: about two seconds. A
   // block that multiplies 64 x 4096 by 4096 x 32 by mma.sync takes 0.3 million.

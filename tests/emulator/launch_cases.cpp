@@ -67,6 +67,20 @@ void run_current_gpu() {
   }
 }
 
+// No rows need no launch, and more than a grid holds are no launch either.
+void run_blocks_of_a_grid() {
+  const cudaStream_t stream = emu::stream_of(emu::current_gpu());
+  emu::options().records = true;
+  emu::options().runs = false;
+  const auto try_blocks = [&](int64_t blocks, qops::Status wanted, std::size_t launches) {
+    require(qops::cuda::launch_blocks(&nothing<7>, blocks, 32, 0, stream) == wanted, "another status");
+    require(emu::take_calls().size() == launches, "another number of launches");
+  };
+  try_blocks(0, qops::Status::kOk, 0);
+  try_blocks(0x7fffffff, qops::Status::kOk, 1);
+  try_blocks(0x80000000, qops::Status::kUnsupported, 0);
+}
+
 // Before the kernel has run and after it, on GPUs of which one allows less.
 void run_limit_beside_static_memory() {
   for (const int arch : {90, 120, 80}) run_touches<0>(arch);
@@ -175,6 +189,7 @@ void run_capture_synchronise_device() {
 
 const Case kCases[] = {
     {Kind::kSound, "current_gpu", run_current_gpu},
+    {Kind::kSound, "blocks_of_a_grid", run_blocks_of_a_grid},
     {Kind::kSound, "limit_beside_static_memory", run_limit_beside_static_memory},
     {Kind::kSound, "limit_of_two_threads", run_two_threads},
     {Kind::kSound, "limit_of_sm_89", run_limit_past_opt_in<89, 99 * kKiB>},
