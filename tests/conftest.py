@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--cuda-archs", default="8.0 9.0a", help="what the compiler gates build for (test_cuda_compile.py)"
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Workers and what they start share the cores: threads that wait must not spin meanwhile."""
+    threads = max(2, len(os.sched_getaffinity(0)) // len(specs))
+    os.environ.update({"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), **os.environ})
 
 
 @pytest.fixture(autouse=True)

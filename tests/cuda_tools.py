@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib
 import importlib.util
@@ -150,8 +151,11 @@ def _build(source: Path, builds: Path, variant: str, target: str, more: dict[str
         "EMULATOR_TRACER": "ON" if is_traced else "OFF",
     }
     configure = [tool, "-S", str(source), "-B", str(folder), "-G", "Ninja"]
-    checked(*configure, *(f"-D{name}={value}" for name, value in options.items()))
-    checked(tool, "--build", str(folder), "--target", target)
+    builds.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:  # other processes of this run build the same
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        checked(*configure, *(f"-D{name}={value}" for name, value in options.items()))
+        checked(tool, "--build", str(folder), "--target", target)
     return folder
 
 

@@ -31,6 +31,7 @@ def verify(provider: providers.Provider, problem: problems.Problem) -> timing.Er
     return timing.verify(provider, problem, provider.build(problem)())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", models.OPS)
 def test_every_provider_on_the_cpu_computes_it(op):
     problem = problems.make(op, AXES)

@@ -102,6 +102,7 @@ def test_a_fault_is_noticed_and_what_is_printed_shows_it_again(monkeypatch, caps
     assert healthy(op).failed is None and report["case"] in healthy(op).cases
 
 
+@pytest.mark.slow
 def test_a_run_at_every_level_names_every_operator(capsys):
     assert main(["check", "--seed", "5"]) == 0
     head, *lines, last = capsys.readouterr().out.splitlines()

@@ -92,6 +92,7 @@ def test_a_gpu_reads_its_own_layout_alone(backend):
             backend.ops.check_layout(packed, other)
 
 
+@pytest.mark.slow
 def test_a_compiled_artefact_refuses_another_layout(tmp_path, monkeypatch):
     """Made by a build with another layout, here by one that only says so. AOTInductor keeps the message to itself."""
     model = Int8Linear(qops.Int8Weight.quantize(torch.randn(32, 64, generator=generator(0))))

@@ -138,7 +138,7 @@ FILES: dict[str, tuple[str, str, str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "hang" else n for n in FILES])
 def test_names_of_failed_tests_are_kept_whatever_ends_their_process(evidence, tmp_path, monkeypatch, name):
     text, status, note, failed = FILES[name]
     folder = tmp_path / "tests"

@@ -442,7 +442,7 @@ def test_readme_lines():
     blocks = rules.fenced_blocks(README, "sh")
     assert blocks == [
         "pip install torch==2.13.0 && pip install '.[demo]' && python -m qops.demo\n",
-        "pip install torch==2.13.0 && pip install '.[test]' && pytest\n",
+        "pip install torch==2.13.0 && pip install '.[test]' && pytest -n auto --dist worksteal\n",
     ]
 
 

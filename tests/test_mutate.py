@@ -40,6 +40,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_what_no_test_sees_is_reported_and_the_tree_stays_as_it_is(project, capsys):
     before = files(project.root)
     assert mutate(project, ["sample.py"], 100, 1) == 1
@@ -52,6 +53,7 @@ def test_what_no_test_sees_is_reported_and_the_tree_stays_as_it_is(project, caps
     assert files(project.root) == before
 
 
+@pytest.mark.slow
 def test_known_survivors_are_no_news(project, capsys):
     (project.root / "sample.py").write_text("def count(n, limit):\n    return n + limit\n")
     (project.root / "test_sample.py").write_text(TEST.replace("(7, 3)", "(3, 0)"))
@@ -61,6 +63,7 @@ def test_known_survivors_are_no_news(project, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "sample.py: 1 killed, 1 hole"
 
 
+@pytest.mark.slow
 def test_the_count_bounds_the_faults_and_the_seed_draws_them(project, capsys):
     drawn = []
     for seed in (1, 2):
@@ -69,6 +72,7 @@ def test_the_count_bounds_the_faults_and_the_seed_draws_them(project, capsys):
     assert drawn[0] != drawn[1] and all(printed.count("\n") == 4 for printed in drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     (
@@ -77,6 +81,7 @@ def test_the_count_bounds_the_faults_and_the_seed_draws_them(project, capsys):
         ("test_other.py", "", "none of test_sample.py exists"),
     ),
 )
+@pytest.mark.slow
 def test_tests_that_would_show_nothing_are_refused(project, name, text, message):
     (project.root / "test_sample.py").unlink()
     (project.root / name).write_text(text)
@@ -84,6 +89,7 @@ def test_tests_that_would_show_nothing_are_refused(project, name, text, message)
         mutate(project, ["sample.py"], 1, 1)
 
 
+@pytest.mark.slow
 def test_cpp_is_built_and_what_does_not_build_is_no_fault(tmp_path, capsys):
     source = "int twice(int a) {\n  int b = 0;\n  b += a;\n  return a + b;\n}\nint main() { return twice(2); }\n"
     (tmp_path / "tree").mkdir()
@@ -99,6 +105,7 @@ def test_cpp_is_built_and_what_does_not_build_is_no_fault(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "tree").iterdir()) == ["test_twice.py", "twice.cpp"]
 
 
+@pytest.mark.slow
 def test_a_copy_that_stays_is_brought_up_to_date(project, tmp_path):
     work = tmp_path / "work"
     mutate(project, ["sample.py"], 0, 1, work)

@@ -11,6 +11,7 @@ import pytest
 
 from cuda_tools import EMULATOR, build_emulator, checked
 
+pytestmark = pytest.mark.slow
 POLICIES = "fifo,random,prio"
 PROBE = (EMULATOR / "tracer_probe.cpp").read_text()
 
