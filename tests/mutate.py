@@ -50,8 +50,15 @@ EMULATED = ((sys.executable, "-c", _TOOLS + "c.build_emulated_operators()"),)
 GEMM_ON_CUDA = ("tests/test_cuda_int4_gemm.py", "tests/test_cuda_int8_gemm.py", "tests/test_cuda_int4_weights.py")
 # The first that fits.
 SELECTIONS = (
-    Selection("python/qops/decoder.py", ("tests/test_proof.py", "tests/test_model.py", "tests/test_generate.py")),
+    Selection(
+        "python/qops/decoder.py",
+        tuple(f"tests/test_{name}.py" for name in ("proof", "generate", "hooks", "model", "families")),
+    ),
     Selection("python/qops/check.py", ("tests/test_check.py", "tests/test_cli.py")),
+    Selection(
+        "python/qops/quantize.py",
+        ("tests/test_quantize_plan.py", "tests/test_families.py", "tests/test_model.py", "tests/test_saving.py"),
+    ),
     Selection("python/qops/_weight_state.py", ("tests/test_weights_state.py", "tests/test_weights.py")),
     Selection("python/qops/ops/*.py", ("tests/test_{stem}.py", "tests/test_bad_input.py", "tests/test_properties.py")),
     Selection("python/qops/*.py", ("tests/test_{stem}.py",)),
