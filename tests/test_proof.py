@@ -406,6 +406,26 @@ def test_the_older_name_of_a_cache_is_taken_and_warned_about():
     assert torch.equal(found, wanted) and second.get_seq_length() == first.get_seq_length() == 2
 
 
+def test_a_cache_of_older_releases_gets_no_keywords():
+    """Whichever is installed: the layer is called as they call it, with a cache as others wrote them then."""
+    from transformers import DynamicCache
+
+    class Older(DynamicCache):
+        def update(self, key_states, value_states, layer_idx):
+            return super().update(key_states, value_states, layer_idx)
+
+    model = quantize_model(random_model("llama"))
+    attention = model.model.layers[1].self_attn
+    x = torch.randn(1, 2, 64)
+    tables = model.model.rotary_emb(x, torch.arange(2)[None])
+    wanted, _ = attention(x, position_embeddings=tables)
+    attention.cache_keyword = "past_key_values"
+    attention.parameter_names = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+    cache = Older(config=model.config)
+    found, _ = attention(x, position_embeddings=tables, past_key_values=cache)
+    assert torch.equal(found, wanted) and cache.get_seq_length(1) == 2 and cache.get_seq_length(0) == 0
+
+
 def test_every_known_architecture_is_tried():
     assert {family for family in FUSED} == set(ARCHITECTURES)
 
