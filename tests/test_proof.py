@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.families import FUSED, IDS, random_model
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import qops.proof
 from qops import load_model, quantize_model, save_model
@@ -346,6 +347,14 @@ class WithoutFurther(nn.Module):
 def test_a_keyword_is_known_or_its_layer_is_not_fused(original, cache, reason):
     assert cache_keyword(original) == cache
     assert _unknown_call(original, frozenset(("hidden_states", "attention_mask"))) == reason
+
+
+def test_an_architecture_is_known_by_its_module_and_its_name():
+    source = random_model("llama")
+    namesake = type("LlamaForCausalLM", (type(source),), {"__module__": "elsewhere"})
+    for kind in (namesake, LlamaForSequenceClassification):
+        reason = unknown_architecture(kind(source.config))
+        assert reason == f"{kind.__name__} is not an architecture whose layers qops knows"
 
 
 @pytest.mark.parametrize("part", ["layer", "attention"])

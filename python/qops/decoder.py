@@ -414,7 +414,7 @@ def _is_silu(act: Callable[[torch.Tensor], torch.Tensor]) -> bool:
 @functools.cache
 def fused_class(base: type, original: type) -> Any:
     """`base` as a subclass of Transformers' class, by which Transformers finds layers to record and to checkpoint."""
-    return type(f"Fused{original.__name__}", (base, original), {"__module__": __name__, "__doc__": base.__doc__})
+    return type(f"Fused{original.__name__}", (base, original), {"__doc__": base.__doc__})
 
 
 def __getattr__(name: str) -> Any:
