@@ -52,7 +52,7 @@ GEMM_ON_CUDA = ("tests/test_cuda_int4_gemm.py", "tests/test_cuda_int8_gemm.py", 
 SELECTIONS = (
     Selection(
         "python/qops/decoder.py",
-        tuple(f"tests/test_{name}.py" for name in ("proof", "generate", "hooks", "model", "families")),
+        tuple(f"tests/test_{name}.py" for name in ("proof", "generate", "hooks", "nn_inputs", "model", "families")),
     ),
     Selection("python/qops/check.py", ("tests/test_check.py", "tests/test_cli.py")),
     Selection(
