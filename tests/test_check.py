@@ -212,6 +212,7 @@ def test_a_process_that_dies_is_a_failure_of_the_operator_it_was_at(monkeypatch,
     called = 'shift 2; echo "$QOPS_ISA $OMP_WAIT_POLICY: $*" >&2'
     dying.write_text(f"#!/bin/sh\necho '{result}'\necho worse >&2\n{called}\nkill -ILL $$\n")
     dying.chmod(0o755)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setattr(check, "places", lambda: ["scalar"])
     monkeypatch.setattr(check, "build_info", lambda: {"isa": "avx2"})
     monkeypatch.setattr(check.sys, "executable", str(dying))
