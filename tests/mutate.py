@@ -63,7 +63,9 @@ SELECTIONS = (
     Selection("python/qops/ops/*.py", ("tests/test_{stem}.py", "tests/test_bad_input.py", "tests/test_properties.py")),
     Selection("python/qops/*.py", ("tests/test_{stem}.py",)),
     Selection(
-        "csrc/binding/checks.*", ("tests/test_bad_input.py", "tests/test_overlap.py", "tests/test_properties.py"), DEV
+        "csrc/binding/checks.*",
+        tuple(f"tests/test_{name}.py" for name in ("bad_input", "overlap", "gradients", "properties")),
+        DEV,
     ),
     Selection("csrc/binding/*", ("tests/test_{stem}.py", "tests/test_properties.py"), DEV),
     Selection("csrc/cpu/*", ("tests/test_{stem}.py", "tests/test_properties.py"), DEV),

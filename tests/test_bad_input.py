@@ -136,9 +136,20 @@ def test_any_number_of_empty_rows_takes_no_time():
     assert ops.int8_pack(torch.empty(HUGE, 0, dtype=torch.int8)).shape == (HUGE // 16, 0)
     q, table = torch.empty(HUGE, 0, 8), torch.zeros(1, 4).expand(HUGE, 4)
     assert qops.rotary(q, q, table, table)[0].shape == (HUGE, 0, 8)
+    # Rows that nothing could count are no tensor of torch's.
+    for shape in ((HUGE, HUGE, 0), (HUGE, HUGE, 0, 8)):
+        with pytest.raises(RuntimeError, match="overflow"):
+            torch.empty(0).as_strided(shape, (1,) * len(shape))
     # Strides of an empty tensor may be any, their products included.
     x = torch.empty(0).as_strided((2, 3, 0), (2**62, 2**61, 1))
     assert qops.quantize_int8(x)[1].tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 4), (0, 2, 3, 4), (3, 2, 0)])
+def test_empty_results_have_the_strides_of_torch(shape):
+    x = torch.empty(shape)
+    for result in (ops.quantize_int8(x)[0], fake(ops.quantize_int8, (x,))[0]):
+        assert result.stride() == x.stride()
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

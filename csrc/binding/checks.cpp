@@ -309,16 +309,9 @@ Rows Checker::rows(const Tensor& t, const char* arg, int trailing_dims) const {
   Rows rows;
   const auto sizes = t.sizes(), strides = t.strides();
   if (t.numel() == 0) {
-    // Nothing is addressed, and strides may be any: all rows are the first one.
-    for (int64_t d = 0; d < t.dim() - trailing_dims; ++d) {
-      if (sizes[d] == 0) {
-        rows.count = 0;
-        break;
-      }
-      if (__builtin_mul_overflow(rows.count, sizes[d], &rows.count)) {
-        refuse(arg, "have fewer than 2^63 rows", "shape " + to_string(sizes));
-      }
-    }
+    // Nothing is addressed, and strides may be any: all rows are the first one. Their number fits, as torch multiplies
+    // the same sizes in the same order for numel, and has no tensor where that overflows.
+    for (int64_t d = 0; d < t.dim() - trailing_dims; ++d) rows.count *= sizes[d];
     rows.dims = 1;
     rows.size[0] = rows.count;
     return rows;
