@@ -64,7 +64,7 @@ SELECTIONS = (
     Selection("python/qops/*.py", ("tests/test_{stem}.py",)),
     Selection(
         "csrc/binding/checks.*",
-        tuple(f"tests/test_{name}.py" for name in ("bad_input", "overlap", "gradients", "properties")),
+        tuple(f"tests/test_{name}.py" for name in ("bad_input", "overlap", "gradients", "rotary", "properties")),
         DEV,
     ),
     Selection("csrc/binding/*", ("tests/test_{stem}.py", "tests/test_properties.py"), DEV),
