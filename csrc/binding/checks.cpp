@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <sstream>
 
@@ -380,8 +379,8 @@ Tensor Checker::new_tensor(const Tensor& like, const std::vector<int64_t>& sizes
     unsupported("the result must fit into memory, got " + dtype_name(dtype) + " " + to_string(shape));
   }
   Tensor tensor(handle);
-  if (poisoned && tensor.is_cpu() && tensor.numel() > 0) {
-    std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(tensor.numel() * element_bytes(dtype)));
+  if (poisoned && tensor.is_cpu()) {
+    std::fill_n(static_cast<unsigned char*>(tensor.mutable_data_ptr()), tensor.numel() * element_bytes(dtype), 0xff);
   }
   return tensor;
 }
