@@ -14,7 +14,7 @@ PYTHON_SWAPS = SWAPS | {"and": "or", "or": "and", "is": "is not", "is not": "is"
 PYTHON_SWAPS |= {"//": "*", "**": "*"}
 CPP_SWAPS = SWAPS | {"&&": "||", "||": "&&"}
 # Functions that do not care which argument comes first.
-SYMMETRIC = frozenset(("equal", "max", "min", "swap", "transpose"))
+SYMMETRIC = frozenset(("equal", "max", "min", "suppress", "swap", "transpose"))
 
 
 @dataclass(frozen=True)

@@ -286,13 +286,15 @@ def test_the_report_says_everything(caplog):
     assert report.passes_before is not None and report.passes_before > 30 and report.passes_after == 10
     text = str(report)
     assert text in caplog.text
+    size, left = report.bytes_before / 1e6, report.bytes_after / 1e6
     for part in (
         "Qwen3ForCausalLM, int8:",
         "15 x merged Int8Linear",
         "decoder layers: fused",
         "proof: layer 0 of 3",
         "lm_head: a head; skip_default=False quantises it (0.0 MB)",
-        "->",
+        f"weights: {size:.1f} MB -> {left:.1f} MB ({size / left:.2f}x)",
+        f"passes over memory per layer: {report.passes_before:.0f} -> 10",
     ):
         assert part in text
 
