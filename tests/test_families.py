@@ -365,13 +365,10 @@ def test_names_to_skip_are_strings(skip):
         quantize_model(random_model("llama"), skip=skip)
 
 
-def test_group_sizes_follow_the_linears():
-    model = quantize_model(random_model("llama", hidden_size=128, intermediate_size=208, head_dim=32))
-    layer = model.model.layers[0]
-    assert layer.self_attn.o_proj.weight.group_size == 128
-    assert layer.mlp.down_proj.weight.group_size == 16
-    model = quantize_model(random_model("llama", intermediate_size=104))
-    assert model.model.layers[0].mlp.down_proj.weight.group_size == 104
+@pytest.mark.parametrize(("columns", "size"), [(256, 128), (192, 64), (96, 32), (208, 16), (104, 104)])
+def test_group_sizes_follow_the_linears(columns, size):
+    layer = quantize_model(random_model("llama", intermediate_size=columns)).model.layers[0]
+    assert layer.mlp.down_proj.weight.group_size == size and layer.self_attn.o_proj.weight.group_size == 64
 
 
 @pytest.mark.parametrize(

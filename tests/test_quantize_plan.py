@@ -280,6 +280,14 @@ def test_linears_that_compute_more_stay(fuse):
     assert_near(model(IDS).logits, wanted)
 
 
+def test_a_linear_of_another_dtype_stays():
+    source = random_model("llama")
+    source.model.layers[1].mlp.down_proj.double()
+    model = quantize_model(source, fuse=False)
+    assert model.quantization_report.kept["model.layers.1.mlp.down_proj"] == "its weight is torch.float64"
+    assert type(model.model.layers[1].mlp.down_proj) is nn.Linear
+
+
 def test_a_layer_with_a_forward_of_its_own_is_not_fused():
     source = random_model("llama")
     layer = source.model.layers[1]
