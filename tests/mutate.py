@@ -39,6 +39,10 @@ class Selection:
     build: tuple[tuple[str, ...], ...] = ()
 
 
+def _tests(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{name}.py" for name in names)
+
+
 _TOOLS = "import sys; sys.path.insert(0, 'tests'); import cuda_tools as c, pathlib, torch; "
 _DEV = (
     _TOOLS + "c.checked(c.cmake(), '--preset', 'dev', '-DPython_EXECUTABLE=' + sys.executable, "
@@ -47,23 +51,28 @@ _DEV = (
 )
 DEV = ((sys.executable, "-c", _DEV),)
 EMULATED = ((sys.executable, "-c", _TOOLS + "c.build_emulated_operators()"),)
-GEMM_ON_CUDA = ("tests/test_cuda_int4_gemm.py", "tests/test_cuda_int8_gemm.py", "tests/test_cuda_int4_weights.py")
+GEMM_ON_CUDA = _tests("cuda_int4_gemm", "cuda_int8_gemm", "cuda_int4_weights")
 # The first that fits.
 SELECTIONS = (
-    Selection("python/qops/decoder.py", ("tests/test_proof.py", "tests/test_model.py", "tests/test_generate.py")),
-    Selection("python/qops/check.py", ("tests/test_check.py", "tests/test_cli.py")),
-    Selection("python/qops/_weight_state.py", ("tests/test_weights_state.py", "tests/test_weights.py")),
-    Selection("python/qops/ops/*.py", ("tests/test_{stem}.py", "tests/test_bad_input.py", "tests/test_properties.py")),
-    Selection("python/qops/*.py", ("tests/test_{stem}.py",)),
+    Selection("python/qops/decoder.py", _tests("proof", "generate", "hooks", "nn_inputs", "model", "families")),
+    Selection("python/qops/check.py", _tests("check", "cli")),
+    Selection("python/qops/quantize.py", _tests("quantize_plan", "families", "model", "saving")),
+    Selection("python/qops/_weight_state.py", _tests("weights_state", "weights")),
+    Selection("python/qops/ops/*.py", _tests("{stem}", "bad_input", "properties")),
+    Selection("python/qops/*.py", _tests("{stem}")),
     Selection(
-        "csrc/binding/checks.*", ("tests/test_bad_input.py", "tests/test_overlap.py", "tests/test_properties.py"), DEV
+        "csrc/binding/checks.*",
+        _tests("bad_input", "overlap", "cuda_launch", "gradients", "rotary", "properties"),
+        (*DEV, *EMULATED),
     ),
-    Selection("csrc/binding/*", ("tests/test_{stem}.py", "tests/test_properties.py"), DEV),
-    Selection("csrc/cpu/*", ("tests/test_{stem}.py", "tests/test_properties.py"), DEV),
-    Selection("csrc/cuda/int*", (*GEMM_ON_CUDA, "tests/test_cuda_instances.py"), EMULATED),
-    Selection("csrc/cuda/gemm_config.h", ("tests/test_gemm_config.py", *GEMM_ON_CUDA), EMULATED),
-    Selection("csrc/cuda/*", ("tests/test_cuda_ops.py", "tests/test_cuda_alignment.py"), EMULATED),
-    Selection("bench/*.py", ("tests/test_bench_{stem}.py",)),
+    Selection("csrc/binding/device.h", _tests("cuda_launch", "threads", "cuda_ops"), (*DEV, *EMULATED)),
+    Selection("csrc/binding/*", _tests("{stem}", "properties"), DEV),
+    Selection("csrc/cpu/*", _tests("{stem}", "properties"), DEV),
+    Selection("csrc/cuda/int*", (*GEMM_ON_CUDA, *_tests("cuda_instances")), EMULATED),
+    Selection("csrc/cuda/gemm_config.h", (*_tests("gemm_config"), *GEMM_ON_CUDA), EMULATED),
+    Selection("csrc/cuda/launch.h", _tests("cuda_launch", "cuda_ops"), EMULATED),
+    Selection("csrc/cuda/*", _tests("cuda_ops", "cuda_alignment"), EMULATED),
+    Selection("bench/*.py", _tests("bench_{stem}")),
 )
 
 

@@ -13,6 +13,8 @@ SWAPS |= {"+=": "-=", "-=": "+=", "*=": "/=", "/=": "*=", "&=": "|=", "|=": "&="
 PYTHON_SWAPS = SWAPS | {"and": "or", "or": "and", "is": "is not", "is not": "is", "in": "not in", "not in": "in"}
 PYTHON_SWAPS |= {"//": "*", "**": "*"}
 CPP_SWAPS = SWAPS | {"&&": "||", "||": "&&"}
+# Functions that do not care which argument comes first.
+SYMMETRIC = frozenset(("equal", "max", "min", "suppress", "swap", "transpose"))
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ def _swapped(places: _Places, left: ast.expr, right: ast.expr) -> Iterator[Fault
 
 
 def _of_arguments(places: _Places, call: ast.Call) -> Iterator[Fault]:
-    for a, b in zip(call.args, call.args[1:], strict=False):
+    function = places.text[places.start(call) : places.end(call.func)].rpartition(".")[2]
+    pairs = () if function in SYMMETRIC else zip(call.args, call.args[1:], strict=False)
+    for a, b in pairs:
         if not isinstance(a, ast.Starred) and not isinstance(b, ast.Starred):
             middle = places.text[places.end(a) : places.start(b)]
             yield Fault(places.start(a), places.end(b), places.source(b) + middle + places.source(a))
@@ -163,7 +167,7 @@ def _of_arguments(places: _Places, call: ast.Call) -> Iterator[Fault]:
 
 _NUMBER = r"(?<![\w.])(?:0[xX][\da-fA-F]+|\d+\.\d*(?:[eE][-+]?\d+)?|\d+)[uUlLfF]*(?![\w.])"
 _OPERATOR = r"(?<= )(?:<<|>>|&&|\|\||[-+*/&|<>=!]=|[-+*/%<>&|])(?= )"
-_ARGUMENTS = r"\(([^(),;{}]+), ([^(),;{}]+)(?=[,)])"
+_ARGUMENTS = r"(\w*)\(([^(),;{}]+), ([^(),;{}]+)(?=[,)])"
 # A call or an assignment; what begins with a type and a name declares something that the rest needs.
 _PLACE = r"(?:::)?[\w.:\[\]*>()&-]+(?:<[\w:, ]*>)?"
 _STATEMENT = rf"\s*(?:(?:else )?if \(.*\) )?(?:return\b.*|{_PLACE}(?:\(.*\)| [-+*/|&^%<>]*= .*|\+\+|--))"
@@ -178,8 +182,9 @@ def _cpp(text: str) -> Iterator[Fault]:
     for found in re.finditer(_OPERATOR, code):
         yield Fault(*found.span(), CPP_SWAPS[found[0]])
     for found in re.finditer(_ARGUMENTS, code):
-        (a, b), (c, d) = found.span(1), found.span(2)
-        yield Fault(a, d, text[c:d] + ", " + text[a:b])
+        (a, b), (c, d) = found.span(2), found.span(3)
+        if found[1] not in SYMMETRIC:
+            yield Fault(a, d, text[c:d] + ", " + text[a:b])
     for start, end in _statements(code):
         if re.fullmatch(_STATEMENT, code[start:end].rstrip(";"), flags=re.DOTALL):
             first = start + len(code[start:end]) - len(code[start:end].lstrip())

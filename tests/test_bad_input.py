@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qops
-from qops._numerics import rotary_exact
+from qops._numerics import rms_norm_exact, rotary_exact
 from qops.testing import FLOAT_DTYPES, assert_bitwise
 
 HUGE = 2**40
+MOST = torch.finfo(torch.float32).max
 ops = torch.ops.qops
 ROW = torch.ones(1, 16)
 WEIGHT = torch.ones(16)
@@ -84,6 +87,13 @@ def test_errors_are_named(call, arguments, kind, text):
         fake(call, arguments)
 
 
+@pytest.mark.parametrize("offset", [0.0, MOST, -MOST])
+def test_the_largest_float32_is_finite(offset):
+    arguments = (ROW, WEIGHT, MOST, offset, "fp32")
+    assert_bitwise(ops.rms_norm(*arguments), rms_norm_exact(*arguments))
+    assert fake(ops.rms_norm, arguments).shape == ROW.shape
+
+
 def test_sparse_tensors_have_no_kernel_and_no_fake_one():
     with pytest.raises(NotImplementedError, match=r"Could not run 'qops::quantize_int8' .* 'SparseCPU'"):
         ops.quantize_int8(ROW.to_sparse())
@@ -107,14 +117,39 @@ def test_results_that_do_not_fit_into_memory():
     assert ops.rms_norm(meta(HUGE, 16), meta(16), 1e-5).shape == (HUGE, 16)
 
 
+def test_scratch_that_does_not_fit_into_memory():
+    """In a process that may grow by 40 MB: q takes 16 of them, a row in float32 64."""
+    code = (
+        "import resource, torch, qops\n"
+        "x = torch.zeros(1, 2 << 24, dtype=torch.float16)\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (40 << 20),) * 2)\n"
+        "qops.silu_mul_int8(x)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    text = "RuntimeError: qops.silu_mul_int8: out of memory for the scratch of this call"
+    assert ended.stderr.splitlines()[-1:] == [text] and ended.returncode == 1, ended.stderr
+
+
 def test_any_number_of_empty_rows_takes_no_time():
     assert qops.rms_norm(torch.empty(HUGE, 0), torch.empty(0), 1e-5).shape == (HUGE, 0)
     assert ops.int8_pack(torch.empty(HUGE, 0, dtype=torch.int8)).shape == (HUGE // 16, 0)
     q, table = torch.empty(HUGE, 0, 8), torch.zeros(1, 4).expand(HUGE, 4)
     assert qops.rotary(q, q, table, table)[0].shape == (HUGE, 0, 8)
+    # Rows that nothing could count are no tensor of torch's.
+    for shape in ((HUGE, HUGE, 0), (HUGE, HUGE, 0, 8)):
+        with pytest.raises(RuntimeError, match="overflow"):
+            torch.empty(0).as_strided(shape, (1,) * len(shape))
     # Strides of an empty tensor may be any, their products included.
     x = torch.empty(0).as_strided((2, 3, 0), (2**62, 2**61, 1))
     assert qops.quantize_int8(x)[1].tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 4), (0, 2, 3, 4), (3, 2, 0)])
+def test_empty_results_have_the_strides_of_torch(shape):
+    x = torch.empty(shape)
+    for result in (ops.quantize_int8(x)[0], fake(ops.quantize_int8, (x,))[0]):
+        assert result.stride() == x.stride()
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

@@ -6,6 +6,7 @@ import functools
 import itertools
 import re
 import shlex
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import qops
 from cuda_backend import Backend, emulated_operators, gpu
-from qops import check
+from qops import _native, check
 from qops.__main__ import info, main
 from qops._check_cases import CHECKS, OWN_BITS_ON_A_GPU, ROWS, Run
 
@@ -104,6 +105,7 @@ def test_a_fault_is_noticed_and_what_is_printed_shows_it_again(monkeypatch, caps
 
 @pytest.mark.slow
 def test_a_run_at_every_level_names_every_operator(capsys):
+    start = time.monotonic()
     assert main(["check", "--seed", "5"]) == 0
     head, *lines, last = capsys.readouterr().out.splitlines()
     levels = qops.build_info()["isa_available"].replace(" ", ", ")
@@ -114,6 +116,26 @@ def test_a_run_at_every_level_names_every_operator(capsys):
     for line in lines:
         assert re.search(rf"^\w+ +[1-9]\d* cases passed: {levels}\b", line), line
     assert re.fullmatch(rf"operators: {len(lines)}, failures: 0, seconds: [\d.]+", last)
+    assert 0 < float(last.rpartition(" ")[2]) <= time.monotonic() - start + 0.1
+
+
+@pytest.mark.parametrize(("cuda", "gpus"), [(None, []), ("13.0", ["cuda:0", "cuda:1"])])
+def test_places_are_the_levels_and_the_gpus_that_have_kernels(monkeypatch, cuda, gpus):
+    monkeypatch.setattr(check, "build_info", lambda: {"isa_available": "scalar avx2", "cuda": cuda})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert check.places() == ["scalar", "avx2", *gpus]
+
+
+def test_outputs_are_poisoned_while_a_check_runs(monkeypatch):
+    def case(run: Run) -> None:
+        seen.append("case")
+        raise ValueError
+
+    seen: list[object] = []
+    monkeypatch.setattr(_native._C, "poison_outputs", seen.append)
+    monkeypatch.setitem(CHECKS, "rms_norm", case)
+    assert check.outcome("rms_norm", HERE, 0).what == "ValueError: "
+    assert seen == [True, "case", False]
 
 
 def test_an_operator_without_a_check_fails(monkeypatch, capsys):
@@ -188,8 +210,10 @@ def test_levels_must_agree(monkeypatch, capsys):
 def test_a_process_that_dies_is_a_failure_of_the_operator_it_was_at(monkeypatch, capsys, tmp_path):
     dying = tmp_path / "python"
     result = '{"op": "add_rms_norm", "place": "scalar", "cases": {"a": ""}}'
-    dying.write_text(f"#!/bin/sh\necho '{result}'\necho worse >&2\necho bad >&2\nkill -ILL $$\n")
+    called = 'shift 2; echo "$QOPS_ISA $OMP_WAIT_POLICY: $*" >&2'
+    dying.write_text(f"#!/bin/sh\necho '{result}'\necho worse >&2\n{called}\nkill -ILL $$\n")
     dying.chmod(0o755)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setattr(check, "places", lambda: ["scalar"])
     monkeypatch.setattr(check, "build_info", lambda: {"isa": "avx2"})
     monkeypatch.setattr(check.sys, "executable", str(dying))
@@ -198,7 +222,7 @@ def test_a_process_that_dies_is_a_failure_of_the_operator_it_was_at(monkeypatch,
     assert "add_rms_norm             1 cases passed: scalar\n" in out
     report = lines_of(out)
     assert report["FAILED"] == "add_rms_norm_int8 at scalar, seed 0"
-    assert report["what"] == "its process ended with signal SIGILL bad"
+    assert report["what"] == ("its process ended with signal SIGILL scalar passive: check --json --at scalar --seed 0")
     dying.write_text(f"#!/bin/sh\necho '{result}'\nexit 3\n")  # after the last operator
     assert main(["check", "--op", "add_rms_norm"]) == 1
     assert lines_of(capsys.readouterr().out)["what"] == "its process ended with exit status 3"

@@ -286,13 +286,15 @@ def test_the_report_says_everything(caplog):
     assert report.passes_before is not None and report.passes_before > 30 and report.passes_after == 10
     text = str(report)
     assert text in caplog.text
+    size, left = report.bytes_before / 1e6, report.bytes_after / 1e6
     for part in (
         "Qwen3ForCausalLM, int8:",
         "15 x merged Int8Linear",
         "decoder layers: fused",
         "proof: layer 0 of 3",
         "lm_head: a head; skip_default=False quantises it (0.0 MB)",
-        "->",
+        f"weights: {size:.1f} MB -> {left:.1f} MB ({size / left:.2f}x)",
+        f"passes over memory per layer: {report.passes_before:.0f} -> 10",
     ):
         assert part in text
 
@@ -363,13 +365,10 @@ def test_names_to_skip_are_strings(skip):
         quantize_model(random_model("llama"), skip=skip)
 
 
-def test_group_sizes_follow_the_linears():
-    model = quantize_model(random_model("llama", hidden_size=128, intermediate_size=208, head_dim=32))
-    layer = model.model.layers[0]
-    assert layer.self_attn.o_proj.weight.group_size == 128
-    assert layer.mlp.down_proj.weight.group_size == 16
-    model = quantize_model(random_model("llama", intermediate_size=104))
-    assert model.model.layers[0].mlp.down_proj.weight.group_size == 104
+@pytest.mark.parametrize(("columns", "size"), [(256, 128), (192, 64), (96, 32), (208, 16), (104, 104)])
+def test_group_sizes_follow_the_linears(columns, size):
+    layer = quantize_model(random_model("llama", intermediate_size=columns)).model.layers[0]
+    assert layer.mlp.down_proj.weight.group_size == size and layer.self_attn.o_proj.weight.group_size == 64
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,13 @@ def test_cpp_faults():
     assert all('"5, 6"' in other or "  ;\n}" in other for other in made)
 
 
+@pytest.mark.parametrize("name", ["a.py", "a.cpp"])
+def test_arguments_whose_order_means_nothing_stay(name):
+    assert "g(b, a);" in edits(name, "g(a, b);")
+    for text in ("x.transpose(a, b);", "y = max(a, b);"):
+        assert not any("b, a" in other for other in edits(name, text)), text
+
+
 def test_selections_name_what_exists():
     for selection in SELECTIONS:
         files = sorted(ROOT.glob(selection.pattern))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.families import FUSED, IDS, random_model
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import qops.proof
 from qops import load_model, quantize_model, save_model
@@ -348,6 +349,14 @@ def test_a_keyword_is_known_or_its_layer_is_not_fused(original, cache, reason):
     assert _unknown_call(original, frozenset(("hidden_states", "attention_mask"))) == reason
 
 
+def test_an_architecture_is_known_by_its_module_and_its_name():
+    source = random_model("llama")
+    namesake = type("LlamaForCausalLM", (type(source),), {"__module__": "elsewhere"})
+    for kind in (namesake, LlamaForSequenceClassification):
+        reason = unknown_architecture(kind(source.config))
+        assert reason == f"{kind.__name__} is not an architecture whose layers qops knows"
+
+
 @pytest.mark.parametrize("part", ["layer", "attention"])
 def test_models_whose_layers_take_another_keyword_are_not_fused(part, monkeypatch):
     source = random_model("llama")
@@ -404,6 +413,26 @@ def test_the_older_name_of_a_cache_is_taken_and_warned_about():
     with pytest.warns(FutureWarning, match=r"`past_key_values` is deprecated for `FusedLlama.*Use `cache` instead"):
         found = layer(x, position_embeddings=tables, past_key_values=second)
     assert torch.equal(found, wanted) and second.get_seq_length() == first.get_seq_length() == 2
+
+
+def test_a_cache_of_older_releases_gets_no_keywords():
+    """Whichever is installed: the layer is called as they call it, with a cache as others wrote them then."""
+    from transformers import DynamicCache
+
+    class Older(DynamicCache):
+        def update(self, key_states, value_states, layer_idx):
+            return super().update(key_states, value_states, layer_idx)
+
+    model = quantize_model(random_model("llama"))
+    attention = model.model.layers[1].self_attn
+    x = torch.randn(1, 2, 64)
+    tables = model.model.rotary_emb(x, torch.arange(2)[None])
+    wanted, _ = attention(x, position_embeddings=tables)
+    attention.cache_keyword = "past_key_values"
+    attention.parameter_names = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+    cache = Older(config=model.config)
+    found, _ = attention(x, position_embeddings=tables, past_key_values=cache)
+    assert torch.equal(found, wanted) and cache.get_seq_length(1) == 2 and cache.get_seq_length(0) == 0
 
 
 def test_every_known_architecture_is_tried():

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 import transformers
 from tests.families import IDS, SIZES, VOCAB, random_model
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.rwkv.modeling_rwkv import RwkvBlock
 
 from qops import quantize_model
 from qops.nn import Int4Linear, Int8Linear, RMSNorm
+from qops.quantize import _classes
 from qops.replacement import is_fused
 from qops.weights import Int4Weight, Int8Weight
 
@@ -276,6 +280,14 @@ def test_linears_that_compute_more_stay(fuse):
     assert_near(model(IDS).logits, wanted)
 
 
+def test_a_linear_of_another_dtype_stays():
+    source = random_model("llama")
+    source.model.layers[1].mlp.down_proj.double()
+    model = quantize_model(source, fuse=False)
+    assert model.quantization_report.kept["model.layers.1.mlp.down_proj"] == "its weight is torch.float64"
+    assert type(model.model.layers[1].mlp.down_proj) is nn.Linear
+
+
 def test_a_layer_with_a_forward_of_its_own_is_not_fused():
     source = random_model("llama")
     layer = source.model.layers[1]
@@ -321,6 +333,23 @@ def test_a_weight_that_its_owner_reads_stays_a_tensor(scheme):
     assert torch.isfinite(found).all()
     if scheme == "int8":
         assert (found - wanted).norm() < 0.5 * wanted.norm()  # states add up what rounding does to random weights
+
+
+def test_a_model_of_ones_own_is_read_too():
+    """A class inside a function, and a linear that is a part of no part."""
+
+    class Scorer(transformers.LlamaForCausalLM):
+        def norms(self):
+            return self.lm_head.weight.norm(dim=1)
+
+    model = quantize_model(Scorer(random_model("llama").config), skip_default=False)
+    assert model.quantization_report.kept["lm_head"] == "Scorer reads its weight itself"
+    assert model.norms().shape == (VOCAB,)
+
+
+def test_sources_of_classes_are_those_that_inspect_finds():
+    for kind in (RwkvBlock, LlamaMLP):
+        assert _classes(kind.__module__)[kind.__name__] == inspect.getsource(kind).rstrip("\n")
 
 
 def test_weights_that_the_model_reads_from_afar_stay_tensors():

@@ -261,6 +261,7 @@ def overlapping():
         "q expanded over elements": (x[..., :1].expand(4, 6, 16), other, "q"),
         "k expanded": (x, other[:1].expand(4, 6, 16), "k"),
         "windows": (windows, other, "q"),
+        "a head of the next token": (x.flatten().as_strided((4, 3, 16), (32, 16, 1)), other, "q"),
         "the same": (x, x, "k and q"),
         "one head shared": (x[:, :4], x[:, 3:], "k and q"),
         "one element shared": (x[..., :9], x[..., 7:], "k and q"),

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <sstream>
 
@@ -309,16 +308,9 @@ Rows Checker::rows(const Tensor& t, const char* arg, int trailing_dims) const {
   Rows rows;
   const auto sizes = t.sizes(), strides = t.strides();
   if (t.numel() == 0) {
-    // Nothing is addressed, and strides may be any: all rows are the first one.
-    for (int64_t d = 0; d < t.dim() - trailing_dims; ++d) {
-      if (sizes[d] == 0) {
-        rows.count = 0;
-        break;
-      }
-      if (__builtin_mul_overflow(rows.count, sizes[d], &rows.count)) {
-        refuse(arg, "have fewer than 2^63 rows", "shape " + to_string(sizes));
-      }
-    }
+    // Nothing is addressed, and strides may be any: all rows are the first one. Their number fits, as torch multiplies
+    // the same sizes in the same order for numel, and has no tensor where that overflows.
+    for (int64_t d = 0; d < t.dim() - trailing_dims; ++d) rows.count *= sizes[d];
     rows.dims = 1;
     rows.size[0] = rows.count;
     return rows;
@@ -387,8 +379,8 @@ Tensor Checker::new_tensor(const Tensor& like, const std::vector<int64_t>& sizes
     unsupported("the result must fit into memory, got " + dtype_name(dtype) + " " + to_string(shape));
   }
   Tensor tensor(handle);
-  if (poisoned && tensor.is_cpu() && tensor.numel() > 0) {
-    std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(tensor.numel() * element_bytes(dtype)));
+  if (poisoned && tensor.is_cpu()) {
+    std::fill_n(static_cast<unsigned char*>(tensor.mutable_data_ptr()), tensor.numel() * element_bytes(dtype), 0xff);
   }
   return tensor;
 }

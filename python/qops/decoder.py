@@ -386,7 +386,7 @@ def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
             problem = f"got {', '.join(twice)} twice" if twice else f"takes {module.parameter_names}, got more"
             raise TypeError(f"{type(module).__name__}.forward: {problem}")
         kwargs.update(zip(names, args, strict=True))
-    if "past_key_values" in kwargs and "past_key_values" not in module.parameter_names:
+    if "past_key_values" in kwargs and "cache" in module.parameter_names:
         # As Transformers' own wrappers do.
         warnings.warn(
             f"`past_key_values` is deprecated for `{type(module).__name__}.forward`. Use `cache` instead.",
@@ -414,7 +414,7 @@ def _is_silu(act: Callable[[torch.Tensor], torch.Tensor]) -> bool:
 @functools.cache
 def fused_class(base: type, original: type) -> Any:
     """`base` as a subclass of Transformers' class, by which Transformers finds layers to record and to checkpoint."""
-    return type(f"Fused{original.__name__}", (base, original), {"__module__": __name__, "__doc__": base.__doc__})
+    return type(f"Fused{original.__name__}", (base, original), {"__doc__": base.__doc__})
 
 
 def __getattr__(name: str) -> Any:

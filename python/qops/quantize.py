@@ -391,7 +391,7 @@ def _read_by_owner(model: nn.Module) -> dict[str, str]:
                         if by_itself
                         else "its model reads its weight"
                     )
-                    kept[f"{name}.{part}".lstrip(".")] = who
+                    kept[f"{name}.{part}".removeprefix(".")] = who
     return kept
 
 
