@@ -136,10 +136,14 @@ def test_any_number_of_empty_rows_takes_no_time():
     assert ops.int8_pack(torch.empty(HUGE, 0, dtype=torch.int8)).shape == (HUGE // 16, 0)
     q, table = torch.empty(HUGE, 0, 8), torch.zeros(1, 4).expand(HUGE, 4)
     assert qops.rotary(q, q, table, table)[0].shape == (HUGE, 0, 8)
-    # Rows that nothing could count are no tensor of torch's.
-    for shape in ((HUGE, HUGE, 0), (HUGE, HUGE, 0, 8)):
-        with pytest.raises(RuntimeError, match="overflow"):
-            torch.empty(0).as_strided(shape, (1,) * len(shape))
+    # 2^64 rows are no tensor of torch's, but 2^63 are.
+    with pytest.raises(RuntimeError, match="overflow"):
+        torch.empty(HUGE, HUGE, 0)
+    arguments = (torch.empty(2**62, 2, 0), torch.empty(0), 1e-5)
+    with pytest.raises(ValueError, match=r"qops.rms_norm: x must have fewer than 2\^63 rows, got shape"):
+        ops.rms_norm(*arguments)
+    with pytest.raises(ValueError, match=r"qops.rms_norm: the result must take fewer than 2\^63 bytes, got"):
+        fake(ops.rms_norm, arguments)
     # Strides of an empty tensor may be any, their products included.
     x = torch.empty(0).as_strided((2, 3, 0), (2**62, 2**61, 1))
     assert qops.quantize_int8(x)[1].tolist() == [[0.0] * 3] * 2

@@ -308,9 +308,13 @@ Rows Checker::rows(const Tensor& t, const char* arg, int trailing_dims) const {
   Rows rows;
   const auto sizes = t.sizes(), strides = t.strides();
   if (t.numel() == 0) {
-    // Nothing is addressed, and strides may be any: all rows are the first one. Their number fits, as torch multiplies
-    // the same sizes in the same order for numel, and has no tensor where that overflows.
-    for (int64_t d = 0; d < t.dim() - trailing_dims; ++d) rows.count *= sizes[d];
+    // Nothing is addressed, and strides may be any: all rows are the first one. torch multiplies the same sizes for
+    // numel without a sign, so that 2^63 rows of nothing are a tensor; more are none.
+    for (int64_t d = 0; d < t.dim() - trailing_dims; ++d) {
+      if (__builtin_mul_overflow(rows.count, sizes[d], &rows.count)) {
+        refuse(arg, "have fewer than 2^63 rows", "shape " + to_string(sizes));
+      }
+    }
     rows.dims = 1;
     rows.size[0] = rows.count;
     return rows;
