@@ -70,7 +70,7 @@ SELECTIONS = (
     Selection("csrc/cpu/*", _tests("{stem}", "properties"), DEV),
     Selection("csrc/cuda/int*", (*GEMM_ON_CUDA, *_tests("cuda_instances")), EMULATED),
     Selection("csrc/cuda/gemm_config.h", (*_tests("gemm_config"), *GEMM_ON_CUDA), EMULATED),
-    Selection("csrc/cuda/launch.h", _tests("cuda_launch", "cuda_ops"), EMULATED),
+    Selection("csrc/cuda/launch.h", _tests("cuda_launch", "emulator", "cuda_ops"), EMULATED),
     Selection("csrc/cuda/*", _tests("cuda_ops", "cuda_alignment"), EMULATED),
     Selection("bench/*.py", _tests("bench_{stem}")),
 )

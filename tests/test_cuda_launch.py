@@ -145,9 +145,10 @@ def test_plans_are_those_of_the_gpu_of_the_tensors(runtime):
         seen.add((first.grid, first.shared, first.gpu))
     assert len(seen) == 3
     runtime.configure(1, 2, "", 90, 7)
-    runtime.place_tensors(89, 5)
-    wide = recorded(runtime, int4_gemm(300, 144, 384))
-    assert not [line for line in wide if line.startswith("mm ")], "cuBLAS is for GPUs that have wgmma"
+    for arch, is_dense in ((89, False), (90, True)):  # cuBLAS is for GPUs that have wgmma
+        runtime.place_tensors(arch, 1)
+        wide = recorded(runtime, int4_gemm(300, 144, 384))
+        assert any(line.startswith("mm ") for line in wide) == is_dense, arch
 
 
 def test_the_operator_that_multiplies_for_the_dense_plan_is_torchs(runtime):
