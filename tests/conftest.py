@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,11 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("short"), max_examples=2000, derandomize=False)
 settings.load_profile("short")
+
+
+# Background jobs of a shell ignore Ctrl-C, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
