@@ -104,6 +104,8 @@ LISTS = {
     "9.0 9.0a": ("90a", ""),
     "8.0;8.6+PTX": ("80;86;86+", ""),
     ",80, 90a,120; ": ("80;90a;120", ""),
+    '"8.0 9.0"': ("80;90a", ""),
+    "'8.6'": ("86", ""),
     "Ampere Ada": ("80;86;86+;89;89+", ""),
     "Ampere+Tegra;Blackwell+Tegra": ("87;110", ""),
     "Blackwell": ("100;103;120;121;121+", ""),
@@ -262,6 +264,22 @@ def test_without_cuda(machine):
     assert machine.choose(cuda="ON").nvcc == "on_path/nvcc"  # the preset cuda-check
 
 
+def test_the_switch_takes_what_switches_take(machine):
+    machine.nvcc("on_path/nvcc", "13.0")
+    machine.set_torch(None)
+    for values, missing in (
+        (("OFF", "off", "0", "No", "false"), "built with QOPS_CUDA=OFF"),
+        (("ON", "on", "1", "yes", "TRUE", "", "auto", " AUTO "), ""),
+    ):
+        for value in values:
+            assert machine.choose(cuda=value).missing == missing, value
+    (machine.torch / "lib/libtorch_cuda.so").unlink()
+    assert [machine.choose(cuda=value).missing == "" for value in ("1", "", "auto")] == [True, False, False]
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        machine.choose(cuda="garbage")
+    assert "QOPS_CUDA must be ON, OFF or AUTO, got garbage" in failed.value.stderr
+
+
 # --- the real one ----------------------------------------------------------------------------------------------------
 
 
@@ -328,10 +346,15 @@ def test_an_installation_goes_on_without_cuda_and_keeps_the_reason(project, mach
     """Configured for a torch with CUDA, of which only the files that CMake looks at are there."""
     asked = {"QOPS_CUDA": "AUTO", "QOPS_TORCH_DIR": machine.torch}
     machine.set_torch("99.0")
-    result = project.configure("", **asked, CMAKE_CUDA_COMPILER="")
+    # What an earlier build has left would be installed once more.
+    earlier = project.options["QOPS_OUTPUT_DIR"] / "_C_cuda.abi3.so"
+    earlier.parent.mkdir(exist_ok=True)
+    earlier.touch()
+    result = project.configure("", **asked, CMAKE_CUDA_COMPILER='/a "folder"/nvcc')
     assert result.returncode == 0, result.stderr
-    assert "qops has no CUDA kernels: built without an nvcc" in result.stderr
+    assert "qops has no CUDA kernels: built without an nvcc" in result.stderr and not earlier.exists()
     definition = next(w for w in project.command("registration.cpp") if w.startswith("-DQOPS_CUDA_MISSING="))
-    assert definition.startswith('-DQOPS_CUDA_MISSING="built without an nvcc') and definition.endswith('"')
+    assert re.fullmatch(r'-DQOPS_CUDA_MISSING="built without an nvcc(?:[^"\\]|\\.)*"', definition), definition
+    assert r"/a \"folder\"/nvcc" in definition
     result = project.configure("", **{**asked, "QOPS_CUDA": "ON"})
     assert result.returncode != 0 and "QOPS_CUDA=ON, but there are no CUDA kernels: built" in result.stderr
