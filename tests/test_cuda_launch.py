@@ -36,6 +36,7 @@ def runtime(emulated) -> Iterator[ModuleType]:
     emulated.take_calls()
     yield emulated
     emulated.place_tensors()
+    emulated.place_elsewhere(0)
     emulated.set_runtime(1)
     emulated.configure(1, 2, "")
 
@@ -158,6 +159,46 @@ def test_the_operator_that_multiplies_for_the_dense_plan_is_torchs(runtime):
     runtime.configure(1, 2, "", 90, 1)
     record = recorded(runtime, int4_gemm(300, 144, 384))
     assert [line for line in record if line.startswith("mm ")] == ["mm 300 144 384"]
+
+
+GEMMS_AND_WEIGHTS = (
+    "int4_gemm",
+    "int8_gemm",
+    "int4_pack",
+    "int4_unpack",
+    "int4_dequantize",
+    "int8_pack",
+    "int8_unpack",
+)
+OVERLOADS = [
+    f"{op}.{overload}" for op in (*ROW_OPS, *GEMMS_AND_WEIGHTS) for overload in getattr(torch.ops.qops, op).overloads()
+]
+
+
+@pytest.mark.parametrize("name", OVERLOADS)
+def test_all_tensors_have_to_be_on_one_gpu(runtime, name):
+    """Each alone on another one; nothing is launched."""
+    op, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.qops_emu, op), overload)
+    seen = 0
+    calls = [call.arguments for call in valid_calls(name, 60)]
+    if op.startswith(("int4", "int8")):  # packed as on a GPU, and float16 or bfloat16
+        block = 64 * (8 if op.startswith("int4") else 16)
+        calls = [given for given in calls if "packed" not in given or given["packed"].shape[-1] % block == 0]
+        calls = [given for given in calls if op != "int4_gemm" or given["x"].dtype != torch.float32]
+    for call in calls[:3]:
+        arguments = {arg: t.clone() if isinstance(t, torch.Tensor) else t for arg, t in call.items()}
+        tensors = {arg: t for arg, t in arguments.items() if isinstance(t, torch.Tensor)}
+        for arg, tensor in tensors.items() if len(tensors) > 1 else ():
+            runtime.place_elsewhere(tensor.data_ptr())
+            runtime.set_runtime(1, False, "", True)
+            with pytest.raises(RuntimeError, match=rf"^qops\.{op}: (\w+) must be on cuda:\d+, got cuda:\d+") as caught:
+                operator(**arguments)
+            # Where it is the one that the others are held against, any of those is named.
+            assert arg == next(iter(tensors)) or f": {arg} must be on" in str(caught.value)
+            assert launches(runtime.take_calls()) == []
+            seen += 1
+    assert seen > 0 or len(tensors) == 1
 
 
 # Shared memory -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ namespace {
 
 constexpr int32_t kCpu = 0;
 std::atomic<int> g_gpu_of_tensors{-1};
+std::atomic<const void*> g_elsewhere{nullptr};  // memory on the GPU after that
 
 int gpu_of_tensors() {
   const int gpu = g_gpu_of_tensors;
@@ -54,6 +55,7 @@ struct Guard {
 namespace emulated {
 
 void place_tensors(int gpu) { g_gpu_of_tensors = gpu; }
+void place_elsewhere(const void* memory) { g_elsewhere = memory; }
 
 }  // namespace emulated
 
@@ -66,9 +68,11 @@ AOTITorchError __wrap_aoti_torch_get_device_type(AtenTensorHandle tensor, int32_
   return error;
 }
 
-AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
-  *index = gpu_of_tensors();
-  return AOTI_TORCH_SUCCESS;
+AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* index) {
+  void* data = nullptr;
+  const AOTITorchError error = aoti_torch_get_data_ptr(tensor, &data);
+  *index = gpu_of_tensors() + (data != nullptr && data == g_elsewhere ? 1 : 0);
+  return error;
 }
 
 AOTITorchError __wrap_aoti_torch_create_device_guard(int32_t index, DeviceGuardHandle* guard) {

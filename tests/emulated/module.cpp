@@ -47,6 +47,13 @@ PyObject* place_tensors(PyObject*, PyObject* arguments) {
   return PyLong_FromLong(gpu);
 }
 
+// place_elsewhere(address): a tensor whose elements begin there is on the next GPU; 0: none is.
+PyObject* place_elsewhere(PyObject*, PyObject* address) {
+  emulated::place_elsewhere(PyLong_AsVoidPtr(address));
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  Py_RETURN_NONE;
+}
+
 PyObject* current_gpu(PyObject*, PyObject*) { return PyLong_FromLong(emu::current_gpu()); }
 
 // set_runtime(stream, captures=False, refused="", records=False, runs=True): as emu::Options.
@@ -95,6 +102,8 @@ PyObject* copied_bytes(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLon
 PyMethodDef methods[] = {
     {"configure", configure, METH_VARARGS, "configure(seed, policy, left_out, arch=90, multiprocessors=132)"},
     {"place_tensors", place_tensors, METH_VARARGS, "place_tensors([arch, multiprocessors]) -> number of the GPU"},
+    {"place_elsewhere", place_elsewhere, METH_O,
+     "place_elsewhere(address): the tensor there is on the next GPU; 0: none is"},
     {"current_gpu", current_gpu, METH_NOARGS, "Its number."},
     {"set_runtime", set_runtime, METH_VARARGS,
      "set_runtime(stream, captures=False, refused='', records=False, runs=True)"},
