@@ -42,7 +42,8 @@ CODE = {
 @pytest.mark.parametrize("archs", CODE)
 def test_info_tells_which_gpus_have_no_code(archs, monkeypatch):
     build = {**qops.build_info(), "cuda": True, "cuda_archs": archs, "nvcc": "13.0", "cuda_reason": ""}
-    monkeypatch.setattr("qops.__main__.build_info", lambda: build)
+    for module in ("qops.__main__", "qops.check"):
+        monkeypatch.setattr(f"{module}.build_info", lambda: build)
     gpus = [(capability, use) for use, some in zip(("", " (not used"), CODE[archs], strict=True) for capability in some]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
@@ -51,7 +52,7 @@ def test_info_tells_which_gpus_have_no_code(archs, monkeypatch):
     for index, ((major, minor), use) in enumerate(gpus):
         why = f"{use}: no code for compute capability {major}.{minor} in this build)" if use else ""
         assert lines[f"cuda:{index}"] == f"GPU{why}"
-    build["cuda"] = False
+    build.update(cuda=False, cuda_archs="")
     assert info().splitlines()[-1].endswith(": GPU (not used: no CUDA kernels in this build)")
 
 

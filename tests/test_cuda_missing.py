@@ -92,8 +92,15 @@ def test_the_reason_is_that_of_the_build_or_of_torch():
         assert qops.build_info()["cuda_reason"] == f"torch {torch.__version__} is one without CUDA"
 
 
-def test_with_the_module_nothing_is_refused():
-    """And what it was not built for is told."""
+def test_an_operator_that_the_module_lacks_says_so(monkeypatch):
+    monkeypatch.setattr(_native, "_C_cuda", object())
+    text = "^qops.silu_mul: gate_up must be on a CPU, as qops has no CUDA kernel of this operator, got cuda:1$"
+    with pytest.raises(RuntimeError, match=text):
+        _native._refuse_cuda("qops::silu_mul")(OnGpu(2, 8))
+
+
+def test_with_the_module_what_it_lacks_is_refused():
+    """And what it was not built for is told. This one has the kernel of one operator."""
     out = in_new_process("""
 import importlib.machinery, types
 module = types.ModuleType("qops._C_cuda")
@@ -101,13 +108,15 @@ module.__spec__ = importlib.machinery.ModuleSpec("qops._C_cuda", None)
 left_out = "left out of TORCH_CUDA_ARCH_LIST: 7.5 (below 8.0)"
 module.build_info = lambda: {"archs": "80-real", "nvcc": "13.0", "left_out": left_out}
 sys.modules["qops._C_cuda"] = module
+kernels = torch.library.Library("qops", "IMPL")
+kernels.impl("rms_norm", lambda *arguments: None, "CUDA")
 import qops
 from qops.__main__ import info
 build = qops.build_info()
 print(build["cuda"], build["cuda_archs"], build["cuda_reason"] == left_out)
-print([name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qops::")
-       and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")])
+names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qops::")}
+print(names - qops._native.without_cuda)
 print(info())
 """)
-    assert out.startswith("True 80-real True\n[]\n")
+    assert out.startswith("True 80-real True\n{'qops::rms_norm'}\n")
     assert "\nbuild: CPU and CUDA kernels for 80-real by nvcc 13.0 (left out of TORCH_CUDA_ARCH_LIST: 7.5 (below" in out

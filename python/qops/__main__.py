@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qops import build_info
+from qops import build_info, check
 
 
 def info() -> str:
@@ -33,22 +33,9 @@ def info() -> str:
         "cpu": f"{cpu_name()}, {build['threads']} threads",
     }
     for index in range(torch.cuda.device_count()):
-        why = "no CUDA kernels in this build"
-        if build["cuda"]:
-            major, minor = torch.cuda.get_device_capability(index)
-            has_code = any(_runs(arch, major, minor) for arch in build["cuda_archs"].split())
-            why = "" if has_code else f"no code for compute capability {major}.{minor} in this build"
+        why = check.why_unused(index)
         lines[f"cuda:{index}"] = torch.cuda.get_device_name(index) + (f" (not used: {why})" if why else "")
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
-
-
-def _runs(arch: str, major: int, minor: int) -> bool:
-    """Whether a GPU of this compute capability runs an entry of ``cuda_archs``."""
-    name, _, kind = arch.partition("-")
-    built_for, this = int(name.rstrip("af")), 10 * major + minor
-    if name.endswith("a"):
-        return built_for == this
-    return built_for <= this and (kind == "virtual" or built_for // 10 == major)
 
 
 def cpu_name() -> str:
@@ -69,20 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     checked = commands.add_parser("check", help="prove every kernel on this machine, at each ISA level and on each GPU")
     checked.add_argument("--op", metavar="OPERATOR", help="this one alone")
     checked.add_argument("--at", metavar="PLACE", help="one ISA level or GPU alone, e.g. avx2 or cuda:0")
-    checked.add_argument("--seed", type=int, default=0, help="of the inputs; default 0")
+    checked.add_argument("--seed", type=_seed, default=0, help="of the inputs; default 0")
     checked.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info())
         return 0
-    from qops import check
-
     for option, value, known in (("--op", args.op, check.operators()), ("--at", args.at, check.places())):
         if value is not None and value not in known:
             checked.error(f"{option} must be one of {', '.join(known)}, got {value}")
     build = build_info()
     machine = f"qops {build['version']}, torch {build['torch']}, {cpu_name()}, {build['threads']} threads"
     return check.run(partial(print, flush=True), machine, info(), args.op, args.at, args.seed, args.json)
+
+
+def _seed(text: str) -> int:
+    # 100,000 times as much, for the cases of a seed, is what torch.Generator.manual_seed takes.
+    if not 0 <= (value := int(text)) < 2**46:
+        raise argparse.ArgumentTypeError(f"must be 0 ... 2**46 - 1, got {value}")
+    return value
 
 
 def _version(distribution: str) -> str:

@@ -39,7 +39,13 @@ else:
 
 
 def _refuse_cuda(overload: str) -> Callable[..., NoReturn]:
-    """The kernel of an operator on a GPU where the module is missing."""
+    """The kernel on a GPU of an operator that has none here."""
+    why = "has no CUDA kernel of this operator"
+    if _C_cuda is None:
+        why = (
+            f"has no CUDA kernels here ({_cuda_missing}; from its source, "
+            "`QOPS_CUDA=ON pip install --force-reinstall --no-deps .` builds them or says what is missing)"
+        )
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         name, _, variant = overload.removeprefix("qops::").partition(".")
@@ -47,21 +53,20 @@ def _refuse_cuda(overload: str) -> Callable[..., NoReturn]:
         given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
         # torch calls a GPU of a ROCm torch cuda too.
         arg, device = next((arg, t.device) for arg, t in given.items() if isinstance(t, torch.Tensor) and t.is_cuda)
-        raise RuntimeError(
-            f"qops.{name}: {arg} must be on a CPU, as qops has no CUDA kernels here ({_cuda_missing}; from its source, "
-            "`QOPS_CUDA=ON pip install --force-reinstall --no-deps .` builds them or says what is missing), "
-            f"got {device}"
-        )
+        raise RuntimeError(f"qops.{name}: {arg} must be on a CPU, as qops {why}, got {device}")
 
     return refuse
 
 
 # torch would say "Could not run" and list its backends. The library lives as long as its kernels are to.
 _refusals = torch.library.Library("qops", "IMPL")
-if _C_cuda is None:
-    for _overload in torch._C._dispatch_get_all_op_names():
-        if _overload.startswith("qops::"):
-            _refusals.impl(_overload, _refuse_cuda(_overload), "CUDA")
+without_cuda = frozenset(
+    name
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("qops::") and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+)
+for _overload in without_cuda:
+    _refusals.impl(_overload, _refuse_cuda(_overload), "CUDA")
 
 
 def build_info() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from qops import _native, build_info
-from qops._check_cases import CHECKS, OWN_BITS_ON_A_GPU, Run
+from qops._check_cases import CHECKS, OWN_BITS_ON_A_GPU, WITHOUT_CUDA_KERNEL, Run
 
 
 @dataclass
@@ -50,9 +50,34 @@ def operators() -> list[str]:
 
 def places() -> list[str]:
     """The levels of this build that this CPU runs, and the GPUs that it has kernels for."""
-    build = build_info()
-    gpus = torch.cuda.device_count() if build["cuda"] else 0
-    return [*build["isa_available"].split(), *(f"cuda:{index}" for index in range(gpus))]
+    gpus = (index for index in range(torch.cuda.device_count()) if why_unused(index) is None)
+    return [*build_info()["isa_available"].split(), *(f"cuda:{index}" for index in gpus)]
+
+
+def why_unused(gpu: int) -> str | None:
+    """Why this build has nothing to run on a GPU, or None."""
+    archs = build_info()["cuda_archs"].split()
+    if not archs:
+        return "no CUDA kernels in this build"
+    major, minor = torch.cuda.get_device_capability(gpu)
+    if any(_runs(arch, major, minor) for arch in archs):
+        return None
+    return f"no code for compute capability {major}.{minor} in this build"
+
+
+def _runs(arch: str, major: int, minor: int) -> bool:
+    """Whether a GPU of this compute capability runs an entry of ``cuda_archs``."""
+    name, _, kind = arch.partition("-")
+    built_for, this = int(name.rstrip("af")), 10 * major + minor
+    if name.endswith("a"):
+        return built_for == this
+    return built_for <= this and (kind == "virtual" or built_for // 10 == major)
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    if key == "CUDA" and name in _native.without_cuda:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def outcome(op: str, place: str, seed: int) -> Outcome:
@@ -64,11 +89,11 @@ def outcome(op: str, place: str, seed: int) -> Outcome:
         found.failed, found.what = "none", "has no check" if registered else "has a check, but is not registered"
         return found
     key = "CUDA" if device.type == "cuda" else "CPU"
-    missing = [name for name in registered if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)]
+    missing = [name for name in registered if not _has_kernel(name, key)]
     found.has_kernel = len(missing) < len(registered)
     if missing:
-        # Whole operators have no kernels for a GPU yet. On a CPU all have, and everywhere all overloads or none.
-        if key == "CPU" or found.has_kernel:
+        # Everywhere all overloads have one, or none has.
+        if key == "CPU" or found.has_kernel or op not in WITHOUT_CUDA_KERNEL:
             found.failed, found.what = "none", f"no {key} kernel for {', '.join(sorted(missing))}"
         return found
     run = Run(device, seed)
