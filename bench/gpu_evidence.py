@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import shutil
 import signal
@@ -48,7 +49,7 @@ from pathlib import Path
 
 from bench.evidence import PEERS, ROOT, SCHEMA, SITE, Evidence, Step
 
-USUAL_MINUTES = 15.0
+USUAL_MINUTES, MOST_MINUTES = 15.0, 24 * 60
 # For what comes after a stage: the table, and the machine's return.
 RESERVED_SECONDS = 10.0
 # Of one request to a provider: some tune a kernel for minutes at its first call.
@@ -67,6 +68,10 @@ ROW_OPS = (
 )
 LAYERS = "llama3-8b qkv,llama3-8b o,llama3-8b gate_up,llama3-8b down"
 PROFILED = [(op, rows) for op in ("int4_gemm", "int8_gemm") for rows in (1, 64, 4096)] + [("qk_norm_rotary", 4096)]
+
+
+def not_installed(*packages: str) -> list[str]:
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def versions(commit: str) -> dict[str, str]:
@@ -331,8 +336,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = list(STAGES) if args.stage == "all" else args.stage.split(",")
     if unknown := [stage for stage in chosen if stage not in STAGES]:
         parser.error(f"--stage: {', '.join(unknown)} is none of {', '.join(STAGES)}")
-    if not args.minutes > 0:
-        parser.error(f"--minutes must be above 0, got {args.minutes}")
+    if not 0 < args.minutes <= MOST_MINUTES:
+        parser.error(f"--minutes must be above 0 and at most {MOST_MINUTES}, got {args.minutes}")
+    if "build" in chosen and args.modules is None and (missing := not_installed("setuptools", "cmake", "ninja")):
+        parser.error(
+            f"the stage build needs {', '.join(missing)}: pip install {' '.join(missing)}, or --modules FOLDER"
+        )
+    if {"tests", "memcheck"} & {*chosen} and (missing := not_installed("pytest", "hypothesis", "transformers")):
+        print(f"Test files that need {', '.join(missing)} will fail: pip install {' '.join(missing)}", file=sys.stderr)
     if args.modules is not None and not (args.modules / "_C.abi3.so").is_file():
         parser.error(f"--modules: {args.modules} holds no _C.abi3.so")
 

@@ -375,9 +375,20 @@ def test_stages_are_resumed(tmp_path, monkeypatch, capsys):
     assert "tests: has passed" in capsys.readouterr().out
     monkeypatch.setattr(gpu_evidence, "fingerprint", lambda: "changed")
     assert gpu_evidence.main([*arguments, "--stage", "tests"]) == 0 and fake.taken() == ["tests"]
-    for mistake in (["--stage", "test"], ["--minutes", "0"], ["--minutes", "nan"]):
+    for mistake in (["--stage", "test"], ["--minutes", "0"], ["--minutes", "nan"], ["--minutes", "inf"]):
         with pytest.raises(SystemExit):
             gpu_evidence.main([*arguments, *mistake])
+
+
+def test_packages_that_are_missing_are_named_before_the_minutes_run(tmp_path, monkeypatch, capsys):
+    fake = Fake(monkeypatch, build="passed", tests="passed")
+    lacks = {"cmake", "hypothesis"}
+    monkeypatch.setattr(gpu_evidence, "not_installed", lambda *names: [name for name in names if name in lacks])
+    with pytest.raises(SystemExit):
+        gpu_evidence.main(["--out", str(tmp_path), "--stage", "build"])
+    assert "the stage build needs cmake: pip install cmake, or --modules FOLDER" in capsys.readouterr().err
+    assert gpu_evidence.main(["--out", str(tmp_path), "--stage", "tests"]) == 0 and fake.taken() == ["tests"]
+    assert "Test files that need hypothesis will fail: pip install hypothesis" in capsys.readouterr().err
 
 
 def test_stages_go_by_value_while_there_is_time(on_a_gpu, monkeypatch):
