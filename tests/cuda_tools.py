@@ -133,7 +133,7 @@ def build_hardware_tests(folder: Path) -> Path:
     """The sound cases of tests/emulator as a program for an sm_90a, by nvcc."""
     compiler = [str(require_nvcc()), "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a"]
     compiler += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests"), "-Werror", "all-warnings"]
-    sources = [*sorted(EMULATOR.glob("cases_*.cpp")), EMULATOR / "hardware.cu"]
+    sources = [*sorted(EMULATOR.glob("cases/cases_*.cpp")), EMULATOR / "cases/hardware.cu"]
     checked(*compiler, "-x", "cu", "--threads", "0", *map(str, sources), "-o", str(folder / "hardware_tests"))
     return folder / "hardware_tests"
 

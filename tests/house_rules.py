@@ -116,14 +116,14 @@ _CUDA_NEVER = {
     r"cudaStream(Default|Legacy|PerThread)|\bcudaMem(cpy|set)(?!\w*Async)\w*\(": "the default stream",
 }
 
-# The emulator without the kernels that test it: nothing of this project, so that others can take it along.
+# The emulator without its cases/, which test it: nothing of this project, so that others can take it along.
 EMULATOR = Layer(
-    r"tests/emulator/(block|cuda_emu|emu|fiber|fragments|ptx_emu|runtime|state|tracer|tracer_report|warp)\.(h|cpp)",
+    r"tests/emulator/((ptx|tracer)/)?\w+\.(h|cpp)",
     (
         _STD,
         r"<(cstdio|mutex|cxxabi\.h|dlfcn\.h|link\.h|pthread\.h|sanitizer/\w+\.h|sys/mman\.h|unistd\.h)>",
         r"<(cuda_(bf16|fp16|runtime)|vector_types)\.h>",
-        r'"emulator/(cuda_emu|emu|fiber|fragments|ptx_emu|runtime|state|tracer|tracer_report)\.h"',
+        r'"emulator/((ptx|tracer)/)?\w+\.h"',
     ),
     {r"\bqops\b|QOPS_": "names of the project", r"\bstd::j?thread\b": "threads of its own"},
 )
@@ -149,7 +149,7 @@ LAYERS = (
     # What stands between kernels and nvcc, or g++ and the emulator.
     Layer(
         r"csrc/cuda/(port\.cuh|ptx\.cuh|launch\.h)",
-        (*_CUDA_INCLUDES, r"<mutex>", r'"emulator/(cuda|ptx)_emu\.h"'),
+        (*_CUDA_INCLUDES, r"<mutex>", r'"emulator/(cuda|ptx/ptx)_emu\.h"'),
         _CUDA_NEVER,
     ),
     Layer(r"csrc/cuda/.*", _CUDA_INCLUDES, _CUDA_NEVER),

@@ -20,7 +20,7 @@ def ptx(folder: Path, header: str, arch: str) -> str:
     """Of ptx_instances.cu, with another text in the place of ptx.cuh."""
     (folder / "cuda").mkdir()
     (folder / "cuda/ptx.cuh").write_text(header)
-    source, target = str(EMULATOR / "ptx_instances.cu"), folder / "ptx_instances.ptx"
+    source, target = str(EMULATOR / "cases/ptx_instances.cu"), folder / "ptx_instances.ptx"
     include = [f"-I{path}" for path in (folder, ROOT / "csrc", ROOT / "tests")]
     checked(
         str(cuda_tools.require_nvcc()), "-std=c++20", *include, f"-arch=sm_{arch}", "-ptx", source, "-o", str(target)

@@ -16,7 +16,7 @@ from cuda_tools import ARCHITECTURES, EMULATOR, ROOT, build_emulator, checked
 
 POLICIES = ("fifo", "random", "prio")
 PTX = (ROOT / "csrc/cuda/ptx.cuh").read_text()
-PTX_EMU = (EMULATOR / "ptx_emu.h").read_text()
+PTX_EMU = (EMULATOR / "ptx/ptx_emu.h").read_text()
 README = (EMULATOR / "README.md").read_text()
 
 
@@ -223,7 +223,7 @@ def test_planted_bug_is_caught(plain, bug):
 def test_planted_bug_is_caught_by_sanitizers(sanitized, bug, policy):
     _, report = run_cases(sanitized, SEEDS, bug, policies=(policy,))
     assert re.search(PLANTED[bug].sanitizer, report), report
-    assert any(bug.startswith(path.stem) and path.stem in report for path in EMULATOR.glob("kernels/*.cuh"))
+    assert any(bug.startswith(path.stem) and path.stem in report for path in EMULATOR.glob("cases/kernels/*.cuh"))
 
 
 @pytest.mark.slow
@@ -325,8 +325,8 @@ def test_comparison_of_declarations_can_fail():
 
 
 def test_every_ptx_function_is_documented_assembled_and_run():
-    instances = (EMULATOR / "ptx_instances.cu").read_text()
-    kernels = "".join(path.read_text() for path in EMULATOR.glob("kernels/*.cuh"))
+    instances = (EMULATOR / "cases/ptx_instances.cu").read_text()
+    kernels = "".join(path.read_text() for path in EMULATOR.glob("cases/kernels/*.cuh"))
     names = {re.search(r"(\w+)\([^()]*(?:\([^()]*\)[^()]*)*\)$", d)[1] for d in declarations(PTX)}
     assert {"ldmatrix_x4", "st_cs", "cp_async_wait", "setmaxnreg_inc"} <= names
     for name in names:
@@ -346,11 +346,11 @@ def compile_with_nvcc(source: str, target: Path, architectures: tuple[str, ...])
 
 
 def test_every_ptx_function_assembles_for_every_architecture(tmp_path):
-    compile_with_nvcc(str(EMULATOR / "ptx_instances.cu"), tmp_path / "ptx.o", ARCHITECTURES)
+    compile_with_nvcc(str(EMULATOR / "cases/ptx_instances.cu"), tmp_path / "ptx.o", ARCHITECTURES)
 
 
 def test_emulated_kernels_compile_with_nvcc(tmp_path):
-    compile_with_nvcc(str(EMULATOR / "kernels.cu"), tmp_path / "kernels.o", ("80", "90a"))
+    compile_with_nvcc(str(EMULATOR / "cases/kernels.cu"), tmp_path / "kernels.o", ("80", "90a"))
 
 
 @pytest.mark.slow
@@ -398,7 +398,14 @@ def test_fragment_layouts_are_those_of_cute(tmp_path):
     program = tmp_path / "oracle"
     folders = [argument for folder in [cuda_tools.cuda_include(), *includes] for argument in ("-isystem", str(folder))]
     checked(
-        "g++", "-std=c++17", "-I", str(ROOT / "tests"), *folders, str(EMULATOR / "cute_oracle.cpp"), "-o", str(program)
+        "g++",
+        "-std=c++17",
+        "-I",
+        str(ROOT / "tests"),
+        *folders,
+        str(EMULATOR / "cases/cute_oracle.cpp"),
+        "-o",
+        str(program),
     )
     lines = checked(str(program)).splitlines()
     found = [re.fullmatch(r"(.*) (\d+) compared (\d+) mismatches", line) for line in lines]

@@ -121,7 +121,7 @@ GOOD_CPP = {
     "csrc/cpu/simd_avx2.h": '#include <immintrin.h>\nasm("");',
     "csrc/binding/silu_mul.cpp": '#include <torch/csrc/stable/tensor.h>\n#include "kernels.h"\nauto s = "c10::";',
     "csrc/binding/rotary.cpp": "return a.sizes().equals(b) && n == a.sizes().size() && a.sizes()[0] == b.sizes()[0];",
-    "csrc/cuda/ptx.cuh": '#include "emulator/ptx_emu.h"\nasm("bar.sync 0;");',
+    "csrc/cuda/ptx.cuh": '#include "emulator/ptx/ptx_emu.h"\nasm("bar.sync 0;");',
     "csrc/cuda/port.cuh": "#define QOPS_SHARED(T, name, n) __shared__ T name[n]",
     "csrc/cuda/launch.h": "kernel<<<1, 32, 0, stream>>>(p);",
     "csrc/cuda/rms_norm.cu": '#include "cuda/ptx.cuh"\ncudaMemcpyAsync(to, from, n, kind, stream);',

@@ -13,7 +13,7 @@ from cuda_tools import EMULATOR, build_emulator, checked
 
 pytestmark = pytest.mark.slow
 POLICIES = "fifo,random,prio"
-PROBE = (EMULATOR / "tracer_probe.cpp").read_text()
+PROBE = (EMULATOR / "cases/tracer_probe.cpp").read_text()
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +74,7 @@ RACES = {
 
 
 def line_of(file: str, text: str) -> str:
-    lines = (EMULATOR / "kernels" / file).read_text().splitlines()
+    lines = (EMULATOR / "cases/kernels" / file).read_text().splitlines()
     (number,) = [number for number, line in enumerate(lines, start=1) if text in line]
     return f"{file}:{number}"
 
@@ -86,7 +86,7 @@ def test_planted_races_are_named_in_the_tamest_schedule(traced):
             found[bug] = seen
     assert found.keys() == RACES.keys()
     for bug, (what, later, earlier) in RACES.items():
-        file = next(path.name for path in EMULATOR.glob("kernels/*.cuh") if bug.startswith(path.stem + "_"))
+        file = next(path.name for path in EMULATOR.glob("cases/kernels/*.cuh") if bug.startswith(path.stem + "_"))
         assert (what, line_of(file, later), line_of(file, earlier)) in found[bug], bug
 
 

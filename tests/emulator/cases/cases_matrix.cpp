@@ -1,8 +1,8 @@
-#include "emulator/harness.h"
-#include "emulator/kernels/dequantize.cuh"
-#include "emulator/kernels/flip.cuh"
-#include "emulator/kernels/gemm.cuh"
-#include "emulator/kernels/pipeline.cuh"
+#include "emulator/cases/harness.h"
+#include "emulator/cases/kernels/dequantize.cuh"
+#include "emulator/cases/kernels/flip.cuh"
+#include "emulator/cases/kernels/gemm.cuh"
+#include "emulator/cases/kernels/pipeline.cuh"
 
 namespace cases {
 namespace {

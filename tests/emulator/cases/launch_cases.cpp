@@ -6,7 +6,7 @@
 #include <thread>
 
 #include "cuda/launch.h"
-#include "emulator/cases.h"
+#include "emulator/cases/cases.h"
 
 namespace cases {
 namespace {

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "cuda/launch.h"
-#include "emulator/cases.h"
+#include "emulator/cases/cases.h"
 #if defined(__CUDACC__)
-#include "emulator/hardware.cuh"
+#include "emulator/cases/hardware.cuh"
 #endif
 
 namespace cases {

@@ -1,18 +1,18 @@
 // The sound kernels, for nvcc: what runs in the emulator is CUDA.
 #include "cuda/launch.h"
-#include "emulator/kernels/dequantize.cuh"
-#include "emulator/kernels/flip.cuh"
-#include "emulator/kernels/gemm.cuh"
-#include "emulator/kernels/handoff.cuh"
+#include "emulator/cases/kernels/dequantize.cuh"
+#include "emulator/cases/kernels/flip.cuh"
+#include "emulator/cases/kernels/gemm.cuh"
+#include "emulator/cases/kernels/handoff.cuh"
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // for stmatrix
-#include "emulator/kernels/instructions.cuh"
+#include "emulator/cases/kernels/instructions.cuh"
 #endif
-#include "emulator/kernels/pipeline.cuh"
-#include "emulator/kernels/row_sums.cuh"
-#include "emulator/kernels/scan.cuh"
-#include "emulator/kernels/small.cuh"
-#include "emulator/kernels/split_sum.cuh"
-#include "emulator/kernels/transpose.cuh"
+#include "emulator/cases/kernels/pipeline.cuh"
+#include "emulator/cases/kernels/row_sums.cuh"
+#include "emulator/cases/kernels/scan.cuh"
+#include "emulator/cases/kernels/small.cuh"
+#include "emulator/cases/kernels/split_sum.cuh"
+#include "emulator/cases/kernels/transpose.cuh"
 
 template __global__ void dequantize::dequantize<dequantize::Bug::kNone>(const uint32_t*, uint32_t*, int);
 template __global__ void gemm::gemm<__half, gemm::Bug::kNone>(const __half*, const __half*, float*, int, int, int);

@@ -1,5 +1,5 @@
 // Places become lines of the source by addr2line, which comes with every g++.
-#include "emulator/tracer_report.h"
+#include "emulator/tracer/tracer_report.h"
 
 #include <dlfcn.h>
 #include <link.h>

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "emulator/harness.h"
+#include "emulator/cases/harness.h"
 
 int main(int argc, char** argv) {
   const int seeds = argc > 1 ? std::atoi(argv[1]) : 20;

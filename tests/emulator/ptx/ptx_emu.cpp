@@ -1,12 +1,12 @@
-#include "emulator/ptx_emu.h"
+#include "emulator/ptx/ptx_emu.h"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
 
-#include "emulator/fragments.h"
-#include "emulator/tracer.h"
+#include "emulator/ptx/fragments.h"
+#include "emulator/tracer/tracer.h"
 
 namespace emu::ptx {
 

@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "emulator/harness.h"
-#include "emulator/kernels/small.cuh"
+#include "emulator/cases/harness.h"
+#include "emulator/cases/kernels/small.cuh"
 
 namespace cases {
 namespace {

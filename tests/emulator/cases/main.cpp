@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-#include "emulator/cases.h"
+#include "emulator/cases/cases.h"
 #include "emulator/emu.h"
 
 namespace {

@@ -1,7 +1,7 @@
 #include <numeric>
 
-#include "emulator/harness.h"
-#include "emulator/kernels/instructions.cuh"
+#include "emulator/cases/harness.h"
+#include "emulator/cases/kernels/instructions.cuh"
 
 namespace cases {
 namespace {

@@ -6,7 +6,7 @@
 #include <cute/atom/mma_traits_sm80.hpp>
 #include <map>
 
-#include "emulator/fragments.h"
+#include "emulator/ptx/fragments.h"
 
 namespace {
 

@@ -11,7 +11,7 @@
 // Requests: the n-th executions of an instruction by the lanes of a warp since they were last in one place are one
 // request. Shared memory serves it in wavefronts, each of which takes one word from each of 32 banks; global memory in
 // sectors of 32 bytes.
-#include "emulator/tracer.h"
+#include "emulator/tracer/tracer.h"
 
 #include <pthread.h>
 
@@ -20,7 +20,7 @@
 #include <span>
 #include <unordered_map>
 
-#include "emulator/tracer_report.h"
+#include "emulator/tracer/tracer_report.h"
 
 namespace emu {
 namespace trace {

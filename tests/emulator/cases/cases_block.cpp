@@ -1,11 +1,11 @@
 #include <numeric>
 
-#include "emulator/harness.h"
-#include "emulator/kernels/handoff.cuh"
-#include "emulator/kernels/row_sums.cuh"
-#include "emulator/kernels/scan.cuh"
-#include "emulator/kernels/split_sum.cuh"
-#include "emulator/kernels/transpose.cuh"
+#include "emulator/cases/harness.h"
+#include "emulator/cases/kernels/handoff.cuh"
+#include "emulator/cases/kernels/row_sums.cuh"
+#include "emulator/cases/kernels/scan.cuh"
+#include "emulator/cases/kernels/split_sum.cuh"
+#include "emulator/cases/kernels/transpose.cuh"
 
 namespace cases {
 namespace {
