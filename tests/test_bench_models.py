@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench import models, problems, providers, timing
-from bench.peers import decode, vllm_layer
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qops
-from cuda_backend import gpu
+from bench import models, problems, providers, timing
+from bench.peers import decode, vllm_layer
+from tests.support.cuda.cuda_backend import gpu
 
 AXES: dict[str, int | str] = {
     **{"M": 3, "T": 5, "H": 96, "I": 64, "Hq": 3, "Hk": 1, "D": 32, "L": 3, "V": 72, "C": 9},

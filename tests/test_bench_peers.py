@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bench import problems, providers
 from bench.peers import MODULES, collect, install, layouts, libraries, pins, vllm_gemm
 from bench.providers import Provider

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from bench import plots, records, report, tables
 from bench.figures import Figure, figures_of, figures_of_operator
-
-import invented_results as invented
+from tests.support.bench import invented_results as invented
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="draws plots: needs matplotlib (extra `bench`)"

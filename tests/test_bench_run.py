@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
+
 from bench import cases, document, limits, problems, providers, run, session, timing
 from bench.cases import Case
 from bench.document import Document, OtherRun
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("fake_providers",)
+MODULES = ("tests.support.bench.fake_providers",)
 SMALL = Case("silu_mul", {"T": 4, "I": 64, "dtype": "bfloat16", "cache": "cold", "threads": 1})
 FAST = timing.Protocol(
     rounds=6,
@@ -479,7 +480,7 @@ def test_pytest_writes_the_same_document(tmp_path):
 def test_interrupting_the_command_keeps_what_was_measured(tmp_path):
     """Ctrl-C in the terminal: a signal to the parent, while its workers run."""
     path = tmp_path / "r.json"
-    code = "import sys; from bench import run; sys.exit(run.main(sys.argv[1:], ('fake_providers',)))"
+    code = f"import sys; from bench import run; sys.exit(run.main(sys.argv[1:], {MODULES!r}))"
     command = ["silu_mul", "--threads", "1", "--providers", "qops", "--rows", "1,2,4", "--out", str(path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from bench import cases, devices, emulated, problems, providers, run, session, timing
 from bench.cases import Case
 from bench.document import Document

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import qops
-from cuda_backend import Backend, emulated_operators, gpu
 from qops import _native, check
 from qops.__main__ import info, main
 from qops._check_cases import CHECKS, OWN_BITS_ON_A_GPU, ROWS, Run
+from tests.support.cuda.cuda_backend import Backend, emulated_operators, gpu
 
 HERE = qops.build_info()["isa"]
 NAMES = sorted(

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_backend import Backend, gpu, made_there
-from int8_gemm_oracle import activations, make_weight
 from qops.testing import FLOAT_DTYPES, assert_bitwise, generator, random_activations
-from random_weights import KINDS, random_int4
+from tests.support.cuda.cuda_backend import Backend, gpu, made_there
+from tests.support.ops.int8_gemm_oracle import activations, make_weight
+from tests.support.ops.random_weights import KINDS, random_int4
 
 H = 1024
 LAYOUTS: dict[str, Callable[..., Tensor]] = {

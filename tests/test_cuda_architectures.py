@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import cuda_tools
-from cuda_tools import ROOT, checked
+from tests.support.cuda import cuda_tools
+from tests.support.cuda.cuda_tools import ROOT, checked
 
 KNOWN = {
     "11.8": (35, 50, 70, 75, 80, 86, 89, 90),

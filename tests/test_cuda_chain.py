@@ -10,11 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qops
-from cuda_backend import Backend, gpu
-from layerwise import assert_int8_layers_accurate, hidden_states
 from qops.decoder import DecoderLayer
 from qops.smoothing import smoothing_scales
 from qops.testing import assert_bitwise
+from tests.support.cuda.cuda_backend import Backend, gpu
+from tests.support.models.layerwise import assert_int8_layers_accurate, hidden_states
 
 
 def model_of(dtype: torch.dtype) -> LlamaForCausalLM:

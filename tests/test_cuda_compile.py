@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import cuda_tools
-import house_rules as rules
-from cuda_budgets import BUDGETS, KERNELS, shape_of
-from cuda_tools import ROOT, checked
+from tests.support import house_rules as rules
+from tests.support.cuda import cuda_tools
+from tests.support.cuda.cuda_budgets import BUDGETS, KERNELS, shape_of
+from tests.support.cuda.cuda_tools import ROOT, checked
 
 pytestmark = pytest.mark.slow
 BUILD = ROOT / "build/cuda-check"
@@ -75,7 +75,7 @@ def occupancy(kernels: list[Compiled], folder: Path) -> list[int]:
     """Blocks that a multiprocessor holds, by NVIDIA's header."""
     program = folder / "occupancy"
     include = cuda_tools.require_cuda_include()
-    checked("g++", "-O1", f"-I{include}", str(ROOT / "tests/occupancy.cpp"), "-o", str(program))
+    checked("g++", "-O1", f"-I{include}", str(ROOT / "tests/support/cuda/occupancy.cpp"), "-o", str(program))
     text = ""
     for kernel in kernels:
         number = kernel.arch.rstrip("af")

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import cuda_tools
 import qops
-from overloads import overloads, tensor_arguments, valid_calls
 from qops.nn import MLP, Int4Linear, Int8Linear, RMSNorm
 from qops.testing import assert_accurate, assert_bitwise, generator, random_activations
+from tests.support.cuda import cuda_tools
+from tests.support.properties.overloads import overloads, tensor_arguments, valid_calls
 
 pytestmark = pytest.mark.skipif(
     not qops.build_info()["cuda"] or not torch.cuda.is_available(), reason="needs a build with CUDA kernels, and a GPU"

@@ -12,11 +12,6 @@ import pytest
 import torch
 
 import qops
-from cuda_backend import POLICIES, Backend, assert_same, gpu, made_there
-from cuda_budgets import KERNELS, shape_of
-from cuda_tools import ROOT, build_emulated_operators, checked
-from int8_gemm_oracle import activations, by_contract, make_weight
-from launch_records import kernel_names, launches
 from qops.ops.int4_gemm import int4_gemm_ref
 from qops.testing import (
     FLOAT_DTYPES,
@@ -26,7 +21,12 @@ from qops.testing import (
     strided_rows,
     weight_only_bound,
 )
-from random_weights import KINDS, random_int4
+from tests.support.cuda.cuda_backend import POLICIES, Backend, assert_same, gpu, made_there
+from tests.support.cuda.cuda_budgets import KERNELS, shape_of
+from tests.support.cuda.cuda_tools import ROOT, build_emulated_operators, checked
+from tests.support.cuda.launch_records import kernel_names, launches
+from tests.support.ops.int8_gemm_oracle import activations, by_contract, make_weight
+from tests.support.ops.random_weights import KINDS, random_int4
 
 EMULATED = Backend(torch.ops.qops_emu, "cpu")
 # One H for each shape of row.cuh.

@@ -13,8 +13,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qops
-from cuda_backend import POLICIES, Backend, gpu, made_there
-from gemm_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans
 from qops.ops.int4_gemm import int4_gemm_ref
 from qops.testing import (
     assert_bitwise,
@@ -24,8 +22,10 @@ from qops.testing import (
     strided_rows,
     weight_only_bound,
 )
-from random_weights import KINDS, SCALE_DTYPES, random_int4
-from weight_only_oracle import fma
+from tests.support.cuda.cuda_backend import POLICIES, Backend, gpu, made_there
+from tests.support.cuda.gemm_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans
+from tests.support.ops.random_weights import KINDS, SCALE_DTYPES, random_int4
+from tests.support.ops.weight_only_oracle import fma
 
 DTYPES = (torch.float16, torch.bfloat16)
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # of a block, by the emulator's architecture

@@ -16,10 +16,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qops
-from contracts import nibbles, packed_for_gpu
-from cuda_backend import POLICIES, gpu, made_there
 from qops.testing import FLOAT_DTYPES, assert_bitwise, generator, random_activations
-from random_weights import KINDS, SCALE_DTYPES, assert_tensors_equal, empty_like, group_sizes, random_int4
+from tests.support.cuda.cuda_backend import POLICIES, gpu, made_there
+from tests.support.ops.contracts import nibbles, packed_for_gpu
+from tests.support.ops.random_weights import (
+    KINDS,
+    SCALE_DTYPES,
+    assert_tensors_equal,
+    empty_like,
+    group_sizes,
+    random_int4,
+)
 
 # Half a strip and less than a block, whole ones, a block and 8 columns, more strips and blocks than a thread block has.
 PADDINGS = ((8, 8), (16, 64), (24, 72), (16, 120), (40, 200), (136, 136), (8, 1032), (200, 64), (0, 64), (16, 0))

@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import cuda_tools
 import qops
-from contracts import mix_gate_up
-from cuda_backend import POLICIES, Backend, gpu
-from int8_gemm_oracle import activations, by_contract, codes, make_weight
-from property_calls import check_one
-from property_draws import HUGE, Sampler
-from property_gemm import int8_gemm as int8_gemm_calls
 from qops.ops.int8_gemm import MAX_K, MAX_K_WITH_ZERO_POINT, OUT_DTYPES
 from qops.testing import FLOAT_DTYPES, Guarded, assert_bitwise, generator, random_activations, strided_rows
-from random_weights import assert_tensors_equal
+from tests.support.cuda import cuda_tools
+from tests.support.cuda.cuda_backend import POLICIES, Backend, gpu
+from tests.support.ops.contracts import mix_gate_up
+from tests.support.ops.int8_gemm_oracle import activations, by_contract, codes, make_weight
+from tests.support.ops.random_weights import assert_tensors_equal
+from tests.support.properties.property_calls import check_one
+from tests.support.properties.property_draws import HUGE, Sampler
+from tests.support.properties.property_gemm import int8_gemm as int8_gemm_calls
 
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 # (N, K): strips and tiles of 128 rows that are and are not full, K below, at and beyond 64, odd multiples of 8.
@@ -64,7 +64,7 @@ def probe(tmp_path_factory) -> str:
     program = tmp_path_factory.mktemp("int8") / "plan"
     root = cuda_tools.ROOT
     options = ["-std=c++20", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", f"-I{root / 'csrc'}"]
-    cuda_tools.checked("g++", *options, str(root / "tests/int8_plan_probe.cpp"), "-o", str(program))
+    cuda_tools.checked("g++", *options, str(root / "tests/support/cuda/int8_plan_probe.cpp"), "-o", str(program))
     return str(program)
 
 

@@ -12,12 +12,12 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 from torch import Tensor
 
-import cuda_tools
-from cuda_backend import POLICIES, Backend, a_gpu, assert_same
-from property_calls import Call, check_one
-from property_draws import HUGE, Sampler
-from property_rows import ROW_OPS
 from qops.testing import FLOAT_DTYPES, assert_bitwise, generator, random_activations
+from tests.support.cuda import cuda_tools
+from tests.support.cuda.cuda_backend import POLICIES, Backend, a_gpu, assert_same
+from tests.support.properties.property_calls import Call, check_one
+from tests.support.properties.property_draws import HUGE, Sampler
+from tests.support.properties.property_rows import ROW_OPS
 
 ROOT = cuda_tools.ROOT
 # One H or more for each shape of row.cuh: threads of a row, vectors that a thread holds, aligned or not, too many.

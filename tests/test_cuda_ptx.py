@@ -7,8 +7,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import cuda_tools
-from cuda_tools import EMULATOR, ROOT, checked
+from tests.support.cuda import cuda_tools
+from tests.support.cuda.cuda_tools import EMULATOR, ROOT, checked
 
 GOLDEN = (ROOT / "tests/data/ptx_instances.txt").read_text()
 HEADER = (ROOT / "csrc/cuda/ptx.cuh").read_text()

@@ -19,11 +19,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from demo_models import byte_tokenizer, write_folder
 from qops.demo import artefact, chat, cli, compare, console
 from qops.demo.console import DemoError, Progress
 from qops.model import dense_model, load_model
 from qops.replacement import is_replaced
+from tests.support.models.demo_models import byte_tokenizer, write_folder
 
 # Terminal
 

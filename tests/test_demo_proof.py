@@ -17,12 +17,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import qops.model
 import qops.proof
-from demo_models import byte_tokenizer, write_folder
 from qops.decoder import DecoderLayer, fused_class
 from qops.demo import chat, cli, compare, console, proof
 from qops.demo.console import DemoError
 from qops.model import dense_model, load_model, load_tokenizer
 from qops.nn import MLP
+from tests.support.models.demo_models import byte_tokenizer, write_folder
 
 WAYS = {
     "float32": [],

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from docs import build
 
 import qops
+from docs import build
 
 GOOD = {
     "index.html": '<h1 id="qops">q</h1><a href="a/b.html#f">f</a> <a href="#qops">q</a> <a href="https://x.y">x</a>',

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import cuda_tools
-from cuda_tools import ARCHITECTURES, EMULATOR, ROOT, build_emulator, checked
+from tests.support.cuda import cuda_tools
+from tests.support.cuda.cuda_tools import ARCHITECTURES, EMULATOR, ROOT, build_emulator, checked
 
 POLICIES = ("fifo", "random", "prio")
 PTX = (ROOT / "csrc/cuda/ptx.cuh").read_text()

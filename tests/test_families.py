@@ -14,8 +14,6 @@ import weakref
 import pytest
 import torch
 import transformers
-from tests.families import FAMILIES, FUSED, IDS, VOCAB, random_model
-from tests.layerwise import assert_int8_layers_accurate, assert_layers_accurate, hidden_states
 from torch import nn
 from transformers import DynamicCache
 
@@ -26,6 +24,8 @@ from qops.nn import Int4Linear, Int8Embedding, RMSNorm
 from qops.quantize import QuantizationReport, quantize_model
 from qops.replacement import norm_style
 from qops.testing import assert_bitwise
+from tests.support.models.families import FAMILIES, FUSED, IDS, VOCAB, random_model
+from tests.support.models.layerwise import assert_int8_layers_accurate, assert_layers_accurate, hidden_states
 
 SCHEMES = ("int4", "int8")
 DTYPES = (torch.float32, torch.bfloat16)

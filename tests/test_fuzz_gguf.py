@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-import fuzz_gguf
+from tests.support import fuzz_gguf
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from bench.cases import LAYERS as LINEARS
 
-import gemm_plans
-from cuda_tools import checked
-from gemm_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans, searches
+from bench.cases import LAYERS as LINEARS
+from tests.support.cuda import gemm_plans
+from tests.support.cuda.cuda_tools import checked
+from tests.support.cuda.gemm_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans, searches
 
 KIB = 1024
 # An A100, H100 PCIe, RTX 4090, H100 SXM, RTX 5090.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.families import FUSED, IDS, random_model
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qops import quantize_model
 from qops.replacement import is_fused
+from tests.support.models.families import FUSED, IDS, random_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
 from qops.formats.gguf import BLOCK_BYTES, GGUFFile, int4_weight, int8_weight, load_tokenizer, unpermute_rows
 from qops.weights import Int4Weight, Int8Weight
+from tests.support.models.gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
 
 QUANTISED = tuple(BLOCK_BYTES)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import qops
 from bench import evidence as steps
 from bench import gpu_evidence, once, run
 from bench.evidence import Evidence
 from bench.gpu_evidence import Stage
-
-import qops
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from bench import problems
 from bench.gpu_evidence import ROW_OPS
-
-import cuda_tools
 from qops import _native
+from tests.support.cuda import cuda_tools
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent

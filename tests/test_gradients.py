@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qops
-from overloads import overloads, tensor_arguments, valid_calls
 from qops.testing import assert_bitwise
+from tests.support.properties.overloads import overloads, tensor_arguments, valid_calls
 
 OVERLOADS = overloads()
 # check_layout gives and writes nothing, so nothing is lost in it.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.families import FUSED, IDS, random_model
 
 from qops import quantize_model
 from qops.decoder import DecoderLayer
 from qops.replacement import is_fused
+from tests.support.models.families import FUSED, IDS, random_model
 
 SCHEMES = ("int4", "int8")
 # Of a fused layer: q, k and v, like gate and up, are one product.

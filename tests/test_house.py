@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from docs import build
 
-import house_rules as rules
 import qops
-from importers import importers, transformers_tests
-from odr import shared_symbols
+from docs import build
 from qops import _native, _transformers
+from tests.support import house_rules as rules
+from tests.support.importers import importers, transformers_tests
+from tests.support.odr import shared_symbols
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path in rules.authored_files(ROOT)}
@@ -550,14 +550,13 @@ def test_changelog_starts_with_this_version():
 def test_what_depends_on_transformers_is_found():
     library = {"qops.model": "def f():\n    import transformers", "qops.nn": "from qops.model import f"}
     tests = {
-        "helper": "from transformers.models import llama",
-        "test_a": "def test():\n    from qops import model",
-        "test_b": "import helper",
-        "test_c": "from tests.test_b import x",
-        "tests.test_b": "import helper",
-        "test_d": "import qops.nn, transformers_other",
+        "tests.helper": "from transformers.models import llama",
+        "tests.test_a": "def test():\n    from qops import model",
+        "tests.test_b": "from tests import helper",
+        "tests.test_c": "from tests.test_b import x",
+        "tests.test_d": "import qops.nn, transformers_other",
     }
-    assert importers("transformers", library, tests) == {"helper", "test_a", "test_b", "test_c", "tests.test_b"}
+    assert importers("transformers", library, tests) == {"tests.helper", "tests.test_a", "tests.test_b", "tests.test_c"}
     found = transformers_tests()
     assert {"tests/test_model.py", "tests/test_families.py", "tests/test_smollm2.py"} < set(found)
     assert not {"tests/test_rms_norm.py", "tests/test_house.py"} & set(found)

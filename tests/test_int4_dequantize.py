@@ -10,7 +10,7 @@ from torch import Tensor
 import qops
 from qops.ops.int4_dequantize import int4_dequantize_ref
 from qops.testing import FLOAT_DTYPES, assert_bitwise
-from random_weights import KINDS, SCALE_DTYPES, SHAPES, group_sizes, random_int4
+from tests.support.ops.random_weights import KINDS, SCALE_DTYPES, SHAPES, group_sizes, random_int4
 
 
 def by_contract(w: qops.Int4Weight, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from qops.testing import (
     strided_rows,
     weight_only_bound,
 )
-from weight_only_oracle import blocks_of, gemm_row
+from tests.support.ops.weight_only_oracle import blocks_of, gemm_row
 
 # (N, K, group size): full strips and others, 1 to 5 strips, groups of one to many blocks, K odd multiples of 8.
 SHAPES = (

@@ -22,7 +22,7 @@ from qops.testing import (
     strided_rows,
     weight_only_bound,
 )
-from random_weights import KINDS, group_sizes, random_int4
+from tests.support.ops.random_weights import KINDS, group_sizes, random_int4
 
 # N odd and even multiples of 8, one strip and several, more rows than a tile has.
 SHAPES = ((8, 16), (24, 48), (64, 144), (80, 256))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import qops
-from int8_gemm_oracle import activations, by_contract, codes, make_weight
 from qops.ops.int8_gemm import MAX_K, MAX_K_WITH_ZERO_POINT, OUT_DTYPES, int8_gemm_ref
 from qops.testing import FLOAT_DTYPES, Guarded, assert_bitwise, assert_within, generator, int8_gemm_bound
+from tests.support.ops.int8_gemm_oracle import activations, by_contract, codes, make_weight
 
 # (N, K): strips that are and are not full; one to many strips, in every remainder of a tile's width; K below, at and
 # beyond the 64 columns that are packed at a time, odd multiples of 8.

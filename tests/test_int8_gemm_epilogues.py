@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import qops
-from int8_gemm_oracle import activations, make_weight
 from qops.ops.int8_gemm import int8_gemm_ref
 from qops.testing import (
     FLOAT_DTYPES,
@@ -24,6 +23,7 @@ from qops.testing import (
     silu_mul_bound,
     strided_rows,
 )
+from tests.support.ops.int8_gemm_oracle import activations, make_weight
 
 # N odd and even multiples of 8, one strip and several, more rows than a tile has; K below and beyond 64.
 SHAPES = ((8, 16), (24, 72), (40, 200), (136, 1032))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import qops
-from int8_gemm_oracle import activations, by_contract, make_weight
 from qops.testing import assert_bitwise
+from tests.support.ops.int8_gemm_oracle import activations, by_contract, make_weight
 
 
 @pytest.mark.parametrize("n", (8, 16, 24, 32, 40, 48, 64, 72, 104))

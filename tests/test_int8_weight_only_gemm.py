@@ -18,7 +18,7 @@ from qops.testing import (
     strided_rows,
     weight_only_bound,
 )
-from weight_only_oracle import blocks_of, gemm_row
+from tests.support.ops.weight_only_oracle import blocks_of, gemm_row
 
 SHAPES = ((8, 32, 32), (24, 96, 32), (16, 1032, 1032), (72, 576, 32), (40, 272, 272), (8, 8, 8), (32, 768, 256))
 

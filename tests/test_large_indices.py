@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import qops
-from cuda_backend import Backend, a_gpu, gpu, made_there
-from int8_gemm_oracle import activations, make_weight
 from qops.testing import assert_bitwise, random_activations
-from random_weights import KINDS, random_int4
+from tests.support.cuda.cuda_backend import Backend, a_gpu, gpu, made_there
+from tests.support.ops.int8_gemm_oracle import activations, make_weight
+from tests.support.ops.random_weights import KINDS, random_int4
 
 EMULATED = Backend(torch.ops.qops_emu, "cpu")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import qops
 from qops.nn import MLP, Int4Linear, Int8Embedding, Int8Linear
 from qops.testing import assert_bitwise, generator
-from random_weights import some_weights
+from tests.support.ops.random_weights import some_weights
 
 K = 64
 

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.mutate import KNOWN, ROOT, SELECTIONS, Project, Selection, Unusable, mutate
-from tests.mutations import faults
+
+from tests.support.mutate import KNOWN, ROOT, SELECTIONS, Project, Selection, Unusable, mutate
+from tests.support.mutations import faults
 
 SOURCE = '''\
 def count(n, limit):

@@ -32,7 +32,7 @@ from qops.testing import (
     weight_only_bound,
 )
 from qops.weights import Int4Weight, Int8Weight
-from random_weights import some_weights
+from tests.support.ops.random_weights import some_weights
 
 K = 64
 

@@ -8,7 +8,6 @@ import transformers
 from torch import nn
 
 import qops
-from families import IDS, random_model
 from qops.nn import (
     MLP,
     Int4Linear,
@@ -21,6 +20,7 @@ from qops.nn import (
     into_stream,
 )
 from qops.testing import assert_bitwise, random_activations
+from tests.support.models.families import IDS, random_model
 
 K, N = 64, 48
 

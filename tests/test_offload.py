@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tests.architectures import TOKENS, outputs, tiny_model
-from tests.families import FUSED, IDS, random_model
 
 import qops
 from qops.model import dense_model, save_model
@@ -14,6 +12,8 @@ from qops.nn import MLP, Int4Linear, Int8Embedding
 from qops.quantize import quantize_model
 from qops.testing import assert_bitwise
 from qops.weights import Int4Weight, Int8Weight
+from tests.support.models.architectures import TOKENS, outputs, tiny_model
+from tests.support.models.families import FUSED, IDS, random_model
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.hooks import remove_hook_from_submodules  # noqa: E402

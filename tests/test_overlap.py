@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from overloads import overloads, tensor_arguments, valid_calls
+from tests.support.properties.overloads import overloads, tensor_arguments, valid_calls
 
 OVERLOADS = {name: op for name, op in overloads().items() if tensor_arguments(op, written=True)}
 

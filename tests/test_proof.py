@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from tests.families import FUSED, IDS, random_model
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
@@ -25,6 +24,7 @@ from qops.decoder import (
 )
 from qops.nn import MLP, MergedLinear, RMSNorm, frozen
 from qops.replacement import is_fused
+from tests.support.models.families import FUSED, IDS, random_model
 
 SCHEMES = ("int4", "int8")
 

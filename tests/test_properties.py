@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
 
-from property_calls import Call, check_call
-from property_draws import Sampler
-from property_gemm import GEMM_OPS
-from property_rows import ROW_OPS
-from property_weights import WEIGHT_OPS
 from qops.testing import assert_bitwise
+from tests.support.properties.property_calls import Call, check_call
+from tests.support.properties.property_draws import Sampler
+from tests.support.properties.property_gemm import GEMM_OPS
+from tests.support.properties.property_rows import ROW_OPS
+from tests.support.properties.property_weights import WEIGHT_OPS
 
 OPS: dict[str, Callable[[Sampler], Call]] = ROW_OPS | GEMM_OPS | WEIGHT_OPS
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import qops
-import quantize_oracles as oracles
 from qops.ops.quantize_int8 import quantize_int8_asym_ref, quantize_int8_ref, quantize_int8_static_ref
 from qops.testing import FLOAT_DTYPES, Guarded, assert_bitwise, generator, random_activations, strided_rows
+from tests.support.ops import quantize_oracles as oracles
 
 RULES = ("127", "compressed-tensors", "torchao")
 K_SIZES = (1, 2, 7, 15, 16, 17, 31, 33, 64, 576, 4097)

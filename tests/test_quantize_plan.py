@@ -8,7 +8,6 @@ import inspect
 import pytest
 import torch
 import transformers
-from tests.families import IDS, SIZES, VOCAB, random_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.rwkv.modeling_rwkv import RwkvBlock
@@ -18,6 +17,7 @@ from qops.nn import Int4Linear, Int8Linear, RMSNorm
 from qops.quantize import _classes
 from qops.replacement import is_fused
 from qops.weights import Int4Weight, Int8Weight
+from tests.support.models.families import IDS, SIZES, VOCAB, random_model
 
 SCHEMES = ("int4", "int8")
 

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qops
-from families import random_model
 from qops.nn import Int4Linear, Int8Embedding, Int8WeightOnlyLinear, MergedLinear, MergingModule, dense_linear
 from qops.testing import assert_bitwise
-from random_weights import random_int4
+from tests.support.models.families import random_model
+from tests.support.ops.random_weights import random_int4
 
 
 def saved_and_loaded(module: torch.nn.Module, folder) -> dict[str, torch.Tensor]:

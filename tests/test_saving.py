@@ -12,8 +12,6 @@ import sys
 import pytest
 import torch
 import transformers
-from tests.architectures import ARCHITECTURES, DECODER, TOKENS, outputs, tiny_model
-from tests.families import IDS, SIZES, random_model
 from torch import nn
 
 from qops.decoder import DecoderLayer
@@ -22,6 +20,8 @@ from qops.nn import Int4Linear, Int8Embedding, RMSNorm
 from qops.quantize import quantize_model
 from qops.testing import assert_bitwise
 from qops.weights import Int4Weight, Int8Weight
+from tests.support.models.architectures import ARCHITECTURES, DECODER, TOKENS, outputs, tiny_model
+from tests.support.models.families import IDS, SIZES, random_model
 
 # Every linear that can be; the output layer, and a table that is tied to it, in 4 and in 8 bits.
 WAYS = {

@@ -50,7 +50,7 @@ def exp_poly(tmp_path_factory):
         flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
         flags += ["-DQOPS_ISA_NS=probe", f"-DQOPS_ISA_{level.upper()}=1"]
         flags += ["-march=native"] if level != "scalar" else []
-        source = ROOT / "tests" / "exp_poly_probe.cpp"
+        source = ROOT / "tests/support/ops/exp_poly_probe.cpp"
         subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
         function = ctypes.CDLL(str(library)).exp_poly_probe
         function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)

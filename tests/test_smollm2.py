@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.layerwise import assert_int8_layers_accurate, assert_layers_accurate
 
 import qops
 from qops.demo.artefact import Cache
@@ -12,6 +11,7 @@ from qops.demo.chat import text_ids
 from qops.demo.compare import passage
 from qops.model import dense_model, load_model, load_tokenizer
 from qops.quantize import quantize_model
+from tests.support.models.layerwise import assert_int8_layers_accurate, assert_layers_accurate
 
 
 @pytest.fixture(scope="module")

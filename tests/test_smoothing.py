@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.families import FUSED, IDS, random_model
 from torch import nn
 
 from qops.decoder import DecoderLayer
@@ -16,6 +15,7 @@ from qops.quantize import quantize_model
 from qops.replacement import norm_style
 from qops.smoothing import plan_smoothing, smoothing_scales
 from qops.testing import assert_bitwise, generator
+from tests.support.models.families import FUSED, IDS, random_model
 
 DOUBLE = torch.float64
 

@@ -25,7 +25,7 @@ from qops.testing import (
     silu_mul_bound,
     weight_only_bound,
 )
-from random_weights import random_int4, random_int8
+from tests.support.ops.random_weights import random_int4, random_int8
 
 K, GROUP, EPS = 576, 64, 1e-5
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cuda_tools import EMULATOR, build_emulator, checked
+from tests.support.cuda.cuda_tools import EMULATOR, build_emulator, checked
 
 pytestmark = pytest.mark.slow
 POLICIES = "fifo,random,prio"

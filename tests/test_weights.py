@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import qops
 from qops.testing import assert_bitwise, generator
 from qops.weights import Int4Weight, Int8Weight
-from random_weights import (
+from tests.support.ops.random_weights import (
     KINDS,
     SCALE_DTYPES,
     SHAPES,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qops.testing import generator
 from qops.weights import Int4Weight, Int8Weight
-from random_weights import KINDS, random_int4
+from tests.support.ops.random_weights import KINDS, random_int4
 
 
 def unpacked(qweight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qops
 from qops.testing import assert_bitwise, generator
 from qops.weights import Int4Weight, Int8Weight
-from random_weights import (
+from tests.support.ops.random_weights import (
     KINDS,
     assert_tensors_equal,
     buffers,

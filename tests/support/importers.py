@@ -1,6 +1,6 @@
 """Which test files depend on Transformers, so that they are run with several versions of it.
 
-    python tests/importers.py
+    python -m tests.support.importers
 
 prints those that import it, or a module of qops that does: at their top or inside functions,
 themselves or through other files of tests/.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def imports(text: str) -> set[str]:
@@ -43,11 +43,10 @@ def transformers_tests() -> list[str]:
     """Paths of the test files that depend on Transformers."""
     package = ROOT / "python"
     library = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
-    # By both of the names by which test files import each other.
-    tests = {f"{folder}{path.stem}": path for path in (ROOT / "tests").glob("*.py") for folder in ("", "tests.")}
+    tests = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "tests").rglob("*.py")}
     texts = ({name: path.read_text() for name, path in paths.items()} for paths in (library, tests))
     found = importers("transformers", *texts)
-    return sorted(f"tests/{name}.py" for name in found if name.startswith("test_"))
+    return sorted(str(tests[name].relative_to(ROOT)) for name in found if tests[name].name.startswith("test_"))
 
 
 if __name__ == "__main__":

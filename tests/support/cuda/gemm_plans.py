@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cuda_tools import ROOT, checked
+from tests.support.cuda.cuda_tools import ROOT, checked
 
 DECODE, TILED, DENSE = range(3)
 
@@ -64,7 +64,7 @@ def program() -> Path:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     path = Path(folder) / "gemm_plans"
-    sources = ["-I", str(ROOT / "csrc"), str(ROOT / "tests/gemm_plans.cpp")]
+    sources = ["-I", str(ROOT / "csrc"), str(ROOT / "tests/support/cuda/gemm_plans.cpp")]
     checked("g++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", *sources, "-o", str(path))
     return path
 

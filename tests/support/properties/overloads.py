@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from property_calls import Call
-from property_draws import HUGE, Sampler
-from property_gemm import GEMM_OPS
-from property_rows import ROW_OPS
-from property_weights import WEIGHT_OPS
+from tests.support.properties.property_calls import Call
+from tests.support.properties.property_draws import HUGE, Sampler
+from tests.support.properties.property_gemm import GEMM_OPS
+from tests.support.properties.property_rows import ROW_OPS
+from tests.support.properties.property_weights import WEIGHT_OPS
 
 STRATEGIES: dict[str, Callable[[Sampler], Call]] = ROW_OPS | GEMM_OPS | WEIGHT_OPS
 

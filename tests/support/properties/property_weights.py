@@ -9,13 +9,22 @@ import torch
 from torch import Tensor
 
 import qops
-from contracts import int4_dequantize_exact, mix_gate_up, nibbles, packed
-from property_calls import Call, Fault
-from property_draws import INT64, Sampler
-from property_gemm import ROWS, SIZES, give_weight, scales_of, size_ways, strips, untyped, weight_ways
-from property_rows import F32, INT8, Ways, finish
 from qops.ops.int4_gemm import KINDS
 from qops.testing import FLOAT_DTYPES, generator
+from tests.support.ops.contracts import int4_dequantize_exact, mix_gate_up, nibbles, packed
+from tests.support.properties.property_calls import Call, Fault
+from tests.support.properties.property_draws import INT64, Sampler
+from tests.support.properties.property_gemm import (
+    ROWS,
+    SIZES,
+    give_weight,
+    scales_of,
+    size_ways,
+    strips,
+    untyped,
+    weight_ways,
+)
+from tests.support.properties.property_rows import F32, INT8, Ways, finish
 
 # --- int4_dequantize -------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from cuda_tools import ROOT
+from tests.support.cuda.cuda_tools import ROOT
 
 BUDGETS = ROOT / "tests/data/cuda_budgets.json"
 KERNELS: dict[str, dict[str, int]] = json.loads(BUDGETS.read_text())["kernels"]

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from property_calls import Call, Fault
 from qops.testing import FLOAT_DTYPES, generator
+from tests.support.properties.property_calls import Call, Fault
 
 T = TypeVar("T")
 OTHER_DTYPES = (

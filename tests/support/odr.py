@@ -1,4 +1,4 @@
-"""Looks for inline functions that two ISA levels would share: ``python tests/odr.py BUILD_FOLDER...``
+"""Looks for inline functions that two ISA levels would share: ``python -m tests.support.odr BUILD_FOLDER...``
 
 Every kernel source is compiled once per level. An inline function or template that is not in its level's namespace gets
 the same symbol from each of them, the linker keeps one, and a CPU without AVX-512 may then run AVX-512 instructions

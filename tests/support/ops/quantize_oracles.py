@@ -1,6 +1,6 @@
 """Per-token int8 as compressed-tensors and torchao compute it, and a table of what they gave.
 
-``python tests/quantize_oracles.py`` writes the table anew; it needs both packages.
+``python -m tests.support.ops.quantize_oracles`` writes the table anew; it needs both packages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qops.testing import FLOAT_DTYPES, generator
 
-TABLE = Path(__file__).parent / "data" / "quantize_int8_rules.json"
+TABLE = Path(__file__).resolve().parents[2] / "data" / "quantize_int8_rules.json"
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 NAN, INF = float("nan"), float("inf")
 
@@ -113,7 +113,7 @@ def table() -> dict[str, object]:
     versions = {name: version(name) for name in ("torch", "compressed-tensors", "torchao")}
     return {
         "what": "rows x [T, 8] and their per-token int8 by two packages on the CPU; floats as integers of their bits",
-        "made_by": "python tests/quantize_oracles.py",
+        "made_by": "python -m tests.support.ops.quantize_oracles",
         "versions": {**versions, "machine": platform.machine()},
         "cases": cases,
         "torchao_asym": asym,

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuda_tools import checked
+from tests.support.cuda.cuda_tools import checked
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import qops
-from contracts import silu_mul_exact
-from property_calls import Call, Fault, Result
-from property_draws import COLUMNS, HUGE, Sampler
 from qops._numerics import rms_norm_exact, rotary_exact
 from qops.ops.quantize_int8 import quantize_int8_asym_ref, quantize_int8_ref, quantize_int8_static_ref
 from qops.testing import FLOAT_DTYPES
+from tests.support.ops.contracts import silu_mul_exact
+from tests.support.properties.property_calls import Call, Fault, Result
+from tests.support.properties.property_draws import COLUMNS, HUGE, Sampler
 
 RULES = ("127", "compressed-tensors", "torchao")
 BAD_RULES = ("", "128", "127 ", "Torchao", "hf")

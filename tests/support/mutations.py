@@ -1,4 +1,4 @@
-"""Faults that can be planted in a source, one edit each: what tests.mutate draws from."""
+"""Faults that can be planted in a source, one edit each: what tests.support.mutate draws from."""
 
 from __future__ import annotations
 

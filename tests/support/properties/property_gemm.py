@@ -10,14 +10,23 @@ import torch
 from torch import Tensor
 
 import qops
-from contracts import int8_gemm_exact, mix_gate_up, packed, silu_mul_exact
-from property_calls import Call, Fault, Result
-from property_draws import INT64, Sampler
-from property_rows import F32, INT8, Ways, finish, give_outputs, leading_of, output_ways, zero_dim
 from qops.ops.int4_gemm import KINDS
 from qops.ops.quantize_int8 import quantize_int8_static_ref
 from qops.testing import FLOAT_DTYPES, generator
-from weight_only_oracle import gemm_row
+from tests.support.ops.contracts import int8_gemm_exact, mix_gate_up, packed, silu_mul_exact
+from tests.support.ops.weight_only_oracle import gemm_row
+from tests.support.properties.property_calls import Call, Fault, Result
+from tests.support.properties.property_draws import INT64, Sampler
+from tests.support.properties.property_rows import (
+    F32,
+    INT8,
+    Ways,
+    finish,
+    give_outputs,
+    leading_of,
+    output_ways,
+    zero_dim,
+)
 
 ROWS = (8, 16, 24, 40, 0, 72)
 SIZES = (8, 16, 48, 32, 64, 0, 80, 144, 256)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 
 import torch.nn.functional as F
+from torch import Tensor
+
 from bench.problems import SiluMul
 from bench.providers import Provider
-from torch import Tensor
 
 
 def silu(p: SiluMul) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weight_only_oracle import fma
+from tests.support.ops.weight_only_oracle import fma
 
 
 def _float32(text: str) -> np.float32:

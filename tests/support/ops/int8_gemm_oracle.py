@@ -7,7 +7,7 @@ import torch
 
 import qops
 from qops.testing import generator
-from weight_only_oracle import fma
+from tests.support.ops.weight_only_oracle import fma
 
 
 def codes(*shape: int, seed: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Plants one fault at a time and asks whether the tests see it: `python -m tests.mutate FILE... --seed 1 --count 20`.
+"""Plants one fault at a time and asks whether the tests see it: `python -m tests.support.mutate FILE... --count 20`.
 
 Works in a copy of the tree. A fault that no test sees survives; data/mutants.json holds the survivors that are known,
 each equivalent to the original or a hole with its reason. Exit status: 1 with another survivor, 2 where the tests fail
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from tests.mutations import Fault, faults
+from tests.support.mutations import Fault, faults
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KNOWN = ROOT / "tests/data/mutants.json"
 LEFT_OUT = (".git", "build", "dist", "__pycache__", ".venv", ".pytest_cache", ".hypothesis", ".ruff_cache")
 
@@ -43,7 +43,7 @@ def _tests(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/test_{name}.py" for name in names)
 
 
-_TOOLS = "import sys; sys.path.insert(0, 'tests'); import cuda_tools as c, pathlib, torch; "
+_TOOLS = "import sys, pathlib, torch; from tests.support.cuda import cuda_tools as c; "
 _DEV = (
     _TOOLS + "c.checked(c.cmake(), '--preset', 'dev', '-DPython_EXECUTABLE=' + sys.executable, "
     "'-DCMAKE_MAKE_PROGRAM=' + c.ninja(), '-DQOPS_TORCH_DIR=' + str(pathlib.Path(torch.__file__).parent)); "
@@ -211,7 +211,8 @@ def mutate(project: Project, names: Iterable[str], count: int, seed: int, work: 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=(__doc__ or "").partition("\n\n")[0])
+    about = (__doc__ or "").partition("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tests.support.mutate", description=about)
     parser.add_argument("files", nargs="+", metavar="FILE", help="from the root of the tree")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=20, help="faults in each file")

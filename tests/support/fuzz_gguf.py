@@ -1,4 +1,4 @@
-"""Feeds mutated GGUF files to qops.load_model and load_tokenizer: ``python tests/fuzz_gguf.py --count 20000 --seed 0``
+"""Feeds mutated GGUF files to qops.load_model and load_tokenizer: ``python -m tests.support.fuzz_gguf --count 20000``
 
 A file either loads, and a forward of four tokens runs, or is a ValueError that names the path. Anything else is a
 failure: another exception, a crash, more than 2 GiB of memory, more than ten seconds. File number i of a seed is always
@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from gguf_files import HEAD_DIM, VOCAB, LlamaFile, llama_file
 from qops.model import load_model, load_tokenizer
+from tests.support.models.gguf_files import HEAD_DIM, VOCAB, LlamaFile, llama_file
 
 SECONDS = 10
 MEMORY_BYTES = 2 << 30
