@@ -32,14 +32,13 @@ FILES_OF = {
     "int8_unpack": "weight_pack",
 }
 # One layer's file for several of those: the two GEMMs take the same arguments, as do an operator and its form that
-# emits int8, and rotary with and without norms; packing is tested with the weights.
+# emits int8, and rotary with and without norms.
 LAYER_FILES_OF = {
     ("csrc/binding", "int4_gemm"): "weight_only_gemm",
     ("csrc/binding", "int8_weight_only_gemm"): "weight_only_gemm",
     ("csrc/binding", "qk_norm_rotary"): "rotary",
     ("csrc/binding", "rms_norm_int8"): "rms_norm",
     ("csrc/binding", "silu_mul_int8"): "silu_mul",
-    ("tests", "weight_pack"): "weights",
 }
 # Used through qops.Int4Weight and qops.Int8Weight alone: no public function, no benchmark.
 INTERNAL_OPS = frozenset({"check_layout", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
@@ -272,7 +271,7 @@ def python_layer_violations(path: str, text: str) -> list[str]:
                 allowed = (*sys.stdlib_module_names, "torch", "qops")
                 if not _within(module, allowed):
                     found.append(f"{line}: {stem} may need torch alone, not {module}")
-        elif path.startswith(("tests/", "bench/")) and re.match(r"(tests\.)?test_|(bench\.)?bench_", module):
+        elif path.startswith(("tests/", "bench/")) and re.match(r"(tests\.(\w+\.)*)?test_|(bench\.)?bench_", module):
             found.append(f"{line}: test and benchmark files may not import each other: {module}")
     return found
 
@@ -317,7 +316,8 @@ def stem_of(op: str, layer: str = "") -> str:
 def files_of(op: str) -> list[str]:
     """Where an operator lives, one file on every layer."""
     files = [f"{layer}/{stem_of(op, layer)}.cpp" for layer in ("csrc/binding", "csrc/cpu")]
-    files += [f"python/qops/ops/{stem_of(op, 'python/qops/ops')}.py", f"tests/test_{stem_of(op, 'tests')}.py"]
+    tests = "tests/weights/test_weights.py" if stem_of(op) == "weight_pack" else f"tests/ops/test_{stem_of(op)}.py"
+    files += [f"python/qops/ops/{stem_of(op, 'python/qops/ops')}.py", tests]
     return files if op in INTERNAL_OPS else [*files, f"bench/bench_{stem_of(op, 'bench')}.py"]
 
 

@@ -32,7 +32,7 @@ LEFT_OUT = (".git", "build", "dist", "__pycache__", ".venv", ".pytest_cache", ".
 
 @dataclass(frozen=True)
 class Selection:
-    """What looks at files of a pattern: {stem} stands for the name of the file without its extension."""
+    """What looks at files of a pattern: tests by patterns, where {stem} is the name of the file without extension."""
 
     pattern: str
     tests: tuple[str, ...]
@@ -40,7 +40,7 @@ class Selection:
 
 
 def _tests(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_{name}.py" for name in names)
+    return tuple(f"tests/**/test_{name}.py" for name in names)
 
 
 _TOOLS = "import sys, pathlib, torch; from tests.support.cuda import cuda_tools as c; "
@@ -94,7 +94,8 @@ class Project:
         if chosen is None:
             raise Unusable(f"{name}: no entry of SELECTIONS fits")
         named = [test.format(stem=Path(name).stem) for test in chosen.tests]
-        tests = tuple(test for test in named if (self.root / test).exists())
+        found = (path for test in named for path in sorted(self.root.glob(test)))
+        tests = tuple(str(path.relative_to(self.root)) for path in found)
         if not tests:
             raise Unusable(f"{name}: none of {', '.join(named)} exists")
         return Selection(chosen.pattern, tests, chosen.build)

@@ -1,6 +1,6 @@
 // Accesses whose cost is known, one a line, and behind each what the tracer has to count: instruction, wavefronts or
 // sectors, and how many there would be at least. Then accesses that race, and such that do not. Read by
-// tests/test_tracer.py.
+// tests/cuda/test_tracer.py.
 #include <cstdio>
 
 #include "cuda/launch.h"

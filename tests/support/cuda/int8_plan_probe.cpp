@@ -1,4 +1,4 @@
-// What tests/test_cuda_int8_gemm.py asks about the plans of int8_config.h.
+// What tests/cuda/test_cuda_int8_gemm.py asks about the plans of int8_config.h.
 //
 //   check                         every property that kernels rely on, over many shapes and GPUs; prints what fails
 //   plan M N K SMS SHARED_BYTES   prints tokens, split, blocks, bytes of w under way on a multiprocessor, live tokens

@@ -18,7 +18,7 @@ from bench import problems, providers
 from bench.peers import MODULES, collect, install, layouts, libraries, pins, vllm_gemm
 from bench.providers import Provider
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "bench" / "peers" / "README.md").read_text()
 # Theirs are the tests of the harness.
 OWN = ("ours", "vendor", "eager", "compiled", "decode")

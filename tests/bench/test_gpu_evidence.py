@@ -20,7 +20,7 @@ from bench import gpu_evidence, once, run
 from bench.evidence import Evidence
 from bench.gpu_evidence import Stage
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def seen(tmp_path: Path, kind: str = "emulated") -> Evidence:
@@ -179,17 +179,17 @@ def test_a_process_for_each_file_side_by_side(on_a_gpu, monkeypatch):
         assert command[-1] == name and limit > 50 and {"-v", "--tb=short", "gpu and not compile"} <= {*command}
 
     monkeypatch.setattr(Evidence, "run_tests", run_tests)
-    on_a_gpu.record("tests", "tests/test_cuda_ops.py", [], "passed", 1.0, "")
+    on_a_gpu.record("tests", "tests/cuda/test_cuda_ops.py", [], "passed", 1.0, "")
     gpu_evidence.tests(on_a_gpu)
-    assert {file for file, _ in ran} == {*gpu_evidence.cuda_tests()} - {"tests/test_cuda_ops.py"}
+    assert {file for file, _ in ran} == {*gpu_evidence.cuda_tests()} - {"tests/cuda/test_cuda_ops.py"}
     assert max(at for _, at in ran) - min(at for _, at in ran) < 0.3
 
 
 def test_tests_are_found_by_their_names():
-    """A new operator's file tests/test_cuda_<op>.py is run without being listed; what needs no GPU is not."""
+    """A new operator's file tests/cuda/test_cuda_<op>.py is run without being listed; what needs no GPU is not."""
     files = gpu_evidence.cuda_tests()
-    assert {"tests/test_cuda_ops.py", "tests/test_cuda_gpu.py", "tests/test_cuda_int4_gemm.py"} <= {*files}
-    every = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda_*.py"))
+    assert {f"tests/cuda/test_cuda_{name}.py" for name in ("ops", "gpu", "int4_gemm")} <= {*files}
+    every = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/cuda").rglob("test_cuda_*.py"))
     command = [*gpu_evidence.pytest(gpu_evidence.GPU_TESTS), "-qq", "--collect-only", *every]
     path = os.pathsep.join(sys.path)
     done = subprocess.run(
@@ -210,7 +210,7 @@ torch.Tensor.to = torch.Tensor.cuda = torch.nn.Module.to = fail
 import test_cuda_gpu
 assert test_cuda_gpu.OPS
 """
-    path = [str(ROOT / "tests"), *sys.path]
+    path = [str(ROOT / "tests/cuda"), *sys.path]
     done = subprocess.run(
         python(f"import sys; sys.path[:0] = {path!r}\n{code}"), capture_output=True, text=True, check=False
     )

@@ -21,7 +21,7 @@ from qops.testing import (
     strided_rows,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAN, INF = float("nan"), float("inf")
 SPECIAL = (0.0, -0.0, NAN, INF, -INF, 1e-45, -1e-45, 1e-40, -1e-40, 1e38, -1e38, 88.72283, 88.722839, 89.0, -87.33654)
 SPECIAL += (float.fromhex("0x1.4cc98p+2"), float.fromhex("-0x1.0af4e2p+4"))  # the largest errors of exp and silu

@@ -23,7 +23,7 @@ from tests.support import house_rules as rules
 from tests.support.importers import importers, transformers_tests
 from tests.support.odr import shared_symbols
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILES = {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path in rules.authored_files(ROOT)}
 CPP = {p: text for p, text in FILES.items() if p.startswith("csrc/") and not p.endswith(("CMakeLists.txt", ".cmake"))}
 PYTHON = {path: text for path, text in FILES.items() if path.endswith(".py")}
@@ -50,7 +50,7 @@ def test_the_whole_tree_is_looked_at():
         ".ci/run",
         "setup.py",
         "csrc/kernels.h",
-        "tests/test_house.py",
+        "tests/house/test_house.py",
         "docs/templates/module.html.jinja2",
         "python/qops/__init__.py",
     ):
@@ -157,7 +157,8 @@ BAD_PYTHON = {
     "more than torch in the check": ("python/qops/_check_cases.py", "import numpy"),
     "more than torch at import": ("python/qops/__init__.py", "import transformers"),
     "relative": ("python/qops/model.py", "from .weights import Int4Weight"),
-    "a test file": ("tests/test_rotary.py", "from test_rms_norm import X"),
+    "a test file": ("tests/ops/test_rotary.py", "from test_rms_norm import X"),
+    "a test file by its package": ("tests/ops/test_rotary.py", "from tests.ops.test_rms_norm import X"),
     "a benchmark": ("bench/bench_rotary.py", "from bench.bench_rms_norm import CASES"),
 }
 GOOD_PYTHON = {
@@ -520,9 +521,8 @@ def test_readme_lists_the_environment_variables():
     reads = """os.environ.get("A_B") os.environ["CC"] os.getenv('EE') std::getenv("GG")"""
     reads += 'os.environ.setdefault("FF", "") "$ENV{HH}" "$ENV{PATH}"'
     assert rules.variables_read(reads + 'os.environ["DD"] = "1"') == {"A_B", "CC", "EE", "FF", "GG", "HH"}
-    read = {
-        name for path, text in FILES.items() if path != "tests/test_house.py" for name in rules.variables_read(text)
-    }
+    others = (text for path, text in FILES.items() if path != "tests/house/test_house.py")
+    read = {name for text in others for name in rules.variables_read(text)}
     assert rules.variables_listed(README) == read
 
 
@@ -558,8 +558,8 @@ def test_what_depends_on_transformers_is_found():
     }
     assert importers("transformers", library, tests) == {"tests.helper", "tests.test_a", "tests.test_b", "tests.test_c"}
     found = transformers_tests()
-    assert {"tests/test_model.py", "tests/test_families.py", "tests/test_smollm2.py"} < set(found)
-    assert not {"tests/test_rms_norm.py", "tests/test_house.py"} & set(found)
+    assert {"tests/models/test_model.py", "tests/models/test_families.py", "tests/models/test_smollm2.py"} < set(found)
+    assert not {"tests/ops/test_rms_norm.py", "tests/house/test_house.py"} & set(found)
 
 
 # --- inline functions of the ISA levels: odr.py runs on a build, here on nm's words ----------------------------------

@@ -17,7 +17,7 @@ from qops import _native
 from tests.support.cuda import cuda_tools
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PLANTED = {"int4_gemm": "crash", "int8_gemm": "hang", "silu_mul": "wrong"}
 
 
@@ -43,17 +43,17 @@ def test_the_evidence_command(tmp_path):
     assert {key: step["status"] for key, step in steps.items()} == {
         ("build", "import"): "passed",
         ("check", "python -m qops check"): "passed",
-        ("tests", "tests/test_cuda_int4_gemm.py"): "failed",
-        ("tests", "tests/test_cuda_int4_weights.py"): "passed",
-        ("tests", "tests/test_cuda_int8_gemm.py"): "timed out",
-        ("tests", "tests/test_cuda_ops.py"): "failed",
+        ("tests", "tests/cuda/test_cuda_int4_gemm.py"): "failed",
+        ("tests", "tests/cuda/test_cuda_int4_weights.py"): "passed",
+        ("tests", "tests/cuda/test_cuda_int8_gemm.py"): "timed out",
+        ("tests", "tests/cuda/test_cuda_ops.py"): "failed",
         ("gemms", "bench.run"): "failed",
         ("rows", "bench.run"): "failed",
         ("memcheck", "compute-sanitizer"): "unavailable",
     }
-    crash, hang, wrong = (steps["tests", f"tests/test_cuda_{of}.py"] for of in ("int4_gemm", "int8_gemm", "ops"))
-    assert "exit status -11 in tests/test_cuda_int4_gemm.py::" in crash["note"] and len(crash["failed"]) == 1
-    assert "it hangs in tests/test_cuda_int8_gemm.py::" in hang["note"] and len(hang["failed"]) == 1
+    crash, hang, wrong = (steps["tests", f"tests/cuda/test_cuda_{of}.py"] for of in ("int4_gemm", "int8_gemm", "ops"))
+    assert "exit status -11 in tests/cuda/test_cuda_int4_gemm.py::" in crash["note"] and len(crash["failed"]) == 1
+    assert "it hangs in tests/cuda/test_cuda_int8_gemm.py::" in hang["note"] and len(hang["failed"]) == 1
     assert wrong["failed"] and all("test_rows_that_begin_anywhere" in name for name in wrong["failed"])
 
     rows = [row for stage in ("gemms", "rows") for row in json.loads((out / f"{stage}.json").read_text())["results"]]

@@ -19,7 +19,7 @@ from bench import cases, document, limits, problems, providers, run, session, ti
 from bench.cases import Case
 from bench.document import Document, OtherRun
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("tests.support.bench.fake_providers",)
 SMALL = Case("silu_mul", {"T": 4, "I": 64, "dtype": "bfloat16", "cache": "cold", "threads": 1})
 FAST = timing.Protocol(
