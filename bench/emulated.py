@@ -8,9 +8,7 @@ what its calls compute. Everything is synchronous, so nothing about streams is s
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 FOREVER = contextlib.ExitStack()
-TESTS = Path(__file__).resolve().parent.parent / "tests"
 # In inference mode "item" comes whole.
 FOR_THE_HOST = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "lift_fresh")
 # Small, so that nothing made for them is large.
@@ -94,16 +91,11 @@ STAND_INS: dict[str, Any] = {
 }
 
 
-def _of_tests(name: str) -> Any:
-    """A module of the tests, which hold the emulator."""
-    if str(TESTS) not in sys.path:
-        sys.path.append(str(TESTS))
-    return importlib.import_module(name)
-
-
 def build() -> Path:
     """The module that registers the emulated operators, brought up to date; once for all processes that load it."""
-    return _of_tests("cuda_tools").build_emulated_operators()
+    from tests.support.cuda.cuda_tools import build_emulated_operators  # needs pytest
+
+    return build_emulated_operators()
 
 
 def install(module: Path) -> None:
@@ -111,7 +103,8 @@ def install(module: Path) -> None:
     spec = importlib.util.spec_from_file_location("qops_emulated", module)
     assert spec is not None and spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    backend = _of_tests("cuda_backend")
+    from tests.support.cuda.cuda_backend import gpu, the_emulator  # likewise
+
     for name, stand_in in STAND_INS.items():
         setattr(torch.cuda, name, stand_in)
-    FOREVER.enter_context(backend.gpu(backend.the_emulator()))
+    FOREVER.enter_context(gpu(the_emulator()))

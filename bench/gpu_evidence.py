@@ -57,7 +57,7 @@ PROVIDER_SECONDS = 30.0
 # A whole model of 32 layers and its dense twin take minutes to make and to verify.
 WHOLE_MODEL_SECONDS, PART_OF_THE_MODEL = 240.0, 8
 # Files without a test for a GPU: they would have shown nothing. Of the others, what inductor compiles takes minutes.
-WITHOUT_GPU = tuple(f"tests/test_cuda_{name}.py" for name in ("compile", "instances", "missing"))
+WITHOUT_GPU = ("test_cuda_compile", "test_cuda_instances", "test_cuda_missing")
 GPU_TESTS = "gpu and not compile"
 REHEARSED_TESTS = "not gpu and begin_anywhere"
 # A few minutes under a sanitizer: every kernel, aligned and not, with and without values past the row's end.
@@ -145,8 +145,8 @@ def check(evidence: Evidence) -> None:
 
 def cuda_tests() -> list[str]:
     """A new operator's file is run without being listed."""
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda_*.py"))
-    return [file for file in files if file not in WITHOUT_GPU]
+    files = (path for path in (ROOT / "tests/cuda").rglob("test_cuda_*.py") if path.stem not in WITHOUT_GPU)
+    return sorted(str(path.relative_to(ROOT)) for path in files)
 
 
 def pytest(chosen: str) -> list[str]:

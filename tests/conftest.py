@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-import cuda_tools
-from cuda_backend import POLICIES, Backend, a_gpu, the_emulator
 from qops._native import _C
+from tests.support.cuda import cuda_tools
+from tests.support.cuda.cuda_backend import POLICIES, Backend, a_gpu, the_emulator
 
 # One fixed set of calls for every day; `--hypothesis-profile=thorough` draws new ones each time.
 settings.register_profile(

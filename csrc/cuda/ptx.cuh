@@ -1,4 +1,4 @@
-// PTX instructions, one thin function each: the only file with assembly. tests/emulator/ptx_emu.h declares the same
+// PTX instructions, one thin function each: the only file with assembly. tests/emulator/ptx/ptx_emu.h declares the same
 // functions for g++; a test compares the two lists, and another one assembles every function for every architecture.
 // The comment of each names the instruction and the oldest architecture that has it. A 32-bit `shared` is an address in
 // shared memory (shared_address() gives it); pointers point to global memory.
@@ -8,7 +8,7 @@
 
 #if !defined(__CUDACC__)
 
-#include "emulator/ptx_emu.h"
+#include "emulator/ptx/ptx_emu.h"
 
 namespace qops {
 namespace ptx = ::emu::ptx;

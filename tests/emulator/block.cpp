@@ -3,7 +3,7 @@
 #include <bit>
 #include <cstring>
 
-#include "emulator/tracer.h"
+#include "emulator/tracer/tracer.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

@@ -12,7 +12,7 @@
 #include <map>
 #include <numeric>
 
-#include "emulator/tracer.h"
+#include "emulator/tracer/tracer.h"
 
 namespace emu {
 

@@ -1,0 +1,46 @@
+"""A quantised model on a GPU, and in the emulator, by the code path that it has on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qops.nn import Int4Linear
+from qops.quantize import quantize_model
+from qops.testing import generator
+from tests.support.cuda.cuda_backend import gpu
+from tests.support.models.layerwise import assert_layers_accurate
+
+VOCAB = 96
+
+
+def random_llama() -> LlamaForCausalLM:
+    """Two layers, with sizes that are no multiples of a block of 64 columns or of a tile."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=96,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval().bfloat16()
+
+
+def test_a_quantised_model_says_what_it_says_on_a_cpu(backend):
+    """Each layer is as accurate as Transformers' own, for a prompt (tiled kernel) and for tokens (decode kernel)."""
+    ids = torch.randint(3, VOCAB, (2, 20), generator=generator(1))
+    more = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    want = quantize_model(random_llama(), group_size=16).generate(ids, **more)
+    with gpu(backend):
+        model = quantize_model(random_llama().to(backend.device), group_size=16)
+        assert sum(isinstance(module, Int4Linear) for module in model.modules()) >= 8
+        assert model.qops_fusion.not_fused is None and "in bfloat16" in model.qops_fusion.proof, model.qops_fusion
+        ids = backend.on_device(ids)
+        got = model.generate(ids, **more).cpu()
+        assert_layers_accurate(model, ids)
+        assert_layers_accurate(model, ids[:1, :3])
+    assert torch.equal(got, want)

@@ -1,0 +1,396 @@
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from qops.formats.gguf import BLOCK_BYTES, GGUFFile, int4_weight, int8_weight, load_tokenizer, unpermute_rows
+from qops.weights import Int4Weight, Int8Weight
+from tests.support.models.gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
+
+QUANTISED = tuple(BLOCK_BYTES)
+
+
+def read(blocks: torch.Tensor, kind: str) -> Int4Weight | Int8Weight:
+    return (Int8Weight if kind == "Q8_0" else Int4Weight).from_gguf(blocks, kind)
+
+
+def random_blocks(kind: str, rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Every code, and fp16 scales and offsets over their whole range: subnormal, huge, negative, zero."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (rows, columns // 32, BLOCK_BYTES[kind]), dtype=np.uint8)
+    halves = 2 if kind == "Q4_1" else 1
+    numbers = rng.integers(0, 1 << 16, (rows, columns // 32, halves), dtype=np.uint16)
+    # An exponent of all ones is infinity or NaN.
+    numbers[(numbers & 0x7C00) == 0x7C00] &= 0x8000
+    blocks[..., : 2 * halves] = numbers.view(np.uint8)
+    return torch.from_numpy(blocks.reshape(rows, -1))
+
+
+def dequantised(blocks: torch.Tensor, kind: str) -> torch.Tensor:
+    return torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind]))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("shape", [(8, 32), (24, 96), (40, 576)])
+def test_blocks_are_exact(kind, shape):
+    for seed in range(4):
+        blocks = random_blocks(kind, *shape, seed)
+        weight = read(blocks, kind)
+        assert (weight.out_features, weight.in_features, weight.group_size) == (*shape, 32)
+        assert torch.equal(weight.dequantize(), dequantised(blocks, kind))
+
+
+def test_q4_nibbles_are_halves_of_a_block():
+    # Byte i holds element i low and i + 16 high: with these bytes the elements count 0 ... 15, 15 ... 0.
+    codes = bytes(i | (15 - i) << 4 for i in range(16))
+    block = struct.pack("<e", 1.0) + codes
+    canonical = int4_weight(torch.tensor(list(block), dtype=torch.uint8).repeat(8, 1), "Q4_0").canonical()
+    elements = [*range(16), *range(15, -1, -1)]
+    assert canonical["qweight"][0].tolist() == [elements[i] | elements[i + 1] << 4 for i in range(0, 32, 2)]
+
+
+def test_numbers_keep_their_stored_precision():
+    blocks = random_blocks("Q4_1", 16, 64, seed=1)
+    canonical = int4_weight(blocks, "Q4_1").canonical()
+    halves = blocks.view(16, 2, 20)[..., :4].contiguous().view(torch.float16)
+    assert torch.equal(canonical["scales"].view(torch.int16), halves[..., 0].view(torch.int16))
+    assert canonical["zeros"].dtype == torch.float32
+    assert torch.equal(canonical["zeros"], halves[..., 1].float())
+    assert int8_weight(random_blocks("Q8_0", 8, 32, seed=2)).canonical()["scales"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_bad_blocks_are_refused(kind):
+    with pytest.raises(ValueError, match=rf"{kind} blocks must be uint8 \[N, a multiple of {BLOCK_BYTES[kind]}\]"):
+        read(torch.zeros(8, BLOCK_BYTES[kind] + 1, dtype=torch.uint8), kind)
+    with pytest.raises(ValueError, match="reads Q"):
+        read(torch.zeros(8, 18, dtype=torch.uint8), "Q5_0")
+
+
+def test_a_scale_that_is_nan_names_the_tensor(tmp_path):
+    file = llama_file()
+    blocks = np.frombuffer(gguf.quants.quantize(file.tensors["blk.1.ffn_up.weight"][1], gguf.GGMLQuantizationType.Q4_1))
+    blocks = blocks.view(np.uint8).reshape(WIDE, -1).copy()
+    blocks[3, :2] = (0x00, 0x7E)
+    file.tensors["blk.1.ffn_up.weight"] = ("Q4_1", blocks, 0)
+    opened = GGUFFile(file.write(tmp_path / "m.gguf"))
+    with pytest.raises(ValueError, match=r"m\.gguf: tensor blk\.1\.ffn_up\.weight: .*NaN"):
+        opened.weight("model.layers.1.mlp.up_proj")
+
+
+@pytest.mark.parametrize("heads", [1, 2, 9])
+def test_unpermute_rows_inverts_the_converter(heads):
+    rows = torch.arange(heads * 8 * 3).view(heads * 8, 3)
+    stored = torch.from_numpy(permute(rows.numpy(), heads))
+    assert torch.equal(unpermute_rows(stored, heads), rows)
+    # Rotary pairs neighbours in the file and halves in Transformers.
+    assert stored[:2].tolist() == rows[[0, 4]].tolist()
+
+
+@pytest.mark.parametrize("kind", [*QUANTISED, "F32", "F16", "BF16"])
+def test_every_weight_of_a_file_is_exact_and_in_transformers_order(tmp_path, kind):
+    file = llama_file(weights=kind, output="Q8_0", bias=True)
+    opened = GGUFFile(file.write(tmp_path / "m.gguf"))
+    expected = file.expected()
+    compared = set()
+    for name in expected:
+        module, leaf = name.rsplit(".", 1)
+        value = opened.weight(module) if leaf == "weight" else opened.bias(module)
+        value = value if isinstance(value, torch.Tensor) else value.dequantize()
+        assert torch.equal(value.float(), expected[name]), name
+        compared.add(name)
+    assert len(compared) == len(file.tensors)
+    assert opened.bias("model.layers.0.mlp.up_proj") is None
+    # The file itself holds other rows, so a reader that forgot the permutation fails above.
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    stored = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    for part, name in (("attn_q", "q_proj"), ("attn_k", "k_proj")):
+        for leaf in ("weight", "bias"):
+            raw = torch.from_numpy(stored[f"blk.0.{part}.{leaf}"].astype(np.float32))
+            assert not torch.equal(raw, expected[f"model.layers.0.self_attn.{name}.{leaf}"])
+
+
+def test_dense_tensors_keep_their_dtype(tmp_path):
+    file = llama_file(overrides={"blk.0.attn_v": "F16", "blk.0.attn_output": "BF16", "blk.0.ffn_up": "F32"})
+    opened = GGUFFile(file.write(tmp_path / "m.gguf"))
+    dtypes = {"self_attn.v_proj": torch.float16, "self_attn.o_proj": torch.bfloat16, "mlp.up_proj": torch.float32}
+    for name, dtype in dtypes.items():
+        assert opened.weight(f"model.layers.0.{name}").dtype == dtype
+
+
+def test_config(tmp_path):
+    config = GGUFFile(llama_file(bias=True).write(tmp_path / "m.gguf")).config
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (VOCAB, HIDDEN, WIDE)
+    assert (config.num_hidden_layers, config.num_attention_heads) == (2, HEADS)
+    assert (config.num_key_value_heads, config.head_dim) == (KEY_VALUE_HEADS, HEAD_DIM)
+    assert config.max_position_embeddings == 128
+    assert config.rms_norm_eps == float(np.float32(1e-5))
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
+    assert config.tie_word_embeddings and config.attention_bias and not config.mlp_bias
+    assert config.hidden_act == "silu"
+
+
+def test_config_defaults_and_untied_output(tmp_path):
+    file = llama_file(output="Q4_0")
+    for key in ("llama.attention.head_count_kv", "llama.rope.freq_base", "tokenizer.ggml.padding_token_id"):
+        del file.metadata[key]
+    for layer in range(2):
+        for part in ("attn_k", "attn_v"):
+            rows = np.ones((HEADS * HEAD_DIM, HIDDEN), np.float32)
+            file.tensors[f"blk.{layer}.{part}.weight"] = ("Q4_0", rows, 0)
+    config = GGUFFile(file.write(tmp_path / "m.gguf")).config
+    assert config.num_key_value_heads == HEADS
+    assert config.rope_parameters["rope_theta"] == 10000.0
+    assert config.pad_token_id is None
+    assert not config.tie_word_embeddings
+
+
+def test_rope_scalings(tmp_path):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    plain = LlamaRotaryEmbedding(GGUFFile(llama_file().write(tmp_path / "plain.gguf")).config).inv_freq
+
+    linear = llama_file()
+    linear.metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    config = GGUFFile(linear.write(tmp_path / "linear.gguf")).config
+    assert torch.equal(LlamaRotaryEmbedding(config).inv_freq, plain / 4)
+
+    llama3 = llama_file()
+    divisors = np.linspace(1, 8, HEAD_DIM // 2, dtype=np.float32)
+    llama3.tensors["rope_freqs.weight"] = ("F32", divisors, 0)
+    config = GGUFFile(llama3.write(tmp_path / "llama3.gguf")).config
+    rotary = LlamaRotaryEmbedding(config)
+    for positions in (torch.tensor([[5]]), torch.tensor([[500]])):
+        angles = positions[..., None] * (plain.double() / torch.from_numpy(divisors))
+        cos, sin = rotary(torch.empty(0), positions)
+        torch.testing.assert_close(cos[..., : HEAD_DIM // 2].double(), angles.cos(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(sin[..., : HEAD_DIM // 2].double(), angles.sin(), atol=1e-5, rtol=0)
+
+
+def drop(*names):
+    def bend(file):
+        for name in names:
+            (file.tensors if name in file.tensors else file.metadata).pop(name)
+
+    return bend
+
+
+def metadata(**values):
+    return lambda file: file.metadata.update({key.replace("__", "."): value for key, value in values.items()})
+
+
+def tensor(name, kind, *shape):
+    return lambda file: file.tensors.update({name: (kind, np.ones(shape, np.float32), 0)})
+
+
+@pytest.mark.parametrize(
+    ("bend", "message"),
+    [
+        (lambda file: setattr(file, "architecture", "gemma"), "general.architecture must be 'llama', got 'gemma'"),
+        (drop("llama.block_count"), "key llama.block_count is missing"),
+        (drop("llama.attention.layer_norm_rms_epsilon"), "key llama.attention.layer_norm_rms_epsilon is missing"),
+        (metadata(llama__block_count="two"), "key llama.block_count must be one int, got 'two'"),
+        (metadata(llama__block_count=0), "key llama.block_count must be positive, got 0"),
+        (metadata(llama__block_count=2**31), r"tensor blk.2.attn_norm.weight is missing"),
+        (metadata(llama__attention__head_count=[4, 4]), r"head_count must be one int, got \[4, 4\]"),
+        (metadata(llama__attention__head_count=7), "must divide one another, got 64, 7, 2"),
+        (metadata(llama__attention__key_length=8), r"attn_q.weight must have shape \[32, 64\], got \[64, 64\]"),
+        (metadata(llama__attention__value_length=8), "llama.attention.value_length must equal the head dimension 16"),
+        (metadata(llama__rope__dimension_count=8), "rope.dimension_count must equal the head dimension 16, got 8"),
+        (metadata(llama__rope__freq_base=float("nan")), "key llama.rope.freq_base must be positive, got nan"),
+        (
+            metadata(llama__attention__layer_norm_rms_epsilon=float("inf")),
+            "layer_norm_rms_epsilon must be finite in flo",
+        ),
+        (metadata(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type must be 'none' or 'linear', got 'yarn'"),
+        (metadata(llama__expert_count=8), "mixtures of experts are not supported"),
+        (metadata(llama__vocab_size=80), r"token_embd.weight must have shape \[80, 64\], got \[72, 64\]"),
+        (metadata(tokenizer__ggml__eos_token_id=VOCAB), "eos_token_id must be below the vocabulary size 72, got 72"),
+        (drop("token_embd.weight"), "tensor token_embd.weight is missing"),
+        (drop("blk.1.ffn_up.weight"), "tensor blk.1.ffn_up.weight is missing"),
+        (tensor("blk.0.attn_q.bias", "F32", 64), "tensor blk.0.attn_k.bias is missing"),
+        (tensor("blk.0.attn_q_norm.weight", "F32", 16), "unknown tensors: blk.0.attn_q_norm.weight"),
+        (tensor("blk.1.attn_v.weight", "Q4_0", 64, 64), r"attn_v.weight must have shape \[32, 64\], got \[64, 64\]"),
+        (tensor("blk.1.ffn_down.weight", "Q5_0", 64, 96), "ffn_down.weight has type Q5_0, supported are Q4_0, Q4_1"),
+        (tensor("output_norm.weight", "Q8_0", 64), "output_norm.weight has type Q8_0, supported are F32, F16, BF16"),
+        (tensor("rope_freqs.weight", "F32", 9), r"rope_freqs.weight must have shape \[8\], got \[9\]"),
+        (
+            lambda file: file.tensors.update({"rope_freqs.weight": ("F32", np.zeros(8, np.float32), 0)}),
+            "tensor rope_freqs.weight must hold positive finite numbers",
+        ),
+    ],
+)
+def test_unsupported_files_are_refused(tmp_path, bend, message):
+    file = llama_file()
+    bend(file)
+    with pytest.raises(ValueError, match=rf"m\.gguf: .*{message}"):
+        GGUFFile(file.write(tmp_path / "m.gguf"))
+
+
+def test_truncation_anywhere_is_refused(tmp_path):
+    whole = tokenizer_file().write(tmp_path / "whole.gguf").read_bytes()
+    data_start = gguf.GGUFReader(tmp_path / "whole.gguf").data_offset
+    cut = tmp_path / "cut.gguf"
+    lengths = {*range(0, data_start, 37), *range(data_start, len(whole), len(whole) // 50), len(whole) - 1}
+    for length in sorted(lengths):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut\.gguf: not a readable GGUF file"):
+            GGUFFile(cut)
+    # The last tensor starts inside this file and ends outside.
+    with pytest.raises(ValueError, match=r"tensor \S+: truncated: \d+ bytes expected, the file has"):
+        GGUFFile(cut)
+
+
+def test_damaged_headers_never_fail_in_another_way(tmp_path):
+    whole = tokenizer_file().write(tmp_path / "whole.gguf").read_bytes()
+    header = gguf.GGUFReader(tmp_path / "whole.gguf").data_offset
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, header, rng.integers(1, 4)):
+            damaged[place] = rng.integers(0, 256)
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        try:
+            GGUFFile(tmp_path / "damaged.gguf")
+        except ValueError as error:
+            assert "damaged.gguf" in str(error)
+            refused += 1
+    assert refused > 100
+
+
+def header(*parts: bytes, tensors: int = 0, keys: int = 0, version: int = 3, magic: bytes = b"GGUF") -> bytes:
+    return magic + struct.pack("<IQQ", version, tensors, keys) + b"".join(parts) + bytes(64)
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+ARRAY, UINT8, STRING = 9, 0, 8
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GGU",
+        header(magic=b"GGML"),
+        header(version=1),
+        header(version=99),
+        header(keys=2**63),
+        header(tensors=2**63),
+        header(struct.pack("<Q", 2**63), keys=1),
+        header(text(b"a"), struct.pack("<I", 77), keys=1),
+        header(text(b"\xff\xfe"), struct.pack("<IB", UINT8, 1), keys=1),
+        # gguf alone would count through 2^62 elements of nothing.
+        header(text(b"a"), struct.pack("<IIQ", ARRAY, UINT8, 2**62), keys=1),
+        header(text(b"a"), struct.pack("<IIQ", ARRAY, STRING, 2**62), keys=1),
+        header(text(b"a"), struct.pack("<IIQ", ARRAY, STRING, 65), struct.pack("<Q", 2**64 - 8), keys=1),
+        header(text(b"a"), struct.pack("<IIQ", ARRAY, 77, 65), keys=1),
+        header(text(b"a"), struct.pack("<I", ARRAY), struct.pack("<IQ", ARRAY, 1) * 5000, keys=1),
+        header(text(b"a"), struct.pack("<IB", UINT8, 1), text(b"a"), struct.pack("<IB", UINT8, 1), keys=2),
+        # 2^32 x 2^32 elements are 0 modulo 2^64.
+        header(text(b"t"), struct.pack("<IQQIQ", 2, 2**32, 2**32, 0, 0), tensors=1),
+        header(text(b"t"), struct.pack("<IQIQ", 1, 4, 0, 2**64 - 32), tensors=1),
+        header(text(b"t"), struct.pack("<IQIQ", 1, 4, 999, 0), tensors=1),
+        header(text(b"t"), struct.pack("<IQIQ", 1, 33, 2, 0), tensors=1),
+        header(*[text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 0)] * 2, tensors=2),
+    ],
+    ids=range(21),
+)
+def test_hostile_containers_are_refused(tmp_path, content):
+    (tmp_path / "hostile.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"hostile\.gguf: not a readable GGUF file"):
+        GGUFFile(tmp_path / "hostile.gguf")
+
+
+def test_a_string_that_is_no_text_names_its_key(tmp_path):
+    path = llama_file().write(tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes().replace(b"llama", b"\xff\xfe\xff\xfe\xff", 1))
+    with pytest.raises(ValueError, match=r"m\.gguf: key general\.architecture: .*decode"):
+        GGUFFile(path)
+
+
+def test_another_byte_order_is_refused(tmp_path):
+    file = llama_file()
+    file.writer_args["endianess"] = gguf.GGUFEndian.BIG
+    with pytest.raises(ValueError, match="byte order differs"):
+        GGUFFile(file.write(tmp_path / "big.gguf"))
+
+
+def test_a_missing_file_is_not_a_malformed_one(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        GGUFFile(tmp_path / "none.gguf")
+    with pytest.raises(FileNotFoundError, match=r"none\.gguf"):
+        load_tokenizer(tmp_path / "none.gguf")
+
+
+def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):
+    path = llama_file().write(tmp_path / "m.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"pip install 'qops\[demo\]'"):
+        GGUFFile(path)
+
+
+TOKENS = ["<pad>", "<s>", "</s>", *"abcdefgh", "ab", "abc", *(f"filler{i}" for i in range(100))]
+
+
+def tokenizer_file():
+    file = llama_file()
+    file.metadata |= {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": TOKENS,
+        "tokenizer.ggml.token_type": [3, 3, 3, *[1] * (len(TOKENS) - 3)],
+        "tokenizer.ggml.merges": ["a b", "ab c"],
+        "tokenizer.chat_template": "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}",
+    }
+    return file
+
+
+def test_tokenizer_with_chat_template(tmp_path):
+    tokenizer = load_tokenizer(tokenizer_file().write(tmp_path / "m.gguf"))
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "abcah"}], tokenize=False)
+    assert chat == "<s>abcah</s>"
+    ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    assert [TOKENS[i] for i in ids] == ["<s>", "abc", "a", "h", "</s>"]
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert special == (1, 2, 0)
+
+
+# The last ones pass what the tokenizers package takes for an id.
+@pytest.mark.parametrize("token", [999, 2**32 - 1, -1, "<pad>"])
+def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path, token):
+    file = tokenizer_file()
+    file.metadata["tokenizer.ggml.padding_token_id"] = np.int64(token) if token == -1 else token
+    # By Transformers or here, by its release.
+    with pytest.raises(ValueError, match=r"m\.gguf: (Transformers finds no tokenizer|.* must be the id of a token)"):
+        load_tokenizer(file.write(tmp_path / "m.gguf"))
+
+
+def test_a_file_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"m\.gguf: Transformers finds no tokenizer in it"):
+        load_tokenizer(llama_file().write(tmp_path / "m.gguf"))
+
+
+def test_the_producers_fixture_is_exact():
+    folder = os.environ.get("QOPS_TEST_CHECKPOINTS")
+    if folder is None:
+        pytest.skip("QOPS_TEST_CHECKPOINTS names no folder of checkpoints")
+    from safetensors.torch import load_file
+
+    fixture = Path(folder) / "gguf_q4_0_q4_1_q8_0"
+    produced = load_file(fixture / "tensors.safetensors")
+    stored = {t.name: t.data for t in gguf.GGUFReader(fixture / "tiny.gguf").tensors}
+    for kind in QUANTISED:
+        blocks = torch.from_numpy(stored[f"w.{kind}"].copy())
+        assert torch.equal(blocks, produced[f"{kind}.raw"])
+        assert torch.equal(read(blocks, kind).dequantize(), produced[f"{kind}.dequant"])

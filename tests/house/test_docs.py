@@ -1,0 +1,69 @@
+"""The API pages: what docs/build.py takes for an error, and the pages themselves where pdoc is installed."""
+
+from __future__ import annotations
+
+import pytest
+
+import qops
+from docs import build
+
+GOOD = {
+    "index.html": '<h1 id="qops">q</h1><a href="a/b.html#f">f</a> <a href="#qops">q</a> <a href="https://x.y">x</a>',
+    "a/b.html": '<p id="f"><code><a href="#f">f()</a></code> <code>g</code> <a href="../index.html">up</a></p>',
+}
+ANCHORS = {"a/b.html": ["f"]}
+ROLES = {"a/b.html": build.roles_in("See :func:`f`.")}
+BAD = {
+    "a missing name": ('id="f"', 'id="g"', "a/b.html: no anchor #f"),
+    "a role without a link": ('<a href="#f">f()</a>', "f()", "a/b.html: `f()` links to nothing"),
+    "a raw role": ("<code>g</code>", ":func:`g`", "a/b.html: raw :func:`g`"),
+    "half a role": ("<code>g</code>", ":func:<code>g</code>", "a/b.html: raw :func:g"),
+    "a page that is not there": ("../index.html", "../readme.html", "a/b.html: broken link ../readme.html"),
+    "an anchor that is not there": ('"#qops"', '"#top"', "index.html: broken link #top: no such anchor"),
+}
+
+
+def test_good_pages():
+    assert build.roles_in("See :func:`f`, :meth:`C.m`, :class:`C` and `g`.") == {"f()", "C.m()", "C"}
+    assert build.violations(GOOD, ANCHORS, ROLES) == []
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_are_found(case):
+    good, bad, message = BAD[case]
+    pages = {path: text.replace(good, bad) for path, text in GOOD.items()}
+    assert pages != GOOD
+    assert message in build.violations(pages, ANCHORS, ROLES)
+
+
+def test_a_missing_page():
+    assert build.violations(GOOD, {"c.html": ["f"]}, {}) == ["c.html: no anchor #f"]
+
+
+def test_public_api():
+    api = build.public_api()
+    assert set(qops.__all__) <= set(api["qops"])
+    # What both weights inherit is theirs; what torch or a hook of it defines is not.
+    for name in ("Int4Weight", "Int8Weight"):
+        assert {f"{name}.{member}" for member in ("quantize", "dequantize", "is_packed", "split")} <= set(api["qops"])
+        assert not {f"{name}.{member}" for member in ("extra_repr", "to", "_config")} & set(api["qops"])
+    assert "MergedLinear.split" in api["qops.nn"] and "GGUFFile.weight" in api["qops.formats.gguf"]
+
+
+def test_pages(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pdoc")
+    folder = tmp_path / "pages"
+    assert build.main([str(folder)]) == 0
+    assert " 0 errors" in capsys.readouterr().out
+    page = (folder / "qops.html").read_text()
+    for attribute in ("Int4Weight.kind", "Int4Weight.group_size", "Int8Weight.group_size", "__version__"):
+        assert f'id="{attribute}"' in page
+
+    # A name that no page has is an error of the command; and a folder of anything else is left alone.
+    api = build.public_api()
+    monkeypatch.setattr(build, "public_api", lambda: {**api, "qops": {**api["qops"], "nothing": None}})
+    assert build.main([str(folder)]) == 1
+    assert capsys.readouterr().err == "qops.html: no anchor #nothing\n"
+    (folder / "qops.html").unlink()
+    with pytest.raises(SystemExit):
+        build.main([str(folder)])

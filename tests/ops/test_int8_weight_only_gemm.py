@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qops
+from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm_ref
+from qops.testing import (
+    FLOAT_DTYPES,
+    Guarded,
+    assert_bitwise,
+    assert_within,
+    generator,
+    random_activations,
+    strided_rows,
+    weight_only_bound,
+)
+from tests.support.ops.weight_only_oracle import blocks_of, gemm_row
+
+SHAPES = ((8, 32, 32), (24, 96, 32), (16, 1032, 1032), (72, 576, 32), (40, 272, 272), (8, 8, 8), (32, 768, 256))
+
+
+def make_weight(n, k, group_size, seed, scale_dtype=torch.float16) -> qops.Int8Weight:
+    rng = generator(seed)
+    q = torch.randint(-128, 128, (n, k), generator=rng, dtype=torch.int8)
+    q[0], q[1] = -128, 127  # rows of extreme codes
+    return qops.Int8Weight.from_canonical(q, (torch.rand(n, k // group_size, generator=rng) * 1e-3).to(scale_dtype))
+
+
+def by_contract(x: torch.Tensor, w: qops.Int8Weight, bias=None) -> torch.Tensor:
+    canonical = w.canonical()
+    codes, scales = canonical["qweight"].long().numpy(), canonical["scales"].float().numpy()
+    y = [gemm_row(row, codes, scales, None, "int8", w.group_size, bias) for row in x]
+    return torch.stack(y).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_follow_the_contract(shape, dtype):
+    n, k, group_size = shape
+    for seed, scale_dtype in enumerate(FLOAT_DTYPES):
+        w = make_weight(n, k, group_size, seed, scale_dtype)
+        x = random_activations(7, k, dtype=dtype, seed=seed)
+        x[1] = 0
+        x[2, k // 2] = 3000.0  # a massive activation: four digits
+        x[3] = 5.0  # every digit at its maximum, against codes of -128 and 127
+        x[4] = -5.0
+        bias = torch.randn(n, generator=generator(seed)) if seed else None
+        assert_bitwise(qops.int8_weight_only_gemm(x, w, bias), by_contract(x, w, bias), str(scale_dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("m", (1, 2, 3, 4, 5, 17))
+def test_accuracy_against_float64(m, dtype):
+    for seed, (n, k, group_size) in enumerate(SHAPES):
+        w = make_weight(n, k, group_size, seed)
+        x = random_activations(m, k, dtype=dtype, seed=seed)
+        ref = int8_weight_only_gemm_ref(x, w)
+        assert_within(qops.int8_weight_only_gemm(x, w), ref, weight_only_bound(x, w), f"{n}x{k} g{group_size}")
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_componentwise_bound_with_planted_outliers(dtype):
+    for seed, outlier in enumerate((1.0, 30.0, 1e3, 3e4)):
+        n, k, group_size = 64, 512, 256
+        w = make_weight(n, k, group_size, seed)
+        x = random_activations(2, k, dtype=torch.float32, seed=seed, outliers=False).to(dtype)
+        x[0, 77] = x[1, 300] = outlier
+        exact = int8_weight_only_gemm_ref(x, w)
+        error = (qops.int8_weight_only_gemm(x, w).double() - exact).abs()
+        weight = w.dequantize(torch.float64).abs()
+        limit = torch.zeros_like(exact)
+        for _, begin, size in blocks_of(k, group_size):
+            block = x[:, begin : begin + size].double().abs()
+            limit += block.amax(-1, keepdim=True) * weight[:, begin : begin + size].sum(-1)
+        fixed = (2.0**-31 if dtype == torch.float32 else 1.001 * 2.0**-16) * limit
+        rounding = exact.abs() * torch.finfo(dtype).eps / 2
+        magnitude = x.double().abs() @ weight.T
+        assert bool((error <= fixed + rounding + 8 * 2.0**-24 * magnitude).all()), f"{outlier}"
+
+
+def test_rows_do_not_depend_on_batch_position_or_threads(threads):
+    w = make_weight(200, 576, 32, 0)
+    x = random_activations(35, 576, dtype=torch.bfloat16, seed=0)
+    x[5, 3] = 1e4
+    threads(1)
+    together = qops.int8_weight_only_gemm(x, w)
+    threads(2)
+    assert_bitwise(qops.int8_weight_only_gemm(x, w), together, "two threads")
+    for rows in ([0], [5], [34, 1, 5]):
+        assert_bitwise(qops.int8_weight_only_gemm(x[rows], w), together[rows], str(rows))
+    assert_bitwise(qops.int8_weight_only_gemm(strided_rows(x), w), together, "row stride")
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_special_values(dtype):
+    w = make_weight(16, 64, 32, 0)
+    x = random_activations(4, 64, dtype=dtype, seed=0, outliers=False)
+    clean = qops.int8_weight_only_gemm(x, w)
+    x[1, 3], x[2, 4] = float("nan"), -float("inf")
+    y = qops.int8_weight_only_gemm(x, w)
+    assert y[1:3].isnan().all()
+    assert_bitwise(y[[0, 3]], clean[[0, 3]], "rows beside special rows")
+
+
+@pytest.mark.parametrize("m, n, k", ((0, 16, 32), (3, 0, 32), (2, 16, 0)))
+def test_empty(m, n, k):
+    strips = (n + 15) // 16
+    packed = torch.zeros(strips, 16 * k, dtype=torch.int8)
+    scales = torch.zeros(strips, 0 if k == 0 else 1, 16)
+    bias = torch.arange(float(n))
+    y = torch.ops.qops.int8_weight_only_gemm(torch.zeros(m, k), packed, scales, bias, n, k)
+    assert_bitwise(y, bias.expand(m, n).contiguous(), "bias alone")
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_out(dtype):
+    for m, (n, k, group_size) in itertools.product((0, 1, 5), ((24, 96, 48), (40, 128, 128))):
+        w = make_weight(n, k, group_size, m)
+        x = random_activations(m, k, dtype=dtype, seed=m)
+        bias = torch.randn(n, generator=generator(m))
+        out = Guarded(torch.full((m, n), 77, dtype=dtype))
+        assert qops.int8_weight_only_gemm(x, w, bias, out=out.tensor) is out.tensor
+        assert_bitwise(out.tensor, qops.int8_weight_only_gemm(x, w, bias), f"{m}x{n}x{k}")
+        out.check()
+
+
+def test_out_must_not_overlap_an_input():
+    args = arguments()
+    args["scales"], args["bias"] = args["scales"].bfloat16(), args["bias"].bfloat16()
+    for name in ("x", "packed", "scales", "bias"):
+        memory = torch.zeros(4096, dtype=torch.uint8)
+        there = args[name].contiguous().view(-1).view(torch.uint8)
+        inside = memory[1024 : 1024 + len(there)].view(args[name].dtype).view(args[name].shape)
+        memory[1024 : 1024 + len(there)] = there
+        before = memory.clone()
+        out = memory[1024 - 94 : 1024 + 2].view(torch.bfloat16).view(2, 24)
+        text = rf"^qops\.int8_weight_only_gemm: out must lie apart from {name} in memory, got overlapping tensors$"
+        with pytest.raises(ValueError, match=text):
+            torch.ops.qops.int8_weight_only_gemm.out(**{**args, name: inside}, out=out)
+        assert_bitwise(memory, before, name)
+
+
+def arguments(device="cpu", **changes):
+    w = make_weight(24, 64, 32, 0)
+    values = {
+        "x": torch.zeros(2, 64, dtype=torch.bfloat16),
+        "packed": w.packed,
+        "scales": w.scales,
+        "bias": torch.zeros(24),
+        "out_features": 24,
+        "group_size": 32,
+        **changes,
+    }
+    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+
+
+ERRORS = {
+    "x dtype": ({"x": torch.zeros(2, 64).double()}, RuntimeError, "x must have dtype float32, .* got float64"),
+    "x columns": ({"x": torch.zeros(2, 56)}, ValueError, "x must have last dimension K = 64, got 56"),
+    "packed dtype": ({"packed": torch.zeros(2, 1024).byte()}, RuntimeError, "packed must have dtype int8, got uint8"),
+    "packed width": ({"packed": torch.zeros(2, 1000, dtype=torch.int8)}, ValueError, "packed must hold .* got 1000"),
+    "scales": ({"scales": torch.zeros(2, 1, 16)}, ValueError, r"scales must have shape .* = \[2, 2, 16\], got"),
+    "out_features": ({"out_features": 20}, ValueError, "out_features must be a multiple of 8, got 20"),
+    "group_size": ({"group_size": 40}, ValueError, "group_size must be K = 64 or a multiple of 16 .*, got 40"),
+    "bias": ({"bias": torch.zeros(25)}, ValueError, r"bias must have shape \[N\] = \[24\], got \[25\]"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_the_same_with_fake_tensors(case):
+    changes, error, text = ERRORS[case]
+    messages = []
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=rf"^qops\.int8_weight_only_gemm: {text}") as caught:
+            torch.ops.qops.int8_weight_only_gemm(**arguments(device, **changes))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+OUT = torch.zeros(2, 24, dtype=torch.bfloat16)
+OUT_ERRORS = {
+    "dtype": (OUT.float(), RuntimeError, "out must have dtype bfloat16, got float32"),
+    "columns": (OUT[:, :16], ValueError, r"out must have shape \[\.\.\., N\] = \[2, 24\], got \[2, 16\]"),
+    "strides": (OUT.t().contiguous().t(), ValueError, r"out must be contiguous, got strides \[1, 2\]"),
+}
+
+
+@pytest.mark.parametrize("case", OUT_ERRORS)
+def test_out_errors_are_the_same_with_fake_tensors(case):
+    out, error, text = OUT_ERRORS[case]
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=rf"^qops\.int8_weight_only_gemm: {text}$"):
+            torch.ops.qops.int8_weight_only_gemm.out(**arguments(device), out=out.to(device))
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_of_the_out_form(case):
+    changes, error, text = ERRORS[case]
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=rf"^qops\.int8_weight_only_gemm: {text}"):
+            torch.ops.qops.int8_weight_only_gemm.out(**arguments(device, **changes), out=OUT.to(device))
+
+
+def test_grad_is_refused():
+    w = make_weight(16, 32, 32, 0)
+    refused = pytest.raises(RuntimeError, match=r"qops\.int8_weight_only_gemm: \w+ must not require grad")
+    with torch.inference_mode(False), torch.enable_grad(), refused:
+        qops.int8_weight_only_gemm(torch.ones(1, 32, requires_grad=True), w)
+
+
+def test_opcheck():
+    with torch.inference_mode(False), torch.no_grad():
+        w = make_weight(24, 64, 32, 0)
+        x = random_activations(2, 3, 64, dtype=torch.bfloat16, seed=0)
+        args = (x, w.packed, w.scales, torch.zeros(24), 24, 32)
+        torch.library.opcheck(torch.ops.qops.int8_weight_only_gemm.default, args)
+        out = {"out": torch.empty(2, 3, 24, dtype=torch.bfloat16)}
+        torch.library.opcheck(torch.ops.qops.int8_weight_only_gemm.out, args, out)
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compile(backend):
+    torch._dynamo.reset()
+    torch.use_deterministic_algorithms(False)
+    w = make_weight(64, 64, 32, 0)
+
+    def two(x):
+        y = qops.int8_weight_only_gemm(F.relu(qops.int8_weight_only_gemm(x, w)), w)
+        out = torch.empty_like(y)
+        qops.int8_weight_only_gemm(y + 1, w, out=out)
+        return y + out
+
+    compiled = torch.compile(two, fullgraph=True, backend=backend, dynamic=True)
+    for m in (3, 5):
+        x = random_activations(m, 64, dtype=torch.bfloat16, seed=m)
+        assert_bitwise(compiled(x), two(x), f"M = {m}")
+
+
+def test_matches_int4_gemm_where_codes_agree():
+    """Both kernels on codes -8 .. 7: different operands and corrections, the same integers."""
+    q = torch.randint(-8, 8, (32, 128), generator=generator(0), dtype=torch.int8)
+    scales = torch.rand(32, 4, generator=generator(1))
+    nibbles = (q + 8).to(torch.uint8)
+    w4 = qops.Int4Weight.from_canonical(nibbles[:, ::2] | nibbles[:, 1::2] << 4, scales, kind="symmetric")
+    w8 = qops.Int8Weight.from_canonical(q, scales)
+    for dtype, m in itertools.product(FLOAT_DTYPES, (1, 6)):
+        x = random_activations(m, 128, dtype=dtype, seed=m)
+        assert_bitwise(qops.int8_weight_only_gemm(x, w8), qops.int4_gemm(x, w4), f"{dtype} M = {m}")

@@ -1,0 +1,49 @@
+"""What the emulator's runtime has recorded: emulated.take_calls()."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.cuda.cuda_tools import checked
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A line of the record."""
+
+    kernel: str  # its address
+    gpu: int
+    stream: int
+    grid: int
+    threads: int
+    shared: int
+
+
+def launches(record: list[str]) -> list[Launch]:
+    found = []
+    for line in record:
+        verb, *words = line.split()
+        if verb == "launch":
+            kernel, gpu, stream, *others = words[0], words[2], words[4], words[6], words[8], words[10]
+            found.append(Launch(kernel, int(gpu), int(stream, 16), *map(int, others)))
+    return found
+
+
+def limits(record: list[str]) -> dict[str, list[int]]:
+    """Bytes that kernels have been allowed, by kernel."""
+    found: dict[str, list[int]] = {}
+    for line in record:
+        if line.startswith("limit "):
+            found.setdefault(line.split()[1], []).append(int(line.split()[2]))
+    return found
+
+
+@functools.cache
+def kernel_names(module: str) -> dict[str, str]:
+    """The functions of a module that is loaded, by address; many kernels have no dynamic symbol."""
+    mapped = (line.split() for line in Path("/proc/self/maps").read_text().splitlines())
+    base = min(int(words[0].partition("-")[0], 16) for words in mapped if words[-1] == module)
+    symbols = (line.split(maxsplit=2) for line in checked("nm", "-C", "--defined-only", module).splitlines())
+    return {hex(base + int(place, 16)): name for place, kind, name in symbols if kind in "tTwW"}
