@@ -65,7 +65,11 @@ SELECTIONS = (
         _tests("bad_input", "overlap", "cuda_launch", "gradients", "rotary", "properties"),
         (*DEV, *EMULATED),
     ),
-    Selection("csrc/binding/device.h", _tests("cuda_launch", "threads", "cuda_ops"), (*DEV, *EMULATED)),
+    Selection(
+        "csrc/binding/device.h",
+        _tests("quantize_int8", "threads", "cuda_launch", "cuda_ops", "cuda_int4_gemm"),
+        (*DEV, *EMULATED),
+    ),
     Selection("csrc/binding/*", _tests("{stem}", "properties"), DEV),
     Selection("csrc/cpu/*", _tests("{stem}", "properties"), DEV),
     Selection("csrc/cuda/int*", (*GEMM_ON_CUDA, *_tests("cuda_instances")), EMULATED),
