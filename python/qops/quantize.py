@@ -414,8 +414,11 @@ def _source(kind: type) -> str:
 
 @functools.cache
 def _classes(module: str) -> dict[str, str]:
-    """Sources of its classes: inspect.getsource parses the whole file for each of them."""
-    text = inspect.getsource(sys.modules[module])
+    """Sources of its classes, as far as it has one: inspect.getsource parses the whole file for each of them."""
+    try:
+        text = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return {}
     lines = text.split("\n")
     classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in classes}

@@ -352,6 +352,15 @@ def test_sources_of_classes_are_those_that_inspect_finds():
         assert _classes(kind.__module__)[kind.__name__] == inspect.getsource(kind).rstrip("\n")
 
 
+@pytest.mark.parametrize("module", ["made.up", "builtins", "__main__"])
+def test_classes_without_a_source_are_converted(module):
+    model = tiny("Llama")
+    made = type("Made", (LlamaMLP,), {"__module__": module})
+    model.model.layers[0].mlp.__class__ = made
+    wanted = copy.deepcopy(model)(IDS).logits
+    assert_near(quantize_model(model, "int8", fuse=False)(IDS).logits, wanted)
+
+
 def test_weights_that_the_model_reads_from_afar_stay_tensors():
     """RWKV rescales those of its blocks."""
     torch.manual_seed(0)
