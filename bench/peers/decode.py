@@ -17,7 +17,7 @@ import qops
 from bench.models import EPS, ROPE_THETA, Int4Decode
 from bench.problems import Result
 from bench.providers import OURS, Provider
-from qops.model import build_model, dense_model
+from qops.models.load import build_model, dense_model
 
 REQUIRES = ("transformers",)
 
@@ -80,7 +80,7 @@ class Cache:
 
 def steps(model: Any, p: Int4Decode) -> Callable[[], Result]:
     """The next step of each call."""
-    from qops.decoder import cache_keyword
+    from qops.models.decoder import cache_keyword
 
     decoder, cache, ids = model.model, Cache(p), p.ids[:, None].clone()
     keyword = cache_keyword(type(decoder))

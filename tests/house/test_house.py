@@ -18,7 +18,8 @@ import torch
 
 import qops
 from docs import build
-from qops import _native, _transformers
+from qops import _native
+from qops.formats import _transformers
 from tests.support import house_rules as rules
 from tests.support.importers import importers, transformers_tests
 from tests.support.odr import shared_symbols
@@ -150,13 +151,13 @@ BAD_PYTHON = {
     "transformers in an operator": ("python/qops/ops/rotary.py", "from transformers import LlamaConfig"),
     "another operator": ("python/qops/ops/rotary.py", "from qops.ops.rms_norm import rms_norm_ref"),
     "testing in an operator": ("python/qops/ops/rotary.py", "def f():\n    import qops.testing"),
-    "testing in the package": ("python/qops/model.py", "from qops.testing import generator"),
-    "testing by name": ("python/qops/model.py", "from qops import testing"),
+    "testing in the package": ("python/qops/models/load.py", "from qops.testing import generator"),
+    "testing by name": ("python/qops/models/load.py", "from qops import testing"),
     "the check's numerics in the package": ("python/qops/nn.py", "from qops._numerics import generator"),
     "the check's numerics in an operator": ("python/qops/ops/rotary.py", "from qops._numerics import generator"),
     "more than torch in the check": ("python/qops/_check_cases.py", "import numpy"),
     "more than torch at import": ("python/qops/__init__.py", "import transformers"),
-    "relative": ("python/qops/model.py", "from .weights import Int4Weight"),
+    "relative": ("python/qops/models/load.py", "from .weights import Int4Weight"),
     "a test file": ("tests/ops/test_rotary.py", "from test_rms_norm import X"),
     "a test file by its package": ("tests/ops/test_rotary.py", "from tests.ops.test_rms_norm import X"),
     "a benchmark": ("bench/bench_rotary.py", "from bench.bench_rms_norm import CASES"),
@@ -548,10 +549,10 @@ def test_changelog_starts_with_this_version():
 
 
 def test_what_depends_on_transformers_is_found():
-    library = {"qops.model": "def f():\n    import transformers", "qops.nn": "from qops.model import f"}
+    library = {"qops.models.load": "def f():\n    import transformers", "qops.nn": "from qops.models.load import f"}
     tests = {
         "tests.helper": "from transformers.models import llama",
-        "tests.test_a": "def test():\n    from qops import model",
+        "tests.test_a": "def test():\n    from qops.models import load",
         "tests.test_b": "from tests import helper",
         "tests.test_c": "from tests.test_b import x",
         "tests.test_d": "import qops.nn, transformers_other",

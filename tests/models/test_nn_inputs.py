@@ -17,8 +17,8 @@ from qops.nn import (
     MergedLinear,
     RMSNorm,
     dense_linear,
-    into_stream,
 )
+from qops.nn.linears import into_stream
 from qops.testing import assert_bitwise, random_activations
 from tests.support.models.families import IDS, random_model
 

@@ -87,7 +87,7 @@ def prove(
     Raises:
         DemoError: the answer is not that of the dense model; where they part, with the logits of both.
     """
-    from qops.model import dense_model
+    from qops.models import dense_model
 
     count = len(rows)
     ours = torch.stack(list(rows)).float()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qops._transformers import require_transformers
+from qops.formats._transformers import require_transformers
 from qops.weights import Int4Weight, Int8Weight
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import warnings
+from typing import Any
 
 MINIMUM = (5, 17)
 NEWEST_TESTED = (5, 24)
@@ -14,7 +15,7 @@ def require_transformers(caller: str) -> None:
     """Raises ImportError unless Transformers is installed and not too old.
 
     A release newer than any that was tested is warned about once: whether fused layers compute what its own layers do
-    is proven before they are used (`qops.proof`).
+    is proven before they are used (`qops.models.proof`).
     """
     wanted = f"transformers >= {_text(MINIMUM)}"
     try:
@@ -35,6 +36,15 @@ def _warn_newer(found: str) -> None:
         "decoder layers are fused only where they are proven to compute what its own layers do",
         stacklevel=4,
     )
+
+
+def transformers_class(name: object) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"architectures must name a model class of transformers, got {name!r}")
+    return found
 
 
 def _text(release: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from qops.replacement import input_table, is_replaced
+from qops.models.replacement import input_table, is_replaced
 from qops.weights import Int4Weight, Int8Weight
 
 
@@ -80,7 +80,7 @@ def _write_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> A
     if is_replaced(model) and not getattr(model, "_hf_peft_config_loaded", False):
         raise RuntimeError(
             f"{type(model).__name__}.{original.func.__name__}: from_pretrained does not read what qops quantised; "
-            "use qops.save_model, which qops.load_model reads back, or save qops.model.dense_model(model)"
+            "use qops.save_model, which qops.load_model reads back, or save qops.models.dense_model(model)"
         )
     return original(*args, **kwargs)
 

@@ -5,7 +5,7 @@ the installed Transformers' layers, both on the same qops linears. Linears are t
 so the two agree to about 1e-6, and whatever a release of Transformers does otherwise than the fused layers expect
 shows: another keyword, another order, another cache.
 
-This module imports Transformers through `qops.decoder`.
+This module imports Transformers through `qops.models.decoder`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qops.decoder import DecoderLayer, RotaryTables, cache_keyword, fused_class
+from qops.models.decoder import DecoderLayer, RotaryTables, cache_keyword, fused_class
+from qops.models.replacement import freeze, looks_like_norm, packed, parts_of, rms_norm_of
 from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, dense_linear, frozen
 from qops.ops import _checks
-from qops.replacement import freeze, looks_like_norm, packed, parts_of, rms_norm_of
 
 VOCABULARY = 64
 PROMPT = 8
@@ -63,8 +63,8 @@ def prove_fusion(
     nothing, which has to get the same keywords from both, one that nobody knows among them.
 
     Args:
-        model: dense, or without storage; its layers can be fused (`qops.replacement.unfusable`).
-        linear, norm_weight, kind: as in `qops.replacement.replace_parts`.
+        model: dense, or without storage; its layers can be fused (`qops.models.replacement.unfusable`).
+        linear, norm_weight, kind: as in `qops.models.replacement.replace_parts`.
 
     Returns:
         (what was compared, with its result; why the layers must not be fused, or None)
@@ -176,7 +176,7 @@ class _Copy:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        from qops.model import skeleton
+        from qops.models.load import skeleton
 
         self.layers, self.final, self.dtype, self.device = layers, final, dtype, device
         self.decoder = skeleton(type(model.model), config, dtype)

@@ -1,27 +1,21 @@
-"""Whole language models on qops operators: load, save, and the dense model to compare with.
-
-A saved folder holds `config.json`, `generation_config.json` and `qops.safetensors`: the canonical tensors under
-Transformers' names. Packing at load is a permutation of bytes, cheaper than reading them, so the folder stores no
-packed layout and stays valid when that changes.
-"""
+"""Whole language models on qops operators: load, save, and the dense model to compare with."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from qops._transformers import require_transformers
-from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, dense_linear, frozen
-from qops.replacement import (
+from qops.formats._transformers import require_transformers, transformers_class
+from qops.formats.checkpoint import Checkpoint, Weight
+from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, Folder, replace_files
+from qops.models.replacement import (
     entries,
     freeze,
     input_table,
@@ -38,39 +32,10 @@ from qops.replacement import (
     unfusable,
     warn_not_fused,
 )
+from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, dense_linear, frozen
 from qops.weights import Int4Weight, Int8Weight
 
-if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedTokenizerBase
-
-__all__ = ["dense_model", "load_model", "load_tokenizer", "save_model"]
-
-Weight = Int4Weight | Int8Weight | torch.Tensor
-
-QUANT_METHOD = "qops"
-FORMAT_VERSION = 1
-# Not model.safetensors: Transformers skips a quant_method it does not know and would load the rest as noise. Without
-# a file of that name it stops.
-TENSORS_FILE = "qops.safetensors"
-# A folder without the first is no model: it goes first and comes last.
-FILES = ("config.json", "generation_config.json", TENSORS_FILE)
-
-
-class Checkpoint(Protocol):
-    """What a reader offers: a config, and by Transformers' names the weight and bias of each module.
-
-    A quantised weight need not be packed yet.
-    """
-
-    config: LlamaConfig
-
-    def weight(self, name: str) -> Weight: ...
-
-    def bias(self, name: str) -> torch.Tensor | None: ...
-
-    def kind(self, name: str) -> str:
-        """How the weight is stored; equal for weights that become linears of one kind."""
-        ...
+__all__ = ["dense_model", "load_model", "save_model"]
 
 
 def load_model(
@@ -114,7 +79,7 @@ def load_model(
         return build_model(GGUFFile(path), dtype or torch.bfloat16, device, prove=prove)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such GGUF file or model folder")
-    folder = _Folder(path)
+    folder = Folder(path)
     model = build_model(folder, dtype or folder.config.dtype, device, folder.fused, folder.dynamic, prove)
     folder.finish(model)
     if (path / "generation_config.json").is_file():
@@ -122,33 +87,6 @@ def load_model(
 
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model that :func:`qops.load_model` reads.
-
-    Args:
-        path: a GGUF file, or a folder that the tokenizer was saved to.
-
-    Returns:
-        A Transformers tokenizer.
-
-    Raises:
-        ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
-        FileNotFoundError: nothing is at `path`.
-        OSError: a folder without a tokenizer.
-        ValueError: a GGUF file that is malformed or holds no tokenizer.
-    """
-    require_transformers("qops.model.load_tokenizer")
-    if Path(path).is_file():
-        from qops.formats import gguf
-
-        return gguf.load_tokenizer(path)
-    if not Path(path).is_dir():  # from_pretrained would take it for the name of a repository, and ask for that
-        raise FileNotFoundError(f"{path}: no such GGUF file or folder")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
 
 
 def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
@@ -168,7 +106,7 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     require_replaced(model, "qops.save_model")
-    if _transformers_class(type(model).__name__) is not type(model):
+    if transformers_class(type(model).__name__) is not type(model):
         raise ValueError(f"qops.save_model: model must be of a class of transformers, got {type(model)}")
     tensors: dict[str, torch.Tensor] = {}
     kinds: dict[str, str] = {}
@@ -198,7 +136,7 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
             generation_config.save_pretrained(into)
         save_file(tensors, into / TENSORS_FILE)
 
-    _replace_files(Path(folder), write)
+    replace_files(Path(folder), write)
 
 
 def _cast_buffers(model: nn.Module) -> dict[str, str]:
@@ -213,28 +151,6 @@ def _cast_buffers(model: nn.Module) -> dict[str, str]:
         and buffer.numel() > 0
         and not isinstance(module, (Int4Weight, Int8Weight))
     }
-
-
-def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
-    """Replaces a saved model. A reader meets the old one, the new one, or a folder without a config, never a mixture.
-
-    Args:
-        write: writes the files of the new one into an empty folder; where it fails nothing has changed.
-    """
-    created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".qops-") as aside:
-            write(Path(aside))
-            for name in FILES:
-                (folder / name).unlink(missing_ok=True)
-            for name in reversed(FILES):
-                if (Path(aside) / name).exists():
-                    os.replace(Path(aside) / name, folder / name)
-    except BaseException:
-        if created:
-            folder.rmdir()
-        raise
 
 
 def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -252,7 +168,7 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         ImportError: Transformers >= 5.17 is missing.
         ValueError: the model has no qops parts; another dtype.
     """
-    require_replaced(model, "qops.model.dense_model")
+    require_replaced(model, "qops.models.dense_model")
     dense = skeleton(type(model), model.config, dtype)
     state = {
         name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
@@ -283,7 +199,7 @@ def build_model(
 
     Weights are packed where the checkpoint has them; the whole goes to ``device`` then.
     """
-    model = skeleton(_transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
+    model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
 
     def fetch(name: str, module: Any) -> Weight:
         weight = checkpoint.weight(name)
@@ -315,7 +231,7 @@ def build_model(
     def linear(name: str, module: nn.Linear) -> nn.Module:
         return linear_of(name, fetch(name, module), checkpoint.bias(name))
 
-    if isinstance(checkpoint, _Folder):
+    if isinstance(checkpoint, Folder):
         _tie_what_is_tied(model, checkpoint.holds)
     not_fused = "it was saved so"
     if fused and (not_fused := unfusable(model)) is not None:
@@ -326,7 +242,7 @@ def build_model(
 
     def stored(name: str) -> str:
         """Where a folder has a tensor that may be tied to another one."""
-        if isinstance(checkpoint, _Folder) and not checkpoint.holds(name):
+        if isinstance(checkpoint, Folder) and not checkpoint.holds(name):
             return model.all_tied_weights_keys.get(name, name)
         return name
 
@@ -351,20 +267,11 @@ def build_model(
                 output.bias = frozen(bias.to(dtype))
 
     def rest(name: str) -> torch.Tensor:
-        assert isinstance(checkpoint, _Folder), name
+        assert isinstance(checkpoint, Folder), name
         return _in_dtype(checkpoint.tensor(name), dtype)
 
     _assign(model, rest)
     return freeze(packed(model)).to(device)
-
-
-def _transformers_class(name: object) -> Any:
-    import transformers
-
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ValueError(f"architectures must name a model class of transformers, got {name!r}")
-    return found
 
 
 def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
@@ -431,119 +338,3 @@ def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
                 raise ValueError(f"{name} must have shape {list(value.shape)}, got {list(found.shape)}")
             setattr(module, key, frozen(found) if key in module._parameters else found)
     _share(model)
-
-
-def _takes(model_class: Any, config: Any) -> bool:
-    """Whether a class of Transformers is for a config: by its own type, or as one that borrows the class."""
-    from transformers.models.auto import modeling_auto
-
-    if isinstance(config, model_class.config_class):
-        return True
-    mappings = [mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
-    found = [mapping.get(config.model_type, ()) for mapping in mappings]
-    return any(model_class.__name__ in ((names,) if isinstance(names, str) else names) for names in found)
-
-
-# Folders -------------------------------------------------------------------------------------------------------------
-
-
-class _Folder:
-    """A folder written by `save_model`."""
-
-    def __init__(self, folder: Path):
-        from huggingface_hub.errors import StrictDataclassError
-        from safetensors import SafetensorError, safe_open
-        from transformers import AutoConfig
-
-        self.folder = folder
-        settings = self._read_settings()
-        try:
-            self.config: Any = AutoConfig.from_pretrained(folder)
-            model_class = _transformers_class((self.config.architectures or [None])[0])
-        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from error
-        if not _takes(model_class, self.config):
-            wanted = model_class.config_class.model_type
-            raise ValueError(
-                f"{folder / 'config.json'}: model_type must be '{wanted}' for {model_class.__name__}, "
-                f"got '{self.config.model_type}'"
-            )
-        del self.config.__dict__["quantization_config"]
-        self.fused: bool = settings.get("fused", True)
-        self._cast: dict[str, str] = settings.get("cast", {})
-        self._read: set[str] = set()
-        self._kinds: dict[str, str] = settings["weights"]
-        self.dynamic = frozenset(name for name, kind in self._kinds.items() if kind == "int8 dynamic")
-        path = folder / TENSORS_FILE
-        try:
-            self._file: Any = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-        self.names: frozenset[str] = frozenset(self._file.keys())
-
-    def _read_settings(self) -> dict[str, Any]:
-        path = self.folder / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a readable config: {error}") from error
-        settings = config.get("quantization_config") if isinstance(config, dict) else None
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        if not isinstance(settings, dict) or method != QUANT_METHOD:
-            raise ValueError(f"{path}: must be of a model saved by qops.save_model, got quant_method '{method}'")
-        if settings.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {settings.get('format_version')}")
-        kinds = settings.get("weights")
-        if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
-            raise ValueError(f"{path}: weights must map names to kinds, got {kinds!r}")
-        return settings
-
-    def holds(self, name: str) -> bool:
-        """Whether there is a parameter of that name, dense or quantised."""
-        return name in self.names or name.removesuffix(".weight") in self._kinds
-
-    def weight(self, name: str) -> Weight:
-        kind = self._kinds.get(name)
-        if kind is None:
-            return self.tensor(f"{name}.weight")
-        family, _, variant = kind.partition(" ")
-        tensors = {key: self.tensor(f"{name}.weight.{key}") for key in ("qweight", "scales")}
-        for key, stored in (("zeros", "offsets" if variant == "offset" else "zeros"), ("perm", "perm")):
-            if f"{name}.weight.{stored}" in self.names:
-                tensors[key] = self.tensor(f"{name}.weight.{stored}")
-        try:
-            if family == "int4":
-                columns = 2 * tensors["qweight"].shape[-1:].numel()  # a folder holds packed codes
-                return Int4Weight.from_canonical(**tensors, kind=variant, in_features=columns, pack=False)
-            if kind in ("int8", "int8 dynamic"):
-                return Int8Weight.from_canonical(**tensors, pack=False)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{self.folder}: {name}.weight: {error}") from error
-        raise ValueError(f"{self.folder}: {name}.weight has unknown kind '{kind}'")
-
-    def kind(self, name: str) -> str:
-        return self._kinds.get(name, "dense")
-
-    def bias(self, name: str) -> torch.Tensor | None:
-        return self.tensor(f"{name}.bias") if f"{name}.bias" in self.names else None
-
-    def tensor(self, name: str) -> torch.Tensor:
-        if name not in self.names:
-            raise ValueError(f"{self.folder / TENSORS_FILE}: tensor {name} is missing")
-        self._read.add(name)
-        return self._file.get_tensor(name)
-
-    def finish(self, model: nn.Module) -> None:
-        """Casts what was cast when the model was saved; raises where tensors are left that no part of it has taken."""
-        left = sorted(self.names - self._read)
-        if left:
-            raise ValueError(
-                f"{self.folder / TENSORS_FILE}: every tensor must have a place in {type(model).__name__} as "
-                f"config.json describes it, {len(left)} have none: {', '.join(left[:3])}"
-            )
-        for name, dtype in self._cast.items():
-            module_name, _, key = name.rpartition(".")
-            module = model.get_submodule(module_name)
-            buffer = getattr(module, key)
-            assert isinstance(buffer, torch.Tensor)
-            setattr(module, key, buffer.to(getattr(torch, dtype)))

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from qops._hooks import is_watched
-from qops._transformers import require_transformers
+from qops.formats._transformers import require_transformers
 from qops.nn import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, RMSNorm, frozen
+from qops.nn.hooks import is_watched
 from qops.ops import rms_norm
 from qops.weights import Int4Weight, Int8Weight
 
@@ -139,7 +139,7 @@ class Fusion(NamedTuple):
 
 def unfusable(model: Any) -> str | None:
     """Why the layers of a model cannot be fused, found without changing it; None if they can."""
-    from qops.decoder import unknown_architecture
+    from qops.models.decoder import unknown_architecture
 
     if (reason := unknown_architecture(model)) is not None:
         return reason
@@ -200,7 +200,7 @@ def replace_parts(
         norm_weight: gives the weight of a norm.
         kind: tells linears that become different ones apart, by their names.
         not_fused: why layers are not to be fused; None fuses them if the proof agrees.
-        prove: whether fused layers are compared with Transformers' own first (`qops.proof`).
+        prove: whether fused layers are compared with Transformers' own first (`qops.models.proof`).
 
     Returns:
         What became of the layers. What they were fused into and differed is warned about.
@@ -219,7 +219,7 @@ def replace_parts(
 
     proof = "not made: prove=False" if not_fused is None else "not needed"
     if not_fused is None and prove:
-        from qops.proof import prove_fusion
+        from qops.models.proof import prove_fusion
 
         proof, not_fused = prove_fusion(model, linear, norm_weight, kind)
         if not_fused is not None:
@@ -242,7 +242,7 @@ def replace_parts(
                 model.set_submodule(name, new)
         return Fusion(not_fused, proof)
 
-    from qops.decoder import DecoderLayer, RotaryTables, fused_class
+    from qops.models.decoder import DecoderLayer, RotaryTables, fused_class
 
     decoder = model.model
     for index in bar(range(len(decoder.layers))):
@@ -284,7 +284,7 @@ def replace_parameter(model: nn.Module, old: nn.Parameter, new: torch.Tensor) ->
 
 def freeze(model: Any) -> Any:
     """The last step of every conversion: a model for inference that Transformers' own surgery leaves whole."""
-    from qops.pretrained import protect
+    from qops.models.pretrained import protect
 
     return protect(model.eval().requires_grad_(False))
 
@@ -353,7 +353,7 @@ def require_replaced(model: Any, caller: str) -> None:
 
 
 def is_fused(model: Any) -> bool:
-    from qops.decoder import DecoderLayer
+    from qops.models.decoder import DecoderLayer
 
     return any(isinstance(module, DecoderLayer) for module in model.modules())
 

@@ -1,0 +1,165 @@
+"""Folders written by `qops.save_model`.
+
+A saved folder holds `config.json`, `generation_config.json` and `qops.safetensors`: the canonical tensors under
+Transformers' names. Packing at load is a permutation of bytes, cheaper than reading them, so the folder stores no
+packed layout and stays valid when that changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qops.formats._transformers import transformers_class
+from qops.formats.checkpoint import Weight
+from qops.weights import Int4Weight, Int8Weight
+
+QUANT_METHOD = "qops"
+FORMAT_VERSION = 1
+# Not model.safetensors: Transformers skips a quant_method it does not know and would load the rest as noise. Without
+# a file of that name it stops.
+TENSORS_FILE = "qops.safetensors"
+# A folder without the first is no model: it goes first and comes last.
+FILES = ("config.json", "generation_config.json", TENSORS_FILE)
+
+
+def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Replaces a saved model. A reader meets the old one, the new one, or a folder without a config, never a mixture.
+
+    Args:
+        write: writes the files of the new one into an empty folder; where it fails nothing has changed.
+    """
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".qops-") as aside:
+            write(Path(aside))
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+            for name in reversed(FILES):
+                if (Path(aside) / name).exists():
+                    os.replace(Path(aside) / name, folder / name)
+    except BaseException:
+        if created:
+            folder.rmdir()
+        raise
+
+
+def _takes(model_class: Any, config: Any) -> bool:
+    """Whether a class of Transformers is for a config: by its own type, or as one that borrows the class."""
+    from transformers.models.auto import modeling_auto
+
+    if isinstance(config, model_class.config_class):
+        return True
+    mappings = [mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    found = [mapping.get(config.model_type, ()) for mapping in mappings]
+    return any(model_class.__name__ in ((names,) if isinstance(names, str) else names) for names in found)
+
+
+class Folder:
+    """A folder written by `save_model`."""
+
+    def __init__(self, folder: Path):
+        from huggingface_hub.errors import StrictDataclassError
+        from safetensors import SafetensorError, safe_open
+        from transformers import AutoConfig
+
+        self.folder = folder
+        settings = self._read_settings()
+        try:
+            self.config: Any = AutoConfig.from_pretrained(folder)
+            model_class = transformers_class((self.config.architectures or [None])[0])
+        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        if not _takes(model_class, self.config):
+            wanted = model_class.config_class.model_type
+            raise ValueError(
+                f"{folder / 'config.json'}: model_type must be '{wanted}' for {model_class.__name__}, "
+                f"got '{self.config.model_type}'"
+            )
+        del self.config.__dict__["quantization_config"]
+        self.fused: bool = settings.get("fused", True)
+        self._cast: dict[str, str] = settings.get("cast", {})
+        self._read: set[str] = set()
+        self._kinds: dict[str, str] = settings["weights"]
+        self.dynamic = frozenset(name for name, kind in self._kinds.items() if kind == "int8 dynamic")
+        path = folder / TENSORS_FILE
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+        self.names: frozenset[str] = frozenset(self._file.keys())
+
+    def _read_settings(self) -> dict[str, Any]:
+        path = self.folder / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable config: {error}") from error
+        settings = config.get("quantization_config") if isinstance(config, dict) else None
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        if not isinstance(settings, dict) or method != QUANT_METHOD:
+            raise ValueError(f"{path}: must be of a model saved by qops.save_model, got quant_method '{method}'")
+        if settings.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {settings.get('format_version')}")
+        kinds = settings.get("weights")
+        if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
+            raise ValueError(f"{path}: weights must map names to kinds, got {kinds!r}")
+        return settings
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a parameter of that name, dense or quantised."""
+        return name in self.names or name.removesuffix(".weight") in self._kinds
+
+    def weight(self, name: str) -> Weight:
+        kind = self._kinds.get(name)
+        if kind is None:
+            return self.tensor(f"{name}.weight")
+        family, _, variant = kind.partition(" ")
+        tensors = {key: self.tensor(f"{name}.weight.{key}") for key in ("qweight", "scales")}
+        for key, stored in (("zeros", "offsets" if variant == "offset" else "zeros"), ("perm", "perm")):
+            if f"{name}.weight.{stored}" in self.names:
+                tensors[key] = self.tensor(f"{name}.weight.{stored}")
+        try:
+            if family == "int4":
+                columns = 2 * tensors["qweight"].shape[-1:].numel()  # a folder holds packed codes
+                return Int4Weight.from_canonical(**tensors, kind=variant, in_features=columns, pack=False)
+            if kind in ("int8", "int8 dynamic"):
+                return Int8Weight.from_canonical(**tensors, pack=False)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.folder}: {name}.weight: {error}") from error
+        raise ValueError(f"{self.folder}: {name}.weight has unknown kind '{kind}'")
+
+    def kind(self, name: str) -> str:
+        return self._kinds.get(name, "dense")
+
+    def bias(self, name: str) -> torch.Tensor | None:
+        return self.tensor(f"{name}.bias") if f"{name}.bias" in self.names else None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise ValueError(f"{self.folder / TENSORS_FILE}: tensor {name} is missing")
+        self._read.add(name)
+        return self._file.get_tensor(name)
+
+    def finish(self, model: nn.Module) -> None:
+        """Casts what was cast when the model was saved; raises where tensors are left that no part of it has taken."""
+        left = sorted(self.names - self._read)
+        if left:
+            raise ValueError(
+                f"{self.folder / TENSORS_FILE}: every tensor must have a place in {type(model).__name__} as "
+                f"config.json describes it, {len(left)} have none: {', '.join(left[:3])}"
+            )
+        for name, dtype in self._cast.items():
+            module_name, _, key = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            buffer = getattr(module, key)
+            assert isinstance(buffer, torch.Tensor)
+            setattr(module, key, buffer.to(getattr(torch, dtype)))
