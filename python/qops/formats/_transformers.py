@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import warnings
-from typing import Any
 
 MINIMUM = (5, 17)
 NEWEST_TESTED = (5, 24)
@@ -36,15 +35,6 @@ def _warn_newer(found: str) -> None:
         "decoder layers are fused only where they are proven to compute what its own layers do",
         stacklevel=4,
     )
-
-
-def transformers_class(name: object) -> Any:
-    import transformers
-
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ValueError(f"architectures must name a model class of transformers, got {name!r}")
-    return found
 
 
 def _text(release: tuple[int, ...]) -> str:

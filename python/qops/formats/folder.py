@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qops.formats._transformers import transformers_class
 from qops.formats.checkpoint import Weight
 from qops.weights import Int4Weight, Int8Weight
 
@@ -50,6 +49,15 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
         if created:
             folder.rmdir()
         raise
+
+
+def transformers_class(name: object) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"architectures must name a model class of transformers, got {name!r}")
+    return found
 
 
 def _takes(model_class: Any, config: Any) -> bool:

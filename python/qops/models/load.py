@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qops.formats._transformers import require_transformers, transformers_class
+from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
-from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, Folder, replace_files
+from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, Folder, replace_files, transformers_class
 from qops.models.replacement import (
     entries,
     freeze,
