@@ -1,13 +1,6 @@
-"""GGUF files of the Llama family, read exactly: every stored code, scale and offset keeps its value.
+"""GGUF files of the Llama family, read exactly (blocks: `qops/weights/gguf.py`).
 
-A quantised block holds 32 consecutive elements of one row:
-
-    Q4_0   fp16 d, 16 bytes               w = d * (q - 8)     Int4Weight, kind "symmetric"
-    Q4_1   fp16 d, fp16 m, 16 bytes       w = d * q + m       Int4Weight, kind "offset"
-    Q8_0   fp16 d, 32 int8                w = d * q           Int8Weight
-
-Byte i of a 4-bit block holds element i in its low and element i + 16 in its high nibble; the canonical `qweight`
-holds elements 2 i and 2 i + 1 in byte i. llama.cpp stores the rows of attn_q and attn_k so that its rotary pairs
+llama.cpp stores the rows of attn_q and attn_k so that its rotary pairs
 neighbours; `unpermute_rows` restores the halves that Transformers pairs, on the blocks, so nothing is requantised.
 
 The PyPI package `gguf` parses the container. It trusts its input, so this module bounds every read by the file's
@@ -25,15 +18,14 @@ import torch
 
 from qops.formats._transformers import require_transformers
 from qops.weights import Int4Weight, Int8Weight
+from qops.weights.gguf import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderField
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-__all__ = ["GGUFFile", "int4_weight", "int8_weight", "load_tokenizer", "unpermute_rows"]
+__all__ = ["GGUFFile", "load_tokenizer", "unpermute_rows"]
 
-BLOCK = 32
-BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 DENSE_TYPES = ("F32", "F16", "BF16")
 _MAX_FLOAT = torch.finfo(torch.float32).max
 
@@ -49,77 +41,6 @@ _IN_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-def _split_blocks(blocks: torch.Tensor, qtype: str) -> torch.Tensor:
-    """uint8 [N, bytes per row] -> [N, K/32, bytes per block]."""
-    block_bytes = BLOCK_BYTES[qtype]
-    if blocks.dtype != torch.uint8 or blocks.dim() != 2 or blocks.shape[1] % block_bytes:
-        raise ValueError(
-            f"{qtype} blocks must be uint8 [N, a multiple of {block_bytes}], got {blocks.dtype} {list(blocks.shape)}"
-        )
-    return blocks.reshape(blocks.shape[0], -1, block_bytes)
-
-
-def _half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
-    """The fp16 number at byte `offset` of each block, [N, K/32]."""
-    return blocks[..., offset : offset + 2].contiguous().view(torch.float16).squeeze(-1)
-
-
-def int4_weight(blocks: torch.Tensor, qtype: str, *, pack: bool = True) -> Int4Weight:
-    """Q4_0 or Q4_1 blocks as an Int4Weight of kind "symmetric" or "offset", groups of 32.
-
-    Scales stay float16; a Q4_1 offset is widened to float32, which holds every float16 number.
-
-    Args:
-        blocks: uint8 [N, bytes per row] as stored in the file.
-        qtype: "Q4_0" or "Q4_1".
-        pack: as in :meth:`qops.Int4Weight.from_canonical`.
-
-    Returns:
-        An :class:`qops.Int4Weight`.
-
-    Numerics:
-        Exact.
-
-    Raises:
-        ValueError: another type, or blocks that do not fill rows of it.
-    """
-    if qtype not in ("Q4_0", "Q4_1"):
-        raise ValueError(f"an int4 weight reads Q4_0 or Q4_1 blocks, got {qtype}")
-    per_block = _split_blocks(blocks, qtype)
-    nibbles = per_block[..., -BLOCK // 2 :]
-    codes = torch.cat([nibbles & 0x0F, nibbles >> 4], dim=-1)
-    qweight = (codes[..., 0::2] | (codes[..., 1::2] << 4)).reshape(blocks.shape[0], -1)
-    scales, in_features = _half(per_block, 0), 2 * qweight.shape[1]
-    if qtype == "Q4_0":
-        return Int4Weight.from_canonical(qweight, scales, kind="symmetric", in_features=in_features, pack=pack)
-    offsets = _half(per_block, 2)
-    return Int4Weight.from_canonical(qweight, scales, kind="offset", zeros=offsets, in_features=in_features, pack=pack)
-
-
-def int8_weight(blocks: torch.Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:
-    """Q8_0 blocks as an Int8Weight in groups of 32 with float16 scales.
-
-    Args:
-        blocks: uint8 [N, bytes per row] as stored in the file.
-        qtype: "Q8_0".
-        pack: as in :meth:`qops.Int8Weight.from_canonical`.
-
-    Returns:
-        An :class:`qops.Int8Weight`.
-
-    Numerics:
-        Exact.
-
-    Raises:
-        ValueError: another type, or blocks that do not fill rows of it.
-    """
-    if qtype != "Q8_0":
-        raise ValueError(f"an int8 weight reads Q8_0 blocks, got {qtype}")
-    per_block = _split_blocks(blocks, qtype)
-    qweight = per_block[..., 2:].contiguous().view(torch.int8).reshape(blocks.shape[0], -1)
-    return Int8Weight.from_canonical(qweight, _half(per_block, 0), pack=pack)
 
 
 def unpermute_rows(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -188,7 +109,7 @@ class GGUFFile:
         try:
             if kind in DENSE_TYPES:
                 return rows
-            return int8_weight(rows, pack=False) if kind == "Q8_0" else int4_weight(rows, kind, pack=False)
+            return (Int8Weight if kind == "Q8_0" else Int4Weight).from_gguf(rows, kind, pack=False)
         except ValueError as error:
             raise self._error(f"tensor {stored}: {error}") from error
 

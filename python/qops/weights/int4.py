@@ -11,6 +11,7 @@ from torch import Tensor
 from qops._layout import group_count
 from qops.ops import _checks
 from qops.ops._checks import INT4_KINDS
+from qops.weights import gguf
 from qops.weights.rounding import add_rounding_to_odd, round_to_nearest, store_nibbles
 from qops.weights.state import (
     SCALE_DTYPES,
@@ -228,22 +229,21 @@ class Int4Weight(QuantizedWeight):
         return cls._from_tensors(tensors, config, pack)
 
     @classmethod
-    def from_gguf(cls, blocks: Tensor, qtype: str) -> Int4Weight:
+    def from_gguf(cls, blocks: Tensor, qtype: str, *, pack: bool = True) -> Self:
         """A weight from GGUF blocks; nothing is rounded.
 
         Args:
             blocks: uint8 ``[N, bytes per row]``, as stored in the file.
             qtype: "Q4_0" or "Q4_1".
+            pack: as in :meth:`from_canonical`.
 
         Returns:
-            A packed weight in groups of 32 with float16 scales, of kind ``"symmetric"`` or ``"offset"``.
+            A weight in groups of 32 with float16 scales, of kind ``"symmetric"`` or ``"offset"``.
 
         Raises:
             ValueError: another type, or blocks that do not fill rows of it.
         """
-        from qops.formats import gguf
-
-        return gguf.int4_weight(blocks, qtype)
+        return cls.from_canonical(**gguf.int4_tensors(f"{cls._name()}.from_gguf", blocks, qtype), pack=pack)
 
     def _configure(
         self,

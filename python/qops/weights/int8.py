@@ -11,6 +11,7 @@ from torch import Tensor
 from qops._layout import group_count
 from qops.ops import _checks
 from qops.ops._checks import STRIP_ROWS, strips_of
+from qops.weights import gguf
 from qops.weights.rounding import round_to_nearest, scale_codes
 from qops.weights.state import (
     QuantizedWeight,
@@ -63,7 +64,7 @@ class Int8Weight(QuantizedWeight):
 
     @classmethod
     @torch.no_grad()
-    def quantize(cls, weight: Tensor, group_size: int = -1, scale_dtype: torch.dtype | None = None) -> Self:
+    def quantize(cls, weight: Tensor, group_size: int = -1, scale_dtype: torch.dtype = torch.float32) -> Self:
         """Rounds a weight to the nearest codes: ``s = R(max|w| / 127)``, ``q = clamp(rne(w / s), -127, 127)``.
 
         Per group, with R() the rounding to float32 and then to the scale dtype, and rne() rounding half to even.
@@ -71,7 +72,7 @@ class Int8Weight(QuantizedWeight):
         Args:
             weight: float16, bfloat16, float32 or float64 ``[N, K]``.
             group_size: G, as in the class.
-            scale_dtype: default the dtype of ``weight``, float32 where that is float64.
+            scale_dtype: of the scales.
 
         Returns:
             A packed weight.
@@ -88,8 +89,10 @@ class Int8Weight(QuantizedWeight):
         Source:
             Per-channel weights of compressed-tensors and torchao with the range -127 ... 127.
         """
+        name = f"{cls._name()}.quantize"
+        require_scale_dtype(name, scale_dtype)
         qweight, scales, _ = round_to_nearest(
-            f"{cls._name()}.quantize",
+            name,
             weight,
             group_size,
             scale_dtype,
@@ -136,22 +139,21 @@ class Int8Weight(QuantizedWeight):
         return cls._from_tensors({"qweight": qweight.detach(), "scales": scales.detach()}, config, pack)
 
     @classmethod
-    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0") -> Int8Weight:
+    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Self:
         """A weight from GGUF blocks; nothing is rounded.
 
         Args:
             blocks: uint8 ``[N, bytes per row]``, as stored in the file.
             qtype: "Q8_0".
+            pack: as in :meth:`from_canonical`.
 
         Returns:
-            A packed weight in groups of 32 with float16 scales.
+            A weight in groups of 32 with float16 scales.
 
         Raises:
             ValueError: another type, or blocks that do not fill rows of it.
         """
-        from qops.formats import gguf
-
-        return gguf.int8_weight(blocks, qtype)
+        return cls.from_canonical(**gguf.int8_tensors(f"{cls._name()}.from_gguf", blocks, qtype), pack=pack)
 
     @torch.no_grad()
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
