@@ -103,12 +103,15 @@ def test_every_weight_of_a_file_is_exact_and_in_transformers_order(tmp_path, kin
     compared = set()
     for name in expected:
         module, leaf = name.rsplit(".", 1)
-        value = opened.weight(module) if leaf == "weight" else opened.bias(module)
+        value = opened.weight(module) if leaf == "weight" else opened.tensor(name)
         value = value if isinstance(value, torch.Tensor) else value.dequantize()
         assert torch.equal(value.float(), expected[name]), name
         compared.add(name)
     assert len(compared) == len(file.tensors)
-    assert opened.bias("model.layers.0.mlp.up_proj") is None
+    for name in ("model.layers.0.mlp.up_proj.bias", "model.layers.2.mlp.up_proj.weight", "norm", ""):
+        assert not opened.holds(name)
+        with pytest.raises(ValueError, match=rf"tensor {name} is missing"):
+            opened.tensor(name)
     # The file itself holds other rows, so a reader that forgot the permutation fails above.
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     stored = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}

@@ -104,7 +104,7 @@ def test_dequantize_int8_is_the_exact_weight_rounded_once(group_size, scale_dtyp
 
 
 def test_dequantize_covers_every_chunk(monkeypatch):
-    import qops.weights.state
+    import qops._layout
 
     weights = [weight for _, weight in some_weights()]
     whole = [weight.dequantize() for weight in weights]

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qops.formats.checkpoint import Weight
-from qops.weights import Int4Weight, Int8Weight
+from qops.nn import QuantizedLinear
+from qops.nn.linears import LINEARS
 
 QUANT_METHOD = "qops"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Not model.safetensors: Transformers skips a quant_method it does not know and would load the rest as noise. Without
 # a file of that name it stops.
 TENSORS_FILE = "qops.safetensors"
@@ -72,12 +72,12 @@ def _takes(model_class: Any, config: Any) -> bool:
 
 
 class Folder:
-    """A folder written by `save_model`."""
+    """A folder written by `save_model`, as a :class:`qops.formats.Checkpoint`."""
 
     def __init__(self, folder: Path):
         from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError, safe_open
-        from transformers import AutoConfig
+        from transformers import AutoConfig, GenerationConfig
 
         self.folder = folder
         settings = self._read_settings()
@@ -93,17 +93,19 @@ class Folder:
                 f"got '{self.config.model_type}'"
             )
         del self.config.__dict__["quantization_config"]
-        self.fused: bool = settings.get("fused", True)
+        self.dtype: torch.dtype = self.config.dtype
+        self.fuses: bool = settings.get("fused", True)
         self._cast: dict[str, str] = settings.get("cast", {})
         self._read: set[str] = set()
         self._kinds: dict[str, str] = settings["weights"]
-        self.dynamic = frozenset(name for name, kind in self._kinds.items() if kind == "int8 dynamic")
         path = folder / TENSORS_FILE
         try:
             self._file: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
         self.names: frozenset[str] = frozenset(self._file.keys())
+        has_generation_config = (folder / "generation_config.json").is_file()
+        self.generation_config: Any = GenerationConfig.from_pretrained(folder) if has_generation_config else None
 
     def _read_settings(self) -> dict[str, Any]:
         path = self.folder / "config.json"
@@ -123,33 +125,31 @@ class Folder:
         return settings
 
     def holds(self, name: str) -> bool:
-        """Whether there is a parameter of that name, dense or quantised."""
         return name in self.names or name.removesuffix(".weight") in self._kinds
 
-    def weight(self, name: str) -> Weight:
-        kind = self._kinds.get(name)
-        if kind is None:
-            return self.tensor(f"{name}.weight")
-        family, _, variant = kind.partition(" ")
-        tensors = {key: self.tensor(f"{name}.weight.{key}") for key in ("qweight", "scales")}
-        for key, stored in (("zeros", "offsets" if variant == "offset" else "zeros"), ("perm", "perm")):
-            if f"{name}.weight.{stored}" in self.names:
-                tensors[key] = self.tensor(f"{name}.weight.{stored}")
+    def kind(self, module: str) -> str:
+        return self._kinds.get(module, "dense")
+
+    def linear(self, module: str) -> type[QuantizedLinear] | None:
+        if module not in self._kinds:
+            return None
+        found = LINEARS.get(self._kinds[module].partition(" ")[0])
+        if found is None:
+            raise ValueError(f"{self.folder}: {module}.weight has unknown kind '{self._kinds[module]}'")
+        return found
+
+    def weight(self, module: str) -> Weight:
+        linear, prefix = self.linear(module), f"{module}.weight"
+        if linear is None:
+            return self.tensor(prefix)
+        tensors = {key: self.tensor(f"{prefix}.{key}") for key in ("qweight", "scales")}
+        for key in ("zeros", "offsets", "perm"):
+            if f"{prefix}.{key}" in self.names:
+                tensors[key] = self.tensor(f"{prefix}.{key}")
         try:
-            if family == "int4":
-                columns = 2 * tensors["qweight"].shape[-1:].numel()  # a folder holds packed codes
-                return Int4Weight.from_canonical(**tensors, kind=variant, in_features=columns, pack=False)
-            if kind in ("int8", "int8 dynamic"):
-                return Int8Weight.from_canonical(**tensors, pack=False)
+            return linear.weight_class._from_state(tensors, self._kinds[module].partition(" ")[2])
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{self.folder}: {name}.weight: {error}") from error
-        raise ValueError(f"{self.folder}: {name}.weight has unknown kind '{kind}'")
-
-    def kind(self, name: str) -> str:
-        return self._kinds.get(name, "dense")
-
-    def bias(self, name: str) -> torch.Tensor | None:
-        return self.tensor(f"{name}.bias") if f"{name}.bias" in self.names else None
+            raise ValueError(f"{self.folder}: {prefix}: {error}") from error
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self.names:
@@ -157,8 +157,8 @@ class Folder:
         self._read.add(name)
         return self._file.get_tensor(name)
 
-    def finish(self, model: nn.Module) -> None:
-        """Casts what was cast when the model was saved; raises where tensors are left that no part of it has taken."""
+    def finish(self, model: Any) -> None:
+        """Casts what was cast when the model was saved, too."""
         left = sorted(self.names - self._read)
         if left:
             raise ValueError(

@@ -7,9 +7,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qops.formats._transformers import require_transformers
+from qops.formats.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """The reader of what lies at a path, by what it is.
+
+    Args:
+        path: a GGUF file, or a folder written by :func:`qops.save_model`.
+
+    Returns:
+        A :class:`qops.formats.Checkpoint`; file or folder have been checked, and no weight is read yet.
+
+    Raises:
+        ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
+        FileNotFoundError: nothing is at `path`.
+        ValueError: the checkpoint is malformed or of a kind that is not supported.
+    """
+    require_transformers("qops.formats.open_checkpoint")
+    path = Path(path)
+    if path.is_file():
+        from qops.formats.gguf import GGUFFile
+
+        return GGUFFile(path)
+    if path.is_dir():
+        from qops.formats.folder import Folder
+
+        return Folder(path)
+    raise FileNotFoundError(f"{path}: no such GGUF file or model folder")
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -27,7 +55,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         OSError: a folder without a tokenizer.
         ValueError: a GGUF file that is malformed or holds no tokenizer.
     """
-    require_transformers("qops.models.load_tokenizer")
+    require_transformers("qops.formats.load_tokenizer")
     if Path(path).is_file():
         from qops.formats import gguf
 

@@ -37,7 +37,7 @@ from qops.nn.hooks import is_watched, newest_hook
 from qops.nn.linears import into_stream
 from qops.nn.offload import Offloadable
 from qops.ops import qk_norm_rotary_, rotary, rotary_
-from qops.weights.state import moved
+from qops.weights.requirements import moved
 
 # A module for each name below a layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
 Part = Callable[[str], Any]

@@ -14,7 +14,8 @@ from torch import nn
 
 from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
-from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, Folder, replace_files, transformers_class
+from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, replace_files, transformers_class
+from qops.formats.open import open_checkpoint
 from qops.models.replacement import (
     entries,
     freeze,
@@ -32,8 +33,8 @@ from qops.models.replacement import (
     unfusable,
     warn_not_fused,
 )
-from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, dense_linear, frozen
-from qops.weights import Int4Weight, Int8Weight
+from qops.nn import dense_linear, frozen
+from qops.weights.state import QuantizedWeight
 
 __all__ = ["dense_model", "load_model", "save_model"]
 
@@ -72,21 +73,8 @@ def load_model(
         ValueError: the checkpoint is malformed or of a kind that is not supported.
     """
     require_transformers("qops.load_model")
-    path = Path(path)
-    if path.is_file():
-        from qops.formats.gguf import GGUFFile
-
-        return build_model(GGUFFile(path), dtype or torch.bfloat16, device, prove=prove)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such GGUF file or model folder")
-    folder = Folder(path)
-    model = build_model(folder, dtype or folder.config.dtype, device, folder.fused, folder.dynamic, prove)
-    folder.finish(model)
-    if (path / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    return model
+    checkpoint = open_checkpoint(path)
+    return build_model(checkpoint, dtype or checkpoint.dtype, device, prove)
 
 
 def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
@@ -149,7 +137,7 @@ def _cast_buffers(model: nn.Module) -> dict[str, str]:
         and buffer is not None
         and buffer.dtype in (torch.bfloat16, torch.float16)
         and buffer.numel() > 0
-        and not isinstance(module, (Int4Weight, Int8Weight))
+        and not isinstance(module, QuantizedWeight)
     }
 
 
@@ -187,18 +175,8 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
 # Building ------------------------------------------------------------------------------------------------------------
 
 
-def build_model(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    fused: bool = True,
-    dynamic: frozenset[str] = frozenset(),
-    prove: bool = True,
-) -> Any:
-    """The model of a checkpoint. ``dynamic`` names the int8 linears whose activations are quantised too.
-
-    Weights are packed where the checkpoint has them; the whole goes to ``device`` then.
-    """
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool = True) -> Any:
+    """The model of a checkpoint. Weights are packed where the checkpoint has them; then all goes to ``device``."""
     model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
 
     def fetch(name: str, module: Any) -> Weight:
@@ -215,12 +193,11 @@ def build_model(
 
     def linear_of(name: str, weight: Weight, bias: torch.Tensor | None, *, logits: bool = False) -> nn.Module:
         bias = None if bias is None else bias.to(dtype)
-        if isinstance(weight, Int4Weight):
-            return Int4Linear(weight, bias, float32_output=logits)
-        if isinstance(weight, Int8Weight):
-            into = Int8Linear if name in dynamic else Int8WeightOnlyLinear
-            return into(weight, bias, float32_output=logits)
-        return dense_linear(weight, bias)
+        kind = checkpoint.linear(name)
+        if kind is None or isinstance(weight, torch.Tensor):
+            assert isinstance(weight, torch.Tensor), name
+            return dense_linear(weight, bias)
+        return kind(weight, bias, float32_output=logits)
 
     def norm_weight(name: str, module: nn.Module) -> torch.Tensor:
         weight = fetch(name, module)
@@ -229,22 +206,22 @@ def build_model(
         return weight
 
     def linear(name: str, module: nn.Linear) -> nn.Module:
-        return linear_of(name, fetch(name, module), checkpoint.bias(name))
+        return linear_of(name, fetch(name, module), bias_of(name))
 
-    if isinstance(checkpoint, Folder):
-        _tie_what_is_tied(model, checkpoint.holds)
+    def bias_of(name: str) -> torch.Tensor | None:
+        return checkpoint.tensor(f"{name}.bias") if checkpoint.holds(f"{name}.bias") else None
+
+    _tie_what_is_tied(model, checkpoint.holds)
     not_fused = "it was saved so"
-    if fused and (not_fused := unfusable(model)) is not None:
+    if checkpoint.fuses and (not_fused := unfusable(model)) is not None:
         warn_not_fused(model, not_fused)
     model.qops_fusion = replace_parts(model, linear, norm_weight, checkpoint.kind, not_fused, prove)
     embedding, output = input_table(model), model.get_output_embeddings()
     tied, name, table = is_tied(model), "", None
 
     def stored(name: str) -> str:
-        """Where a folder has a tensor that may be tied to another one."""
-        if isinstance(checkpoint, Folder) and not checkpoint.holds(name):
-            return model.all_tied_weights_keys.get(name, name)
-        return name
+        """Where the checkpoint has a tensor that may be tied to another one."""
+        return name if checkpoint.holds(name) else model.all_tied_weights_keys.get(name, name)
 
     if embedding is not None:
         name = stored(f"{name_of(model, embedding)}.weight").removesuffix(".weight")
@@ -258,7 +235,7 @@ def build_model(
         own_name = name_of(model, output)
         name = name if tied else own_name
         weight = table if tied and table is not None else fetch(name, output)
-        bias = checkpoint.bias(stored(f"{own_name}.bias").removesuffix(".bias"))
+        bias = bias_of(stored(f"{own_name}.bias").removesuffix(".bias"))
         if not isinstance(weight, torch.Tensor):
             model.set_output_embeddings(linear_of(name, weight, bias, logits=True))
         else:
@@ -266,12 +243,12 @@ def build_model(
             if bias is not None:
                 output.bias = frozen(bias.to(dtype))
 
-    def rest(name: str) -> torch.Tensor:
-        assert isinstance(checkpoint, Folder), name
-        return _in_dtype(checkpoint.tensor(name), dtype)
-
-    _assign(model, rest)
-    return freeze(packed(model)).to(device)
+    _assign(model, lambda name: _in_dtype(checkpoint.tensor(name), dtype))
+    model = freeze(packed(model)).to(device)
+    checkpoint.finish(model)
+    if checkpoint.generation_config is not None:
+        model.generation_config = checkpoint.generation_config
+    return model
 
 
 def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
@@ -323,7 +300,7 @@ def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
     Those that are tied to another one share its parameter.
     """
     for module_name, module in model.named_modules():
-        if isinstance(module, (Int4Weight, Int8Weight)):
+        if isinstance(module, QuantizedWeight):
             continue
         wanted = {key: value for key, value in module._parameters.items() if value is not None and value.is_meta}
         for key, value in module._buffers.items():

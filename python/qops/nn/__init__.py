@@ -5,7 +5,14 @@ Every weight is a :class:`qops.Int4Weight` or :class:`qops.Int8Weight` submodule
 """
 
 from qops.nn.activations import Int8Rows, frozen
-from qops.nn.linears import Int4Linear, Int8Embedding, Int8Linear, Int8WeightOnlyLinear, dense_linear
+from qops.nn.linears import (
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    Int8WeightOnlyLinear,
+    QuantizedLinear,
+    dense_linear,
+)
 from qops.nn.mlp import MLP, MergedLinear, MergingModule
 from qops.nn.norm import RMSNorm
 
@@ -18,6 +25,7 @@ __all__ = [
     "Int8WeightOnlyLinear",
     "MergedLinear",
     "MergingModule",
+    "QuantizedLinear",
     "RMSNorm",
     "dense_linear",
     "frozen",

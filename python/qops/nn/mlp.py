@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from qops.nn.activations import Int8Rows
-from qops.nn.linears import Int4Linear, Int8Linear, dense_linear, into_stream
+from qops.nn.linears import QuantizedLinear, dense_linear, into_stream
 from qops.nn.merged_state import merge_names, restore_names
 from qops.nn.offload import Offloadable
 from qops.ops import (
     silu_mul,
     silu_mul_int8,
 )
-from qops.weights import Int4Weight, Int8Weight
 
 
 class MergedLinear(nn.Module):
@@ -42,9 +41,9 @@ class MergedLinear(nn.Module):
 
     @property
     def takes_int8(self) -> bool:
-        """Whether every part is an :class:`Int8Linear`, so that the input may be :class:`Int8Rows`."""
+        """Whether the input may be :class:`Int8Rows`, because every part takes them."""
         linears = self.separate if self.merged is None else [self.merged]
-        return all(isinstance(linear, Int8Linear) for linear in linears)
+        return all(isinstance(linear, QuantizedLinear) and linear.takes_int8 for linear in linears)
 
     def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
         """The outputs of all parts side by side.
@@ -68,9 +67,7 @@ class MergedLinear(nn.Module):
         biases = [None] * len(sizes) if linear.bias is None else linear.bias.split(sizes)
         weights = linear.weight.split(sizes)
         parts = [
-            dense_linear(weight, bias)
-            if isinstance(weight, torch.Tensor)
-            else type(linear)(weight, bias, float32_output=linear.float32_output)
+            dense_linear(weight, bias) if isinstance(weight, torch.Tensor) else linear.around(weight, bias)
             for weight, bias in zip(weights, biases, strict=True)
         ]
         return dict(zip(self.names, parts, strict=True))
@@ -93,9 +90,9 @@ class MergingModule(Offloadable):
 class MLP(MergingModule):
     """`down(act(gate(x)) * up(x))`, gate and up as one GEMM.
 
-    With SiLU that GEMM, of :class:`Int4Linear` or :class:`Int8Linear`, applies the activation before it stores
-    (:meth:`qops.Int4Weight.interleave_gate_up`). After other linears SiLU is :func:`qops.silu_mul`, before an
-    :class:`Int8Linear` :func:`qops.silu_mul_int8`.
+    With SiLU that GEMM applies the activation before it stores (:meth:`qops.Int4Weight.interleave_gate_up`), where the
+    class of the linears can. After others SiLU is :func:`qops.silu_mul`, or :func:`qops.silu_mul_int8` before a down
+    that takes :class:`Int8Rows`.
     Where down has an act-order, gate and up give their outputs in that order, so that down need not gather them: the
     same bits, without a pass over memory. The state_dict is then one of reordered weights.
 
@@ -113,23 +110,17 @@ class MLP(MergingModule):
         act: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__()
-        self.reordered = isinstance(down_proj, Int4Linear) and down_proj.weight.act_order
+        self.reordered = isinstance(down_proj, QuantizedLinear) and down_proj.weight.act_order
         if self.reordered:
-            assert isinstance(down_proj, Int4Linear)
-            weight = down_proj.weight
-            tensors = weight.canonical()
-            order = tensors.pop("perm").long()
+            assert isinstance(down_proj, QuantizedLinear)
+            order = down_proj.weight.perm.long()
             gate_proj, up_proj = _with_rows(gate_proj, order), _with_rows(up_proj, order)
-            # Its stored columns are in the order of x now.
-            weight = Int4Weight.from_canonical(
-                **tensors, kind=weight.kind, in_features=weight.in_features, pack=weight.is_packed
-            )
-            down_proj = Int4Linear(weight, down_proj.bias, float32_output=down_proj.float32_output)
+            down_proj = down_proj.around(down_proj.weight.in_stored_order(), down_proj.bias)
         self.gate_up_proj = MergedLinear({"gate_proj": gate_proj, "up_proj": up_proj})
         self.down_proj = down_proj
         self.act = act
         merged = self.gate_up_proj.merged
-        self.activates_in_gemm = act is None and isinstance(merged, (Int4Linear, Int8Linear))
+        self.activates_in_gemm = act is None and isinstance(merged, QuantizedLinear) and merged.applies_silu_mul
         if self.activates_in_gemm:
             merged.weight.interleave_gate_up()
         self._be_hooked()
@@ -138,7 +129,7 @@ class MLP(MergingModule):
         """The formula of the class.
 
         Args:
-            x: [..., K]; 8-bit only where gate and up are :class:`Int8Linear`.
+            x: [..., K]; 8-bit only where gate and up take it.
             residual: [..., N], what the result is to be added to.
 
         Returns:
@@ -149,7 +140,7 @@ class MLP(MergingModule):
             gate, up = hidden.chunk(2, dim=-1)
             hidden = self.act(gate) * up
         elif not self.activates_in_gemm:
-            if isinstance(self.down_proj, Int8Linear):
+            if isinstance(self.down_proj, QuantizedLinear) and self.down_proj.takes_int8:
                 hidden = Int8Rows(*silu_mul_int8(hidden), hidden.dtype)
             else:
                 hidden = silu_mul(hidden)
@@ -168,7 +159,7 @@ def _with_rows(linear: Any, order: torch.Tensor) -> Any:
     bias = None if linear.bias is None else linear.bias[order]
     if isinstance(linear, nn.Linear):
         return dense_linear(linear.weight[order], bias)
-    return type(linear)(linear.weight.with_rows(order), bias, float32_output=linear.float32_output)
+    return linear.around(linear.weight.with_rows(order), bias)
 
 
 def _merge(linears: Sequence[Any]) -> Any:
@@ -180,15 +171,7 @@ def _merge(linears: Sequence[Any]) -> Any:
     weights = [linear.weight for linear in linears]
     if isinstance(first, nn.Linear):
         return dense_linear(torch.cat(weights), bias)
-    if len({(_layout(linear.weight), linear.float32_output) for linear in linears}) > 1:
+    alike = (weights[0].is_like(weight) for weight in weights)
+    if not all(alike) or len({linear.float32_output for linear in linears}) > 1:
         return None
-    if isinstance(first, Int4Linear) and first.weight.act_order:
-        perms = [weight.perm for weight in weights]
-        if any(not torch.equal(perm, perms[0]) for perm in perms[1:]):
-            return None
-    return type(first)(type(first.weight).cat(weights), bias, float32_output=first.float32_output)
-
-
-def _layout(weight: Int4Weight | Int8Weight) -> tuple[Any, ...]:
-    zero = (weight.kind, weight.act_order) if isinstance(weight, Int4Weight) else ()
-    return (weight.in_features, weight.group_size, weight.scale_dtype, weight.device, *zero)
+    return first.around(type(first.weight).cat(weights), bias)

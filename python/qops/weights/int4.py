@@ -12,10 +12,8 @@ from qops._layout import group_count
 from qops.ops import _checks
 from qops.ops._checks import INT4_KINDS
 from qops.weights import gguf
-from qops.weights.rounding import add_rounding_to_odd, round_to_nearest, store_nibbles
-from qops.weights.state import (
+from qops.weights.requirements import (
     SCALE_DTYPES,
-    QuantizedWeight,
     group_size_from_scales,
     require_dtype,
     require_int,
@@ -23,6 +21,8 @@ from qops.weights.state import (
     require_scale_dtype,
     require_tensor,
 )
+from qops.weights.rounding import add_rounding_to_odd, round_to_nearest, store_nibbles
+from qops.weights.state import QuantizedWeight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,8 +70,6 @@ class Int4Weight(QuantizedWeight):
 
     kind: str
     """One of ``KINDS``."""
-    act_order: bool
-    """Whether stored columns are in another order than those of w."""
 
     def __init__(
         self,
@@ -229,6 +227,24 @@ class Int4Weight(QuantizedWeight):
         return cls._from_tensors(tensors, config, pack)
 
     @classmethod
+    def _from_state(cls, tensors: Mapping[str, Tensor], kind: str = "") -> Self:
+        cls._require_kind(kind)
+        zeros = {"symmetric": None, "offset": "offsets"}.get(kind, "zeros")
+        given = dict(tensors)
+        weight = cls.from_canonical(
+            given.pop("qweight"),
+            given.pop("scales"),
+            kind=kind,
+            zeros=given.pop(zeros, None) if zeros is not None else None,
+            perm=given.pop("perm", None),
+            in_features=2 * tensors["qweight"].shape[-1:].numel(),  # a state holds packed codes
+            pack=False,
+        )
+        if given:
+            raise ValueError(f"{cls._name()}: kind {kind!r} takes no {', '.join(given)}")
+        return weight
+
+    @classmethod
     def from_gguf(cls, blocks: Tensor, qtype: str, *, pack: bool = True) -> Self:
         """A weight from GGUF blocks; nothing is rounded.
 
@@ -244,6 +260,17 @@ class Int4Weight(QuantizedWeight):
             ValueError: another type, or blocks that do not fill rows of it.
         """
         return cls.from_canonical(**gguf.int4_tensors(f"{cls._name()}.from_gguf", blocks, qtype), pack=pack)
+
+    @torch.no_grad()
+    def in_stored_order(self) -> Self:
+        """A weight without ``perm`` whose columns are the stored ones, for an x that comes in their order.
+
+        Returns:
+            A weight packed where this one is; it may share memory with this one where that is canonical.
+        """
+        tensors = self.canonical()
+        tensors.pop("perm", None)
+        return self._from_tensors(tensors, {**self._config_of_rows(), "act_order": False}, self.is_packed)
 
     def _configure(
         self,

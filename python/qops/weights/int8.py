@@ -12,9 +12,7 @@ from qops._layout import group_count
 from qops.ops import _checks
 from qops.ops._checks import STRIP_ROWS, strips_of
 from qops.weights import gguf
-from qops.weights.rounding import round_to_nearest, scale_codes
-from qops.weights.state import (
-    QuantizedWeight,
+from qops.weights.requirements import (
     dtype_name,
     group_size_from_scales,
     require_dtype,
@@ -22,6 +20,8 @@ from qops.weights.state import (
     require_scale_dtype,
     require_tensor,
 )
+from qops.weights.rounding import round_to_nearest, scale_codes
+from qops.weights.state import QuantizedWeight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -137,6 +137,14 @@ class Int8Weight(QuantizedWeight):
             "scale_dtype": scales.dtype,
         }
         return cls._from_tensors({"qweight": qweight.detach(), "scales": scales.detach()}, config, pack)
+
+    @classmethod
+    def _from_state(cls, tensors: Mapping[str, Tensor], kind: str = "") -> Self:
+        given = dict(tensors)
+        weight = cls.from_canonical(given.pop("qweight"), given.pop("scales"), pack=False)
+        if kind or given:
+            raise ValueError(f"{cls._name()}: the state has no {', '.join((*([kind] if kind else ()), *given))}")
+        return weight
 
     @classmethod
     def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Self:
