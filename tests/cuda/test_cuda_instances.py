@@ -233,8 +233,8 @@ WASTE = (
     Waste(
         "^int8_gemm_(add_)?kernel", "global", r"^elements\.cuh", 4, "scales of four columns, once a tile, one by one"
     ),
-    Waste("^int8_pack_kernel", "global", r"^int8_pack\.cu", 2, "two instructions use each sector up"),
-    Waste("^pack_kernel", "shared", r"^weight_pack\.cu", 2, "once a weight"),
+    Waste("^int8_pack_kernel", "global", r"^weight_pack_int8\.cu", 2, "two instructions use each sector up"),
+    Waste("^pack_kernel", "shared", r"^weight_pack_int4\.cu", 2, "once a weight"),
 )
 
 

@@ -244,6 +244,15 @@ def test_kernels_are_found():
     assert rules.kernels(BINDING, "CPU") == {schema.partition("(")[0] for schema in SCHEMAS}
 
 
+def test_cmake_finds_every_kernel():
+    files = ["csrc/cpu/a.cpp", "csrc/cpu/a_amx.cpp", "csrc/cuda/a_decode.cu", "csrc/cpu/a.h"]
+    assert not rules.left_out_of_the_build(["a", "b"], files)
+    assert len(rules.left_out_of_the_build(["a"], ["csrc/cpu/a_avx2.cpp", "csrc/cpu/c.cpp", "csrc/cuda/c.cu"])) == 3
+    assert rules.operators_built("set(QOPS_OPERATORS\n  a\n  b)\n") == {"a", "b"}
+    assert rules.operators_built(FILES["csrc/operators.cmake"]) == STEMS
+    assert not rules.left_out_of_the_build(STEMS, CPP)
+
+
 def test_one_name_on_every_layer():
     complete = set(rules.files_of("a"))
     assert len(complete) == 5 and not rules.missing_files(["a"], complete.__contains__)

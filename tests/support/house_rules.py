@@ -329,6 +329,20 @@ def nameless_files(ops: Iterable[str], files: Iterable[str]) -> list[str]:
     return [f"{file} belongs to no operator" for file in files if re.fullmatch(pattern, file) and file not in known]
 
 
+def operators_built(cmake: str) -> set[str]:
+    """The list by whose names CMake finds the sources of operators."""
+    listed = re.search(r"set\(QOPS_OPERATORS\s+([\w\s]+)\)", cmake)
+    return set(listed[1].split()) if listed else set()
+
+
+def left_out_of_the_build(ops: Iterable[str], files: Iterable[str]) -> list[str]:
+    """Kernel files that no operator's name finds."""
+    names = "|".join(ops)
+    found = rf"csrc/cpu/(({names})(_amx)?|cpu_dispatch|kernel_table)\.cpp|csrc/cuda/({names})(_\w+)?\.cu"
+    kernels = (file for file in files if re.fullmatch(r"csrc/c(pu|uda)/.*\.(cpp|cu)", file))
+    return [f"{file} is not built" for file in kernels if not re.fullmatch(found, file)]
+
+
 def sections(docstring: str) -> dict[str, str]:
     """Heading -> text, in their order."""
     parts = re.split(r"^([A-Z]\w+):$", docstring, flags=re.MULTILINE)

@@ -207,7 +207,7 @@ def machine_code(source: str) -> list[tuple[str, str]]:
 
 
 def test_packed_weights_move_16_bytes_at_a_time(log):
-    for name, code in machine_code("weight_pack.cu"):
+    for name, code in machine_code("weight_pack_int4.cu"):
         # Canonical words of 4 bytes on the other side; for sm_120 nvcc does not see that they are global.
         packed, words = ("STG", r"LDG?") if "pack_kernel<true>" in name else ("LDG", "STG")
         assert set(re.findall(rf"\b{packed}\.E\S*", code)) == {f"{packed}.E.128"}, name
