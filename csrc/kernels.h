@@ -307,26 +307,31 @@ struct SiluMulInt8Params {
   Int8Rows out;
 };
 
-// Every CPU kernel: X(name, Params). Each is `Status name(const Params&, const ThreadPool&)`, compiled once per ISA
-// level; cpu::name() calls the level chosen at load.
-#define QOPS_FOR_EACH_CPU_KERNEL(X)                 \
-  X(int4_dequantize, Int4DequantizeParams)          \
-  X(int4_gemm, WeightOnlyGemmParams)                \
-  X(int4_pack, WeightPackParams)                    \
-  X(int4_unpack, WeightPackParams)                  \
-  X(int8_gemm, Int8GemmParams)                      \
-  X(int8_pack, WeightPackParams)                    \
-  X(int8_unpack, WeightPackParams)                  \
-  X(int8_weight_only_gemm, WeightOnlyGemmParams)    \
-  X(qk_norm_rotary, QkNormRotaryParams)             \
-  X(quantize_int8, QuantizeInt8Params)              \
-  X(quantize_int8_asym, QuantizeInt8AsymParams)     \
-  X(quantize_int8_static, QuantizeInt8StaticParams) \
-  X(rms_norm, RmsNormParams)                        \
-  X(rms_norm_int8, RmsNormInt8Params)               \
-  X(rotary, RotaryParams)                           \
-  X(silu_mul, SiluMulParams)                        \
-  X(silu_mul_int8, SiluMulInt8Params)
+// Every kernel, with its parameters and where it runs. On a CPU each is
+// `Status name(const Params&, const ThreadPool&)`, compiled once per ISA level; cpu::name() calls the one chosen at
+// load. On a GPU it is `Status name(const Params&, Stream)`.
+#define QOPS_FOR_EACH_KERNEL(ANYWHERE, ON_CPU)             \
+  ANYWHERE(int4_dequantize, Int4DequantizeParams)          \
+  ANYWHERE(int4_gemm, WeightOnlyGemmParams)                \
+  ANYWHERE(int4_pack, WeightPackParams)                    \
+  ANYWHERE(int4_unpack, WeightPackParams)                  \
+  ANYWHERE(int8_gemm, Int8GemmParams)                      \
+  ANYWHERE(int8_pack, WeightPackParams)                    \
+  ANYWHERE(int8_unpack, WeightPackParams)                  \
+  ON_CPU(int8_weight_only_gemm, WeightOnlyGemmParams)      \
+  ANYWHERE(qk_norm_rotary, QkNormRotaryParams)             \
+  ANYWHERE(quantize_int8, QuantizeInt8Params)              \
+  ANYWHERE(quantize_int8_asym, QuantizeInt8AsymParams)     \
+  ANYWHERE(quantize_int8_static, QuantizeInt8StaticParams) \
+  ANYWHERE(rms_norm, RmsNormParams)                        \
+  ANYWHERE(rms_norm_int8, RmsNormInt8Params)               \
+  ANYWHERE(rotary, RotaryParams)                           \
+  ANYWHERE(silu_mul, SiluMulParams)                        \
+  ANYWHERE(silu_mul_int8, SiluMulInt8Params)
+
+#define QOPS_SKIP(name, Params)
+#define QOPS_FOR_EACH_CPU_KERNEL(X) QOPS_FOR_EACH_KERNEL(X, X)
+#define QOPS_FOR_EACH_CUDA_KERNEL(X) QOPS_FOR_EACH_KERNEL(X, QOPS_SKIP)
 
 namespace cpu {
 
@@ -341,25 +346,6 @@ const char* isa_levels_available();
 const char* isa_error();
 
 }  // namespace cpu
-
-// Every CUDA kernel, likewise: `Status name(const Params&, stream)`.
-#define QOPS_FOR_EACH_CUDA_KERNEL(X)                \
-  X(int4_dequantize, Int4DequantizeParams)          \
-  X(int4_gemm, WeightOnlyGemmParams)                \
-  X(int4_pack, WeightPackParams)                    \
-  X(int4_unpack, WeightPackParams)                  \
-  X(int8_gemm, Int8GemmParams)                      \
-  X(int8_pack, WeightPackParams)                    \
-  X(int8_unpack, WeightPackParams)                  \
-  X(qk_norm_rotary, QkNormRotaryParams)             \
-  X(quantize_int8, QuantizeInt8Params)              \
-  X(quantize_int8_asym, QuantizeInt8AsymParams)     \
-  X(quantize_int8_static, QuantizeInt8StaticParams) \
-  X(rms_norm, RmsNormParams)                        \
-  X(rms_norm_int8, RmsNormInt8Params)               \
-  X(rotary, RotaryParams)                           \
-  X(silu_mul, SiluMulParams)                        \
-  X(silu_mul_int8, SiluMulInt8Params)
 
 namespace cuda {
 
