@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/gate.cuh"
-#include "cuda/gemm_config.h"
+#include "cuda/int4_config.h"
 #include "cuda/quantize_row.cuh"
 
 namespace qops::cuda {

@@ -80,15 +80,15 @@ class Source {
 
  private:
   static constexpr int kStripsAtOnce = T::kThreads * 16 / int8::kBlockBytes;
-  static constexpr int kWeightPieces = int8::kTileStrips / kStripsAtOnce;
+  static constexpr int kWeightPieces = kTileStrips / kStripsAtOnce;
   static constexpr int kTokenPieces = (T::kShape.tokens * 4 + T::kThreads - 1) / T::kThreads;
 
   QOPS_DEVICE void enter_tile(const Job& job) {
     constexpr int kPiecesOfStrip = int8::kBlockBytes / 16;
     const TilePosition at = job.plan.position(tile_);
-    const int64_t strip = at.row_tile * int8::kTileStrips + threadIdx.x / kPiecesOfStrip;
+    const int64_t strip = at.row_tile * kTileStrips + threadIdx.x / kPiecesOfStrip;
     const int64_t left = int8::strips(job.p.n) - strip;
-    strips_left_ = left < int8::kTileStrips ? static_cast<int>(left) : int8::kTileStrips;
+    strips_left_ = left < kTileStrips ? static_cast<int>(left) : kTileStrips;
     weights_ = static_cast<const uint8_t*>(job.p.packed) + strip * job.plan.k_blocks * int8::kBlockBytes +
                threadIdx.x % kPiecesOfStrip * 16;
 #pragma unroll
@@ -283,7 +283,7 @@ struct Sums {
     const int first_token = token_warp * job.plan.token_tiles_of_warp(T::kShape.token_warps) * 8;
     const int live = job.plan.live_tiles(at.token_tile, token_warp, T::kShape.token_warps);
     const int column = first_strip * kStripRows + lane % kChunks * 4;  // in the tile, of this lane, of all its tokens
-    const Columns columns(job, at.row_tile * int8::kTileRows + column);
+    const Columns columns(job, at.row_tile * kTileRows + column);
     if constexpr (kZeroPoint) {
 #pragma unroll
       for (int s = 0; s < T::kStrips; ++s) {
@@ -318,7 +318,7 @@ struct Sums {
         if (slot == nullptr) {
           columns.store(job, m + row, four);
         } else {
-          *reinterpret_cast<uint4*>(slot + (token + row) * int8::kTileRows + column) = four;
+          *reinterpret_cast<uint4*>(slot + (token + row) * kTileRows + column) = four;
         }
       }
       __syncwarp();
@@ -420,17 +420,17 @@ __global__ void __launch_bounds__(Tile<kTokens>::kThreads, 2) int8_gemm_kernel(c
 
 // The tiles that blocks of the first kernel share: eight tokens of one each block, four sums a thread.
 __global__ void __launch_bounds__(kMaxThreads) int8_gemm_add_kernel(const __grid_constant__ Job job) {
-  static_assert(kMaxThreads * 4 == 8 * int8::kTileRows);
+  static_assert(kMaxThreads * 4 == 8 * kTileRows);
   const int8::Split split = job.plan.split_at(int64_t{blockIdx.x} + 1);
   if (split.last < split.first) return;
   const int token = blockIdx.y * 8 + threadIdx.x / kWarp, column = threadIdx.x % kWarp * 4;
   const TilePosition at = job.plan.position(split.tile);
-  const Columns columns(job, at.row_tile * int8::kTileRows + column);
+  const Columns columns(job, at.row_tile * kTileRows + column);
   if (token >= job.plan.tokens_of(at.token_tile)) return;  // whole warps
   uint4 sums = make_uint4(0, 0, 0, 0);
   for (int64_t block = split.first; block <= split.last; ++block) {
     const int32_t* slot = job.partials + job.plan.slot(block, split.tile) * job.plan.slot_sums();
-    const uint4 more = *reinterpret_cast<const uint4*>(slot + token * int8::kTileRows + column);
+    const uint4 more = *reinterpret_cast<const uint4*>(slot + token * kTileRows + column);
     sums = make_uint4(sums.x + more.x, sums.y + more.y, sums.z + more.z, sums.w + more.w);
   }
   columns.store(job, at.token_tile * job.plan.live_tokens + token, sums);

@@ -127,7 +127,7 @@ EMULATOR = Layer(
 
 LAYERS = (
     Layer(
-        r"csrc/(kernels|exp_poly|int[48]_layout|row_tree|cuda/(gemm|int8)_config)\.h",
+        r"csrc/(kernels|exp_poly|int[48]_layout|row_tree|cuda/(gpu|int[48]_config))\.h",
         (r"<cstd(int|def)>", r'"(cuda/)?[a-z0-9_]+\.h"'),
         {r"std::": "containers"},
     ),
