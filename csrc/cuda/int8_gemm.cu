@@ -118,7 +118,7 @@ class Columns {
  public:
   QOPS_DEVICE Columns(const Job& job, int64_t n) : n_(n), inside_(n < job.p.n) {
     load_four(job.p.w_scale, job.p.w_scale_dtype, n, inside_ && job.p.k > 0, scale_);
-    const int64_t row = job.p.epilogue == Epilogue::kSiluMul ? gate_up_row(n, job.p.n) : n;
+    const int64_t row = job.p.epilogue == Epilogue::kSiluMul ? unmixed_row(n, job.p.n) : n;
     load_four(job.p.bias, job.p.bias_dtype, row, inside_ && job.p.bias != nullptr, bias_);
   }
 
@@ -151,7 +151,7 @@ class Columns {
         const float up = __shfl_xor_sync(kAllLanes, y[i], 2);
         y[i] = rounded(job.p.dtype, silu(lanes::Lane{y[i]}).v) * up;
       }
-      if (valid && is_gate) store_values(job, m * (job.p.n / 2) + gate_up_row(n_, job.p.n), y);
+      if (valid && is_gate) store_values(job, m * (job.p.n / 2) + unmixed_row(n_, job.p.n), y);
     } else if (job.p.epilogue == Epilogue::kInt8) {
       const StaticQuantizer quantizer(job.p.out_scale, job.p.out_zero_point);
       uint32_t codes = 0;
