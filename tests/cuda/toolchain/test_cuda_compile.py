@@ -267,7 +267,7 @@ def test_norms_move_16_bytes_at_a_time(log):
 
 
 def test_int8_gemm_multiplies_on_tensor_cores_from_a_ring(log):
-    sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(OBJECTS / "int8_gemm.cu.o"))
+    sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(OBJECTS / "int8_gemm_tiled.cu.o"))
     functions = re.split(r"\n\s*Function : (?=\S)", sass)[1:]
     names = checked("c++filt", *(function.split(maxsplit=1)[0] for function in functions)).splitlines()
     found = 0
