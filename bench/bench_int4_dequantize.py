@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import Case, benchmarked
+from bench.problems.shared.cases import Case, benchmarked
 
 
 @pytest.mark.parametrize("case", benchmarked("int4_dequantize"), ids=str)

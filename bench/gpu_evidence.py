@@ -47,7 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.evidence import PEERS, ROOT, SCHEMA, SITE, Evidence, Step
+from bench.timing.evidence import PEERS, ROOT, SCHEMA, SITE, Evidence, Step
 
 USUAL_MINUTES, MOST_MINUTES = 15.0, 24 * 60
 # For what comes after a stage: the table, and the machine's return.
@@ -189,7 +189,7 @@ def profile(evidence: Evidence) -> None:
     ncu = ["ncu", "--kernel-name-base", "demangled", "--kernel-name", "regex:qops", "--launch-count", "4"]
     ncu += [word for section in sections for word in ("--section", section)]
     for index, (op, rows) in enumerate(PROFILED):
-        once = [sys.executable, "-m", "bench.once", op, "--rows", str(rows), "--device", "cuda"]
+        once = [sys.executable, "-m", "bench.timing.once", op, "--rows", str(rows), "--device", "cuda"]
         share = evidence.left() / (len(PROFILED) - index)
         refused = r"ERR_NVGPUCTRPERM|not supported|No kernels were profiled.*permission"
         if not evidence.passed("profile", f"{op}, {rows}"):

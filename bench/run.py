@@ -24,17 +24,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import devices, document, problems, providers, timing
-from bench.cases import LAYERS, MODELS, SELECTIONS, Case, Selection, cases, interleaved
-from bench.document import Document, OtherRun
-from bench.providers import DEFAULT_MODULES, EAGER_MODULES, LIMIT, OURS, Provider
-from bench.session import Failure, Session, TimeUp
-from bench.stats import median
+from bench import problems
+from bench.peers import providers
+from bench.peers.providers import DEFAULT_MODULES, EAGER_MODULES, LIMIT, OURS, Provider
+from bench.problems.shared.cases import LAYERS, MODELS, SELECTIONS, Case, Selection, cases, interleaved
+from bench.reporting.stats import median
+from bench.timing import devices, document, samplers
+from bench.timing.document import Document, OtherRun
+from bench.timing.session import Failure, Session, TimeUp
 
 QUICK_SECONDS = 120.0
 # So many providers prepare their calls at a time on a GPU.
 CUDA_SLOTS = 6
-PROTOCOLS = {"default": timing.Protocol(), "quick": timing.QUICK, "full": timing.FULL}
+PROTOCOLS = {"default": samplers.Protocol(), "quick": samplers.QUICK, "full": samplers.FULL}
 
 
 class Mistake(Exception):
@@ -49,7 +51,7 @@ class Plan:
     threads: list[int]
     cases: list[Case]
     offered: Mapping[str, list[Provider]]
-    protocol: timing.Protocol
+    protocol: samplers.Protocol
     budget_seconds: float | None
     end_seconds: float | None = None
 
@@ -148,7 +150,7 @@ def plan(args: argparse.Namespace, modules: Sequence[str] = DEFAULT_MODULES) -> 
     # The most telling ones first, should the time not suffice.
     telling = {str(case) for op in ops for case in cases(op, SELECTIONS[args.device, "quick"])}
     chosen.sort(key=lambda case: str(case) not in telling)
-    protocol = timing.EMULATED if args.device == "emulated" else PROTOCOLS[args.size]
+    protocol = samplers.EMULATED if args.device == "emulated" else PROTOCOLS[args.size]
     if args.timeout_seconds is not None:
         protocol = replace(protocol, timeout_seconds=args.timeout_seconds)
     return Plan(args.device, _threads(args), chosen, offered, protocol, budget, args.end_seconds)
@@ -223,7 +225,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def open_session(device: str, threads: int, protocol: timing.Protocol, modules: Sequence[str]) -> Session:
+def open_session(device: str, threads: int, protocol: samplers.Protocol, modules: Sequence[str]) -> Session:
     """With as many slots as the device's providers may prepare their calls in at a time."""
     slots = document.slots(threads) if device == "cpu" else [document.cpus()] * CUDA_SLOTS
     return Session(device, slots, protocol, modules, document.gpu_clocks if device == "cuda" else None)

@@ -24,8 +24,8 @@ import torch
 from bench import problems
 from bench.peers import MODULES, libraries
 from bench.peers.pins import STAGES
+from bench.peers.providers import Provider
 from bench.peers.signatures import Packages
-from bench.providers import Provider
 
 PACKAGES = ("humming", "gemlite", "quack", "flashinfer", "liger_kernel")
 # They are not in the libraries as text: a compiler builds short strings from numbers.
@@ -93,7 +93,7 @@ def providers() -> Iterator[Provider]:
     """Those for GPUs alone whose package is a pinned one."""
     pinned = {pin.name for stage in STAGES.values() for pin in stage.pins}
     for name in MODULES:
-        for provider in importlib.import_module(f"bench.peers.{name}").PROVIDERS:
+        for provider in importlib.import_module(name).PROVIDERS:
             if provider.devices == ("cuda",) and pinned & set(provider.requires):
                 yield provider
 

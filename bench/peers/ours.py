@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 import qops
-from bench.models import EPS, Int8Layer
+from bench.peers.providers import OURS, Provider
 from bench.problems import (
     QUANTIZERS,
     Int4Gemm,
@@ -20,7 +20,7 @@ from bench.problems import (
     Rotary,
     SiluMul,
 )
-from bench.providers import OURS, Provider
+from bench.problems.models import EPS, Int8Layer
 
 ONE_BY_ONE = "qops unfused"
 EXACT = "exact weights, fp32 sums"

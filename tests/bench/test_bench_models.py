@@ -11,8 +11,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qops
-from bench import models, problems, providers, timing
-from bench.peers import decode, vllm_layer
+from bench import problems
+from bench.peers import providers
+from bench.peers.cuda import vllm_layer
+from bench.peers.pytorch import decode
+from bench.problems import models
+from bench.timing import samplers
 from tests.support.cuda.cuda_backend import gpu
 
 AXES: dict[str, int | str] = {
@@ -27,8 +31,8 @@ def inference():
         yield
 
 
-def verify(provider: providers.Provider, problem: problems.Problem) -> timing.Error:
-    return timing.verify(provider, problem, provider.build(problem)())
+def verify(provider: providers.Provider, problem: problems.Problem) -> samplers.Error:
+    return samplers.verify(provider, problem, provider.build(problem)())
 
 
 @pytest.mark.slow
@@ -66,7 +70,7 @@ def test_another_result_is_refused(op):
         wrong += [replace(problem, layers=(first, first, last)), replace(problem, sizes=problem.sizes | {"C": 30})]
     for other in wrong:
         with pytest.raises(ValueError, match="wrong result"):
-            timing.verify(provider, problem, provider.build(other)())
+            samplers.verify(provider, problem, provider.build(other)())
 
 
 def test_a_step_goes_on_from_the_token_of_the_step_before():
@@ -75,8 +79,8 @@ def test_a_step_goes_on_from_the_token_of_the_step_before():
     for provider in providers.all("int4_decode", "cpu"):
         step = provider.build(problem)
         first = step().clone()
-        timing.verify(provider, problem, first)
-        timing.verify(provider, replace(problem, ids=first.argmax(-1)), step())
+        samplers.verify(provider, problem, first)
+        samplers.verify(provider, replace(problem, ids=first.argmax(-1)), step())
 
 
 def test_the_weights_are_those_of_the_problem_and_four_bits_wide():

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import problems, providers
-from bench.peers import MODULES, collect, install, layouts, libraries, pins, vllm_gemm
-from bench.providers import Provider
+from bench import problems
+from bench.peers import MODULES, collect, install, layouts, libraries, pins, providers
+from bench.peers.cuda import vllm_gemm
+from bench.peers.providers import Provider
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "bench" / "peers" / "README.md").read_text()
 # Theirs are the tests of the harness.
-OWN = ("ours", "vendor", "eager", "compiled", "decode")
+OWN = ("bench.peers.ours", *(f"bench.peers.pytorch.{name}" for name in ("vendor", "eager", "compiled", "decode")))
 PACKAGES = (
     *("onnxruntime", "onnx", "openvino", "zentorch", "vllm", "sgl_kernel", "fbgemm_gpu"),
     *("humming", "gemlite", "quack", "flashinfer", "liger_kernel", "triton"),
@@ -32,7 +33,7 @@ ROW_SHAPES = ((1, 64), (5, 576))
 
 
 def peers() -> list[Provider]:
-    modules = [importlib.import_module(f"bench.peers.{name}") for name in MODULES if name not in OWN]
+    modules = [importlib.import_module(name) for name in MODULES if name not in OWN]
     return [provider for module in modules for provider in module.PROVIDERS]
 
 
@@ -44,7 +45,7 @@ def test_importing_needs_no_peer():
 import importlib, sys
 for name in {PACKAGES}: sys.modules[name] = None
 from bench.peers import MODULES
-for name in MODULES: assert importlib.import_module("bench.peers." + name).PROVIDERS
+for name in MODULES: assert importlib.import_module(name).PROVIDERS
 """
     paths = [str(ROOT), *sys.path]
     run = [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{code}"]

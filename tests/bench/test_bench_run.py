@@ -15,14 +15,17 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench import cases, document, limits, problems, providers, run, session, timing
-from bench.cases import Case
-from bench.document import Document, OtherRun
+from bench import problems, run
+from bench.peers import providers
+from bench.problems.shared import cases
+from bench.problems.shared.cases import Case
+from bench.timing import document, limits, samplers, session
+from bench.timing.document import Document, OtherRun
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("tests.support.bench.fake_providers",)
 SMALL = Case("silu_mul", {"T": 4, "I": 64, "dtype": "bfloat16", "cache": "cold", "threads": 1})
-FAST = timing.Protocol(
+FAST = samplers.Protocol(
     rounds=6,
     case_seconds=60,
     sample_seconds=1e-4,
@@ -118,7 +121,7 @@ def test_rotation_passes_the_cache_within_the_caps():
     mib = 1 << 20
 
     def copies(size: int, cache: int, memory: int = 1 << 40, device: str = "cpu") -> int:
-        return timing.rotation(size, cache, timing.Protocol(), memory, device)
+        return samplers.rotation(size, cache, samplers.Protocol(), memory, device)
 
     assert copies(mib, 8 * mib) == 24
     assert copies(8 * mib, 480 * mib) == 64  # half a GiB
@@ -128,7 +131,7 @@ def test_rotation_passes_the_cache_within_the_caps():
     assert copies(200 * mib, 50 * mib, device="cuda") == 8
     assert copies(10 * mib, 50 * mib, device="cuda") == 15
     assert copies(10_000_000, mib, device="cuda") == 10
-    assert timing.last_level_cache_bytes() >= 1 << 16
+    assert samplers.last_level_cache_bytes() >= 1 << 16
 
 
 def test_clocks_are_those_of_nvidia_smi(monkeypatch, tmp_path):
@@ -143,21 +146,21 @@ def test_clocks_are_those_of_nvidia_smi(monkeypatch, tmp_path):
 def test_copies_have_weights_of_their_own():
     axes = axes_of("int8_gemm")
     first = problems.make("int8_gemm", axes)
-    second = timing.another("int8_gemm", axes, "cpu", first, 1)
+    second = samplers.another("int8_gemm", axes, "cpu", first, 1)
     assert isinstance(first, problems.Int8Gemm) and isinstance(second, problems.Int8Gemm)
     assert not torch.equal(first.codes, second.codes)
     norm = problems.make("rms_norm", axes_of("rms_norm"))
-    other = timing.another("rms_norm", axes_of("rms_norm"), "cpu", norm, 1)
+    other = samplers.another("rms_norm", axes_of("rms_norm"), "cpu", norm, 1)
     assert isinstance(norm, problems.Norm) and isinstance(other, problems.Norm)
     assert torch.equal(norm.x, other.x) and norm.x.data_ptr() != other.x.data_ptr()
 
 
 def test_copies_leave_memory_free(monkeypatch):
     (provider,) = offered("good")
-    assert timing.prepare(provider, SMALL.axes, "cpu", FAST, 1 << 30)[1]["rotated_inputs"] == FAST.rotation_cap_copies
-    assert 0 < timing.free_memory() < 1
-    monkeypatch.setattr(timing, "free_memory", lambda: 0.1)
-    assert timing.prepare(provider, SMALL.axes, "cpu", FAST, 1 << 30)[1]["rotated_inputs"] == 1
+    assert samplers.prepare(provider, SMALL.axes, "cpu", FAST, 1 << 30)[1]["rotated_inputs"] == FAST.rotation_cap_copies
+    assert 0 < samplers.free_memory() < 1
+    monkeypatch.setattr(samplers, "free_memory", lambda: 0.1)
+    assert samplers.prepare(provider, SMALL.axes, "cpu", FAST, 1 << 30)[1]["rotated_inputs"] == 1
 
 
 def test_a_dense_weight_takes_more_bytes():
@@ -165,7 +168,7 @@ def test_a_dense_weight_takes_more_bytes():
     ours, dense = (
         next(p for p in providers.all("int4_gemm", "cpu") if p.name == name) for name in ("qops", "onednn F.linear")
     )
-    difference = timing.call_bytes(dense, axes) - timing.call_bytes(ours, axes)
+    difference = samplers.call_bytes(dense, axes) - samplers.call_bytes(ours, axes)
     assert difference == 2 * 96 * 256 - problems.weight_bytes("int4_gemm", axes)
 
 
@@ -175,13 +178,13 @@ def test_verification_refuses_wrong_results():
     gate, up = problem.gate_up.double().chunk(2, dim=-1)
     exact = gate.sigmoid() * gate * up
     provider = providers.Provider("a", "silu_mul", ("cpu",), lambda p: p, "rounded")
-    error = timing.verify(provider, problem, exact.bfloat16())
+    error = samplers.verify(provider, problem, exact.bfloat16())
     assert 0 < error.relative < 0.005 and error.absolute > 0
     for other in (1.1 * exact, exact[1:], exact[:, 1:], (exact, exact), torch.full_like(exact, torch.nan)):
         with pytest.raises(ValueError, match="wrong result"):
-            timing.verify(provider, problem, other)
+            samplers.verify(provider, problem, other)
     coarse = dataclasses.replace(provider, accuracy="int8 activations per group")
-    assert timing.verify(coarse, problem, 1.05 * exact).relative > provider.largest_error
+    assert samplers.verify(coarse, problem, 1.05 * exact).relative > provider.largest_error
 
 
 class Asked(session.Session):
@@ -224,7 +227,7 @@ def test_a_provider_that_fails_later_loses_its_row():
 
 
 def test_slow_cases_have_fewer_rounds():
-    protocol = timing.Protocol()
+    protocol = samplers.Protocol()
     assert session.rounds_of([0.002] * 5, protocol) == 30
     assert session.rounds_of([0.1, 0.1], protocol) == 10
     assert session.rounds_of([10, 10], protocol) == protocol.least_rounds
@@ -373,7 +376,7 @@ class Fake:
         return [{**row, "samples_us": [1 / 3, 2.0]} for row in rows]
 
 
-def results(path: Path | None, protocol: timing.Protocol = FAST) -> Document:
+def results(path: Path | None, protocol: samplers.Protocol = FAST) -> Document:
     return Document(path, {"name": "a machine", "kind": "cpu"}, protocol)
 
 
@@ -419,7 +422,7 @@ def test_a_file_of_another_run_is_left_alone(tmp_path):
     results(path).add(SMALL, Fake().run(SMALL, offered("qops")), [])
     results(path)
     with pytest.raises(OtherRun, match="protocol differ"):
-        results(path, timing.Protocol())
+        results(path, samplers.Protocol())
     text = path.read_text()
     path.write_text(text.replace('"git_sha": "', '"git_sha": "0'))
     with pytest.raises(OtherRun, match="git_sha differ"):
@@ -474,7 +477,7 @@ def test_pytest_writes_the_same_document(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())["results"]
     assert [row["provider"] for row in rows] == ["qops", "transformers formula", "limit"]
-    assert {len(row["samples_us"]) for row in rows} == {timing.Protocol().rounds}
+    assert {len(row["samples_us"]) for row in rows} == {samplers.Protocol().rounds}
 
 
 def test_interrupting_the_command_keeps_what_was_measured(tmp_path):
