@@ -19,16 +19,19 @@ import pytest
 import torch
 
 from bench import problems
+from bench.peers import MODULES as ALL_MODULES
 from bench.peers import providers
-from bench.peers.providers import DEFAULT_MODULES, EAGER_MODULES, LIMIT, OURS
+from bench.peers.providers import EAGER_MODULES
+from bench.problems.shared import devices
 from bench.problems.shared.cases import Case
+from bench.problems.shared.provider import LIMIT, OURS
 from bench.run import open_session, table
-from bench.timing import devices, document, limits, samplers
+from bench.timing import document, limits, samplers
 from bench.timing.document import Document, cpu_device
 from bench.timing.session import Session, free_memory_bytes, new_row
 
 DEVICE = devices.chosen()
-MODULES = DEFAULT_MODULES if DEVICE == "cuda" else EAGER_MODULES
+MODULES = ALL_MODULES if DEVICE == "cuda" else EAGER_MODULES
 PROTOCOL = {"cpu": samplers.Protocol(), "cuda": samplers.QUICK, "emulated": samplers.EMULATED}[DEVICE]
 RESULTS = pytest.StashKey["Results"]()
 

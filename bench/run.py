@@ -25,11 +25,14 @@ import torch
 from tqdm import tqdm
 
 from bench import problems
-from bench.peers import providers
-from bench.peers.providers import DEFAULT_MODULES, EAGER_MODULES, LIMIT, OURS, Provider
-from bench.problems.shared.cases import LAYERS, MODELS, SELECTIONS, Case, Selection, cases, interleaved
+from bench.peers import MODULES, providers
+from bench.peers.providers import EAGER_MODULES
+from bench.problems import cases
+from bench.problems.shared import devices
+from bench.problems.shared.cases import LAYERS, MODELS, SELECTIONS, Case, Selection, interleaved
+from bench.problems.shared.provider import LIMIT, OURS, Provider
 from bench.reporting.stats import median
-from bench.timing import devices, document, samplers
+from bench.timing import document, samplers
 from bench.timing.document import Document, OtherRun
 from bench.timing.session import Failure, Session, TimeUp
 
@@ -132,7 +135,7 @@ def _threads(args: argparse.Namespace) -> list[int]:
     return list(dict.fromkeys(wanted))
 
 
-def plan(args: argparse.Namespace, modules: Sequence[str] = DEFAULT_MODULES) -> Plan:
+def plan(args: argparse.Namespace, modules: Sequence[str] = MODULES) -> Plan:
     kind = devices.of_providers(args.device)
     ops = [*problems.OPS] if "all" in args.ops else _matching(problems.OPS, ",".join(args.ops), "operator")
     offered = {op: providers.all(op, kind, modules) for op in ops}
@@ -156,7 +159,7 @@ def plan(args: argparse.Namespace, modules: Sequence[str] = DEFAULT_MODULES) -> 
     return Plan(args.device, _threads(args), chosen, offered, protocol, budget, args.end_seconds)
 
 
-def listing(wanted: Plan, modules: Sequence[str] = DEFAULT_MODULES) -> str:
+def listing(wanted: Plan, modules: Sequence[str] = MODULES) -> str:
     """Cases, and providers with what they lack."""
     lines = [str(case) for _, case in wanted.steps()]
     lines.append(f"{len(lines)} cases\n")
@@ -234,7 +237,7 @@ def open_session(device: str, threads: int, protocol: samplers.Protocol, modules
 def main(argv: Sequence[str] | None = None, modules: Sequence[str] | None = None) -> int:
     """Run the command line and return the process's exit code."""
     args = arguments(argv)
-    modules = modules or (EAGER_MODULES if args.device == "emulated" else DEFAULT_MODULES)
+    modules = modules or (EAGER_MODULES if args.device == "emulated" else MODULES)
     sessions: dict[int, Session] = {}
     started = time.monotonic()
     try:

@@ -6,10 +6,7 @@ A module has a list ``PROVIDERS`` and imports what it wraps inside ``build``, so
 # In the order of tables, ours first.
 MODULES = (
     "bench.peers.ours",
-    "bench.peers.pytorch.vendor",
-    "bench.peers.pytorch.eager",
     "bench.peers.pytorch.compiled",
-    "bench.peers.pytorch.decode",
     "bench.peers.pytorch.int4pack",
     "bench.peers.pytorch.dynamic",
     "bench.peers.cpu.onnxruntime",

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import qops
-from bench.peers.providers import Provider, version
 from bench.problems.shared.cases import Case
+from bench.problems.shared.provider import Provider, version
 from bench.timing.samplers import Protocol, last_level_cache_bytes
 from qops.__main__ import cpu_name
 

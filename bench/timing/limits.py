@@ -18,18 +18,11 @@ import torch
 
 from bench import problems
 from bench.problems import Axes
-from bench.timing import devices
+from bench.problems.shared import devices
 from bench.timing.samplers import CudaSampler, Protocol, Sampler, last_level_cache_bytes, rotation
 
 LINE_BYTES = 64
 KINDS = ("f32", "bf16", "int8")
-
-
-def peak_kind(op: str) -> str:
-    """The unit that an operator's products could use: 16-bit floats hold the codes of a weight exactly."""
-    if op in ("int8_gemm", "int8_layer"):
-        return "int8"
-    return "bf16" if op in (*problems.WEIGHT_ONLY, "int4_decode") else "f32"
 
 
 def lower_bound_us(op: str, axes: Axes, bandwidth_gbs: float, peak_gflops: float) -> float:
@@ -64,10 +57,10 @@ class CpuLimit:
 
     def __init__(self, op: str, axes: Axes, protocol: Protocol, memory_bytes: int) -> None:
         moved, _ = problems.bytes_and_flops(op, axes)
-        self.kind, self._op, self._axes = peak_kind(op), op, axes
+        self.kind, self._op, self._axes = problems.OPERATORS[op].unit, op, axes
         cold = axes["cache"] == "cold"
         self.copies = rotation(moved, last_level_cache_bytes(), protocol, memory_bytes, "cpu") if cold else 1
-        written = _round_up(problems.written_bytes(op, axes))
+        written = _round_up(problems.OPERATORS[op].traffic(axes).written)
         read = max(_round_up(moved) - written, written)
         self._moved = read + written
         # Random, as equal pages might be shared.
@@ -119,7 +112,7 @@ class CudaLimit:
 
     def __init__(self, op: str, axes: Axes, protocol: Protocol, device: str) -> None:
         moved, _ = problems.bytes_and_flops(op, axes)
-        self.kind, self._op, self._axes, self.copies = peak_kind(op), op, axes, 1
+        self.kind, self._op, self._axes, self.copies = problems.OPERATORS[op].unit, op, axes, 1
         place = devices.of_tensors(device)
         self._copied = CUDA_COPY_BYTES[device] if axes["cache"] == "cold" else max(1, moved // 2)
         source, target = (torch.zeros(self._copied, dtype=torch.uint8, device=place) for _ in range(2))

@@ -13,9 +13,10 @@ import torch
 
 from bench import problems
 from bench.peers import providers
-from bench.peers.providers import OURS
-from bench.problems.shared.cases import SELECTIONS, Case, cases
-from bench.timing import devices, emulated, samplers
+from bench.problems.shared import devices
+from bench.problems.shared.cases import SELECTIONS, Case
+from bench.problems.shared.provider import OURS
+from bench.timing import emulated, samplers
 
 CALLS = 3
 
@@ -23,7 +24,7 @@ CALLS = 3
 def case_of(op: str, rows: int, device: str) -> Case | None:
     """The first with so many tokens, if there is one."""
     only = frozenset({rows})
-    return next(iter(cases(op, replace(SELECTIONS[device, "quick"], rows=only, tokens=only))), None)
+    return next(iter(problems.cases(op, replace(SELECTIONS[device, "quick"], rows=only, tokens=only))), None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from bench import problems
-from bench.peers.providers import Provider
-from bench.problems import Axes, Problem, Result
-from bench.timing import devices
+from bench.problems import Axes, Result
+from bench.problems.shared import devices
+from bench.problems.shared.provider import Provider
 
 GIB = 1 << 30
 
@@ -100,8 +100,8 @@ def rotation(bytes_per_input: int, cache_bytes: int, protocol: Protocol, memory_
 def call_bytes(provider: Provider, axes: Axes) -> int:
     """What a call reads and writes, with the weight in the provider's form."""
     moved, _ = problems.bytes_and_flops(provider.op, axes)
-    stored = problems.weight_bytes(provider.op, axes)
-    return moved - stored + problems.weight_bytes(provider.op, axes, provider.weight_bits)
+    weight_bytes = problems.OPERATORS[provider.op].weight_bytes
+    return moved - weight_bytes(axes) + weight_bytes(axes, provider.weight_bits)
 
 
 class Unsupported(Exception):
@@ -116,7 +116,7 @@ class Error:
     relative: float
 
 
-def verify(provider: Provider, problem: Problem, outputs: Result) -> Error:
+def verify(provider: Provider, problem: Any, outputs: Result) -> Error:
     """Raises ValueError where the results are not those of the operator."""
     expected = problems.reference(provider.op, problem)
     got = problems.sample(provider.op, problem, outputs)
@@ -129,9 +129,9 @@ def verify(provider: Provider, problem: Problem, outputs: Result) -> Error:
         error = float((a.double() - b).abs().max())
         largest = float(b.abs().max())
         relative = error / largest if largest else error
-        if not relative <= provider.largest_error:
+        if not relative <= problems.largest_error(provider):
             raise ValueError(
-                f"wrong result: error {relative:.2g} of the largest value, at most {provider.largest_error}"
+                f"wrong result: error {relative:.2g} of the largest value, at most {problems.largest_error(provider)}"
             )
         worst = Error(max(worst.absolute, error), max(worst.relative, relative))
     return worst
@@ -238,9 +238,10 @@ class CudaSampler:
         return self._start.elapsed_time(self._end) * 1e-3 / self.calls
 
 
-def another(op: str, axes: Axes, device: str, problem: Problem, seed: int) -> Problem:
+def another(op: str, axes: Axes, device: str, problem: Any, seed: int) -> Any:
     """The same numbers in other memory; for GEMMs other numbers, too, since libraries may merge equal weights."""
-    return problems.make(op, axes, devices.of_tensors(device), seed) if op in problems.GEMMS else copy.deepcopy(problem)
+    redrawn = problems.OPERATORS[op].redrawn
+    return problems.make(op, axes, devices.of_tensors(device), seed) if redrawn else copy.deepcopy(problem)
 
 
 def cache_bytes(device: str) -> int:

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import problems
-from bench.peers.providers import DEFAULT_MODULES, LIMIT, Provider
+from bench.peers import MODULES
 from bench.problems.shared.cases import Case
+from bench.problems.shared.provider import LIMIT, Provider
 from bench.timing import emulated
 from bench.timing.samplers import Protocol
 
@@ -198,7 +199,7 @@ class Session:
         device: str,
         slots: Sequence[Sequence[int]],
         protocol: Protocol,
-        modules: Sequence[str] = DEFAULT_MODULES,
+        modules: Sequence[str] = MODULES,
         clocks: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self._device, self._protocol, self._clocks = device, protocol, clocks

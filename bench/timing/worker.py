@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from bench.peers import providers
-from bench.peers.providers import LIMIT
 from bench.problems import Axes
-from bench.timing import devices, emulated, limits, samplers
+from bench.problems.shared import devices
+from bench.problems.shared.provider import LIMIT
+from bench.timing import emulated, limits, samplers
 from bench.timing.samplers import Sampled
 
 

@@ -16,10 +16,10 @@ import torch
 
 from bench import problems, run
 from bench.peers import providers
-from bench.peers.providers import LIMIT
-from bench.problems.shared import cases
+from bench.problems.shared import cases, devices
 from bench.problems.shared.cases import Case
-from bench.timing import devices, emulated, samplers, session
+from bench.problems.shared.provider import LIMIT
+from bench.timing import emulated, samplers, session
 from bench.timing.document import Document
 
 FAST = samplers.Protocol(rounds=3, case_seconds=60, sample_seconds=1e-4, warm_up_seconds=1e-3, timeout_seconds=50)
@@ -157,9 +157,9 @@ def test_the_device_is_the_one_that_is_named_or_there(monkeypatch):
         monkeypatch.setenv("QOPS_BENCH_DEVICE", kind)
         assert devices.chosen() == kind
     monkeypatch.setenv("QOPS_BENCH_DEVICE", "emulated")
-    assert [case.op for op in problems.OPS for case in cases.benchmarked(op)] == [*problems.OPS]
+    assert [case.op for op in problems.OPS for case in problems.benchmarked(op)] == [*problems.OPS]
     monkeypatch.setenv("QOPS_BENCH_DEVICE", "cuda")
-    gemms = {(case.axes["layer"], case.axes["M"]) for case in cases.benchmarked("int4_gemm")}
+    gemms = {(case.axes["layer"], case.axes["M"]) for case in problems.benchmarked("int4_gemm")}
     assert gemms == {(f"llama3-8b {name}", m) for name in ("o", "down") for m in (1, 16, 256, 4096)}
     monkeypatch.setenv("QOPS_BENCH_DEVICE", "rocm")
     with pytest.raises(ValueError, match="QOPS_BENCH_DEVICE must be one of cpu, cuda, emulated, got 'rocm'"):
@@ -169,8 +169,8 @@ def test_the_device_is_the_one_that_is_named_or_there(monkeypatch):
 @pytest.mark.parametrize("op", problems.OPS)
 def test_what_an_emulator_is_asked_is_what_a_gpu_is_asked(op):
     """The axes of a tiny case are those of a GPU's cases."""
-    (tiny,) = cases.cases(op, cases.EMULATED)
-    assert list(tiny.axes) == list(cases.cases(op, cases.CUDA_QUICK)[0].axes)
+    (tiny,) = problems.cases(op, cases.EMULATED)
+    assert list(tiny.axes) == list(problems.cases(op, cases.CUDA_QUICK)[0].axes)
     names = [p.name for p in providers.all(op, "cuda", providers.EAGER_MODULES)]
     plan = run.plan(run.arguments([op, "--device", "emulated"]), providers.EAGER_MODULES)
     assert [p.name for p in plan.offered[op]] == names and plan.cases == [tiny]

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from bench.peers.layouts import unsupported
-from bench.peers.providers import Provider
-from bench.problems import Axes, Int4Gemm, Int8Gemm, Int8WeightOnlyGemm, Result
+from bench.problems import Axes, Result
+from bench.problems.int4_gemm import Int4Gemm
+from bench.problems.int8_gemm import Int8Gemm
+from bench.problems.int8_weight_only_gemm import Int8WeightOnlyGemm
+from bench.problems.shared.provider import Provider
 
 REQUIRES = ("onnxruntime", "onnx")
 CONTRIB = "com.microsoft"

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from bench.peers.layouts import SYMMETRIC_ZERO, unsupported
-from bench.peers.providers import Provider
-from bench.problems import Int4Gemm, Int8WeightOnlyGemm, Result
+from bench.problems import Result
+from bench.problems.int4_gemm import Int4Gemm
+from bench.problems.int8_weight_only_gemm import Int8WeightOnlyGemm
+from bench.problems.shared.provider import Provider
 
 REQUIRES = ("openvino",)
 

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from bench.peers.layouts import SYMMETRIC_ZERO, codes, unsupported
-from bench.peers.providers import Provider
-from bench.problems import Axes, Int4Gemm, Int8Gemm, Norm, Result
+from bench.problems import Axes, Result
+from bench.problems.int4_gemm import Int4Gemm
+from bench.problems.int8_gemm import Int8Gemm
+from bench.problems.rms_norm import Norm
+from bench.problems.shared.provider import Provider
 
 REQUIRES = ("zentorch",)
 

@@ -9,8 +9,9 @@ import torch
 
 from bench.peers import libraries
 from bench.peers.layouts import added_to_centred, multiples, unsupported
-from bench.peers.providers import Provider
-from bench.problems import Int4Gemm, Result
+from bench.problems import Result
+from bench.problems.int4_gemm import Int4Gemm
+from bench.problems.shared.provider import Provider
 
 LIBRARY = "fbgemm_gpu/experimental/gen_ai/fbgemm_gpu_experimental_gen_ai.so"
 GROUPS = (64, 128)

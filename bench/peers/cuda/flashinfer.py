@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from bench.peers.cuda.vllm_rows import cos_sin_cache, one_qkv
-from bench.peers.providers import Provider
-from bench.problems import Axes, Norm, Result, Rotary, SiluMul
+from bench.problems import Axes, Result
+from bench.problems.rms_norm import Norm
+from bench.problems.rotary import Rotary
+from bench.problems.shared.provider import Provider
+from bench.problems.silu_mul import SiluMul
 
 
 def rms_norm(p: Norm) -> Callable[[], Result]:

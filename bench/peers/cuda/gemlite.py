@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable
 
 from bench.peers.layouts import SYMMETRIC_ZERO, codes, multiples, unsupported
-from bench.peers.providers import Provider
-from bench.problems import Int4Gemm, Result
+from bench.problems import Result
+from bench.problems.int4_gemm import Int4Gemm
+from bench.problems.shared.provider import Provider
 
 
 def int4_gemm(p: Int4Gemm) -> Callable[[], Result]:

@@ -7,8 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.peers.providers import Provider
-from bench.problems import Norm, Result, Rotary, SiluMul
+from bench.problems import Result
+from bench.problems.rms_norm import Norm
+from bench.problems.rotary import Rotary
+from bench.problems.shared.provider import Provider
+from bench.problems.silu_mul import SiluMul
 
 CASTING = "llama"
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from bench.peers.providers import Provider
-from bench.problems import Norm, Result
+from bench.problems import Result
+from bench.problems.rms_norm import Norm
+from bench.problems.shared.provider import Provider
 
 
 def norm(p: Norm) -> Callable[[], Result]:

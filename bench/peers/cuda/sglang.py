@@ -15,8 +15,12 @@ from torch import Tensor
 from bench.peers import libraries
 from bench.peers.cuda.vllm_rows import rotary_by, silu_mul_by
 from bench.peers.layouts import multiples
-from bench.peers.providers import Provider
-from bench.problems import Axes, Int8Gemm, Norm, Result, Rotary, SiluMul
+from bench.problems import Axes, Result
+from bench.problems.int8_gemm import Int8Gemm
+from bench.problems.rms_norm import Norm
+from bench.problems.rotary import Rotary
+from bench.problems.shared.provider import Provider
+from bench.problems.silu_mul import SiluMul
 
 REQUIRES = ("sglang-kernel",)
 LIBRARY = "sgl_kernel/sm90/common_ops.abi3.so"

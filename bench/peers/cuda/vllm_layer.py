@@ -14,9 +14,10 @@ from torch import Tensor
 
 from bench.peers.cuda.vllm_gemm import REQUIRES
 from bench.peers.cuda.vllm_rows import new_int8_rows, ops
-from bench.peers.providers import Provider
 from bench.problems import Axes, Result
-from bench.problems.models import EPS, Int8Layer
+from bench.problems.models.int8_layer import Int8Layer
+from bench.problems.shared.operator import EPS
+from bench.problems.shared.provider import Provider
 
 
 def int8_layer(p: Int8Layer, fused: bool) -> Callable[[], Result]:

@@ -14,8 +14,12 @@ from torch import Tensor
 
 from bench.peers import libraries
 from bench.peers.cuda.vllm_gemm import REQUIRES, STABLE_LIBRARY
-from bench.peers.providers import Provider
-from bench.problems import Axes, Norm, Quantize, Result, Rotary, SiluMul
+from bench.problems import Axes, Result
+from bench.problems.quantize_int8 import Quantize
+from bench.problems.rms_norm import Norm
+from bench.problems.rotary import Rotary
+from bench.problems.shared.provider import Provider
+from bench.problems.silu_mul import SiluMul
 
 
 def ops() -> Any:

@@ -1,4 +1,4 @@
-"""torch.compile of the eager formulas, and of the scales around torch._int_mm."""
+"""torch.compile of the eager formulas."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from typing import Any
 
 import torch
 
-from bench.peers.providers import Provider
-from bench.peers.pytorch.eager import DENSE_LAYER, FORMULAS, LIBRARIES, Formula
-from bench.peers.pytorch.vendor import int_mm_limits, scaled_int_mm
-from bench.problems import Int8Gemm, Problem, Result
-
-NAME = "torch.compile"
+from bench.problems import OPERATORS
+from bench.problems.shared.provider import Formula, Result
 
 
 @functools.lru_cache(maxsize=1)
@@ -23,35 +19,15 @@ def _compiled(function: Callable[..., Result], shapes: tuple[Any, ...]) -> Calla
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def _call(function: Callable[..., Result], arguments: tuple[Any, ...]) -> Callable[[], Result]:
+def _build(formula: Formula, problem: Any) -> Callable[[], Result]:
+    arguments = formula.arguments(problem)
     leaves, _ = torch.utils._pytree.tree_flatten(arguments)
     key = tuple((t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in leaves)
-    return functools.partial(_compiled(function, key), *arguments)
-
-
-def _build(formula: Formula, problem: Problem) -> Callable[[], Result]:
-    return _call(formula.function(problem), formula.arguments(problem))
-
-
-def _int_mm(p: Int8Gemm) -> Callable[[], Result]:
-    return _call(scaled_int_mm, (p.q, p.scale, p.codes.clone(), p.w_scale, p.out_dtype))
+    return functools.partial(_compiled(formula.function(problem), key), *arguments)
 
 
 PROVIDERS = [
-    *(
-        Provider(NAME, f.op, ("cpu", "cuda"), functools.partial(_build, f), f"{f.accuracy}, or less often")
-        for f in FORMULAS
-    ),
-    *(
-        Provider(
-            f"{NAME}, {library} {DENSE_LAYER.name}",
-            DENSE_LAYER.op,
-            (device,),
-            functools.partial(_build, DENSE_LAYER),
-            DENSE_LAYER.accuracy,
-            weight_bits=16,
-        )
-        for device, library in LIBRARIES.items()
-    ),
-    Provider(f"{NAME} _int_mm", "int8_gemm", ("cuda",), _int_mm, "exact sums", unsupported=int_mm_limits),
+    formula.provider(operator.name, functools.partial(_build, formula))
+    for operator in OPERATORS.values()
+    for formula in operator.compiled()
 ]

@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from bench.peers.providers import Provider
-from bench.problems import Int8Gemm, Result
+from bench.problems import Result
+from bench.problems.int8_gemm import Int8Gemm
+from bench.problems.shared.provider import Provider
 
 
 def build(engine: str, p: Int8Gemm) -> Callable[[], Result]:

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import torch
 
 from bench.peers.layouts import added_to_centred, codes, unsupported
-from bench.peers.providers import Provider
-from bench.problems import Axes, Int4Gemm, Int8WeightOnlyGemm, Result
+from bench.problems import Axes, Result
+from bench.problems.int4_gemm import Int4Gemm
+from bench.problems.int8_weight_only_gemm import Int8WeightOnlyGemm
+from bench.problems.shared.provider import Provider
 
 INNER_K_TILES = 8
 GROUPS = (32, 64, 128, 256)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from bench import problems
-from bench.problems import models
-from bench.timing import devices
+T = TypeVar("T", int, str)
 
 # (N, K) of the projections of a layer, merged as inference engines merge them.
 LAYERS = {
@@ -57,19 +55,7 @@ ROWS = (1, 2, 4, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 512, 1024, 2048, 4096
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096, 8192)
 # SmolLM2 135M, Qwen2.5 7B, Llama 3 8B and 70B.
 HIDDEN = (576, 3584, 4096, 8192)
-INTERMEDIATE = (1536, 18944, 14336, 28672)
-# Heads of q, of k, head dimension: SmolLM2, Llama 3 8B and 70B; with norms, Qwen3 0.6B and 8B, Gemma 3 1B.
-HEADS = {
-    "rotary": ((9, 3, 64), (32, 8, 128), (64, 8, 128)),
-    "qk_norm_rotary": ((16, 8, 128), (32, 8, 128), (4, 1, 256)),
-}
-RULES = {
-    "quantize_int8": ("127", "compressed-tensors", "torchao"),
-    "quantize_int8_asym": ("asym",),
-    "quantize_int8_static": ("static",),
-}
-KINDS = ("symmetric", "zero_point", "offset")
-
+WIDTHS = {"H": HIDDEN, "K": HIDDEN, "I": (1536, 18944, 14336, 28672)}
 # Few tokens are found in the cache, where the layer before has just written them; many are not.
 HOT_TOKENS = 256
 
@@ -171,8 +157,10 @@ CUDA_QUICK = Selection(
 )
 EMULATED = Selection(tiny=True)
 # More than 16 rows, which cuBLAS's int8 product wants, and no multiple of anything.
-TINY = {"layer": "tiny", "M": 19, "N": 96, "K": 256, "G": 64, "kind": "symmetric"}
-TINY_MODEL = {"H": 128, "I": 256, "Hq": 4, "Hk": 2, "D": 32, "L": 1, "V": 64, "C": 8}
+TINY: dict[str, int | str] = {
+    **{"layer": "tiny", "M": 19, "T": 19, "N": 96, "K": 256, "G": 64, "dtype": "bfloat16", "cache": "cold"},
+    **{"H": 128, "I": 256, "Hq": 4, "Hk": 2, "D": 32, "L": 1, "V": 64, "C": 8},
+}
 SELECTIONS = {
     ("cpu", "default"): CPU,
     ("cpu", "quick"): CPU_QUICK,
@@ -184,109 +172,12 @@ SELECTIONS = {
     ("emulated", "quick"): EMULATED,
     ("emulated", "full"): EMULATED,
 }
+# Of ``pytest bench``: as many as a few minutes hold.
+BENCHMARKED = {"cpu": CPU, "cuda": CUDA_QUICK, "emulated": EMULATED}
 
 
-def cases(op: str, selection: Selection) -> list[Case]:
-    """Those of an operator."""
-    if selection.tiny:
-        return [_tiny(op)]
-    if op in problems.GEMMS:
-        return [case for dtype in selection.dtypes for case in _gemms(op, dtype, selection)]
-    if op in models.OPS:
-        return [case for dtype in selection.dtypes for case in _models(op, dtype, selection)]
-    if op in problems.DEQUANTIZERS:
-        return [case for dtype in selection.dtypes for case in _dequantizers(op, dtype, selection)]
-    return [
-        Case(op, {"T": tokens, **shape, "dtype": dtype, "cache": cache})
-        for dtype in selection.dtypes
-        for shape in _shapes(op, selection)
-        for tokens in _chosen(TOKENS, selection.tokens)
-        for cache in selection.caches_of(tokens)
-    ]
-
-
-def benchmarked(op: str) -> list[Case]:
-    """Those of ``pytest bench``, on the device that it takes: as many as a few minutes hold."""
-    return cases(op, {"cpu": CPU, "cuda": CUDA_QUICK, "emulated": EMULATED}[devices.chosen()])
-
-
-def _tiny(op: str) -> Case:
-    names = {
-        "int4_gemm": "layer M N K G kind",
-        "int4_dequantize": "layer N K G kind",
-        "int8_weight_only_gemm": "layer M N K G",
-        "int8_gemm": "layer M N K",
-        "int8_layer": "layer T H I Hq Hk D",
-        "int4_decode": "layer M H I Hq Hk D L V C",
-        **dict.fromkeys(problems.NORMS, "T H"),
-        **dict.fromkeys(problems.QUANTIZERS, "T K rule"),
-        **dict.fromkeys(problems.ROTARIES, "T Hq Hk D"),
-        **dict.fromkeys(problems.SILUS, "T I"),
-    }[op].split()
-    sizes = {**TINY_MODEL, **TINY, "T": TINY["M"], "rule": RULES.get(op, ("",))[0]}
-    dtype_and_cache = {"dtype": "bfloat16", "cache": "hot" if op == "int4_decode" else "cold"}
-    return Case(op, {**{name: sizes[name] for name in names}, **dtype_and_cache})
-
-
-T = TypeVar("T", int, str)
-
-
-def _chosen(values: Iterable[T], wanted: frozenset[T] | None) -> list[T]:
+def chosen(values: Iterable[T], wanted: frozenset[T] | None) -> list[T]:
     return [value for value in values if wanted is None or value in wanted]
-
-
-def _gemms(op: str, dtype: str, selection: Selection) -> Iterator[Case]:
-    for layer in _chosen(LAYERS, selection.layers):
-        n, k = LAYERS[layer]
-        for m in _chosen(ROWS, selection.rows):
-            for weight in _weights(op, k, selection):
-                for cache in selection.caches_of(None):
-                    sizes = {"layer": layer, "M": m, "N": n, "K": k}
-                    yield Case(op, {**sizes, **weight, "dtype": dtype, "cache": cache})
-
-
-def _dequantizers(op: str, dtype: str, selection: Selection) -> Iterator[Case]:
-    """The weights come from memory, as nobody dequantises one twice."""
-    for layer in _chosen(LAYERS, selection.layers):
-        n, k = LAYERS[layer]
-        for weight in _weights(op, k, selection):
-            yield Case(op, {"layer": layer, "N": n, "K": k, **weight, "dtype": dtype, "cache": "cold"})
-
-
-def _models(op: str, dtype: str, selection: Selection) -> Iterator[Case]:
-    """The weights come from memory: a layer's from copies of it, a model's are larger than a cache anyway."""
-    for name in _chosen(MODELS, selection.layers):
-        sizes = dict(MODELS[name])
-        depth, vocabulary = sizes.pop("L"), sizes.pop("V")
-        if op == "int8_layer":
-            for tokens in _chosen(TOKENS, selection.tokens):
-                yield Case(op, {"layer": name, "T": tokens, **sizes, "dtype": dtype, "cache": "cold"})
-            continue
-        sizes |= {"L": selection.depth or depth, "V": vocabulary, "C": CONTEXT}
-        for sequences in _chosen(SEQUENCES, selection.rows):
-            yield Case(op, {"layer": name, "M": sequences, **sizes, "dtype": dtype, "cache": "hot"})
-
-
-def _weights(op: str, k: int, selection: Selection) -> list[dict[str, int | str]]:
-    """Group size and kind; those of GGUF's formats for 8 bits and for offsets."""
-    if op == "int8_gemm":
-        return [{}]
-    if op == "int8_weight_only_gemm":
-        return [{"G": 32}]
-    usual = 128 if k % 128 == 0 else 64
-    return [{"G": 32 if kind == "offset" else usual, "kind": kind} for kind in _chosen(KINDS, selection.formats)]
-
-
-def _shapes(op: str, selection: Selection) -> list[dict[str, int | str]]:
-    if op in problems.ROTARIES:
-        wanted = _chosen([hq * d for hq, _, d in HEADS[op]], selection.widths)
-        return [{"Hq": hq, "Hk": hk, "D": d} for hq, hk, d in HEADS[op] if hq * d in wanted]
-    if op in problems.SILUS:
-        return [{"I": width} for width in _chosen(INTERMEDIATE, selection.widths)]
-    if op in problems.NORMS:
-        return [{"H": width} for width in _chosen(HIDDEN, selection.widths)]
-    rules = _chosen(RULES[op], selection.formats)
-    return [{"K": width, "rule": rule} for width in _chosen(HIDDEN, selection.widths) for rule in rules]
 
 
 def interleaved(lists: Sequence[Sequence[Case]]) -> list[Case]:
