@@ -160,14 +160,14 @@ BAD_PYTHON = {
     "relative": ("python/qops/models/load.py", "from .weights import Int4Weight"),
     "a test file": ("tests/ops/test_rotary.py", "from test_rms_norm import X"),
     "a test file by its package": ("tests/ops/test_rotary.py", "from tests.ops.test_rms_norm import X"),
-    "a benchmark": ("bench/bench_rotary.py", "from bench.bench_rms_norm import CASES"),
+    "a benchmark": ("bench/conftest.py", "from bench.bench_operators import benchmark_of"),
 }
 GOOD_PYTHON = {
     "python/qops/ops/rotary.py": "import torch\nfrom qops import _native\nfrom qops.ops._checks import Checker",
     "python/qops/nn.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
     "python/qops/formats/gguf.py": "import numpy",
     "python/qops/check.py": "from qops._numerics import generator",
-    "bench/bench_rotary.py": "from bench.harness import compare\nfrom qops.testing import generator",
+    "bench/problems/rotary.py": "from bench.harness import compare\nfrom qops.testing import generator",
 }
 
 
@@ -259,7 +259,7 @@ def test_one_name_on_every_layer():
     assert len(complete) == 5 and not rules.missing_files(["a"], complete.__contains__)
     for file in complete:
         assert rules.missing_files(["a"], (complete - {file}).__contains__) == [f"a: {file} is missing"]
-    for file in ("csrc/binding/b.cpp", "python/qops/ops/b.py", "bench/bench_b.py"):
+    for file in ("csrc/binding/b.cpp", "python/qops/ops/b.py", "bench/problems/b.py"):
         assert rules.nameless_files(["a"], [*complete, file]) == [f"{file} belongs to no operator"]
     assert rules.files_of("add_rms_norm") == rules.files_of("rms_norm")
     assert_none({"layers": rules.missing_files(OPS, FILES.__contains__) + rules.nameless_files(OPS, FILES)})

@@ -81,6 +81,11 @@ SELECTIONS = (
     Selection("csrc/cuda/int*", (*GEMM_ON_CUDA, *_tests("cuda_instances")), EMULATED),
     Selection("csrc/cuda/launch.h", _tests("cuda_launch", "emulator", "cuda_ops"), EMULATED),
     Selection("csrc/cuda/*", _tests("cuda_ops", "cuda_alignment"), EMULATED),
+    Selection("bench/problems/*", _tests("bench_run", "bench_models", "bench_timing")),
+    Selection("bench/timing/*", _tests("bench_run", "bench_timing", "gpu_evidence")),
+    Selection("bench/reporting/*", _tests("bench_report", "bench_compare")),
+    Selection("bench/peers/*", _tests("bench_peers", "bench_models")),
+    Selection("bench/gpu_evidence.py", _tests("gpu_evidence")),
     Selection("bench/*.py", _tests("bench_{stem}")),
 )
 
