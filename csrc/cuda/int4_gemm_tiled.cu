@@ -5,7 +5,16 @@
 // The sums of a slice stay in registers, those of the slices before in shared memory, which is touched 8 times in all.
 // A block takes items in turns, tiles or some slices of one, and its ring runs on from item to item: the copies of the
 // next tile are under way while the sums of this one are finished. Tiles that do not fill the GPU are shared by 2, 4 or
-// 8 blocks, whose slices a second kernel adds.
+// 8 blocks (k_parts), whose slices a second kernel adds. With k_parts = 2:
+//
+//            K: slice 0 .. 3   slice 4 .. 7
+//            +---------------+---------------+
+//     tile 0 | item 0                        |  the first `whole` tiles: y is made of them at once
+//          1 | item 1                        |
+//            +---------------+---------------+
+//          2 | item 2        | item 3        |  the others: sums to scratch
+//          3 | item 4        | item 5        |
+//            +---------------+---------------+
 //
 // Budget of a stage with 128 tokens: 512 mma, 1024 cycles at their peak; shared memory 20 KB in, 8 (codes) + 64 KB (x)
 // out, 720 cycles; 11 slots a strip and step for the codes, twice over the two warps that share it: 704 + 512 mma + 128
