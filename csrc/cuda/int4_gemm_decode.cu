@@ -282,13 +282,13 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 
 }  // namespace
 
-Status int4_gemm_decode(const Int4Job& job, cudaStream_t stream) {
+Status int4_gemm_decode(const Int4Job& job, const Queue& queue) {
   return with_int4_kernel(job.p, [&](auto element, auto fine, auto offset) {
     using T = decltype(element);
     const auto kernel = job.plan.tokens == 8 ? &decode_kernel<T, 1, fine.value, offset.value>
                                              : &decode_kernel<T, 2, fine.value, offset.value>;
     return launch(kernel, dim3(static_cast<unsigned>(job.plan.blocks)), dim3(kGemmThreads),
-                  static_cast<size_t>(job.plan.shared_bytes), stream, job.p, job.plan, ScaleSource(job.p), job.aligned,
+                  static_cast<size_t>(job.plan.shared_bytes), queue, job.p, job.plan, ScaleSource(job.p), job.aligned,
                   job.sums);
   });
 }

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kGemmThreads, blocks_of_multiprocessor(kTokens
 
 }  // namespace
 
-Status int4_gemm_tiled(const Int4Job& job, cudaStream_t stream) {
+Status int4_gemm_tiled(const Int4Job& job, const Queue& queue) {
   return with_int4_kernel(job.p, [&](auto element, auto fine, auto offset) {
     using T = decltype(element);
     auto kernel = job.plan.tokens == 32 ? &tiled_kernel<T, 32, fine.value, offset.value>
@@ -224,7 +224,7 @@ Status int4_gemm_tiled(const Int4Job& job, cudaStream_t stream) {
       if (job.plan.tokens == 128) kernel = &tiled_kernel<T, 128, fine.value, offset.value>;
     }
     return launch(kernel, dim3(static_cast<unsigned>(job.plan.blocks)), dim3(kGemmThreads),
-                  static_cast<size_t>(job.plan.shared_bytes), stream, job.p, job.plan, ScaleSource(job.p), job.aligned,
+                  static_cast<size_t>(job.plan.shared_bytes), queue, job.p, job.plan, ScaleSource(job.p), job.aligned,
                   job.sums);
   });
 }

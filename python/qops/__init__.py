@@ -3,6 +3,7 @@
 import logging
 from importlib.metadata import PackageNotFoundError, version
 
+from qops._explain import explain
 from qops._native import build_info
 from qops.model import load_model, save_model
 from qops.ops import (
@@ -44,6 +45,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_int8",
     "build_info",
+    "explain",
     "int4_dequantize",
     "int4_gemm",
     "int8_gemm",

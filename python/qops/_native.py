@@ -17,8 +17,9 @@ except ImportError as error:
         "Reinstall qops from source in this environment: `pip install --force-reinstall --no-deps .`"
     ) from error
 
-if _C.build_info()["isa_error"]:
-    raise ImportError(f"qops: {_C.build_info()['isa_error']}")
+for _error in ("isa_error", "log_error"):
+    if _C.build_info()[_error]:
+        raise ImportError(f"qops: {_C.build_info()[_error]}")
 
 _C_cuda: Any = None
 # Why it is not there; half a sentence.
