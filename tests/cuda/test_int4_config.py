@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from bench.cases import LAYERS as LINEARS
+from bench.problems.shared.cases import LAYERS as LINEARS
 from tests.support.cuda import int4_plans
 from tests.support.cuda.cuda_tools import checked
 from tests.support.cuda.int4_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans, searches

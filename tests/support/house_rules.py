@@ -323,7 +323,7 @@ def files_of(op: str) -> list[str]:
     files = [f"{layer}/{stem_of(op, layer)}.cpp" for layer in ("csrc/binding", "csrc/cpu")]
     tests = "tests/weights/test_weights.py" if stem_of(op) == "weight_pack" else f"tests/ops/test_{stem_of(op)}.py"
     files += [f"python/qops/ops/{stem_of(op, 'python/qops/ops')}.py", tests]
-    return files if op in INTERNAL_OPS else [*files, f"bench/bench_{stem_of(op, 'bench')}.py"]
+    return files if op in INTERNAL_OPS else [*files, f"bench/problems/{stem_of(op, 'bench')}.py"]
 
 
 def missing_files(ops: Iterable[str], exists: Callable[[str], bool]) -> list[str]:
@@ -334,8 +334,7 @@ def nameless_files(ops: Iterable[str], files: Iterable[str]) -> list[str]:
     """Binding, wrapper and benchmark files that belong to no operator."""
     known = {file for op in ops for file in files_of(op)}
     known |= {f"csrc/binding/{stem}.cpp" for stem in ("checks", "plan", "registration", "registration_cuda")}
-    known.add("bench/bench_models.py")  # of many operators
-    pattern = r"csrc/binding/.*\.cpp|python/qops/ops/[^_].*\.py|bench/bench_.*\.py"
+    pattern = r"csrc/binding/.*\.cpp|python/qops/ops/[^_].*\.py|bench/problems/[^_/]*\.py"
     return [f"{file} belongs to no operator" for file in files if re.fullmatch(pattern, file) and file not in known]
 
 
