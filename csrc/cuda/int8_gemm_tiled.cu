@@ -12,7 +12,7 @@
 //
 // Bound by the bytes of w up to M of some 64, by the tensor cores beyond. wgmma, which is to take the place of this
 // kernel there on sm_90a, can read the same layout.
-#include "cuda/int8_fragment.cuh"
+#include "cuda/int8_gemm_fragment.cuh"
 
 namespace qops::cuda {
 namespace {
