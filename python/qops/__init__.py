@@ -3,8 +3,7 @@
 import logging
 from importlib.metadata import PackageNotFoundError, version
 
-from qops._explain import explain
-from qops._native import build_info
+from qops._native import build_info, explain
 from qops.models import load_model, quantize_model, save_model
 from qops.ops import (
     add_rms_norm,

@@ -451,6 +451,12 @@ def names_in_strings(text: str) -> dict[str, int]:
     }
 
 
+def files_named(text: str) -> set[str]:
+    """Paths from the root of the tree in a document, as patterns: ``csrc/cpu/<op>.cpp`` is to fit one file at least."""
+    found = re.findall(r"\b((?:\.ci|bench|csrc|docs|python|tests)/[\w./*<>-]*[\w/>])", text)
+    return {re.sub(r"<\w+>", "*", path) for path in found}
+
+
 def variables_read(text: str) -> set[str]:
     """Environment variables that Python, C++ or CMake code reads (or sets a default for) under a literal name."""
     python = r"""environ(?:\.get\(|\.setdefault\(|\.pop\(|\[)\s*["']([A-Z][A-Z0-9_]+)["'](?!\]\s*=[^=])"""
