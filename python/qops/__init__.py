@@ -3,7 +3,7 @@
 import logging
 from importlib.metadata import PackageNotFoundError, version
 
-from qops._native import build_info
+from qops._native import build_info, explain
 from qops.models import Int4, Int8, Int8WeightOnly, load_model, quantize_model, save_model
 from qops.ops import (
     add_rms_norm,
@@ -46,6 +46,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_int8",
     "build_info",
+    "explain",
     "int4_dequantize",
     "int4_gemm",
     "int8_gemm",
