@@ -1,8 +1,8 @@
 """Builds the API pages with pdoc and checks them: ``python docs/build.py FOLDER``.
 
-The front page is README.md; CHANGELOG.md, CONTRIBUTING.md and two READMEs have pages too. The other pages are
-the docstrings of MODULES. A warning, a public name without an anchor, a role that became no link, or a link to nowhere
-is an error.
+The front page is README.md; the texts beside this file, CHANGELOG.md, CONTRIBUTING.md and two READMEs have pages too.
+The other pages are the docstrings of MODULES. A warning, a public name without an anchor, a role that became no link,
+or a link to nowhere is an error.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ MODULES = ("qops", "qops.nn", "qops.quantize", "qops.smoothing", "qops.model", "
 # Page -> what it shows. Their links to one another become links between pages.
 PROSE = {
     "index.html": "README.md",
+    "operators.html": "docs/operators.md",
+    "speed.html": "docs/speed.md",
     "changelog.html": "CHANGELOG.md",
     "contributing.html": "CONTRIBUTING.md",
     "emulator.html": "tests/emulator/README.md",
@@ -192,19 +194,36 @@ def render(folder: Path) -> tuple[dict[str, str], dict[str, set[str]]]:
 
     pages = {page_of(name): _shorten(pdoc.render.html_module(module, modules)) for name, module in modules.items()}
     for page, source in PROSE.items():
-        text = (ROOT / source).read_text()
-        for other, linked in PROSE.items():
-            text = text.replace(f"]({linked}", f"]({other}")
+        text, images = linked(source, (ROOT / source).read_text())
+        for image in images:
+            (folder / image).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / image, folder / image)
+        pages |= dict.fromkeys(images, "")
         # A module at the top: links from the page are relative to it.
         context: Any = pdoc.doc.Module(types.ModuleType("index"))
         pages[page] = environment.get_template("prose.html.jinja2").render(
             module=context, all_modules=modules, text=_link_operators(text), page=page, root_module_name="qops"
         )
     for path, text in pages.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
+        if path.endswith(".html"):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
     (folder / "search.js").write_text(pdoc.render.search_index(modules))
     return {**pages, "search.js": ""}, roles
+
+
+def linked(source: str, markdown: str) -> tuple[str, list[str]]:
+    """A text with links between pages where it has links between their sources; and the images that it shows."""
+    images: list[str] = []
+    pages = {name: page for page, name in PROSE.items()}
+
+    def link(match: re.Match[str]) -> str:
+        target = _normal(PurePosixPath(source).parent / match[3])
+        if match[1] and (ROOT / target).is_file():
+            images.append(target)
+        return f"{match[1]}[{match[2]}]({pages.get(target, target if match[1] else match[3])}"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)#\s:]+)", link, markdown), images
 
 
 def _documented(module: Any) -> Iterator[Any]:
@@ -257,7 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     found = violations(pages, {page_of(name): members for name, members in api.items()}, roles)
     for line in found:
         print(line, file=sys.stderr)
-    print(f"{len(pages) - 1} pages in {folder}, {sum(map(len, api.values()))} public names, {len(found)} errors")
+    count = sum(path.endswith(".html") for path in pages)
+    print(f"{count} pages in {folder}, {sum(map(len, api.values()))} public names, {len(found)} errors")
     return 1 if found else 0
 
 

@@ -40,6 +40,14 @@ def test_a_missing_page():
     assert build.violations(GOOD, {"c.html": ["f"]}, {}) == ["c.html: no anchor #f"]
 
 
+def test_links_between_sources_become_links_between_pages():
+    plot = next((build.ROOT / "bench" / "plots").rglob("*.svg")).relative_to(build.ROOT).as_posix()
+    text = f"[a](../README.md#operators) [b](speed.md) ![c](../{plot}) [d](https://x.y) [e](#f) [g](../gone.md)"
+    there, images = build.linked("docs/operators.md", text)
+    assert there == f"[a](index.html#operators) [b](speed.html) ![c]({plot}) [d](https://x.y) [e](#f) [g](../gone.md)"
+    assert images == [plot]
+
+
 def test_public_api():
     api = build.public_api()
     assert set(qops.__all__) <= set(api["qops"])

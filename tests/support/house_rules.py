@@ -462,10 +462,9 @@ def operators_on(readme: str, device: str) -> set[str]:
     return {name for row in rows if row[column][:3] == "yes" for name in re.findall(r"`(\w+)`", row[0])}
 
 
-def operators_shown(readme: str) -> set[str]:
-    """The operators that the doctests of the README's section on operators call."""
-    section = readme.partition("## Operators")[2].partition("\n## ")[0]
-    blocks = "".join(fenced_blocks(section, "python"))
+def operators_shown(page: str) -> set[str]:
+    """The operators that the doctests of a page call."""
+    blocks = "".join(fenced_blocks(page, "python"))
     return set(re.findall(r"^>>> .*?\bqops\.([a-z]\w*)\(", blocks, flags=re.MULTILINE))
 
 
