@@ -1,7 +1,7 @@
-#include "binding/ops.h"
 #include "binding/weight_strips.h"
 
 namespace qops::binding {
+namespace {
 
 Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
                        int64_t out_features, int64_t group_size, int64_t kind, ScalarType dtype, bool gate_up) {
@@ -14,11 +14,15 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::op
   take_zeros(check, kind, zeros, scales, p);
   check.require(!gate_up || p.n % 16 == 0, "out_features", "be a multiple of 16, for gate and up, with gate_up",
                 std::to_string(p.n));
-  p.gate_up = gate_up;
+  p.is_mixed = gate_up;
   Tensor w = check.new_tensor(packed, {p.n, p.k}, dtype);
   p.w = w.mutable_data_ptr();
   check.ok(device::run(&device::kernels::int4_dequantize, p, w));
   return w;
 }
+
+}  // namespace
+
+QOPS_REGISTER(m) { m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize)); }
 
 }  // namespace qops::binding

@@ -1,6 +1,7 @@
+#include <tuple>
+
 #include "binding/device.h"
 #include "binding/int8_rows.h"
-#include "binding/ops.h"
 
 namespace qops::binding {
 namespace {
@@ -65,7 +66,7 @@ void check_output(const Tensor& out, const Tensor& gate, int64_t columns) {
 }
 
 void run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& q, const Tensor& scale) {
-  check_int8.ok(device::run(&device::kernels::silu_mul_int8, {gated, int8_rows(q, scale, rule)}, q));
+  check_int8.ok(device::run(&device::kernels::silu_mul_int8, {gated, int8_output(q, scale, rule)}, q));
 }
 
 std::tuple<Tensor, Tensor> run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& like) {
@@ -73,8 +74,6 @@ std::tuple<Tensor, Tensor> run(const SiluMulParams& gated, QuantizeRule rule, co
   run(gated, rule, q, scale);
   return {q, scale};
 }
-
-}  // namespace
 
 Tensor silu_mul(const Tensor& gate_up, std::string_view rounding) {
   SiluMulParams p = checked(check_float, gate_up, rounding);
@@ -126,6 +125,19 @@ void silu_mul_int8_gate_up_out(const Tensor& gate, const Tensor& up, std::string
   const QuantizeRule quantize_rule = check_int8.quantize_rule(rule);
   check_int8_rows(check_int8, q, scale, gate, p.columns, {{&gate, "gate"}, {&up, "up"}});
   run(p, quantize_rule, q, scale);
+}
+
+}  // namespace
+
+QOPS_REGISTER(m) {
+  m.impl("silu_mul", TORCH_BOX(&silu_mul));
+  m.impl("silu_mul.gate_up", TORCH_BOX(&silu_mul_gate_up));
+  m.impl("silu_mul.out", TORCH_BOX(&silu_mul_out));
+  m.impl("silu_mul.gate_up_out", TORCH_BOX(&silu_mul_gate_up_out));
+  m.impl("silu_mul_int8", TORCH_BOX(&silu_mul_int8));
+  m.impl("silu_mul_int8.gate_up", TORCH_BOX(&silu_mul_int8_gate_up));
+  m.impl("silu_mul_int8.out", TORCH_BOX(&silu_mul_int8_out));
+  m.impl("silu_mul_int8.gate_up_out", TORCH_BOX(&silu_mul_int8_gate_up_out));
 }
 
 }  // namespace qops::binding

@@ -18,7 +18,8 @@ import torch
 
 import qops
 from docs import build
-from qops import _native, _transformers
+from qops import _native
+from qops.formats import _transformers
 from tests.support import house_rules as rules
 from tests.support.importers import importers, transformers_tests
 from tests.support.odr import shared_symbols
@@ -151,13 +152,13 @@ BAD_PYTHON = {
     "transformers in an operator": ("python/qops/ops/rotary.py", "from transformers import LlamaConfig"),
     "another operator": ("python/qops/ops/rotary.py", "from qops.ops.rms_norm import rms_norm_ref"),
     "testing in an operator": ("python/qops/ops/rotary.py", "def f():\n    import qops.testing"),
-    "testing in the package": ("python/qops/model.py", "from qops.testing import generator"),
-    "testing by name": ("python/qops/model.py", "from qops import testing"),
+    "testing in the package": ("python/qops/models/load.py", "from qops.testing import generator"),
+    "testing by name": ("python/qops/models/load.py", "from qops import testing"),
     "the check's numerics in the package": ("python/qops/nn.py", "from qops._numerics import generator"),
     "the check's numerics in an operator": ("python/qops/ops/rotary.py", "from qops._numerics import generator"),
     "more than torch in the check": ("python/qops/_check_cases.py", "import numpy"),
     "more than torch at import": ("python/qops/__init__.py", "import transformers"),
-    "relative": ("python/qops/model.py", "from .weights import Int4Weight"),
+    "relative": ("python/qops/models/load.py", "from .weights import Int4Weight"),
     "a test file": ("tests/ops/test_rotary.py", "from test_rms_norm import X"),
     "a test file by its package": ("tests/ops/test_rotary.py", "from tests.ops.test_rms_norm import X"),
     "a benchmark": ("bench/conftest.py", "from bench.bench_operators import benchmark_of"),
@@ -236,13 +237,22 @@ def test_operator_has_kernels(schema):
 
 def test_kernels_are_found():
     binding = {
-        "a.cpp": 'STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {\n  m.impl("a.out", F(&a));\n  define_b(m);\n}\n',
-        "b.h": 'template <class L>\nvoid define_b(Library& m) {\n  // m.impl("no", x);\n  m.impl("b", F(&b));\n}\n',
-        "c.h": 'void define_c(Library& m) {\n  m.impl("c", F(&c));\n}\n',
+        "a.cpp": 'QOPS_REGISTER(m) {\n  m.impl("a.out", F(&a));\n  // m.impl("no", x);\n}\n',
+        "b.cpp": '#if !defined(QOPS_CUDA)\nQOPS_REGISTER(m) { m.impl("b", F(&b)); }\n\n#endif\n',
+        "c.cpp": 'void c(Library& m) {\n  m.impl("c", F(&c));\n}\n',
     }
-    assert rules.kernels(binding, "CPU") == {"a.out", "b"} and rules.kernels(binding, "CUDA") == set()
+    assert rules.kernels(binding, "CPU") == {"a.out", "b"} and rules.kernels(binding, "CUDA") == {"a.out"}
     # Of this device the dispatcher says the same, which the test before has asked.
     assert rules.kernels(BINDING, "CPU") == {schema.partition("(")[0] for schema in SCHEMAS}
+
+
+def test_cmake_finds_every_kernel():
+    files = ["csrc/cpu/a.cpp", "csrc/cpu/a_amx.cpp", "csrc/cuda/a_decode.cu", "csrc/cpu/a.h"]
+    assert not rules.left_out_of_the_build(["a", "b"], files)
+    assert len(rules.left_out_of_the_build(["a"], ["csrc/cpu/a_avx2.cpp", "csrc/cpu/c.cpp", "csrc/cuda/c.cu"])) == 3
+    assert rules.operators_built("set(QOPS_OPERATORS\n  a\n  b)\n") == {"a", "b"}
+    assert rules.operators_built(FILES["csrc/operators.cmake"]) == STEMS
+    assert not rules.left_out_of_the_build(STEMS, CPP)
 
 
 def test_one_name_on_every_layer():
@@ -551,10 +561,10 @@ def test_changelog_starts_with_this_version():
 
 
 def test_what_depends_on_transformers_is_found():
-    library = {"qops.model": "def f():\n    import transformers", "qops.nn": "from qops.model import f"}
+    library = {"qops.models.load": "def f():\n    import transformers", "qops.nn": "from qops.models.load import f"}
     tests = {
         "tests.helper": "from transformers.models import llama",
-        "tests.test_a": "def test():\n    from qops import model",
+        "tests.test_a": "def test():\n    from qops.models import load",
         "tests.test_b": "from tests import helper",
         "tests.test_c": "from tests.test_b import x",
         "tests.test_d": "import qops.nn, transformers_other",

@@ -31,11 +31,9 @@ FILES_OF = {
     "int8_pack": "weight_pack",
     "int8_unpack": "weight_pack",
 }
-# One layer's file for several of those: the two GEMMs take the same arguments, as do an operator and its form that
-# emits int8, and rotary with and without norms.
+# One layer's file for several of those: an operator and its form that emits int8 take the same arguments, as does
+# rotary with and without norms.
 LAYER_FILES_OF = {
-    ("csrc/binding", "int4_gemm"): "weight_only_gemm",
-    ("csrc/binding", "int8_weight_only_gemm"): "weight_only_gemm",
     ("csrc/binding", "qk_norm_rotary"): "rotary",
     ("csrc/binding", "rms_norm_int8"): "rms_norm",
     ("csrc/binding", "silu_mul_int8"): "silu_mul",
@@ -129,7 +127,7 @@ EMULATOR = Layer(
 
 LAYERS = (
     Layer(
-        r"csrc/(kernels|exp_poly|int[48]_layout|row_tree|cuda/(gemm|int8)_config)\.h",
+        r"csrc/(kernels|exp_poly|int[48]_layout|row_tree|cuda/(gpu|int[48]_config))\.h",
         (r"<cstd(int|def)>", r'"(cuda/)?[a-z0-9_]+\.h"'),
         {r"std::": "containers"},
     ),
@@ -297,14 +295,11 @@ def op_name(schema: str) -> str:
 
 
 def kernels(binding: Mapping[str, str], device: str) -> set[str]:
-    """Names, with overloads, of what ``STABLE_TORCH_LIBRARY_IMPL(qops, device, m)`` registers in the files of a folder,
-    itself or through functions of its headers."""
+    """Names, with overloads, of what the bindings register on a device; ``#if !defined(QOPS_CUDA)`` is the CPU's."""
     code = "\n".join(strip_cpp_comments(text) for text in binding.values())
-    blocks = re.findall(
-        rf"^STABLE_TORCH_LIBRARY_IMPL\(qops, {device}, m\) {{\n(.*?)^}}", code, re.MULTILINE | re.DOTALL
-    )
-    bodies = dict(re.findall(r"^void (define_\w+)\(Library& m\) {\n(.*?)^}", code, re.MULTILINE | re.DOTALL))
-    blocks += [bodies[name] for block in blocks for name in re.findall(r"\b(define_\w+)\(m\)", block)]
+    if device == "CUDA":
+        code = re.sub(r"^#if !defined\(QOPS_CUDA\)\n.*?^#endif", "", code, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^QOPS_REGISTER\(m\) {([^}]*)}", code, re.MULTILINE)
     return {name for block in blocks for name in re.findall(r'm\.impl\(\s*"([\w.]+)"', block)}
 
 
@@ -331,6 +326,20 @@ def nameless_files(ops: Iterable[str], files: Iterable[str]) -> list[str]:
     known |= {f"csrc/binding/{stem}.cpp" for stem in ("checks", "registration", "registration_cuda")}
     pattern = r"csrc/binding/.*\.cpp|python/qops/ops/[^_].*\.py|bench/problems/[^_/]*\.py"
     return [f"{file} belongs to no operator" for file in files if re.fullmatch(pattern, file) and file not in known]
+
+
+def operators_built(cmake: str) -> set[str]:
+    """The list by whose names CMake finds the sources of operators."""
+    listed = re.search(r"set\(QOPS_OPERATORS\s+([\w\s]+)\)", cmake)
+    return set(listed[1].split()) if listed else set()
+
+
+def left_out_of_the_build(ops: Iterable[str], files: Iterable[str]) -> list[str]:
+    """Kernel files that no operator's name finds."""
+    names = "|".join(ops)
+    found = rf"csrc/cpu/(({names})(_amx)?|cpu_dispatch|kernel_table)\.cpp|csrc/cuda/({names})(_\w+)?\.cu"
+    kernels = (file for file in files if re.fullmatch(r"csrc/c(pu|uda)/.*\.(cpp|cu)", file))
+    return [f"{file} is not built" for file in kernels if not re.fullmatch(found, file)]
 
 
 def sections(docstring: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from bench.problems.shared.draws import Random
 from bench.problems.shared.model import ROPE_THETA, ModelOperator, linears
 from bench.problems.shared.operator import EPS, Traffic, sizes_of
 from bench.problems.shared.provider import Axes, Formula, Provider, Result, dense
-from qops.model import build_model, dense_model
+from qops.models.load import build_model, dense_model
 from qops.ops.rms_norm import rms_norm_ref
 from qops.ops.rotary import rotary_ref
 from qops.ops.silu_mul import silu_mul_ref
@@ -235,7 +235,7 @@ class Cache:
 
 def steps(model: Any, p: Int4Decode) -> Callable[[], Result]:
     """The next step of each call."""
-    from qops.decoder import cache_keyword
+    from qops.models.decoder import cache_keyword
 
     decoder, cache, ids = model.model, Cache(p), p.ids[:, None].clone()
     keyword = cache_keyword(type(decoder))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,18 @@ from torch import Tensor, nn
 
 from qops._layout import chunk_rows, group_count, into_strips, out_of_strips
 from qops.ops._checks import STRIP_ROWS, layout_of, strips_of
+from qops.weights.requirements import (
+    dtype_name,
+    moved,
+    require_dtype,
+    require_int,
+    require_multiples_of_8,
+    require_scale_dtype,
+    resolve_group_size,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class QuantizedWeight(nn.Module):
@@ -35,6 +41,10 @@ class QuantizedWeight(nn.Module):
     """G, the columns that share a scale: K where there is one group per row."""
     scale_dtype: torch.dtype
     """float16, bfloat16 or float32."""
+    kind: str = ""
+    """How codes become numbers, where there are several ways."""
+    act_order: bool = False
+    """Whether stored columns are in another order than those of w, ``perm``."""
     gate_up: bool
     """Whether the packed strips mix the rows of gate and up; the canonical tensors never do."""
     qweight: Tensor
@@ -42,7 +52,7 @@ class QuantizedWeight(nn.Module):
     _layout: str
     scales: Tensor
     zeros: Tensor | None
-    perm: Tensor | None
+    perm: Tensor
 
     def _configure(
         self, in_features: int, out_features: int, group_size: int, scale_dtype: torch.dtype, gate_up: bool = False
@@ -255,16 +265,32 @@ class QuantizedWeight(nn.Module):
         if not weights:
             raise ValueError(f"{cls._name()}.cat: needs at least one weight")
         first, parts = weights[0], [weight.canonical() for weight in weights]
-        for weight, part in zip(weights[1:], parts[1:], strict=True):
-            if weight._config() != first._config() or weight.device != first.device:
+        for weight in weights[1:]:
+            if not first._is_configured_like(weight):
                 raise ValueError(f"{cls._name()}.cat: weights must be alike, got ({first}) and ({weight})")
-            if "perm" in part and not torch.equal(part["perm"], parts[0]["perm"]):
+            if not first.is_like(weight):
                 raise ValueError(f"{cls._name()}.cat: weights must share one perm")
         rows = {
             key: tensor if key == "perm" else torch.cat([part[key] for part in parts])
             for key, tensor in parts[0].items()
         }
         return cls._from_tensors(rows, first._config_of_rows(), pack=True)
+
+    def is_like(self, other: QuantizedWeight) -> bool:
+        """Whether :meth:`cat` takes both: all is the same but N and the numbers.
+
+        Args:
+            other: any.
+
+        Returns:
+            False also where columns are stored in different orders.
+        """
+        alike = self._is_configured_like(other)
+        return alike and (not self.act_order or torch.equal(self.perm, other.perm))
+
+    def _is_configured_like(self, other: QuantizedWeight) -> bool:
+        same_class = type(self) is type(other)
+        return same_class and self._config() == other._config() and self.device == other.device
 
     @torch.no_grad()
     def split(self, sizes: Sequence[int]) -> list[Self]:
@@ -350,6 +376,23 @@ class QuantizedWeight(nn.Module):
                 packed = "packed" in tensors
                 rows[key] = out_of_strips(whole[strips], stop - start, paired) if packed else whole[start:stop]
         return rows
+
+    @classmethod
+    def _from_state(cls, tensors: Mapping[str, Tensor], kind: str = "") -> Self:
+        """A weight from the tensors of its state_dict, its ``format_version`` left out.
+
+        Args:
+            tensors: canonical ones, under the names that a state_dict gives them.
+            kind: :attr:`kind` of the weight.
+
+        Returns:
+            A canonical weight; it may share memory with the tensors.
+
+        Raises:
+            ValueError: tensors are missing or left over, or as in ``from_canonical``.
+            RuntimeError, TypeError: as there.
+        """
+        raise NotImplementedError
 
     @classmethod
     def _from_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], pack: bool) -> Self:
@@ -509,87 +552,9 @@ def _from_shared(cls: type[QuantizedWeight], state: dict[str, Any]) -> Quantized
     return weight
 
 
-# Sizes ---------------------------------------------------------------------------------------------------------------
-
-
-def require_int(name: str, label: str, value: object) -> int:
-    """As an int: booleans, floats and strings are none."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: {label} must be an integer, got {value!r}")
-    return operator.index(value)  # pyright: ignore[reportArgumentType]
-
-
-def require_multiples_of_8(name: str, out_features: int, in_features: int) -> None:
-    for letter, size in (("N", out_features), ("K", in_features)):
-        if size < 0 or size % 8:
-            raise ValueError(f"{name}: {letter} must be a multiple of 8, got {size}")
-
-
-def resolve_group_size(name: str, in_features: int, group_size: int) -> int:
-    group_size = require_int(name, "group_size", group_size)
-    if group_size in (-1, in_features):
-        return in_features
-    if group_size < 16 or group_size % 16 or in_features % group_size:
-        raise ValueError(
-            f"{name}: group_size must be -1 or a multiple of 16 that divides K = {in_features}, got {group_size}"
-        )
-    return group_size
-
-
-def group_size_from_scales(name: str, in_features: int, scales: Tensor) -> int:
-    groups = scales.shape[1]
-    if groups == 0 and in_features == 0:
-        return 0
-    if groups == 0 or in_features % groups:
-        raise ValueError(f"{name}: scales must have shape [N, K/G] with K = {in_features}, got {list(scales.shape)}")
-    return in_features // groups
-
-
-# Moving --------------------------------------------------------------------------------------------------------------
-
-
-def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """``fn``, which nn.Module gives to _apply, on the tensor's bytes; the tensor itself where fn does nothing."""
-    raw = tensor.reshape(-1).view(torch.uint8)
-    result = fn(raw)
-    if result is raw:
-        return tensor
-    if result.dtype != torch.uint8:  # module.type() casts integers too
-        result = raw.to(result.device)
-    return result.view(tensor.dtype).view(tensor.shape)
-
-
-# Checks --------------------------------------------------------------------------------------------------------------
-
-
-def require_tensor(name: str, label: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
-
-
-def require_scale_dtype(name: str, dtype: object) -> None:
-    if dtype not in SCALE_DTYPES:
-        raise RuntimeError(f"{name}: scales must have dtype float16, bfloat16 or float32, got {dtype_name(dtype)}")
-
-
-def require_dtype(name: str, label: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype:
-        raise RuntimeError(f"{name}: {label} must have dtype {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}")
-
-
-def require_matrix(name: str, label: str, tensor: Tensor) -> None:
-    require_tensor(name, label, tensor)
-    if tensor.dim() != 2:
-        raise ValueError(f"{name}: {label} must have 2 dimensions, got shape {list(tensor.shape)}")
-
-
 def _check_version(weight: QuantizedWeight, version: object) -> None:
     if version != weight.FORMAT_VERSION:
         raise ValueError(
             f"qops.{type(weight).__name__}: the state has format_version {version}, "
             f"this qops reads {weight.FORMAT_VERSION}"
         )
-
-
-def dtype_name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else repr(dtype)

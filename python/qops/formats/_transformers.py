@@ -14,7 +14,7 @@ def require_transformers(caller: str) -> None:
     """Raises ImportError unless Transformers is installed and not too old.
 
     A release newer than any that was tested is warned about once: whether fused layers compute what its own layers do
-    is proven before they are used (`qops.proof`).
+    is proven before they are used (`qops.models.proof`).
     """
     wanted = f"transformers >= {_text(MINIMUM)}"
     try:

@@ -32,11 +32,12 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qops._hooks import is_watched, newest_hook
-from qops._offload import Offloadable
-from qops._weight_state import moved
-from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm, into_stream
+from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm
+from qops.nn.hooks import is_watched, newest_hook
+from qops.nn.linears import into_stream
+from qops.nn.offload import Offloadable
 from qops.ops import qk_norm_rotary_, rotary, rotary_
+from qops.weights.requirements import moved
 
 # A module for each name below a layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
 Part = Callable[[str], Any]

@@ -2,37 +2,13 @@
 // the GPU, that know nothing of epilogues. No plan of our kernels changes a bit of the result: the order of the sums is
 // that of the 8 slices of K.
 //
-// The times are a model, in cycles of a multiprocessor, that ranks plans. Each kind of plan takes longer for more rows,
-// so the best one does, too. It has not been fitted to measurements.
+// The times are those of gpu.h's model. Each kind of plan takes longer for more rows, so the best one does, too.
 #pragma once
 
+#include "cuda/gpu.h"
 #include "int4_layout.h"
 
 namespace qops::cuda {
-
-// Of the current GPU: a block may have `shared_bytes` of dynamic shared memory; `arch` as 90 for sm_90.
-struct Gpu {
-  int64_t multiprocessors;
-  int64_t shared_bytes;
-  int arch;
-
-  bool operator==(const Gpu&) const = default;
-};
-
-struct Range {
-  int64_t begin, end;
-
-  QOPS_ALWAYS_INLINE constexpr int64_t size() const { return end - begin; }
-};
-
-// Part i of n nearly equal parts of `whole`.
-QOPS_ALWAYS_INLINE constexpr Range part_of(Range whole, int64_t i, int64_t n) {
-  return {whole.begin + whole.size() * i / n, whole.begin + whole.size() * (i + 1) / n};
-}
-
-QOPS_ALWAYS_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The canonical order: K in 8 contiguous slices of whole blocks of 64 columns, summed one by one and added left to
 // right. Some are empty where there are fewer blocks.
@@ -86,8 +62,6 @@ constexpr bool has_offset(WeightKind kind) { return kind == WeightKind::kFloatZe
 
 inline constexpr int kDecodeTokens = 16;    // rows of x up to which there is a decode kernel
 inline constexpr int kMaxStripsOfWarp = 4;  // of the decode kernel: that share a fragment of x
-inline constexpr int kTileStrips = 8;       // of a tile of the tiled kernel
-inline constexpr int kTileRows = kTileStrips * kStripRows;
 inline constexpr int kTileTokens[] = {32, 64, 128};
 // The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes
 // spilled), and its shared memory does not fit on sm_120.
@@ -106,18 +80,6 @@ struct Item {
   int64_t tile;
   int slice0, slices;
 };
-
-struct TilePosition {
-  int64_t token_tile, row_tile;
-};
-
-// Eight tiles of tokens pass over the rows of w together, so that tiles which run at one time share both.
-QOPS_ALWAYS_INLINE constexpr TilePosition tile_position(int64_t tile, int64_t token_tiles, int64_t row_tiles) {
-  constexpr int64_t kGroup = 8;
-  const int64_t group = tile / (kGroup * row_tiles), within = tile % (kGroup * row_tiles);
-  const int64_t left = token_tiles - group * kGroup, size = left < kGroup ? left : kGroup;
-  return {group * kGroup + within % size, within / size};
-}
 
 struct GemmPlan {
   enum class Kind { kDecode, kTiled, kDense };
@@ -166,19 +128,10 @@ struct GemmPlan {
 
 namespace plan {
 
-// What the model knows of a multiprocessor: bytes that reach it in a cycle, from memory and from L2, cycles of an
-// mma.m16n8k16, what turning the codes of a stage into fragments adds, and what starting a kernel and filling its ring
-// costs.
-inline constexpr int64_t kBytesPerCycle = 16;
-inline constexpr int64_t kL2BytesPerCycle = 40;
-inline constexpr int64_t kCyclesPerMma = 2;
-inline constexpr int64_t kCyclesOfCodes = 96;
-inline constexpr int64_t kStart = 2000;
-inline constexpr int64_t kNextKernel = 2000;
+using namespace model;
 
-constexpr int64_t second_kernel(int64_t scratch_bytes, Gpu gpu) {
-  return kNextKernel + 2 * scratch_bytes / (kL2BytesPerCycle * gpu.multiprocessors);
-}
+// What turning the codes of a stage into fragments adds, in cycles.
+inline constexpr int64_t kCyclesOfCodes = 96;
 
 // Blocks of the decode kernel, one for each multiprocessor: each takes some strips and all slices of its part.
 constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_parts, Gpu gpu) {
@@ -209,7 +162,6 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
 // Tiles of `live` x 128. `in_waves`: as many tiles as fill the GPU some times over have a block each.
 constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, bool offset, int live, int k_parts, bool in_waves,
                          Gpu gpu) {
-  constexpr int64_t kReserved = 1024;  // of each block, by CUDA
   GemmPlan p{};
   p.kind = GemmPlan::Kind::kTiled;
   p.live = live;

@@ -5,7 +5,7 @@ the installed Transformers' layers, both on the same qops linears. Linears are t
 so the two agree to about 1e-6, and whatever a release of Transformers does otherwise than the fused layers expect
 shows: another keyword, another order, another cache.
 
-This module imports Transformers through `qops.decoder`.
+This module imports Transformers through `qops.models.decoder`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qops.decoder import DecoderLayer, RotaryTables, cache_keyword, fused_class
-from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, dense_linear, frozen
+from qops.models.decoder import DecoderLayer, RotaryTables, cache_keyword, fused_class
+from qops.models.replacement import freeze, looks_like_norm, packed, parts_of, rms_norm_of
+from qops.nn import QuantizedLinear, dense_linear, frozen
 from qops.ops import _checks
-from qops.replacement import freeze, looks_like_norm, packed, parts_of, rms_norm_of
 
 VOCABULARY = 64
 PROMPT = 8
@@ -63,8 +63,8 @@ def prove_fusion(
     nothing, which has to get the same keywords from both, one that nobody knows among them.
 
     Args:
-        model: dense, or without storage; its layers can be fused (`qops.replacement.unfusable`).
-        linear, norm_weight, kind: as in `qops.replacement.replace_parts`.
+        model: dense, or without storage; its layers can be fused (`qops.models.replacement.unfusable`).
+        linear, norm_weight, kind: as in `qops.models.replacement.replace_parts`.
 
     Returns:
         (what was compared, with its result; why the layers must not be fused, or None)
@@ -79,7 +79,7 @@ def prove_fusion(
     # A model without storage is built on the CPU.
     device = torch.device("cpu") if device.type == "meta" else device
     dtype = model.dtype if _checks.has_gpu_layout(device) else torch.float32
-    in_int8 = any(isinstance(part, Int8Linear) for parts in layers for part in parts.values())
+    in_int8 = any(isinstance(part, QuantizedLinear) and part.takes_int8 for parts in layers for part in parts.values())
     limit = HALF.get(dtype, FLOAT32_INT8 if in_int8 else FLOAT32)
     names = ", ".join(map(str, dict.fromkeys(chosen)))
     what = f"layer {names} of {len(model.model.layers)} in {str(dtype).removeprefix('torch.')}"
@@ -176,7 +176,7 @@ class _Copy:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        from qops.model import skeleton
+        from qops.models.load import skeleton
 
         self.layers, self.final, self.dtype, self.device = layers, final, dtype, device
         self.decoder = skeleton(type(model.model), config, dtype)
@@ -222,11 +222,11 @@ class _Copy:
     def _linear(self, linear: Any) -> nn.Module:
         """In the dtype of the proof, around the same weight."""
         bias = None if linear.bias is None else self._weight(linear.bias)
-        if isinstance(linear, (Int4Linear, Int8Linear, Int8WeightOnlyLinear)):
-            weight: Any = linear.weight
+        if isinstance(linear, QuantizedLinear):
+            weight = linear.weight
             if weight.device != self.device:  # of a model on several GPUs
                 weight = copy.deepcopy(weight).to(self.device)
-            return type(linear)(weight, bias, float32_output=linear.float32_output)
+            return linear.around(weight, bias)
         return dense_linear(self._weight(linear.weight), bias)
 
 

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qops._transformers import require_transformers
-from qops.nn import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, RMSNorm
-from qops.replacement import (
+from qops.formats._transformers import require_transformers
+from qops.models.replacement import (
     freeze,
     is_replaced,
     is_tied,
@@ -35,7 +34,8 @@ from qops.replacement import (
     unfusable,
     warn_not_fused,
 )
-from qops.smoothing import Scales, Smoothing, plan_smoothing
+from qops.models.smoothing import Scales, Smoothing, plan_smoothing
+from qops.nn import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, RMSNorm
 from qops.weights import Int4Weight, Int8Weight
 
 __all__ = ["QuantizationReport", "quantize_model"]
@@ -46,7 +46,7 @@ _PARTS = (Int4Linear, Int8Linear, Int8Embedding, RMSNorm)
 # Operators that neither read nor write elements.
 _NO_PASS = ("aten::empty", "aten::new_empty", "aten::_unsafe_view")
 
-_LOGGER = logging.getLogger("qops.quantize")
+_LOGGER = logging.getLogger("qops.models.quantize")
 
 
 def quantize_model(
@@ -75,7 +75,7 @@ def quantize_model(
     as one GEMM, gate and up with SiLU-mul as another, the residual addition inside a GEMM (of Gemma 2 and 3 inside a
     norm), norms of q and k and rotary in place and, with "int8", norms that emit 8-bit activations. In other models
     the linears and RMSNorms are replaced one by one. What became of every part stands in `model.quantization_report`,
-    a :class:`qops.quantize.QuantizationReport`.
+    a :class:`qops.models.QuantizationReport`.
 
     Transformers calls its layers in other ways from release to release, so before anything is replaced fused layers are
     run against those of the installed release: one of each kind, on the same quantised linears, with and without
@@ -103,7 +103,7 @@ def quantize_model(
         prove: False fuses without running fused layers first; the report says so.
         smoothing: int8 only, of the architectures above: SmoothQuant's scales s, positive, `[K]` by the name of the
             linear; a mapping, or the path of a `.safetensors` or `.pt` file (of scales, not of activation maxima: those
-            go through :func:`qops.smoothing.smoothing_scales`). The columns of the linear are multiplied by s before
+            go through :func:`qops.models.smoothing_scales`). The columns of the linear are multiplied by s before
             they are quantised, and what makes its input is divided by it: for q, k and v the norm before attention, for
             gate and up the norm before the MLP (one vector for all that read it), for down the rows of up, for o the
             rows of v (equal over the query heads that share a key/value head).
@@ -265,7 +265,7 @@ def _plan(
     caller = "qops.quantize_model"
     from transformers import PreTrainedModel
 
-    from qops.decoder import unknown_architecture
+    from qops.models.decoder import unknown_architecture
 
     if scheme not in SCHEMES:
         raise ValueError(f"{caller}: scheme must be 'int4' or 'int8', got {scheme!r}")

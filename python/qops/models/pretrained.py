@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from qops.replacement import input_table, is_replaced
-from qops.weights import Int4Weight, Int8Weight
+from qops.models.replacement import input_table, is_replaced
+from qops.weights.state import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _keep_ties(model: Any) -> None:
 
     def is_dense(name: str) -> bool:
         module = model.get_submodule(name.rpartition(".")[0])
-        return not isinstance(getattr(module, "weight", None), (Int4Weight, Int8Weight))
+        return not isinstance(getattr(module, "weight", None), QuantizedWeight)
 
     ties = model.all_tied_weights_keys.items()
     kept = {target: source for target, source in ties if is_dense(target) and is_dense(source)}
@@ -80,7 +80,7 @@ def _write_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> A
     if is_replaced(model) and not getattr(model, "_hf_peft_config_loaded", False):
         raise RuntimeError(
             f"{type(model).__name__}.{original.func.__name__}: from_pretrained does not read what qops quantised; "
-            "use qops.save_model, which qops.load_model reads back, or save qops.model.dense_model(model)"
+            "use qops.save_model, which qops.load_model reads back, or save qops.models.dense_model(model)"
         )
     return original(*args, **kwargs)
 
@@ -95,7 +95,7 @@ def _resize_token_embeddings(
 ) -> Any:
     table, output = input_table(model), model.get_output_embeddings()
     weights = [getattr(module, "weight", None) for module in (table, output)]
-    quantised = [type(weight).__name__ for weight in weights if isinstance(weight, (Int4Weight, Int8Weight))]
+    quantised = [type(weight).__name__ for weight in weights if isinstance(weight, QuantizedWeight)]
     if quantised and table is not None:
         rows = table.num_embeddings
         wanted = rows if new_num_tokens is None else new_num_tokens

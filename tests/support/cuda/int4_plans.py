@@ -1,4 +1,4 @@
-"""What csrc/cuda/gemm_config.h plans, asked through gemm_plans.cpp."""
+"""What csrc/cuda/int4_config.h plans, asked through int4_plans.cpp."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class Question(NamedTuple):
 def program() -> Path:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
-    path = Path(folder) / "gemm_plans"
-    sources = ["-I", str(ROOT / "csrc"), str(ROOT / "tests/support/cuda/gemm_plans.cpp")]
+    path = Path(folder) / "int4_plans"
+    sources = ["-I", str(ROOT / "csrc"), str(ROOT / "tests/support/cuda/int4_plans.cpp")]
     checked("g++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", *sources, "-o", str(path))
     return path
 

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from qops._hooks import is_watched
-from qops._transformers import require_transformers
-from qops.nn import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, RMSNorm, frozen
+from qops.formats._transformers import require_transformers
+from qops.nn import Int8Embedding, MergedLinear, RMSNorm, frozen
+from qops.nn.hooks import is_watched
 from qops.ops import rms_norm
-from qops.weights import Int4Weight, Int8Weight
+from qops.weights import Int8Weight
+from qops.weights.state import QuantizedWeight
 
 # Linears and norms ---------------------------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class Fusion(NamedTuple):
 
 def unfusable(model: Any) -> str | None:
     """Why the layers of a model cannot be fused, found without changing it; None if they can."""
-    from qops.decoder import unknown_architecture
+    from qops.models.decoder import unknown_architecture
 
     if (reason := unknown_architecture(model)) is not None:
         return reason
@@ -200,7 +201,7 @@ def replace_parts(
         norm_weight: gives the weight of a norm.
         kind: tells linears that become different ones apart, by their names.
         not_fused: why layers are not to be fused; None fuses them if the proof agrees.
-        prove: whether fused layers are compared with Transformers' own first (`qops.proof`).
+        prove: whether fused layers are compared with Transformers' own first (`qops.models.proof`).
 
     Returns:
         What became of the layers. What they were fused into and differed is warned about.
@@ -219,7 +220,7 @@ def replace_parts(
 
     proof = "not made: prove=False" if not_fused is None else "not needed"
     if not_fused is None and prove:
-        from qops.proof import prove_fusion
+        from qops.models.proof import prove_fusion
 
         proof, not_fused = prove_fusion(model, linear, norm_weight, kind)
         if not_fused is not None:
@@ -242,7 +243,7 @@ def replace_parts(
                 model.set_submodule(name, new)
         return Fusion(not_fused, proof)
 
-    from qops.decoder import DecoderLayer, RotaryTables, fused_class
+    from qops.models.decoder import DecoderLayer, RotaryTables, fused_class
 
     decoder = model.model
     for index in bar(range(len(decoder.layers))):
@@ -265,7 +266,7 @@ def warn_not_fused(model: Any, reason: str) -> None:
     )
 
 
-def tie(model: Any, table: Int4Weight | Int8Weight, dtype: torch.dtype) -> None:
+def tie(model: Any, table: QuantizedWeight, dtype: torch.dtype) -> None:
     """Makes the embedding look up the rows of `table`: in place, or of a dense copy where it does more than that."""
     embedding = model.get_input_embeddings()
     if isinstance(table, Int8Weight) and type(embedding) is nn.Embedding:
@@ -284,7 +285,7 @@ def replace_parameter(model: nn.Module, old: nn.Parameter, new: torch.Tensor) ->
 
 def freeze(model: Any) -> Any:
     """The last step of every conversion: a model for inference that Transformers' own surgery leaves whole."""
-    from qops.pretrained import protect
+    from qops.models.pretrained import protect
 
     return protect(model.eval().requires_grad_(False))
 
@@ -292,7 +293,7 @@ def freeze(model: Any) -> Any:
 def packed(module: Any) -> Any:
     """`module` with its weights packed. Readers hand them over canonical, so that merged ones are packed only once."""
     for part in module.modules():
-        if isinstance(part, (Int4Weight, Int8Weight)):
+        if isinstance(part, QuantizedWeight):
             part.pack()
     return module
 
@@ -337,14 +338,14 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
 
 def is_replaced(model: Any) -> bool:
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    return any(isinstance(module, (Int4Weight, Int8Weight, RMSNorm)) for module in modules)
+    return any(isinstance(module, (QuantizedWeight, RMSNorm)) for module in modules)
 
 
 def require_replaced(model: Any, caller: str) -> None:
     require_transformers(caller)
     if not is_replaced(model):
         raise ValueError(f"{caller}: model must come from qops.load_model or qops.quantize_model")
-    weights = [module for module in model.modules() if isinstance(module, (Int4Weight, Int8Weight))]
+    weights = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     if any(weight.is_offloaded for weight in weights) or any(parameter.is_meta for parameter in model.parameters()):
         raise RuntimeError(
             f"{caller}: model must be in memory, parts of it are offloaded; "
@@ -353,7 +354,7 @@ def require_replaced(model: Any, caller: str) -> None:
 
 
 def is_fused(model: Any) -> bool:
-    from qops.decoder import DecoderLayer
+    from qops.models.decoder import DecoderLayer
 
     return any(isinstance(module, DecoderLayer) for module in model.modules())
 
@@ -364,9 +365,7 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 def kind_of(linear: Any) -> str:
     """How a folder names what becomes of a quantised weight."""
-    if isinstance(linear, Int4Linear):
-        return f"int4 {linear.weight.kind}"
-    return "int8 dynamic" if isinstance(linear, Int8Linear) else "int8"
+    return f"{linear.scheme} {linear.weight.kind}".rstrip()
 
 
 def entries(model: Any) -> Iterator[tuple[str, Any, str]]:
@@ -377,7 +376,7 @@ def entries(model: Any) -> Iterator[tuple[str, Any, str]]:
     """
     ties = ties_of(model)
     table, output = input_table(model), model.get_output_embeddings()
-    quantised = is_tied(model) and isinstance(output.weight, (Int4Weight, Int8Weight))
+    quantised = is_tied(model) and isinstance(output.weight, QuantizedWeight)
     if quantised:
         name = f"{name_of(model, table)}.weight"
         yield ties.get(name, name), output.weight, kind_of(output)
@@ -402,10 +401,10 @@ def _all_entries(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
 
 
 def _own_entries(name: str, module: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    if isinstance(module, (Int4Weight, Int8Weight)):
+    if isinstance(module, QuantizedWeight):
         return  # its linear's
     weight = module._modules.get("weight")
-    if isinstance(weight, (Int4Weight, Int8Weight)):
+    if isinstance(weight, QuantizedWeight):
         yield f"{name}.weight", weight, kind_of(module)
     persistent = (item for item in module._buffers.items() if item[0] not in module._non_persistent_buffers_set)
     for key, tensor in (*module._parameters.items(), *persistent):

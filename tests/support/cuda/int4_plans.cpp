@@ -1,12 +1,12 @@
 // Reads lines "m n k group_size kind may_round multiprocessors shared_bytes arch" and prints what
-// csrc/cuda/gemm_config.h plans for them, and how many times a cache of plans had to search so far; with an argument,
+// csrc/cuda/int4_config.h plans for them, and how many times a cache of plans had to search so far; with an argument,
 // what its index functions say about banks of shared memory instead.
 #include <cstdio>
 #include <cstring>
 #include <set>
 #include <vector>
 
-#include "cuda/gemm_config.h"
+#include "cuda/int4_config.h"
 
 using namespace qops;
 using namespace qops::cuda;

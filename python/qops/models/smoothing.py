@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qops.models.replacement import norm_style
 from qops.nn import dense_linear
-from qops.replacement import norm_style
 
 __all__ = ["smoothing_scales"]
 
@@ -50,7 +50,7 @@ def smoothing_scales(model: Any, maxima: Scales, alpha: float = 0.5) -> dict[str
     Source:
         `smooth_ln_fcs` of mit-han-lab/smoothquant, which rounds to the dtype of the weight in between.
     """
-    caller = "qops.smoothing.smoothing_scales"
+    caller = "qops.models.smoothing_scales"
     if not 0 <= alpha <= 1:
         raise ValueError(f"{caller}: alpha must be in 0 ... 1, got {alpha}")
     maxima, scales = _read(caller, maxima), {}
@@ -158,7 +158,7 @@ def _readers(caller: str, model: Any) -> dict[str, tuple[str, ...]]:
 
     SiLU-mul multiplies each channel of up by one of gate; attention averages each channel of v over tokens.
     """
-    from qops.decoder import unknown_architecture
+    from qops.models.decoder import unknown_architecture
 
     unknown = unknown_architecture(model)
     if unknown is not None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qops._hooks import Noticed
-from qops._weight_state import QuantizedWeight
+from qops.nn.hooks import Noticed
+from qops.weights.state import QuantizedWeight
 
 # Where accelerate leaves its hook on a module.
 _HOOK = "_hf_hook"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qops._layout import chunk_rows, group_count
-from qops._weight_state import (
+from qops.weights.requirements import (
     SCALE_DTYPES,
     dtype_name,
     require_matrix,

@@ -1,4 +1,4 @@
-"""The plans of int4_gemm on a GPU (csrc/cuda/gemm_config.h) and where its kernels' accesses to shared memory fall."""
+"""The plans of int4_gemm on a GPU (csrc/cuda/int4_config.h) and where its kernels' accesses to shared memory fall."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from bench.problems.shared.cases import LAYERS as LINEARS
-from tests.support.cuda import gemm_plans
+from tests.support.cuda import int4_plans
 from tests.support.cuda.cuda_tools import checked
-from tests.support.cuda.gemm_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans, searches
+from tests.support.cuda.int4_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans, searches
 
 KIB = 1024
 # An A100, H100 PCIe, RTX 4090, H100 SXM, RTX 5090.
@@ -110,7 +110,7 @@ def test_a_model_finds_all_its_plans_again():
 
 
 def test_a_plan_that_may_round_is_not_found_for_a_call_that_may_not():
-    """gemm_plans.cpp holds each plan of the cache against a new one."""
+    """int4_plans.cpp holds each plan of the cache against a new one."""
     calls = [Question(4096, 4096, 4096, 128, 0, H100, may_round) for may_round in (True, False)]
     assert [plan.kind for plan in plans(calls * 2)] == [DENSE, TILED] * 2
     assert searches(calls * 2) == [1, 2, 2, 2]
@@ -194,7 +194,7 @@ def test_bytes_in_flight_and_of_x():
 
 
 def test_shared_memory_has_no_bank_conflicts():
-    lines = [line.split() for line in checked(str(gemm_plans.program()), "banks").splitlines()]
+    lines = [line.split() for line in checked(str(int4_plans.program()), "banks").splitlines()]
     measured = {name: [float(value) for other, value in lines if other == name] for name, _ in lines}
     assert measured.pop("rows_in_order") == [8.0]  # the measure sees conflicts where there are some
     assert measured.pop("stage") == [0.0, 0.0]  # all of these patterns begin at multiples of 128 bytes
