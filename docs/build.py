@@ -22,6 +22,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("qops", "qops.nn", "qops.models", "qops.formats", "qops.testing")
+# Title -> where what stands under it is defined; whatever is public, without a list of it.
+GROUPS = {
+    "Operators": ("qops.ops",),
+    "Weights": ("qops.weights",),
+    "Models": ("qops.models", "qops.nn", "qops.formats"),
+    "Package": ("qops",),
+}
 # Page -> what it shows. Their links to one another become links between pages.
 PROSE = {
     "index.html": "README.md",
@@ -65,6 +72,11 @@ def public_api() -> dict[str, dict[str, object]]:
             key: value for public in module.__all__ for key, value in public_members(public, getattr(module, public))
         }
     return found
+
+
+def group_of(module: str) -> str:
+    """The title that a module of qops, or what it defines, stands under."""
+    return next(t for t, roots in GROUPS.items() if any(f"{module}.".startswith(f"{root}.") for root in roots))
 
 
 def page_of(module: str) -> str:
@@ -182,9 +194,12 @@ def render(folder: Path) -> tuple[dict[str, str], dict[str, set[str]]]:
         template_directory=ROOT / "docs" / "templates",
     )
     environment = pdoc.render.env
-    titles = {page: Path(page).stem.capitalize() for page in PROSE} | {"index.html": "Overview"}
-    environment.globals["prose"] = titles
-    environment.tests["private"] = lambda name: any(part.startswith("_") for part in name.split("."))
+    titles = {page: Path(page).stem.capitalize() for page in PROSE}
+    titles |= {"index.html": "Overview", "operators.html": "Every operator once"}
+    environment.globals |= {"prose": titles, "groups": GROUPS, "group_of": group_of, "grouped": _grouped}
+    members = [value for found in public_api().values() for value in found.values() if inspect.isclass(value)]
+    shown = {f"{cls.__module__}.{cls.__qualname__}" for cls in members}
+    environment.tests["without_page"] = lambda name: name.startswith("qops.") and name not in shown
     modules = {name: pdoc.doc.Module.from_name(name) for name in MODULES}
     roles: dict[str, set[str]] = {}
     for name, module in modules.items():
@@ -233,6 +248,16 @@ def _documented(module: Any) -> Iterator[Any]:
         yield member
         inner = member.members.values() if member.kind == "class" else ()
         yield from (each for each in inner if each.taken_from[0].partition(".")[0] == "qops")
+
+
+def _grouped(module: Any) -> list[tuple[str, list[Any]]]:
+    """Title -> members of the page of qops; other pages are of one group, without a title."""
+    if module.modulename != "qops":
+        return [("", module.own_members)]
+    return [
+        (title, [member for member in module.own_members if group_of(member.taken_from[0]) == title])
+        for title in GROUPS
+    ]
 
 
 def _adopt(cls: Any, modules: Mapping[str, Any]) -> None:
