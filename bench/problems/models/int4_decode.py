@@ -198,23 +198,33 @@ class Weights:
             tie_word_embeddings=False,
             architectures=["LlamaForCausalLM"],
         )
-        self._dense = {"model.embed_tokens": p.table, "model.norm": p.norm, "lm_head": p.head}
-        self._layers = p.layers
+        self.dtype, self.fuses, self.generation_config = p.dtype, True, None
+        self._weights: dict[str, Tensor | Int4Matrix] = {
+            **{"model.embed_tokens": p.table, "model.norm": p.norm, "lm_head": p.head},
+            **{f"model.layers.{i}.{part}": w for i, layer in enumerate(p.layers) for part, w in layer.linears.items()},
+            **{f"model.layers.{i}.{part}": w for i, layer in enumerate(p.layers) for part, w in layer.norms.items()},
+        }
 
-    def weight(self, name: str) -> Tensor | qops.Int4Weight:
-        if name in self._dense:
-            return self._dense[name]
-        index, _, part = name.removeprefix("model.layers.").partition(".")
-        layer = self._layers[int(index)]
-        if part in layer.norms:
-            return layer.norms[part]
-        return qops.Int4Weight.from_canonical(*layer.linears[part], kind="symmetric", pack=False)
+    def holds(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self._weights
 
-    def kind(self, name: str) -> str:
-        return "int4"
+    def linear(self, module: str) -> type[qops.nn.Int4Linear] | None:
+        return qops.nn.Int4Linear if isinstance(self._weights[module], Int4Matrix) else None
 
-    def bias(self, name: str) -> None:
-        return None
+    def kind(self, module: str) -> str:
+        return "int4" if self.linear(module) else "dense"
+
+    def weight(self, module: str) -> Tensor | qops.Int4Weight:
+        found = self._weights[module]
+        if not isinstance(found, Int4Matrix):
+            return found
+        return qops.Int4Weight.from_canonical(*found, kind="symmetric", pack=False)
+
+    def tensor(self, name: str) -> Tensor:
+        raise ValueError(f"{name}: there are weights alone")
+
+    def finish(self, model: Any) -> None:
+        """Nothing is left over: the problem is made for this model."""
 
 
 class Cache:
