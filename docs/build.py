@@ -32,8 +32,7 @@ GROUPS = {
 # Page -> what it shows. Their links to one another become links between pages.
 PROSE = {
     "index.html": "README.md",
-    "operators.html": "docs/operators.md",
-    "speed.html": "docs/speed.md",
+    **{f"{path.stem}.html": f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")) if path.stem != "README"},
     "changelog.html": "CHANGELOG.md",
     "contributing.html": "CONTRIBUTING.md",
     "emulator.html": "tests/emulator/README.md",
@@ -194,8 +193,8 @@ def render(folder: Path) -> tuple[dict[str, str], dict[str, set[str]]]:
         template_directory=ROOT / "docs" / "templates",
     )
     environment = pdoc.render.env
-    titles = {page: Path(page).stem.capitalize() for page in PROSE}
-    titles |= {"index.html": "Overview", "operators.html": "Every operator once"}
+    titles = {page: (ROOT / source).read_text().partition("\n")[0].lstrip("# ") for page, source in PROSE.items()}
+    titles["index.html"] = "Overview"
     environment.globals |= {"prose": titles, "groups": GROUPS, "group_of": group_of, "grouped": _grouped}
     members = [value for found in public_api().values() for value in found.values() if inspect.isclass(value)]
     shown = {f"{cls.__module__}.{cls.__qualname__}" for cls in members}
