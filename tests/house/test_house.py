@@ -161,6 +161,9 @@ BAD_PYTHON = {
     "relative": ("python/qops/models/load.py", "from .weights import Int4Weight"),
     "a test file": ("tests/ops/test_rotary.py", "from test_rms_norm import X"),
     "a test file by its package": ("tests/ops/test_rotary.py", "from tests.ops.test_rms_norm import X"),
+    "a peer in a problem": ("bench/problems/rotary.py", "def f():\n    from bench.peers import ours"),
+    "a clock in a peer": ("bench/peers/cpu/openvino.py", "from bench.timing.samplers import Sampler"),
+    "torch where results are read": ("bench/reporting/tables.py", "import torch"),
     "a benchmark": ("bench/conftest.py", "from bench.bench_operators import benchmark_of"),
 }
 GOOD_PYTHON = {
@@ -168,6 +171,7 @@ GOOD_PYTHON = {
     "python/qops/nn.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
     "python/qops/formats/gguf.py": "import numpy",
     "python/qops/check.py": "from qops._numerics import generator",
+    "bench/reporting/stats.py": "import numpy as np\nfrom bench.reporting.records import LIMIT",
     "bench/problems/rotary.py": "from bench.harness import compare\nfrom qops.testing import generator",
 }
 

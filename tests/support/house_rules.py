@@ -40,6 +40,12 @@ LAYER_FILES_OF = {
 }
 # Used through qops.Int4Weight and qops.Int8Weight alone: no public function, no benchmark.
 INTERNAL_OPS = frozenset({"check_layout", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
+# What stands upon the problems, and what reads results without torch.
+BENCH_LAYERS = {
+    "bench/problems/": ("bench.peers", "bench.timing", "bench.reporting", "bench.run"),
+    "bench/peers/": ("bench.timing", "bench.reporting", "bench.run"),
+    "bench/reporting/": ("torch", "qops", "bench.problems", "bench.peers", "bench.timing", "bench.run"),
+}
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -269,6 +275,8 @@ def python_layer_violations(path: str, text: str) -> list[str]:
                 allowed = (*sys.stdlib_module_names, "torch", "qops")
                 if not _within(module, allowed):
                     found.append(f"{line}: {stem} may need torch alone, not {module}")
+        elif any(path.startswith(below) and _within(module, above) for below, above in BENCH_LAYERS.items()):
+            found.append(f"{line}: {folder} stands below {module}")
         elif path.startswith(("tests/", "bench/")) and re.match(r"(tests\.(\w+\.)*)?test_|(bench\.)?bench_", module):
             found.append(f"{line}: test and benchmark files may not import each other: {module}")
     return found
