@@ -46,7 +46,7 @@ def report(documents: Iterable[Document]) -> Report:
         shown: dict[str, dict[str, str]] = {}
         for op, drawn in figures_of(machine).items():
             for figure in drawn:
-                path = f"plots/{machine.slug}/{figure.name}/{op}.svg"
+                path = f"plots/{machine.slug}/{op.partition('_')[0]}/{op}-{figure.name}.svg"
                 figures[path] = figure
                 shown.setdefault(op, {})[figure.title] = f"../{path}" if several else path
         pages[name] = tables.page(machine, shown)
