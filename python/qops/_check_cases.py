@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import qops
+from qops import _layout
 from qops._numerics import (
     FLOAT_DTYPES,
     assert_bitwise,
@@ -33,8 +34,7 @@ from qops._numerics import (
     weight_only_bound,
 )
 from qops._weight_rounding import add_rounding_to_odd
-from qops.ops import _checks
-from qops.ops._checks import INT4_KINDS, layout_of
+from qops.ops._checks import INT4_KINDS
 from qops.ops.int4_gemm import int4_gemm_ref
 from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm_ref
 from qops.ops.quantize_int8 import quantize_int8_asym_ref, quantize_int8_ref, quantize_int8_static_ref
@@ -65,7 +65,7 @@ class Run:
     """
 
     def __init__(self, device: torch.device, seed: int) -> None:
-        self.device, self.gpu = device, _checks.has_gpu_layout(device)
+        self.device, self.gpu = device, _layout.has_gpu_layout(device)
         self.case, self.digests = "before the first case", dict[str, str]()
         self._seed, self._hash = 100_000 * seed, hashlib.blake2b()
 
@@ -469,7 +469,7 @@ def _packing(bits: int) -> Callable[[Run], None]:
 
 def _check_layout(run: Run) -> None:
     check, packed = torch.ops.qops.check_layout.default, run.there(torch.zeros(1, 1024, dtype=torch.uint8))
-    here = layout_of(run.device)
+    here = _layout.layout_of(run.device)
     run.begin(f"layout {here}")
     check(packed, here)
     for other in ("cpu 0", "cuda 0", ""):

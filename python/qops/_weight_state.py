@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qops._layout import chunk_rows, group_count, into_strips, out_of_strips
-from qops.ops._checks import STRIP_ROWS, layout_of, strips_of
+from qops._layout import STRIP_ROWS, chunk_rows, group_count, into_strips, layout_of, out_of_strips, strips_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self

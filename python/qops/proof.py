@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qops import _layout
 from qops.decoder import DecoderLayer, RotaryTables, cache_keyword, fused_class
 from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, dense_linear, frozen
-from qops.ops import _checks
 from qops.replacement import freeze, looks_like_norm, packed, parts_of, rms_norm_of
 
 VOCABULARY = 64
@@ -78,7 +78,7 @@ def prove_fusion(
     device = final.device
     # A model without storage is built on the CPU.
     device = torch.device("cpu") if device.type == "meta" else device
-    dtype = model.dtype if _checks.has_gpu_layout(device) else torch.float32
+    dtype = model.dtype if _layout.has_gpu_layout(device) else torch.float32
     in_int8 = any(isinstance(part, Int8Linear) for parts in layers for part in parts.values())
     limit = HALF.get(dtype, FLOAT32_INT8 if in_int8 else FLOAT32)
     names = ", ".join(map(str, dict.fromkeys(chosen)))

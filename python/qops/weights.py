@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qops._layout import group_count
+from qops import _layout
+from qops._layout import STRIP_ROWS, group_count, strips_of
 from qops._weight_rounding import add_rounding_to_odd, round_to_nearest, scale_codes, store_nibbles
 from qops._weight_state import (
     SCALE_DTYPES,
@@ -31,8 +32,7 @@ from qops._weight_state import (
     require_scale_dtype,
     require_tensor,
 )
-from qops.ops import _checks
-from qops.ops._checks import INT4_KINDS, STRIP_ROWS, strips_of
+from qops.ops._checks import INT4_KINDS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -304,7 +304,7 @@ class Int4Weight(QuantizedWeight):
 
     @staticmethod
     def _pairs_rows(device: torch.device) -> bool:
-        return _checks.has_gpu_layout(device)
+        return _layout.has_gpu_layout(device)
 
     def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
         qweight = rows["qweight"]
@@ -476,7 +476,7 @@ class Int8Weight(QuantizedWeight):
         # refuses it: no look at the values, which would break the graph or wait for a GPU.
         strip = torch.where(inside, row // STRIP_ROWS, strips)
         lane = row % STRIP_ROWS
-        if self.is_packed and _checks.has_gpu_layout(self.device):
+        if self.is_packed and _layout.has_gpu_layout(self.device):
             # A row is four lanes of one half of their registers: blocks of 32 columns, four columns of each lane.
             words = self.packed.view(strips, -1, STRIP_ROWS // 2, 4, 2, 2, 4)[strip, :, lane % 8, :, :, lane // 8]
             qweight = words.transpose(-3, -2).flatten(-4)[..., :k]

@@ -257,7 +257,7 @@ def python_layer_violations(path: str, text: str) -> list[str]:
         if module.startswith("."):
             found.append(f"{line}: relative import: {module}")
         elif folder == "python/qops/ops" and not stem.startswith("_"):
-            own = ("torch", "qops._native", "qops.ops._checks", "qops.weights", f"qops.ops.{stem}")
+            own = ("torch", "qops._layout", "qops._native", "qops.ops._checks", "qops.weights", f"qops.ops.{stem}")
             if stem == "__init__":
                 own = ("qops.ops",)
             if top not in sys.stdlib_module_names and not _within(module, own):

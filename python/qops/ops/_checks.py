@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from qops._layout import STRIP_ROWS, column_step, stored_columns, strips_of
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT4_KINDS = ("symmetric", "zero_point", "float_zero", "offset")
-STRIP_ROWS = 16
 MAX_ROW_DIMS = 4
 MAX_FLOAT = torch.finfo(torch.float32).max
 
@@ -185,31 +186,6 @@ def outputs(op: str, out: object, *names: str) -> tuple[Any, ...]:
         actual = f"{len(out)} of them" if isinstance(out, tuple | list) else type(out).__name__
         raise TypeError(f"qops.{op}: out must be a tuple of {len(names)} tensors ({', '.join(names)}), got {actual}")
     return tuple(out)
-
-
-def strips_of(n: int) -> int:
-    return (n + STRIP_ROWS - 1) // STRIP_ROWS
-
-
-def has_gpu_layout(device: torch.device) -> bool:
-    """Whether weights lie there as csrc/int4_layout.h and int8_layout.h say, else as csrc/cpu/weight_pack.cpp does."""
-    return device.type == "cuda"
-
-
-def layout_of(device: torch.device) -> str:
-    """How weights are packed there, by kind of device and version: `kLayout` of csrc/binding/device.h."""
-    return "cuda 1" if has_gpu_layout(device) else "cpu 1"
-
-
-def column_step(device: torch.device) -> int:
-    """What the columns of a packed weight are a multiple of."""
-    return 64 if has_gpu_layout(device) else 8
-
-
-def stored_columns(k: int, device: torch.device) -> int:
-    """Columns that a strip holds for K of them."""
-    step = column_step(device)
-    return (k + step - 1) // step * step
 
 
 def check_packed_weight(

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
+from qops._layout import column_step, stored_columns, strips_of
 from qops.ops._checks import (
     Checker,
     check_epilogue,
-    column_step,
     refuse_gate_up,
     refuse_grad,
     require_weight,
-    stored_columns,
-    strips_of,
 )
 
 if TYPE_CHECKING:

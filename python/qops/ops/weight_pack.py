@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from qops import _native as _native
-from qops.ops._checks import STRIP_ROWS, Checker, column_step, layout_of, stored_columns, strips_of
+from qops._layout import STRIP_ROWS, column_step, layout_of, stored_columns, strips_of
+from qops.ops._checks import Checker
 
 # It has no result, for which a graph would drop it.
 has_side_effect(torch.ops.qops.check_layout.default)
