@@ -14,6 +14,16 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+// QOPS_REGISTER(m) { m.impl("<op>", TORCH_BOX(&<op>)); }: a binding's functions as the implementations of this device.
+// The schemas may be registered before or after.
+#if defined(QOPS_EMULATED)
+#define QOPS_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(qops_emu, CPU, m)
+#elif defined(QOPS_CUDA)
+#define QOPS_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(qops, CUDA, m)
+#else
+#define QOPS_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m)
+#endif
+
 namespace qops::binding::device {
 
 // How weights are packed there, by kind of device and version; exported models name it. A change of

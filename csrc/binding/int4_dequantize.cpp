@@ -1,7 +1,7 @@
-#include "binding/ops.h"
 #include "binding/weight_strips.h"
 
 namespace qops::binding {
+namespace {
 
 Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
                        int64_t out_features, int64_t group_size, int64_t kind, ScalarType dtype, bool gate_up) {
@@ -20,5 +20,9 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::op
   check.ok(device::run(&device::kernels::int4_dequantize, p, w));
   return w;
 }
+
+}  // namespace
+
+QOPS_REGISTER(m) { m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize)); }
 
 }  // namespace qops::binding

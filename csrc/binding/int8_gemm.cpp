@@ -1,6 +1,5 @@
 #include "binding/device.h"
 #include "binding/gemm_epilogue.h"
-#include "binding/ops.h"
 #include "binding/weight_strips.h"
 
 namespace qops::binding {
@@ -139,8 +138,6 @@ void run(Int8GemmParams& p, const Tensor& y) {
   check.ok(device::run(&device::kernels::int8_gemm, p, y));
 }
 
-}  // namespace
-
 Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
                  const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t out_features, ScalarType out_dtype) {
   Int8GemmParams p = checked(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, kOutDtype);
@@ -182,6 +179,15 @@ void int8_gemm_fused_out(const Tensor& q, const Tensor& scale, const std::option
   if (out_scale) check.no_overlap(out, "out", *out_scale, "out_scale");
   if (out_zero_point) check.no_overlap(out, "out", *out_zero_point, "out_zero_point");
   run(p, out);
+}
+
+}  // namespace
+
+QOPS_REGISTER(m) {
+  m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
+  m.impl("int8_gemm.out", TORCH_BOX(&int8_gemm_out));
+  m.impl("int8_gemm.fused", TORCH_BOX(&int8_gemm_fused));
+  m.impl("int8_gemm.fused_out", TORCH_BOX(&int8_gemm_fused_out));
 }
 
 }  // namespace qops::binding

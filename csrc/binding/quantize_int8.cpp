@@ -1,6 +1,7 @@
+#include <tuple>
+
 #include "binding/device.h"
 #include "binding/int8_rows.h"
-#include "binding/ops.h"
 
 namespace qops::binding {
 namespace {
@@ -54,8 +55,6 @@ void run(QuantizeInt8StaticParams& p, const Tensor& q) {
   check_static.ok(device::run(&device::kernels::quantize_int8_static, p, q));
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> quantize_int8(const Tensor& x, std::string_view rule) {
   QuantizeInt8Params p = checked_dynamic(x, rule);
   auto [q, scale] = new_int8_rows(check_dynamic, x, p.k);
@@ -102,6 +101,17 @@ void quantize_int8_static_out(const Tensor& x, const Tensor& scale, const std::o
   check_static.no_overlap(q, "q", scale, "scale");
   if (zero_point) check_static.no_overlap(q, "q", *zero_point, "zero_point");
   run(p, q);
+}
+
+}  // namespace
+
+QOPS_REGISTER(m) {
+  m.impl("quantize_int8", TORCH_BOX(&quantize_int8));
+  m.impl("quantize_int8.out", TORCH_BOX(&quantize_int8_out));
+  m.impl("quantize_int8_asym", TORCH_BOX(&quantize_int8_asym));
+  m.impl("quantize_int8_asym.out", TORCH_BOX(&quantize_int8_asym_out));
+  m.impl("quantize_int8_static", TORCH_BOX(&quantize_int8_static));
+  m.impl("quantize_int8_static.out", TORCH_BOX(&quantize_int8_static_out));
 }
 
 }  // namespace qops::binding

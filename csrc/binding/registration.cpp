@@ -1,21 +1,11 @@
-// The operators with their CPU kernels, and the module that Python imports.
+// The schemas of the operators, and the module that Python imports. Each binding registers its own functions.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
-#include "binding/int4_kernels.h"
-#include "binding/int8_kernels.h"
-#include "binding/row_kernels.h"
+#include "binding/checks.h"
 #include "binding/schemas.h"
 
 STABLE_TORCH_LIBRARY(qops, m) { qops::binding::define_schemas(m); }
-
-STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {
-  m.impl("int8_weight_only_gemm", TORCH_BOX(&qops::binding::int8_weight_only_gemm));
-  m.impl("int8_weight_only_gemm.out", TORCH_BOX(&qops::binding::int8_weight_only_gemm_out));
-  qops::binding::define_int4_kernels(m);
-  qops::binding::define_int8_kernels(m);
-  qops::binding::define_row_kernels(m);
-}
 
 namespace {
 

@@ -1,6 +1,7 @@
+#include <tuple>
+
 #include "binding/device.h"
 #include "binding/int8_rows.h"
-#include "binding/ops.h"
 
 namespace qops::binding {
 namespace {
@@ -59,8 +60,6 @@ void run(const Checker& check, RmsNormParams& p, const Tensor& y, const Tensor& 
 void run(const Checker& check, const RmsNormParams& norm, const Tensor& q, const Tensor& scale, QuantizeRule rule) {
   check.ok(device::run(&device::kernels::rms_norm_int8, {norm, int8_rows(q, scale, rule)}, q));
 }
-
-}  // namespace
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset, std::string_view rounding) {
   constexpr Checker check("rms_norm");
@@ -149,6 +148,19 @@ void add_rms_norm_int8_out(const Tensor& x, const Tensor& residual, const Tensor
   check_overlap(check, residual_out, x, residual, weight);
   p.residual_out = residual_out.mutable_data_ptr();
   run(check, p, q, scale, quantize_rule);
+}
+
+}  // namespace
+
+QOPS_REGISTER(m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm.out", TORCH_BOX(&rms_norm_out));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("add_rms_norm.out", TORCH_BOX(&add_rms_norm_out));
+  m.impl("rms_norm_int8", TORCH_BOX(&rms_norm_int8));
+  m.impl("rms_norm_int8.out", TORCH_BOX(&rms_norm_int8_out));
+  m.impl("add_rms_norm_int8", TORCH_BOX(&add_rms_norm_int8));
+  m.impl("add_rms_norm_int8.out", TORCH_BOX(&add_rms_norm_int8_out));
 }
 
 }  // namespace qops::binding

@@ -1,8 +1,8 @@
 #include <initializer_list>
+#include <tuple>
 #include <utility>
 
 #include "binding/device.h"
-#include "binding/ops.h"
 
 namespace qops::binding {
 namespace {
@@ -159,8 +159,6 @@ void run(const Checker& check, QkNormRotaryParams& p, const Tensor& q) {
   run(check, p.rotary, &device::kernels::qk_norm_rotary, p, q);
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                                   const std::optional<Tensor>& positions, bool interleaved) {
   constexpr Checker check("rotary");
@@ -205,6 +203,15 @@ void qk_norm_rotary_(const Tensor& q, const Tensor& k, const Tensor& q_weight, c
                  positions);
   set_outputs(check, p.rotary, q, k);
   run(check, p, q);
+}
+
+}  // namespace
+
+QOPS_REGISTER(m) {
+  m.impl("rotary", TORCH_BOX(&rotary));
+  m.impl("rotary_", TORCH_BOX(&rotary_));
+  m.impl("qk_norm_rotary", TORCH_BOX(&qk_norm_rotary));
+  m.impl("qk_norm_rotary_", TORCH_BOX(&qk_norm_rotary_));
 }
 
 }  // namespace qops::binding

@@ -1,6 +1,7 @@
+#include <tuple>
+
 #include "binding/device.h"
 #include "binding/int8_rows.h"
-#include "binding/ops.h"
 
 namespace qops::binding {
 namespace {
@@ -74,8 +75,6 @@ std::tuple<Tensor, Tensor> run(const SiluMulParams& gated, QuantizeRule rule, co
   return {q, scale};
 }
 
-}  // namespace
-
 Tensor silu_mul(const Tensor& gate_up, std::string_view rounding) {
   SiluMulParams p = checked(check_float, gate_up, rounding);
   return run_new(p, gate_up);
@@ -126,6 +125,19 @@ void silu_mul_int8_gate_up_out(const Tensor& gate, const Tensor& up, std::string
   const QuantizeRule quantize_rule = check_int8.quantize_rule(rule);
   check_int8_rows(check_int8, q, scale, gate, p.columns, {{&gate, "gate"}, {&up, "up"}});
   run(p, quantize_rule, q, scale);
+}
+
+}  // namespace
+
+QOPS_REGISTER(m) {
+  m.impl("silu_mul", TORCH_BOX(&silu_mul));
+  m.impl("silu_mul.gate_up", TORCH_BOX(&silu_mul_gate_up));
+  m.impl("silu_mul.out", TORCH_BOX(&silu_mul_out));
+  m.impl("silu_mul.gate_up_out", TORCH_BOX(&silu_mul_gate_up_out));
+  m.impl("silu_mul_int8", TORCH_BOX(&silu_mul_int8));
+  m.impl("silu_mul_int8.gate_up", TORCH_BOX(&silu_mul_int8_gate_up));
+  m.impl("silu_mul_int8.out", TORCH_BOX(&silu_mul_int8_out));
+  m.impl("silu_mul_int8.gate_up_out", TORCH_BOX(&silu_mul_int8_gate_up_out));
 }
 
 }  // namespace qops::binding

@@ -1,5 +1,4 @@
 #include "binding/device.h"
-#include "binding/ops.h"
 #include "binding/weight_strips.h"
 
 namespace qops::binding {
@@ -49,8 +48,6 @@ Tensor unpack(const Checker& check, const Tensor& packed, int64_t out_features, 
   return qweight;
 }
 
-}  // namespace
-
 void check_layout(const Tensor&, std::string_view layout) {
   constexpr Checker check("check_layout");
   if (layout != device::kLayout) {
@@ -74,6 +71,16 @@ Tensor int8_pack(const Tensor& qweight) {
 
 Tensor int8_unpack(const Tensor& packed, int64_t out_features) {
   return unpack(Checker("int8_unpack"), packed, out_features, ScalarType::Char, 1, &device::kernels::int8_unpack);
+}
+
+}  // namespace
+
+QOPS_REGISTER(m) {
+  m.impl("check_layout", TORCH_BOX(&check_layout));
+  m.impl("int4_pack", TORCH_BOX(&int4_pack));
+  m.impl("int4_unpack", TORCH_BOX(&int4_unpack));
+  m.impl("int8_pack", TORCH_BOX(&int8_pack));
+  m.impl("int8_unpack", TORCH_BOX(&int8_unpack));
 }
 
 }  // namespace qops::binding

@@ -4,8 +4,6 @@ are built for a GPU on CPU tensors, and on a GPU where there is one.
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from hypothesis import given, note
@@ -13,27 +11,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qops.testing import FLOAT_DTYPES, assert_bitwise, generator, random_activations
+from tests.support import house_rules
 from tests.support.cuda import cuda_tools
 from tests.support.cuda.cuda_backend import POLICIES, Backend, a_gpu, assert_same
 from tests.support.properties.property_calls import Call, check_one
 from tests.support.properties.property_draws import HUGE, Sampler
 from tests.support.properties.property_rows import ROW_OPS
 
-ROOT = cuda_tools.ROOT
 # One H or more for each shape of row.cuh: threads of a row, vectors that a thread holds, aligned or not, too many.
 ALIGNED = (8, 256, 512, 1024, 1032, 2048, 4096, 8192, 8200, 16384, 20480, 32768, 33000)
 UNALIGNED = (1, 7, 100, 513, 1023, 1030, 4099, 8191, 8195, 16390)
 
 
 def test_what_is_registered_has_kernels(emulated):
-    registration = "".join((ROOT / f"csrc/binding/{name}_kernels.h").read_text() for name in ("int4", "int8", "row"))
-    listed = re.findall(r'm\.impl\("([\w.]+)"', registration)
+    bindings = {path.name: path.read_text() for path in (cuda_tools.ROOT / "csrc/binding").iterdir()}
     kernels = {
         name.removeprefix("qops_emu::")
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("qops_emu::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
     }
-    assert kernels == set(listed) and len(listed) == len(kernels)
+    assert kernels == house_rules.kernels(bindings, "CUDA")
     # Everything but the weight-only GEMM of 8-bit weights, with every overload.
     names = {name.removeprefix("qops::") for name in torch._C._dispatch_get_all_op_names() if "qops::" in name}
     assert kernels == {name for name in names if not name.startswith("int8_weight_only")}

@@ -1,12 +1,16 @@
-// What Python sees of the module besides its operators: the emulator's options.
+// The schemas of the operators, and what Python sees of the module besides: the emulator's options.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
+#include <torch/csrc/stable/library.h>
 
 #include <string>
 #include <vector>
 
+#include "binding/schemas.h"
 #include "emulator/runtime.h"
 #include "gpu_torch.h"
+
+STABLE_TORCH_LIBRARY(qops_emu, m) { qops::binding::define_schemas(m); }
 
 namespace {
 

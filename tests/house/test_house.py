@@ -235,11 +235,11 @@ def test_operator_has_kernels(schema):
 
 def test_kernels_are_found():
     binding = {
-        "a.cpp": 'STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m) {\n  m.impl("a.out", F(&a));\n  define_b(m);\n}\n',
-        "b.h": 'template <class L>\nvoid define_b(Library& m) {\n  // m.impl("no", x);\n  m.impl("b", F(&b));\n}\n',
-        "c.h": 'void define_c(Library& m) {\n  m.impl("c", F(&c));\n}\n',
+        "a.cpp": 'QOPS_REGISTER(m) {\n  m.impl("a.out", F(&a));\n  // m.impl("no", x);\n}\n',
+        "b.cpp": '#if !defined(QOPS_CUDA)\nQOPS_REGISTER(m) { m.impl("b", F(&b)); }\n\n#endif\n',
+        "c.cpp": 'void c(Library& m) {\n  m.impl("c", F(&c));\n}\n',
     }
-    assert rules.kernels(binding, "CPU") == {"a.out", "b"} and rules.kernels(binding, "CUDA") == set()
+    assert rules.kernels(binding, "CPU") == {"a.out", "b"} and rules.kernels(binding, "CUDA") == {"a.out"}
     # Of this device the dispatcher says the same, which the test before has asked.
     assert rules.kernels(BINDING, "CPU") == {schema.partition("(")[0] for schema in SCHEMAS}
 

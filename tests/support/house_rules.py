@@ -31,11 +31,9 @@ FILES_OF = {
     "int8_pack": "weight_pack",
     "int8_unpack": "weight_pack",
 }
-# One layer's file for several of those: the two GEMMs take the same arguments, as do an operator and its form that
-# emits int8, and rotary with and without norms.
+# One layer's file for several of those: an operator and its form that emits int8 take the same arguments, as does
+# rotary with and without norms.
 LAYER_FILES_OF = {
-    ("csrc/binding", "int4_gemm"): "weight_only_gemm",
-    ("csrc/binding", "int8_weight_only_gemm"): "weight_only_gemm",
     ("csrc/binding", "qk_norm_rotary"): "rotary",
     ("csrc/binding", "rms_norm_int8"): "rms_norm",
     ("csrc/binding", "silu_mul_int8"): "silu_mul",
@@ -297,14 +295,11 @@ def op_name(schema: str) -> str:
 
 
 def kernels(binding: Mapping[str, str], device: str) -> set[str]:
-    """Names, with overloads, of what ``STABLE_TORCH_LIBRARY_IMPL(qops, device, m)`` registers in the files of a folder,
-    itself or through functions of its headers."""
+    """Names, with overloads, of what the bindings register on a device; ``#if !defined(QOPS_CUDA)`` is the CPU's."""
     code = "\n".join(strip_cpp_comments(text) for text in binding.values())
-    blocks = re.findall(
-        rf"^STABLE_TORCH_LIBRARY_IMPL\(qops, {device}, m\) {{\n(.*?)^}}", code, re.MULTILINE | re.DOTALL
-    )
-    bodies = dict(re.findall(r"^void (define_\w+)\(Library& m\) {\n(.*?)^}", code, re.MULTILINE | re.DOTALL))
-    blocks += [bodies[name] for block in blocks for name in re.findall(r"\b(define_\w+)\(m\)", block)]
+    if device == "CUDA":
+        code = re.sub(r"^#if !defined\(QOPS_CUDA\)\n.*?^#endif", "", code, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^QOPS_REGISTER\(m\) {([^}]*)}", code, re.MULTILINE)
     return {name for block in blocks for name in re.findall(r'm\.impl\(\s*"([\w.]+)"', block)}
 
 

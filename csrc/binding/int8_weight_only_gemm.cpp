@@ -1,0 +1,46 @@
+// Of the CPU alone: there is no CUDA kernel yet.
+#include "binding/device.h"
+#include "binding/weight_only_gemm.h"
+
+#if !defined(QOPS_CUDA)
+
+namespace qops::binding {
+namespace {
+
+constexpr Checker check("int8_weight_only_gemm");
+
+WeightOnlyGemmParams checked(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                             const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
+  return weight_only_gemm_params(check, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
+}
+
+void run(WeightOnlyGemmParams& p, const Tensor& y) {
+  p.y = y.mutable_data_ptr();
+  check.ok(device::run(&device::kernels::int8_weight_only_gemm, p, y));
+}
+
+Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
+                             int64_t out_features, int64_t group_size) {
+  WeightOnlyGemmParams p = checked(x, packed, scales, bias, out_features, group_size);
+  Tensor y = new_output(check, x, p);
+  run(p, y);
+  return y;
+}
+
+void int8_weight_only_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
+                               int64_t out_features, int64_t group_size, const Tensor& out) {
+  WeightOnlyGemmParams p = checked(x, packed, scales, bias, out_features, group_size);
+  check_output(check, out, x, packed, scales, bias, p);
+  run(p, out);
+}
+
+}  // namespace
+
+QOPS_REGISTER(m) {
+  m.impl("int8_weight_only_gemm", TORCH_BOX(&int8_weight_only_gemm));
+  m.impl("int8_weight_only_gemm.out", TORCH_BOX(&int8_weight_only_gemm_out));
+}
+
+}  // namespace qops::binding
+
+#endif

@@ -1,0 +1,46 @@
+// The arguments that int4_gemm and int8_weight_only_gemm share.
+#pragma once
+
+#include "binding/gemm_epilogue.h"
+#include "binding/weight_strips.h"
+
+namespace qops::binding {
+
+// Without the output; called before anything is allocated.
+inline WeightOnlyGemmParams weight_only_gemm_params(const Checker& check, const Tensor& x, const Tensor& packed,
+                                                    ScalarType packed_dtype, int64_t strip_elements_per_column,
+                                                    const Tensor& scales, const std::optional<Tensor>& bias,
+                                                    int64_t out_features, int64_t group_size) {
+  WeightOnlyGemmParams p{};
+  check.device(x, "x", x);
+  check.device(packed, "packed", x);
+  check.device(scales, "scales", x);
+  p.dtype = check.float_dtype(x, "x");
+  check.at_least_1d(x, "x");
+  take_weight(check, packed, packed_dtype, strip_elements_per_column, scales, out_features, group_size, p);
+  if (x.size(x.dim() - 1) != p.k) {
+    check.refuse("x", "have last dimension K = " + std::to_string(p.k), std::to_string(x.size(x.dim() - 1)));
+  }
+  check.dense_last_dim(x, "x");
+  if (bias) {
+    check.device(*bias, "bias", x);
+    p.bias_dtype = check.float_dtype(*bias, "bias");
+    check.shape(*bias, "bias", "[N]", {p.n});
+    check.dense_last_dim(*bias, "bias");
+    p.bias = bias->const_data_ptr();
+  }
+  p.x_rows = check.rows(x, "x");
+  p.x = x.const_data_ptr();
+  return p;
+}
+
+inline void check_output(const Checker& check, const Tensor& out, const Tensor& x, const Tensor& packed,
+                         const Tensor& scales, const std::optional<Tensor>& bias, const WeightOnlyGemmParams& p) {
+  check_output(check, out, x, p);
+  check.no_overlap(out, "out", x, "x");
+  check.no_overlap(out, "out", packed, "packed");
+  check.no_overlap(out, "out", scales, "scales");
+  if (bias) check.no_overlap(out, "out", *bias, "bias");
+}
+
+}  // namespace qops::binding
