@@ -320,13 +320,13 @@ def _int4_weight(run: Run, n: int, k: int, g: int, kind: str, scale_dtype: torch
     )
 
 
-def _moved(run: Run, w: Any, gate_up: bool = False) -> Any:
+def _moved(run: Run, w: Any, mixed: bool = False) -> Any:
     """The weight on the device of the run."""
     there: dict[str, Any] = {key: run.there(t) for key, t in w.canonical().items()}
     if isinstance(w, Int4Weight):
         there["kind"] = w.kind
     moved = type(w).from_canonical(**there)
-    return moved.interleave_gate_up() if gate_up else moved
+    return moved.mix_gate_up() if mixed else moved
 
 
 def _int4_cases(run: Run) -> Iterator[tuple[Int4Weight, torch.dtype, int]]:
@@ -342,9 +342,7 @@ def _residual_last(*a: Tensor, product: Callable[..., Any], **more: Any) -> Any:
     return product(*a[:-1], residual=a[-1], **more)
 
 
-def _epilogues(
-    run: Run, product: Callable[..., Any], gate_up: Callable[..., Any] | None, y: Tensor, *a: Tensor
-) -> None:
+def _epilogues(run: Run, product: Callable[..., Any], mixed: Callable[..., Any] | None, y: Tensor, *a: Tensor) -> None:
     """``product(*a, residual=...)`` and so on against the operators that follow ``y = product(*a)``."""
     residual = run.random(*y.shape, dtype=y.dtype)
     added = run.rows(partial(_residual_last, product=product), *a, residual)
@@ -357,8 +355,8 @@ def _epilogues(
     run.same(codes, quantize_int8_static_ref(y, scale, zero_point), "out_scale and out_zero_point")
     codes = product(*map(run.there, a), out_scale=static["out_scale"])
     run.same(codes, quantize_int8_static_ref(y, scale), "out_scale")
-    if gate_up is not None:
-        activated = run.rows(partial(gate_up, silu_mul=True), *a)
+    if mixed is not None:
+        activated = run.rows(partial(mixed, silu_mul=True), *a)
         run.same(activated, qops.silu_mul(run.there(y)), "silu_mul")
 
 
@@ -377,8 +375,8 @@ def _int4_gemm(run: Run) -> None:
             bound = weight_only_bound(x, w, bias, gpu=True, rounded_to=dtype)
             for m in ROWS:
                 run.within(product(run.there(x[:m]), batch_invariant=False), ref[:m], bound[:m])
-        gate_up = partial(product, weight=_moved(run, w, gate_up=True)) if n % 16 == 0 else None
-        _epilogues(run, product, gate_up, y, x)
+        mixed = partial(product, weight=_moved(run, w, mixed=True)) if n % 16 == 0 else None
+        _epilogues(run, product, mixed, y, x)
 
 
 def _int8_weight_only_gemm(run: Run) -> None:
@@ -408,8 +406,8 @@ def _int8_gemm(run: Run) -> None:
         (y,) = run.rows(product, q, scale, *zero_point)
         run.same(y, _int8_gemm_exact(q, scale, zero_point, codes, w_scale, bias, dtype), "the contract's operations")
         if dtype != torch.int32:
-            gate_up = partial(product, weight=_moved(run, w, gate_up=True)) if n % 16 == 0 else None
-            _epilogues(run, product, gate_up, y, q, scale, *zero_point)
+            mixed = partial(product, weight=_moved(run, w, mixed=True)) if n % 16 == 0 else None
+            _epilogues(run, product, mixed, y, q, scale, *zero_point)
 
 
 def _int8_product(
@@ -450,7 +448,7 @@ def _int4_dequantize(run: Run) -> None:
         run.keep(dense)
         run.same(dense, w.dequantize(dtype), "Int4Weight.dequantize")
         if n % 16 == 0:
-            run.same(qops.int4_dequantize(_moved(run, w, gate_up=True), dtype), dense, "gate and up mixed")
+            run.same(qops.int4_dequantize(_moved(run, w, mixed=True), dtype), dense, "gate and up mixed")
 
 
 def _packing(bits: int) -> Callable[[Run], None]:

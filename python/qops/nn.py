@@ -180,10 +180,10 @@ class Int4Linear(_QuantizedLinear):
 
         Args:
             x: [..., K], any strides.
-            residual: [..., N] in the dtype of the output, added to it; not with a `gate_up` weight.
+            residual: [..., N] in the dtype of the output, added to it; not with a weight that mixes gate and up.
 
         Returns:
-            [..., N] in the dtype of x, or float32; with a `gate_up` weight its SiLU-mul, [..., N/2].
+            [..., N] in the dtype of x, or float32; with a weight that mixes gate and up its SiLU-mul, [..., N/2].
         """
         weight, bias = self._operands()
         x = x.float() if self.float32_output else x
@@ -191,7 +191,7 @@ class Int4Linear(_QuantizedLinear):
             x = _with_dense_rows(x)
         if residual is not None and not residual.is_contiguous():
             residual = _with_dense_rows(residual)
-        return int4_gemm(x, weight, bias, residual=residual, silu_mul=weight.gate_up)
+        return int4_gemm(x, weight, bias, residual=residual, silu_mul=weight.mixed_gate_up)
 
 
 class Int8Linear(_QuantizedLinear):
@@ -230,11 +230,11 @@ class Int8Linear(_QuantizedLinear):
 
         Args:
             x: [..., K], dense or 8-bit, any strides.
-            residual: [..., N] in the dtype of the output, added to it; not with a `gate_up` weight.
+            residual: [..., N] in the dtype of the output, added to it; not with a weight that mixes gate and up.
 
         Returns:
-            [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32; with a `gate_up` weight its
-            SiLU-mul, [..., N/2].
+            [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32; with a weight that mixes
+            gate and up its SiLU-mul, [..., N/2].
         """
         if not isinstance(x, Int8Rows):
             x = Int8Rows(*quantize_int8(x if x.is_contiguous() else _with_dense_rows(x)), x.dtype)
@@ -245,7 +245,7 @@ class Int8Linear(_QuantizedLinear):
             residual = _with_dense_rows(residual)
         weight, bias = self._operands()
         dtype = torch.float32 if self.float32_output else dtype
-        return int8_gemm(q, scale, weight, bias, residual=residual, silu_mul=weight.gate_up, out_dtype=dtype)
+        return int8_gemm(q, scale, weight, bias, residual=residual, silu_mul=weight.mixed_gate_up, out_dtype=dtype)
 
 
 class Int8WeightOnlyLinear(_QuantizedLinear):
@@ -451,7 +451,7 @@ class MLP(MergingModule):
     """`down(act(gate(x)) * up(x))`, gate and up as one GEMM.
 
     With SiLU that GEMM, of :class:`Int4Linear` or :class:`Int8Linear`, applies the activation before it stores
-    (:meth:`qops.Int4Weight.interleave_gate_up`). After other linears SiLU is :func:`qops.silu_mul`, before an
+    (:meth:`qops.Int4Weight.mix_gate_up`). After other linears SiLU is :func:`qops.silu_mul`, before an
     :class:`Int8Linear` :func:`qops.silu_mul_int8`.
     Where down has an act-order, gate and up give their outputs in that order, so that down need not gather them: the
     same bits, without a pass over memory. The state_dict is then one of reordered weights.
@@ -488,7 +488,7 @@ class MLP(MergingModule):
         merged = self.gate_up_proj.merged
         self.activates_in_gemm = act is None and isinstance(merged, (Int4Linear, Int8Linear))
         if self.activates_in_gemm:
-            merged.weight.interleave_gate_up()
+            merged.weight.mix_gate_up()
         self._be_hooked()
 
     def forward(self, x: torch.Tensor | Int8Rows, residual: torch.Tensor | None = None) -> Any:

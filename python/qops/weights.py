@@ -66,7 +66,7 @@ class Int4Weight(QuantizedWeight):
         kind: one of ``KINDS``.
         scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
         act_order: whether there is a ``perm``.
-        gate_up: whether the strips mix gate and up, as :meth:`interleave_gate_up` says.
+        mixed_gate_up: whether the strips mix gate and up, as :meth:`mix_gate_up` says.
         device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
 
     Raises:
@@ -92,10 +92,10 @@ class Int4Weight(QuantizedWeight):
         *,
         scale_dtype: torch.dtype,
         act_order: bool = False,
-        gate_up: bool = False,
+        mixed_gate_up: bool = False,
         device: torch.device | str | None = None,
     ):
-        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, gate_up)
+        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, mixed_gate_up)
         self._hold_placeholder(device)
 
     @classmethod
@@ -264,9 +264,9 @@ class Int4Weight(QuantizedWeight):
         scale_dtype: torch.dtype,
         kind: str = "symmetric",
         act_order: bool = False,
-        gate_up: bool = False,
+        mixed_gate_up: bool = False,
     ) -> None:
-        super()._configure(in_features, out_features, group_size, scale_dtype, gate_up)
+        super()._configure(in_features, out_features, group_size, scale_dtype, mixed_gate_up)
         self._require_kind(kind)
         self.kind = kind
         self.act_order = act_order
@@ -334,7 +334,7 @@ class Int8Weight(QuantizedWeight):
         out_features: N, a multiple of 8.
         group_size: G, a multiple of 16 that divides K; -1 (or K) for one group per row.
         scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
-        gate_up: whether the strips mix gate and up, as :meth:`interleave_gate_up` says.
+        mixed_gate_up: whether the strips mix gate and up, as :meth:`mix_gate_up` says.
         device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
 
     Raises:
@@ -349,10 +349,10 @@ class Int8Weight(QuantizedWeight):
         group_size: int = -1,
         *,
         scale_dtype: torch.dtype,
-        gate_up: bool = False,
+        mixed_gate_up: bool = False,
         device: torch.device | str | None = None,
     ):
-        self._configure(in_features, out_features, group_size, scale_dtype, gate_up)
+        self._configure(in_features, out_features, group_size, scale_dtype, mixed_gate_up)
         self._hold_placeholder(device)
 
     @classmethod
@@ -469,7 +469,7 @@ class Int8Weight(QuantizedWeight):
         n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
         ids = ids.long()
         inside, row = (ids >= 0) & (ids < n), ids
-        if self.is_packed and self.gate_up:
+        if self.is_packed and self.mixed_gate_up:
             half = max(n // 2, 1)
             row = ids % half // 8 * STRIP_ROWS + ids // half * 8 + ids % 8
         # An id out of range, the padding rows' too, becomes a strip that does not exist, so that indexing itself

@@ -85,7 +85,7 @@ def row_calls(op: str, dtype: torch.dtype) -> Call:
         "silu_mul": (pair, {"out": y}),
         "silu_mul_int8": (pair, codes),
     }[op]
-    overload = "gate_up_out" if op.startswith("silu") else "out"
+    overload = "apart_out" if op.startswith("silu") else "out"
     return Call(op, overload, arguments, outputs, dict.fromkeys(("x", "residual", "gate", "up"), ROWS))
 
 

@@ -50,7 +50,7 @@ def test_rows_of_every_shape(each, dtype):
             assert_same(each, "quantize_int8", x, rule)
         assert_same(each, "quantize_int8_asym", x)
         assert_same(each, "quantize_int8_static", x, torch.tensor(0.02), torch.tensor(3, dtype=torch.int32))
-        assert_same(each, "silu_mul", x, r, overload="gate_up")
+        assert_same(each, "silu_mul", x, r, overload="apart")
         assert_same(each, "silu_mul_int8", torch.cat((x, r), dim=-1), "fp32")
 
 
@@ -64,7 +64,7 @@ def test_rows_that_begin_anywhere(each):
             assert_same(each, "rms_norm", x, w, 1e-5)
             assert_same(each, "add_rms_norm_int8", x, x.flip(0), w, 1e-5)
             assert_same(each, "quantize_int8", x)
-            assert_same(each, "silu_mul", x, x.flip(0), overload="gate_up")
+            assert_same(each, "silu_mul", x, x.flip(0), overload="apart")
 
 
 def test_values_that_are_not_finite(each):
@@ -78,7 +78,7 @@ def test_values_that_are_not_finite(each):
             assert_same(each, "rms_norm_int8", x, w, 1e-5, 0.0, "hf", rule)
         assert_same(each, "quantize_int8_asym", x)
         assert_same(each, "quantize_int8_static", x, torch.tensor(0.02))
-        assert_same(each, "silu_mul", x, x.flip(0), overload="gate_up")
+        assert_same(each, "silu_mul", x, x.flip(0), overload="apart")
         assert_same(each, "rms_norm", x, w, 0.0)
 
 

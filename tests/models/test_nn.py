@@ -253,7 +253,7 @@ def test_an_mlp_has_the_bits_of_its_parts_one_by_one(gate, down):
     parts = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj}
     state = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
     mlp = MLP(gate_proj, up_proj, down_proj)
-    mixed = [module.gate_up for module in mlp.modules() if isinstance(module, (Int4Weight, Int8Weight))]
+    mixed = [module.mixed_gate_up for module in mlp.modules() if isinstance(module, (Int4Weight, Int8Weight))]
     assert any(mixed) == (gate in ("int4", "w8a8")) == ("SiLU-mul in the product" in repr(mlp))
 
     def same(a: torch.Tensor, b: torch.Tensor) -> None:  # PyTorch's sums may depend on what else it sums

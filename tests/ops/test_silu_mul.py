@@ -282,10 +282,10 @@ def test_opcheck(dtype):
     with torch.inference_mode(False), torch.no_grad():
         x = random_activations(3, 4, 40, dtype=dtype, seed=0)[:, 1:]
         torch.library.opcheck(torch.ops.qops.silu_mul.default, (x,))
-        torch.library.opcheck(torch.ops.qops.silu_mul.gate_up, (*x.chunk(2, dim=-1), "fp32"))
+        torch.library.opcheck(torch.ops.qops.silu_mul.apart, (*x.chunk(2, dim=-1), "fp32"))
         out = {"out": torch.empty(3, 3, 20, dtype=dtype)}
         torch.library.opcheck(torch.ops.qops.silu_mul.out, (x,), out)
-        torch.library.opcheck(torch.ops.qops.silu_mul.gate_up_out, (*x.chunk(2, dim=-1), "fp32"), out)
+        torch.library.opcheck(torch.ops.qops.silu_mul.apart_out, (*x.chunk(2, dim=-1), "fp32"), out)
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))

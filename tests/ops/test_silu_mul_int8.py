@@ -210,9 +210,9 @@ def test_opcheck(dtype):
         halves = x.chunk(2, dim=-1)
         q, s = (torch.empty_like(t) for t in qops.silu_mul_int8(x))
         torch.library.opcheck(ops.default, (x,))
-        torch.library.opcheck(ops.gate_up, (*halves, "fp32", "torchao"))
+        torch.library.opcheck(ops.apart, (*halves, "fp32", "torchao"))
         torch.library.opcheck(ops.out, (x,), {"q": q, "scale": s})
-        torch.library.opcheck(ops.gate_up_out, halves, {"q": q, "scale": s})
+        torch.library.opcheck(ops.apart_out, halves, {"q": q, "scale": s})
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))

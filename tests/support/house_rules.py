@@ -290,7 +290,7 @@ def schemas(registration: str) -> list[str]:
 
 
 def op_name(schema: str) -> str:
-    """Without arguments and overload: ``silu_mul`` of ``silu_mul.gate_up(Tensor gate, ...) -> Tensor``."""
+    """Without arguments and overload: ``silu_mul`` of ``silu_mul.apart(Tensor gate, ...) -> Tensor``."""
     return re.split(r"[.(]", schema, maxsplit=1)[0]
 
 

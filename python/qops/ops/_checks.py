@@ -369,9 +369,9 @@ def check_epilogue(
     return (*x.shape[:-1], columns), dtype
 
 
-def refuse_gate_up(op: str, silu_mul: bool) -> NoReturn:
-    """silu_mul and gate_up of the weight differ."""
-    requirement = f"be {not silu_mul} for a weight with gate_up = {not silu_mul}"
+def refuse_mixed(op: str, silu_mul: bool) -> NoReturn:
+    """silu_mul and the rows of the weight differ."""
+    requirement = f"be {not silu_mul} for a weight with mixed_gate_up = {not silu_mul}"
     raise ValueError(f"qops.{op}: silu_mul must {requirement}, got {silu_mul}")
 
 

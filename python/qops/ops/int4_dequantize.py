@@ -52,7 +52,7 @@ def int4_dequantize(weight: Int4Weight, dtype: torch.dtype = torch.float32) -> T
         weight.group_size,
         INT4_KINDS.index(weight.kind),
         dtype,
-        weight.gate_up,
+        weight.mixed_gate_up,
     )
     perm = buffers["perm"]
     # Columns in the order of w cost another pass over them, which a caller who gathers x instead can do without.
@@ -73,7 +73,7 @@ def _(
     group_size: int,
     kind: int,
     dtype: torch.dtype,
-    gate_up: bool = False,
+    mixed_gate_up: bool = False,
 ) -> Tensor:
     check = Checker("int4_dequantize")
     check.tensors({"packed": packed, "scales": scales}, {"zeros": zeros})
@@ -82,6 +82,6 @@ def _(
     )
     k = check_packed_weight(check, packed, scales, out_features, group_size, bits=4)
     check_zeros(check, kind, zeros, scales)
-    requirement = "be a multiple of 16, for gate and up, with gate_up"
-    check.require(not gate_up or out_features % 16 == 0, "out_features", requirement, lambda: str(out_features))
+    requirement = "be a multiple of 16, for gate and up, with mixed_gate_up"
+    check.require(not mixed_gate_up or out_features % 16 == 0, "out_features", requirement, lambda: str(out_features))
     return check.new_empty(packed, (out_features, k), dtype)

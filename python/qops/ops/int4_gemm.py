@@ -14,8 +14,8 @@ from qops.ops._checks import (
     check_epilogue,
     check_weight_only,
     check_zeros,
-    refuse_gate_up,
     refuse_grad,
+    refuse_mixed,
     require_weight,
 )
 
@@ -51,7 +51,7 @@ def int4_gemm(
         weight: an :class:`qops.Int4Weight` ``[N, K]``, packed.
         bias: float32, float16 or bfloat16 ``[N]``, added in float32.
         residual: ``[..., N]`` in the dtype of ``x``; any strides, last dimension dense.
-        silu_mul: True exactly where ``weight.gate_up`` is (:meth:`qops.Int4Weight.interleave_gate_up`).
+        silu_mul: True exactly where ``weight.mixed_gate_up`` is (:meth:`qops.Int4Weight.mix_gate_up`).
         out_scale: float32, one element, positive and finite.
         out_zero_point: int32, one element in -128 ... 127; default 0.
         batch_invariant: one canonical order of summation for every M. That is so but for bfloat16 and many rows on some
@@ -106,8 +106,8 @@ def int4_gemm(
     refuse_grad("int4_gemm", x=x, bias=bias, residual=residual, out_scale=out_scale, out=out)
     require_weight("int4_gemm", weight, "Int4Weight")
     weight._require_packed()
-    if silu_mul != weight.gate_up:
-        refuse_gate_up("int4_gemm", silu_mul)
+    if silu_mul != weight.mixed_gate_up:
+        refuse_mixed("int4_gemm", silu_mul)
     # Module.__getattr__ would take 0.6 us for each of them, as much as half the operator's own overhead.
     buffers = weight._buffers
     args = (

@@ -12,8 +12,8 @@ from qops._layout import column_step, stored_columns, strips_of
 from qops.ops._checks import (
     Checker,
     check_epilogue,
-    refuse_gate_up,
     refuse_grad,
+    refuse_mixed,
     require_weight,
 )
 
@@ -60,7 +60,7 @@ def int8_gemm(
         bias: float32, float16 or bfloat16 ``[N]``.
         zero_point: int32 ``[...]`` or ``[]``, the code of zero, for asymmetric activations.
         residual: ``[..., N]`` in ``out_dtype``; any strides, last dimension dense.
-        silu_mul: True exactly where ``weight.gate_up`` is (:meth:`qops.Int8Weight.interleave_gate_up`).
+        silu_mul: True exactly where ``weight.mixed_gate_up`` is (:meth:`qops.Int8Weight.mix_gate_up`).
         out_scale: float32, one element, positive and finite.
         out_zero_point: int32, one element in -128 ... 127; default 0.
         out_dtype: of y: bfloat16, float16 or float32; or int32 for ``acc`` itself, which takes no bias and uses no
@@ -107,8 +107,8 @@ def int8_gemm(
             f"qops.int8_gemm: weight must have one scale per row (group_size = K = {weight.in_features}), "
             f"got group_size = {weight.group_size}"
         )
-    if silu_mul != weight.gate_up:
-        refuse_gate_up("int8_gemm", silu_mul)
+    if silu_mul != weight.mixed_gate_up:
+        refuse_mixed("int8_gemm", silu_mul)
     args = (q, scale, zero_point, weight.packed, weight.scales, bias, weight.out_features)
     op = torch.ops.qops.int8_gemm
     if silu_mul or residual is not None or out_scale is not None or out_zero_point is not None:

@@ -51,8 +51,8 @@ def int8_weight_only_gemm(
     refuse_grad("int8_weight_only_gemm", x=x, bias=bias, out=out)
     require_weight("int8_weight_only_gemm", weight, "Int8Weight")
     weight._require_packed()
-    if weight.gate_up:
-        raise ValueError("qops.int8_weight_only_gemm: weight must have gate_up = False, got True")
+    if weight.mixed_gate_up:
+        raise ValueError("qops.int8_weight_only_gemm: weight must have mixed_gate_up = False, got True")
     args = (x, weight.packed, weight.scales, bias, weight.out_features, weight.group_size)
     if out is None:
         return torch.ops.qops.int8_weight_only_gemm.default(*args)

@@ -49,11 +49,11 @@ def silu_mul(gate: Tensor, up: Tensor | None = None, /, *, rounding: str = "hf",
     refuse_grad("silu_mul", gate=gate, up=up, out=out)
     op = torch.ops.qops.silu_mul
     if out is None:
-        return op.default(gate, rounding) if up is None else op.gate_up(gate, up, rounding)
+        return op.default(gate, rounding) if up is None else op.apart(gate, up, rounding)
     if up is None:
         op.out(gate, rounding, out=out)
     else:
-        op.gate_up_out(gate, up, rounding, out=out)
+        op.apart_out(gate, up, rounding, out=out)
     return out
 
 
@@ -73,7 +73,7 @@ def _(gate_up: Tensor, rounding: str = "hf") -> Tensor:
     return check.new_empty(gate_up, (*gate_up.shape[:-1], columns))
 
 
-@torch.library.register_fake("qops::silu_mul.gate_up")
+@torch.library.register_fake("qops::silu_mul.apart")
 def _(gate: Tensor, up: Tensor, rounding: str = "hf") -> Tensor:
     check = Checker("silu_mul")
     check.tensors({"gate": gate, "up": up})
@@ -90,7 +90,7 @@ def _(gate_up: Tensor, rounding: str = "hf", *, out: Tensor) -> None:
     check.output(out, "out", gate_up.dtype, "[..., I]", (*gate_up.shape[:-1], columns))
 
 
-@torch.library.register_fake("qops::silu_mul.gate_up_out")
+@torch.library.register_fake("qops::silu_mul.apart_out")
 def _(gate: Tensor, up: Tensor, rounding: str = "hf", *, out: Tensor) -> None:
     check = Checker("silu_mul")
     check.tensors({"gate": gate, "up": up, "out": out})

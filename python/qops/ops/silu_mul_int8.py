@@ -52,12 +52,12 @@ def silu_mul_int8(
     refuse_grad("silu_mul_int8", gate=gate, up=up)
     op = torch.ops.qops.silu_mul_int8
     if out is None:
-        return op.default(gate, rounding, rule) if up is None else op.gate_up(gate, up, rounding, rule)
+        return op.default(gate, rounding, rule) if up is None else op.apart(gate, up, rounding, rule)
     q, scale = outputs("silu_mul_int8", out, "q", "scale")
     if up is None:
         op.out(gate, rounding, rule, q=q, scale=scale)
     else:
-        op.gate_up_out(gate, up, rounding, rule, q=q, scale=scale)
+        op.apart_out(gate, up, rounding, rule, q=q, scale=scale)
     return out
 
 
@@ -77,7 +77,7 @@ def _(gate_up: Tensor, rounding: str = "hf", rule: str = "127") -> tuple[Tensor,
     return new_int8_rows(check, gate_up, columns)
 
 
-@torch.library.register_fake("qops::silu_mul_int8.gate_up")
+@torch.library.register_fake("qops::silu_mul_int8.apart")
 def _(gate: Tensor, up: Tensor, rounding: str = "hf", rule: str = "127") -> tuple[Tensor, Tensor]:
     check, columns = _check({"gate": gate, "up": up}, rounding, rule)
     return new_int8_rows(check, gate, columns)
@@ -89,7 +89,7 @@ def _(gate_up: Tensor, rounding: str = "hf", rule: str = "127", *, q: Tensor, sc
     check_int8_rows(check, q, scale, gate_up, columns)
 
 
-@torch.library.register_fake("qops::silu_mul_int8.gate_up_out")
+@torch.library.register_fake("qops::silu_mul_int8.apart_out")
 def _(gate: Tensor, up: Tensor, rounding: str = "hf", rule: str = "127", *, q: Tensor, scale: Tensor) -> None:
     check, columns = _check({"gate": gate, "up": up}, rounding, rule)
     check_int8_rows(check, q, scale, gate, columns)

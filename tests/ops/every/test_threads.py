@@ -29,7 +29,7 @@ def cases() -> dict[str, Run]:
     dense = random_activations(N, K, dtype=torch.float32, seed=1)
     int4 = qops.Int4Weight.quantize(dense, 32, symmetric=False)
     int8, groups = qops.Int8Weight.quantize(dense), qops.Int8Weight.quantize(dense, 32)
-    gate_up = qops.Int8Weight.quantize(dense).interleave_gate_up()
+    mixed = qops.Int8Weight.quantize(dense).mix_gate_up()
     w, bias, eps = torch.linspace(0.5, 2, K), torch.linspace(-1, 1, N), 1e-5
     cos, sin = torch.linspace(-1, 1, 64 * D // 2).view(64, D // 2), torch.linspace(1, -1, 64 * D // 2).view(64, D // 2)
     ops = torch.ops.qops
@@ -52,7 +52,7 @@ def cases() -> dict[str, Run]:
         q, scale = qops.quantize_int8(x(seed))
         out = torch.empty(len(q), N, dtype=torch.bfloat16)
         ops.int8_gemm.out(q, scale, None, int8.packed, int8.scales, bias, N, out=out)
-        return qops.int8_gemm(q, scale, int8, bias), qops.int8_gemm(q, scale, gate_up, silu_mul=True), out
+        return qops.int8_gemm(q, scale, int8, bias), qops.int8_gemm(q, scale, mixed, silu_mul=True), out
 
     static = torch.tensor(0.05)
     runs: dict[str, Callable[[int], Tensor | tuple[Tensor, ...]]] = {

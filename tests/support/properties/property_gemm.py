@@ -280,7 +280,7 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
             qweight = codes[:, 0::2] | codes[:, 1::2] << 4
             weight: Any = qops.Int4Weight.from_canonical(qweight, scales, kind=kind, zeros=zeros, perm=perm)
             if epilogue == "silu_mul":
-                weight.interleave_gate_up()
+                weight.mix_gate_up()
 
             def public(a: dict[str, Any], weight: Any) -> object:
                 names = ("batch_invariant", "residual", "silu_mul", "out_scale", "out_zero_point")
@@ -413,7 +413,7 @@ def int8_gemm(s: Sampler) -> Call:
     if exact and n > 0 and k > 0:
         weight: Any = qops.Int8Weight.from_canonical(codes, w_scale)
         if epilogue == "silu_mul":
-            weight.interleave_gate_up()
+            weight.mix_gate_up()
 
         def public(a: dict[str, Any], weight: Any) -> object:
             names = ("zero_point", "out_dtype", "out", *asked)

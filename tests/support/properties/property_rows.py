@@ -350,9 +350,9 @@ def silu_mul(s: Sampler, *, int8: bool = False) -> Call:
         return (qops.silu_mul_int8 if int8 else qops.silu_mul)(*[a[name] for name in names], **style)
 
     op = "silu_mul_int8" if int8 else "silu_mul"
-    call = Call(op, "gate_up" if apart else "default", arguments, expected, results(leading), typed=typed)
+    call = Call(op, "apart" if apart else "default", arguments, expected, results(leading), typed=typed)
     if s.one_in(2):
-        call.overload = "gate_up_out" if apart else "out"
+        call.overload = "apart_out" if apart else "out"
         replaces = [("out", name) for name in names] if apart and not int8 else []
         give_outputs(s, call, *(["q", "scale"] if int8 else ["out"]), replaces=replaces)
 

@@ -30,8 +30,8 @@ from tests.support.properties.property_rows import F32, INT8, Ways, finish
 
 
 def int4_dequantize(s: Sampler) -> Call:
-    gate_up = s.one_in(3)
-    n, k, dtype = s.choice((16, 48, 0, 80) if gate_up else ROWS), s.choice(SIZES), s.dtype()
+    mixed_gate_up = s.one_in(3)
+    n, k, dtype = s.choice((16, 48, 0, 80) if mixed_gate_up else ROWS), s.choice(SIZES), s.dtype()
     groups = s.choice([1, *(k // g for g in range(16, k, 16) if k % g == 0)]) if k > 0 else 0
     kind, exact = s.choice(KINDS), not s.one_in(6)
     rng = generator(s.integer(0, 2**20))
@@ -41,7 +41,7 @@ def int4_dequantize(s: Sampler) -> Call:
         zeros = torch.randint(17 if exact else 256, (n, groups), generator=rng).to(torch.uint8)
     elif kind != "symmetric":
         zeros = torch.randn((n, groups), generator=rng) * 4
-    mixed = mix_gate_up if gate_up else lambda rows: rows
+    mixed = mix_gate_up if mixed_gate_up else lambda rows: rows
     arguments: dict[str, Any] = {
         "packed": s.contiguous(packed(mixed(codes), 4)),
         "scales": strips(mixed(scales)),
@@ -50,7 +50,7 @@ def int4_dequantize(s: Sampler) -> Call:
         "group_size": k // groups if groups else 0,
         "kind": KINDS.index(kind),
         "dtype": dtype,
-        "gate_up": gate_up,
+        "mixed_gate_up": mixed_gate_up,
     }
 
     def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -60,8 +60,8 @@ def int4_dequantize(s: Sampler) -> Call:
     if exact and n > 0 and k > 0:
         qweight = codes[:, 0::2] | codes[:, 1::2] << 4
         weight = qops.Int4Weight.from_canonical(qweight, scales, kind=kind, zeros=zeros)
-        if gate_up:
-            weight.interleave_gate_up()
+        if mixed_gate_up:
+            weight.mix_gate_up()
         give_weight(call, lambda a, weight: qops.int4_dequantize(weight, a["dtype"]), weight)
     return finish(s, call, lambda: int4_dequantize_ways(s, call, k))
 
