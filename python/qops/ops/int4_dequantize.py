@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import FLOAT_DTYPES, INT4_KINDS, Checker, check_packed_weight, check_zeros, require_weight
+from qops.ops._checks import (
+    FLOAT_DTYPES,
+    INT4_KINDS,
+    Checker,
+    Results,
+    check_packed_weight,
+    check_zeros,
+    fake,
+    require_weight,
+)
 
 if TYPE_CHECKING:
     from qops.weights import Int4Weight
@@ -64,8 +73,9 @@ def int4_dequantize_ref(weight: Int4Weight) -> Tensor:
     return weight.dequantize(torch.float64)
 
 
-@torch.library.register_fake("qops::int4_dequantize")
+@fake("int4_dequantize")
 def _(
+    check: Checker,
     packed: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
@@ -74,9 +84,7 @@ def _(
     kind: int,
     dtype: torch.dtype,
     mixed_gate_up: bool = False,
-) -> Tensor:
-    check = Checker("int4_dequantize")
-    check.tensors({"packed": packed, "scales": scales}, {"zeros": zeros})
+) -> Results:
     check.supported(
         dtype in FLOAT_DTYPES, "dtype", "be float32, float16 or bfloat16", str(dtype).removeprefix("torch.")
     )

@@ -11,9 +11,12 @@ from qops import _native as _native
 from qops.ops._checks import INT4_KINDS as KINDS
 from qops.ops._checks import (
     Checker,
+    Result,
+    Results,
     check_epilogue,
     check_weight_only,
     check_zeros,
+    fake,
     refuse_grad,
     refuse_mixed,
     require_weight,
@@ -152,7 +155,9 @@ def int4_gemm_ref(
     return y if residual is None else y + residual.double()
 
 
-def _check(
+@fake("int4_gemm")
+def _(
+    check: Checker,
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -162,98 +167,18 @@ def _check(
     out_features: int,
     group_size: int,
     kind: int,
-) -> Checker:
-    check = Checker("int4_gemm")
+    batch_invariant: bool = False,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Results:
     k = check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=4)
     check_zeros(check, kind, zeros, scales)
     if perm is not None:
-        check.tensors({"x": x, "perm": perm})
         check.dtype(perm, "perm", torch.int32)
         check.shape(perm, "perm", "[K]", (k,))
         check.contiguous(perm, "perm")
-    return check
-
-
-# Which memory overlaps, which indices of perm are out of range, and the value of a scale, only the kernel can see.
-@torch.library.register_fake("qops::int4_gemm")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    kind: int,
-    batch_invariant: bool = False,
-) -> Tensor:
-    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    return check.new_empty(x, (*x.shape[:-1], out_features), x.dtype)
-
-
-@torch.library.register_fake("qops::int4_gemm.out")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    kind: int,
-    batch_invariant: bool = False,
-    *,
-    out: Tensor,
-) -> None:
-    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    check.tensors({"x": x, "out": out})
-    check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))
-
-
-@torch.library.register_fake("qops::int4_gemm.fused")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    kind: int,
-    batch_invariant: bool = False,
-    residual: Tensor | None = None,
-    silu_mul: bool = False,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-) -> Tensor:
-    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    shape, dtype = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
-    return check.new_empty(x, shape, dtype)
-
-
-@torch.library.register_fake("qops::int4_gemm.fused_out")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    kind: int,
-    batch_invariant: bool = False,
-    residual: Tensor | None = None,
-    silu_mul: bool = False,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    *,
-    out: Tensor,
-) -> None:
-    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    shape, dtype = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
-    check.tensors({"x": x, "out": out})
-    check.output(out, "out", dtype, "[..., N / 2]" if silu_mul else "[..., N]", shape)
+    y = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
+    return check.results(x, Result("out", out, *y))

@@ -11,7 +11,10 @@ from qops import _native as _native
 from qops._layout import column_step, stored_columns, strips_of
 from qops.ops._checks import (
     Checker,
+    Result,
+    Results,
     check_epilogue,
+    fake,
     refuse_grad,
     refuse_mixed,
     require_weight,
@@ -152,7 +155,9 @@ def _check_out_dtype(out_dtype: torch.dtype, subject: str) -> None:
         raise RuntimeError(f"qops.int8_gemm: {subject} float32, float16, bfloat16 or int32, got {actual}")
 
 
-def _check(
+@fake("int8_gemm")
+def _(
+    check: Checker,
     q: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -160,20 +165,24 @@ def _check(
     w_scale: Tensor,
     bias: Tensor | None,
     out_features: int,
-    out_dtype: torch.dtype,
-    out_subject: str,
-) -> list[int]:
-    """Returns the shape of y."""
-    check = Checker("int8_gemm")
-    optional = {"zero_point": zero_point, "bias": bias}
-    check.tensors({"q": q, "scale": scale, "packed": packed, "w_scale": w_scale}, optional)
+    out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Results:
+    if out_dtype is None:  # `.out` has none
+        assert out is not None
+        out_dtype = out.dtype
+        _check_out_dtype(out_dtype, "out must have dtype")
     check.dtype(q, "q", torch.int8)
     check.dtype(scale, "scale", torch.float32)
     if zero_point is not None:
         check.dtype(zero_point, "zero_point", torch.int32)
     check.dtype(packed, "packed", torch.int8)
     check.float_dtype(w_scale, "w_scale")
-    _check_out_dtype(out_dtype, out_subject)
+    _check_out_dtype(out_dtype, "out_dtype must be")
     if bias is not None:
         check.float_dtype(bias, "bias")
     check.at_least_1d(q, "q")
@@ -203,100 +212,9 @@ def _check(
         check.require(out_dtype != torch.int32, "bias", "be None where the output is int32", lambda: "a tensor")
         check.shape(bias, "bias", "[N]", (out_features,))
         check.dense_last_dim(bias, "bias")
-    return [*q.shape[:-1], out_features]
-
-
-# Which memory overlaps, and the value of a scale, only the kernel can see.
-@torch.library.register_fake("qops::int8_gemm")
-def _(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    shape = _check(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be")
-    return Checker("int8_gemm").new_empty(q, shape, out_dtype)
-
-
-@torch.library.register_fake("qops::int8_gemm.out")
-def _(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    *,
-    out: Tensor,
-) -> None:
-    check = Checker("int8_gemm")
-    check.tensors({"q": q, "out": out})
-    shape = _check(q, scale, zero_point, packed, w_scale, bias, out_features, out.dtype, "out must have dtype")
-    check.output(out, "out", out.dtype, "[..., N]", shape)
-
-
-def _check_fused(
-    q: Tensor,
-    out_features: int,
-    out_dtype: torch.dtype,
-    residual: Tensor | None,
-    silu_mul: bool,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the result; the other arguments have been checked."""
-    check = Checker("int8_gemm")
     if out_dtype == torch.int32:
         check.require(residual is None, "residual", "be None where out_dtype is int32", lambda: "a tensor")
         check.require(not silu_mul, "silu_mul", "be False where out_dtype is int32", lambda: "True")
         check.require(out_scale is None, "out_scale", "be None where out_dtype is int32", lambda: "a tensor")
-    return check_epilogue(check, q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
-
-
-@torch.library.register_fake("qops::int8_gemm.fused")
-def _(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    out_dtype: torch.dtype,
-    residual: Tensor | None = None,
-    silu_mul: bool = False,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-) -> Tensor:
-    _check(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be")
-    result = _check_fused(q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
-    return Checker("int8_gemm").new_empty(q, *result)
-
-
-@torch.library.register_fake("qops::int8_gemm.fused_out")
-def _(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    out_dtype: torch.dtype,
-    residual: Tensor | None = None,
-    silu_mul: bool = False,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    *,
-    out: Tensor,
-) -> None:
-    _check(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be")
-    shape, dtype = _check_fused(q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
-    check = Checker("int8_gemm")
-    check.tensors({"q": q, "out": out})
-    check.output(out, "out", dtype, "[..., N / 2]" if silu_mul else "[..., N]", shape)
+    y = check_epilogue(check, q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
+    return check.results(q, Result("out", out, *y))

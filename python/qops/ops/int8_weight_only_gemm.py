@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_weight_only, refuse_grad, require_weight
+from qops.ops._checks import Checker, Result, Results, check_weight_only, fake, refuse_grad, require_weight
 
 if TYPE_CHECKING:
     from qops.weights import Int8Weight
@@ -66,26 +66,16 @@ def int8_weight_only_gemm_ref(x: Tensor, weight: Int8Weight, bias: Tensor | None
     return y if bias is None else y + bias.double()
 
 
-@torch.library.register_fake("qops::int8_weight_only_gemm")
-def _(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, group_size: int) -> Tensor:
-    check = Checker("int8_weight_only_gemm")
-    check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=8)
-    return check.new_empty(x, (*x.shape[:-1], out_features))
-
-
-# Which memory overlaps, only the kernel can see.
-@torch.library.register_fake("qops::int8_weight_only_gemm.out")
+@fake("int8_weight_only_gemm")
 def _(
+    check: Checker,
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
     bias: Tensor | None,
     out_features: int,
     group_size: int,
-    *,
-    out: Tensor,
-) -> None:
-    check = Checker("int8_weight_only_gemm")
+    out: Tensor | None = None,
+) -> Results:
     check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=8)
-    check.tensors({"x": x, "out": out})
-    check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))
+    return check.results(x, Result("out", out, "[..., N]", (*x.shape[:-1], out_features), x.dtype))

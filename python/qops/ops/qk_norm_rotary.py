@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_rotary, refuse_grad
+from qops.ops._checks import Checker, Results, check_rotary, fake, refuse_grad
 
 
 def qk_norm_rotary(
@@ -17,9 +17,9 @@ def qk_norm_rotary(
     cos: Tensor,
     sin: Tensor,
     eps: float,
+    *,
     positions: Tensor | None = None,
     interleaved: bool = False,
-    *,
     weight_offset: float = 0.0,
     rounding: str = "hf",
 ) -> tuple[Tensor, Tensor]:
@@ -89,9 +89,9 @@ def qk_norm_rotary_(
     cos: Tensor,
     sin: Tensor,
     eps: float,
+    *,
     positions: Tensor | None = None,
     interleaved: bool = False,
-    *,
     weight_offset: float = 0.0,
     rounding: str = "hf",
 ) -> None:
@@ -155,8 +155,9 @@ def qk_norm_rotary_ref(
     return y
 
 
-def _check(
-    op: str,
+@fake("qk_norm_rotary", "qk_norm_rotary_")
+def _(
+    check: Checker,
     q: Tensor,
     k: Tensor,
     q_weight: Tensor,
@@ -164,13 +165,12 @@ def _check(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-    positions: Tensor | None,
-    weight_offset: float,
-    rounding: str,
-) -> Checker:
-    check = Checker(op)
-    check.tensors({"q": q, "q_weight": q_weight, "k_weight": k_weight})
-    check_rotary(check, q, k, cos, sin, positions)
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+) -> Results:
+    results = check_rotary(check, q, k, cos, sin, positions)
     weights = ((q_weight, "q_weight"), (k_weight, "k_weight"))
     for weight, arg in weights:
         check.float_dtype(weight, arg)
@@ -179,40 +179,4 @@ def _check(
     for weight, arg in weights:
         check.dense_last_dim(weight, arg)
     check.rms_norm_style(eps, weight_offset, rounding)
-    return check
-
-
-@torch.library.register_fake("qops::qk_norm_rotary")
-def _(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    positions: Tensor | None = None,
-    interleaved: bool = False,
-    weight_offset: float = 0.0,
-    rounding: str = "hf",
-) -> tuple[Tensor, Tensor]:
-    check = _check("qk_norm_rotary", q, k, q_weight, k_weight, cos, sin, eps, positions, weight_offset, rounding)
-    return check.new_empty(q, q.shape), check.new_empty(k, k.shape)
-
-
-# Which memory overlaps, and which positions are out of range, only the kernel can see.
-@torch.library.register_fake("qops::qk_norm_rotary_")
-def _(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    positions: Tensor | None = None,
-    interleaved: bool = False,
-    weight_offset: float = 0.0,
-    rounding: str = "hf",
-) -> None:
-    _check("qk_norm_rotary_", q, k, q_weight, k_weight, cos, sin, eps, positions, weight_offset, rounding)
+    return results

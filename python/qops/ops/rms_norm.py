@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_rms_norm, check_second, outputs, refuse_grad
+from qops.ops._checks import Checker, Result, Results, check_rms_norm, check_second, fake, outputs, refuse_grad
 
 
 def rms_norm(
@@ -121,50 +121,33 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float 
     return normed * (weight.double() + weight_offset)
 
 
-@torch.library.register_fake("qops::rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
-    check = Checker("rms_norm")
-    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
-    return check.new_empty(x, x.shape)
-
-
-# Which memory overlaps, only the kernel can see.
-@torch.library.register_fake("qops::rms_norm.out")
-def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf", *, out: Tensor) -> None:
-    check = Checker("rms_norm")
-    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
-    check.tensors({"x": x, "out": out})
-    check.output(out, "out", x.dtype, "[..., H]", x.shape)
-
-
-def _check_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float, rounding: str) -> Checker:
-    check = Checker("add_rms_norm")
-    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
-    check_second(check, residual, "residual", x, "x")
-    return check
-
-
-@torch.library.register_fake("qops::add_rms_norm")
+@fake("rms_norm")
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf"
-) -> tuple[Tensor, Tensor]:
-    check = _check_add(x, residual, weight, eps, weight_offset, rounding)
-    return check.new_empty(x, x.shape), check.new_empty(x, x.shape)
+    check: Checker,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    out: Tensor | None = None,
+) -> Results:
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
+    return check.results(x, Result("out", out, "[..., H]", x.shape, x.dtype))
 
 
-@torch.library.register_fake("qops::add_rms_norm.out")
+@fake("add_rms_norm")
 def _(
+    check: Checker,
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
     eps: float,
     weight_offset: float = 0.0,
     rounding: str = "hf",
-    *,
-    y: Tensor,
-    residual_out: Tensor,
-) -> None:
-    check = _check_add(x, residual, weight, eps, weight_offset, rounding)
-    check.tensors({"x": x, "y": y, "residual_out": residual_out})
-    check.output(y, "y", x.dtype, "[..., H]", x.shape)
-    check.output(residual_out, "residual_out", x.dtype, "[..., H]", x.shape)
+    y: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> Results:
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
+    check_second(check, residual, "residual", x, "x")
+    rows = "[..., H]", x.shape, x.dtype
+    return check.results(x, Result("y", y, *rows), Result("residual_out", residual_out, *rows))

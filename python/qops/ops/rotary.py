@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_rotary, refuse_grad
+from qops.ops._checks import Checker, Results, check_rotary, fake, refuse_grad
 
 
 def rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Rotates pairs of elements of every head of q and k by the angles of its token's position.
 
@@ -58,7 +58,7 @@ def rotary(
 
 
 def rotary_(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, interleaved: bool = False
 ) -> None:
     """:func:`rotary` in place: ``q`` and ``k`` hold the result, bit for bit; it allocates no tensor.
 
@@ -109,18 +109,14 @@ def rotary_ref(
     return torch.cat((rotated, x[..., r:]), dim=-1)
 
 
-@torch.library.register_fake("qops::rotary")
+@fake("rotary", "rotary_")
 def _(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
-) -> tuple[Tensor, Tensor]:
-    check = Checker("rotary")
-    check_rotary(check, q, k, cos, sin, positions)
-    return check.new_empty(q, q.shape), check.new_empty(k, k.shape)
-
-
-# Which memory overlaps, and which positions are out of range, only the kernel can see.
-@torch.library.register_fake("qops::rotary_")
-def _(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
-) -> None:
-    check_rotary(Checker("rotary_"), q, k, cos, sin, positions)
+    check: Checker,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+) -> Results:
+    return check_rotary(check, q, k, cos, sin, positions)

@@ -13,16 +13,15 @@ from torch.fx.node import has_side_effect
 
 from qops import _native as _native
 from qops._layout import STRIP_ROWS, column_step, layout_of, stored_columns, strips_of
-from qops.ops._checks import Checker
+from qops.ops._checks import Checker, Results, fake
 
 # It has no result, for which a graph would drop it.
 has_side_effect(torch.ops.qops.check_layout.default)
 
 
-def _pack(op: str, qweight: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
-    codes = 8 // bits
-    check = Checker(op)
-    check.tensors({"qweight": qweight})
+@fake("int4_pack", "int8_pack")
+def _(check: Checker, qweight: Tensor) -> Results:
+    dtype, codes = (torch.uint8, 2) if check.op == "int4_pack" else (torch.int8, 1)
     check.dtype(qweight, "qweight", dtype)
     check.require(qweight.dim() == 2, "qweight", "have 2 dimensions", lambda: str(qweight.dim()))
     n, elements = qweight.shape
@@ -34,9 +33,9 @@ def _pack(op: str, qweight: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
     return check.new_empty(qweight, (strips_of(n), stored_columns(k, qweight.device) // codes * STRIP_ROWS))
 
 
-def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, bits: int) -> Tensor:
-    check = Checker(op)
-    check.tensors({"packed": packed})
+@fake("int4_unpack", "int8_unpack")
+def _(check: Checker, packed: Tensor, out_features: int) -> Results:
+    dtype, codes = (torch.uint8, 2) if check.op == "int4_unpack" else (torch.int8, 1)
     check.dtype(packed, "packed", dtype)
     check.require(packed.dim() == 2, "packed", "have 2 dimensions", lambda: str(packed.dim()))
     ok = out_features >= 0 and out_features % 8 == 0
@@ -44,37 +43,15 @@ def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, bits
     strips = strips_of(out_features)
     requirement = f"have ceil(out_features / 16) = {strips} strips"
     check.require(packed.shape[0] == strips, "packed", requirement, lambda: str(packed.shape[0]))
-    row = column_step(packed.device) * bits // 8 * STRIP_ROWS
+    row = column_step(packed.device) // codes * STRIP_ROWS
     requirement = f"have strips of a multiple of {row}"
     check.require(packed.shape[1] % row == 0, "packed", requirement, lambda: str(packed.shape[1]))
     check.contiguous(packed, "packed")
     return check.new_empty(packed, (out_features, packed.shape[1] // STRIP_ROWS))
 
 
-@torch.library.register_fake("qops::int4_pack")
-def _(qweight: Tensor) -> Tensor:
-    return _pack("int4_pack", qweight, torch.uint8, 4)
-
-
-@torch.library.register_fake("qops::int4_unpack")
-def _(packed: Tensor, out_features: int) -> Tensor:
-    return _unpack("int4_unpack", packed, out_features, torch.uint8, 4)
-
-
-@torch.library.register_fake("qops::int8_pack")
-def _(qweight: Tensor) -> Tensor:
-    return _pack("int8_pack", qweight, torch.int8, 8)
-
-
-@torch.library.register_fake("qops::int8_unpack")
-def _(packed: Tensor, out_features: int) -> Tensor:
-    return _unpack("int8_unpack", packed, out_features, torch.int8, 8)
-
-
-@torch.library.register_fake("qops::check_layout")
-def _(packed: Tensor, layout: str) -> None:
+@fake("check_layout")
+def _(check: Checker, packed: Tensor, layout: str) -> None:
     here = layout_of(packed.device)
     requirement = f"be '{here}', as weights are packed on this device by this build"
-    Checker("check_layout").require(
-        layout == here, "layout", requirement, lambda: f"'{layout}': export the model again"
-    )
+    check.require(layout == here, "layout", requirement, lambda: f"'{layout}': export the model again")
