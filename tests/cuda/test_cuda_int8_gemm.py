@@ -26,9 +26,9 @@ from tests.support.cuda.cuda_backend import POLICIES, Backend, gpu
 from tests.support.ops.contracts import mix_gate_up
 from tests.support.ops.int8_gemm_oracle import activations, by_contract, codes, make_weight
 from tests.support.ops.random_weights import assert_tensors_equal
+from tests.support.properties.operators.int8_gemm import int8_gemm as int8_gemm_calls
 from tests.support.properties.property_calls import check_one
 from tests.support.properties.property_draws import HUGE, Sampler
-from tests.support.properties.property_gemm import int8_gemm as int8_gemm_calls
 
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 # (N, K): strips and tiles of 128 rows that are and are not full, K below, at and beyond 64, odd multiples of 8.
