@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import stats
-from bench.records import LIMIT, OURS, Axes, Case, Document, read
+from bench.reporting import stats
+from bench.reporting.records import LIMIT, OURS, Axes, Case, Document, read
 
 CONFIDENCE = 0.99
 NOISE = 0.02

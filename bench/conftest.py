@@ -18,16 +18,21 @@ from typing import Any
 import pytest
 import torch
 
-from bench import devices, document, limits, problems, providers, timing
-from bench.cases import Case
-from bench.document import Document, cpu_device
-from bench.providers import DEFAULT_MODULES, EAGER_MODULES, LIMIT, OURS
+from bench import problems
+from bench.peers import MODULES as ALL_MODULES
+from bench.peers import providers
+from bench.peers.providers import EAGER_MODULES
+from bench.problems.shared import devices
+from bench.problems.shared.cases import Case
+from bench.problems.shared.provider import LIMIT, OURS
 from bench.run import open_session, table
-from bench.session import Session, free_memory_bytes, new_row
+from bench.timing import document, limits, samplers
+from bench.timing.document import Document, cpu_device
+from bench.timing.session import Session, free_memory_bytes, new_row
 
 DEVICE = devices.chosen()
-MODULES = DEFAULT_MODULES if DEVICE == "cuda" else EAGER_MODULES
-PROTOCOL = {"cpu": timing.Protocol(), "cuda": timing.QUICK, "emulated": timing.EMULATED}[DEVICE]
+MODULES = ALL_MODULES if DEVICE == "cuda" else EAGER_MODULES
+PROTOCOL = {"cpu": samplers.Protocol(), "cuda": samplers.QUICK, "emulated": samplers.EMULATED}[DEVICE]
 RESULTS = pytest.StashKey["Results"]()
 
 
@@ -154,20 +159,20 @@ class Comparison:
         if self._benchmark.disabled:
             problem = problems.make(case.op, case.axes)
             for provider in offered:
-                timing.verify(provider, problem, provider.build(problem)())
+                samplers.verify(provider, problem, provider.build(problem)())
             self._benchmark.pedantic(offered[0].build(problem))  # a benchmark that calls nothing is a warning
             return
         rows = {provider.name: new_row(case, provider.name, provider.accuracy) for provider in offered}
         memory_bytes = free_memory_bytes() // (len(offered) + 1)
-        sampled: dict[str, timing.Sampled] = {}
+        sampled: dict[str, samplers.Sampled] = {}
         for provider in offered:
-            sampled[provider.name], found = timing.prepare(provider, case.axes, "cpu", PROTOCOL, memory_bytes)
+            sampled[provider.name], found = samplers.prepare(provider, case.axes, "cpu", PROTOCOL, memory_bytes)
             rows[provider.name].update(found)
         limit = limits.CpuLimit(case.op, case.axes, PROTOCOL, memory_bytes)
         sampled[LIMIT] = limit
         rows[LIMIT] = {**new_row(case, LIMIT, ""), "rotated_inputs": limit.copies, "peak_kind": limit.kind}
         ours = sampled.pop(OURS)
-        assert isinstance(ours, timing.Sampler)
+        assert isinstance(ours, samplers.Sampler)
         turns = [*sampled]
 
         def set_up() -> tuple[tuple[Any, ...], dict[str, Any]]:

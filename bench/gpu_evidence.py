@@ -47,7 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.evidence import PEERS, ROOT, SCHEMA, SITE, Evidence, Step
+from bench.timing.evidence import PEERS, ROOT, SCHEMA, SITE, Evidence, Step
 
 USUAL_MINUTES, MOST_MINUTES = 15.0, 24 * 60
 # For what comes after a stage: the table, and the machine's return.
@@ -62,10 +62,10 @@ GPU_TESTS = "gpu and not compile"
 REHEARSED_TESTS = "not gpu and begin_anywhere"
 # A few minutes under a sanitizer: every kernel, aligned and not, with and without values past the row's end.
 SANITIZED_TESTS = "gpu and (begin_anywhere or behind_a_row or heads or every_group_size or every_small_number)"
-ROW_OPS = (
-    *("rms_norm", "add_rms_norm", "rms_norm_int8", "add_rms_norm_int8", "quantize_int8", "quantize_int8_asym"),
-    *("quantize_int8_static", "rotary", "qk_norm_rotary", "silu_mul", "silu_mul_int8"),
-)
+# The others' names begin with the type of a weight.
+ROW_OPS = "!int*"
+# The first two have stages of their own, the last has no CUDA kernel.
+NOT_OF_PEERS = ("!int8_layer", "!int4_decode", "!int8_weight_only_gemm")
 LAYERS = "llama3-8b qkv,llama3-8b o,llama3-8b gate_up,llama3-8b down"
 PROFILED = [(op, rows) for op in ("int4_gemm", "int8_gemm") for rows in (1, 64, 4096)] + [("qk_norm_rotary", 4096)]
 
@@ -189,7 +189,7 @@ def profile(evidence: Evidence) -> None:
     ncu = ["ncu", "--kernel-name-base", "demangled", "--kernel-name", "regex:qops", "--launch-count", "4"]
     ncu += [word for section in sections for word in ("--section", section)]
     for index, (op, rows) in enumerate(PROFILED):
-        once = [sys.executable, "-m", "bench.once", op, "--rows", str(rows), "--device", "cuda"]
+        once = [sys.executable, "-m", "bench.timing.once", op, "--rows", str(rows), "--device", "cuda"]
         share = evidence.left() / (len(PROFILED) - index)
         refused = r"ERR_NVGPUCTRPERM|not supported|No kernels were profiled.*permission"
         if not evidence.passed("profile", f"{op}, {rows}"):
@@ -245,15 +245,11 @@ STAGES: dict[str, Stage] = {
     "gemms": Stage(
         bench("gemms", ("int4_gemm", "int8_gemm"), "--layers", LAYERS, *ROWS, providers="qops,cublas*"), 165
     ),
-    "rows": Stage(bench("rows", ROW_OPS, "--rows", "1,4096", providers=EAGER), 60),
+    "rows": Stage(bench("rows", (ROW_OPS,), "--rows", "1,4096", providers=EAGER), 60),
     "decode": Stage(bench("decode", ("int4_decode",)), 75),
     "memcheck": Stage(sanitize("memcheck"), 90),
     "chain": Stage(bench("chain", ("int8_layer",)), 45),
-    "peers": Stage(
-        bench("peers", ("int4_gemm", "int8_gemm", "int4_dequantize", *ROW_OPS), providers="!qops*"),
-        75,
-        needs_kernels=False,
-    ),
+    "peers": Stage(bench("peers", NOT_OF_PEERS, providers="!qops*"), 75, needs_kernels=False),
     "profile": Stage(profile, 75),
     "racecheck": Stage(sanitize("racecheck"), 60),
     "initcheck": Stage(sanitize("initcheck"), 60),

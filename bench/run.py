@@ -24,17 +24,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import devices, document, problems, providers, timing
-from bench.cases import LAYERS, MODELS, SELECTIONS, Case, Selection, cases, interleaved
-from bench.document import Document, OtherRun
-from bench.providers import DEFAULT_MODULES, EAGER_MODULES, LIMIT, OURS, Provider
-from bench.session import Failure, Session, TimeUp
-from bench.stats import median
+from bench import problems
+from bench.peers import MODULES, providers
+from bench.peers.providers import EAGER_MODULES
+from bench.problems import cases
+from bench.problems.shared import devices
+from bench.problems.shared.cases import LAYERS, MODELS, SELECTIONS, Case, Selection, interleaved
+from bench.problems.shared.provider import LIMIT, OURS, Provider
+from bench.reporting.stats import median
+from bench.timing import document, samplers
+from bench.timing.document import Document, OtherRun
+from bench.timing.session import Failure, Session, TimeUp
 
 QUICK_SECONDS = 120.0
 # So many providers prepare their calls at a time on a GPU.
 CUDA_SLOTS = 6
-PROTOCOLS = {"default": timing.Protocol(), "quick": timing.QUICK, "full": timing.FULL}
+PROTOCOLS = {"default": samplers.Protocol(), "quick": samplers.QUICK, "full": samplers.FULL}
 
 
 class Mistake(Exception):
@@ -49,7 +54,7 @@ class Plan:
     threads: list[int]
     cases: list[Case]
     offered: Mapping[str, list[Provider]]
-    protocol: timing.Protocol
+    protocol: samplers.Protocol
     budget_seconds: float | None
     end_seconds: float | None = None
 
@@ -130,7 +135,7 @@ def _threads(args: argparse.Namespace) -> list[int]:
     return list(dict.fromkeys(wanted))
 
 
-def plan(args: argparse.Namespace, modules: Sequence[str] = DEFAULT_MODULES) -> Plan:
+def plan(args: argparse.Namespace, modules: Sequence[str] = MODULES) -> Plan:
     kind = devices.of_providers(args.device)
     ops = [*problems.OPS] if "all" in args.ops else _matching(problems.OPS, ",".join(args.ops), "operator")
     offered = {op: providers.all(op, kind, modules) for op in ops}
@@ -148,13 +153,13 @@ def plan(args: argparse.Namespace, modules: Sequence[str] = DEFAULT_MODULES) -> 
     # The most telling ones first, should the time not suffice.
     telling = {str(case) for op in ops for case in cases(op, SELECTIONS[args.device, "quick"])}
     chosen.sort(key=lambda case: str(case) not in telling)
-    protocol = timing.EMULATED if args.device == "emulated" else PROTOCOLS[args.size]
+    protocol = samplers.EMULATED if args.device == "emulated" else PROTOCOLS[args.size]
     if args.timeout_seconds is not None:
         protocol = replace(protocol, timeout_seconds=args.timeout_seconds)
     return Plan(args.device, _threads(args), chosen, offered, protocol, budget, args.end_seconds)
 
 
-def listing(wanted: Plan, modules: Sequence[str] = DEFAULT_MODULES) -> str:
+def listing(wanted: Plan, modules: Sequence[str] = MODULES) -> str:
     """Cases, and providers with what they lack."""
     lines = [str(case) for _, case in wanted.steps()]
     lines.append(f"{len(lines)} cases\n")
@@ -223,7 +228,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def open_session(device: str, threads: int, protocol: timing.Protocol, modules: Sequence[str]) -> Session:
+def open_session(device: str, threads: int, protocol: samplers.Protocol, modules: Sequence[str]) -> Session:
     """With as many slots as the device's providers may prepare their calls in at a time."""
     slots = document.slots(threads) if device == "cpu" else [document.cpus()] * CUDA_SLOTS
     return Session(device, slots, protocol, modules, document.gpu_clocks if device == "cuda" else None)
@@ -232,7 +237,7 @@ def open_session(device: str, threads: int, protocol: timing.Protocol, modules: 
 def main(argv: Sequence[str] | None = None, modules: Sequence[str] | None = None) -> int:
     """Run the command line and return the process's exit code."""
     args = arguments(argv)
-    modules = modules or (EAGER_MODULES if args.device == "emulated" else DEFAULT_MODULES)
+    modules = modules or (EAGER_MODULES if args.device == "emulated" else MODULES)
     sessions: dict[int, Session] = {}
     started = time.monotonic()
     try:

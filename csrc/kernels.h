@@ -72,7 +72,7 @@ QOPS_ALWAYS_INLINE void parallel_for(const ThreadPool& pool, int64_t n, int64_t 
 enum class QuantizeRule : int32_t { k127, kCompressedTensors, kTorchao };
 
 // Where quantised rows go.
-struct Int8Rows {
+struct Int8Output {
   int8_t* q;     // contiguous [rows, K]
   float* scale;  // contiguous [rows]
   QuantizeRule rule;
@@ -83,7 +83,7 @@ struct QuantizeInt8Params {
   Rows x_rows;
   DType dtype;
   int64_t k;
-  Int8Rows out;
+  Int8Output out;
 };
 
 // q - zero_point is near x / scale.
@@ -132,7 +132,7 @@ struct RmsNormParams {
 // quantize_int8 of what rms_norm would write; norm.y is null.
 struct RmsNormInt8Params {
   RmsNormParams norm;
-  Int8Rows out;
+  Int8Output out;
 };
 
 // Canonical integer weights [N, K] <-> packed strips of 16 rows (layouts: csrc/cpu/weight_pack.cpp; on a GPU
@@ -152,18 +152,18 @@ enum class WeightKind : int32_t {
   kOffset = 3,     // s q + o, o float32
 };
 
-// A gate_up weight [N = 2 I, K] is I rows of gate above I rows of up. Packed for kSiluMul, a strip takes 8 rows of
-// each: its rows 0 .. 7 are gate, 8 .. 15 the same rows of up. (In a fragment of mma.m16n8k16 both then lie in one
-// lane, whatever the tile.) This is the canonical row of a packed one.
-QOPS_ALWAYS_INLINE constexpr int64_t gate_up_row(int64_t packed_row, int64_t n) {
+// The weight of gate and up [N = 2 I, K] is I rows of gate above I rows of up. Packed for kSiluMul it is mixed: rows
+// 0 .. 7 of a strip are gate, 8 .. 15 the same rows of up. (In a fragment of mma.m16n8k16 both then lie in one lane,
+// whatever the tile.) This is the canonical row of a packed one. What silu_mul reads is never mixed.
+QOPS_ALWAYS_INLINE constexpr int64_t unmixed_row(int64_t packed_row, int64_t n) {
   return packed_row / kStripRows * 8 + packed_row % 8 + (packed_row % kStripRows < 8 ? 0 : n / 2);
 }
-static_assert(gate_up_row(7, 48) == 7 && gate_up_row(8, 48) == 24 && gate_up_row(17, 48) == 9);
+static_assert(unmixed_row(7, 48) == 7 && unmixed_row(8, 48) == 24 && unmixed_row(17, 48) == 9);
 
 // What becomes of t = R(x @ w.T + bias).
 enum class Epilogue : int32_t {
   kNone,     // y = t, or R(t + residual)
-  kSiluMul,  // y = silu_mul(gate, up), rounding="hf", of a gate_up weight; no residual
+  kSiluMul,  // y = silu_mul(gate, up), rounding="hf", of a mixed weight; no residual
   kInt8,     // y = quantize_int8_static of t; no residual
 };
 
@@ -195,7 +195,7 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   const void* packed;
   const void* scales;
   const void* zeros;  // uint8 for kZeroPoint, float32 for kFloatZero and kOffset, else null
-  const void* bias;   // [N] or null; of a gate_up weight in canonical order
+  const void* bias;   // [N] or null; of a mixed weight in canonical order
   void* y;            // contiguous [rows, N], or [rows, N / 2] for kSiluMul
   DType dtype;        // of x, residual and y (but int8 for kInt8)
   DType scale_dtype;
@@ -219,7 +219,7 @@ struct Int4DequantizeParams {
   DType dtype;        // of w
   DType scale_dtype;
   WeightKind kind;
-  bool gate_up;  // packed for kSiluMul; w is canonical
+  bool is_mixed;  // see unmixed_row(); w is canonical
   int64_t n;
   int64_t k;
   int64_t group_size;
@@ -236,7 +236,7 @@ struct Int8GemmParams : EpilogueParams {
   Rows zero_point_rows;
   const void* packed;   // strips: csrc/cpu/weight_pack.cpp, on a GPU csrc/int8_layout.h
   const void* w_scale;  // s_w, [S, 16]
-  const void* bias;     // [N] or null; of a gate_up weight in canonical order
+  const void* bias;     // [N] or null; of a mixed weight in canonical order
   void* y;              // contiguous [rows, N], or [rows, N / 2] for kSiluMul
   DType dtype;          // of residual and y (but int8 for kInt8)
   DType w_scale_dtype;
@@ -304,29 +304,34 @@ struct SiluMulParams {
 // quantize_int8 of what silu_mul would write; gated.y is null.
 struct SiluMulInt8Params {
   SiluMulParams gated;
-  Int8Rows out;
+  Int8Output out;
 };
 
-// Every CPU kernel: X(name, Params). Each is `Status name(const Params&, const ThreadPool&)`, compiled once per ISA
-// level; cpu::name() calls the level chosen at load.
-#define QOPS_FOR_EACH_CPU_KERNEL(X)                 \
-  X(int4_dequantize, Int4DequantizeParams)          \
-  X(int4_gemm, WeightOnlyGemmParams)                \
-  X(int4_pack, WeightPackParams)                    \
-  X(int4_unpack, WeightPackParams)                  \
-  X(int8_gemm, Int8GemmParams)                      \
-  X(int8_pack, WeightPackParams)                    \
-  X(int8_unpack, WeightPackParams)                  \
-  X(int8_weight_only_gemm, WeightOnlyGemmParams)    \
-  X(qk_norm_rotary, QkNormRotaryParams)             \
-  X(quantize_int8, QuantizeInt8Params)              \
-  X(quantize_int8_asym, QuantizeInt8AsymParams)     \
-  X(quantize_int8_static, QuantizeInt8StaticParams) \
-  X(rms_norm, RmsNormParams)                        \
-  X(rms_norm_int8, RmsNormInt8Params)               \
-  X(rotary, RotaryParams)                           \
-  X(silu_mul, SiluMulParams)                        \
-  X(silu_mul_int8, SiluMulInt8Params)
+// Every kernel, with its parameters and where it runs. On a CPU each is
+// `Status name(const Params&, const ThreadPool&)`, compiled once per ISA level; cpu::name() calls the one chosen at
+// load. On a GPU it is `Status name(const Params&, Stream)`.
+#define QOPS_FOR_EACH_KERNEL(ANYWHERE, ON_CPU)             \
+  ANYWHERE(int4_dequantize, Int4DequantizeParams)          \
+  ANYWHERE(int4_gemm, WeightOnlyGemmParams)                \
+  ANYWHERE(int4_pack, WeightPackParams)                    \
+  ANYWHERE(int4_unpack, WeightPackParams)                  \
+  ANYWHERE(int8_gemm, Int8GemmParams)                      \
+  ANYWHERE(int8_pack, WeightPackParams)                    \
+  ANYWHERE(int8_unpack, WeightPackParams)                  \
+  ON_CPU(int8_weight_only_gemm, WeightOnlyGemmParams)      \
+  ANYWHERE(qk_norm_rotary, QkNormRotaryParams)             \
+  ANYWHERE(quantize_int8, QuantizeInt8Params)              \
+  ANYWHERE(quantize_int8_asym, QuantizeInt8AsymParams)     \
+  ANYWHERE(quantize_int8_static, QuantizeInt8StaticParams) \
+  ANYWHERE(rms_norm, RmsNormParams)                        \
+  ANYWHERE(rms_norm_int8, RmsNormInt8Params)               \
+  ANYWHERE(rotary, RotaryParams)                           \
+  ANYWHERE(silu_mul, SiluMulParams)                        \
+  ANYWHERE(silu_mul_int8, SiluMulInt8Params)
+
+#define QOPS_SKIP(name, Params)
+#define QOPS_FOR_EACH_CPU_KERNEL(X) QOPS_FOR_EACH_KERNEL(X, X)
+#define QOPS_FOR_EACH_CUDA_KERNEL(X) QOPS_FOR_EACH_KERNEL(X, QOPS_SKIP)
 
 namespace cpu {
 
@@ -341,25 +346,6 @@ const char* isa_levels_available();
 const char* isa_error();
 
 }  // namespace cpu
-
-// Every CUDA kernel, likewise: `Status name(const Params&, stream)`.
-#define QOPS_FOR_EACH_CUDA_KERNEL(X)                \
-  X(int4_dequantize, Int4DequantizeParams)          \
-  X(int4_gemm, WeightOnlyGemmParams)                \
-  X(int4_pack, WeightPackParams)                    \
-  X(int4_unpack, WeightPackParams)                  \
-  X(int8_gemm, Int8GemmParams)                      \
-  X(int8_pack, WeightPackParams)                    \
-  X(int8_unpack, WeightPackParams)                  \
-  X(qk_norm_rotary, QkNormRotaryParams)             \
-  X(quantize_int8, QuantizeInt8Params)              \
-  X(quantize_int8_asym, QuantizeInt8AsymParams)     \
-  X(quantize_int8_static, QuantizeInt8StaticParams) \
-  X(rms_norm, RmsNormParams)                        \
-  X(rms_norm_int8, RmsNormInt8Params)               \
-  X(rotary, RotaryParams)                           \
-  X(silu_mul, SiluMulParams)                        \
-  X(silu_mul_int8, SiluMulInt8Params)
 
 namespace cuda {
 

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("qops", "qops.nn", "qops.quantize", "qops.smoothing", "qops.model", "qops.formats.gguf", "qops.testing")
+MODULES = ("qops", "qops.nn", "qops.models", "qops.formats", "qops.testing")
 # Page -> what it shows. Their links to one another become links between pages.
 PROSE = {
     "index.html": "README.md",

@@ -25,7 +25,7 @@ from bench import problems
 from bench.peers import MODULES, libraries
 from bench.peers.pins import STAGES
 from bench.peers.signatures import Packages
-from bench.providers import Provider
+from bench.problems.shared.provider import Provider
 
 PACKAGES = ("humming", "gemlite", "quack", "flashinfer", "liger_kernel")
 # They are not in the libraries as text: a compiler builds short strings from numbers.
@@ -37,15 +37,14 @@ SMALL: dict[str, int | str] = {
     "dtype": "bfloat16",
     "cache": "cold",
 }
-RULES = {"quantize_int8": "127", "quantize_int8_asym": "asym", "quantize_int8_static": "static"}
 
 
 def cases(op: str) -> Iterator[dict[str, int | str]]:
     """Axes of an operator that take every branch of an adapter."""
     kinds = [{"kind": kind} for kind in ("symmetric", "zero_point", "offset")] if op == "int4_gemm" else [{}]
-    groups = [{}, {"G": SMALL["K"]}] if op in problems.WEIGHT_ONLY else [{}]
+    groups = [{}, {"G": SMALL["K"]}] if op in ("int4_gemm", "int8_weight_only_gemm") else [{}]
     for kind in kinds:
-        yield from (SMALL | {"rule": RULES.get(op, "")} | kind | group for group in groups)
+        yield from (problems.OPERATORS[op].tiny | SMALL | kind | group for group in groups)
 
 
 def schemas(library: Path) -> dict[str, str]:
@@ -93,7 +92,7 @@ def providers() -> Iterator[Provider]:
     """Those for GPUs alone whose package is a pinned one."""
     pinned = {pin.name for stage in STAGES.values() for pin in stage.pins}
     for name in MODULES:
-        for provider in importlib.import_module(f"bench.peers.{name}").PROVIDERS:
+        for provider in importlib.import_module(name).PROVIDERS:
             if provider.devices == ("cuda",) and pinned & set(provider.requires):
                 yield provider
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.problems import Axes, Int4Gemm
+from bench.problems import Axes
+from bench.problems.int4_gemm import Int4Gemm
 
 SYMMETRIC_ZERO = 8
 

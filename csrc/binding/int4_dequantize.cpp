@@ -14,7 +14,7 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::op
   take_zeros(check, kind, zeros, scales, p);
   check.require(!mixed_gate_up || p.n % 16 == 0, "out_features",
                 "be a multiple of 16, for gate and up, with mixed_gate_up", std::to_string(p.n));
-  p.gate_up = mixed_gate_up;
+  p.is_mixed = mixed_gate_up;
   Tensor w = check.new_tensor(packed, {p.n, p.k}, dtype);
   p.w = w.mutable_data_ptr();
   check.ok(device::run(&device::kernels::int4_dequantize, p, w));

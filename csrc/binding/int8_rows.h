@@ -27,7 +27,7 @@ inline void check_int8_rows(const Checker& check, const Tensor& q, const Tensor&
   }
 }
 
-inline Int8Rows int8_rows(const Tensor& q, const Tensor& scale, QuantizeRule rule) {
+inline Int8Output int8_output(const Tensor& q, const Tensor& scale, QuantizeRule rule) {
   return {q.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>(), rule};
 }
 

@@ -31,7 +31,7 @@ QuantizeInt8Params checked_dynamic(const Tensor& x, std::string_view rule) {
 }
 
 void run(QuantizeInt8Params& p, const Tensor& q, const Tensor& scale) {
-  p.out = int8_rows(q, scale, p.out.rule);
+  p.out = int8_output(q, scale, p.out.rule);
   check_dynamic.ok(device::run(&device::kernels::quantize_int8, p, q));
 }
 

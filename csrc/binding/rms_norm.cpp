@@ -58,7 +58,7 @@ void run(const Checker& check, RmsNormParams& p, const Tensor& y, const Tensor& 
 }
 
 void run(const Checker& check, const RmsNormParams& norm, const Tensor& q, const Tensor& scale, QuantizeRule rule) {
-  check.ok(device::run(&device::kernels::rms_norm_int8, {norm, int8_rows(q, scale, rule)}, q));
+  check.ok(device::run(&device::kernels::rms_norm_int8, {norm, int8_output(q, scale, rule)}, q));
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset, std::string_view rounding) {

@@ -66,7 +66,7 @@ void check_output(const Tensor& out, const Tensor& gate, int64_t columns) {
 }
 
 void run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& q, const Tensor& scale) {
-  check_int8.ok(device::run(&device::kernels::silu_mul_int8, {gated, int8_rows(q, scale, rule)}, q));
+  check_int8.ok(device::run(&device::kernels::silu_mul_int8, {gated, int8_output(q, scale, rule)}, q));
 }
 
 std::tuple<Tensor, Tensor> run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& like) {

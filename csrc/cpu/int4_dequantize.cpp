@@ -52,7 +52,7 @@ Status int4_dequantize(const Int4DequantizeParams& p, const ThreadPool& pool) {
     using T = std::remove_pointer_t<decltype(element)>;
     parallel_for(pool, p.n, 1 + (16 << 10) / p.k, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t target = p.gate_up ? gate_up_row(row, p.n) : row;
+        const int64_t target = p.is_mixed ? unmixed_row(row, p.n) : row;
         dequantize_row(p, row, static_cast<T*>(p.w) + target * p.k);
       }
     });

@@ -96,7 +96,7 @@ inline void quantise_row_torchao(const T* x, int64_t k, int8_t* q, float* scale)
 }
 
 template <class T>
-inline void quantise_row(const T* x, int64_t k, const Int8Rows& out, int64_t row) {
+inline void quantise_row(const T* x, int64_t k, const Int8Output& out, int64_t row) {
   int8_t* q = out.q + row * k;
   float* scale = out.scale + row;
   switch (out.rule) {

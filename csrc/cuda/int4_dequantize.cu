@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     for (int row = 0; row < kStripRows; row += kRowsAtOnce) {
       const int64_t eight = strip * kStripRows + row / 8 * 8;  // N is a multiple of 8: all of these rows exist, or none
       if (eight < p.n && column < p.k) {
-        const int64_t target = (p.gate_up ? gate_up_row(eight, p.n) : eight) + row % 8 + piece_row;
+        const int64_t target = (p.is_mixed ? unmixed_row(eight, p.n) : eight) + row % 8 + piece_row;
         *reinterpret_cast<uint4*>(static_cast<T*>(p.w) + target * p.k + column) =
             *reinterpret_cast<const uint4*>(tile + (row + piece_row) * kPitch + piece_column);
       }

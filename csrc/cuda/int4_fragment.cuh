@@ -9,7 +9,7 @@
 #pragma once
 
 #include "cuda/elements.cuh"
-#include "cuda/gemm_config.h"
+#include "cuda/int4_config.h"
 #include "cuda/ptx.cuh"
 #include "int4_layout.h"
 

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     n = at.row_tile * kTileRows + column;
   }
   if (m >= p.x_rows.count || n >= p.n) return;
-  finish<T>(p, aligned, m, n, [&](int64_t at, Vector& sums) {
+  finish_sums<T>(p, aligned, m, n, [&](int64_t at, Vector& sums) {
     const float* first = from.at + row * from.columns + column + (at - n);
     load<true>(first, kVector, sums);
 #pragma unroll
@@ -81,7 +81,7 @@ Status with_16_bits(DType dtype, const F& run) {
 }
 
 template <class T, int kCount>
-Status finish_sums(const Int4Job& job, const Sums& sums, cudaStream_t stream) {
+Status launch_finish(const Int4Job& job, const Sums& sums, cudaStream_t stream) {
   return launch_blocks(&finish_kernel<T, kCount>, ceil_div(sums.rows * (sums.columns / kVector), kMaxThreads),
                        kMaxThreads, 0, stream, job.p, job.plan, job.aligned, sums);
 }
@@ -141,7 +141,7 @@ Status multiply_dense(const Int4Job& job, cudaStream_t stream) {
       const int64_t count = min_of(job.plan.rows, m - first);
       p.product.run(p.product.context, at(p.x, first * p.x_rows.stride[0] * 2), p.x_rows.stride[0], w.w, job.sums,
                     count, rows, p.k);
-      const Status status = finish_sums<__nv_bfloat16, 1>(job, {job.sums, count, rows, first, row0, false}, stream);
+      const Status status = launch_finish<__nv_bfloat16, 1>(job, {job.sums, count, rows, first, row0, false}, stream);
       if (status != Status::kOk) return status;
     }
   }
@@ -190,7 +190,7 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
   const int64_t columns = is_decode ? int4::strips(p.n) * kStripRows : kTileRows;
   if (rows == 0) return Status::kOk;
   return with_16_bits(p.dtype, [&](auto element) {
-    return finish_sums<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode}, stream);
+    return launch_finish<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode}, stream);
   });
 }
 

@@ -1,7 +1,7 @@
 // What int4_gemm.cu hands to the kernels of int4_gemm_decode.cu and int4_gemm_tiled.cu.
 #pragma once
 
-#include "cuda/int4_finish.cuh"
+#include "cuda/gemm_epilogue.cuh"
 #include "cuda/int4_fragment.cuh"
 #include "cuda/launch.h"
 
@@ -13,6 +13,39 @@ struct Int4Job {
   Alignment aligned;
   float* sums;  // between two kernels: see GemmPlan::scratch_bytes
 };
+
+// R(sums + bias) of eight columns; `n`: of the first one in bias.
+template <class T>
+QOPS_DEVICE void add_bias(const WeightOnlyGemmParams& p, bool is_aligned, int64_t n, Vector& sums) {
+  if (p.bias != nullptr) {
+    Vector bias;
+    if (is_aligned) {
+      load<true>(p.bias, p.bias_dtype, n, kVector, bias);
+    } else {
+      load<false>(p.bias, p.bias_dtype, n, kVector, bias);
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sums[i] = sums[i] + bias[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) sums[i] = round_to<T>(sums[i]);
+}
+
+// The part of row m of y that belongs to columns n .. n + 7 of the product, n a multiple of 8. read(n, v) gives the
+// sums of eight columns from n on; of a mixed weight those of up are the next eight.
+template <class T, class Read>
+QOPS_DEVICE void finish_sums(const WeightOnlyGemmParams& p, Alignment aligned, int64_t m, int64_t n, const Read& read) {
+  const bool is_mixed = p.epilogue == Epilogue::kSiluMul;
+  if (is_mixed && n % kStripRows != 0) return;
+  const int64_t column = is_mixed ? n / 2 : n;
+  Vector t;
+  read(n, t);
+  add_bias<T>(p, aligned.bias, column, t);
+  finish(p, EightOf<T>{aligned}, p.y, p.n, m, column, true, t, [&](Vector& up) {
+    read(n + kVector, up);
+    add_bias<T>(p, aligned.bias && p.n / 2 % kVector == 0, p.n / 2 + column, up);
+  });
+}
 
 Status int4_gemm_decode(const Int4Job& job, cudaStream_t stream);
 Status int4_gemm_tiled(const Int4Job& job, cudaStream_t stream);

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       const int token = i / chunks, row = i % chunks * kVector;
       const int64_t n = strips.begin * kStripRows + row;
       if (n < p.n) {
-        finish<T>(p, aligned, token, n, [&](int64_t column, Vector& v) {
+        finish_sums<T>(p, aligned, token, n, [&](int64_t column, Vector& v) {
           load<true>(sums + token * kStride + (column - strips.begin * kStripRows), kVector, v);
         });
       }

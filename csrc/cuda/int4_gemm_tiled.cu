@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kGemmThreads, blocks_of_multiprocessor(kTokens
       const int token = i / kChunks, row = i % kChunks * kVector;
       const int64_t n = strip0 * kStripRows + row;
       if (n < p.n) {
-        finish<T>(p, aligned, token0 + token, n, [&](int64_t column, Vector& v) {
+        finish_sums<T>(p, aligned, token0 + token, n, [&](int64_t column, Vector& v) {
           load<true>(sums + token * kStride + (column - strip0 * kStripRows), kVector, v);
         });
       }

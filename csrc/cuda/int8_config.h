@@ -10,18 +10,16 @@
 // Tokens are spread evenly over their tiles, eight at a time: M = 513 may be 8 tiles of 72, which fill an H100 twice
 // where N = 4096, and is never 4 of 128 and one of a single token. Warps skip the tokens that a tile has not got.
 //
-// The times are a model, in cycles of a multiprocessor, that ranks plans. It has not been fitted to measurements.
+// The times are those of gpu.h's model.
 #pragma once
 
-#include "cuda/gemm_config.h"
+#include "cuda/gpu.h"
 #include "int8_layout.h"
 
 namespace qops::cuda::int8 {
 
 using namespace qops::int8;
 
-inline constexpr int kTileStrips = 8;
-inline constexpr int kTileRows = kTileStrips * kStripRows;
 inline constexpr int kTileTokens[] = {8, 16, 32, 64, 128};
 // How many tokens a tile may be given: up to 32, all that it has room for, as weights bound the product.
 struct TokenLimit {
@@ -158,19 +156,14 @@ struct Plan {
 
 namespace model {
 
-// Bytes that reach a multiprocessor in a cycle: its share of the memory, what it gets if others leave theirs, and from
-// L2; mma.m16n8k32 that it does in a cycle (half of one), and what starting a kernel and filling its ring costs.
-inline constexpr int64_t kBytesPerCycle = 16;
+using namespace cuda::model;
+
+// Of kBytesPerCycle: what a multiprocessor gets if others leave theirs.
 inline constexpr int64_t kMostBytesPerCycle = 20;
-inline constexpr int64_t kL2BytesPerCycle = 40;
-inline constexpr int64_t kCyclesPerMma = 2;
-inline constexpr int64_t kStart = 2000;
-inline constexpr int64_t kSecondKernel = 2000;
 // A block is not worth its start for fewer.
 inline constexpr int64_t kLeastUnits = 4;
 
 constexpr int64_t blocks_per_multiprocessor(TileShape tile, Gpu gpu) {
-  constexpr int64_t kReserved = 1024;  // of each block, by CUDA
   return max_of(1, min_of(2, (gpu.shared_bytes + kReserved) / (tile.shared_bytes(tile.stages) + kReserved)));
 }
 
@@ -201,7 +194,7 @@ constexpr Plan plan(int64_t m, int64_t n, int64_t k, TokenLimit limit, bool spli
   if (split) {
     const int64_t slots = p.blocks + min_of(p.blocks, p.tiles());
     const int64_t sums = slots * min_of(m, limit.tokens) * kTileRows * 4;  // written and read
-    p.time += kSecondKernel + 2 * sums / (kL2BytesPerCycle * gpu.multiprocessors);
+    p.time += second_kernel(sums, gpu);
   }
   return p;
 }

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/gemm_config.h"
+#include "cuda/gpu.h"
 #include "cuda/port.cuh"
 #include "kernels.h"
 

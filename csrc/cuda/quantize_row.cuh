@@ -71,7 +71,7 @@ struct StaticQuantizer {
 // Quantises the row whose vectors of a thread get(chunk, at, n, v) gives, twice the same. Behind the row's end a vector
 // may hold anything: a norm leaves NaN there where it multiplies zeros by an infinite factor.
 template <class T, class Shape, class Get>
-QOPS_DEVICE void quantise_row(int64_t row, int64_t columns, const Int8Rows& out, uint32_t* shared, const Get& get) {
+QOPS_DEVICE void quantise_row(int64_t row, int64_t columns, const Int8Output& out, uint32_t* shared, const Get& get) {
   uint32_t most = 0;
   for_chunks<Shape>(columns, [&](int chunk, int64_t at, int64_t n) {
     Vector v;

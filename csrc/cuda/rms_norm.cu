@@ -10,7 +10,7 @@ namespace {
 
 template <class T, class Shape, bool kInt8>
 __global__ void __launch_bounds__(Shape::kBlock, 1)
-    norm_kernel(const __grid_constant__ RmsNormParams p, const __grid_constant__ Int8Rows out) {
+    norm_kernel(const __grid_constant__ RmsNormParams p, const __grid_constant__ Int8Output out) {
   QOPS_SHARED(float, sums, Shape::kWarps);
   QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
 }
 
 template <bool kInt8>
-Status run(const RmsNormParams& p, const Int8Rows& out, cudaStream_t stream) {
+Status run(const RmsNormParams& p, const Int8Output& out, cudaStream_t stream) {
   if (p.h == 0 && !kInt8) return Status::kOk;  // however many rows
   bool is_aligned = aligned(p.x, p.x_rows, p.h, p.dtype) && multiple_of_16(p.weight);
   is_aligned = is_aligned && (kInt8 ? multiple_of_16(out.q) : multiple_of_16(p.y));

@@ -19,7 +19,7 @@ QOPS_DEVICE void gated(const T* gate, const T* up, int64_t n, bool round_before_
 
 template <class T, class Shape, bool kInt8>
 __global__ void __launch_bounds__(Shape::kBlock, 1)
-    silu_mul_kernel(const __grid_constant__ SiluMulParams p, const __grid_constant__ Int8Rows out) {
+    silu_mul_kernel(const __grid_constant__ SiluMulParams p, const __grid_constant__ Int8Output out) {
   QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
   if (row >= p.gate_rows.count) return;  // a whole warp; rows of several warps have a block each
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
 }
 
 template <bool kInt8>
-Status run(const SiluMulParams& p, const Int8Rows& out, cudaStream_t stream) {
+Status run(const SiluMulParams& p, const Int8Output& out, cudaStream_t stream) {
   if (p.columns == 0 && !kInt8) return Status::kOk;  // however many rows
   const void* y = kInt8 ? static_cast<const void*>(out.q) : p.y;
   const bool is_aligned = aligned(p.gate, p.gate_rows, p.columns, p.dtype) &&

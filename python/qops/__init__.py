@@ -4,7 +4,7 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info
-from qops.model import load_model, save_model
+from qops.models import load_model, quantize_model, save_model
 from qops.ops import (
     add_rms_norm,
     add_rms_norm_int8,
@@ -24,7 +24,6 @@ from qops.ops import (
     silu_mul,
     silu_mul_int8,
 )
-from qops.quantize import quantize_model
 from qops.weights import Int4Weight, Int8Weight
 
 __version__: str

@@ -33,7 +33,6 @@ from qops._numerics import (
     silu_mul_bound,
     weight_only_bound,
 )
-from qops._weight_rounding import add_rounding_to_odd
 from qops.ops._checks import INT4_KINDS
 from qops.ops.int4_gemm import int4_gemm_ref
 from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm_ref
@@ -42,6 +41,7 @@ from qops.ops.rms_norm import rms_norm_ref
 from qops.ops.rotary import rotary_ref
 from qops.ops.silu_mul import silu_mul_ref
 from qops.weights import Int4Weight, Int8Weight
+from qops.weights.rounding import add_rounding_to_odd
 
 ROWS = (1, 3, 17, 65, 130)
 EPS = 1e-5

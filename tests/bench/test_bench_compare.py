@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import compare, stats
-from bench.records import LIMIT, parse
+from bench import compare
+from bench.reporting import stats
+from bench.reporting.records import LIMIT, parse
 from tests.support.bench import invented_results as invented
 
 AXES = {"M": 1, "N": 64, "K": 64, "dtype": "bfloat16", "cache": "cold"}

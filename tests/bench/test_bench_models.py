@@ -11,10 +11,16 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qops
-from bench import models, problems, providers, timing
-from bench.peers import decode, vllm_layer
+from bench import problems
+from bench.peers import providers
+from bench.peers.cuda import vllm_layer
+from bench.problems.models.int4_decode import Int4Decode, int4_model
+from bench.problems.models.int8_layer import Int8Layer
+from bench.problems.shared.provider import Provider
+from bench.timing import samplers
 from tests.support.cuda.cuda_backend import gpu
 
+MODELS = ("int8_layer", "int4_decode")
 AXES: dict[str, int | str] = {
     **{"M": 3, "T": 5, "H": 96, "I": 64, "Hq": 3, "Hk": 1, "D": 32, "L": 3, "V": 72, "C": 9},
     **{"dtype": "bfloat16", "cache": "hot"},
@@ -27,12 +33,12 @@ def inference():
         yield
 
 
-def verify(provider: providers.Provider, problem: problems.Problem) -> timing.Error:
-    return timing.verify(provider, problem, provider.build(problem)())
+def verify(provider: Provider, problem: Int8Layer | Int4Decode) -> samplers.Error:
+    return samplers.verify(provider, problem, provider.build(problem)())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", models.OPS)
+@pytest.mark.parametrize("op", MODELS)
 def test_every_provider_on_the_cpu_computes_it(op):
     problem = problems.make(op, AXES)
     found = providers.all(op, "cpu")
@@ -41,24 +47,24 @@ def test_every_provider_on_the_cpu_computes_it(op):
         assert verify(provider, problem).relative > 0
 
 
-@pytest.mark.parametrize("op", models.OPS)
+@pytest.mark.parametrize("op", MODELS)
 def test_float32_is_a_thousand_times_closer_where_nothing_is_rounded(op):
     problem = problems.make(op, {**AXES, "dtype": "float32"})
     name = "qops" if op == "int4_decode" else "onednn F.linear"
     assert verify(next(p for p in providers.all(op, "cpu") if p.name == name), problem).relative < 2e-6
 
 
-@pytest.mark.parametrize("op", models.OPS)
+@pytest.mark.parametrize("op", MODELS)
 def test_another_result_is_refused(op):
     """With every weight that it has, one after the other, ten times as large."""
     problem = problems.make(op, AXES)
     provider = providers.all(op, "cpu")[0]
-    if isinstance(problem, models.Int8Layer):
+    if isinstance(problem, Int8Layer):
         names = [name for name in problem.__annotations__ if name.endswith(("_norm", "_scale"))]
         wrong = [replace(problem, **{name: 10 * getattr(problem, name)}) for name in names]
         assert len(wrong) == 6
     else:
-        assert isinstance(problem, models.Int4Decode)
+        assert isinstance(problem, Int4Decode)
         first, layer, last = problem.layers
         larger = {name: matrix._replace(scales=10 * matrix.scales) for name, matrix in layer.linears.items()}
         others = [layer._replace(linears=layer.linears | {name: matrix}) for name, matrix in larger.items()]
@@ -66,23 +72,23 @@ def test_another_result_is_refused(op):
         wrong += [replace(problem, layers=(first, first, last)), replace(problem, sizes=problem.sizes | {"C": 30})]
     for other in wrong:
         with pytest.raises(ValueError, match="wrong result"):
-            timing.verify(provider, problem, provider.build(other)())
+            samplers.verify(provider, problem, provider.build(other)())
 
 
 def test_a_step_goes_on_from_the_token_of_the_step_before():
     problem = problems.make("int4_decode", {**AXES, "dtype": "float32"})
-    assert isinstance(problem, models.Int4Decode)
+    assert isinstance(problem, Int4Decode)
     for provider in providers.all("int4_decode", "cpu"):
         step = provider.build(problem)
         first = step().clone()
-        timing.verify(provider, problem, first)
-        timing.verify(provider, replace(problem, ids=first.argmax(-1)), step())
+        samplers.verify(provider, problem, first)
+        samplers.verify(provider, replace(problem, ids=first.argmax(-1)), step())
 
 
 def test_the_weights_are_those_of_the_problem_and_four_bits_wide():
     problem = problems.make("int4_decode", AXES)
-    assert isinstance(problem, models.Int4Decode)
-    model = decode.int4_model(problem)
+    assert isinstance(problem, Int4Decode)
+    model = int4_model(problem)
     packed = [m for m in model.modules() if isinstance(m, qops.Int4Weight)]
     assert len(packed) == 4 * 3 and all(weight.is_packed for weight in packed)
     wanted = problem.layers[2].linears["mlp.down_proj"].dense()
@@ -100,7 +106,7 @@ class NothingForTheHost(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op", models.OPS)
+@pytest.mark.parametrize("op", MODELS)
 def test_a_call_can_be_captured(op):
     problem = problems.make(op, AXES)
     for provider in providers.all(op, "cpu"):
@@ -165,7 +171,7 @@ def test_a_layer_of_vllms_operators(monkeypatch):
         verify(provider, problem)
 
 
-@pytest.mark.parametrize("op", models.OPS)
+@pytest.mark.parametrize("op", MODELS)
 def test_ours_as_a_gpu_will_run_it(op, backend):
     """In the emulator, and on a GPU where there is one."""
     with gpu(backend):

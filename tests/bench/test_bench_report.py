@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import plots, records, report, tables
-from bench.figures import Figure, figures_of, figures_of_operator
+from bench import report
+from bench.reporting import plots, records, tables
+from bench.reporting.figures import Figure, figures_of, figures_of_operator
 from tests.support.bench import invented_results as invented
 
 needs_matplotlib = pytest.mark.skipif(
@@ -53,7 +54,7 @@ def site(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "README.md").write_text(f"# Title\n\n{report.BEGIN}\nold\n\n{report.END}\nrest\n")
     expected = report.report([records.parse("a.json", invented.full())])
     for name, text in {**expected.pages, **{n: f.digest for n, f in expected.figures.items()}}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     readme = tmp_path / "README.md"
     readme.write_text(report.with_section(readme.read_text(), expected.readme))
@@ -345,7 +346,7 @@ def test_plots(tmp_path):
     assert {path.name for path in tmp_path.glob("*.md")} == {"RESULTS.md", "RESULTS-mine.md"}
     assert report.main([str(tmp_path / "a.json"), "--out", str(tmp_path), "--check"]) == 0
     drawn = {figure.title: figure for figure in figures(invented.full())}
-    files = sorted((tmp_path / "plots").glob("*.svg"))
+    files = sorted((tmp_path / "plots").rglob("*.svg"))
     assert len(files) == len(drawn)
     for file in files:
         text = file.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -15,14 +16,23 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench import cases, document, limits, problems, providers, run, session, timing
-from bench.cases import Case
-from bench.document import Document, OtherRun
+from bench import problems, run
+from bench.peers import MODULES, providers
+from bench.problems.int4_gemm import Int4Gemm
+from bench.problems.int8_gemm import Int8Gemm
+from bench.problems.rms_norm import Norm
+from bench.problems.shared import cases
+from bench.problems.shared.cases import Case
+from bench.problems.shared.operator import SAMPLED_COLUMNS, SAMPLED_ROWS
+from bench.problems.shared.provider import Provider
+from bench.problems.silu_mul import SiluMul
+from bench.timing import document, limits, samplers, session
+from bench.timing.document import Document, OtherRun
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("tests.support.bench.fake_providers",)
+FAKES = ("tests.support.bench.fake_providers",)
 SMALL = Case("silu_mul", {"T": 4, "I": 64, "dtype": "bfloat16", "cache": "cold", "threads": 1})
-FAST = timing.Protocol(
+FAST = samplers.Protocol(
     rounds=6,
     case_seconds=60,
     sample_seconds=1e-4,
@@ -33,7 +43,7 @@ FAST = timing.Protocol(
 
 
 def plan(*argv: str) -> run.Plan:
-    return run.plan(run.arguments(argv), MODULES if "silu_mul" in argv else providers.DEFAULT_MODULES)
+    return run.plan(run.arguments(argv), FAKES if "silu_mul" in argv else MODULES)
 
 
 # --- what is computed ------------------------------------------------------------------------------------------------
@@ -42,11 +52,11 @@ AXES: dict[str, int | str] = {
     "M": 5, "N": 96, "K": 256, "G": 32, "kind": "offset", "T": 5, "H": 96, "I": 48, "Hq": 3, "Hk": 1, "D": 32,
     "L": 2, "V": 64, "C": 8, "dtype": "bfloat16", "cache": "cold",
 }  # fmt: skip
-RULE = {"quantize_int8": "torchao", "quantize_int8_asym": "asym", "quantize_int8_static": "static"}
+GEMMS = ("int4_gemm", "int8_weight_only_gemm", "int8_gemm")
 
 
 def axes_of(op: str) -> dict[str, int | str]:
-    return {**AXES, "rule": RULE.get(op, "")}
+    return {**problems.OPERATORS[op].tiny, **AXES, **({"rule": "torchao"} if op == "quantize_int8" else {})}
 
 
 def digest(seed: int) -> str:
@@ -65,13 +75,31 @@ def test_problems_are_the_same_in_every_process_and_differ_by_seed():
     elsewhere = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     assert elsewhere == digest(1) != digest(2)
     first, second = (problems.make("int4_gemm", axes_of("int4_gemm"), seed=seed) for seed in (0, 1))
-    assert isinstance(first, problems.Int4Gemm) and isinstance(second, problems.Int4Gemm)
+    assert isinstance(first, Int4Gemm) and isinstance(second, Int4Gemm)
     assert not torch.equal(first.qweight, second.qweight) and not torch.equal(first.scales, second.scales)
+
+
+def test_a_file_has_the_operator_of_its_name(tmp_path, monkeypatch):
+    """And is found by it, with the forms that share it."""
+    (tmp_path / "invented" / "models").mkdir(parents=True)
+    (tmp_path / "invented" / "models" / "__init__.py").touch()
+    (tmp_path / "invented" / "__init__.py").touch()
+    text = "from bench.problems.shared.operator import Operator\nOPERATORS = [*map(Operator, {})]\n"
+    (tmp_path / "invented" / "twist.py").write_text(text.format(["twist", "twist_int8"]))
+    (tmp_path / "invented" / "models" / "layer.py").write_text(text.format(["layer"]))
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module("invented")
+    assert [operator.name for operator in problems.found(package)] == ["twist", "twist_int8", "layer"]
+    (tmp_path / "invented" / "wrong.py").write_text(text.format(["right"]))
+    with pytest.raises(ValueError, match=r"invented\.wrong: OPERATORS must hold the operator of that name"):
+        list(problems.found(package))
+    with pytest.raises(ValueError, match="no operator 'int5_gemm'; there are int4_dequantize, int4_gemm"):
+        problems.make("int5_gemm", AXES)
 
 
 def test_weights_do_not_depend_on_the_rows():
     one, many = (problems.make("int8_gemm", {**AXES, "M": m}) for m in (1, 9))
-    assert isinstance(one, problems.Int8Gemm) and isinstance(many, problems.Int8Gemm)
+    assert isinstance(one, Int8Gemm) and isinstance(many, Int8Gemm)
     assert torch.equal(one.codes, many.codes) and torch.equal(one.w_scale, many.w_scale)
 
 
@@ -84,7 +112,7 @@ def test_bytes_are_those_of_the_tensors(op):
     outputs = next(p for p in providers.all(op, "cpu") if p.name == "qops").build(problem)()
     results = outputs if isinstance(outputs, tuple) else (outputs,)
     written = sum(t.nbytes for t in results)
-    assert problems.written_bytes(op, axes) == written
+    assert problems.OPERATORS[op].traffic(axes).written == written
     read = sum(t.nbytes for t in tensors)
     if op in ("quantize_int8_static", "qk_norm_rotary"):
         read -= 8 if op == "quantize_int8_static" else 2 * 32 * 2  # a scale and a zero point; two weights of a head
@@ -94,18 +122,18 @@ def test_bytes_are_those_of_the_tensors(op):
         read -= (64 - 5) * 96 * 2  # of the table, a row for each sequence
     assert problems.bytes_and_flops(op, axes)[0] == read + written
     layer = 2 * (5 * 96 * 32 + 96 * 96 + 3 * 96 * 48)  # k, v; q, o; gate, up, down
-    dense = {**dict.fromkeys(problems.GEMMS, 2 * 96 * 256), "int8_layer": layer, "int4_decode": 2 * layer}
-    assert problems.weight_bytes(op, axes, 16) == dense.get(op, 0)
+    dense = {**dict.fromkeys(GEMMS, 2 * 96 * 256), "int8_layer": layer, "int4_decode": 2 * layer}
+    assert problems.OPERATORS[op].weight_bytes(axes, 16) == dense.get(op, 0)
 
 
 def test_a_large_reference_is_sampled_at_the_edges():
     axes: dict[str, int | str] = {"M": 100, "N": 1000, "K": 512, "dtype": "bfloat16"}
     problem = problems.make("int8_gemm", axes)
-    assert isinstance(problem, problems.Int8Gemm)
+    assert isinstance(problem, Int8Gemm)
     exact = problem.q.double() @ problem.codes.double().T * problem.w_scale.double() * problem.scale.double()[:, None]
     (expected,) = problems.reference("int8_gemm", problem)
     (taken,) = problems.sample("int8_gemm", problem, exact)
-    assert expected.shape == (problems.SAMPLED_ROWS, problems.SAMPLED_COLUMNS)
+    assert expected.shape == (SAMPLED_ROWS, SAMPLED_COLUMNS)
     torch.testing.assert_close(taken, expected, rtol=1e-12, atol=1e-12)
     for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
         assert taken[corner] == exact[corner]
@@ -118,7 +146,7 @@ def test_rotation_passes_the_cache_within_the_caps():
     mib = 1 << 20
 
     def copies(size: int, cache: int, memory: int = 1 << 40, device: str = "cpu") -> int:
-        return timing.rotation(size, cache, timing.Protocol(), memory, device)
+        return samplers.rotation(size, cache, samplers.Protocol(), memory, device)
 
     assert copies(mib, 8 * mib) == 24
     assert copies(8 * mib, 480 * mib) == 64  # half a GiB
@@ -128,7 +156,7 @@ def test_rotation_passes_the_cache_within_the_caps():
     assert copies(200 * mib, 50 * mib, device="cuda") == 8
     assert copies(10 * mib, 50 * mib, device="cuda") == 15
     assert copies(10_000_000, mib, device="cuda") == 10
-    assert timing.last_level_cache_bytes() >= 1 << 16
+    assert samplers.last_level_cache_bytes() >= 1 << 16
 
 
 def test_clocks_are_those_of_nvidia_smi(monkeypatch, tmp_path):
@@ -143,21 +171,21 @@ def test_clocks_are_those_of_nvidia_smi(monkeypatch, tmp_path):
 def test_copies_have_weights_of_their_own():
     axes = axes_of("int8_gemm")
     first = problems.make("int8_gemm", axes)
-    second = timing.another("int8_gemm", axes, "cpu", first, 1)
-    assert isinstance(first, problems.Int8Gemm) and isinstance(second, problems.Int8Gemm)
+    second = samplers.another("int8_gemm", axes, "cpu", first, 1)
+    assert isinstance(first, Int8Gemm) and isinstance(second, Int8Gemm)
     assert not torch.equal(first.codes, second.codes)
     norm = problems.make("rms_norm", axes_of("rms_norm"))
-    other = timing.another("rms_norm", axes_of("rms_norm"), "cpu", norm, 1)
-    assert isinstance(norm, problems.Norm) and isinstance(other, problems.Norm)
+    other = samplers.another("rms_norm", axes_of("rms_norm"), "cpu", norm, 1)
+    assert isinstance(norm, Norm) and isinstance(other, Norm)
     assert torch.equal(norm.x, other.x) and norm.x.data_ptr() != other.x.data_ptr()
 
 
 def test_copies_leave_memory_free(monkeypatch):
     (provider,) = offered("good")
-    assert timing.prepare(provider, SMALL.axes, "cpu", FAST, 1 << 30)[1]["rotated_inputs"] == FAST.rotation_cap_copies
-    assert 0 < timing.free_memory() < 1
-    monkeypatch.setattr(timing, "free_memory", lambda: 0.1)
-    assert timing.prepare(provider, SMALL.axes, "cpu", FAST, 1 << 30)[1]["rotated_inputs"] == 1
+    assert samplers.prepare(provider, SMALL.axes, "cpu", FAST, 1 << 30)[1]["rotated_inputs"] == FAST.rotation_cap_copies
+    assert 0 < samplers.free_memory() < 1
+    monkeypatch.setattr(samplers, "free_memory", lambda: 0.1)
+    assert samplers.prepare(provider, SMALL.axes, "cpu", FAST, 1 << 30)[1]["rotated_inputs"] == 1
 
 
 def test_a_dense_weight_takes_more_bytes():
@@ -165,23 +193,23 @@ def test_a_dense_weight_takes_more_bytes():
     ours, dense = (
         next(p for p in providers.all("int4_gemm", "cpu") if p.name == name) for name in ("qops", "onednn F.linear")
     )
-    difference = timing.call_bytes(dense, axes) - timing.call_bytes(ours, axes)
-    assert difference == 2 * 96 * 256 - problems.weight_bytes("int4_gemm", axes)
+    difference = samplers.call_bytes(dense, axes) - samplers.call_bytes(ours, axes)
+    assert difference == 2 * 96 * 256 - problems.OPERATORS["int4_gemm"].weight_bytes(axes)
 
 
 def test_verification_refuses_wrong_results():
     problem = problems.make("silu_mul", SMALL.axes)
-    assert isinstance(problem, problems.SiluMul)
+    assert isinstance(problem, SiluMul)
     gate, up = problem.gate_up.double().chunk(2, dim=-1)
     exact = gate.sigmoid() * gate * up
-    provider = providers.Provider("a", "silu_mul", ("cpu",), lambda p: p, "rounded")
-    error = timing.verify(provider, problem, exact.bfloat16())
+    provider = Provider("a", "silu_mul", ("cpu",), lambda p: p, "rounded")
+    error = samplers.verify(provider, problem, exact.bfloat16())
     assert 0 < error.relative < 0.005 and error.absolute > 0
     for other in (1.1 * exact, exact[1:], exact[:, 1:], (exact, exact), torch.full_like(exact, torch.nan)):
         with pytest.raises(ValueError, match="wrong result"):
-            timing.verify(provider, problem, other)
+            samplers.verify(provider, problem, other)
     coarse = dataclasses.replace(provider, accuracy="int8 activations per group")
-    assert timing.verify(coarse, problem, 1.05 * exact).relative > provider.largest_error
+    assert samplers.verify(coarse, problem, 1.05 * exact).relative > problems.largest_error(provider)
 
 
 class Asked(session.Session):
@@ -202,8 +230,8 @@ class Asked(session.Session):
         return {"us": float(len(self.asked)), **({"peak_gflops": 1.0} if provider == "limit" else {})}
 
 
-def offered(*names: str) -> list[providers.Provider]:
-    return [p for p in providers.all("silu_mul", "cpu", MODULES) if p.name in names]
+def offered(*names: str) -> list[Provider]:
+    return [p for p in providers.all("silu_mul", "cpu", FAKES) if p.name in names]
 
 
 def test_providers_take_turns():
@@ -224,7 +252,7 @@ def test_a_provider_that_fails_later_loses_its_row():
 
 
 def test_slow_cases_have_fewer_rounds():
-    protocol = timing.Protocol()
+    protocol = samplers.Protocol()
     assert session.rounds_of([0.002] * 5, protocol) == 30
     assert session.rounds_of([0.1, 0.1], protocol) == 10
     assert session.rounds_of([10, 10], protocol) == protocol.least_rounds
@@ -234,9 +262,9 @@ def test_slow_cases_have_fewer_rounds():
 @pytest.fixture(scope="module")
 def fates() -> dict[str, dict]:
     """The rows of a case with providers of every kind, in processes."""
-    workers = session.Session("cpu", document.slots(1), FAST, MODULES)
+    workers = session.Session("cpu", document.slots(1), FAST, FAKES)
     try:
-        rows = workers.run(SMALL, providers.all("silu_mul", "cpu", MODULES))
+        rows = workers.run(SMALL, providers.all("silu_mul", "cpu", FAKES))
     finally:
         workers.close()
     return {row["provider"]: row for row in rows}
@@ -281,7 +309,7 @@ def test_lower_bound():
 @pytest.mark.parametrize("op", ["int4_gemm", "int8_gemm"])
 def test_peaks_of_products(op):
     limit = limits.CpuLimit(op, axes_of(op), FAST, 1 << 20)
-    assert limit.kind in ("f32", limits.peak_kind(op)) and limit.sample()["peak_gflops"] > 0.1
+    assert limit.kind in ("f32", problems.OPERATORS[op].unit) and limit.sample()["peak_gflops"] > 0.1
 
 
 def test_slots_are_disjoint():
@@ -313,7 +341,7 @@ def test_shapes_are_those_of_real_models_and_awkward_ones():
     assert {n for n, _ in sizes} >= {704, 2112} and {k for _, k in sizes} >= {10944}
     found = {case.axes["M"] for case in plan("int4_gemm", "--full", "--layers", "moe expert").cases}
     assert found == {1, 2, 4, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 512, 1024, 2048, 4096, 8192}
-    for op in problems.WEIGHT_ONLY:
+    for op in GEMMS[:2]:
         for case in plan(op, "--full", "--rows", "1").cases:
             assert int(case.axes["K"]) % int(case.axes["G"]) == 0
 
@@ -344,7 +372,7 @@ def test_named_layers_rows_threads_and_providers():
 )
 def test_mistakes_are_one_line(argv, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run.main(argv, MODULES if "silu_mul" in argv else providers.DEFAULT_MODULES) == 2
+    assert run.main(argv, FAKES if "silu_mul" in argv else MODULES) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("bench.run: ") and captured.err.count("\n") == 1
 
@@ -373,7 +401,7 @@ class Fake:
         return [{**row, "samples_us": [1 / 3, 2.0]} for row in rows]
 
 
-def results(path: Path | None, protocol: timing.Protocol = FAST) -> Document:
+def results(path: Path | None, protocol: samplers.Protocol = FAST) -> Document:
     return Document(path, {"name": "a machine", "kind": "cpu"}, protocol)
 
 
@@ -419,7 +447,7 @@ def test_a_file_of_another_run_is_left_alone(tmp_path):
     results(path).add(SMALL, Fake().run(SMALL, offered("qops")), [])
     results(path)
     with pytest.raises(OtherRun, match="protocol differ"):
-        results(path, timing.Protocol())
+        results(path, samplers.Protocol())
     text = path.read_text()
     path.write_text(text.replace('"git_sha": "', '"git_sha": "0'))
     with pytest.raises(OtherRun, match="git_sha differ"):
@@ -464,7 +492,7 @@ def test_the_table_takes_ratios_round_by_round():
 def test_pytest_writes_the_same_document(tmp_path):
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "r.json"
-    node = "bench/bench_silu_mul.py::bench_silu_mul[silu_mul T=1 I=1536 dtype=bfloat16 cache=hot]"
+    node = "bench/bench_operators.py::bench_silu_mul[silu_mul T=1 I=1536 dtype=bfloat16 cache=hot]"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", node, "--benchmark-only"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("PYTEST_XDIST_WORKER", None)  # whose benchmarks would not be timed
@@ -474,13 +502,13 @@ def test_pytest_writes_the_same_document(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(path.read_text())["results"]
     assert [row["provider"] for row in rows] == ["qops", "transformers formula", "limit"]
-    assert {len(row["samples_us"]) for row in rows} == {timing.Protocol().rounds}
+    assert {len(row["samples_us"]) for row in rows} == {samplers.Protocol().rounds}
 
 
 def test_interrupting_the_command_keeps_what_was_measured(tmp_path):
     """Ctrl-C in the terminal: a signal to the parent, while its workers run."""
     path = tmp_path / "r.json"
-    code = f"import sys; from bench import run; sys.exit(run.main(sys.argv[1:], {MODULES!r}))"
+    code = f"import sys; from bench import run; sys.exit(run.main(sys.argv[1:], {FAKES!r}))"
     command = ["silu_mul", "--threads", "1", "--providers", "qops", "--rows", "1,2,4", "--out", str(path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(

@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, devices, emulated, problems, providers, run, session, timing
-from bench.cases import Case
-from bench.document import Document
-from bench.providers import LIMIT
+from bench import problems, run
+from bench.peers import providers
+from bench.problems.shared import cases, devices
+from bench.problems.shared.cases import Case
+from bench.problems.shared.provider import LIMIT
+from bench.timing import emulated, samplers, session
+from bench.timing.document import Document
 
-FAST = timing.Protocol(rounds=3, case_seconds=60, sample_seconds=1e-4, warm_up_seconds=1e-3, timeout_seconds=50)
+FAST = samplers.Protocol(rounds=3, case_seconds=60, sample_seconds=1e-4, warm_up_seconds=1e-3, timeout_seconds=50)
 SILU = Case("silu_mul", {"T": 4, "I": 64, "dtype": "bfloat16", "cache": "cold"})
 ROTARY = Case("rotary", {"T": 4, "Hq": 2, "Hk": 1, "D": 32, "dtype": "bfloat16", "cache": "cold"})
 
@@ -32,8 +35,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.calls = 0, list[int]()
-        monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: self.now)
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: 1e-9 * self.now)
+        monkeypatch.setattr(samplers.time, "perf_counter_ns", lambda: self.now)
+        monkeypatch.setattr(samplers.time, "perf_counter", lambda: 1e-9 * self.now)
 
     def call(self, name: int) -> None:
         self.calls.append(name)
@@ -44,7 +47,7 @@ class Clock:
 def test_a_sample_is_the_time_of_one_call(monkeypatch, seconds, calls):
     clock = Clock(monkeypatch)
     functions = [functools.partial(clock.call, i) for i in range(3)]
-    sampler = timing.Sampler(functions, dataclasses.replace(FAST, sample_seconds=seconds))
+    sampler = samplers.Sampler(functions, dataclasses.replace(FAST, sample_seconds=seconds))
     assert sampler.calls == calls
     clock.calls.clear()
     assert sampler.sample() == {"us": pytest.approx(1000)}
@@ -54,7 +57,7 @@ def test_a_sample_is_the_time_of_one_call(monkeypatch, seconds, calls):
 def test_calls_rotate_through_the_inputs():
     seen: list[int] = []
     protocol = dataclasses.replace(FAST, sample_seconds=0)
-    sampler = timing.Sampler([lambda i=i: seen.append(i) for i in range(3)], protocol)
+    sampler = samplers.Sampler([lambda i=i: seen.append(i) for i in range(3)], protocol)
     sampler.calls = 4
     seen.clear()
     assert sampler.sample()["us"] > 0
@@ -115,7 +118,7 @@ def test_a_graph_holds_a_call_for_each_copy(monkeypatch, copies, in_graph, repla
     cuda = FakeCuda(monkeypatch)
     calls = [functools.partial(cuda.call, i) for i in range(copies)]
     protocol = dataclasses.replace(FAST, sample_seconds=1e-3 * in_graph * replays)
-    sampler = timing.CudaSampler(calls, protocol, graph=graph)
+    sampler = samplers.CudaSampler(calls, protocol, graph=graph)
     assert cuda.captured == [i % copies for i in range(in_graph)] if graph else not cuda.captured
     assert sampler.calls == in_graph * replays
     cuda.log.clear()
@@ -154,9 +157,9 @@ def test_the_device_is_the_one_that_is_named_or_there(monkeypatch):
         monkeypatch.setenv("QOPS_BENCH_DEVICE", kind)
         assert devices.chosen() == kind
     monkeypatch.setenv("QOPS_BENCH_DEVICE", "emulated")
-    assert [case.op for op in problems.OPS for case in cases.benchmarked(op)] == [*problems.OPS]
+    assert [case.op for op in problems.OPS for case in problems.benchmarked(op)] == [*problems.OPS]
     monkeypatch.setenv("QOPS_BENCH_DEVICE", "cuda")
-    gemms = {(case.axes["layer"], case.axes["M"]) for case in cases.benchmarked("int4_gemm")}
+    gemms = {(case.axes["layer"], case.axes["M"]) for case in problems.benchmarked("int4_gemm")}
     assert gemms == {(f"llama3-8b {name}", m) for name in ("o", "down") for m in (1, 16, 256, 4096)}
     monkeypatch.setenv("QOPS_BENCH_DEVICE", "rocm")
     with pytest.raises(ValueError, match="QOPS_BENCH_DEVICE must be one of cpu, cuda, emulated, got 'rocm'"):
@@ -166,8 +169,8 @@ def test_the_device_is_the_one_that_is_named_or_there(monkeypatch):
 @pytest.mark.parametrize("op", problems.OPS)
 def test_what_an_emulator_is_asked_is_what_a_gpu_is_asked(op):
     """The axes of a tiny case are those of a GPU's cases."""
-    (tiny,) = cases.cases(op, cases.EMULATED)
-    assert list(tiny.axes) == list(cases.cases(op, cases.CUDA_QUICK)[0].axes)
+    (tiny,) = problems.cases(op, cases.EMULATED)
+    assert list(tiny.axes) == list(problems.cases(op, cases.CUDA_QUICK)[0].axes)
     names = [p.name for p in providers.all(op, "cuda", providers.EAGER_MODULES)]
     plan = run.plan(run.arguments([op, "--device", "emulated"]), providers.EAGER_MODULES)
     assert [p.name for p in plan.offered[op]] == names and plan.cases == [tiny]

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 import qops
-from bench import evidence as steps
-from bench import gpu_evidence, once, run
-from bench.evidence import Evidence
+from bench import gpu_evidence, run
 from bench.gpu_evidence import Stage
+from bench.timing import evidence as steps
+from bench.timing import once
+from bench.timing.evidence import Evidence
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -332,7 +333,9 @@ def test_tools_of_a_gpu(on_a_gpu, evidence, monkeypatch):
     assert [command[:3] for _, name, command in ran if name == "compute-sanitizer"] == [
         ["compute-sanitizer", "--tool", tool] for tool in ("memcheck", "racecheck")
     ]
-    profiled = [(name, command[command.index("bench.once") + 1]) for stage, name, command in ran if stage == "profile"]
+    profiled = [
+        (name, command[command.index("bench.timing.once") + 1]) for stage, name, command in ran if stage == "profile"
+    ]
     assert profiled == [(f"{op}, {rows}", op) for op, rows in gpu_evidence.PROFILED[1:]]
     assert {step.status for step in evidence.steps if step.stage != "profile" or not evidence.has_gpu} == {
         "unavailable"

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from bench import problems
-from bench.gpu_evidence import ROW_OPS
 from qops import _native
 from tests.support.cuda import cuda_tools
 
@@ -58,7 +57,7 @@ def test_the_evidence_command(tmp_path):
 
     rows = [row for stage in ("gemms", "rows") for row in json.loads((out / f"{stage}.json").read_text())["results"]]
     ours = {row["op"]: row for row in rows if row["provider"] == "qops"}
-    assert set(ours) == {"int4_gemm", "int8_gemm", *ROW_OPS}
+    assert set(ours) == {"int4_gemm", "int8_gemm", *(op for op in problems.OPS if not op.startswith("int"))}
     assert {op for op, row in ours.items() if row["error"]} == set(PLANTED)
     reasons = {"int4_gemm": "killed by SIGSEGV", "int8_gemm": "no answer in 30 s", "silu_mul": "wrong result"}
     for op, reason in reasons.items():
@@ -67,6 +66,10 @@ def test_the_evidence_command(tmp_path):
         assert row["provider"] == "qops" or row["samples_us"] or row["error"].startswith("Unsupported: "), row
     for stage, op in (("gemms", "int4_gemm"), ("gemms", "int8_gemm"), ("rows", "silu_mul")):
         assert any(op in name for name in steps[stage, "bench.run"]["failed"])
+
+
+def of(*ops: str) -> list[str]:
+    return [f"bench/bench_operators.py::bench_{op}" for op in ops]
 
 
 def pytest_bench(files: list[str], env: dict[str, str], *options: str) -> tuple[int, str]:
@@ -98,20 +101,19 @@ def test_the_benchmarks_of_a_gpu(tmp_path):
     for op, names in found.items():
         assert "limit" in names and len(names) >= 3 - (op == "int8_weight_only_gemm"), (op, names)
         assert ("qops" in names) == (op != "int8_weight_only_gemm")
-        vendor = op in (*problems.GEMMS, "int8_layer", "int4_decode")
+        vendor = op in ("int4_gemm", "int8_weight_only_gemm", "int8_gemm", "int8_layer", "int4_decode")
         assert any(name.startswith("cublas") for name in names) == vendor
     assert "1 skipped" in text  # int8_weight_only_gemm, which has no CUDA kernel
 
 
 def test_a_fault_costs_a_benchmark(tmp_path):
-    files = [f"bench/bench_{op}.py" for op in ("silu_mul", "rotary", "int8_gemm")]
-    code, text, found = benchmarks(tmp_path / "b.json", files, planted("silu_mul=crash", "rotary=wrong"))
+    chosen = of("silu_mul", "rotary", "int8_gemm")
+    code, text, found = benchmarks(tmp_path / "b.json", chosen, planted("silu_mul=crash", "rotary=wrong"))
     assert code == 1 and "2 failed" in text and "killed by SIGSEGV" in text and "wrong result" in text, text
     assert "qops" in found["int8_gemm"] and "cublas _int_mm" in found["int8_gemm"]
     assert found["silu_mul"] == found["rotary"] == {"transformers formula", "limit"}
 
 
 def test_what_is_not_timed_is_verified():
-    files = [f"bench/bench_{op}.py" for op in ("silu_mul", "rotary")]
-    code, text = pytest_bench(files, planted("rotary=wrong"), "--benchmark-disable")
+    code, text = pytest_bench(of("silu_mul", "rotary"), planted("rotary=wrong"), "--benchmark-disable")
     assert code == 1 and "1 failed, 5 passed" in text and "wrong result" in text and "no speeds" not in text, text

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qops
-from qops.decoder import DecoderLayer
-from qops.smoothing import smoothing_scales
+from qops.models.decoder import DecoderLayer
+from qops.models.smoothing import smoothing_scales
 from qops.testing import assert_bitwise
 from tests.support.cuda.cuda_backend import Backend, gpu
 from tests.support.models.layerwise import assert_int8_layers_accurate, hidden_states

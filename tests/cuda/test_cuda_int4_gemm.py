@@ -23,7 +23,7 @@ from qops.testing import (
     weight_only_bound,
 )
 from tests.support.cuda.cuda_backend import POLICIES, Backend, gpu, made_there
-from tests.support.cuda.gemm_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans
+from tests.support.cuda.int4_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans
 from tests.support.ops.random_weights import KINDS, SCALE_DTYPES, random_int4
 from tests.support.ops.weight_only_oracle import fma
 

@@ -188,7 +188,7 @@ def test_every_synchronisation_is_missed_when_it_is_gone(emulated):
         return [ops.int4_pack(qweight), ops.int4_unpack(packed, 40), *weights]
 
     want = run()
-    files = ("weight_pack.cu", "int4_dequantize.cu")
+    files = ("weight_pack_int4.cu", "int4_dequantize.cu")
     places = [place for place in emulated.synchronisations() if any(file in place for file in files)]
     assert len(places) == 4, places
     for place in places:

@@ -531,9 +531,13 @@ def test_every_synchronisation_is_missed_when_it_is_gone(emulated):
         return True
 
     assert is_right(2, "")
-    places = [place for place in emulated.synchronisations() if place.startswith("int8_gemm.cu:")]
-    lines = (cuda_tools.ROOT / "csrc/cuda/int8_gemm.cu").read_text().splitlines()
-    found = Counter(lines[int(place.partition(":")[2]) - 1].strip() for place in places)
+    places = [place for place in emulated.synchronisations() if place.startswith("int8_")]
+
+    def statement(place: str) -> str:
+        file, _, line = place.partition(":")
+        return (cuda_tools.ROOT / "csrc/cuda" / file).read_text().splitlines()[int(line) - 1].strip()
+
+    found = Counter(map(statement, places))
     assert found == SYNCHRONISATIONS
     for place in places:
         assert not all(is_right(seed, place) for seed in range(9)), f"{place}: nothing shows that it is there"

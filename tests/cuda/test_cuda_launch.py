@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qops.testing import assert_bitwise, generator, random_activations
 from tests.support.cuda.cuda_backend import emulated_operators
-from tests.support.cuda.gemm_plans import DECODE, Gpu, Question, plans
+from tests.support.cuda.int4_plans import DECODE, Gpu, Question, plans
 from tests.support.cuda.launch_records import launches, limits
 from tests.support.properties.overloads import ROW_OPS, valid_calls
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qops.models import quantize_model
 from qops.nn import Int4Linear
-from qops.quantize import quantize_model
 from qops.testing import generator
 from tests.support.cuda.cuda_backend import gpu
 from tests.support.models.layerwise import assert_layers_accurate

@@ -21,8 +21,8 @@ pytest.importorskip("transformers")
 
 from qops.demo import artefact, chat, cli, compare, console
 from qops.demo.console import DemoError, Progress
-from qops.model import dense_model, load_model
-from qops.replacement import is_replaced
+from qops.models import dense_model, load_model
+from qops.models.replacement import is_replaced
 from tests.support.models.demo_models import byte_tokenizer, write_folder
 
 # Terminal

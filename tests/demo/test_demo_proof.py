@@ -15,12 +15,12 @@ pytest.importorskip("transformers")
 
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-import qops.model
-import qops.proof
-from qops.decoder import DecoderLayer, fused_class
+import qops.models
+import qops.models.proof
 from qops.demo import chat, cli, compare, console, proof
 from qops.demo.console import DemoError
-from qops.model import dense_model, load_model, load_tokenizer
+from qops.models import dense_model, load_model, load_tokenizer
+from qops.models.decoder import DecoderLayer, fused_class
 from qops.nn import MLP
 from tests.support.models.demo_models import byte_tokenizer, write_folder
 
@@ -118,12 +118,12 @@ def cache_is_forgotten(patch):
 
 
 def cached_steps_are_rotated_too_far(patch):
-    whole = qops.decoder.RotaryTables.forward
+    whole = qops.models.decoder.RotaryTables.forward
 
     def forward(self, x, position_ids, *more):
         return whole(self, x, position_ids + (position_ids.shape[1] == 1), *more)
 
-    patch.setattr(qops.decoder.RotaryTables, "forward", forward)
+    patch.setattr(qops.models.decoder.RotaryTables, "forward", forward)
 
 
 def residual_is_forgotten(patch):
@@ -146,7 +146,7 @@ def residual_is_forgotten(patch):
 )
 def test_a_wrong_answer_fails(folder, capsys, monkeypatch, fault, way):
     # Loading would notice too, and not fuse these layers.
-    monkeypatch.setattr(qops.proof, "prove_fusion", lambda *args: ("not looked at", None))
+    monkeypatch.setattr(qops.models.proof, "prove_fusion", lambda *args: ("not looked at", None))
     fault(monkeypatch)
     assert run(folder, *WAYS[way], "--max-new-tokens", "5") == console.EXIT_FAILED
     captured = capsys.readouterr()
@@ -173,7 +173,7 @@ def judged(monkeypatch):
             assert input_ids.tolist() == [[7, 8, 9, *answer[:-1]]]
             return SimpleNamespace(logits=dense[None, -logits_to_keep:])
 
-        monkeypatch.setattr(qops.model, "dense_model", lambda model, dtype: twin)
+        monkeypatch.setattr(qops.models, "dense_model", lambda model, dtype: twin)
         answer = ours.argmax(-1).tolist()
         model = SimpleNamespace(dtype=dtype, modules=lambda: ())
         tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")

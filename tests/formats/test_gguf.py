@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from qops.formats.gguf import BLOCK_BYTES, GGUFFile, int4_weight, int8_weight, load_tokenizer, unpermute_rows
+from qops.formats.gguf import GGUFFile, load_tokenizer, unpermute_rows
 from qops.weights import Int4Weight, Int8Weight
+from qops.weights.gguf import BLOCK_BYTES
 from tests.support.models.gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
 
 QUANTISED = tuple(BLOCK_BYTES)
@@ -51,26 +52,26 @@ def test_q4_nibbles_are_halves_of_a_block():
     # Byte i holds element i low and i + 16 high: with these bytes the elements count 0 ... 15, 15 ... 0.
     codes = bytes(i | (15 - i) << 4 for i in range(16))
     block = struct.pack("<e", 1.0) + codes
-    canonical = int4_weight(torch.tensor(list(block), dtype=torch.uint8).repeat(8, 1), "Q4_0").canonical()
+    canonical = Int4Weight.from_gguf(torch.tensor(list(block), dtype=torch.uint8).repeat(8, 1), "Q4_0").canonical()
     elements = [*range(16), *range(15, -1, -1)]
     assert canonical["qweight"][0].tolist() == [elements[i] | elements[i + 1] << 4 for i in range(0, 32, 2)]
 
 
 def test_numbers_keep_their_stored_precision():
     blocks = random_blocks("Q4_1", 16, 64, seed=1)
-    canonical = int4_weight(blocks, "Q4_1").canonical()
+    canonical = Int4Weight.from_gguf(blocks, "Q4_1").canonical()
     halves = blocks.view(16, 2, 20)[..., :4].contiguous().view(torch.float16)
     assert torch.equal(canonical["scales"].view(torch.int16), halves[..., 0].view(torch.int16))
     assert canonical["zeros"].dtype == torch.float32
     assert torch.equal(canonical["zeros"], halves[..., 1].float())
-    assert int8_weight(random_blocks("Q8_0", 8, 32, seed=2)).canonical()["scales"].dtype == torch.float16
+    assert Int8Weight.from_gguf(random_blocks("Q8_0", 8, 32, seed=2)).canonical()["scales"].dtype == torch.float16
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_bad_blocks_are_refused(kind):
     with pytest.raises(ValueError, match=rf"{kind} blocks must be uint8 \[N, a multiple of {BLOCK_BYTES[kind]}\]"):
         read(torch.zeros(8, BLOCK_BYTES[kind] + 1, dtype=torch.uint8), kind)
-    with pytest.raises(ValueError, match="reads Q"):
+    with pytest.raises(ValueError, match=r"qtype must be Q.*, got 'Q5_0'"):
         read(torch.zeros(8, 18, dtype=torch.uint8), "Q5_0")
 
 
@@ -102,12 +103,15 @@ def test_every_weight_of_a_file_is_exact_and_in_transformers_order(tmp_path, kin
     compared = set()
     for name in expected:
         module, leaf = name.rsplit(".", 1)
-        value = opened.weight(module) if leaf == "weight" else opened.bias(module)
+        value = opened.weight(module) if leaf == "weight" else opened.tensor(name)
         value = value if isinstance(value, torch.Tensor) else value.dequantize()
         assert torch.equal(value.float(), expected[name]), name
         compared.add(name)
     assert len(compared) == len(file.tensors)
-    assert opened.bias("model.layers.0.mlp.up_proj") is None
+    for name in ("model.layers.0.mlp.up_proj.bias", "model.layers.2.mlp.up_proj.weight", "norm", ""):
+        assert not opened.holds(name)
+        with pytest.raises(ValueError, match=rf"tensor {name} is missing"):
+            opened.tensor(name)
     # The file itself holds other rows, so a reader that forgot the permutation fails above.
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     stored = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}

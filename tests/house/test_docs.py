@@ -47,7 +47,7 @@ def test_public_api():
     for name in ("Int4Weight", "Int8Weight"):
         assert {f"{name}.{member}" for member in ("quantize", "dequantize", "is_packed", "split")} <= set(api["qops"])
         assert not {f"{name}.{member}" for member in ("extra_repr", "to", "_config")} & set(api["qops"])
-    assert "MergedLinear.split" in api["qops.nn"] and "GGUFFile.weight" in api["qops.formats.gguf"]
+    assert "MergedLinear.split" in api["qops.nn"] and "Checkpoint.weight" in api["qops.formats"]
 
 
 def test_pages(tmp_path, monkeypatch, capsys):

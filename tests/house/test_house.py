@@ -18,7 +18,8 @@ import torch
 
 import qops
 from docs import build
-from qops import _native, _transformers
+from qops import _native
+from qops.formats import _transformers
 from tests.support import house_rules as rules
 from tests.support.importers import importers, transformers_tests
 from tests.support.odr import shared_symbols
@@ -150,23 +151,23 @@ BAD_PYTHON = {
     "transformers in an operator": ("python/qops/ops/rotary.py", "from transformers import LlamaConfig"),
     "another operator": ("python/qops/ops/rotary.py", "from qops.ops.rms_norm import rms_norm_ref"),
     "testing in an operator": ("python/qops/ops/rotary.py", "def f():\n    import qops.testing"),
-    "testing in the package": ("python/qops/model.py", "from qops.testing import generator"),
-    "testing by name": ("python/qops/model.py", "from qops import testing"),
+    "testing in the package": ("python/qops/models/load.py", "from qops.testing import generator"),
+    "testing by name": ("python/qops/models/load.py", "from qops import testing"),
     "the check's numerics in the package": ("python/qops/nn.py", "from qops._numerics import generator"),
     "the check's numerics in an operator": ("python/qops/ops/rotary.py", "from qops._numerics import generator"),
     "more than torch in the check": ("python/qops/_check_cases.py", "import numpy"),
     "more than torch at import": ("python/qops/__init__.py", "import transformers"),
-    "relative": ("python/qops/model.py", "from .weights import Int4Weight"),
+    "relative": ("python/qops/models/load.py", "from .weights import Int4Weight"),
     "a test file": ("tests/ops/test_rotary.py", "from test_rms_norm import X"),
     "a test file by its package": ("tests/ops/test_rotary.py", "from tests.ops.test_rms_norm import X"),
-    "a benchmark": ("bench/bench_rotary.py", "from bench.bench_rms_norm import CASES"),
+    "a benchmark": ("bench/conftest.py", "from bench.bench_operators import benchmark_of"),
 }
 GOOD_PYTHON = {
     "python/qops/ops/rotary.py": "import torch\nfrom qops import _native\nfrom qops.ops._checks import Checker",
     "python/qops/nn.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
     "python/qops/formats/gguf.py": "import numpy",
     "python/qops/check.py": "from qops._numerics import generator",
-    "bench/bench_rotary.py": "from bench.harness import compare\nfrom qops.testing import generator",
+    "bench/problems/rotary.py": "from bench.harness import compare\nfrom qops.testing import generator",
 }
 
 
@@ -244,12 +245,21 @@ def test_kernels_are_found():
     assert rules.kernels(BINDING, "CPU") == {schema.partition("(")[0] for schema in SCHEMAS}
 
 
+def test_cmake_finds_every_kernel():
+    files = ["csrc/cpu/a.cpp", "csrc/cpu/a_amx.cpp", "csrc/cuda/a_decode.cu", "csrc/cpu/a.h"]
+    assert not rules.left_out_of_the_build(["a", "b"], files)
+    assert len(rules.left_out_of_the_build(["a"], ["csrc/cpu/a_avx2.cpp", "csrc/cpu/c.cpp", "csrc/cuda/c.cu"])) == 3
+    assert rules.operators_built("set(QOPS_OPERATORS\n  a\n  b)\n") == {"a", "b"}
+    assert rules.operators_built(FILES["csrc/operators.cmake"]) == STEMS
+    assert not rules.left_out_of_the_build(STEMS, CPP)
+
+
 def test_one_name_on_every_layer():
     complete = set(rules.files_of("a"))
     assert len(complete) == 5 and not rules.missing_files(["a"], complete.__contains__)
     for file in complete:
         assert rules.missing_files(["a"], (complete - {file}).__contains__) == [f"a: {file} is missing"]
-    for file in ("csrc/binding/b.cpp", "python/qops/ops/b.py", "bench/bench_b.py"):
+    for file in ("csrc/binding/b.cpp", "python/qops/ops/b.py", "bench/problems/b.py"):
         assert rules.nameless_files(["a"], [*complete, file]) == [f"{file} belongs to no operator"]
     assert rules.files_of("add_rms_norm") == rules.files_of("rms_norm")
     assert_none({"layers": rules.missing_files(OPS, FILES.__contains__) + rules.nameless_files(OPS, FILES)})
@@ -548,10 +558,10 @@ def test_changelog_starts_with_this_version():
 
 
 def test_what_depends_on_transformers_is_found():
-    library = {"qops.model": "def f():\n    import transformers", "qops.nn": "from qops.model import f"}
+    library = {"qops.models.load": "def f():\n    import transformers", "qops.nn": "from qops.models.load import f"}
     tests = {
         "tests.helper": "from transformers.models import llama",
-        "tests.test_a": "def test():\n    from qops import model",
+        "tests.test_a": "def test():\n    from qops.models import load",
         "tests.test_b": "from tests import helper",
         "tests.test_c": "from tests.test_b import x",
         "tests.test_d": "import qops.nn, transformers_other",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import qops
-from qops import _weight_state
 from qops.nn import Int4Linear, Int8Embedding, Int8Linear, Int8WeightOnlyLinear
 from qops.ops import weight_pack
 from qops.testing import assert_bitwise, generator
+from qops.weights import state
 
 USES = 5
 IDS = torch.tensor([39, 0, 7])
@@ -104,7 +104,7 @@ def test_a_compiled_artefact_refuses_another_layout(tmp_path, monkeypatch):
 
     assert_bitwise(torch._inductor.aoti_load_package(package("here"))(x), model(x))
     with monkeypatch.context() as patch:
-        for module in (_weight_state, weight_pack):
+        for module in (state, weight_pack):
             patch.setattr(module, "layout_of", lambda device: "cpu 7")
         there = package("there")
     with pytest.raises(RuntimeError):

@@ -18,11 +18,10 @@ from torch import nn
 from transformers import DynamicCache
 
 import qops
-from qops.decoder import DecoderLayer, cache_keyword
-from qops.model import dense_model, load_model, save_model
+from qops.models import QuantizationReport, dense_model, load_model, quantize_model, save_model
+from qops.models.decoder import DecoderLayer, cache_keyword
+from qops.models.replacement import norm_style
 from qops.nn import Int4Linear, Int8Embedding, RMSNorm
-from qops.quantize import QuantizationReport, quantize_model
-from qops.replacement import norm_style
 from qops.testing import assert_bitwise
 from tests.support.models.families import FAMILIES, FUSED, IDS, VOCAB, random_model
 from tests.support.models.layerwise import assert_int8_layers_accurate, assert_layers_accurate, hidden_states

@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qops import quantize_model
-from qops.replacement import is_fused
+from qops.models.replacement import is_fused
 from tests.support.models.families import FUSED, IDS, random_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]
@@ -85,7 +85,7 @@ def test_unknown_keywords_reach_the_attention_function(tokens, monkeypatch):
     calls = []
     # Not in the place of "sdpa": with its own function the shortcut must stand back for the keyword alone.
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setattr("qops.decoder.ALL_ATTENTION_FUNCTIONS", Recording(original, calls))
+    monkeypatch.setattr("qops.models.decoder.ALL_ATTENTION_FUNCTIONS", Recording(original, calls))
     model(IDS[:1, :tokens], mark="kept")
     assert calls == 3 * [(tokens, "kept")]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qops import quantize_model
-from qops.decoder import DecoderLayer
-from qops.replacement import is_fused
+from qops.models.decoder import DecoderLayer
+from qops.models.replacement import is_fused
 from tests.support.models.families import FUSED, IDS, random_model
 
 SCHEMES = ("int4", "int8")

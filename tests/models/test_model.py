@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from qops.decoder import DecoderLayer, cache_keyword
-from qops.model import dense_model, load_model, save_model
+from qops.models import dense_model, load_model, quantize_model, save_model
+from qops.models.decoder import DecoderLayer, cache_keyword
 from qops.nn import Int8Embedding, Int8WeightOnlyLinear
-from qops.quantize import quantize_model
 from qops.testing import FLOAT_DTYPES, assert_accurate, assert_bitwise
 from qops.weights import Int4Weight, Int8Weight
 from tests.support.models.gguf_files import VOCAB, llama_file
@@ -521,7 +520,7 @@ SCALES = "model.layers.1.mlp.up_proj.weight.scales"
             lambda f: edit_config(f, lambda c: c.update(model_type="gemma")),
             "must be 'llama' .*, got 'gemma'",
         ),
-        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(format_version=9)), "must be 1, got 9"),
+        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(format_version=9)), "must be 2, got 9"),
         (lambda f: edit_config(f, lambda c: c["quantization_config"].update(weights=3)), "weights must map names"),
         (
             lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-15]: 4})),

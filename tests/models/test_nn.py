@@ -124,6 +124,35 @@ def test_a_bias_that_does_not_fit_is_refused():
         Int4Linear(int4_linear(24, 1).weight, torch.zeros(23))
 
 
+def test_weights_that_an_operator_does_not_take_are_refused():
+    int4, int8 = int4_linear(24, 1).weight, Int8Weight.quantize(dense(32, 1))
+    for linear, weight, wanted in (
+        (Int4Linear, int8, "an Int4Weight, got Int8Weight"),
+        (Int8Linear, int4, "an Int8Weight, got Int4Weight"),
+        (Int8WeightOnlyLinear, int4, "an Int8Weight, got Int4Weight"),
+        (Int8Embedding, int4, "an Int8Weight, got Int4Weight"),
+        (Int4Linear, int4.dequantize(), "an Int4Weight, got Tensor"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{linear.__name__}: weight must be {wanted}$"):
+            linear(weight)
+    with pytest.raises(
+        ValueError, match=r"^Int8Linear: weight must have one scale per row, group_size = K = 64, got 32"
+    ):
+        Int8Linear(int8_linear(24, 1).weight)
+    with pytest.raises(ValueError, match=r"^Int8WeightOnlyLinear: weight must have .* = False, got True"):
+        Int8WeightOnlyLinear(int8.mix_gate_up())
+
+
+@pytest.mark.parametrize("group_size", (-1, 16))
+def test_weight_only_from_linear(group_size):
+    source = nn.Linear(K, 24).bfloat16()
+    linear = Int8WeightOnlyLinear.from_linear(source, group_size, float32_output=True)
+    assert_bitwise(linear.weight.dequantize(), Int8Weight.quantize(source.weight, group_size).dequantize())
+    assert linear.bias is not None and torch.equal(linear.bias, source.bias)
+    assert linear.weight.scale_dtype == torch.float32 and linear.float32_output
+    assert_bitwise(Int8Linear.from_linear(source).weight.dequantize(), Int8Weight.quantize(source.weight).dequantize())
+
+
 def test_from_linear_quantises_the_weight():
     source = nn.Linear(K, 24)
     linear = Int4Linear.from_linear(source, group_size=16, symmetric=False)

@@ -17,8 +17,8 @@ from qops.nn import (
     MergedLinear,
     RMSNorm,
     dense_linear,
-    into_stream,
 )
+from qops.nn.linears import into_stream
 from qops.testing import assert_bitwise, random_activations
 from tests.support.models.families import IDS, random_model
 
@@ -111,7 +111,7 @@ def test_8_bit_rows_and_parameters_have_any_strides():
 def test_rows_apart_in_memory_are_not_copied(monkeypatch):
     x = random_activations(4, 2 * K, dtype=torch.float32, seed=3)[:, :K]
     seen = []
-    monkeypatch.setattr("qops.nn.int4_gemm", lambda x, *rest, **more: seen.append(x))
+    monkeypatch.setattr("qops.nn.linears.int4_gemm", lambda x, *rest, **more: seen.append(x))
     int4()(x)
     assert seen[0] is x
 

@@ -7,9 +7,8 @@ import torch
 import transformers
 
 import qops
-from qops.model import dense_model, save_model
+from qops.models import dense_model, quantize_model, save_model
 from qops.nn import MLP, Int4Linear, Int8Embedding
-from qops.quantize import quantize_model
 from qops.testing import assert_bitwise
 from qops.weights import Int4Weight, Int8Weight
 from tests.support.models.architectures import TOKENS, outputs, tiny_model

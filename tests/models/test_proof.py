@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
-import qops.proof
+import qops.models.proof
 from qops import load_model, quantize_model, save_model
-from qops.decoder import (
+from qops.models.decoder import (
     ARCHITECTURES,
     Attention,
     DecoderLayer,
@@ -22,8 +22,8 @@ from qops.decoder import (
     fused_class,
     unknown_architecture,
 )
+from qops.models.replacement import is_fused
 from qops.nn import MLP, MergedLinear, RMSNorm, frozen
-from qops.replacement import is_fused
 from tests.support.models.families import FUSED, IDS, random_model
 
 SCHEMES = ("int4", "int8")
@@ -300,7 +300,7 @@ def test_a_folder_of_fused_layers_is_loaded_right_when_they_differ(family, monke
 
 def test_layers_that_do_not_run_are_not_fused(monkeypatch):
     """Transformers' own, in a proof: then nothing can be said of ours."""
-    monkeypatch.setattr(qops.proof._Copy, "theirs", fails)
+    monkeypatch.setattr(qops.models.proof._Copy, "theirs", fails)
     with pytest.warns(UserWarning, match="Transformers' own layers did not run: TypeError"):
         model = quantize_model(random_model("llama"))
     assert not is_fused(model) and model.qops_fusion.proof.endswith("not made")
@@ -368,14 +368,14 @@ def test_models_whose_layers_take_another_keyword_are_not_fused(part, monkeypatc
     assert unknown_architecture(source) is None
     original = owner.forward
     monkeypatch.setattr(owner, "forward", forward)
-    qops.decoder._named.cache_clear()
-    qops.decoder.cache_keyword.cache_clear()
+    qops.models.decoder._named.cache_clear()
+    qops.models.decoder.cache_keyword.cache_clear()
     try:
         assert unknown_architecture(source) == f"{owner.__name__}.forward takes ring, which qops does not know"
     finally:
         monkeypatch.setattr(owner, "forward", original)
-        qops.decoder._named.cache_clear()
-        qops.decoder.cache_keyword.cache_clear()
+        qops.models.decoder._named.cache_clear()
+        qops.models.decoder.cache_keyword.cache_clear()
 
 
 def test_what_fused_layers_refuse():
@@ -441,5 +441,5 @@ def test_every_known_architecture_is_tried():
 
 def test_tolerances_of_most_rows_are_not_above_those_of_all():
     """Those of 16 bits are used on a GPU alone."""
-    for tolerance in (qops.proof.FLOAT32, qops.proof.FLOAT32_INT8, *qops.proof.HALF.values()):
+    for tolerance in (qops.models.proof.FLOAT32, qops.models.proof.FLOAT32_INT8, *qops.models.proof.HALF.values()):
         assert 0 < tolerance.typical <= tolerance.largest < 1

@@ -13,9 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.rwkv.modeling_rwkv import RwkvBlock
 
 from qops import quantize_model
+from qops.models.quantize import _classes
+from qops.models.replacement import is_fused
 from qops.nn import Int4Linear, Int8Linear, RMSNorm
-from qops.quantize import _classes
-from qops.replacement import is_fused
 from qops.weights import Int4Weight, Int8Weight
 from tests.support.models.families import IDS, SIZES, VOCAB, random_model
 

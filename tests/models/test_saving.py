@@ -14,10 +14,9 @@ import torch
 import transformers
 from torch import nn
 
-from qops.decoder import DecoderLayer
-from qops.model import dense_model, load_model, load_tokenizer, save_model
+from qops.models import dense_model, load_model, load_tokenizer, quantize_model, save_model
+from qops.models.decoder import DecoderLayer
 from qops.nn import Int4Linear, Int8Embedding, RMSNorm
-from qops.quantize import quantize_model
 from qops.testing import assert_bitwise
 from qops.weights import Int4Weight, Int8Weight
 from tests.support.models.architectures import ARCHITECTURES, DECODER, TOKENS, outputs, tiny_model

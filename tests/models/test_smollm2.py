@@ -9,8 +9,7 @@ import qops
 from qops.demo.artefact import Cache
 from qops.demo.chat import text_ids
 from qops.demo.compare import passage
-from qops.model import dense_model, load_model, load_tokenizer
-from qops.quantize import quantize_model
+from qops.models import dense_model, load_model, load_tokenizer, quantize_model
 from tests.support.models.layerwise import assert_int8_layers_accurate, assert_layers_accurate
 
 

@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from qops.decoder import DecoderLayer
-from qops.model import load_model, save_model
-from qops.quantize import quantize_model
-from qops.replacement import norm_style
-from qops.smoothing import plan_smoothing, smoothing_scales
+from qops.models import load_model, quantize_model, save_model
+from qops.models.decoder import DecoderLayer
+from qops.models.replacement import norm_style
+from qops.models.smoothing import plan_smoothing, smoothing_scales
 from qops.testing import assert_bitwise, generator
 from tests.support.models.families import FUSED, IDS, random_model
 
@@ -284,5 +283,5 @@ def test_maxima_that_do_not_fit_are_named():
     model = random_model("llama")
     maxima, name = maxima_of(model, IDS), "model.layers.0.self_attn.q_proj"
     maxima[name] = maxima[name][:-1]
-    with pytest.raises(ValueError, match=rf"^qops\.smoothing\.smoothing_scales: maxima of {name} must be a tensor of"):
+    with pytest.raises(ValueError, match=rf"^qops\.models\.smoothing_scales: maxima of {name} must be a tensor of"):
         smoothing_scales(model, maxima)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from qops.model import load_model, load_tokenizer
+from qops.models import load_model, load_tokenizer
 from tests.support.models.gguf_files import HEAD_DIM, VOCAB, LlamaFile, llama_file
 
 SECONDS = 10

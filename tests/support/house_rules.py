@@ -127,7 +127,7 @@ EMULATOR = Layer(
 
 LAYERS = (
     Layer(
-        r"csrc/(kernels|exp_poly|int[48]_layout|row_tree|cuda/(gemm|int8)_config)\.h",
+        r"csrc/(kernels|exp_poly|int[48]_layout|row_tree|cuda/(gpu|int[48]_config))\.h",
         (r"<cstd(int|def)>", r'"(cuda/)?[a-z0-9_]+\.h"'),
         {r"std::": "containers"},
     ),
@@ -313,7 +313,7 @@ def files_of(op: str) -> list[str]:
     files = [f"{layer}/{stem_of(op, layer)}.cpp" for layer in ("csrc/binding", "csrc/cpu")]
     tests = "tests/weights/test_weights.py" if stem_of(op) == "weight_pack" else f"tests/ops/test_{stem_of(op)}.py"
     files += [f"python/qops/ops/{stem_of(op, 'python/qops/ops')}.py", tests]
-    return files if op in INTERNAL_OPS else [*files, f"bench/bench_{stem_of(op, 'bench')}.py"]
+    return files if op in INTERNAL_OPS else [*files, f"bench/problems/{stem_of(op, 'bench')}.py"]
 
 
 def missing_files(ops: Iterable[str], exists: Callable[[str], bool]) -> list[str]:
@@ -324,9 +324,22 @@ def nameless_files(ops: Iterable[str], files: Iterable[str]) -> list[str]:
     """Binding, wrapper and benchmark files that belong to no operator."""
     known = {file for op in ops for file in files_of(op)}
     known |= {f"csrc/binding/{stem}.cpp" for stem in ("checks", "registration", "registration_cuda")}
-    known.add("bench/bench_models.py")  # of many operators
-    pattern = r"csrc/binding/.*\.cpp|python/qops/ops/[^_].*\.py|bench/bench_.*\.py"
+    pattern = r"csrc/binding/.*\.cpp|python/qops/ops/[^_].*\.py|bench/problems/[^_/]*\.py"
     return [f"{file} belongs to no operator" for file in files if re.fullmatch(pattern, file) and file not in known]
+
+
+def operators_built(cmake: str) -> set[str]:
+    """The list by whose names CMake finds the sources of operators."""
+    listed = re.search(r"set\(QOPS_OPERATORS\s+([\w\s]+)\)", cmake)
+    return set(listed[1].split()) if listed else set()
+
+
+def left_out_of_the_build(ops: Iterable[str], files: Iterable[str]) -> list[str]:
+    """Kernel files that no operator's name finds."""
+    names = "|".join(ops)
+    found = rf"csrc/cpu/(({names})(_amx)?|cpu_dispatch|kernel_table)\.cpp|csrc/cuda/({names})(_\w+)?\.cu"
+    kernels = (file for file in files if re.fullmatch(r"csrc/c(pu|uda)/.*\.(cpp|cu)", file))
+    return [f"{file} is not built" for file in kernels if not re.fullmatch(found, file)]
 
 
 def sections(docstring: str) -> dict[str, str]:

@@ -54,11 +54,15 @@ EMULATED = ((sys.executable, "-c", _TOOLS + "c.build_emulated_operators()"),)
 GEMM_ON_CUDA = _tests("cuda_int4_gemm", "cuda_int8_gemm", "cuda_int4_weights")
 # The first that fits.
 SELECTIONS = (
-    Selection("python/qops/decoder.py", _tests("proof", "generate", "hooks", "nn_inputs", "model", "families")),
+    Selection("python/qops/models/decoder.py", _tests("proof", "generate", "hooks", "nn_inputs", "model", "families")),
     Selection("python/qops/check.py", _tests("check", "cli")),
-    Selection("python/qops/quantize.py", _tests("quantize_plan", "families", "model", "saving")),
-    Selection("python/qops/_weight_state.py", _tests("weights_state", "weights")),
+    Selection("python/qops/models/quantize.py", _tests("quantize_plan", "families", "model", "saving")),
+    Selection("python/qops/weights/*.py", _tests("weights_state", "weights", "weights_arguments")),
     Selection("python/qops/ops/*.py", _tests("{stem}", "bad_input", "properties")),
+    Selection("python/qops/models/proof.py", _tests("proof")),
+    Selection("python/qops/models/*.py", _tests("model", "families", "smoothing", "saving", "hooks")),
+    Selection("python/qops/formats/*.py", _tests("gguf", "saving", "model")),
+    Selection("python/qops/nn/*.py", _tests("nn", "nn_inputs", "safetensors", "offload")),
     Selection("python/qops/*.py", _tests("{stem}")),
     Selection(
         "csrc/binding/checks.*",
@@ -72,10 +76,16 @@ SELECTIONS = (
     ),
     Selection("csrc/binding/*", _tests("{stem}", "properties"), DEV),
     Selection("csrc/cpu/*", _tests("{stem}", "properties"), DEV),
+    Selection("csrc/cuda/int4_config.h", (*_tests("int4_config"), *GEMM_ON_CUDA), EMULATED),
+    Selection("csrc/cuda/gpu.h", (*_tests("int4_config"), *GEMM_ON_CUDA), EMULATED),
     Selection("csrc/cuda/int*", (*GEMM_ON_CUDA, *_tests("cuda_instances")), EMULATED),
-    Selection("csrc/cuda/gemm_config.h", (*_tests("gemm_config"), *GEMM_ON_CUDA), EMULATED),
     Selection("csrc/cuda/launch.h", _tests("cuda_launch", "emulator", "cuda_ops"), EMULATED),
     Selection("csrc/cuda/*", _tests("cuda_ops", "cuda_alignment"), EMULATED),
+    Selection("bench/problems/*", _tests("bench_run", "bench_models", "bench_timing")),
+    Selection("bench/timing/*", _tests("bench_run", "bench_timing", "gpu_evidence")),
+    Selection("bench/reporting/*", _tests("bench_report", "bench_compare")),
+    Selection("bench/peers/*", _tests("bench_peers", "bench_models")),
+    Selection("bench/gpu_evidence.py", _tests("gpu_evidence")),
     Selection("bench/*.py", _tests("bench_{stem}")),
 )
 

@@ -104,7 +104,7 @@ def test_dequantize_int8_is_the_exact_weight_rounded_once(group_size, scale_dtyp
 
 
 def test_dequantize_covers_every_chunk(monkeypatch):
-    import qops._weight_state
+    import qops._layout
 
     weights = [weight for _, weight in some_weights()]
     whole = [weight.dequantize() for weight in weights]
@@ -253,15 +253,24 @@ def test_quantize_int4_is_within_half_a_step(symmetric):
 
 
 def test_quantize_int8_follows_the_formula():
-    for dtype in SCALE_DTYPES:
+    own = [(dtype, dtype) for dtype in SCALE_DTYPES]
+    for dtype, scale_dtype in (*own, (torch.float16, torch.float32), (torch.bfloat16, torch.float32)):
         w = weights_to_quantize(8, 64, dtype, 5)
-        got = Int8Weight.quantize(w, 16).canonical()
+        got = Int8Weight.quantize(w, 16, scale_dtype).canonical()
         groups = w.view(8, 4, 16).double()
-        scales = (groups.abs().amax(-1) / 127).float().to(dtype)
+        scales = (groups.abs().amax(-1) / 127).float().to(scale_dtype)
         quotient = torch.where(scales[..., None] == 0, 0, groups / scales.double()[..., None])
         assert_bitwise(got["scales"], scales)
         assert torch.equal(got["qweight"], quotient.round().clamp(-127, 127).view(8, 64).to(torch.int8))
     assert Int8Weight.quantize(w).group_size == 64
+
+
+@pytest.mark.parametrize("dtype", (*SCALE_DTYPES, torch.float64), ids=str)
+def test_int8_scales_are_float32(dtype):
+    w = torch.randn(8, 32, generator=generator(0)).to(dtype)
+    weight = Int8Weight.quantize(w)
+    assert weight.scale_dtype == torch.float32
+    assert_bitwise(weight.canonical()["scales"], (w.double().abs().amax(1, keepdim=True) / 127).float())
 
 
 @pytest.mark.parametrize("dtype", (*SCALE_DTYPES, torch.float64), ids=str)

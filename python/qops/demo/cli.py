@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import qops
-from qops._transformers import require_transformers
 from qops.demo import artefact, console
 from qops.demo.console import DemoError, note
+from qops.formats._transformers import require_transformers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCHEMES = ("stored", "int8")
@@ -220,7 +220,12 @@ def _import_model_code() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         require_transformers("qops.demo")
-        for name in ("transformers.models.llama.modeling_llama", "qops.model", "qops.demo.chat", "qops.demo.proof"):
+        for name in (
+            "transformers.models.llama.modeling_llama",
+            "qops.models.load",
+            "qops.demo.chat",
+            "qops.demo.proof",
+        ):
             importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "qops":
@@ -231,7 +236,7 @@ def _import_model_code() -> None:
 
 
 def _prepare(gguf: Path, folder: Path) -> None:
-    from qops.model import load_model, load_tokenizer, save_model
+    from qops.models import load_model, load_tokenizer, save_model
 
     # float32 keeps the norms and the embedding's scales as the file has them, whatever dtype later starts ask for.
     save_model(load_model(gguf, dtype=torch.float32), folder)
@@ -239,7 +244,7 @@ def _prepare(gguf: Path, folder: Path) -> None:
 
 
 def _load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    from qops.model import load_model, load_tokenizer
+    from qops.models import load_model, load_tokenizer
 
     try:
         return load_model(path, dtype=dtype), load_tokenizer(path)
@@ -250,8 +255,7 @@ def _load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def _in_int8(model: Any) -> Any:
     """The same model with its decoder's linears in W8A8; the table of the embedding and the output layer stays."""
-    from qops.model import dense_model
-    from qops.quantize import quantize_model
+    from qops.models import dense_model, quantize_model
 
     quantised = quantize_model(dense_model(model, model.dtype), "int8")
     quantised.set_input_embeddings(model.get_input_embeddings())
@@ -311,7 +315,7 @@ def _compare_speed(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Print the speed table. Returns the most likely ids of both models over the passage; None in float32."""
     from qops.demo import compare
-    from qops.model import dense_model, load_model
+    from qops.models import dense_model, load_model
 
     rounds = options.rounds
     note(f"\nTiming against a dense {dtype} model of the same weights, {rounds} interleaved rounds ...")
@@ -348,7 +352,7 @@ def _compare_accuracy(
 ) -> None:
     """Print the accuracy table. The float32 models are loaded here, one at a time."""
     from qops.demo import compare
-    from qops.model import dense_model, load_model
+    from qops.models import dense_model, load_model
 
     note(f"\nComparing logits over {len(text_ids):,} tokens ...")
 

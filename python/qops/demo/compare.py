@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qops.demo.console import DemoError
-from qops.quantize import weight_bytes as weight_bytes
+from qops.models.quantize import weight_bytes as weight_bytes
 
 PASSAGE_TITLE = "the United States Declaration of Independence (1776)"
 PASSAGE_TOKENS = 1024
@@ -31,7 +31,9 @@ _ROWS_PER_CHUNK = 64
 
 def passage() -> str:
     """The public-domain text on which accuracy is measured. It ships with the package."""
-    return (importlib.resources.files("qops") / "data" / "declaration_of_independence.txt").read_text(encoding="utf-8")
+    return (importlib.resources.files("qops.demo") / "data" / "declaration_of_independence.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 def greedy(logits: torch.Tensor) -> int:
@@ -55,7 +57,7 @@ def generate(model: Any, ids: Sequence[int], pick: Callable[[torch.Tensor], int]
     """Endless token ids that follow `ids`: one forward over the prompt, then one forward a token with a KV cache."""
     from transformers import DynamicCache
 
-    from qops.decoder import cache_keyword
+    from qops.models.decoder import cache_keyword
 
     keyword = cache_keyword(type(model))
     if keyword is None:

@@ -48,9 +48,9 @@ INT8 = Limits(behind=math.log(50), difference=math.inf)
 
 def limits_of(model: Any) -> Limits:
     """By what the model computes with, wherever it came from."""
-    from qops.nn import Int8Linear
+    from qops.nn import QuantizedLinear
 
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
+    if any(isinstance(module, QuantizedLinear) and module.takes_int8 for module in model.modules()):
         return INT8
     return FLOAT32 if model.dtype == torch.float32 else HALF
 
@@ -87,7 +87,7 @@ def prove(
     Raises:
         DemoError: the answer is not that of the dense model; where they part, with the logits of both.
     """
-    from qops.model import dense_model
+    from qops.models import dense_model
 
     count = len(rows)
     ours = torch.stack(list(rows)).float()

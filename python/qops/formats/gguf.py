@@ -1,13 +1,6 @@
-"""GGUF files of the Llama family, read exactly: every stored code, scale and offset keeps its value.
+"""GGUF files of the Llama family, read exactly (blocks: `qops/weights/gguf.py`).
 
-A quantised block holds 32 consecutive elements of one row:
-
-    Q4_0   fp16 d, 16 bytes               w = d * (q - 8)     Int4Weight, kind "symmetric"
-    Q4_1   fp16 d, fp16 m, 16 bytes       w = d * q + m       Int4Weight, kind "offset"
-    Q8_0   fp16 d, 32 int8                w = d * q           Int8Weight
-
-Byte i of a 4-bit block holds element i in its low and element i + 16 in its high nibble; the canonical `qweight`
-holds elements 2 i and 2 i + 1 in byte i. llama.cpp stores the rows of attn_q and attn_k so that its rotary pairs
+llama.cpp stores the rows of attn_q and attn_k so that its rotary pairs
 neighbours; `unpermute_rows` restores the halves that Transformers pairs, on the blocks, so nothing is requantised.
 
 The PyPI package `gguf` parses the container. It trusts its input, so this module bounds every read by the file's
@@ -23,18 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qops._transformers import require_transformers
-from qops.weights import Int4Weight, Int8Weight
+from qops.formats._transformers import require_transformers
+from qops.formats.checkpoint import Weight
+from qops.nn import Int4Linear, Int8WeightOnlyLinear, QuantizedLinear
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderField
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-__all__ = ["GGUFFile", "int4_weight", "int8_weight", "load_tokenizer", "unpermute_rows"]
+__all__ = ["GGUFFile", "load_tokenizer", "unpermute_rows"]
 
-BLOCK = 32
-BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 DENSE_TYPES = ("F32", "F16", "BF16")
+LINEARS: dict[str, type[QuantizedLinear]] = {
+    "Q4_0": Int4Linear,
+    "Q4_1": Int4Linear,
+    "Q8_0": Int8WeightOnlyLinear,
+}
 _MAX_FLOAT = torch.finfo(torch.float32).max
 
 _TOP_LEVEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -49,77 +46,6 @@ _IN_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-def _split_blocks(blocks: torch.Tensor, qtype: str) -> torch.Tensor:
-    """uint8 [N, bytes per row] -> [N, K/32, bytes per block]."""
-    block_bytes = BLOCK_BYTES[qtype]
-    if blocks.dtype != torch.uint8 or blocks.dim() != 2 or blocks.shape[1] % block_bytes:
-        raise ValueError(
-            f"{qtype} blocks must be uint8 [N, a multiple of {block_bytes}], got {blocks.dtype} {list(blocks.shape)}"
-        )
-    return blocks.reshape(blocks.shape[0], -1, block_bytes)
-
-
-def _half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
-    """The fp16 number at byte `offset` of each block, [N, K/32]."""
-    return blocks[..., offset : offset + 2].contiguous().view(torch.float16).squeeze(-1)
-
-
-def int4_weight(blocks: torch.Tensor, qtype: str, *, pack: bool = True) -> Int4Weight:
-    """Q4_0 or Q4_1 blocks as an Int4Weight of kind "symmetric" or "offset", groups of 32.
-
-    Scales stay float16; a Q4_1 offset is widened to float32, which holds every float16 number.
-
-    Args:
-        blocks: uint8 [N, bytes per row] as stored in the file.
-        qtype: "Q4_0" or "Q4_1".
-        pack: as in :meth:`qops.Int4Weight.from_canonical`.
-
-    Returns:
-        An :class:`qops.Int4Weight`.
-
-    Numerics:
-        Exact.
-
-    Raises:
-        ValueError: another type, or blocks that do not fill rows of it.
-    """
-    if qtype not in ("Q4_0", "Q4_1"):
-        raise ValueError(f"an int4 weight reads Q4_0 or Q4_1 blocks, got {qtype}")
-    per_block = _split_blocks(blocks, qtype)
-    nibbles = per_block[..., -BLOCK // 2 :]
-    codes = torch.cat([nibbles & 0x0F, nibbles >> 4], dim=-1)
-    qweight = (codes[..., 0::2] | (codes[..., 1::2] << 4)).reshape(blocks.shape[0], -1)
-    scales, in_features = _half(per_block, 0), 2 * qweight.shape[1]
-    if qtype == "Q4_0":
-        return Int4Weight.from_canonical(qweight, scales, kind="symmetric", in_features=in_features, pack=pack)
-    offsets = _half(per_block, 2)
-    return Int4Weight.from_canonical(qweight, scales, kind="offset", zeros=offsets, in_features=in_features, pack=pack)
-
-
-def int8_weight(blocks: torch.Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:
-    """Q8_0 blocks as an Int8Weight in groups of 32 with float16 scales.
-
-    Args:
-        blocks: uint8 [N, bytes per row] as stored in the file.
-        qtype: "Q8_0".
-        pack: as in :meth:`qops.Int8Weight.from_canonical`.
-
-    Returns:
-        An :class:`qops.Int8Weight`.
-
-    Numerics:
-        Exact.
-
-    Raises:
-        ValueError: another type, or blocks that do not fill rows of it.
-    """
-    if qtype != "Q8_0":
-        raise ValueError(f"an int8 weight reads Q8_0 blocks, got {qtype}")
-    per_block = _split_blocks(blocks, qtype)
-    qweight = per_block[..., 2:].contiguous().view(torch.int8).reshape(blocks.shape[0], -1)
-    return Int8Weight.from_canonical(qweight, _half(per_block, 0), pack=pack)
 
 
 def unpermute_rows(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -139,16 +65,18 @@ def unpermute_rows(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 class GGUFFile:
-    """A Llama-family GGUF file, opened and checked as a whole before any weight is built.
+    """A Llama-family GGUF file as a :class:`qops.formats.Checkpoint`, checked as a whole before any weight is built.
 
-    Weights are addressed by their Transformers module name ("model.layers.0.self_attn.q_proj") and come in
-    Transformers' row order.
+    Weights come in Transformers' row order.
 
     Args:
         path: of the file.
 
     Attributes:
         config: the model's `LlamaConfig`.
+        dtype: bfloat16.
+        fuses: True.
+        generation_config: None.
         path: of the file.
 
     Raises:
@@ -156,6 +84,10 @@ class GGUFFile:
         ValueError: another architecture, a missing or malformed key, a missing, unknown, misshapen or unsupported
             tensor, a truncated or otherwise malformed file. The message names the file and what was expected.
     """
+
+    dtype = torch.bfloat16
+    fuses = True
+    generation_config = None
 
     def __init__(self, path: str | os.PathLike[str]):
         require_transformers("qops.formats.gguf")
@@ -170,50 +102,34 @@ class GGUFFile:
         self.config = self._read_config()
         self._check_tensors()
 
-    def weight(self, name: str) -> Int4Weight | Int8Weight | torch.Tensor:
-        """The weight of a module.
+    def holds(self, name: str) -> bool:
+        return self._stored_name(name) in self._tensors
 
-        Args:
-            name: of the module in Transformers' model.
+    def linear(self, module: str) -> type[QuantizedLinear] | None:
+        return LINEARS.get(self.kind(module))
 
-        Returns:
-            Not packed where it is quantised, in the file's dtype where it is dense.
+    def kind(self, module: str) -> str:
+        """As GGUF calls it, e.g. "Q4_1"."""
+        return self._tensors[self._stored_name(f"{module}.weight")].tensor_type.name
 
-        Raises:
-            ValueError: the sizes or scales are none that a weight can have.
-        """
-        stored = f"{self._stored_name(name)}.weight"
+    def weight(self, module: str) -> Weight:
+        linear, stored = self.linear(module), self._stored_name(f"{module}.weight")
         rows = self._rows(stored)
-        kind = self._tensors[stored].tensor_type.name
+        if linear is None:
+            return rows
+        weight_class: Any = linear.weight_class
         try:
-            if kind in DENSE_TYPES:
-                return rows
-            return int8_weight(rows, pack=False) if kind == "Q8_0" else int4_weight(rows, kind, pack=False)
+            return weight_class.from_gguf(rows, self.kind(module), pack=False)
         except ValueError as error:
             raise self._error(f"tensor {stored}: {error}") from error
 
-    def kind(self, name: str) -> str:
-        """The type of a module's weight in the file.
+    def tensor(self, name: str) -> torch.Tensor:
+        if not self.holds(name):
+            raise self._error(f"tensor {name} is missing")
+        return self._rows(self._stored_name(name))
 
-        Args:
-            name: of the module in Transformers' model.
-
-        Returns:
-            As GGUF calls it, e.g. "Q4_1".
-        """
-        return self._tensors[f"{self._stored_name(name)}.weight"].tensor_type.name
-
-    def bias(self, name: str) -> torch.Tensor | None:
-        """The dense bias of a module.
-
-        Args:
-            name: of the module in Transformers' model.
-
-        Returns:
-            [N] in the file's dtype; None where the file has none.
-        """
-        stored = f"{self._stored_name(name)}.bias"
-        return self._rows(stored) if stored in self._tensors else None
+    def finish(self, model: Any) -> None:
+        """Nothing is left: that every tensor of the file has a place was checked when it was opened."""
 
     def _rows(self, stored: str) -> torch.Tensor:
         """A tensor's rows in Transformers' order: blocks of a quantised tensor, values of a dense one."""
@@ -229,10 +145,12 @@ class GGUFFile:
         return rows
 
     def _stored_name(self, name: str) -> str:
-        if name in _TOP_LEVEL:
-            return _TOP_LEVEL[name]
-        layer, _, rest = name.removeprefix("model.layers.").partition(".")
-        return f"blk.{layer}.{_IN_LAYER[rest]}"
+        """GGUF's name of a tensor of Transformers' model; the name itself where GGUF has none for it."""
+        module, _, key = name.rpartition(".")
+        if module in _TOP_LEVEL:
+            return f"{_TOP_LEVEL[module]}.{key}"
+        layer, _, rest = module.removeprefix("model.layers.").partition(".")
+        return f"blk.{layer}.{_IN_LAYER[rest]}.{key}" if rest in _IN_LAYER else name
 
     def _error(self, message: str) -> ValueError:
         return ValueError(f"{self.path}: {message}")
@@ -371,12 +289,10 @@ class GGUFFile:
             raise self._error(f"unknown tensors: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
 
     def _expect(self, name: str, shape: list[int], bias: bool = False) -> None:
-        stored = self._stored_name(name)
-        self._expected_shapes[f"{stored}.weight"] = shape
-        self._check_tensor(f"{stored}.weight")
-        if bias:
-            self._expected_shapes[f"{stored}.bias"] = shape[:1]
-            self._check_tensor(f"{stored}.bias")
+        for key, extent in {"weight": shape, **({"bias": shape[:1]} if bias else {})}.items():
+            stored = self._stored_name(f"{name}.{key}")
+            self._expected_shapes[stored] = extent
+            self._check_tensor(stored)
 
     def _check_tensor(self, stored: str) -> None:
         if stored not in self._tensors:
@@ -386,7 +302,7 @@ class GGUFFile:
         found = [int(extent) for extent in reversed(tensor.shape)]
         if found != shape:
             raise self._error(f"tensor {stored} must have shape {shape}, got {found}")
-        supported = (*BLOCK_BYTES, *DENSE_TYPES) if len(shape) == 2 else DENSE_TYPES
+        supported = (*LINEARS, *DENSE_TYPES) if len(shape) == 2 else DENSE_TYPES
         if kind not in supported:
             raise self._error(f"tensor {stored} has type {kind}, supported are {', '.join(supported)}")
 

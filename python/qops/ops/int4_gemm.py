@@ -84,7 +84,7 @@ def int4_gemm(
         one type of GPU a row has the same bits for every M, position, grid and stream. An index of ``perm`` that is out
         of range gives NaN; NaN and infinity in x spread as in a product of matrices.
         One route rounds more, for bfloat16 x of many rows on GPUs of compute capability 9.x and 10.x, unless
-        ``batch_invariant``: where ``plan_int4_gemm`` (csrc/cuda/gemm_config.h) expects it to be faster, the exact
+        ``batch_invariant``: where ``plan_int4_gemm`` (csrc/cuda/int4_config.h) expects it to be faster, the exact
         weights are rounded to float32 and to bfloat16 (:func:`qops.int4_dequantize`) and cuBLAS multiplies them with x,
         into float32 sums. (float16 cannot hold every weight.)
         ``residual``, ``silu_mul`` and ``out_scale`` give, bit for bit, what the separate operators give: y is rounded

@@ -332,10 +332,10 @@ def test_objects_hold_what_was_chosen(project, archs, tmp_path):
     sentence = "left out of TORCH_CUDA_ARCH_LIST: 7.5 (below 8.0)" if archs == NGC else ""
     assert ("fewer GPUs than asked for" in result.stderr) == bool(sentence)
     assert f'-DQOPS_CUDA_LEFT_OUT="{sentence}"' in project.command("registration_cuda.cpp")
-    words = project.command("weight_pack.cu")
+    words = project.command("weight_pack_int4.cu")
     source, target = tmp_path / "small.cu", tmp_path / "small.o"
     source.write_text("__global__ void kernel(float* x) { x[0] = 1; }\n")
-    words = [str(source) if word.endswith("weight_pack.cu") else word for word in words]
+    words = [str(source) if word.endswith("weight_pack_int4.cu") else word for word in words]
     words[words.index("-o") + 1] = str(target)
     checked(*words)
     assert machine_code(target) == sorted(LISTS[archs][0].split(";"))

@@ -207,7 +207,7 @@ def machine_code(source: str) -> list[tuple[str, str]]:
 
 
 def test_packed_weights_move_16_bytes_at_a_time(log):
-    for name, code in machine_code("weight_pack.cu"):
+    for name, code in machine_code("weight_pack_int4.cu"):
         # Canonical words of 4 bytes on the other side; for sm_120 nvcc does not see that they are global.
         packed, words = ("STG", r"LDG?") if "pack_kernel<true>" in name else ("LDG", "STG")
         assert set(re.findall(rf"\b{packed}\.E\S*", code)) == {f"{packed}.E.128"}, name
@@ -267,7 +267,7 @@ def test_norms_move_16_bytes_at_a_time(log):
 
 
 def test_int8_gemm_multiplies_on_tensor_cores_from_a_ring(log):
-    sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(OBJECTS / "int8_gemm.cu.o"))
+    sass = checked(str(cuda_tools.require_cuobjdump()), "-sass", str(OBJECTS / "int8_gemm_tiled.cu.o"))
     functions = re.split(r"\n\s*Function : (?=\S)", sass)[1:]
     names = checked("c++filt", *(function.split(maxsplit=1)[0] for function in functions)).splitlines()
     found = 0

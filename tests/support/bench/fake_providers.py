@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problems import SiluMul
-from bench.providers import Provider
+from bench.problems.shared.provider import Provider
+from bench.problems.silu_mul import SiluMul
 
 
 def silu(p: SiluMul) -> Tensor:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from bench.records import LIMIT, SCHEMA
+from bench.reporting.records import LIMIT, SCHEMA
 
 Axes = dict[str, "int | str"]
 ROUNDS = 30

@@ -8,8 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qops.model import save_model
-from qops.quantize import quantize_model
+from qops.models import quantize_model, save_model
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

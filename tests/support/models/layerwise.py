@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qops.model import dense_model
+from qops.models import dense_model
 from qops.testing import assert_accurate
 
 

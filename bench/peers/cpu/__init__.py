@@ -1,0 +1,1 @@
+"""Packages that compute on a CPU."""

@@ -1,0 +1,1 @@
+"""What is timed as a whole, of many operators."""

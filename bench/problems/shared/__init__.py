@@ -1,0 +1,1 @@
+"""What the problems have in common."""

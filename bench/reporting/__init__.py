@@ -1,0 +1,1 @@
+"""What results say: records, statistics, tables and plots."""

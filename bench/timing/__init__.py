@@ -1,0 +1,1 @@
+"""How calls are timed: on which devices, by whom and when, and the documents that keep it."""

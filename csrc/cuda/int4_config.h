@@ -1,0 +1,300 @@
+// How int4_gemm runs on a GPU, and which part of the product each block computes: pure functions of the shape and of
+// the GPU, that know nothing of epilogues. No plan of our kernels changes a bit of the result: the order of the sums is
+// that of the 8 slices of K.
+//
+// The times are those of gpu.h's model. Each kind of plan takes longer for more rows, so the best one does, too.
+#pragma once
+
+#include "cuda/gpu.h"
+#include "int4_layout.h"
+
+namespace qops::cuda {
+
+// The canonical order: K in 8 contiguous slices of whole blocks of 64 columns, summed one by one and added left to
+// right. Some are empty where there are fewer blocks.
+inline constexpr int kSlices = 8;
+QOPS_ALWAYS_INLINE constexpr Range blocks_of_slice(int64_t blocks, int64_t slice) {
+  return part_of({0, blocks}, slice, kSlices);
+}
+
+inline constexpr int kGemmThreads = 256;
+inline constexpr int kGemmWarps = kGemmThreads / 32;
+inline constexpr int kMaxStages = 10;
+
+// --- shared memory of one stage of a ring: one block of 64 columns ---------------------------------------------------
+
+// Scales and zeros of a strip: of one group, or of the four that 64 columns can touch where groups are not multiples
+// of 64. Each row takes up to 4 bytes for its scale and 4 for its zero.
+inline constexpr int kGroupRowBytes = 4 * kStripRows;
+QOPS_ALWAYS_INLINE constexpr int groups_of_stage(bool fine) { return fine ? 4 : 1; }
+QOPS_ALWAYS_INLINE constexpr int scale_bytes_of_strip(bool fine) { return 2 * kGroupRowBytes * groups_of_stage(fine); }
+QOPS_ALWAYS_INLINE constexpr int strip_stage_bytes(bool fine) { return int4::kBlockBytes + scale_bytes_of_strip(fine); }
+// 64 columns of a row of x.
+inline constexpr int kTokenStageBytes = 2 * int4::kBlockColumns;
+
+// Where 16 bytes of x lie in a stage: rows of 8 chunks, permuted so that eight rows of one column of chunks, which
+// ldmatrix reads at a time, are in different banks.
+QOPS_ALWAYS_INLINE constexpr int x_place(int token, int chunk) {
+  return token * kTokenStageBytes + ((chunk ^ token) & 7) * 16;
+}
+
+// What lane `lane` gives to ldmatrix for k16 steps 2 half and 2 half + 1 of eight tokens from `tile` on.
+QOPS_ALWAYS_INLINE constexpr int x_address(int tile, int half, int lane) {
+  return x_place(8 * tile + lane % 8, 4 * half + lane / 8);
+}
+
+// Of a fragment of sums of 16 rows x 8 tokens: element i of a lane.
+QOPS_ALWAYS_INLINE constexpr int sum_token(int lane, int i) { return lane % 4 * 2 + i % 2; }
+QOPS_ALWAYS_INLINE constexpr int sum_row(int lane, int i) { return lane / 4 + i / 2 * 8; }
+// Floats between the tokens of a tile of sums in shared memory: 4 modulo 16, so that the lanes of a
+// fragment, 2 tokens apart for each of 4, are in different banks.
+QOPS_ALWAYS_INLINE constexpr int sum_stride(int strips) { return strips * kStripRows + 4; }
+
+// Group sizes that are multiples of 64 (or K itself) need one scale per row and stage.
+constexpr bool is_fine(int64_t k, int64_t group_size) {
+  return group_size != k && group_size % int4::kBlockColumns != 0;
+}
+
+// Whether w = s (q - 8) + o with an o of its own.
+constexpr bool has_offset(WeightKind kind) { return kind == WeightKind::kFloatZero || kind == WeightKind::kOffset; }
+
+// --- the plan --------------------------------------------------------------------------------------------------------
+
+inline constexpr int kDecodeTokens = 16;    // rows of x up to which there is a decode kernel
+inline constexpr int kMaxStripsOfWarp = 4;  // of the decode kernel: that share a fragment of x
+inline constexpr int kTileTokens[] = {32, 64, 128};
+// The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes
+// spilled), and its shared memory does not fit on sm_120.
+QOPS_ALWAYS_INLINE constexpr int max_tile_tokens(bool offset, int arch) { return offset || arch >= 120 ? 64 : 128; }
+// Up to 32 tokens weights bound the product. A second block multiplies while the first waits at a barrier, and both
+// together have enough bytes under way. (With the sums of x it would spill on sm_80.)
+QOPS_ALWAYS_INLINE constexpr int blocks_of_multiprocessor(int tile_tokens, bool offset) {
+  return tile_tokens == 32 && !offset ? 2 : 1;
+}
+
+// What kernels leave for the next one: what an L2 may hold.
+inline constexpr int64_t kMostScratch = int64_t{32} << 20;
+
+// A part of the tiled kernel's work: slices slice0 .. slice0 + slices - 1 of a tile.
+struct Item {
+  int64_t tile;
+  int slice0, slices;
+};
+
+struct GemmPlan {
+  enum class Kind { kDecode, kTiled, kDense };
+
+  Kind kind;
+  int stages;
+  int64_t shared_bytes;
+  int64_t blocks;
+  int64_t time;  // by the model
+  int tokens;    // of a tile that the kernel is compiled for: a multiple of 8
+  int k_parts;   // 1, 2, 4 or 8 blocks share slices; above 1, a second kernel adds them
+  // Decode: into how many ranges the strips are cut, one for each block of a part, and the most strips that a warp
+  // takes at a time. Dense: strips that are dequantised at a time, and rows of x that are multiplied with them at a
+  // time.
+  int64_t ranges;
+  int64_t strips;
+  int64_t rows;
+  // Tiled: tiles of `live` tokens, in eights, x 128 rows of w. The kernel leaves out what it could hold beyond. The
+  // first `whole` of them have a block each, the others k_parts. Blocks take items in turns.
+  int live;
+  int64_t token_tiles, row_tiles, whole;
+
+  QOPS_ALWAYS_INLINE constexpr int64_t tiles() const { return token_tiles * row_tiles; }
+  QOPS_ALWAYS_INLINE constexpr int64_t items() const { return whole + (tiles() - whole) * k_parts; }
+  QOPS_ALWAYS_INLINE constexpr Item item(int64_t index) const {
+    if (index < whole) return {index, 0, kSlices};
+    const int slices = kSlices / k_parts;
+    return {whole + (index - whole) / k_parts, static_cast<int>((index - whole) % k_parts) * slices, slices};
+  }
+
+  QOPS_ALWAYS_INLINE constexpr TilePosition position(int64_t tile) const {
+    return tile_position(tile, token_tiles, row_tiles);
+  }
+
+  // float32 sums between two kernels: [slice][M][S * 16] (decode), [slice][tile][live][128] of the tiles that blocks
+  // share (tiled); or weights [strips * 16][K] and sums [rows][strips * 16] (dense).
+  constexpr int64_t scratch_bytes(int64_t m, int64_t n, int64_t k) const {
+    if (kind == Kind::kDense) return strips * kStripRows * (2 * k + 4 * rows);
+    if (k_parts == 1) return 0;
+    return 4 * kSlices *
+           (kind == Kind::kDecode ? m * int4::strips(n) * kStripRows : (tiles() - whole) * live * kTileRows);
+  }
+
+  bool operator==(const GemmPlan&) const = default;
+};
+
+namespace plan {
+
+using namespace model;
+
+// What turning the codes of a stage into fragments adds, in cycles.
+inline constexpr int64_t kCyclesOfCodes = 96;
+
+// Blocks of the decode kernel, one for each multiprocessor: each takes some strips and all slices of its part.
+constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_parts, Gpu gpu) {
+  const int64_t strips = int4::strips(n), blocks = int4::blocks(k);
+  GemmPlan p{};
+  p.kind = GemmPlan::Kind::kDecode;
+  p.tokens = m <= 8 ? 8 : 16;
+  p.k_parts = k_parts;
+  p.ranges = max_of(1, min_of(strips, gpu.multiprocessors / k_parts));
+  p.blocks = p.ranges * k_parts;
+  const int64_t of_block = ceil_div(strips, p.ranges), of_warp = ceil_div(of_block, k_parts);
+  // Passes of as many strips as there is room for with two stages or more, none much smaller than the others.
+  const int64_t sums = 4 * p.tokens * sum_stride(kMaxStripsOfWarp);
+  int64_t stage = 0;
+  for (int64_t most = kMaxStripsOfWarp; most > 0 && p.stages < 2; --most) {
+    p.strips = max_of(1, ceil_div(of_warp, max_of(1, ceil_div(of_warp, most))));
+    stage = kGemmWarps * (p.strips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes);
+    p.stages = static_cast<int>(min_of(kMaxStages, (gpu.shared_bytes - sums) / stage));
+  }
+  p.shared_bytes = sums + p.stages * stage;
+  const int64_t block_bytes = of_block * int4::strip_bytes(k) / k_parts;
+  const int64_t x_bytes = ceil_div(of_block, p.strips) * m * 2 * int4::kBlockColumns * blocks / k_parts;
+  p.time = kStart + max_of(block_bytes / kBytesPerCycle, (block_bytes + x_bytes) / kL2BytesPerCycle);
+  if (k_parts > 1) p.time += second_kernel(p.scratch_bytes(m, n, k), gpu);
+  return p;
+}
+
+// Tiles of `live` x 128. `in_waves`: as many tiles as fill the GPU some times over have a block each.
+constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, bool offset, int live, int k_parts, bool in_waves,
+                         Gpu gpu) {
+  GemmPlan p{};
+  p.kind = GemmPlan::Kind::kTiled;
+  p.live = live;
+  p.tokens = live <= kTileTokens[0] ? kTileTokens[0] : live <= kTileTokens[1] ? kTileTokens[1] : kTileTokens[2];
+  p.k_parts = k_parts;
+  p.strips = kTileStrips;
+  p.token_tiles = ceil_div(m, live);
+  p.row_tiles = ceil_div(n, kTileRows);
+  const int64_t resident = blocks_of_multiprocessor(p.tokens, offset);
+  const int64_t room = (gpu.shared_bytes + kReserved) / resident - kReserved;
+  const int64_t sums = 4 * p.tokens * sum_stride(kTileStrips);
+  const int64_t stage = kTileStrips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes;
+  p.stages = static_cast<int>(min_of(kMaxStages, (room - sums) / stage));
+  p.shared_bytes = sums + p.stages * stage;
+
+  const int64_t most_blocks = gpu.multiprocessors * resident;
+  p.whole = k_parts == 1 ? p.tiles() : in_waves ? p.tiles() / most_blocks * most_blocks : 0;
+  p.blocks = min_of(p.items(), most_blocks);
+  const int64_t mma = int64_t{live} / 8 * kTileStrips * int4::kSteps * kCyclesPerMma;
+  const int64_t blocks = int4::blocks(k), shared_items = p.items() - p.whole;
+  const int64_t of_multiprocessor = ceil_div(p.whole, gpu.multiprocessors) * blocks +
+                                    ceil_div(shared_items, gpu.multiprocessors) * ceil_div(blocks, k_parts);
+  const int64_t codes = kTileStrips * int4::kBlockBytes, copies = (codes + live * kTokenStageBytes) / kL2BytesPerCycle;
+  const int64_t unit = max_of(max_of(mma, copies) + kCyclesOfCodes, codes / kBytesPerCycle);
+  p.time = kStart + of_multiprocessor * unit;
+  if (p.whole < p.tiles()) p.time += second_kernel(p.scratch_bytes(m, n, k), gpu);
+  return p;
+}
+
+// cuBLAS on weights that int4_dequantize has made, and a kernel that finishes its float32 sums: for as many strips at a
+// time as scratch holds with the sums of all rows; if that is less than a tile of cuBLAS, for a tile, and for as many
+// rows at a time as scratch holds then. For GPUs on which cuBLAS has instructions that the tiled kernel has not (wgmma
+// of sm_90, tcgen05 of sm_100 and sm_103).
+constexpr bool has_faster_cublas(Gpu gpu) { return gpu.arch >= 90 && gpu.arch < 120; }
+
+// No plan (blocks = 0) where scratch does not hold the weights of a tile and enough rows: K of more than 120,000.
+constexpr GemmPlan dense(int64_t m, int64_t n, int64_t k, Gpu gpu) {
+  constexpr int64_t kMostOfPeak = 1600;  // multiplications of bf16 in a cycle, of wgmma's 2048
+  constexpr int64_t kLeastStrips = 8;    // a tile of cuBLAS
+  constexpr int64_t kLeastRows = 4096;   // fill any GPU with tiles of 128 x 128 sums
+  GemmPlan p{};
+  p.kind = GemmPlan::Kind::kDense;
+  p.k_parts = 1;
+  const int64_t strips = int4::strips(n), fitting = kMostScratch / (kStripRows * (2 * k + 4 * m));
+  const int64_t at_most = max_of(kLeastStrips, fitting / kLeastStrips * kLeastStrips);
+  const int64_t passes = ceil_div(strips, at_most);
+  p.strips = min_of(strips, ceil_div(ceil_div(strips, passes), kLeastStrips) * kLeastStrips);
+  const int64_t rows = (kMostScratch / (p.strips * kStripRows) - 2 * k) / 4;
+  if (rows < min_of(m, kLeastRows)) return p;
+  const int64_t row_passes = ceil_div(m, rows);
+  p.rows = ceil_div(m, row_passes);
+  p.blocks = 1;
+  const int64_t bytes = n * int4::blocks(k) * int4::kBlockBytes / kStripRows + 2 * 2 * n * k + 2 * 4 * m * n;
+  p.time = passes * (1 + 2 * row_passes) * kNextKernel + bytes / (kL2BytesPerCycle * gpu.multiprocessors) +
+           m * n * k / (kMostOfPeak * gpu.multiprocessors);
+  return p;
+}
+
+}  // namespace plan
+
+// What a plan depends on. may_round: whether the weights may be rounded to x's type, so that cuBLAS can multiply them.
+struct GemmShape {
+  int64_t m, n, k, group_size;
+  WeightKind kind;
+  bool may_round;
+  Gpu gpu;
+
+  bool operator==(const GemmShape&) const = default;
+};
+
+// Total: some plan for every shape, of our kernels one with at least 2 stages, on every GPU with 99 KiB of shared
+// memory.
+constexpr GemmPlan plan_int4_gemm(const GemmShape& shape) {
+  const auto [m, n, k, group_size, kind, may_round, gpu] = shape;
+  const bool fine = is_fine(k, group_size), offset = has_offset(kind);
+  GemmPlan best{};
+  // Of equal plans the one with more blocks: it has more bytes under way.
+  const auto consider = [&](const GemmPlan& p) {
+    if (best.blocks == 0 || p.time < best.time || (p.time == best.time && p.blocks > best.blocks)) best = p;
+  };
+  const auto consider_ours = [&](const GemmPlan& p) {
+    if (p.stages >= 2 && p.scratch_bytes(m, n, k) <= kMostScratch) consider(p);
+  };
+  for (int k_parts = 1; k_parts <= kSlices; k_parts *= 2) {
+    if (m <= kDecodeTokens && k_parts <= gpu.multiprocessors) consider_ours(plan::decode(m, n, k, fine, k_parts, gpu));
+    for (int live = 16; live <= max_tile_tokens(offset, gpu.arch); live += 8) {
+      consider_ours(plan::tiled(m, n, k, fine, offset, live, k_parts, false, gpu));
+      if (k_parts > 1) consider_ours(plan::tiled(m, n, k, fine, offset, live, k_parts, true, gpu));
+    }
+  }
+  if (may_round && m > kDecodeTokens && k > 0 && plan::has_faster_cublas(gpu)) {
+    if (const GemmPlan p = plan::dense(m, n, k, gpu); p.blocks > 0) consider(p);
+  }
+  return best;
+}
+
+// Plans that were asked for lately. To search for one takes 2 us; a model asks for few different ones, each twice a
+// call.
+class PlanCache {
+ public:
+  const GemmPlan& operator()(const GemmShape& shape) {
+    Found* const set = sets_[set_of(shape)];
+    for (int way = 0; way < kWays; ++way) {
+      if (set[way].shape == shape) return set[way].plan;
+    }
+    ++searches_;
+    for (int way = kWays - 1; way > 0; --way) set[way] = set[way - 1];
+    set[0] = {shape, plan_int4_gemm(shape)};
+    return set[0].plan;
+  }
+
+  int64_t searches() const { return searches_; }
+
+ private:
+  static constexpr int kSetBits = 5, kWays = 4;
+  struct Found {
+    GemmShape shape;  // none has M = 0
+    GemmPlan plan;
+  };
+
+  // Sizes are multiples of powers of two, so only a product's upper bits depend on all of theirs.
+  static constexpr uint64_t set_of(const GemmShape& shape) {
+    uint64_t hash = 0;
+    const int64_t sizes[] = {shape.m, shape.n, shape.k, shape.group_size, shape.may_round};
+    for (const int64_t size : sizes) {
+      hash = (hash ^ static_cast<uint64_t>(size)) * 0x9e3779b97f4a7c15;
+      hash ^= hash >> 32;
+    }
+    return hash * 0x9e3779b97f4a7c15 >> (64 - kSetBits);
+  }
+
+  Found sets_[1 << kSetBits][kWays]{};
+  int64_t searches_ = 0;
+};
+
+}  // namespace qops::cuda

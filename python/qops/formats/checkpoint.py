@@ -1,0 +1,100 @@
+"""What every reader of checkpoints offers, whatever the architecture."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from qops.nn import QuantizedLinear
+from qops.weights.state import QuantizedWeight
+
+__all__ = ["Checkpoint", "Weight"]
+
+Weight = QuantizedWeight | torch.Tensor
+"""Quantised, not packed yet, or dense."""
+
+
+class Checkpoint(Protocol):
+    """A model on disk, opened and checked: each parameter and buffer by its name in Transformers' model.
+
+    Nothing is read before it is asked for. Whoever builds a model asks layer by layer, for each tensor once, so a
+    reader need not keep what it has given.
+
+    Attributes:
+        config: of Transformers, of any kind; its `architectures` names the class of the model.
+        dtype: in which the model is built where its user says nothing.
+        fuses: whether its layers are to be fused where they can be.
+        generation_config: of Transformers; None where there is none.
+
+    Raises:
+        ValueError: from each method, where the checkpoint does not hold what it should; path and tensor are named.
+    """
+
+    config: Any
+    dtype: torch.dtype
+    fuses: bool
+    generation_config: Any
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a parameter or buffer of that name.
+
+        Args:
+            name: in Transformers' model; `<module>.weight` also where the weight is quantised.
+
+        Returns:
+            False also for names that the architecture does not have.
+        """
+        ...
+
+    def linear(self, module: str) -> type[QuantizedLinear] | None:
+        """What multiplies with the weight of a module, without reading it.
+
+        Args:
+            module: its name in Transformers' model.
+
+        Returns:
+            A class of `qops.nn`; None where the weight is dense.
+        """
+        ...
+
+    def kind(self, module: str) -> str:
+        """How the weight of a module is stored, without reading it.
+
+        Args:
+            module: its name in Transformers' model.
+
+        Returns:
+            Equal for weights that become linears of one kind.
+        """
+        ...
+
+    def weight(self, module: str) -> Weight:
+        """The weight of a module.
+
+        Args:
+            module: its name in Transformers' model.
+
+        Returns:
+            [N, K], not packed yet where it is quantised, in the stored dtype where it is dense.
+        """
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A dense parameter or a buffer.
+
+        Args:
+            name: in Transformers' model.
+
+        Returns:
+            In the stored dtype.
+        """
+        ...
+
+    def finish(self, model: Any) -> None:
+        """Ends the loading: raises where something is left that the model had no place for.
+
+        Args:
+            model: that was built.
+        """
+        ...

@@ -1,0 +1,173 @@
+"""Folders written by `qops.save_model`.
+
+A saved folder holds `config.json`, `generation_config.json` and `qops.safetensors`: the canonical tensors under
+Transformers' names. Packing at load is a permutation of bytes, cheaper than reading them, so the folder stores no
+packed layout and stays valid when that changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qops.formats.checkpoint import Weight
+from qops.nn import QuantizedLinear
+from qops.nn.linears import LINEARS
+
+QUANT_METHOD = "qops"
+FORMAT_VERSION = 2
+# Not model.safetensors: Transformers skips a quant_method it does not know and would load the rest as noise. Without
+# a file of that name it stops.
+TENSORS_FILE = "qops.safetensors"
+# A folder without the first is no model: it goes first and comes last.
+FILES = ("config.json", "generation_config.json", TENSORS_FILE)
+
+
+def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Replaces a saved model. A reader meets the old one, the new one, or a folder without a config, never a mixture.
+
+    Args:
+        write: writes the files of the new one into an empty folder; where it fails nothing has changed.
+    """
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".qops-") as aside:
+            write(Path(aside))
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+            for name in reversed(FILES):
+                if (Path(aside) / name).exists():
+                    os.replace(Path(aside) / name, folder / name)
+    except BaseException:
+        if created:
+            folder.rmdir()
+        raise
+
+
+def transformers_class(name: object) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"architectures must name a model class of transformers, got {name!r}")
+    return found
+
+
+def _takes(model_class: Any, config: Any) -> bool:
+    """Whether a class of Transformers is for a config: by its own type, or as one that borrows the class."""
+    from transformers.models.auto import modeling_auto
+
+    if isinstance(config, model_class.config_class):
+        return True
+    mappings = [mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    found = [mapping.get(config.model_type, ()) for mapping in mappings]
+    return any(model_class.__name__ in ((names,) if isinstance(names, str) else names) for names in found)
+
+
+class Folder:
+    """A folder written by `save_model`, as a :class:`qops.formats.Checkpoint`."""
+
+    def __init__(self, folder: Path):
+        from huggingface_hub.errors import StrictDataclassError
+        from safetensors import SafetensorError, safe_open
+        from transformers import AutoConfig, GenerationConfig
+
+        self.folder = folder
+        settings = self._read_settings()
+        try:
+            self.config: Any = AutoConfig.from_pretrained(folder)
+            model_class = transformers_class((self.config.architectures or [None])[0])
+        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        if not _takes(model_class, self.config):
+            wanted = model_class.config_class.model_type
+            raise ValueError(
+                f"{folder / 'config.json'}: model_type must be '{wanted}' for {model_class.__name__}, "
+                f"got '{self.config.model_type}'"
+            )
+        del self.config.__dict__["quantization_config"]
+        self.dtype: torch.dtype = self.config.dtype
+        self.fuses: bool = settings.get("fused", True)
+        self._cast: dict[str, str] = settings.get("cast", {})
+        self._read: set[str] = set()
+        self._kinds: dict[str, str] = settings["weights"]
+        path = folder / TENSORS_FILE
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+        self.names: frozenset[str] = frozenset(self._file.keys())
+        has_generation_config = (folder / "generation_config.json").is_file()
+        self.generation_config: Any = GenerationConfig.from_pretrained(folder) if has_generation_config else None
+
+    def _read_settings(self) -> dict[str, Any]:
+        path = self.folder / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable config: {error}") from error
+        settings = config.get("quantization_config") if isinstance(config, dict) else None
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        if not isinstance(settings, dict) or method != QUANT_METHOD:
+            raise ValueError(f"{path}: must be of a model saved by qops.save_model, got quant_method '{method}'")
+        if settings.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {settings.get('format_version')}")
+        kinds = settings.get("weights")
+        if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
+            raise ValueError(f"{path}: weights must map names to kinds, got {kinds!r}")
+        return settings
+
+    def holds(self, name: str) -> bool:
+        return name in self.names or name.removesuffix(".weight") in self._kinds
+
+    def kind(self, module: str) -> str:
+        return self._kinds.get(module, "dense")
+
+    def linear(self, module: str) -> type[QuantizedLinear] | None:
+        if module not in self._kinds:
+            return None
+        found = LINEARS.get(self._kinds[module].partition(" ")[0])
+        if found is None:
+            raise ValueError(f"{self.folder}: {module}.weight has unknown kind '{self._kinds[module]}'")
+        return found
+
+    def weight(self, module: str) -> Weight:
+        linear, prefix = self.linear(module), f"{module}.weight"
+        if linear is None:
+            return self.tensor(prefix)
+        tensors = {key: self.tensor(f"{prefix}.{key}") for key in ("qweight", "scales")}
+        for key in ("zeros", "offsets", "perm"):
+            if f"{prefix}.{key}" in self.names:
+                tensors[key] = self.tensor(f"{prefix}.{key}")
+        try:
+            return linear.weight_class._from_state(tensors, self._kinds[module].partition(" ")[2])
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.folder}: {prefix}: {error}") from error
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise ValueError(f"{self.folder / TENSORS_FILE}: tensor {name} is missing")
+        self._read.add(name)
+        return self._file.get_tensor(name)
+
+    def finish(self, model: Any) -> None:
+        """Casts what was cast when the model was saved, too."""
+        left = sorted(self.names - self._read)
+        if left:
+            raise ValueError(
+                f"{self.folder / TENSORS_FILE}: every tensor must have a place in {type(model).__name__} as "
+                f"config.json describes it, {len(left)} have none: {', '.join(left[:3])}"
+            )
+        for name, dtype in self._cast.items():
+            module_name, _, key = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            buffer = getattr(module, key)
+            assert isinstance(buffer, torch.Tensor)
+            setattr(module, key, buffer.to(getattr(torch, dtype)))

@@ -1,0 +1,16 @@
+"""Whole language models of Transformers on qops operators: load, quantise, save, compare."""
+
+from qops.formats.open import load_tokenizer
+from qops.models.load import dense_model, load_model, save_model
+from qops.models.quantize import QuantizationReport, quantize_model
+from qops.models.smoothing import smoothing_scales
+
+__all__ = [
+    "QuantizationReport",
+    "dense_model",
+    "load_model",
+    "load_tokenizer",
+    "quantize_model",
+    "save_model",
+    "smoothing_scales",
+]

@@ -1,0 +1,428 @@
+"""Decoder layers of Transformers models whose linears, norms, rotary and SiLU-mul run on qops operators.
+
+The surrounding `...ForCausalLM` and `...Model` stay Transformers' own, and so do caches, masks and `generate`.
+Inside a layer no residual addition is a pass of its own where quantised linears stand at the end of attention and of
+the MLP: they add it before they store. Other linears there, and norms after them, hand a pair (delta, residual) to the
+norm that follows, an `add_rms_norm`. By the contracts of the operators the bits are those of the unfused chain.
+Layers take and return plain hidden states.
+
+In a layer of `Int8Linear`s the norms emit 8-bit activations with their scales. Attention and the product of gate and
+up, which stores the one vector that SiLU-mul makes of both, leave the quantisation of a token to a pass of its own.
+
+How Transformers calls layers changes from release to release. What the installed one does is read from the signatures
+of the layers that are replaced: a keyword that they name is implemented here, or the layer is not fused
+(`unknown_architecture`); every other keyword goes on to the cache and to the attention function, as theirs do.
+
+This module imports Transformers; `qops.nn` holds the parts that do not need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm
+from qops.nn.hooks import is_watched, newest_hook
+from qops.nn.linears import into_stream
+from qops.nn.offload import Offloadable
+from qops.ops import qk_norm_rotary_, rotary, rotary_
+from qops.weights.requirements import moved
+
+# A module for each name below a layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
+Part = Callable[[str], Any]
+
+
+class Architecture(NamedTuple):
+    """A family of models whose layers this module knows.
+
+    Attributes:
+        prefix: of Transformers' class names.
+        softcap: whether attention caps its logits (`attn_logit_softcapping`).
+        heads_first: whether its norms of q and k see [B, H, T, D] instead of [B, T, H, D].
+        window_in_config: whether attention reads its sliding window from the config, instead of keeping it.
+    """
+
+    prefix: str
+    softcap: bool = False
+    heads_first: bool = False
+    window_in_config: bool = False
+
+
+# By the name of Transformers' module. SmolLM and SmolLM2 are "llama", Qwen2.5 is "qwen2".
+ARCHITECTURES = {
+    "gemma": Architecture("Gemma"),
+    "gemma2": Architecture("Gemma2", softcap=True),
+    "gemma3": Architecture("Gemma3", heads_first=True),
+    "llama": Architecture("Llama"),
+    "mistral": Architecture("Mistral", window_in_config=True),
+    "qwen2": Architecture("Qwen2"),
+    "qwen3": Architecture("Qwen3"),
+    "smollm3": Architecture("SmolLM3"),
+}
+
+# What is implemented here, beside the cache, of what these layers name in their signatures.
+_LAYER_KEYWORDS = frozenset(("hidden_states", "attention_mask", "position_ids", "use_cache", "position_embeddings"))
+_ATTENTION_KEYWORDS = frozenset(("hidden_states", "attention_mask", "position_embeddings"))
+# Transformers 5.24 renamed the cache. No aliases: before, `cache` was a paged one on its way to the attention function.
+_CACHE_KEYWORDS = ("cache", "past_key_values")
+# Keywords that scaled dot product attention of one token does not read.
+_NOT_READ_BY_SDPA = frozenset(("position_ids", "use_cache", "output_hidden_states"))
+
+
+def unknown_architecture(model: Any) -> str | None:
+    """Why the layers of a dense model cannot be fused; None if they can."""
+    causal, name = type(model), None
+    for module, architecture in ARCHITECTURES.items():
+        if causal.__module__ == _modeling(module) and causal.__name__ == f"{architecture.prefix}ForCausalLM":
+            name = module
+    if name is None:
+        return f"{causal.__name__} is not an architecture whose layers qops knows"
+    prefix = ARCHITECTURES[name].prefix
+    for layer in model.model.layers:
+        found = [type(part).__name__ for part in (layer, layer.self_attn, layer.mlp)]
+        wanted = [f"{prefix}{part}" for part in ("DecoderLayer", "Attention", "MLP")]
+        if found != wanted:
+            return f"its layers are made of {', '.join(found)}, not of {', '.join(wanted)}"
+    if not len(model.model.layers):
+        return "it has no layers"
+    layer = model.model.layers[0]
+    return _unknown_call(type(layer), _LAYER_KEYWORDS) or _unknown_call(type(layer.self_attn), _ATTENTION_KEYWORDS)
+
+
+def _unknown_call(original: type, known: frozenset[str]) -> str | None:
+    """What stands in the way of being called as `original.forward` is."""
+    parameters = inspect.signature(original.forward).parameters  # type: ignore[attr-defined]
+    cache = cache_keyword(original)
+    if cache is None:
+        return f"{original.__name__}.forward takes neither {' nor '.join(_CACHE_KEYWORDS)}"
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return f"{original.__name__}.forward takes no further keywords"
+    unknown = [name for name in _named(original) if name not in known and name != cache]
+    if unknown:
+        return f"{original.__name__}.forward takes {', '.join(unknown)}, which qops does not know"
+    return None
+
+
+@functools.cache
+def _named(original: type) -> tuple[str, ...]:
+    """The named parameters of its forward in order, without self. Deprecation wrappers are looked through."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(parameter.name for parameter in parameters if parameter.kind not in variadic)
+
+
+@functools.cache
+def cache_keyword(original: type) -> str | None:
+    """The name under which the forward of one of Transformers' classes takes a cache."""
+    return next((name for name in _CACHE_KEYWORDS if name in _named(original)), None)
+
+
+def _modeling(module: str) -> str:
+    return f"transformers.models.{module}.modeling_{module}"
+
+
+class Shared(NamedTuple):
+    """What the layers of one forward share, found once: reading a Transformers config takes 1 us, times 30 layers.
+
+    Attributes:
+        cos, sin: float32 [rows, D/2].
+        positions: [B, T], the row of each token; None where row t belongs to token t of every sequence.
+        attention: name of the attention implementation.
+        is_sdpa: whether that is Transformers' own scaled dot product attention, and not one registered in its place.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor | None
+    attention: str
+    is_sdpa: bool
+
+
+class RotaryTables(nn.Module):
+    """Transformers' rotary embedding, which computes every RoPE scaling, in the form that `qops.rotary` takes.
+
+    The tables are float32 without Transformers' duplicated half and without its rounding to the model's dtype. They
+    have one row per token or, with different positions in the batch, one per (batch, token).
+
+    Frequencies stay float32 when the model is cast; those of a model that was cast before are computed afresh.
+    """
+
+    def __init__(self, rotary: Any, config: Any):
+        super().__init__()
+        cast = any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in rotary.buffers())
+        self.rotary = type(rotary)(config=config).to(next(rotary.buffers()).device) if cast else rotary
+        self.config = config
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryTables:
+        return super()._apply(lambda tensor: moved(tensor, fn), recurse)
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Shared:
+        # The argument tells Transformers' module nothing but device and dtype.
+        cos, sin = self.rotary(x.new_empty(0, dtype=torch.float32), position_ids, *args, **kwargs)
+        half = cos.shape[-1] // 2
+        cos, sin = cos[..., :half].reshape(-1, half), sin[..., :half].reshape(-1, half)
+        positions = None
+        if position_ids.shape[0] > 1:
+            positions = torch.arange(position_ids.numel(), device=x.device).view(position_ids.shape)
+        attention = self.config._attn_implementation
+        is_sdpa = attention == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+        return Shared(cos, sin, positions, attention, is_sdpa)
+
+
+class Attention(MergingModule):
+    """Attention with q, k and v as one GEMM, and head norms and rotary in place on its output [B, T, H, D].
+
+    Args:
+        original: Transformers' module; everything but its submodules is taken over.
+        part: gives the linears and norms by their names in the layer.
+    """
+
+    config: Any
+    layer_idx: int
+    head_dim: int
+    num_key_value_groups: int
+    scaling: float
+    attention_dropout: float
+
+    def __init__(self, original: Any, part: Part):
+        nn.Module.__init__(self)
+        self.__dict__.update({name: value for name, value in vars(original).items() if not name.startswith("_")})
+        self.parameter_names = _named(type(original))
+        keyword = cache_keyword(type(original))
+        assert keyword is not None, "unknown_architecture was not asked"
+        self.cache_keyword = keyword
+        self.heads = self.config.num_attention_heads
+        self.key_value_heads = self.config.num_key_value_heads
+        self.qkv_proj = MergedLinear({name: part(f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj")})
+        self.o_proj = part("self_attn.o_proj")
+        if hasattr(original, "q_norm"):
+            self.q_norm, self.k_norm = part("self_attn.q_norm"), part("self_attn.k_norm")
+        self.modeling = type(original).__module__
+        architecture = ARCHITECTURES[type(original).__module__.rpartition("modeling_")[2]]
+        self.extras: dict[str, Any] = {}
+        if hasattr(original, "sliding_window"):
+            self.extras["sliding_window"] = original.sliding_window
+        elif architecture.window_in_config:
+            self.extras["sliding_window"] = getattr(self.config, "sliding_window", None)
+        if architecture.softcap:
+            self.extras["softcap"] = original.attn_logit_softcapping
+        self.heads_first = architecture.heads_first
+        # SmolLM3 leaves some layers without positions.
+        self.rotates = getattr(original, "use_rope", True)
+
+    def forward(
+        self, hidden_states: Any, *args: Any, residual: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Transformers' arguments, and with a residual its sum with the output, or (output, residual)."""
+        _by_name(self, args, kwargs)
+        shared = _shared(self, kwargs.pop("position_embeddings", None))
+        attention_mask = kwargs.pop("attention_mask", None)
+        cache = kwargs.pop(self.cache_keyword, None)
+        qkv = self.qkv_proj(hidden_states)
+        batch, tokens, _ = qkv.shape
+        qkv = qkv.view(batch, tokens, -1, self.head_dim)
+        query, key, value = qkv.split([self.heads, self.key_value_heads, self.key_value_heads], dim=2)
+        query, key = self._position(query, key, shared)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        if cache is not None:
+            if self.cache_keyword == "cache":
+                # A paged cache takes what it needs from the keywords, and leaves there what the attention needs.
+                key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+            else:
+                key, value = cache.update(key, value, self.layer_idx)
+        if (
+            tokens == 1
+            and shared.is_sdpa
+            and not self.training
+            and (attention_mask is None or attention_mask.shape[1] == 1)
+            and self.extras.get("softcap") is None
+            and _NOT_READ_BY_SDPA.issuperset(kwargs)
+        ):
+            # The query heads of one key/value head take the place of tokens, so keys and values are never expanded:
+            # 12 us against 42 us (expanded) and 17 us (enable_gqa) at 9/3 heads, 64 positions, bf16, 2 cores.
+            packed = query.reshape(batch, self.key_value_heads, self.num_key_value_groups, self.head_dim)
+            output = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=self.scaling)
+            return into_stream(self.o_proj, output.reshape(batch, 1, -1), residual), None
+
+        # Looked up in each call, as Transformers does: others put theirs in its place.
+        eager = sys.modules[self.modeling].eager_attention_forward
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(shared.attention, eager)
+        output, weights = attend(
+            self,
+            query.transpose(1, 2),
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **self.extras,
+            **kwargs,
+        )
+        return into_stream(self.o_proj, output.reshape(batch, tokens, -1), residual), weights
+
+    def _position(self, query: torch.Tensor, key: torch.Tensor, shared: Shared) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k with heads normed where the architecture does so, and rotated: in place unless a norm is watched."""
+        q, k = self._modules.get("q_norm"), self._modules.get("k_norm")
+        if isinstance(q, RMSNorm) and isinstance(k, RMSNorm) and not (is_watched(q) or is_watched(k)):
+            qk_norm_rotary_(
+                query,
+                key,
+                q.weight,
+                k.weight,
+                shared.cos,
+                shared.sin,
+                q.eps,
+                positions=shared.positions,
+                weight_offset=q.weight_offset,
+                rounding=q.rounding,
+            )
+            return query, key
+        if q is not None and k is not None:
+            # What a hook has seen must not turn under its hands.
+            query, key = self._normed(q, query), self._normed(k, key)
+            return rotary(query, key, shared.cos, shared.sin, positions=shared.positions)
+        if self.rotates:
+            rotary_(query, key, shared.cos, shared.sin, positions=shared.positions)
+        return query, key
+
+    def _normed(self, norm: nn.Module, heads: torch.Tensor) -> torch.Tensor:
+        """By a call of the module, in the shape in which Transformers calls it."""
+        return norm(heads.transpose(1, 2)).transpose(1, 2) if self.heads_first else norm(heads)
+
+
+class DecoderLayer(Offloadable):
+    """A decoder layer in as few passes over memory as its parts allow; see the module docstring.
+
+    Two norms (Llama) stand before attention and before the MLP. With four (Gemma 2 and 3) the output of each is normed
+    too, before it is added.
+
+    While a part of the layer has hooks, or is offloaded, all parts are called one after the other as Transformers calls
+    them, so that a hook sees what it would see there. The bits are the same.
+
+    Args:
+        original: Transformers' layer.
+        part: gives the layer's linears and norms; each is asked for once.
+    """
+
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+    pre_feedforward_layernorm: RMSNorm
+    post_feedforward_layernorm: RMSNorm
+
+    def __init__(self, original: Any, part: Part):
+        nn.Module.__init__(self)
+        self.parameter_names = _named(type(original))
+        self.sandwich = hasattr(original, "pre_feedforward_layernorm")
+        self.self_attn = fused_class(Attention, type(original.self_attn))(original.self_attn, part)
+        act = original.mlp.act_fn
+        self.mlp = MLP(
+            part("mlp.gate_proj"),
+            part("mlp.up_proj"),
+            part("mlp.down_proj"),
+            None if _is_silu(act) else act,
+        )
+        for name, _ in original.named_children():
+            if name.endswith("layernorm"):
+                setattr(self, name, part(name))
+        self.before_mlp = "pre_feedforward_layernorm" if self.sandwich else "post_attention_layernorm"
+        self._look_for_hooks()
+        self._be_hooked()
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Transformers' arguments and result."""
+        _by_name(self, args, kwargs)
+        if newest_hook() != self.newest_hook or self.watched or torch.compiler.is_compiling():
+            self._look_for_hooks()
+            if self.watched:
+                return self._one_after_the_other(hidden_states, kwargs)
+        x = self.input_layernorm(hidden_states)
+        if self.sandwich:
+            attended, _ = self.self_attn(x, **kwargs)
+            x, residual = self.pre_feedforward_layernorm.add(self.post_attention_layernorm(attended), hidden_states)
+            return residual + self.post_feedforward_layernorm(self.mlp(x))
+        attended, _ = self.self_attn(x, residual=hidden_states, **kwargs)
+        if isinstance(attended, tuple):
+            x, residual = self.post_attention_layernorm.add(*attended)
+        else:
+            x, residual = self.post_attention_layernorm(attended), attended
+        output = self.mlp(x, residual)
+        return output[1] + output[0] if isinstance(output, tuple) else output
+
+    def _one_after_the_other(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        if self.sandwich:
+            attended = self.post_attention_layernorm(attended)
+        hidden_states = hidden_states + attended
+        output = self.mlp(getattr(self, self.before_mlp)(hidden_states))
+        if self.sandwich:
+            output = self.post_feedforward_layernorm(output)
+        return hidden_states + output
+
+    def _look_for_hooks(self) -> None:
+        """Norms that a hook may watch emit no 8-bit activations."""
+        # Every hook of the process gets a number, so that an unchanged one spares the look at 20 modules.
+        self.newest_hook = newest_hook()
+        self.watched = any(is_watched(module) for module in self.modules() if module is not self)
+        self.input_layernorm.int8 = self.self_attn.qkv_proj.takes_int8 and not self.watched
+        getattr(self, self.before_mlp).int8 = self.mlp.gate_up_proj.takes_int8 and not self.watched
+
+
+def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Adds positional arguments after hidden_states to the keywords, under the names that Transformers gives them."""
+    if args:
+        names = module.parameter_names[1 : 1 + len(args)]
+        twice = [name for name in names if name in kwargs]
+        if len(names) < len(args) or twice:
+            problem = f"got {', '.join(twice)} twice" if twice else f"takes {module.parameter_names}, got more"
+            raise TypeError(f"{type(module).__name__}.forward: {problem}")
+        kwargs.update(zip(names, args, strict=True))
+    if "past_key_values" in kwargs and "cache" in module.parameter_names:
+        # As Transformers' own wrappers do.
+        warnings.warn(
+            f"`past_key_values` is deprecated for `{type(module).__name__}.forward`. Use `cache` instead.",
+            FutureWarning,
+            stacklevel=3,
+        )
+        kwargs.setdefault("cache", kwargs.pop("past_key_values"))
+
+
+def _shared(module: nn.Module, position_embeddings: Any) -> Shared:
+    if not isinstance(position_embeddings, Shared):
+        raise ValueError(
+            f"{type(module).__name__}.forward: position_embeddings must come from the rotary_emb of the fused model, "
+            f"got {type(position_embeddings).__name__}"
+        )
+    return position_embeddings
+
+
+def _is_silu(act: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """By what it computes: Transformers and its kernel hubs have several classes for it."""
+    x = torch.linspace(-8, 8, 65)
+    return torch.equal(act(x), F.silu(x))
+
+
+@functools.cache
+def fused_class(base: type, original: type) -> Any:
+    """`base` as a subclass of Transformers' class, by which Transformers finds layers to record and to checkpoint."""
+    return type(f"Fused{original.__name__}", (base, original), {"__doc__": base.__doc__})
+
+
+def __getattr__(name: str) -> Any:
+    """The classes that `fused_class` makes, which pickle looks up by name."""
+    for module, architecture in ARCHITECTURES.items():
+        for base in (DecoderLayer, Attention):
+            if name == f"Fused{architecture.prefix}{base.__name__}":
+                original = getattr(importlib.import_module(_modeling(module)), name.removeprefix("Fused"))
+                return fused_class(base, original)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,317 @@
+"""Whole language models on qops operators: load, save, and the dense model to compare with."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qops.formats._transformers import require_transformers
+from qops.formats.checkpoint import Checkpoint, Weight
+from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, replace_files, transformers_class
+from qops.formats.open import open_checkpoint
+from qops.models.replacement import (
+    entries,
+    freeze,
+    input_table,
+    is_fused,
+    is_linear,
+    is_tied,
+    name_of,
+    packed,
+    parameter_of,
+    replace_parameter,
+    replace_parts,
+    require_replaced,
+    tie,
+    unfusable,
+    warn_not_fused,
+)
+from qops.nn import dense_linear, frozen
+from qops.weights.state import QuantizedWeight
+
+__all__ = ["dense_model", "load_model", "save_model"]
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    prove: bool = True,
+) -> Any:
+    """Loads a model whose linears, norms, rotary and SiLU-mul run on qops operators.
+
+    Quantised weights keep every stored code and scale. Dense weights, norms and biases are rounded once to `dtype`,
+    which is also the dtype of the activations. No dense copy of a quantised weight is ever made, except of a 4-bit
+    embedding table, which is looked up densely.
+
+    Args:
+        path: a GGUF file of a Llama-family model (Q4_0, Q4_1, Q8_0, F32, F16, BF16 tensors), or a folder written by
+            :func:`qops.save_model`.
+        dtype: float32, bfloat16 or float16; by default that in which a folder was saved, and bfloat16 for a GGUF file.
+        device: where the model goes.
+        prove: compare fused decoder layers with those of the installed Transformers first, one of each kind
+            (:func:`qops.quantize_model` tells how). Where they differ the model keeps Transformers' layers, with qops
+            linears and norms, and a warning says what differed.
+
+    Returns:
+        A Transformers model (`LlamaForCausalLM` or whichever was saved) in eval mode, frozen; `generate` works as
+        usual. `model.qops_fusion` tells whether its layers are fused, and what was proven. With a quantised output
+        layer its logits are float32: logits near 25 are 0.125 apart in bfloat16, so rounding them makes ties that
+        greedy search then decides by their index.
+
+    Raises:
+        ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
+        FileNotFoundError: nothing is at `path`.
+        ValueError: the checkpoint is malformed or of a kind that is not supported.
+    """
+    require_transformers("qops.load_model")
+    checkpoint = open_checkpoint(path)
+    return build_model(checkpoint, dtype or checkpoint.dtype, device, prove)
+
+
+def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Writes a model so that :func:`qops.load_model` reads it back bit for bit.
+
+    The folder gets `config.json`, `generation_config.json` and `qops.safetensors`. The tokenizer is the caller's:
+    `tokenizer.save_pretrained(folder)` into the same folder.
+
+    Args:
+        model: made by :func:`qops.load_model` or :func:`qops.quantize_model`; it stays as it is.
+        folder: created where it is missing; its files are replaced.
+
+    Raises:
+        ImportError: Transformers >= 5.17 or safetensors is missing.
+        ValueError: the model has no qops parts, or its class is not one of Transformers' own.
+    """
+    from safetensors.torch import save_file
+
+    require_replaced(model, "qops.save_model")
+    if transformers_class(type(model).__name__) is not type(model):
+        raise ValueError(f"qops.save_model: model must be of a class of transformers, got {type(model)}")
+    tensors: dict[str, torch.Tensor] = {}
+    kinds: dict[str, str] = {}
+    for name, value, kind in entries(model):
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        else:
+            kinds[name.removesuffix(".weight")] = kind
+            tensors |= {f"{name}.{value._state_key(key)}": tensor for key, tensor in value.canonical().items()}
+    # Parts of a merged dense linear are views of one storage, which safetensors refuses.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    config.architectures = [type(model).__name__]
+    config.quantization_config = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "fused": is_fused(model),
+        "weights": kinds,
+        "cast": _cast_buffers(model),
+    }
+    generation_config = getattr(model, "generation_config", None)
+
+    def write(into: Path) -> None:
+        config.save_pretrained(into)
+        if generation_config is not None:
+            generation_config.save_pretrained(into)
+        save_file(tensors, into / TENSORS_FILE)
+
+    replace_files(Path(folder), write)
+
+
+def _cast_buffers(model: nn.Module) -> dict[str, str]:
+    """The dtype of each buffer that is no part of the state and was cast with the model, as rotary frequencies are."""
+    return {
+        f"{name}.{key}".lstrip("."): str(buffer.dtype).removeprefix("torch.")
+        for name, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if key in module._non_persistent_buffers_set
+        and buffer is not None
+        and buffer.dtype in (torch.bfloat16, torch.float16)
+        and buffer.numel() > 0
+        and not isinstance(module, QuantizedWeight)
+    }
+
+
+def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The plain Transformers model with the same weights, dequantised: what the qops model is compared with.
+
+    Args:
+        model: made by :func:`qops.load_model` or :func:`qops.quantize_model`; it stays as it is.
+        dtype: float32, bfloat16 or float16, of weights and activations; each exact weight is rounded to float32, then
+            to `dtype`.
+
+    Returns:
+        A model of the same class, in eval mode, frozen.
+
+    Raises:
+        ImportError: Transformers >= 5.17 is missing.
+        ValueError: the model has no qops parts; another dtype.
+    """
+    require_replaced(model, "qops.models.dense_model")
+    dense = skeleton(type(model), model.config, dtype)
+    state = {
+        name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
+        for name, value, _ in entries(model)
+    }
+    _tie_what_is_tied(dense, frozenset(state).__contains__)
+    _assign(dense, state.pop)
+    if is_fused(model):
+        # The instance in use, not a new one from the config: it may carry its owner's frequencies.
+        dense.model.rotary_emb = copy.deepcopy(model.model.rotary_emb.rotary)
+    if (generation_config := getattr(model, "generation_config", None)) is not None:
+        dense.generation_config = copy.deepcopy(generation_config)
+    return freeze(dense)
+
+
+# Building ------------------------------------------------------------------------------------------------------------
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool = True) -> Any:
+    """The model of a checkpoint. Weights are packed where the checkpoint has them; then all goes to ``device``."""
+    model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
+
+    def fetch(name: str, module: Any) -> Weight:
+        weight = checkpoint.weight(name)
+        if isinstance(weight, torch.Tensor):
+            weight = weight.to(dtype)
+            found = list(weight.shape)
+        else:
+            found = [weight.out_features, weight.in_features]
+        wanted = list(module.weight.shape)
+        if found != wanted:
+            raise ValueError(f"{name}.weight must have shape {wanted}, got {found}")
+        return weight
+
+    def linear_of(name: str, weight: Weight, bias: torch.Tensor | None, *, logits: bool = False) -> nn.Module:
+        bias = None if bias is None else bias.to(dtype)
+        kind = checkpoint.linear(name)
+        if kind is None or isinstance(weight, torch.Tensor):
+            assert isinstance(weight, torch.Tensor), name
+            return dense_linear(weight, bias)
+        return kind(weight, bias, float32_output=logits)
+
+    def norm_weight(name: str, module: nn.Module) -> torch.Tensor:
+        weight = fetch(name, module)
+        if not isinstance(weight, torch.Tensor):
+            raise ValueError(f"{name}.weight must be dense, got {type(weight).__name__}")
+        return weight
+
+    def linear(name: str, module: nn.Linear) -> nn.Module:
+        return linear_of(name, fetch(name, module), bias_of(name))
+
+    def bias_of(name: str) -> torch.Tensor | None:
+        return checkpoint.tensor(f"{name}.bias") if checkpoint.holds(f"{name}.bias") else None
+
+    _tie_what_is_tied(model, checkpoint.holds)
+    not_fused = "it was saved so"
+    if checkpoint.fuses and (not_fused := unfusable(model)) is not None:
+        warn_not_fused(model, not_fused)
+    model.qops_fusion = replace_parts(model, linear, norm_weight, checkpoint.kind, not_fused, prove)
+    embedding, output = input_table(model), model.get_output_embeddings()
+    tied, name, table = is_tied(model), "", None
+
+    def stored(name: str) -> str:
+        """Where the checkpoint has a tensor that may be tied to another one."""
+        return name if checkpoint.holds(name) else model.all_tied_weights_keys.get(name, name)
+
+    if embedding is not None:
+        name = stored(f"{name_of(model, embedding)}.weight").removesuffix(".weight")
+        table = fetch(name, embedding)
+        if isinstance(table, torch.Tensor):
+            replace_parameter(model, embedding.weight, table)
+        else:
+            tie(model, table, dtype)
+    if output is not None and is_linear(output):
+        # A tied table stands under the embedding's name, and with it what becomes of it.
+        own_name = name_of(model, output)
+        name = name if tied else own_name
+        weight = table if tied and table is not None else fetch(name, output)
+        bias = bias_of(stored(f"{own_name}.bias").removesuffix(".bias"))
+        if not isinstance(weight, torch.Tensor):
+            model.set_output_embeddings(linear_of(name, weight, bias, logits=True))
+        else:
+            output.weight = embedding.weight if embedding is not None and weight is table else frozen(weight)
+            if bias is not None:
+                output.bias = frozen(bias.to(dtype))
+
+    _assign(model, lambda name: _in_dtype(checkpoint.tensor(name), dtype))
+    model = freeze(packed(model)).to(device)
+    checkpoint.finish(model)
+    if checkpoint.generation_config is not None:
+        model.generation_config = checkpoint.generation_config
+    return model
+
+
+def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model with its parameters on the meta device, to be replaced or assigned, and its buffers real."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    thread = threading.get_ident()
+
+    def without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        # The hook is the process's; other threads may be building models of their own.
+        if threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    register: Any = nn.modules.module.register_module_parameter_registration_hook
+    hook = register(without_storage)
+    try:
+        return model_class(config)
+    finally:
+        hook.remove()
+
+
+def _tie_what_is_tied(model: Any, holds: Callable[[str], bool]) -> None:
+    """Forgets the ties of which both sides are held, which is Transformers' own rule, and ties the others."""
+    ties = model.all_tied_weights_keys
+    for target in [target for target, source in ties.items() if holds(target) and holds(source)]:
+        del ties[target]
+    _share(model)
+
+
+def _share(model: Any) -> None:
+    """Ties parameters to their sources, where both are there."""
+    for target, source in model.all_tied_weights_keys.items():
+        parameter, (module_name, _, key) = parameter_of(model, source), target.rpartition(".")
+        if parameter is not None and parameter_of(model, target) is not None:
+            setattr(model.get_submodule(module_name), key, parameter)
+
+
+def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy; integers keep their dtype."""
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
+    """Gives every parameter without storage, and every persistent buffer, what ``tensor`` has under its name.
+
+    Those that are tied to another one share its parameter.
+    """
+    for module_name, module in model.named_modules():
+        if isinstance(module, QuantizedWeight):
+            continue
+        wanted = {key: value for key, value in module._parameters.items() if value is not None and value.is_meta}
+        for key, value in module._buffers.items():
+            if value is not None and key not in module._non_persistent_buffers_set:
+                wanted[key] = value
+        for key, value in wanted.items():
+            name = f"{module_name}.{key}".removeprefix(".")
+            if name in model.all_tied_weights_keys:
+                continue
+            found = tensor(name)
+            if found.shape != value.shape:
+                raise ValueError(f"{name} must have shape {list(value.shape)}, got {list(found.shape)}")
+            setattr(module, key, frozen(found) if key in module._parameters else found)
+    _share(model)

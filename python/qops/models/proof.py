@@ -1,0 +1,283 @@
+"""Proof on the spot: fused decoder layers against Transformers' own, with the weights that they will hold.
+
+Before a model is fused, one layer of each of its kinds is put into two small copies of the model, one fused and one of
+the installed Transformers' layers, both on the same qops linears. Linears are the same and rounding is that of float32,
+so the two agree to about 1e-6, and whatever a release of Transformers does otherwise than the fused layers expect
+shows: another keyword, another order, another cache.
+
+This module imports Transformers through `qops.models.decoder`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qops import _layout
+from qops.models.decoder import DecoderLayer, RotaryTables, cache_keyword, fused_class
+from qops.models.replacement import freeze, looks_like_norm, packed, parts_of, rms_norm_of
+from qops.nn import QuantizedLinear, dense_linear, frozen
+
+VOCABULARY = 64
+PROMPT = 8
+STEPS = 2
+PADDING = 3
+WINDOW = 4
+
+
+class Tolerance(NamedTuple):
+    """How far rows of the two models may be apart, in the norm of their difference over that of the row.
+
+    Attributes:
+        typical: three rows in four.
+        largest: every row.
+    """
+
+    typical: float
+    largest: float
+
+
+# Sums in another order, through attention and final norm: 3e-7 seen on SmolLM2.
+FLOAT32 = Tolerance(2e-5, 2e-5)
+# The same error sends one activation in 100,000 to the other side of a half, which moves its row by 1 / (32 sqrt(K)).
+FLOAT32_INT8 = Tolerance(2e-4, 2e-2)
+# On a GPU int4_gemm takes 16-bit activations alone.
+HALF = {torch.float16: Tolerance(4e-3, 2e-2), torch.bfloat16: Tolerance(3e-2, 1e-1)}
+
+
+def prove_fusion(
+    model: Any,
+    linear: Callable[[str, Any], nn.Module],
+    norm_weight: Callable[[str, Any], torch.Tensor],
+    kind: Callable[[str], str],
+) -> tuple[str, str | None]:
+    """Runs fused layers against Transformers' own; `model` stays as it is.
+
+    Two sequences, one of them padded on the left, and one alone without mask and positions: a prompt of 8 tokens, then
+    two of one token with the cache. Sliding windows are 4 wide. Once more with an attention function that computes
+    nothing, which has to get the same keywords from both, one that nobody knows among them.
+
+    Args:
+        model: dense, or without storage; its layers can be fused (`qops.models.replacement.unfusable`).
+        linear, norm_weight, kind: as in `qops.models.replacement.replace_parts`.
+
+    Returns:
+        (what was compared, with its result; why the layers must not be fused, or None)
+    """
+    chosen = _one_of_each_kind(model, kind)
+    layers = [_parts(model, index, linear, norm_weight) for index in chosen]
+    if len(chosen) == 1 < len(model.model.layers):
+        # What goes from layer to layer, and a cache that takes one for another, show with two.
+        chosen, layers = 2 * chosen, 2 * layers
+    final = norm_weight("model.norm", model.model.norm)
+    device = final.device
+    # A model without storage is built on the CPU.
+    device = torch.device("cpu") if device.type == "meta" else device
+    dtype = model.dtype if _layout.has_gpu_layout(device) else torch.float32
+    in_int8 = any(isinstance(part, QuantizedLinear) and part.takes_int8 for parts in layers for part in parts.values())
+    limit = HALF.get(dtype, FLOAT32_INT8 if in_int8 else FLOAT32)
+    names = ", ".join(map(str, dict.fromkeys(chosen)))
+    what = f"layer {names} of {len(model.model.layers)} in {str(dtype).removeprefix('torch.')}"
+    config = _small_config(model.config, chosen, dtype)
+    try:
+        theirs = _Copy(model, config, layers, final, dtype, device).theirs()
+        wanted, keywords = _run(theirs), _handed_on(theirs)
+    except Exception as error:  # whatever a release does otherwise
+        return f"{what}: not made", f"Transformers' own layers did not run: {type(error).__name__}: {error}"
+    try:
+        ours = _Copy(model, config, layers, final, dtype, device).ours()
+        found, others = _run(ours), _handed_on(ours)
+    except Exception as error:
+        return f"{what}: failed", f"the fused layers did not run: {type(error).__name__}: {error}"
+    if others != keywords:
+        return f"{what}: failed", f"their attention function gets {others}, from Transformers' layers {keywords}"
+    errors = {name: (found[name].double() - rows).norm(dim=-1) / rows.norm(dim=-1) for name, rows in _wide(wanted)}
+    every = torch.cat(list(errors.values()))
+    # NaN is no agreement.
+    typical, largest = every.quantile(0.75).item(), every.max().item()
+    if typical <= limit.typical and largest <= limit.largest:
+        return f"{what}: relative error {largest:.1e}", None
+    where = next(name for name, error in errors.items() if not error.max().item() <= limit.typical)
+    difference = (
+        f"the fused layers differ from Transformers' by {largest:.1e} (75 % of the rows by up to {typical:.1e}; "
+        f"allowed are {limit.largest:.0e} and {limit.typical:.0e}), first in: {where}"
+    )
+    return f"{what}: failed", difference
+
+
+def _wide(rows: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor.double()) for name, tensor in rows.items()]
+
+
+# What is compared ----------------------------------------------------------------------------------------------------
+
+
+def _per_layer(config: Any) -> dict[str, list[Any]]:
+    """The settings of a config that name one value for each layer."""
+    count = config.num_hidden_layers
+    return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == count}
+
+
+def _one_of_each_kind(model: Any, kind: Callable[[str], str]) -> list[int]:
+    """The first layer of each kind: by what the config says of it, and by what its linears become."""
+    settings, first = _per_layer(model.config), {}
+    for index, layer in enumerate(model.model.layers):
+        linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        said = tuple(str(values[index]) for values in settings.values())
+        first.setdefault((said, tuple(kind(f"model.layers.{index}.{name}") for name in linears)), index)
+    return list(first.values())
+
+
+def _small_config(config: Any, chosen: list[int], dtype: torch.dtype) -> Any:
+    small = copy.deepcopy(config)
+    settings = _per_layer(config)
+    small.num_hidden_layers = len(chosen)
+    for name, values in settings.items():
+        setattr(small, name, [values[index] for index in chosen])
+    small.vocab_size = VOCABULARY
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+    if getattr(small, "sliding_window", None):
+        small.sliding_window = WINDOW
+    small.output_hidden_states = small.output_attentions = False
+    small.dtype = dtype
+    return small
+
+
+def _parts(
+    model: Any, index: int, linear: Callable[[str, Any], nn.Module], norm_weight: Callable[[str, Any], torch.Tensor]
+) -> dict[str, Any]:
+    """What becomes of the linears of a layer, and the weights of its norms."""
+    layer, found = model.model.layers[index], {}
+    for name in parts_of(layer):
+        module, full = layer.get_submodule(name), f"model.layers.{index}.{name}"
+        found[name] = linear(full, module) if isinstance(module, nn.Linear) else norm_weight(full, module)
+    return found
+
+
+class _Copy:
+    """The small copies of a model.
+
+    Args:
+        layers: what `_parts` gives of each layer.
+        final: weight of the final norm.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: Any,
+        layers: list[dict[str, Any]],
+        final: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        from qops.models.load import skeleton
+
+        self.layers, self.final, self.dtype, self.device = layers, final, dtype, device
+        self.decoder = skeleton(type(model.model), config, dtype)
+        # The instance in use: it may carry its owner's frequencies.
+        self.rotary = copy.deepcopy(RotaryTables(model.model.rotary_emb, model.config).rotary).to(device)
+        rows = torch.randn(VOCABULARY, config.hidden_size, generator=torch.Generator().manual_seed(0))
+        # Small, as in trained models, so that what layers add stands out.
+        self.decoder.embed_tokens.weight = frozen((0.02 * rows).to(device, dtype))
+
+    def theirs(self) -> Any:
+        """Of Transformers' layers."""
+        for layer, parts in zip(self.decoder.layers, self.layers, strict=True):
+            for name, part in parts.items():
+                if isinstance(part, nn.Module):
+                    layer.set_submodule(name, self._linear(part))
+                else:
+                    layer.get_submodule(name).weight = self._weight(part)
+        self.decoder.norm.weight = self._weight(self.final)
+        self.decoder.rotary_emb = self.rotary
+        return freeze(packed(self.decoder))
+
+    def ours(self) -> Any:
+        """Of fused layers."""
+        config = self.decoder.config
+        for index, parts in enumerate(self.layers):
+            layer = self.decoder.layers[index]
+
+            def part(name: str, layer: Any = layer, parts: dict[str, Any] = parts) -> nn.Module:
+                found = parts[name]
+                if isinstance(found, nn.Module):
+                    return self._linear(found)
+                return rms_norm_of(layer.get_submodule(name), self._weight(found))
+
+            self.decoder.layers[index] = fused_class(DecoderLayer, type(layer))(layer, part)
+        assert looks_like_norm(self.decoder.norm)
+        self.decoder.norm = rms_norm_of(self.decoder.norm, self._weight(self.final))
+        self.decoder.rotary_emb = RotaryTables(self.rotary, config)
+        return freeze(packed(self.decoder))
+
+    def _weight(self, tensor: torch.Tensor) -> nn.Parameter:
+        return frozen(tensor.to(self.device, self.dtype))
+
+    def _linear(self, linear: Any) -> nn.Module:
+        """In the dtype of the proof, around the same weight."""
+        bias = None if linear.bias is None else self._weight(linear.bias)
+        if isinstance(linear, QuantizedLinear):
+            weight = linear.weight
+            if weight.device != self.device:  # of a model on several GPUs
+                weight = copy.deepcopy(weight).to(self.device)
+            return linear.around(weight, bias)
+        return dense_linear(self._weight(linear.weight), bias)
+
+
+# How they are run ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _run(decoder: Any) -> dict[str, torch.Tensor]:
+    """Output rows [rows, H] of each call, by its name; those of padding left out."""
+    ids = torch.randint(VOCABULARY, (2, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :PADDING] = 0
+    # In steps of two in the second sequence: rotations tell distances alone, so a shift would not show.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) * torch.tensor([[1], [2]])
+    device = decoder.embed_tokens.weight.device
+    ids, mask, positions = ids.to(device), mask.to(device), positions.to(device)
+    keyword = cache_keyword(type(decoder))
+    assert keyword is not None
+    rows: dict[str, torch.Tensor] = {}
+    for batch, padded in (("two sequences", True), ("one sequence", False)):
+        cache, stop = None, 0
+        for step in range(1 + STEPS):
+            start, stop = stop, PROMPT + step
+            call: dict[str, Any] = {"input_ids": ids[:, start:stop] if padded else ids[:1, start:stop]}
+            if padded:
+                call |= {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+            out = decoder(**call, use_cache=True, **{keyword: cache})
+            cache = getattr(out, keyword)
+            name = f"{batch}, prompt" if step == 0 else f"{batch}, cached step {step}"
+            hidden = out.last_hidden_state
+            rows[name] = hidden[mask[:, start:stop].bool()] if padded else hidden.flatten(0, 1)
+    return rows
+
+
+@torch.no_grad()
+def _handed_on(decoder: Any) -> list[dict[str, Any]]:
+    """The keywords that the attention function gets in each layer."""
+    calls: list[dict[str, Any]] = []
+
+    def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        tensors = {name: list(found.shape) for name, found in kwargs.items() if isinstance(found, torch.Tensor)}
+        calls.append({"layer_idx": module.layer_idx, **kwargs, **tensors})
+        return query.transpose(1, 2), None
+
+    name, before = f"qops_proof_{id(calls)}", decoder.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    decoder.config._attn_implementation = name
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=decoder.embed_tokens.weight.device)
+        decoder(input_ids=ids, use_cache=True, qops_unknown_keyword="handed on")
+    finally:
+        decoder.config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[name]
+    return calls

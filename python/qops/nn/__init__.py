@@ -1,0 +1,32 @@
+"""Modules on qops operators, without knowledge of any model library.
+
+Every weight is a :class:`qops.Int4Weight` or :class:`qops.Int8Weight` submodule called `weight`, so a state_dict reads
+`<linear>.weight.qweight`, `<linear>.weight.scales`, ... Modules are for inference: parameters are frozen.
+"""
+
+from qops.nn.activations import Int8Rows, frozen
+from qops.nn.linears import (
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    Int8WeightOnlyLinear,
+    QuantizedLinear,
+    dense_linear,
+)
+from qops.nn.mlp import MLP, MergedLinear, MergingModule
+from qops.nn.norm import RMSNorm
+
+__all__ = [
+    "MLP",
+    "Int4Linear",
+    "Int8Embedding",
+    "Int8Linear",
+    "Int8Rows",
+    "Int8WeightOnlyLinear",
+    "MergedLinear",
+    "MergingModule",
+    "QuantizedLinear",
+    "RMSNorm",
+    "dense_linear",
+    "frozen",
+]

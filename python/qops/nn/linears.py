@@ -1,0 +1,352 @@
+"""Quantised linears, and an embedding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from qops.nn.activations import Int8Rows, frozen, in_dtype_of, with_dense_rows
+from qops.nn.offload import Offloadable
+from qops.ops import (
+    int4_gemm,
+    int8_gemm,
+    int8_weight_only_gemm,
+    quantize_int8,
+)
+from qops.weights import Int4Weight, Int8Weight
+from qops.weights.state import QuantizedWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def into_stream(linear: Any, x: Any, residual: torch.Tensor | None) -> Any:
+    """A linear at the end of a branch, in as few passes over memory as it allows.
+
+    Args:
+        linear: any.
+        x: its input.
+        residual: what the branch is added to, in the dtype and shape of the output.
+
+    Returns:
+        Without a residual the output; with one the sum, where the linear adds it before it stores, else (output,
+        residual). The bits are those of an addition after the linear.
+    """
+    if residual is None:
+        return linear(x)
+    if isinstance(linear, QuantizedLinear) and linear.adds_residual:
+        return linear(in_dtype_of(x, residual), residual)
+    return linear(x), residual
+
+
+class QuantizedLinear(Offloadable):
+    """What the quantised linears share. Their forward needs a packed weight.
+
+    What holds linears of any kind, a fused layer for one, asks the class for what it can do, and takes a class that
+    says nothing for one that can do nothing more than nn.Linear.
+
+    Args:
+        weight: [N, K].
+        bias: [N], added in float32.
+        float32_output: return float32 whatever the activations' dtype, without rounding the sum to it.
+
+    Raises:
+        TypeError: a weight of another class.
+        ValueError: a weight that the operator does not take; the bias does not have N elements.
+    """
+
+    scheme: ClassVar[str]
+    """The name of the kind, in folders and reports."""
+    weight_class: ClassVar[type[QuantizedWeight]]
+    """What the weight is one of."""
+    adds_residual: ClassVar[bool] = False
+    """Whether the forward takes a residual, which is added before the result is stored."""
+    applies_silu_mul: ClassVar[bool] = False
+    """Whether the product with a weight that mixes gate and up gives their SiLU-mul."""
+    takes_int8: ClassVar[bool] = False
+    """Whether the input may be :class:`Int8Rows`."""
+
+    weight: Any
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: Any, bias: torch.Tensor | None = None, *, float32_output: bool = False):
+        super().__init__()
+        name, wanted = type(self).__name__, self.weight_class
+        if not isinstance(weight, wanted):
+            article = "an" if wanted.__name__[0] in "AEIOU" else "a"
+            raise TypeError(f"{name}: weight must be {article} {wanted.__name__}, got {type(weight).__name__}")
+        self._require_weight(weight)
+        if bias is not None and list(bias.shape) != [weight.out_features]:
+            raise ValueError(f"{name}: bias must have shape [N] = [{weight.out_features}], got {list(bias.shape)}")
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+        self.weight = weight
+        self.float32_output = float32_output
+        self.register_parameter("bias", None if bias is None else frozen(bias.contiguous()))
+        self._be_hooked()
+
+    def _require_weight(self, weight: Any) -> None:
+        """Raises where the operator does not take the weight."""
+
+    def around(self, weight: QuantizedWeight, bias: torch.Tensor | None) -> Self:
+        """A linear like this one with other operands.
+
+        Args:
+            weight: of the class of this one's.
+            bias: [N].
+
+        Returns:
+            A linear of the same class.
+        """
+        return type(self)(weight, bias, float32_output=self.float32_output)
+
+    def _operands(self) -> Any:
+        # Module.__getattr__ takes 0.5 us an attribute, at 240 reads a token in a model of 30 layers.
+        return self._modules["weight"], self._parameters["bias"]
+
+    def extra_repr(self) -> str:
+        gathers = ", gathers x in act-order" if self.weight.act_order else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"group_size={self.weight.group_size}, bias={self.bias is not None}{gathers}"
+        )
+
+
+class Int4Linear(QuantizedLinear):
+    """y = x @ w.T + bias with an int4 weight: :func:`qops.int4_gemm` as a module.
+
+    Args:
+        weight: a :class:`qops.Int4Weight` [N, K].
+        bias: [N], added in float32.
+        float32_output: return float32 whatever the activations' dtype, without rounding the sum to it.
+
+    Raises:
+        TypeError: a weight of another class.
+        ValueError: the bias does not have N elements.
+    """
+
+    scheme = "int4"
+    weight_class = Int4Weight
+    adds_residual = True
+    applies_silu_mul = True
+    weight: Int4Weight
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, group_size: int = 128, symmetric: bool = True, *, float32_output: bool = False
+    ) -> Int4Linear:
+        """Quantises a dense linear by round-to-nearest; the scales take the weight's dtype.
+
+        Args:
+            linear: floating-point weight [N, K], N and K multiples of 8; it stays as it is.
+            group_size: as in :meth:`qops.Int4Weight.quantize`, which also tells numerics and errors.
+            symmetric: as there.
+            float32_output: as in the class.
+
+        Returns:
+            A linear with the same bias.
+        """
+        weight = Int4Weight.quantize(linear.weight.detach(), group_size, symmetric)
+        return cls(weight, linear.bias, float32_output=float32_output)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """See :func:`qops.int4_gemm`.
+
+        Args:
+            x: [..., K], any strides.
+            residual: [..., N] in the dtype of the output, added to it; not with a weight that mixes gate and up.
+
+        Returns:
+            [..., N] in the dtype of x, or float32; with a weight that mixes gate and up its SiLU-mul, [..., N/2].
+        """
+        weight, bias = self._operands()
+        x = x.float() if self.float32_output else x
+        if not x.is_contiguous():
+            x = with_dense_rows(x)
+        if residual is not None and not residual.is_contiguous():
+            residual = with_dense_rows(residual)
+        return int4_gemm(x, weight, bias, residual=residual, silu_mul=weight.mixed_gate_up)
+
+
+class Int8Linear(QuantizedLinear):
+    """y = x @ w.T + bias with an int8 weight and int8 activations (W8A8): :func:`qops.int8_gemm` as a module.
+
+    Activations are quantised per token (:func:`qops.quantize_int8`, rule "127") unless they come as :class:`Int8Rows`.
+
+    Args:
+        weight: a :class:`qops.Int8Weight` [N, K] with one scale per row.
+        bias: [N], added in float32.
+        float32_output: return float32 whatever the activations' dtype, without rounding the sum to it.
+
+    Raises:
+        TypeError: a weight of another class.
+        ValueError: a weight with groups; the bias does not have N elements.
+    """
+
+    scheme = "int8"
+    weight_class = Int8Weight
+    adds_residual = True
+    applies_silu_mul = True
+    takes_int8 = True
+    weight: Int8Weight
+
+    def _require_weight(self, weight: Int8Weight) -> None:
+        if weight.group_size != weight.in_features:
+            raise ValueError(
+                f"Int8Linear: weight must have one scale per row, group_size = K = {weight.in_features}, "
+                f"got {weight.group_size}"
+            )
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, float32_output: bool = False) -> Int8Linear:
+        """Quantises a dense linear by round-to-nearest, one float32 scale per output channel.
+
+        Args:
+            linear: floating-point weight [N, K], N and K multiples of 8; it stays as it is. Numerics and errors are
+                those of :meth:`qops.Int8Weight.quantize`.
+            float32_output: as in the class.
+
+        Returns:
+            A linear with the same bias.
+        """
+        return cls(Int8Weight.quantize(linear.weight.detach()), linear.bias, float32_output=float32_output)
+
+    def forward(self, x: torch.Tensor | Int8Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """See :func:`qops.int8_gemm`.
+
+        Args:
+            x: [..., K], dense or 8-bit, any strides.
+            residual: [..., N] in the dtype of the output, added to it; not with a weight that mixes gate and up.
+
+        Returns:
+            [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32; with a weight that mixes
+            gate and up its SiLU-mul, [..., N/2].
+        """
+        if not isinstance(x, Int8Rows):
+            x = Int8Rows(*quantize_int8(x if x.is_contiguous() else with_dense_rows(x)), x.dtype)
+        q, scale, dtype = x
+        if not q.is_contiguous():
+            q = with_dense_rows(q)
+        if residual is not None and not residual.is_contiguous():
+            residual = with_dense_rows(residual)
+        weight, bias = self._operands()
+        dtype = torch.float32 if self.float32_output else dtype
+        return int8_gemm(q, scale, weight, bias, residual=residual, silu_mul=weight.mixed_gate_up, out_dtype=dtype)
+
+
+class Int8WeightOnlyLinear(QuantizedLinear):
+    """y = x @ w.T + bias with an int8 weight and dense activations: :func:`qops.int8_weight_only_gemm` as a module.
+
+    Args:
+        weight: a :class:`qops.Int8Weight` [N, K].
+        bias: [N], added in float32.
+        float32_output: return float32 whatever the activations' dtype, without rounding the sum to it.
+
+    Raises:
+        TypeError: a weight of another class.
+        ValueError: a weight that mixes gate and up; the bias does not have N elements.
+    """
+
+    scheme = "int8_weight_only"
+    weight_class = Int8Weight
+    weight: Int8Weight
+
+    def _require_weight(self, weight: Int8Weight) -> None:
+        if weight.mixed_gate_up:
+            raise ValueError("Int8WeightOnlyLinear: weight must have mixed_gate_up = False, got True")
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, group_size: int = -1, *, float32_output: bool = False
+    ) -> Int8WeightOnlyLinear:
+        """Quantises a dense linear by round-to-nearest, with float32 scales.
+
+        Args:
+            linear: floating-point weight [N, K], N and K multiples of 8; it stays as it is.
+            group_size: as in :meth:`qops.Int8Weight.quantize`, which also tells numerics and errors.
+            float32_output: as in the class.
+
+        Returns:
+            A linear with the same bias.
+        """
+        return cls(Int8Weight.quantize(linear.weight.detach(), group_size), linear.bias, float32_output=float32_output)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See :func:`qops.int8_weight_only_gemm`.
+
+        Args:
+            x: [..., K], any strides.
+
+        Returns:
+            [..., N] in the dtype of x, or float32.
+        """
+        x = x.float() if self.float32_output else x
+        return int8_weight_only_gemm(x if x.is_contiguous() else with_dense_rows(x), *self._operands())
+
+
+LINEARS: dict[str, type[QuantizedLinear]] = {
+    linear.scheme: linear for linear in (Int4Linear, Int8Linear, Int8WeightOnlyLinear)
+}
+"""The quantised linears by their schemes."""
+
+
+class Int8Embedding(Offloadable):
+    """Rows of an int8 weight, dequantised when looked up.
+
+    The exact row is rounded once to the module's dtype, which follows `.to(dtype)`. A tied output linear holds the
+    very same :class:`qops.Int8Weight` object, so the table exists once.
+
+    Args:
+        weight: [vocabulary, hidden].
+        dtype: of the looked-up rows.
+
+    Raises:
+        TypeError: a weight of another class.
+    """
+
+    scheme = Int8WeightOnlyLinear.scheme
+    """Its rows are exact, as that linear's products are."""
+    dtype_marker: torch.Tensor
+
+    def __init__(self, weight: Int8Weight, dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        if not isinstance(weight, Int8Weight):
+            raise TypeError(f"Int8Embedding: weight must be an Int8Weight, got {type(weight).__name__}")
+        self.num_embeddings = weight.out_features
+        self.embedding_dim = weight.in_features
+        self.weight = weight
+        # Weights never change dtype, so nothing else here could follow `.to(dtype)`.
+        self.register_buffer("dtype_marker", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """See :meth:`qops.Int8Weight.rows`.
+
+        Args:
+            ids: int32 or int64 [...].
+
+        Returns:
+            [..., hidden].
+        """
+        return self.weight.rows(ids, self.dtype_marker.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype_marker.dtype}"
+
+
+def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """A frozen nn.Linear around a dense weight, without a copy.
+
+    Args:
+        weight: [N, K].
+        bias: [N].
+
+    Returns:
+        y = x @ w.T + bias, computed by PyTorch.
+    """
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = frozen(weight)
+    if bias is not None:
+        linear.bias = frozen(bias)
+    return linear

@@ -1,0 +1,336 @@
+"""4-bit weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qops import _layout
+from qops._layout import group_count
+from qops.ops._checks import INT4_KINDS
+from qops.weights import gguf
+from qops.weights.requirements import (
+    SCALE_DTYPES,
+    group_size_from_scales,
+    require_dtype,
+    require_int,
+    require_matrix,
+    require_scale_dtype,
+    require_tensor,
+)
+from qops.weights.rounding import add_rounding_to_odd, round_to_nearest, store_nibbles
+from qops.weights.state import QuantizedWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Int4Weight(QuantizedWeight):
+    """A 4-bit weight ``w [N, K]`` in groups of G columns, with a scale ``s`` for each row and group.
+
+    The exact weight of a code q in 0 ... 15 is, by ``kind``:
+
+    * ``"symmetric"``:  ``w = s * (q - 8)``
+    * ``"zero_point"``: ``w = s * (q - z)``, z in 0 ... 16
+    * ``"float_zero"``: ``w = s * (q - z)``, z float32
+    * ``"offset"``:     ``w = s * q + o``, o float32
+
+    Canonical tensors: ``qweight`` uint8 ``[N, K/2]`` (even k in the low nibble), ``scales [N, K/G]``, ``zeros
+    [N, K/G]`` (uint8 zero points, float32 zeros or offsets; none when symmetric), ``perm`` int32 ``[K]`` (act-order
+    only: stored column j is column ``perm[j]`` of w, so each product gathers x first: on a GPU 4 K bytes of indices and
+    a copy of x more, M * K elements read and written. In a :class:`qops.nn.MLP` the linears before do it when loaded).
+    Packed tensors, with S = ceil(N / 16) strips: ``packed`` uint8 ``[S, 8 K]``, ``scales`` and ``zeros [S, K/G, 16]``,
+    ``perm``. Rows past N fill the last strip with code 8 and scale 0. On a GPU ``packed`` has room for K rounded up to
+    a multiple of 64, and rows r and r + 8 of a strip have their scales, and zeros, side by side.
+
+    The constructor makes a weight of zeros to load a state into; weights come from :meth:`quantize`,
+    :meth:`from_canonical` and the readers of checkpoint formats.
+
+    Args:
+        in_features: K, a multiple of 8.
+        out_features: N, a multiple of 8.
+        group_size: G, a multiple of 16 that divides K; -1 (or K) for one group per row.
+        kind: one of ``KINDS``.
+        scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
+        act_order: whether there is a ``perm``.
+        mixed_gate_up: whether the strips mix gate and up, as :meth:`mix_gate_up` says.
+        device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
+
+    Raises:
+        ValueError: sizes, group size or kind do not fit.
+        RuntimeError: a scale dtype that no kernel reads.
+    """
+
+    KINDS = INT4_KINDS
+    """The kinds of zero point: "symmetric", "zero_point", "float_zero", "offset"."""
+    _OPTIONAL_BUFFERS = ("zeros", "perm")
+
+    kind: str
+    """One of ``KINDS``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int = 128,
+        kind: str = "symmetric",
+        *,
+        scale_dtype: torch.dtype,
+        act_order: bool = False,
+        mixed_gate_up: bool = False,
+        device: torch.device | str | None = None,
+    ):
+        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, mixed_gate_up)
+        self._hold_placeholder(device)
+
+    @classmethod
+    @torch.no_grad()
+    def quantize(
+        cls,
+        weight: Tensor,
+        group_size: int = 128,
+        symmetric: bool = True,
+        scale_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Rounds a weight to the nearest codes, with scales from the range of each group (no calibration).
+
+        With R() the rounding to float32 and then to the scale dtype, and rne() rounding half to even, per group:
+
+        * symmetric: ``s = R(max|w| / 7.5)``, ``q = clamp(rne(w / s) + 8, 0, 15)``;
+        * asymmetric: ``lo = min(w, 0)``, ``hi = max(w, 0)``, ``s = R((hi - lo) / 15)``,
+          ``z = clamp(rne(-lo / s), 0, 15)``, ``q = clamp(rne(w / s) + z, 0, 15)``.
+
+        Args:
+            weight: float16, bfloat16, float32 or float64 ``[N, K]``.
+            group_size: G, as in the class.
+            symmetric: kind ``"symmetric"``, else ``"zero_point"``.
+            scale_dtype: default the dtype of ``weight``, float32 where that is float64.
+
+        Returns:
+            A packed weight.
+
+        Numerics:
+            Quotients are float64 and of the rounded scale: the codes are the nearest to w for the scale that is
+            stored, with an error of at most s / 2 where no clamp acts. A symmetric group's largest value, when it is
+            positive, is clamped from 7.5 steps to 7. A group whose scale rounds to 0, as an all-zero group's does,
+            gives exact zeros.
+
+        Raises:
+            ValueError: sizes or group size do not fit; a weight is NaN or infinite, or on the meta device; a scale
+                overflows its dtype.
+            RuntimeError: a dtype that is not supported.
+            TypeError: something else than a tensor, an integer or a boolean.
+
+        Source:
+            Scales and ranges of compressed-tensors (llm-compressor), 4-bit integers.
+        """
+        name = f"{cls._name()}.quantize"
+        if not isinstance(symmetric, bool):
+            raise TypeError(f"{name}: symmetric must be True or False, got {symmetric!r}")
+        qweight, scales, zeros = round_to_nearest(
+            name,
+            weight,
+            group_size,
+            scale_dtype,
+            store_nibbles,
+            steps=15,
+            low=0,
+            high=15,
+            zero=8 if symmetric else None,
+        )
+        in_features = weight.shape[1]
+        if symmetric:
+            return cls.from_canonical(qweight, scales, kind="symmetric", in_features=in_features)
+        return cls.from_canonical(qweight, scales, kind="zero_point", zeros=zeros, in_features=in_features)
+
+    @classmethod
+    @torch.no_grad()
+    def from_canonical(
+        cls,
+        qweight: Tensor,
+        scales: Tensor,
+        *,
+        kind: str,
+        zeros: Tensor | None = None,
+        perm: Tensor | None = None,
+        in_features: int | None = None,
+        pack: bool = True,
+    ) -> Self:
+        """A weight from its canonical tensors, whose shapes tell N, K and G.
+
+        Unpacked codes ``[N, K]``, one in a byte, look like packed ones of twice as many columns. ``in_features`` and
+        ``perm`` tell K; without either, codes of which every byte is below 16 are refused.
+
+        Args:
+            qweight: uint8 ``[N, K/2]``, even k in the low nibble; with ``perm``, columns in stored order.
+            scales: float16, bfloat16 or float32 ``[N, K/G]``.
+            kind: one of ``KINDS``.
+            zeros: ``[N, K/G]``, uint8 0 ... 16 for ``"zero_point"``; float32, or float16 or bfloat16 (widened), for
+                ``"float_zero"`` and ``"offset"``; None for ``"symmetric"``.
+            perm: int32 or int64 ``[K]``, a permutation of 0 ... K-1; stored column j is column ``perm[j]`` of w.
+            in_features: K, which says that ``qweight`` holds two codes in a byte.
+            pack: False leaves the weight canonical; it may then share memory with the arguments.
+
+        Returns:
+            A weight that holds exactly these numbers.
+
+        Raises:
+            ValueError: shapes, group size or kind do not fit; the codes are, or may be, one in a byte; NaN or infinity
+                in scales or zeros; a zero point above 16; ``perm`` is no permutation.
+            RuntimeError: dtypes, or tensors on different devices.
+            TypeError: something else than a tensor.
+        """
+        name = cls._name()
+        for label, tensor in (("qweight", qweight), ("scales", scales), ("zeros", zeros), ("perm", perm)):
+            if tensor is not None or label in ("qweight", "scales"):
+                require_tensor(name, label, tensor)
+        require_dtype(name, "qweight", qweight, torch.uint8)
+        require_scale_dtype(name, scales.dtype)
+        require_matrix(name, "qweight", qweight)
+        require_matrix(name, "scales", scales)
+        cls._require_kind(kind)
+        if (zeros is None) != (kind == "symmetric"):
+            raise ValueError(f"{name}: kind {kind!r} {'needs' if zeros is None else 'takes no'} zeros")
+        tensors = {"qweight": qweight.detach(), "scales": scales.detach()}
+        if zeros is not None:
+            zeros = zeros.detach()
+            widen = kind != "zero_point" and zeros.dtype in SCALE_DTYPES
+            tensors["zeros"] = zeros.float() if widen else zeros
+        if perm is not None:
+            tensors["perm"] = perm.detach().int() if perm.dtype == torch.int64 else perm.detach()
+        stored, columns = qweight.shape[1], 2 * qweight.shape[1]
+        if in_features is not None:
+            columns = require_int(name, "in_features", in_features)
+        elif perm is not None and perm.numel() == stored:
+            columns = stored
+        elif perm is None and not qweight.is_meta and qweight.numel() > 0 and int(qweight.max()) < 16:
+            raise ValueError(
+                f"{name}: qweight must have two codes in each byte, [N, K/2], got {list(qweight.shape)} with every "
+                f"byte below 16, as unpacked codes [N, K] are; if they are packed, in_features={columns} says so"
+            )
+        if 2 * stored != columns:
+            source = "perm has" if in_features is None else "in_features is"
+            raise ValueError(
+                f"{name}: qweight must have shape [N, K/2] = {[qweight.shape[0], columns // 2]}, two codes in a byte, "
+                f"where {source} K = {columns}, got {list(qweight.shape)}"
+            )
+        config = {
+            "in_features": columns,
+            "group_size": group_size_from_scales(name, columns, scales),
+            "scale_dtype": scales.dtype,
+            "kind": kind,
+            "act_order": perm is not None,
+        }
+        return cls._from_tensors(tensors, config, pack)
+
+    @classmethod
+    def _from_state(cls, tensors: Mapping[str, Tensor], kind: str = "") -> Self:
+        cls._require_kind(kind)
+        zeros = {"symmetric": None, "offset": "offsets"}.get(kind, "zeros")
+        given = dict(tensors)
+        weight = cls.from_canonical(
+            given.pop("qweight"),
+            given.pop("scales"),
+            kind=kind,
+            zeros=given.pop(zeros, None) if zeros is not None else None,
+            perm=given.pop("perm", None),
+            in_features=2 * tensors["qweight"].shape[-1:].numel(),  # a state holds packed codes
+            pack=False,
+        )
+        if given:
+            raise ValueError(f"{cls._name()}: kind {kind!r} takes no {', '.join(given)}")
+        return weight
+
+    @classmethod
+    def from_gguf(cls, blocks: Tensor, qtype: str, *, pack: bool = True) -> Self:
+        """A weight from GGUF blocks; nothing is rounded.
+
+        Args:
+            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
+            qtype: "Q4_0" or "Q4_1".
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight in groups of 32 with float16 scales, of kind ``"symmetric"`` or ``"offset"``.
+
+        Raises:
+            ValueError: another type, or blocks that do not fill rows of it.
+        """
+        return cls.from_canonical(**gguf.int4_tensors(f"{cls._name()}.from_gguf", blocks, qtype), pack=pack)
+
+    @torch.no_grad()
+    def in_stored_order(self) -> Self:
+        """A weight without ``perm`` whose columns are the stored ones, for an x that comes in their order.
+
+        Returns:
+            A weight packed where this one is; it may share memory with this one where that is canonical.
+        """
+        tensors = self.canonical()
+        tensors.pop("perm", None)
+        return self._from_tensors(tensors, {**self._config_of_rows(), "act_order": False}, self.is_packed)
+
+    def _configure(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        scale_dtype: torch.dtype,
+        kind: str = "symmetric",
+        act_order: bool = False,
+        mixed_gate_up: bool = False,
+    ) -> None:
+        super()._configure(in_features, out_features, group_size, scale_dtype, mixed_gate_up)
+        self._require_kind(kind)
+        self.kind = kind
+        self.act_order = act_order
+
+    @classmethod
+    def _require_kind(cls, kind: str) -> None:
+        if kind not in cls.KINDS:
+            raise ValueError(f"{cls._name()}: kind must be one of {', '.join(cls.KINDS)}, got {kind!r}")
+
+    def _config_of_rows(self) -> dict[str, Any]:
+        return {**super()._config_of_rows(), "kind": self.kind, "act_order": self.act_order}
+
+    def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n, k = self.out_features, self.in_features
+        per_group = (n, group_count(k, self.group_size))
+        spec: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        spec = {"qweight": ((n, k // 2), torch.uint8), "scales": (per_group, self.scale_dtype)}
+        if self.kind != "symmetric":
+            spec["zeros"] = (per_group, torch.uint8 if self.kind == "zero_point" else torch.float32)
+        if self.act_order:
+            spec["perm"] = ((k,), torch.int32)
+        return spec
+
+    def _state_key(self, name: str) -> str:
+        # Float zeros and offsets have one dtype and shape: only the name keeps one from being loaded as the other.
+        return "offsets" if name == "zeros" and self.kind == "offset" else name
+
+    @staticmethod
+    def _pack_codes(qweight: Tensor) -> Tensor:
+        return torch.ops.qops.int4_pack.default(qweight)
+
+    @staticmethod
+    def _unpack_codes(packed: Tensor, rows: int) -> Tensor:
+        return torch.ops.qops.int4_unpack.default(packed, rows)
+
+    @staticmethod
+    def _pairs_rows(device: torch.device) -> bool:
+        return _layout.has_gpu_layout(device)
+
+    def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
+        qweight = rows["qweight"]
+        codes = torch.stack((qweight & 15, qweight >> 4), dim=-1).double().view(*rows["scales"].shape, self.group_size)
+        scales = rows["scales"].double().unsqueeze(-1)
+        if self.kind == "symmetric":
+            return (scales * (codes - 8)).float().view(-1, self.in_features)
+        zeros = rows["zeros"].double().unsqueeze(-1)
+        if self.kind == "zero_point":
+            return (scales * (codes - zeros)).float().view(-1, self.in_features)
+        # s * q + c, two products that float64 holds exactly; rounding their sum to odd keeps the cast the one rounding.
+        constant = zeros if self.kind == "offset" else -scales * zeros
+        return add_rounding_to_odd(scales * codes, constant).float().view(-1, self.in_features)

@@ -1,0 +1,88 @@
+"""What sizes, groups and tensors of a weight have to be, and moving them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def require_int(name: str, label: str, value: object) -> int:
+    """As an int: booleans, floats and strings are none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: {label} must be an integer, got {value!r}")
+    return operator.index(value)  # pyright: ignore[reportArgumentType]
+
+
+def require_multiples_of_8(name: str, out_features: int, in_features: int) -> None:
+    for letter, size in (("N", out_features), ("K", in_features)):
+        if size < 0 or size % 8:
+            raise ValueError(f"{name}: {letter} must be a multiple of 8, got {size}")
+
+
+def resolve_group_size(name: str, in_features: int, group_size: int) -> int:
+    group_size = require_int(name, "group_size", group_size)
+    if group_size in (-1, in_features):
+        return in_features
+    if group_size < 16 or group_size % 16 or in_features % group_size:
+        raise ValueError(
+            f"{name}: group_size must be -1 or a multiple of 16 that divides K = {in_features}, got {group_size}"
+        )
+    return group_size
+
+
+def group_size_from_scales(name: str, in_features: int, scales: Tensor) -> int:
+    groups = scales.shape[1]
+    if groups == 0 and in_features == 0:
+        return 0
+    if groups == 0 or in_features % groups:
+        raise ValueError(f"{name}: scales must have shape [N, K/G] with K = {in_features}, got {list(scales.shape)}")
+    return in_features // groups
+
+
+# Moving --------------------------------------------------------------------------------------------------------------
+
+
+def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """``fn``, which nn.Module gives to _apply, on the tensor's bytes; the tensor itself where fn does nothing."""
+    raw = tensor.reshape(-1).view(torch.uint8)
+    result = fn(raw)
+    if result is raw:
+        return tensor
+    if result.dtype != torch.uint8:  # module.type() casts integers too
+        result = raw.to(result.device)
+    return result.view(tensor.dtype).view(tensor.shape)
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def require_tensor(name: str, label: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
+
+
+def require_scale_dtype(name: str, dtype: object) -> None:
+    if dtype not in SCALE_DTYPES:
+        raise RuntimeError(f"{name}: scales must have dtype float16, bfloat16 or float32, got {dtype_name(dtype)}")
+
+
+def require_dtype(name: str, label: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise RuntimeError(f"{name}: {label} must have dtype {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}")
+
+
+def require_matrix(name: str, label: str, tensor: Tensor) -> None:
+    require_tensor(name, label, tensor)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: {label} must have 2 dimensions, got shape {list(tensor.shape)}")
+
+
+def dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else repr(dtype)

@@ -1,0 +1,114 @@
+"""Rounding to codes, and the exact values of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qops._layout import chunk_rows, group_count
+from qops.weights.requirements import (
+    SCALE_DTYPES,
+    dtype_name,
+    require_matrix,
+    require_multiples_of_8,
+    require_scale_dtype,
+    require_tensor,
+    resolve_group_size,
+)
+
+
+def round_to_nearest(
+    name: str,
+    weight: Tensor,
+    group_size: int,
+    scale_dtype: torch.dtype | None,
+    store: Callable[[Tensor], Tensor],
+    *,
+    steps: int,
+    low: int,
+    high: int,
+    zero: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantises in chunks of rows, so that the float64 temporaries stay small.
+
+    Args:
+        name: of the caller, for messages.
+        weight, group_size, scale_dtype: of the caller.
+        store: codes, float64 ``[rows, K]`` -> rows of ``qweight``.
+        steps: how many steps of the scale span the range of a group.
+        low, high: range of the codes.
+        zero: code of zero; None fits one to each group and makes the range as wide as the group's, not symmetric.
+
+    Returns:
+        ``qweight``, ``scales`` and uint8 codes of zero.
+    """
+    require_tensor(name, "weight", weight)
+    if weight.is_meta:
+        raise ValueError(f"{name}: weight must have data, got a tensor on the meta device")
+    if not weight.is_floating_point():
+        raise RuntimeError(f"{name}: weight must have a floating-point dtype, got {dtype_name(weight.dtype)}")
+    require_matrix(name, "weight", weight)
+    n, k = weight.shape
+    require_multiples_of_8(name, n, k)
+    group_size = resolve_group_size(name, k, group_size)
+    if scale_dtype is None:
+        scale_dtype = weight.dtype if weight.dtype in SCALE_DTYPES else torch.float32
+    require_scale_dtype(name, scale_dtype)
+    groups = group_count(k, group_size)
+    empty = store(weight.new_empty(0, k))
+    qweight = empty.new_empty(n, empty.shape[1])
+    scales = weight.new_empty(n, groups, dtype=scale_dtype)
+    zeros = weight.new_empty(n, groups, dtype=torch.uint8)
+    step = chunk_rows(k)
+    for start in range(0, n if k else 0, step):
+        rows = slice(start, start + step)
+        values = weight[rows].double().view(-1, groups, group_size)
+        bottom, top = values.aminmax(dim=-1)
+        if not (bottom.isfinite() & top.isfinite()).all():
+            raise ValueError(f"{name}: weight must be finite, got NaN or infinity")
+        if zero is None:
+            bottom, top = bottom.clamp(max=0), top.clamp(min=0)
+        else:
+            top = torch.maximum(top.abs(), bottom.abs())
+            bottom = -top
+        scales[rows] = ((top - bottom) / steps).float()
+        scale = scales[rows].double()
+        if not scale.isfinite().all():
+            raise ValueError(f"{name}: a scale does not fit in {dtype_name(scale_dtype)}")
+        # Over infinity, every value of a group without a scale gets the code of zero.
+        scale.masked_fill_(scale == 0, torch.inf)
+        origin = torch.full_like(scale, zero) if zero is not None else (-bottom / scale).round_().clamp_(low, high)
+        codes = (values / scale.unsqueeze(-1)).round_().add_(origin.unsqueeze(-1)).clamp_(low, high)
+        qweight[rows] = store(codes.flatten(1))
+        zeros[rows] = origin.to(torch.uint8)
+    return qweight, scales, zeros
+
+
+def store_nibbles(codes: Tensor) -> Tensor:
+    codes = codes.to(torch.uint8)
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def add_rounding_to_odd(a: Tensor, b: Tensor) -> Tensor:
+    """a + b in float64, an inexact sum rounded to its neighbour with an odd last bit.
+
+    Rounded once more to float32 this is a + b rounded once (Boldo and Melquiond, "Emulation of FMA and correctly
+    rounded sums", 2008): the odd bit keeps the sum off float32's ties. Knuth's two-sum gives the rounding error.
+    """
+    total = a + b
+    from_b = total - a
+    error = (a - (total - from_b)).add_(b - from_b)
+    if error.is_meta or not error.any():  # s * q + o of two float16 numbers is always exact: 45 bits
+        return total
+    bits = total.view(torch.int64)
+    outward = (error > 0) == (total > 0)
+    odd = torch.where(outward, bits + 1, bits - 1)
+    return torch.where((error != 0) & (bits % 2 == 0), odd, bits).view(torch.float64)
+
+
+def scale_codes(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """int8 codes [..., K] times scales [..., K/G] in float32: products of 8 and 24 bits, rounded once."""
+    codes = codes.float().unflatten(-1, (scales.shape[-1], group_size))
+    return (codes * scales.float().unsqueeze(-1)).flatten(-2)

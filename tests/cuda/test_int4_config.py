@@ -1,0 +1,203 @@
+"""The plans of int4_gemm on a GPU (csrc/cuda/int4_config.h) and where its kernels' accesses to shared memory fall."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from bench.problems.shared.cases import LAYERS as LINEARS
+from tests.support.cuda import int4_plans
+from tests.support.cuda.cuda_tools import checked
+from tests.support.cuda.int4_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans, searches
+
+KIB = 1024
+# An A100, H100 PCIe, RTX 4090, H100 SXM, RTX 5090.
+GPUS = (
+    Gpu(108, 163 * KIB, 80),
+    Gpu(114, 227 * KIB, 90),
+    Gpu(128, 99 * KIB, 89),
+    Gpu(132, 227 * KIB, 90),
+    Gpu(170, 99 * KIB, 120),
+)
+A100, H100 = GPUS[0], GPUS[3]
+# N and K of the linears of Llama 3 8B and 70B, of Qwen2 7B, and of two shares of 70B on 8 GPUs.
+LAYERS = (
+    (6144, 4096),
+    (4096, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (10240, 8192),
+    (8192, 8192),
+    (57344, 8192),
+    (8192, 28672),
+    (3584, 3584),
+    (4608, 3584),
+    (37888, 3584),
+    (3584, 18944),
+    (1280, 8192),
+    (7168, 8192),
+)
+
+
+def test_every_shape_has_a_plan_that_fits():
+    sizes = (8, 24, 64, 72, 136, 1000, 4096, 28672)
+    questions = [
+        Question(m, n, k, group_size, kind, gpu, may_round)
+        for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 1000, 100000)
+        for n in sizes
+        for k in (0, *sizes)
+        for group_size in {k, 16}
+        for kind, may_round in ((0, False), (3, True))
+        for gpu in (Gpu(1, 99 * KIB, 89), *GPUS)
+    ]
+    for question, plan in zip(questions, plans(questions), strict=True):
+        m, n, k, _, kind, gpu, may_round = question
+        strips = -(-n // 16)
+        assert plan.scratch_bytes <= 32 << 20, question
+        if plan.kind == DENSE:
+            assert may_round and gpu.arch == 90 and m > 16 and k > 0, question
+            assert 1 <= plan.strips <= strips and 1 <= plan.rows <= m, question
+            assert plan.scratch_bytes == plan.strips * 16 * (2 * k + 4 * plan.rows), question
+            assert plan.rows == m or plan.strips <= 8, question
+            continue
+        assert 2 <= plan.stages <= 10 and plan.k_parts in (1, 2, 4, 8), question
+        if plan.kind == DECODE:
+            # All blocks run at a time, each has something to do, and a warp never takes more than it has room for.
+            assert plan.blocks <= gpu.multiprocessors and plan.blocks == plan.ranges * plan.k_parts, question
+            assert plan.ranges <= strips and m <= plan.tokens <= 16 and 1 <= plan.strips <= 4, question
+            assert plan.shared_bytes <= gpu.shared_bytes, question
+            assert plan.scratch_bytes == (plan.k_parts > 1) * 8 * m * strips * 16 * 4, question
+        else:
+            resident = 2 if plan.tokens == 32 and kind == 0 else 1
+            assert resident * (plan.shared_bytes + KIB) <= gpu.shared_bytes + KIB, question
+            assert plan.tokens in ((32, 64) if kind == 3 else (32, 64, 128)) and plan.live % 8 == 0, question
+            # The last tile has some tokens, too.
+            assert (plan.token_tiles - 1) * plan.live < m <= plan.token_tiles * plan.live, question
+            assert plan.live <= plan.tokens and plan.row_tiles == -(-strips // 8), question
+            shared = plan.token_tiles * plan.row_tiles - plan.whole
+            assert shared >= 0 and (plan.k_parts > 1 or shared == 0), question
+            assert plan.blocks == min(resident * gpu.multiprocessors, plan.whole + shared * plan.k_parts), question
+            assert plan.scratch_bytes == (plan.k_parts > 1) * 8 * shared * plan.live * 128 * 4, question
+
+
+def test_scratch_of_cublas_is_bounded_for_every_m():
+    """And no row is multiplied alone: where some are at a time, they fill a GPU."""
+    sizes = [
+        (m, k) for m in (17, 4096, 60_000, 70_000, 10**6, 10**9) for k in (8, 4096, 28672, 122_000, 131_072, 10**6)
+    ]
+    found = plans(Question(m, 4096, k, k, 0, H100, True) for m, k in sizes)
+    for (m, k), plan in zip(sizes, found, strict=True):
+        assert plan.scratch_bytes <= 32 << 20, (m, k)
+        if plan.kind == DENSE:
+            assert min(m, 4096) <= plan.rows <= m, (m, k)
+    dense = {size for size, plan in zip(sizes, found, strict=True) if plan.kind == DENSE}
+    assert {(m, 4096) for m in (4096, 60_000, 70_000, 10**6, 10**9)} <= dense
+    assert not [size for size in dense if size[1] > 131_072]
+
+
+def test_a_model_finds_all_its_plans_again():
+    """The layers of a model, in decoding and in prefill, in turns: each plan is searched for once."""
+    models: dict[str, list[tuple[int, int]]] = {}
+    for name, shape in LINEARS.items():
+        models.setdefault(name.rpartition(" ")[0], []).append(shape)
+    assert len(models) >= 6 and max(map(len, models.values())) >= 5
+    for (model, layers), rows in itertools.product(models.items(), itertools.product((1, 4, 16), (64, 512, 4096))):
+        calls = [
+            Question(m, n, k, 128 if k % 128 == 0 else k, 0, H100, True) for m in rows for n, k in dict.fromkeys(layers)
+        ]
+        assert searches(calls * 3)[-1] == len(calls), (model, rows)
+
+
+def test_a_plan_that_may_round_is_not_found_for_a_call_that_may_not():
+    """int4_plans.cpp holds each plan of the cache against a new one."""
+    calls = [Question(4096, 4096, 4096, 128, 0, H100, may_round) for may_round in (True, False)]
+    assert [plan.kind for plan in plans(calls * 2)] == [DENSE, TILED] * 2
+    assert searches(calls * 2) == [1, 2, 2, 2]
+
+
+def test_time_never_falls_with_more_rows():
+    """Nor does it jump where one more row takes another tile, but for where the decode kernel ends."""
+    for gpu, (n, k), may_round in itertools.product(GPUS, LAYERS, (False, True)):
+        rows = range(1, 1100)
+        times = [p.time for p in plans([Question(m, n, k, 128, 0, gpu, may_round) for m in rows])]
+        for m, (a, b) in enumerate(itertools.pairwise(times), 1):
+            assert a <= b <= (1.6 if m == 16 else 1.35) * a, (gpu, n, k, m, a, b)
+
+
+def test_the_crossover_to_cublas():
+    """From some M on, for good, on GPUs where cuBLAS has instructions of its own, and only if weights may be rounded.
+
+    The numbers are those of a model that no measurement has fitted yet.
+    """
+    rows = (17, *range(32, 4097, 32))
+    for gpu, layer in itertools.product(GPUS, LAYERS):
+        kinds = [p.kind for p in plans([Question(m, *layer, 128, 0, gpu, True) for m in rows])]
+        first = kinds.index(DENSE) if DENSE in kinds else len(kinds)
+        assert DENSE not in kinds[:first] and set(kinds[first:]) <= {DENSE}, (gpu, layer)
+        assert (first < len(kinds)) == (gpu.arch == 90), (gpu, layer)
+        if gpu == H100:
+            assert 128 <= rows[first] <= 1024, (layer, rows[first])
+        assert DENSE not in {p.kind for p in plans([Question(m, *layer, 128, 0, gpu) for m in rows])}
+
+
+# (N, K) by multiprocessors where the share is smaller, because by the model the second kernel of a split K costs more:
+# small layers, and some of 29 MB.
+UNBALANCED = {
+    108: {(6144, 4096), (4096, 4096), (3584, 3584), (4608, 3584), (1280, 8192)},
+    114: {(6144, 4096), (4096, 4096), (8192, 8192), (4608, 3584), (1280, 8192)},
+    128: {(3584, 3584), (4608, 3584), (1280, 8192), (7168, 8192)},
+    132: {(3584, 3584), (4608, 3584), (1280, 8192), (7168, 8192)},
+    170: {(6144, 4096), (4096, 4096), (3584, 3584), (4608, 3584), (7168, 8192)},
+}
+
+
+def balance(plan: Plan, n: int, multiprocessors: int) -> float:
+    """The mean share of the weights that a multiprocessor reads, over the largest."""
+    strips = -(-n // 16)
+    if plan.kind == TILED:
+        shared = (plan.token_tiles * plan.row_tiles - plan.whole) * plan.k_parts
+        largest = -(-plan.whole // multiprocessors) + -(-shared // multiprocessors) / plan.k_parts
+        return strips / (8 * multiprocessors * largest)
+    return strips * 8 / (multiprocessors * -(-strips // plan.ranges) * (8 // plan.k_parts))
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: str(gpu.multiprocessors))
+def test_a_row_is_computed_in_balanced_shares(gpu):
+    found = plans([Question(1, n, k, 128, 0, gpu) for n, k in LAYERS])
+    shares = {layer: balance(plan, layer[0], gpu[0]) for layer, plan in zip(LAYERS, found, strict=True)}
+    assert {layer for layer, share in shares.items() if share < 0.9} == UNBALANCED[gpu.multiprocessors]
+
+
+# (N, K, M) with fewer bytes of weights under way on an H100, in KiB: too few strips for its multiprocessors.
+FEW_UNDER_WAY = {
+    **{(1280, 8192, m): 36 for m in (1, 8, 16, 17, 32)},
+    **{(n, n, 16): 56 for n in (3584, 4096)},
+}
+
+
+def test_bytes_in_flight_and_of_x():
+    """What is under way on a multiprocessor covers the latency of the memory of an A100 and of an H100. And x comes
+    from L2 in no more bytes than codes from memory, up to twice as many where a warp of the decode kernel has few
+    strips."""
+    for gpu, needed in ((A100, 24), (H100, 64)):
+        for (n, k), m in itertools.product(LAYERS, (1, 8, 16, 17, 32)):
+            (plan,) = plans([Question(m, n, k, 128, 0, gpu)])
+            if plan.kind == DECODE:
+                under_way = (plan.stages - 1) * 8 * plan.strips * 512
+                assert 128 * m <= 512 * plan.strips * (2 if plan.strips < 4 else 1), (gpu, n, k, m)
+            else:
+                under_way = (plan.stages - 1) * 8 * 512 * -(-plan.blocks // gpu.multiprocessors)
+                assert 128 * min(m, plan.live) <= 8 * 512, (gpu, n, k, m)
+            least = FEW_UNDER_WAY.get((n, k, m), needed) if gpu == H100 else needed
+            assert under_way >= least * KIB, (gpu, n, k, m, under_way)
+
+
+def test_shared_memory_has_no_bank_conflicts():
+    lines = [line.split() for line in checked(str(int4_plans.program()), "banks").splitlines()]
+    measured = {name: [float(value) for other, value in lines if other == name] for name, _ in lines}
+    assert measured.pop("rows_in_order") == [8.0]  # the measure sees conflicts where there are some
+    assert measured.pop("stage") == [0.0, 0.0]  # all of these patterns begin at multiples of 128 bytes
+    assert set(measured) == {"codes", "ldmatrix", "x_copies", "scales", "sums"}
+    for name, values in measured.items():
+        assert set(values) == {1.0}, name

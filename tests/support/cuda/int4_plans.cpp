@@ -1,0 +1,91 @@
+// Reads lines "m n k group_size kind may_round multiprocessors shared_bytes arch" and prints what
+// csrc/cuda/int4_config.h plans for them, and how many times a cache of plans had to search so far; with an argument,
+// what its index functions say about banks of shared memory instead.
+#include <cstdio>
+#include <cstring>
+#include <set>
+#include <vector>
+
+#include "cuda/int4_config.h"
+
+using namespace qops;
+using namespace qops::cuda;
+
+namespace {
+
+// How many times as long as it has to be an access of a warp takes: 32 banks of 4 bytes, a quarter of a warp at a time
+// for 16 bytes a lane, half of one for 8. Lanes that read the same word share it.
+double conflicts(const std::vector<int>& addresses, int bytes) {
+  const int lanes = 128 / bytes < 32 ? 128 / bytes : 32;
+  int taken = 0, phases = 0;
+  for (std::size_t first = 0; first < addresses.size(); first += static_cast<std::size_t>(lanes)) {
+    std::set<int> words[32];
+    for (int lane = 0; lane < lanes; ++lane) {
+      for (int at = 0; at < bytes; at += 4) {
+        const int word = (addresses[first + static_cast<std::size_t>(lane)] + at) / 4;
+        words[word % 32].insert(word);
+      }
+    }
+    std::size_t most = 0;
+    for (const auto& bank : words) most = bank.size() > most ? bank.size() : most;
+    taken += static_cast<int>(most);
+    ++phases;
+  }
+  return static_cast<double>(taken) / phases;
+}
+
+template <class F>
+void report(const char* name, int bytes, const F& address) {
+  std::vector<int> addresses;
+  for (int lane = 0; lane < 32; ++lane) addresses.push_back(address(lane));
+  std::printf("%s %g\n", name, conflicts(addresses, bytes));
+}
+
+void report_banks() {
+  report("codes", 16, [](int lane) { return lane * int4::kLaneBytes; });
+  for (int tile = 0; tile < 16; ++tile) {
+    for (int half = 0; half < 2; ++half) {
+      report("ldmatrix", 16, [&](int lane) { return x_address(tile, half, lane); });
+    }
+  }
+  report("x_copies", 16, [](int lane) { return x_place(lane / 8, lane % 8); });
+  for (const int bytes : {2, 4}) {  // of a scale: pairs of rows, at the place of the upper one
+    report("scales", 2 * bytes, [&](int lane) { return bytes * int4::scale_place(lane / 4); });
+  }
+  for (const int strips : {kMaxStripsOfWarp, kTileStrips}) {
+    for (int i = 0; i < 4; ++i) {
+      report("sums", 4, [&](int lane) { return 4 * (sum_token(lane, i) * sum_stride(strips) + sum_row(lane, i)); });
+    }
+  }
+  // Rows of x without their permutation: what the numbers above are measured against.
+  report("rows_in_order", 16, [](int lane) { return lane % 8 * kTokenStageBytes + lane / 8 * 16; });
+  for (const bool fine : {false, true}) {
+    std::printf("stage %d\n", strip_stage_bytes(fine) % 128);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "banks") == 0) {
+    report_banks();
+    return 0;
+  }
+  long long m, n, k, group_size, kind, may_round, multiprocessors, shared_bytes;
+  int arch;
+  PlanCache cache;
+  while (std::scanf("%lld %lld %lld %lld %lld %lld %lld %lld %d", &m, &n, &k, &group_size, &kind, &may_round,
+                    &multiprocessors, &shared_bytes, &arch) == 9) {
+    const GemmShape shape{
+        m, n, k, group_size, static_cast<WeightKind>(kind), may_round != 0, {multiprocessors, shared_bytes, arch}};
+    const GemmPlan p = plan_int4_gemm(shape);
+    if (const GemmPlan& cached = cache(shape); !(cached == p)) {
+      std::fprintf(stderr, "the cache has another plan for M = %lld, N = %lld, K = %lld\n", m, n, k);
+      return 1;
+    }
+    const auto print = [](auto... values) { (std::printf("%lld ", static_cast<long long>(values)), ...); };
+    print(p.kind, p.stages, p.shared_bytes, p.blocks, p.time, p.tokens, p.k_parts, p.ranges, p.strips, p.rows, p.live,
+          p.token_tiles, p.row_tiles, p.whole, p.scratch_bytes(m, n, k), cache.searches());
+    std::printf("\n");
+  }
+}
