@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from qops.ops._checks import (
 )
 
 if TYPE_CHECKING:
+    from qops._check_cases import Run
     from qops.weights import Int4Weight
 
 
@@ -71,6 +73,19 @@ def int4_dequantize(weight: Int4Weight, dtype: torch.dtype = torch.float32) -> T
 def int4_dequantize_ref(weight: Int4Weight) -> Tensor:
     """The exact weights of :func:`int4_dequantize` in float64, rounded to float32; float64 ``[N, K]``."""
     return weight.dequantize(torch.float64)
+
+
+def cases_of_int4_dequantize(run: Run) -> None:
+    from qops._check_cases import WEIGHTS, int4_weight, moved
+
+    for index, ((n, k, g), kind, dtype) in enumerate(itertools.product(WEIGHTS, INT4_KINDS, FLOAT_DTYPES)):
+        run.begin(dtype, f"N = {n}, K = {k}, G = {g}", kind)
+        w = int4_weight(run, n, k, g, kind, FLOAT_DTYPES[index // 2 % 3], act_order=index % 5 == 0)
+        dense = int4_dequantize(moved(run, w), dtype)
+        run.keep(dense)
+        run.same(dense, w.dequantize(dtype), "Int4Weight.dequantize")
+        if n % 16 == 0:
+            run.same(int4_dequantize(moved(run, w, mixed=True), dtype), dense, "gate and up mixed")
 
 
 @fake("int4_dequantize")

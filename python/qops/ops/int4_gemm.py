@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ from qops.ops._checks import (
 )
 
 if TYPE_CHECKING:
+    from qops._check_cases import Run
     from qops.weights import Int4Weight
 
 
@@ -153,6 +155,28 @@ def int4_gemm_ref(
         gate, up = y.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     return y if residual is None else y + residual.double()
+
+
+def cases_of_int4_gemm(run: Run) -> None:
+    from qops._check_cases import ROWS, epilogues, int4_cases, moved
+    from qops._numerics import FLOAT_DTYPES, weight_only_bound
+
+    for w, dtype, index in int4_cases(run):
+        n, k = w.out_features, w.in_features
+        x = run.random(ROWS[-1], k, dtype=dtype)
+        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if index % 2 else None
+        # On a GPU another route may be taken for many rows.
+        there, more = moved(run, w), {"bias": run.there(bias), "batch_invariant": run.gpu}
+        product = partial(int4_gemm, weight=there, **more)
+        (y,) = run.rows(product, x)
+        ref = int4_gemm_ref(x, w, bias)
+        run.within(y, ref, weight_only_bound(x, w, bias, gpu=run.gpu))
+        if run.gpu:
+            bound = weight_only_bound(x, w, bias, gpu=True, rounded_to=dtype)
+            for m in ROWS:
+                run.within(product(run.there(x[:m]), batch_invariant=False), ref[:m], bound[:m])
+        mixed = partial(product, weight=moved(run, w, mixed=True)) if n % 16 == 0 else None
+        epilogues(run, product, mixed, y, x)
 
 
 @fake("int4_gemm")

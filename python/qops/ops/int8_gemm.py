@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from qops.ops._checks import (
 )
 
 if TYPE_CHECKING:
+    from qops._check_cases import Run
     from qops.weights import Int8Weight
 
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32)
@@ -153,6 +156,58 @@ def _check_out_dtype(out_dtype: torch.dtype, subject: str) -> None:
     if out_dtype not in OUT_DTYPES:
         actual = str(out_dtype).removeprefix("torch.")
         raise RuntimeError(f"qops.int8_gemm: {subject} float32, float16, bfloat16 or int32, got {actual}")
+
+
+def cases_of_int8_gemm(run: Run) -> None:
+    from qops._check_cases import ROWS, WEIGHTS, epilogues, moved
+    from qops._numerics import FLOAT_DTYPES
+    from qops.weights import Int8Weight
+
+    sizes = (*WEIGHTS, (80, 200, 200))  # more than a tile of 64 rows
+    cases = itertools.product(sizes, (*FLOAT_DTYPES, torch.int32), (False, True))
+    for index, ((n, k, _), dtype, asymmetric) in enumerate(cases):
+        run.begin(dtype, f"N = {n}, K = {k}", "zero points" if asymmetric else "")
+        codes, w_scale = run.integers(-128, 128, n, k, dtype=torch.int8), run.scales(n, 1)
+        w = Int8Weight.from_canonical(codes, w_scale)
+        q, scale = run.integers(-128, 128, ROWS[-1], k, dtype=torch.int8), run.scales(ROWS[-1])
+        zero_point = (run.integers(-128, 128, ROWS[-1], dtype=torch.int32),) if asymmetric else ()
+        has_bias = dtype != torch.int32 and index % 3 > 0
+        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if has_bias else None
+        product = partial(_int8_product, weight=moved(run, w), bias=run.there(bias), out_dtype=dtype)
+        (y,) = run.rows(product, q, scale, *zero_point)
+        run.same(y, _int8_gemm_exact(q, scale, zero_point, codes, w_scale, bias, dtype), "the contract's operations")
+        if dtype != torch.int32:
+            mixed = partial(product, weight=moved(run, w, mixed=True)) if n % 16 == 0 else None
+            epilogues(run, product, mixed, y, q, scale, *zero_point)
+
+
+def _int8_product(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, weight: Int8Weight, **more: Any
+) -> Any:
+    return int8_gemm(q, scale, weight, zero_point=zero_point, **more)
+
+
+def _int8_gemm_exact(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: tuple[Tensor, ...],
+    codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The contract: integers in int64, float32 steps one by one."""
+    from qops.weights.rounding import add_rounding_to_odd
+
+    x = q.long() - sum(z.long()[:, None] for z in zero_point)
+    acc = (x @ codes.long().T).int()
+    if dtype == torch.int32:
+        return acc
+    t = acc.float() * w_scale.view(-1)
+    s = scale[:, None]
+    # One rounding of s * t + bias: float64 holds the product, and a sum that was rounded to odd is rounded once.
+    y = s * t if bias is None else add_rounding_to_odd(s.double() * t.double(), bias.double()).float()
+    return y.to(dtype)
 
 
 @fake("int8_gemm")

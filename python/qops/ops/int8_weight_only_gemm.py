@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +13,7 @@ from qops import _native as _native
 from qops.ops._checks import Checker, Result, Results, check_weight_only, fake, refuse_grad, require_weight
 
 if TYPE_CHECKING:
+    from qops._check_cases import Run
     from qops.weights import Int8Weight
 
 
@@ -64,6 +67,22 @@ def int8_weight_only_gemm_ref(x: Tensor, weight: Int8Weight, bias: Tensor | None
     """The formula of :func:`int8_weight_only_gemm` in float64, not rounded; float64 ``[..., N]``."""
     y = x.double() @ weight.dequantize(torch.float64).T
     return y if bias is None else y + bias.double()
+
+
+def cases_of_int8_weight_only_gemm(run: Run) -> None:
+    from qops._check_cases import ROWS, WEIGHTS, moved
+    from qops._numerics import FLOAT_DTYPES, weight_only_bound
+    from qops.weights import Int8Weight
+
+    for index, ((n, k, g), dtype) in enumerate(itertools.product(WEIGHTS, FLOAT_DTYPES)):
+        scale_dtype = FLOAT_DTYPES[index // 2 % 3]
+        run.begin(dtype, f"N = {n}, K = {k}, G = {g}", f"scales {scale_dtype}")
+        codes, scales = run.integers(-128, 128, n, k, dtype=torch.int8), run.scales(n, k // g, dtype=scale_dtype)
+        w = Int8Weight.from_canonical(codes, scales)
+        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if index % 2 else None
+        x = run.random(ROWS[-1], k, dtype=dtype)
+        (y,) = run.rows(partial(int8_weight_only_gemm, weight=moved(run, w), bias=run.there(bias)), x)
+        run.within(y, int8_weight_only_gemm_ref(x, w, bias), weight_only_bound(x, w, bias, gpu=run.gpu))
 
 
 @fake("int8_weight_only_gemm")

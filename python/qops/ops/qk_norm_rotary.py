@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qops import _native as _native
 from qops.ops._checks import Checker, Results, check_rotary, fake, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 def qk_norm_rotary(
@@ -153,6 +159,27 @@ def qk_norm_rotary_ref(
     y[..., first] = z[..., first] * c - z[..., second] * s
     y[..., second] = z[..., second] * c + z[..., first] * s
     return y
+
+
+def cases_of_qk_norm_rotary(run: Run, in_place: Callable[..., None] | None = None) -> None:
+    from qops._check_cases import EPS, STYLES, heads, turned
+    from qops._numerics import FLOAT_DTYPES, rms_norm_exact, rotary_exact
+
+    for index, (qkv, how) in enumerate(heads(run)):
+        rounding, offset = STYLES[index // 2 % 2]
+        style = {"rounding": rounding, "weight_offset": offset}
+        q_weight, k_weight = (
+            run.random(qkv.shape[-1], dtype=FLOAT_DTYPES[(index + i) % 3], outliers=False) for i in range(2)
+        )
+        weights = {"q_weight": q_weight, "k_weight": k_weight, "eps": EPS}
+        results = turned(run, qk_norm_rotary, in_place, qkv, **how, **weights, **style)
+        parts = (qkv[:, :2], q_weight), (qkv[:, 2:3], k_weight)
+        want = tuple(rotary_exact(rms_norm_exact(x, w, EPS, **style), **how) for x, w in parts)
+        run.same(results, want, "rms_norm, then rotary")
+
+
+def cases_of_qk_norm_rotary_(run: Run) -> None:
+    cases_of_qk_norm_rotary(run, qk_norm_rotary_)
 
 
 @fake("qk_norm_rotary", "qk_norm_rotary_")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qops import _native as _native
 from qops.ops._checks import Checker, Result, Results, check_static_scale, fake, int8_rows, outputs, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 def quantize_int8(x: Tensor, rule: str = "127", *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -201,6 +207,33 @@ def quantize_int8_static_ref(x: Tensor, scale: Tensor, zero_point: Tensor | None
     scaled = (x.double() * factor).to(torch.float32).nan_to_num(nan=0.0, posinf=512.0, neginf=-512.0)
     shifted = scaled.double().round() + (0 if zero_point is None else zero_point)
     return shifted.clamp(-128, 127).to(torch.int8)
+
+
+def cases_of_quantize_int8(run: Run) -> None:
+    from qops._check_cases import RULES, activations
+
+    for x, rule in activations(run, RULES):
+        results = run.rows(partial(quantize_int8, rule=rule), x)
+        run.same(results, quantize_int8_ref(x, rule), "the contract's operations")
+
+
+def cases_of_quantize_int8_asym(run: Run) -> None:
+    from qops._check_cases import activations
+
+    for (x,) in activations(run):
+        results = run.rows(quantize_int8_asym, x)
+        run.same(results, quantize_int8_asym_ref(x), "the contract's operations")
+
+
+def cases_of_quantize_int8_static(run: Run) -> None:
+    from qops._check_cases import activations
+
+    scale = torch.tensor(0.037)
+    for x, zero_point in activations(run, ("", -7)):
+        zero = torch.tensor(zero_point, dtype=torch.int32) if zero_point else None
+        static = {"scale": run.there(scale), "zero_point": run.there(zero)}
+        results = run.rows(partial(quantize_int8_static, **static), x)
+        run.same(results, quantize_int8_static_ref(x, scale, zero), "the contract's operations")
 
 
 def _check_x(check: Checker, x: Tensor) -> None:

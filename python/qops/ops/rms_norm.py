@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qops import _native as _native
 from qops.ops._checks import Checker, Result, Results, check_rms_norm, check_second, fake, outputs, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 def rms_norm(
@@ -119,6 +125,33 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float 
     if rounding == "hf":
         normed = normed.to(x.dtype).double()
     return normed * (weight.double() + weight_offset)
+
+
+def cases_of_rms_norm(run: Run) -> None:
+    from qops._check_cases import EPS, norms
+    from qops._numerics import rms_norm_bound, rms_norm_exact
+
+    for x, weight, style in norms(run):
+        w = run.there(weight)
+        (y,) = run.rows(partial(rms_norm, weight=w, eps=EPS, **style), x)
+        run.same(y, rms_norm_exact(x, weight, EPS, **style), "the contract's operations")
+        offset, bound = style["weight_offset"], rms_norm_bound(x, weight, EPS, **style)
+        run.within(y, rms_norm_ref(x, weight, EPS, weight_offset=offset, rounding="fp32"), bound)
+        z = run.there(x).clone()
+        run.same(rms_norm(z, w, EPS, **style, out=z), y, "in place")
+
+
+def cases_of_add_rms_norm(run: Run) -> None:
+    from qops._check_cases import EPS, norms
+    from qops._numerics import rms_norm_exact
+
+    for x, weight, style in norms(run):
+        w, residual = run.there(weight), run.random(*x.shape, dtype=x.dtype)
+        z = x + residual
+        results = run.rows(partial(add_rms_norm, weight=w, eps=EPS, **style), x, residual)
+        run.same(results, (rms_norm_exact(z, weight, EPS, **style), z), "x + residual, and rms_norm of it")
+        a, b = run.there(x).clone(), run.there(residual).clone()
+        run.same(add_rms_norm(a, b, w, EPS, **style, out=(a, b)), results, "in place")
 
 
 @fake("rms_norm")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,9 @@ from qops.ops._checks import (
     outputs,
     refuse_grad,
 )
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 def rms_norm_int8(
@@ -119,6 +125,31 @@ def add_rms_norm_int8(
         x, residual, weight, eps, weight_offset, rounding, rule, q=q, scale=scale, residual_out=z
     )
     return out
+
+
+def cases_of_rms_norm_int8(run: Run) -> None:
+    from qops._check_cases import EPS, RULES, norms
+    from qops._numerics import rms_norm_exact
+    from qops.ops.quantize_int8 import quantize_int8_ref
+
+    for index, (x, weight, style) in enumerate(norms(run)):
+        w, rule = run.there(weight), RULES[index % 3]
+        results = run.rows(partial(rms_norm_int8, weight=w, eps=EPS, rule=rule, **style), x)
+        want = quantize_int8_ref(rms_norm_exact(x, weight, EPS, **style), rule)
+        run.same(results, want, f"rms_norm, then quantize_int8 by {rule}")
+
+
+def cases_of_add_rms_norm_int8(run: Run) -> None:
+    from qops._check_cases import EPS, RULES, norms
+    from qops._numerics import rms_norm_exact
+    from qops.ops.quantize_int8 import quantize_int8_ref
+
+    for index, (x, weight, style) in enumerate(norms(run)):
+        w, rule, residual = run.there(weight), RULES[index % 3], run.random(*x.shape, dtype=x.dtype)
+        z = x + residual
+        results = run.rows(partial(add_rms_norm_int8, weight=w, eps=EPS, rule=rule, **style), x, residual)
+        want = (*quantize_int8_ref(rms_norm_exact(z, weight, EPS, **style), rule), z)
+        run.same(results, want, f"x + residual, rms_norm, then quantize_int8 by {rule}")
 
 
 @fake("rms_norm_int8")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qops import _native as _native
 from qops.ops._checks import Checker, Results, check_rotary, fake, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 def rotary(
@@ -107,6 +113,21 @@ def rotary_ref(
         x1, x2 = x[..., : r // 2], x[..., r // 2 : r]
         rotated = torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1)
     return torch.cat((rotated, x[..., r:]), dim=-1)
+
+
+def cases_of_rotary(run: Run, in_place: Callable[..., None] | None = None) -> None:
+    from qops._check_cases import heads, turned
+    from qops._numerics import rotary_bound, rotary_exact
+
+    for qkv, how in heads(run):
+        results = turned(run, rotary, in_place, qkv, **how)
+        for y, x in zip(results, (qkv[:, :2], qkv[:, 2:3]), strict=True):
+            run.same(y, rotary_exact(x, **how), "the contract's operations")
+            run.within(y, rotary_ref(x, **how), rotary_bound(x, **how))
+
+
+def cases_of_rotary_(run: Run) -> None:
+    cases_of_rotary(run, rotary_)
 
 
 @fake("rotary", "rotary_")

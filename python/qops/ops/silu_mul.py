@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import overload
+from functools import partial
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
 from qops import _native as _native
 from qops.ops._checks import Checker, Result, Results, check_silu_mul, fake, gate_and_up, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 @overload
@@ -84,6 +88,22 @@ def silu_mul_ref(gate: Tensor, up: Tensor, *, rounding: str = "hf") -> Tensor:
     if rounding == "hf":
         activation = activation.to(gate.dtype).double()
     return activation * up.double()
+
+
+def cases_of_silu_mul(run: Run) -> None:
+    from qops._check_cases import activations
+    from qops._numerics import silu_mul_bound
+
+    for x, rounding in activations(run, ("hf", "fp32")):
+        gate_up = torch.cat((x, run.random(*x.shape, dtype=x.dtype)), dim=-1)
+        gate, up = gate_up.chunk(2, dim=-1)
+        (y,) = run.rows(partial(silu_mul, rounding=rounding), gate_up)
+        apart = run.rows(partial(silu_mul, rounding=rounding), gate, up)
+        run.same(apart, y, "gate and up apart")
+        bound = silu_mul_bound(gate, up, x.dtype, rounding=rounding)
+        run.within(y, silu_mul_ref(gate, up, rounding="fp32"), bound)
+        g, u = run.there(gate).clone(), run.there(up)
+        run.same(silu_mul(g, u, rounding=rounding, out=g), y, "in place")
 
 
 @fake("silu_mul")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import overload
+from functools import partial
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
 from qops import _native as _native
 from qops.ops._checks import Checker, Results, check_silu_mul, fake, gate_and_up, int8_rows, outputs, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 @overload
@@ -76,6 +80,20 @@ def silu_mul_int8(  # pyright: ignore[reportInconsistentOverload]: by position o
     else:
         op.apart_out(first, second, rounding, rule, q=q, scale=scale)
     return out
+
+
+def cases_of_silu_mul_int8(run: Run) -> None:
+    from qops._check_cases import RULES, activations
+    from qops.ops.quantize_int8 import quantize_int8_ref
+    from qops.ops.silu_mul import silu_mul
+
+    for x, rounding, rule in activations(run, ("hf", "fp32"), RULES):
+        call = partial(silu_mul_int8, rounding=rounding, rule=rule)
+        gate_up = torch.cat((x, run.random(*x.shape, dtype=x.dtype)), dim=-1)
+        results = run.rows(call, gate_up)
+        run.same(run.rows(call, *gate_up.chunk(2, dim=-1)), results, "gate and up apart")
+        y = silu_mul(run.there(gate_up), rounding=rounding).cpu()
+        run.same(results, quantize_int8_ref(y, rule), "silu_mul, then quantize_int8")
 
 
 @fake("silu_mul_int8")

@@ -7,6 +7,8 @@ Int8Weight call them. check_layout stands in exported models alone, before each 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
@@ -15,8 +17,49 @@ from qops import _native as _native
 from qops._layout import STRIP_ROWS, column_step, layout_of, stored_columns, strips_of
 from qops.ops._checks import Checker, Results, fake
 
+if TYPE_CHECKING:
+    from qops._check_cases import Run
+
 # It has no result, for which a graph would drop it.
 has_side_effect(torch.ops.qops.check_layout.default)
+
+
+def cases_of_check_layout(run: Run) -> None:
+    check, packed = torch.ops.qops.check_layout.default, run.there(torch.zeros(1, 1024, dtype=torch.uint8))
+    here = layout_of(run.device)
+    run.begin(f"layout {here}")
+    check(packed, here)
+    for other in ("cpu 0", "cuda 0", ""):
+        run.begin(f"layout {other!r}")
+        try:
+            check(packed, other)
+        except ValueError:
+            continue
+        raise AssertionError(f"another layout than {here!r} must be refused")
+
+
+def _cases(run: Run, bits: int) -> None:
+    from qops._check_cases import WEIGHTS
+
+    pack, unpack = (getattr(torch.ops.qops, f"int{bits}_{name}").default for name in ("pack", "unpack"))
+    for n, k, _ in WEIGHTS:
+        run.begin(f"N = {n}, K = {k}")
+        low, high, dtype = (0, 256, torch.uint8) if bits == 4 else (-128, 128, torch.int8)
+        codes = run.integers(low, high, n, k * bits // 8, dtype=dtype)
+        packed = pack(run.there(codes))
+        run.keep(packed)
+        run.same(unpack(packed, n)[:, : codes.shape[1]], codes, "what was packed, unpacked")
+
+
+def cases_of_int4_pack(run: Run) -> None:
+    _cases(run, 4)
+
+
+def cases_of_int8_pack(run: Run) -> None:
+    _cases(run, 8)
+
+
+cases_of_int4_unpack, cases_of_int8_unpack = cases_of_int4_pack, cases_of_int8_pack
 
 
 @fake("int4_pack", "int8_pack")
