@@ -49,17 +49,37 @@ struct Rows {
   }
 };
 
+// Somebody who asks a kernel what it is about to do: it tells them, one fact at a time, and does nothing else. Where
+// `text` is null the fact is a number.
+struct PlanListener {
+  void (*hear)(PlanListener* self, const char* name, const char* text, int64_t number);
+
+  QOPS_ALWAYS_INLINE void tell(const char* name, int64_t number) { hear(this, name, nullptr, number); }
+  QOPS_ALWAYS_INLINE void tell(const char* name, const char* text) { hear(this, name, text, 0); }
+};
+
 // The caller's thread pool. run() calls body(arg, begin, end) over disjoint ranges that cover [0, n), each of at least
 // `grain` items where n allows, and returns when all are done. The body must not throw.
 struct ThreadPool {
   using Body = void (*)(void* arg, int64_t begin, int64_t end);
   void (*run)(int64_t n, int64_t grain, Body body, void* arg);
   int threads;
+  PlanListener* listener;  // null: the kernel works
+
+  QOPS_ALWAYS_INLINE bool is_one(int64_t n, int64_t grain) const { return threads == 1 || n <= grain; }
 };
+
+// What parallel_for() would do. The number of threads is an upper bound.
+QOPS_ALWAYS_INLINE void tell_tasks(const ThreadPool& pool, int64_t n, int64_t grain) {
+  pool.listener->tell("tasks", n);
+  pool.listener->tell("grain", grain);
+  pool.listener->tell("threads", pool.is_one(n, grain) ? 1 : pool.threads);
+}
 
 template <class F>
 QOPS_ALWAYS_INLINE void parallel_for(const ThreadPool& pool, int64_t n, int64_t grain, const F& f) {
-  if (pool.threads == 1 || n <= grain) {
+  if (pool.listener != nullptr) return tell_tasks(pool, n, grain);
+  if (pool.is_one(n, grain)) {
     if (n > 0) f(int64_t{0}, n);
     return;
   }
@@ -309,7 +329,7 @@ struct SiluMulInt8Params {
 
 // Every kernel, with its parameters and where it runs. On a CPU each is
 // `Status name(const Params&, const ThreadPool&)`, compiled once per ISA level; cpu::name() calls the one chosen at
-// load. On a GPU it is `Status name(const Params&, Stream)`.
+// load. On a GPU it is `Status name(const Params&, const Queue&)`.
 #define QOPS_FOR_EACH_KERNEL(ANYWHERE, ON_CPU)             \
   ANYWHERE(int4_dequantize, Int4DequantizeParams)          \
   ANYWHERE(int4_gemm, WeightOnlyGemmParams)                \
@@ -349,9 +369,13 @@ const char* isa_error();
 
 namespace cuda {
 
-using Stream = ::CUstream_st*;
+// Where kernels are launched.
+struct Queue {
+  ::CUstream_st* stream;   // of the current GPU
+  PlanListener* listener;  // null: they are launched
+};
 
-#define QOPS_DECLARE(name, Params) Status name(const Params& params, Stream stream);
+#define QOPS_DECLARE(name, Params) Status name(const Params& params, const Queue& queue);
 QOPS_FOR_EACH_CUDA_KERNEL(QOPS_DECLARE)
 #undef QOPS_DECLARE
 

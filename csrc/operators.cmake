@@ -19,7 +19,7 @@ set(QOPS_OPERATORS
 set(qops_cpu_sources "")
 set(qops_amx_sources "")
 set(qops_cuda_sources "")
-set(qops_binding_sources "${CMAKE_CURRENT_LIST_DIR}/binding/checks.cpp")
+set(qops_binding_sources "${CMAKE_CURRENT_LIST_DIR}/binding/checks.cpp" "${CMAKE_CURRENT_LIST_DIR}/binding/plan.cpp")
 foreach(op IN LISTS QOPS_OPERATORS)
   list(APPEND qops_cpu_sources "${CMAKE_CURRENT_LIST_DIR}/cpu/${op}.cpp")
   file(GLOB amx CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/cpu/${op}_amx.cpp")

@@ -29,6 +29,8 @@ class Checker {
  public:
   explicit constexpr Checker(const char* op) : op_(op) {}
 
+  constexpr const char* op() const { return op_; }
+
   [[noreturn]] void fail(const std::string& what) const { throw std::invalid_argument(prefix() + what); }
   [[noreturn]] void unsupported(const std::string& what) const { throw std::runtime_error(prefix() + what); }
 

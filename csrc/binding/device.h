@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "binding/checks.h"
+#include "binding/plan.h"
 
 #if defined(QOPS_CUDA)
 #include <cuda_runtime_api.h>
@@ -24,6 +25,12 @@
 #define QOPS_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(qops, CPU, m)
 #endif
 
+// That qops.explain() knows an operator, whose kernel and parameters these are.
+#define QOPS_EXPLAIN(op, Params, kernel)                                                            \
+  static const Explainable explainable_##op(#op, [](const char* name, std::string_view arguments) { \
+    return device::explain<Params>(name, arguments, &device::kernels::kernel);                      \
+  });
+
 namespace qops::binding::device {
 
 // How weights are packed there, by kind of device and version; exported models name it. A change of
@@ -34,7 +41,7 @@ namespace kernels = qops::cuda;
 // What a tensor holds is not known when the kernel is launched.
 inline constexpr bool kValuesAreReadable = false;
 template <class Params>
-using Kernel = Status (*)(const Params&, cuda::Stream);
+using Kernel = Status (*)(const Params&, const cuda::Queue&);
 #else
 inline constexpr std::string_view kLayout = "cpu 1";
 namespace kernels = qops::cpu;
@@ -42,6 +49,54 @@ inline constexpr bool kValuesAreReadable = true;
 template <class Params>
 using Kernel = Status (*)(const Params&, const ThreadPool&);
 #endif
+
+#if !defined(QOPS_CUDA)
+// torch's intra-op threads.
+inline ThreadPool thread_pool() {
+  return {[](int64_t n, int64_t grain, ThreadPool::Body body, void* arg) {
+            torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(arg, begin, end); });
+          },
+          static_cast<int>(torch::stable::get_num_threads()), nullptr};
+}
+
+#endif
+
+// The plan of a call, and whether the kernel could tell it.
+template <class Params>
+Status ask(const char* op, Kernel<Params> kernel, Params params, std::string& text) {
+#if defined(QOPS_CUDA)
+  PlanLine line(op);
+  const cuda::Queue where{nullptr, &line};
+#else
+  PlanLine line(op);
+  line.add("isa", cpu::isa_level());
+  ThreadPool where = thread_pool();
+  where.listener = &line;
+#endif
+  describe_call(params, line);
+  const Status status = kernel(params, where);
+  text = line.text();
+  return status;
+}
+
+// Of QOPS_LOG: what cannot run says so itself.
+template <class Params>
+void log_plan_of(const Checker& check, Kernel<Params> kernel, const Params& params) {
+  std::string text;
+  if (ask(check.op(), kernel, params, text) == Status::kOk) log_plan(text);
+}
+
+// Of qops.explain().
+template <class Params>
+std::string explain(const char* op, std::string_view arguments, Kernel<Params> kernel) {
+  Params params{};
+  Question question(op, arguments);
+  describe_call(params, question);
+  question.finish();
+  std::string text;
+  Checker(op).ok(ask(op, kernel, params, text));
+  return text;
+}
 
 #if defined(QOPS_CUDA)
 // DenseProduct by torch; `context` is the device. Results of float32 keep cuBLAS from adding the parts of a split K in
@@ -67,12 +122,13 @@ inline constexpr bool kIsCuda = true;
 
 // On the current stream of the device of `on`.
 template <class Params>
-Status run(Kernel<Params> kernel, const std::type_identity_t<Params>& params, const Tensor& on) {
+Status run(const Checker& check, Kernel<Params> kernel, const std::type_identity_t<Params>& params, const Tensor& on) {
   const int32_t index = on.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-  return kernel(params, static_cast<cuda::Stream>(stream));
+  if (plans_are_logged) log_plan_of(check, kernel, params);
+  return kernel(params, {static_cast<cudaStream_t>(stream), nullptr});
 }
 
 // What a kernel needs of the memory of the device of `on` while it runs.
@@ -88,16 +144,9 @@ inline constexpr bool kIsCuda = false;
 
 inline std::string last_error() { return ""; }
 
-// torch's intra-op threads.
-inline ThreadPool thread_pool() {
-  return {[](int64_t n, int64_t grain, ThreadPool::Body body, void* arg) {
-            torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(arg, begin, end); });
-          },
-          static_cast<int>(torch::stable::get_num_threads())};
-}
-
 template <class Params>
-Status run(Kernel<Params> kernel, const std::type_identity_t<Params>& params, const Tensor&) {
+Status run(const Checker& check, Kernel<Params> kernel, const std::type_identity_t<Params>& params, const Tensor&) {
+  if (plans_are_logged) log_plan_of(check, kernel, params);
   return kernel(params, thread_pool());
 }
 #endif

@@ -6,6 +6,24 @@
 
 namespace qops::binding {
 
+template <class Visitor>
+void describe_product(Rows& rows, int64_t& n, int64_t& k, Visitor& v) {
+  v.rows("m", rows);
+  v.size("n", n, 8);
+  v.size("k", k, 8);
+  v.when_asked([&](const Checker& check) {
+    rows.stride[0] = k;
+    constexpr int64_t kMost = int64_t{1} << 62;  // of what plans count
+    check.require(k == 0 || rows.count * n <= kMost / k, "m", "be so small that M N K <= 2^62",
+                  std::to_string(rows.count));
+  });
+}
+
+template <class Visitor>
+void describe_epilogue(EpilogueParams& p, Visitor& v) {
+  v.choice("epilogue", p.epilogue, {"none", "silu_mul", "int8"});
+}
+
 inline ScalarType scalar_type(DType dtype) {
   switch (dtype) {
     case DType::kFloat32: return ScalarType::Float;

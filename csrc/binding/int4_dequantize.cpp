@@ -1,6 +1,15 @@
 #include "binding/weight_strips.h"
 
 namespace qops::binding {
+
+template <class Visitor>
+void describe_call(Int4DequantizeParams& p, Visitor& v) {
+  v.size("n", p.n, 8);
+  v.size("k", p.k, 8);
+  describe_groups(p, v);
+  v.dtype("dtype", p.dtype);
+}
+
 namespace {
 
 Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
@@ -17,12 +26,14 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::op
   p.is_mixed = mixed_gate_up;
   Tensor w = check.new_tensor(packed, {p.n, p.k}, dtype);
   p.w = w.mutable_data_ptr();
-  check.ok(device::run(&device::kernels::int4_dequantize, p, w));
+  check.ok(device::run(check, &device::kernels::int4_dequantize, p, w));
   return w;
 }
 
 }  // namespace
 
 QOPS_REGISTER(m) { m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize)); }
+
+QOPS_EXPLAIN(int4_dequantize, Int4DequantizeParams, int4_dequantize)
 
 }  // namespace qops::binding

@@ -50,7 +50,7 @@ void run(WeightOnlyGemmParams& p, const Tensor& y, bool batch_invariant) {
     p.scratch = scratch->mutable_data_ptr();
   }
 #endif
-  const Status status = device::run(&device::kernels::int4_gemm, p, y);
+  const Status status = device::run(check, &device::kernels::int4_gemm, p, y);
   if (status == Status::kIndexOutOfRange) {
     check.refuse("perm", "hold indices in 0 .. " + std::to_string(p.k - 1), std::to_string(bad_index));
   }
@@ -110,5 +110,7 @@ QOPS_REGISTER(m) {
   m.impl("int4_gemm.fused", TORCH_BOX(&int4_gemm_fused));
   m.impl("int4_gemm.fused_out", TORCH_BOX(&int4_gemm_fused_out));
 }
+
+QOPS_EXPLAIN(int4_gemm, WeightOnlyGemmParams, int4_gemm)
 
 }  // namespace qops::binding

@@ -3,6 +3,15 @@
 #include "binding/weight_strips.h"
 
 namespace qops::binding {
+
+template <class Visitor>
+void describe_call(Int8GemmParams& p, Visitor& v) {
+  describe_product(p.q_rows, p.n, p.k, v);
+  v.dtype("out_dtype", p.dtype);
+  v.given("zero_point", p.zero_point);
+  describe_epilogue(p, v);
+}
+
 namespace {
 
 constexpr Checker check("int8_gemm");
@@ -135,7 +144,7 @@ void run(Int8GemmParams& p, const Tensor& y) {
     p.scratch = scratch->mutable_data_ptr();
   }
 #endif
-  check.ok(device::run(&device::kernels::int8_gemm, p, y));
+  check.ok(device::run(check, &device::kernels::int8_gemm, p, y));
 }
 
 Tensor int8_gemm(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& packed,
@@ -189,5 +198,7 @@ QOPS_REGISTER(m) {
   m.impl("int8_gemm.fused", TORCH_BOX(&int8_gemm_fused));
   m.impl("int8_gemm.fused_out", TORCH_BOX(&int8_gemm_fused_out));
 }
+
+QOPS_EXPLAIN(int8_gemm, Int8GemmParams, int8_gemm)
 
 }  // namespace qops::binding

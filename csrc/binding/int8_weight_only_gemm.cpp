@@ -16,7 +16,7 @@ WeightOnlyGemmParams checked(const Tensor& x, const Tensor& packed, const Tensor
 
 void run(WeightOnlyGemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
-  check.ok(device::run(&device::kernels::int8_weight_only_gemm, p, y));
+  check.ok(device::run(check, &device::kernels::int8_weight_only_gemm, p, y));
 }
 
 Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
@@ -40,6 +40,8 @@ QOPS_REGISTER(m) {
   m.impl("int8_weight_only_gemm", TORCH_BOX(&int8_weight_only_gemm));
   m.impl("int8_weight_only_gemm.out", TORCH_BOX(&int8_weight_only_gemm_out));
 }
+
+QOPS_EXPLAIN(int8_weight_only_gemm, WeightOnlyGemmParams, int8_weight_only_gemm)
 
 }  // namespace qops::binding
 

@@ -4,6 +4,31 @@
 #include "binding/int8_rows.h"
 
 namespace qops::binding {
+
+// Of the three, whose fields have the same names.
+template <class Params, class Visitor>
+void describe_rows(Params& p, Visitor& v) {
+  v.rows("rows", p.x_rows);
+  v.size("k", p.k);
+  v.dtype("dtype", p.dtype);
+  v.when_asked([&](const Checker&) { p.x_rows.stride[0] = p.k; });
+}
+
+template <class Visitor>
+void describe_call(QuantizeInt8Params& p, Visitor& v) {
+  describe_rows(p, v);
+}
+template <class Visitor>
+void describe_call(QuantizeInt8AsymParams& p, Visitor& v) {
+  describe_rows(p, v);
+}
+template <class Visitor>
+void describe_call(QuantizeInt8StaticParams& p, Visitor& v) {
+  static constexpr float kAny = 1.0f;  // a CPU reads it before the rows
+  describe_rows(p, v);
+  v.when_asked([&](const Checker&) { p.scale = &kAny; });
+}
+
 namespace {
 
 // x, for each of the three ops and their params; called before anything is allocated.
@@ -32,14 +57,14 @@ QuantizeInt8Params checked_dynamic(const Tensor& x, std::string_view rule) {
 
 void run(QuantizeInt8Params& p, const Tensor& q, const Tensor& scale) {
   p.out = int8_output(q, scale, p.out.rule);
-  check_dynamic.ok(device::run(&device::kernels::quantize_int8, p, q));
+  check_dynamic.ok(device::run(check_dynamic, &device::kernels::quantize_int8, p, q));
 }
 
 void run(QuantizeInt8AsymParams& p, const Tensor& q, const Tensor& scale, const Tensor& zero_point) {
   p.q = q.mutable_data_ptr<int8_t>();
   p.scale = scale.mutable_data_ptr<float>();
   p.zero_point = zero_point.mutable_data_ptr<int32_t>();
-  check_asym.ok(device::run(&device::kernels::quantize_int8_asym, p, q));
+  check_asym.ok(device::run(check_asym, &device::kernels::quantize_int8_asym, p, q));
 }
 
 QuantizeInt8StaticParams checked_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point) {
@@ -52,7 +77,7 @@ QuantizeInt8StaticParams checked_static(const Tensor& x, const Tensor& scale, co
 
 void run(QuantizeInt8StaticParams& p, const Tensor& q) {
   p.q = q.mutable_data_ptr<int8_t>();
-  check_static.ok(device::run(&device::kernels::quantize_int8_static, p, q));
+  check_static.ok(device::run(check_static, &device::kernels::quantize_int8_static, p, q));
 }
 
 std::tuple<Tensor, Tensor> quantize_int8(const Tensor& x, std::string_view rule) {
@@ -113,5 +138,9 @@ QOPS_REGISTER(m) {
   m.impl("quantize_int8_static", TORCH_BOX(&quantize_int8_static));
   m.impl("quantize_int8_static.out", TORCH_BOX(&quantize_int8_static_out));
 }
+
+QOPS_EXPLAIN(quantize_int8, QuantizeInt8Params, quantize_int8)
+QOPS_EXPLAIN(quantize_int8_asym, QuantizeInt8AsymParams, quantize_int8_asym)
+QOPS_EXPLAIN(quantize_int8_static, QuantizeInt8StaticParams, quantize_int8_static)
 
 }  // namespace qops::binding

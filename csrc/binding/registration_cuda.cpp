@@ -2,6 +2,8 @@
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
+#include "binding/explain_method.h"
+
 namespace {
 
 PyObject* build_info(PyObject*, PyObject*) {
@@ -11,6 +13,7 @@ PyObject* build_info(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS, "What this module was built with, and for which GPUs."},
+    {"explain", qops::binding::explain_method, METH_VARARGS, qops::binding::kExplainDoc},
     {nullptr, nullptr, 0, nullptr},
 };
 

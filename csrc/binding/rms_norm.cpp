@@ -4,6 +4,20 @@
 #include "binding/int8_rows.h"
 
 namespace qops::binding {
+
+template <class Visitor>
+void describe_call(RmsNormParams& p, Visitor& v) {
+  v.rows("rows", p.x_rows);
+  v.size("h", p.h);
+  v.dtype("dtype", p.dtype);
+  v.when_asked([&](const Checker&) { p.x_rows.stride[0] = p.h; });
+}
+
+template <class Visitor>
+void describe_call(RmsNormInt8Params& p, Visitor& v) {
+  describe_call(p.norm, v);
+}
+
 namespace {
 
 // Everything but the residual; called before anything is allocated.
@@ -49,7 +63,7 @@ void check_overlap(const Checker& check, const Tensor& residual_out, const Tenso
 
 void run(const Checker& check, RmsNormParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
-  check.ok(device::run(&device::kernels::rms_norm, p, y));
+  check.ok(device::run(check, &device::kernels::rms_norm, p, y));
 }
 
 void run(const Checker& check, RmsNormParams& p, const Tensor& y, const Tensor& residual_out) {
@@ -58,7 +72,7 @@ void run(const Checker& check, RmsNormParams& p, const Tensor& y, const Tensor& 
 }
 
 void run(const Checker& check, const RmsNormParams& norm, const Tensor& q, const Tensor& scale, QuantizeRule rule) {
-  check.ok(device::run(&device::kernels::rms_norm_int8, {norm, int8_output(q, scale, rule)}, q));
+  check.ok(device::run(check, &device::kernels::rms_norm_int8, {norm, int8_output(q, scale, rule)}, q));
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset, std::string_view rounding) {
@@ -162,5 +176,10 @@ QOPS_REGISTER(m) {
   m.impl("add_rms_norm_int8", TORCH_BOX(&add_rms_norm_int8));
   m.impl("add_rms_norm_int8.out", TORCH_BOX(&add_rms_norm_int8_out));
 }
+
+QOPS_EXPLAIN(rms_norm, RmsNormParams, rms_norm)
+QOPS_EXPLAIN(add_rms_norm, RmsNormParams, rms_norm)
+QOPS_EXPLAIN(rms_norm_int8, RmsNormInt8Params, rms_norm_int8)
+QOPS_EXPLAIN(add_rms_norm_int8, RmsNormInt8Params, rms_norm_int8)
 
 }  // namespace qops::binding

@@ -5,6 +5,40 @@
 #include "binding/device.h"
 
 namespace qops::binding {
+
+template <class Visitor>
+void describe_call(RotaryParams& p, Visitor& v) {
+  v.rows("tokens", p.q.x_tokens);
+  v.size("q_heads", p.q.heads);
+  v.size("k_heads", p.k.heads);
+  v.size("d", p.d);
+  v.size("pairs", p.pairs);
+  v.dtype("dtype", p.dtype);
+  v.flag("interleaved", p.interleaved);
+  v.when_asked([&](const Checker& check) {
+    check.require(2 * p.pairs <= p.d, "pairs", "be at most D / 2 = " + std::to_string(p.d / 2),
+                  std::to_string(p.pairs));
+    for (RotaryHeads* heads : {&p.q, &p.k}) {
+      heads->x_tokens = p.q.x_tokens;
+      heads->x_tokens.stride[0] = heads->heads * p.d;
+      heads->x_head_stride = p.d;
+      heads->x_stride = 1;
+      heads->y_tokens = heads->x_tokens;
+      heads->y_head_stride = p.d;
+      heads->y_stride = 1;
+    }
+    p.t = p.table_rows = p.q.x_tokens.count;
+    p.cos_row_stride = p.sin_row_stride = p.pairs;
+    p.cos_stride = p.sin_stride = 1;
+    p.table_dtype = p.dtype;
+  });
+}
+
+template <class Visitor>
+void describe_call(QkNormRotaryParams& p, Visitor& v) {
+  describe_call(p.rotary, v);
+}
+
 namespace {
 
 void check_shapes(const Checker& check, const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
@@ -146,7 +180,7 @@ template <class Params>
 void run(const Checker& check, RotaryParams& p, device::Kernel<Params> kernel, const Params& params, const Tensor& q) {
   int64_t bad_position = 0;
   p.bad_position = &bad_position;
-  const Status status = device::run(kernel, params, q);
+  const Status status = device::run(check, kernel, params, q);
   if (status == Status::kIndexOutOfRange) {
     check.refuse("positions", "lie in [0, " + std::to_string(p.table_rows) + "), the rows of cos",
                  std::to_string(bad_position));
@@ -213,5 +247,10 @@ QOPS_REGISTER(m) {
   m.impl("qk_norm_rotary", TORCH_BOX(&qk_norm_rotary));
   m.impl("qk_norm_rotary_", TORCH_BOX(&qk_norm_rotary_));
 }
+
+QOPS_EXPLAIN(rotary, RotaryParams, rotary)
+QOPS_EXPLAIN(rotary_, RotaryParams, rotary)
+QOPS_EXPLAIN(qk_norm_rotary, QkNormRotaryParams, qk_norm_rotary)
+QOPS_EXPLAIN(qk_norm_rotary_, QkNormRotaryParams, qk_norm_rotary)
 
 }  // namespace qops::binding

@@ -4,6 +4,23 @@
 #include "binding/int8_rows.h"
 
 namespace qops::binding {
+
+template <class Visitor>
+void describe_call(SiluMulParams& p, Visitor& v) {
+  v.rows("rows", p.gate_rows);
+  v.size("columns", p.columns);
+  v.dtype("dtype", p.dtype);
+  v.when_asked([&](const Checker&) {
+    p.gate_rows.stride[0] = p.columns;
+    p.up_rows = p.gate_rows;
+  });
+}
+
+template <class Visitor>
+void describe_call(SiluMulInt8Params& p, Visitor& v) {
+  describe_call(p.gated, v);
+}
+
 namespace {
 
 // One half, or both side by side.
@@ -52,7 +69,7 @@ constexpr Checker check_int8("silu_mul_int8");
 
 void run(SiluMulParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
-  check_float.ok(device::run(&device::kernels::silu_mul, p, y));
+  check_float.ok(device::run(check_float, &device::kernels::silu_mul, p, y));
 }
 
 Tensor run_new(SiluMulParams& p, const Tensor& like) {
@@ -66,7 +83,7 @@ void check_output(const Tensor& out, const Tensor& gate, int64_t columns) {
 }
 
 void run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& q, const Tensor& scale) {
-  check_int8.ok(device::run(&device::kernels::silu_mul_int8, {gated, int8_output(q, scale, rule)}, q));
+  check_int8.ok(device::run(check_int8, &device::kernels::silu_mul_int8, {gated, int8_output(q, scale, rule)}, q));
 }
 
 std::tuple<Tensor, Tensor> run(const SiluMulParams& gated, QuantizeRule rule, const Tensor& like) {
@@ -139,5 +156,8 @@ QOPS_REGISTER(m) {
   m.impl("silu_mul_int8.out", TORCH_BOX(&silu_mul_int8_out));
   m.impl("silu_mul_int8.apart_out", TORCH_BOX(&silu_mul_int8_apart_out));
 }
+
+QOPS_EXPLAIN(silu_mul, SiluMulParams, silu_mul)
+QOPS_EXPLAIN(silu_mul_int8, SiluMulInt8Params, silu_mul_int8)
 
 }  // namespace qops::binding

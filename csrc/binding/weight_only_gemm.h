@@ -6,6 +6,16 @@
 
 namespace qops::binding {
 
+template <class Visitor>
+void describe_call(WeightOnlyGemmParams& p, Visitor& v) {
+  describe_product(p.x_rows, p.n, p.k, v);
+  describe_groups(p, v);
+  v.dtype("dtype", p.dtype);
+  v.given("perm", p.perm);
+  v.flag("batch_invariant", p.batch_invariant);
+  describe_epilogue(p, v);
+}
+
 // Without the output; called before anything is allocated.
 inline WeightOnlyGemmParams weight_only_gemm_params(const Checker& check, const Tensor& x, const Tensor& packed,
                                                     ScalarType packed_dtype, int64_t strip_elements_per_column,

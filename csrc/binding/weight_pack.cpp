@@ -2,6 +2,13 @@
 #include "binding/weight_strips.h"
 
 namespace qops::binding {
+
+template <class Visitor>
+void describe_call(WeightPackParams& p, Visitor& v) {
+  v.size("n", p.n, 8);
+  v.size("k", p.k, 8);
+}
+
 namespace {
 
 constexpr int64_t kMaxColumns = int64_t{1} << 58;
@@ -21,7 +28,7 @@ Tensor pack(const Checker& check, const Tensor& qweight, ScalarType dtype, int64
   check.require(k % 8 == 0, "qweight", "have a multiple of 8 columns", std::to_string(k));
   check.contiguous(qweight, "qweight");
   Tensor packed = check.new_tensor(qweight, {strips_of(n), stored_columns(k) / codes_per_element * kStripRows}, dtype);
-  check.ok(device::run(kernel, {qweight.const_data_ptr(), packed.mutable_data_ptr(), n, k}, packed));
+  check.ok(device::run(check, kernel, {qweight.const_data_ptr(), packed.mutable_data_ptr(), n, k}, packed));
   return packed;
 }
 
@@ -43,7 +50,7 @@ Tensor unpack(const Checker& check, const Tensor& packed, int64_t out_features, 
   const int64_t elements = packed.size(1) / kStripRows;
   Tensor qweight = check.new_tensor(packed, {out_features, elements}, dtype);
   check.ok(device::run(
-      kernel, {packed.const_data_ptr(), qweight.mutable_data_ptr(), out_features, elements * codes_per_element},
+      check, kernel, {packed.const_data_ptr(), qweight.mutable_data_ptr(), out_features, elements * codes_per_element},
       qweight));
   return qweight;
 }

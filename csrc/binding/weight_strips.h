@@ -29,6 +29,20 @@ inline void check_alignment(const Checker& check, const Tensor& packed, const ch
   }
 }
 
+inline void check_group_size(const Checker& check, int64_t k, int64_t group_size) {
+  if (group_size != k && (group_size <= 0 || group_size % 16 != 0 || k % group_size != 0)) {
+    check.refuse("group_size", "be K = " + std::to_string(k) + " or a multiple of 16 that divides it",
+                 std::to_string(group_size));
+  }
+}
+
+template <class Params, class Visitor>
+void describe_groups(Params& p, Visitor& v) {
+  v.size("group_size", p.group_size);
+  v.choice("kind", p.kind, {"symmetric", "zero_point", "float_zero", "offset"});
+  v.when_asked([&](const Checker& check) { check_group_size(check, p.k, p.group_size); });
+}
+
 // Kernel parameters of a packed weight with scales [S, K / group_size, 16]. strip_elements_per_column: elements of
 // `packed` that one column of a strip takes (8 bytes for int4, 16 for int8).
 template <class Params>
@@ -54,11 +68,7 @@ void take_weight(const Checker& check, const Tensor& packed, ScalarType packed_d
   const int64_t strips = strips_of(p.n);
   check.shape(packed, "packed", "[S, K-strip]", {strips, stored_columns(p.k) * strip_elements_per_column});
   p.group_size = group_size;
-  const bool per_channel = group_size == p.k;
-  if (!per_channel && (group_size <= 0 || group_size % 16 != 0 || p.k % group_size != 0)) {
-    check.refuse("group_size", "be K = " + std::to_string(p.k) + " or a multiple of 16 that divides it",
-                 std::to_string(group_size));
-  }
+  check_group_size(check, p.k, group_size);
   const int64_t groups = group_size == 0 ? 0 : p.k / group_size;
   check.shape(scales, "scales", "[S, K / group_size, 16]", {strips, groups, kStripRows});
   check.contiguous(packed, "packed");

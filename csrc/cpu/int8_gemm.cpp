@@ -140,10 +140,33 @@ void multiply(const Int8GemmParams& p, const PackedRows& packed, int64_t first_r
   }
 }
 
+// How the product of some rows is cut into tasks: each a strip of one of the blocks of rows.
+struct Cut {
+  int64_t blocks, tasks, grain;
+
+  // Few strips and many threads: the rows are cut too.
+  Cut(const Int8GemmParams& p, int64_t rows, int threads) {
+    const int64_t strips = (p.n + kStripRows - 1) / kStripRows, wanted = (8 * threads + strips - 1) / strips;
+    blocks = std::clamp<int64_t>(wanted, 1, (rows + 2 * kTileRows - 1) / (2 * kTileRows));
+    tasks = strips * blocks;
+    grain = 1 + (64 << 10) / (p.k * (8 + rows / blocks) + 1);
+  }
+};
+
+void tell_plan(const Int8GemmParams& p, const ThreadPool& pool) {
+  const int64_t rows = std::min(kMaxRows, p.q_rows.count);
+  const Cut cut(p, rows, pool.threads);
+  pool.listener->tell("kernel", QOPS_ISA_NAME);
+  pool.listener->tell("tile_rows", kTileRows);
+  pool.listener->tell("tile_strips", kTileStrips);
+  pool.listener->tell("rows_at_once", rows);
+  pool.listener->tell("row_blocks", cut.blocks);
+  tell_tasks(pool, cut.tasks, cut.grain);
+}
+
 template <class T>
 Status run(const Int8GemmParams& p, const ThreadPool& pool) {
   const int64_t m = p.q_rows.count;
-  if (m == 0 || p.n == 0) return Status::kOk;
   // 64 bytes more, or the rows of a tile would lie 4 KiB apart and share one set of L1.
   const int64_t plane_bytes = (p.k + 63) / 64 * 64 + 64;
   PackedRows packed{nullptr, plane_bytes, kDotOffset != 0 || p.zero_point != nullptr ? 1 : 0};
@@ -162,15 +185,12 @@ Status run(const Int8GemmParams& p, const ThreadPool& pool) {
         pack_row(packed, packed.first + row, values, p.k);
       }
     });
-    // Few strips and many threads: the rows are cut too.
-    const int64_t wanted = (8 * pool.threads + strips - 1) / strips;
-    const int64_t blocks = std::clamp<int64_t>(wanted, 1, (rows + 2 * kTileRows - 1) / (2 * kTileRows));
-    const int64_t grain = 1 + (64 << 10) / (p.k * (8 + rows / blocks) + 1);
-    parallel_for(pool, strips * blocks, grain, [&](int64_t begin, int64_t end) {
+    const Cut cut(p, rows, pool.threads);
+    parallel_for(pool, cut.tasks, cut.grain, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t block = begin / strips, strip = begin % strips;
         const int64_t size = std::min(strips - strip, end - begin);
-        const Range of{first_row + rows * block / blocks, first_row + rows * (block + 1) / blocks};
+        const Range of{first_row + rows * block / cut.blocks, first_row + rows * (block + 1) / cut.blocks};
         multiply<T>(p, packed, first_row, of, {strip, strip + size});
         begin += size;
       }
@@ -182,6 +202,11 @@ Status run(const Int8GemmParams& p, const ThreadPool& pool) {
 }  // namespace
 
 Status int8_gemm(const Int8GemmParams& p, const ThreadPool& pool) {
+  if (p.q_rows.count == 0 || p.n == 0) return Status::kOk;
+  if (pool.listener != nullptr) {
+    tell_plan(p, pool);
+    return Status::kOk;
+  }
   if (p.dtype == DType::kInt32) return run<int32_t>(p, pool);
   return with_dtype(p.dtype, [&](auto* element) { return run<std::remove_pointer_t<decltype(element)>>(p, pool); });
 }

@@ -196,17 +196,45 @@ void multiply(const Int8GemmParams& p, const PackedRows& packed, int64_t first_r
   }
 }
 
+// Blocks of rows that are packed and multiplied at a time.
+int64_t max_blocks_of(const PackedRows& packed) { return std::max<int64_t>(1, kPackedBytes / packed.block_bytes()); }
+
+// How the product of some rows is cut into tasks: each a pair of strips of one of the parts.
+struct Cut {
+  int64_t blocks, pairs, parts, grain;
+
+  // Few strips and many threads: the rows are cut too.
+  Cut(const Int8GemmParams& p, int64_t rows, int threads)
+      : blocks(ceil_div(rows, kBlockRows)), pairs(ceil_div(ceil_div(p.n, kStripRows), kBlockStrips)) {
+    parts = std::clamp<int64_t>(ceil_div(8 * threads, pairs), 1, blocks);
+    // A byte of w costs as much time as 256 multiply-adds.
+    grain = 1 + (16 << 20) / (2 * kStripRows * p.k * (rows / parts + 256));
+  }
+};
+
+void tell_plan(const Int8GemmParams& p, const ThreadPool& pool) {
+  const int64_t most = max_blocks_of({nullptr, ceil_div(p.k, kTileRowBytes)}) * kBlockRows;
+  const int64_t rows = std::min(most, p.q_rows.count);
+  const Cut cut(p, rows, pool.threads);
+  pool.listener->tell("kernel", QOPS_ISA_NAME);
+  pool.listener->tell("tile_rows", kBlockRows);
+  pool.listener->tell("tile_strips", kBlockStrips);
+  pool.listener->tell("rows_at_once", rows);
+  pool.listener->tell("row_blocks", cut.parts);
+  tell_tasks(pool, cut.pairs * cut.parts, cut.grain);
+}
+
 template <class T>
 Status run(const Int8GemmParams& p, const ThreadPool& pool) {
   PackedRows packed{nullptr, ceil_div(p.k, kTileRowBytes)};
   const int64_t m = p.q_rows.count;
-  const int64_t max_blocks = std::max<int64_t>(1, kPackedBytes / packed.block_bytes());
+  const int64_t max_blocks = max_blocks_of(packed);
   const int64_t scratch_bytes = std::min(max_blocks, ceil_div(m, kBlockRows)) * packed.block_bytes();
   Scratch scratch(Scratch::bytes<uint8_t>(scratch_bytes));
   if (!scratch.ok()) return Status::kOutOfMemory;
   packed.bytes = scratch.take<uint8_t>(scratch_bytes);
 
-  const int64_t strips = ceil_div(p.n, kStripRows), pairs = ceil_div(strips, kBlockStrips);
+  const int64_t strips = ceil_div(p.n, kStripRows);
   for (int64_t first_row = 0; first_row < m; first_row += max_blocks * kBlockRows) {
     const int64_t rows = std::min(max_blocks * kBlockRows, m - first_row);
     parallel_for(pool, ceil_div(rows, kTileRows), 1 + (16 << 10) / p.k, [&](int64_t begin, int64_t end) {
@@ -214,17 +242,13 @@ Status run(const Int8GemmParams& p, const ThreadPool& pool) {
         pack_tile(p, first_row + row, packed.tile(row));
       }
     });
-    // Few strips and many threads: the rows are cut too.
-    const int64_t blocks = ceil_div(rows, kBlockRows);
-    const int64_t parts = std::clamp<int64_t>(ceil_div(8 * pool.threads, pairs), 1, blocks);
-    // A byte of w costs as much time as 256 multiply-adds.
-    const int64_t grain = 1 + (16 << 20) / (2 * kStripRows * p.k * (rows / parts + 256));
-    parallel_for(pool, pairs * parts, grain, [&](int64_t begin, int64_t end) {
+    const Cut cut(p, rows, pool.threads);
+    parallel_for(pool, cut.pairs * cut.parts, cut.grain, [&](int64_t begin, int64_t end) {
       const TileScope tiles;
       while (begin < end) {
-        const int64_t part = begin / pairs, pair = begin % pairs;
-        const int64_t size = std::min(pairs - pair, end - begin);
-        const auto row = [&](int64_t i) { return first_row + std::min(rows, blocks * i / parts * kBlockRows); };
+        const int64_t part = begin / cut.pairs, pair = begin % cut.pairs;
+        const int64_t size = std::min(cut.pairs - pair, end - begin);
+        const auto row = [&](int64_t i) { return first_row + std::min(rows, cut.blocks * i / cut.parts * kBlockRows); };
         multiply<T>(p, packed, first_row, {row(part), row(part + 1)},
                     {pair * kBlockStrips, std::min((pair + size) * kBlockStrips, strips)});
         begin += size;
@@ -239,6 +263,10 @@ Status run(const Int8GemmParams& p, const ThreadPool& pool) {
 Status int8_gemm(const Int8GemmParams& p, const ThreadPool& pool) {
   const int64_t min_rows = p.zero_point == nullptr ? kMinRows : kMinRowsWithZeroPoints;
   if (p.q_rows.count < min_rows || p.n == 0 || p.k == 0) return avx512::int8_gemm(p, pool);
+  if (pool.listener != nullptr) {
+    tell_plan(p, pool);
+    return Status::kOk;
+  }
   if (p.dtype == DType::kInt32) return run<int32_t>(p, pool);
   return with_dtype(p.dtype, [&](auto* element) { return run<std::remove_pointer_t<decltype(element)>>(p, pool); });
 }

@@ -54,6 +54,12 @@ void norm_and_rotate(const RotaryParams& p, const RmsNormStyle& style, const Rot
 template <class T, class A>
 Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
   const RotaryParams& p = params.rotary;
+  // 8 K elements are about 4 us of work, some four times what waking a thread costs.
+  const int64_t tokens = p.q.x_tokens.count, grain = 1 + (8 << 10) / ((p.q.heads + p.k.heads) * p.d + 1);
+  if (pool.listener != nullptr) {
+    tell_tasks(pool, tokens, grain);
+    return Status::kOk;
+  }
   const int64_t weight_floats = whole_vectors(p.d), angle_floats = whole_vectors(2 * p.pairs);
   Scratch weights(2 * Scratch::bytes<float>(weight_floats));
   if (!weights.ok()) return Status::kOutOfMemory;
@@ -61,11 +67,9 @@ Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
   float* k_weight = weights.take<float>(weight_floats);
   widen_weight(params.q_weight, params.q_weight_dtype, p.d, q_weight);
   widen_weight(params.k_weight, params.k_weight_dtype, p.d, k_weight);
-  // 8 K elements are about 4 us of work, some four times what waking a thread costs.
-  const int64_t grain = 1 + (8 << 10) / ((p.q.heads + p.k.heads) * p.d + 1);
   // A buffer holds the token's angles and one head.
   const int64_t floats = 2 * angle_floats + p.d;
-  return for_rows_with_buffer<float>(pool, p.q.x_tokens.count, grain, floats, [&](int64_t token, float* buffer) {
+  return for_rows_with_buffer<float>(pool, tokens, grain, floats, [&](int64_t token, float* buffer) {
     const Angles angles{buffer, buffer + angle_floats};
     T* normed = reinterpret_cast<T*>(buffer + 2 * angle_floats);
     load_all_angles<A>(p, token, angles);
@@ -78,7 +82,7 @@ Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
 
 Status qk_norm_rotary(const QkNormRotaryParams& p, const ThreadPool& pool) {
   if (p.rotary.d == 0 || (p.rotary.q.heads == 0 && p.rotary.k.heads == 0)) return Status::kOk;  // however many tokens
-  if (const Status status = check_positions(p.rotary); status != Status::kOk) return status;
+  if (const Status status = check_positions(p.rotary, pool); status != Status::kOk) return status;
   return with_dtype(p.rotary.dtype, [&](auto* element) {
     return with_dtype(p.rotary.table_dtype, [&](auto* angle) {
       return run<std::remove_pointer_t<decltype(element)>, std::remove_pointer_t<decltype(angle)>>(p, pool);

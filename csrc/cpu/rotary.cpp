@@ -61,7 +61,7 @@ void run(const RotaryParams& p, const ThreadPool& pool) {
 
 Status rotary(const RotaryParams& p, const ThreadPool& pool) {
   if (p.d == 0 || (p.q.heads == 0 && p.k.heads == 0)) return Status::kOk;  // however many tokens
-  if (const Status status = check_positions(p); status != Status::kOk) return status;
+  if (const Status status = check_positions(p, pool); status != Status::kOk) return status;
   return with_dtype(p.dtype, [&](auto* element) {
     return with_dtype(p.table_dtype, [&](auto* angle) {
       run<std::remove_pointer_t<decltype(element)>, std::remove_pointer_t<decltype(angle)>>(p, pool);

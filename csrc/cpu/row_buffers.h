@@ -12,6 +12,10 @@ namespace qops::cpu::QOPS_ISA_NS {
 template <class T, class F>
 inline Status for_rows_with_buffer(const ThreadPool& pool, int64_t rows, int64_t grain, int64_t columns, const F& f) {
   if (rows == 0) return Status::kOk;
+  if (pool.listener != nullptr) {
+    tell_tasks(pool, rows, grain);
+    return Status::kOk;
+  }
   const int64_t parts = std::min<int64_t>(pool.threads, (rows - 1) / grain + 1);
   Scratch scratch(static_cast<size_t>(parts) * Scratch::bytes<T>(columns));
   if (!scratch.ok()) return Status::kOutOfMemory;

@@ -14,6 +14,11 @@
 
 #include "kernels.h"
 
+// The level's name as a text.
+#define QOPS_TEXT_OF(name) #name
+#define QOPS_TEXT(name) QOPS_TEXT_OF(name)
+#define QOPS_ISA_NAME QOPS_TEXT(QOPS_ISA_NS)
+
 namespace qops::cpu::QOPS_ISA_NS {
 
 // Storage of 16-bit floating-point elements; arithmetic happens in float32.

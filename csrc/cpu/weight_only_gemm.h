@@ -31,8 +31,8 @@ inline constexpr int kSlices = 8;
 // A tile of 4 rows x 2 strips x 2 digits sums in 16 of AVX-512's 32 registers; with 16 registers a vector takes two.
 inline constexpr int kMaxTileRows = kVectorRegisters >= 32 ? 4 : 2;
 constexpr int max_tile_rows(int digits) { return digits == 2 ? kMaxTileRows : kMaxTileRows / 2; }
-inline constexpr int kStripsOfOneRow = kVectorRegisters >= 32 ? 4 : 2;
-inline constexpr int kStripsOfManyRows = kVectorRegisters >= 32 ? 2 : 1;
+// One row needs 8 independent sums to hide the latency of the dot product (5 cycles, 2 a cycle).
+constexpr int strips_of_tile(int rows) { return (kVectorRegisters >= 32 ? 2 : 1) * (rows == 1 ? 2 : 1); }
 
 // Blocks of at most kMaxBlock columns, none across a group's border. Walked with next(), not indexed: an index would
 // cost two 64-bit divisions a block, as long as the products of 32 columns.
@@ -331,8 +331,7 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
 template <class Codes, class T, int Rows, int Digits>
 inline void gemm_strips(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t begin,
                         int64_t end) {
-  // One row needs 8 independent sums to hide the latency of the dot product (5 cycles, 2 a cycle).
-  constexpr int kWide = Rows == 1 ? kStripsOfOneRow : kStripsOfManyRows;
+  constexpr int kWide = strips_of_tile(Rows);
   int64_t strip = begin;
   for (; strip + kWide <= end; strip += kWide) gemm_tile<Codes, T, Rows, kWide, Digits>(p, blocks, tile, strip);
   for (; strip < end; ++strip) gemm_tile<Codes, T, Rows, 1, Digits>(p, blocks, tile, strip);
@@ -354,9 +353,25 @@ inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const
   }
 }
 
+inline int64_t strips_of(const WeightOnlyGemmParams& p) { return (p.n + kStripRows - 1) / kStripRows; }
+inline int64_t strip_grain(const WeightOnlyGemmParams& p) { return 1 + (8 << 10) / (p.k * p.x_rows.count + 1); }
+
+// Of rows that two digits hold; the others are in tiles of half as many rows.
+inline void tell_plan(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
+  const int64_t rows = std::min<int64_t>(p.x_rows.count, max_tile_rows(2));
+  pool.listener->tell("kernel", QOPS_ISA_NAME);
+  pool.listener->tell("tile_rows", rows);
+  pool.listener->tell("tile_strips", strips_of_tile(static_cast<int>(rows)));
+  tell_tasks(pool, strips_of(p), strip_grain(p));
+}
+
 template <class Codes, class T>
 inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
   const int64_t m = p.x_rows.count;
+  if (pool.listener != nullptr) {
+    if (m > 0 && p.n > 0) tell_plan(p, pool);
+    return Status::kOk;
+  }
   if (p.perm != nullptr && !valid_permutation_range(p)) return Status::kIndexOutOfRange;
   if (m == 0 || p.n == 0) return Status::kOk;
   const Blocks blocks(p.k, p.group_size);
@@ -412,9 +427,7 @@ inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& 
 
   // Four strips of weights stay in L2 while every tile of x passes over them.
   constexpr int64_t kChunk = 4;
-  const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
-  const int64_t strip_grain = 1 + (8 << 10) / (p.k * m + 1);
-  parallel_for(pool, strips, strip_grain, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, strips_of(p), strip_grain(p), [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; strip += kChunk) {
       for (int64_t t = 0; t < tile_count; ++t) {
         gemm_rows<Codes, T>(p, blocks, tiles[t], strip, std::min(strip + kChunk, end));

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 
 }  // namespace
 
-Status int4_dequantize(const Int4DequantizeParams& p, cudaStream_t stream) {
+Status int4_dequantize(const Int4DequantizeParams& p, const Queue& queue) {
   const int64_t strips = int4::strips(p.n), blocks = int4::blocks(p.k);
   if (strips == 0 || blocks == 0) return Status::kOk;  // no groups to divide by
   // A step lies in one group: sizes are multiples of 16, or there is one group of all columns.
@@ -142,7 +142,7 @@ Status int4_dequantize(const Int4DequantizeParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((blocks + kWarps - 1) / kWarps),
                   static_cast<unsigned>(rows_of_blocks < kMaxGridY ? rows_of_blocks : kMaxGridY));
   return with_element(p.dtype, [&](auto element) {
-    return launch(&dequantize_kernel<decltype(element)>, grid, dim3(kMaxThreads), 0, stream, p, steps_of_group);
+    return launch(&dequantize_kernel<decltype(element)>, grid, dim3(kMaxThreads), 0, queue, p, steps_of_group);
   });
 }
 

@@ -237,6 +237,7 @@ struct RowScales {
 // group; x_sum of x in the group.
 template <class T, int kStrips, int kTiles, bool kFine, bool kOffset>
 struct WarpSums {
+  static constexpr int kStripCount = kStrips, kTileCount = kTiles;
   float total[kStrips][kTiles][4];
   float part[kStrips][kTiles][4];
   float x_sum[kTiles][4];

@@ -81,9 +81,9 @@ Status with_16_bits(DType dtype, const F& run) {
 }
 
 template <class T, int kCount>
-Status launch_finish(const Int4Job& job, const Sums& sums, cudaStream_t stream) {
+Status launch_finish(const Int4Job& job, const Sums& sums, const Queue& queue) {
   return launch_blocks(&finish_kernel<T, kCount>, ceil_div(sums.rows * (sums.columns / kVector), kMaxThreads),
-                       kMaxThreads, 0, stream, job.p, job.plan, job.aligned, sums);
+                       kMaxThreads, 0, queue, job.p, job.plan, job.aligned, sums);
 }
 
 // cuBLAS and the tiled kernel take one stride for all rows.
@@ -115,7 +115,7 @@ bool is_empty(const WeightOnlyGemmParams& p) { return p.x_rows.count == 0 || p.n
 constexpr int64_t kMaxColumns = int64_t{1} << 34;
 
 // Some strips at a time: weights as numbers; and some rows at a time, their product with x, and y of its sums.
-Status multiply_dense(const Int4Job& job, cudaStream_t stream) {
+Status multiply_dense(const Int4Job& job, const Queue& queue) {
   const WeightOnlyGemmParams& p = job.p;
   const int64_t strips = int4::strips(p.n), groups = p.k / p.group_size, m = p.x_rows.count;
   const auto at = [](const void* array, int64_t bytes) {
@@ -136,16 +136,35 @@ Status multiply_dense(const Int4Job& job, cudaStream_t stream) {
     w.n = rows;
     w.k = p.k;
     w.group_size = p.group_size;
-    if (const Status status = int4_dequantize(w, stream); status != Status::kOk) return status;
+    if (const Status status = int4_dequantize(w, queue); status != Status::kOk) return status;
     for (int64_t first = 0; first < m; first += job.plan.rows) {
       const int64_t count = min_of(job.plan.rows, m - first);
       p.product.run(p.product.context, at(p.x, first * p.x_rows.stride[0] * 2), p.x_rows.stride[0], w.w, job.sums,
                     count, rows, p.k);
-      const Status status = launch_finish<__nv_bfloat16, 1>(job, {job.sums, count, rows, first, row0, false}, stream);
+      const Status status = launch_finish<__nv_bfloat16, 1>(job, {job.sums, count, rows, first, row0, false}, queue);
       if (status != Status::kOk) return status;
     }
   }
   return Status::kOk;
+}
+
+void tell_plan(const WeightOnlyGemmParams& p, const GemmPlan& plan, PlanListener& listener) {
+  tell_gpu(listener, current_gpu());
+  const bool is_dense = plan.kind == GemmPlan::Kind::kDense;
+  listener.tell("route", is_dense ? "dense" : plan.kind == GemmPlan::Kind::kDecode ? "decode" : "tiled");
+  listener.tell("strips", plan.strips);
+  if (is_dense) {
+    listener.tell("rows", plan.rows);
+  } else {
+    listener.tell("tokens", plan.kind == GemmPlan::Kind::kTiled ? plan.live : plan.tokens);
+    listener.tell("k_parts", plan.k_parts);
+    listener.tell("blocks", plan.blocks);
+    listener.tell("threads", kGemmThreads);
+    listener.tell("stages", plan.stages);
+    listener.tell("shared_bytes", plan.shared_bytes);
+  }
+  listener.tell("copies_x", copies_x(p, plan) ? "yes" : "no");
+  listener.tell("scratch_bytes", int4_gemm_scratch_bytes(p));
 }
 
 }  // namespace
@@ -156,7 +175,7 @@ int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& p) {
   return copy_bytes(p, plan) + plan.scratch_bytes(p.x_rows.count, p.n, p.k);
 }
 
-Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
+Status int4_gemm(const WeightOnlyGemmParams& p, const Queue& queue) {
   if (is_empty(p)) return Status::kOk;
   if (p.k >= kMaxColumns || !multiple_of_16(p.packed) || !multiple_of_16(p.scales) || !multiple_of_16(p.zeros)) {
     return Status::kUnsupported;
@@ -164,13 +183,17 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
   Int4Job job{p, plan_of(p), {}, nullptr};
   if (job.plan.blocks == 0) return Status::kLaunchFailed;
   if (job.plan.items() > 0x7fffffff) return Status::kUnsupported;
+  if (queue.listener != nullptr) {
+    tell_plan(p, job.plan, *queue.listener);
+    return Status::kOk;
+  }
   job.aligned = {multiple_of_16(p.y), multiple_of_16(p.bias),
                  p.residual != nullptr && aligned(p.residual, p.residual_rows, p.n, p.dtype)};
   job.sums = reinterpret_cast<float*>(static_cast<uint8_t*>(p.scratch) + copy_bytes(p, job.plan));
   if (copies_x(p, job.plan)) {
     const Status status = with_16_bits(p.dtype, [&](auto element) {
       return launch_blocks(&gather_kernel<decltype(element)>, ceil_div(p.x_rows.count * (p.k / kVector), kMaxThreads),
-                           kMaxThreads, 0, stream, p, static_cast<decltype(element)*>(p.scratch));
+                           kMaxThreads, 0, queue, p, static_cast<decltype(element)*>(p.scratch));
     });
     if (status != Status::kOk) return status;
     job.p.x = p.scratch;
@@ -182,15 +205,15 @@ Status int4_gemm(const WeightOnlyGemmParams& p, cudaStream_t stream) {
     job.p.x_rows.stride[0] = p.k;
   }
   const GemmPlan& plan = job.plan;
-  if (plan.kind == GemmPlan::Kind::kDense) return multiply_dense(job, stream);
+  if (plan.kind == GemmPlan::Kind::kDense) return multiply_dense(job, queue);
   const bool is_decode = plan.kind == GemmPlan::Kind::kDecode;
-  const Status status = is_decode ? int4_gemm_decode(job, stream) : int4_gemm_tiled(job, stream);
+  const Status status = is_decode ? int4_gemm_decode(job, queue) : int4_gemm_tiled(job, queue);
   if (status != Status::kOk || plan.k_parts == 1) return status;
   const int64_t rows = is_decode ? p.x_rows.count : (plan.tiles() - plan.whole) * plan.live;
   const int64_t columns = is_decode ? int4::strips(p.n) * kStripRows : kTileRows;
   if (rows == 0) return Status::kOk;
   return with_16_bits(p.dtype, [&](auto element) {
-    return launch_finish<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode}, stream);
+    return launch_finish<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode}, queue);
   });
 }
 

@@ -47,8 +47,8 @@ QOPS_DEVICE void finish_sums(const WeightOnlyGemmParams& p, Alignment aligned, i
   });
 }
 
-Status int4_gemm_decode(const Int4Job& job, cudaStream_t stream);
-Status int4_gemm_tiled(const Int4Job& job, cudaStream_t stream);
+Status int4_gemm_decode(const Int4Job& job, const Queue& queue);
+Status int4_gemm_tiled(const Int4Job& job, const Queue& queue);
 
 // Calls run(T{}, fine, offset) with what both kernels are compiled for: element type, group size, kind.
 template <class F>

@@ -5,7 +5,16 @@
 // The sums of a slice stay in registers, those of the slices before in shared memory, which is touched 8 times in all.
 // A block takes items in turns, tiles or some slices of one, and its ring runs on from item to item: the copies of the
 // next tile are under way while the sums of this one are finished. Tiles that do not fill the GPU are shared by 2, 4 or
-// 8 blocks, whose slices a second kernel adds.
+// 8 blocks (k_parts), whose slices a second kernel adds. With k_parts = 2:
+//
+//            K: slice 0 .. 3   slice 4 .. 7
+//            +---------------+---------------+
+//     tile 0 | item 0                        |  the first `whole` tiles: y is made of them at once
+//          1 | item 1                        |
+//            +---------------+---------------+
+//          2 | item 2        | item 3        |  the others: sums to scratch
+//          3 | item 4        | item 5        |
+//            +---------------+---------------+
 //
 // Budget of a stage with 128 tokens: 512 mma, 1024 cycles at their peak; shared memory 20 KB in, 8 (codes) + 64 KB (x)
 // out, 720 cycles; 11 slots a strip and step for the codes, twice over the two warps that share it: 704 + 512 mma + 128
@@ -206,7 +215,7 @@ __global__ void __launch_bounds__(kGemmThreads, blocks_of_multiprocessor(kTokens
 
 }  // namespace
 
-Status int4_gemm_tiled(const Int4Job& job, cudaStream_t stream) {
+Status int4_gemm_tiled(const Int4Job& job, const Queue& queue) {
   return with_int4_kernel(job.p, [&](auto element, auto fine, auto offset) {
     using T = decltype(element);
     auto kernel = job.plan.tokens == 32 ? &tiled_kernel<T, 32, fine.value, offset.value>
@@ -215,7 +224,7 @@ Status int4_gemm_tiled(const Int4Job& job, cudaStream_t stream) {
       if (job.plan.tokens == 128) kernel = &tiled_kernel<T, 128, fine.value, offset.value>;
     }
     return launch(kernel, dim3(static_cast<unsigned>(job.plan.blocks)), dim3(kGemmThreads),
-                  static_cast<size_t>(job.plan.shared_bytes), stream, job.p, job.plan, ScaleSource(job.p), job.aligned,
+                  static_cast<size_t>(job.plan.shared_bytes), queue, job.p, job.plan, ScaleSource(job.p), job.aligned,
                   job.sums);
   });
 }

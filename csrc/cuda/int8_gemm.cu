@@ -58,35 +58,54 @@ int8::Plan plan_of(const Int8GemmParams& p) {
 
 bool is_empty(const Int8GemmParams& p) { return p.q_rows.count == 0 || p.n == 0; }
 
+void tell_plan(const Int8GemmParams& p, const int8::Plan& plan, PlanListener& listener) {
+  const int8::TileShape tile = int8::tile_shape(plan.tokens);
+  tell_gpu(listener, current_gpu());
+  listener.tell("route", "tiled");
+  listener.tell("strips", kTileStrips);
+  listener.tell("tokens", plan.live_tokens);
+  listener.tell("split", plan.split ? "yes" : "no");
+  listener.tell("blocks", plan.blocks);
+  listener.tell("threads", tile.threads());
+  listener.tell("stages", plan.stages);
+  listener.tell("shared_bytes", tile.shared_bytes(plan.stages));
+  listener.tell("copies_q", copies_q(p) ? "yes" : "no");
+  listener.tell("scratch_bytes", int8_gemm_scratch_bytes(p));
+}
+
 }  // namespace
 
 int64_t int8_gemm_scratch_bytes(const Int8GemmParams& p) {
   return is_empty(p) ? 0 : copy_bytes(p) + plan_of(p).scratch_bytes();
 }
 
-Status int8_gemm(const Int8GemmParams& params, cudaStream_t stream) {
+Status int8_gemm(const Int8GemmParams& params, const Queue& queue) {
   if (is_empty(params)) return Status::kOk;
   Int8Job job{params, plan_of(params), {}, {}};
   if (job.plan.blocks == 0) return Status::kLaunchFailed;
   Int8GemmParams& p = job.p;
   if (!multiple_of_16(p.packed)) return Status::kUnsupported;
+  if (queue.listener != nullptr) {
+    tell_plan(p, job.plan, *queue.listener);
+    return Status::kOk;
+  }
   uint8_t* const scratch = static_cast<uint8_t*>(p.scratch);
   job.partials = reinterpret_cast<int32_t*>(scratch + copy_bytes(p));
   const size_t element_bytes = p.epilogue == Epilogue::kInt8 ? 1 : p.dtype == DType::kInt32 ? 4 : size_of(p.dtype);
   job.y_aligned = reinterpret_cast<uintptr_t>(p.y) % (4 * element_bytes) == 0;
   if (copies_q(p)) {
     const Status status = launch_blocks(&int8_gemm_copy_kernel, ceil_div(p.q_rows.count * (p.k / 8), kMaxThreads),
-                                        kMaxThreads, 0, stream, p, scratch, copy_stride(p));
+                                        kMaxThreads, 0, queue, p, scratch, copy_stride(p));
     if (status != Status::kOk) return status;
     p.q = scratch;
     p.q_rows.dims = 1;
     p.q_rows.size[0] = p.q_rows.count;
     p.q_rows.stride[0] = copy_stride(p);
   }
-  const Status status = int8_gemm_tiled(job, stream);
+  const Status status = int8_gemm_tiled(job, queue);
   if (status != Status::kOk || !job.plan.split || job.plan.blocks == 1) return status;
   const dim3 grid(static_cast<unsigned>(job.plan.blocks - 1), static_cast<unsigned>(job.plan.live_tokens / 8));
-  return launch(&int8_gemm_add_kernel, grid, dim3(kMaxThreads), 0, stream, job);
+  return launch(&int8_gemm_add_kernel, grid, dim3(kMaxThreads), 0, queue, job);
 }
 
 }  // namespace qops::cuda

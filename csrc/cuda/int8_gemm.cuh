@@ -59,6 +59,6 @@ class Columns {
 
 }  // namespace int8
 
-Status int8_gemm_tiled(const Int8Job& job, cudaStream_t stream);
+Status int8_gemm_tiled(const Int8Job& job, const Queue& queue);
 
 }  // namespace qops::cuda

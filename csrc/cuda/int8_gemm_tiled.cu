@@ -12,7 +12,7 @@
 //
 // Bound by the bytes of w up to M of some 64, by the tensor cores beyond. wgmma, which is to take the place of this
 // kernel there on sm_90a, can read the same layout.
-#include "cuda/int8_fragment.cuh"
+#include "cuda/int8_gemm_fragment.cuh"
 
 namespace qops::cuda {
 namespace {
@@ -81,22 +81,22 @@ __global__ void __launch_bounds__(int8::Tile<kTokens>::kThreads, 2)
 }
 
 template <int kTokens>
-Status run(const Int8Job& job, cudaStream_t stream) {
+Status run(const Int8Job& job, const Queue& queue) {
   using T = int8::Tile<kTokens>;
   const auto kernel =
       job.p.zero_point == nullptr ? &int8_gemm_kernel<kTokens, false> : &int8_gemm_kernel<kTokens, true>;
-  return launch_blocks(kernel, job.plan.blocks, T::kThreads, T::kShape.shared_bytes(job.plan.stages), stream, job);
+  return launch_blocks(kernel, job.plan.blocks, T::kThreads, T::kShape.shared_bytes(job.plan.stages), queue, job);
 }
 
 }  // namespace
 
-Status int8_gemm_tiled(const Int8Job& job, cudaStream_t stream) {
+Status int8_gemm_tiled(const Int8Job& job, const Queue& queue) {
   switch (job.plan.tokens) {
-    case 8: return run<8>(job, stream);
-    case 16: return run<16>(job, stream);
-    case 32: return run<32>(job, stream);
-    case 64: return run<64>(job, stream);
-    default: return run<128>(job, stream);
+    case 8: return run<8>(job, queue);
+    case 16: return run<16>(job, queue);
+    case 32: return run<32>(job, queue);
+    case 64: return run<64>(job, queue);
+    default: return run<128>(job, queue);
   }
 }
 

@@ -82,13 +82,30 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shar
   return cudaLaunchKernelEx(&config, kernel, args...) == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
-// Likewise, of any number of blocks in one dimension.
-template <class... Parameters, class... Arguments>
+inline void tell_gpu(PlanListener& listener, const Gpu& gpu) {
+  listener.tell("sm", gpu.arch);
+  listener.tell("multiprocessors", gpu.multiprocessors);
+}
+
+// On a queue; to its listener, where it has one.
+template <class... Params>
+Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, const Queue& queue,
+              const std::type_identity_t<Params>&... args) {
+  if (queue.listener == nullptr) return launch(kernel, grid, block, shared_bytes, queue.stream, args...);
+  tell_gpu(*queue.listener, current_gpu());
+  queue.listener->tell("blocks", static_cast<std::int64_t>(grid.x) * grid.y * grid.z);
+  queue.listener->tell("threads", static_cast<std::int64_t>(block.x));
+  queue.listener->tell("shared_bytes", static_cast<std::int64_t>(shared_bytes));
+  return Status::kOk;
+}
+
+// Likewise, of any number of blocks in one dimension. Where: a queue or a stream.
+template <class... Parameters, class Where, class... Arguments>
 Status launch_blocks(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared_bytes,
-                     cudaStream_t stream, const Arguments&... arguments) {
+                     const Where& where, const Arguments&... arguments) {
   if (blocks == 0) return Status::kOk;
   if (blocks > 0x7fffffff) return Status::kUnsupported;  // the largest grid
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared_bytes, stream,
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared_bytes, where,
                 arguments...);
 }
 

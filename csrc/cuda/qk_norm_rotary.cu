@@ -66,7 +66,7 @@ constexpr int64_t kMaxShared = 48 << 10;
 
 }  // namespace
 
-Status qk_norm_rotary(const QkNormRotaryParams& params, cudaStream_t stream) {
+Status qk_norm_rotary(const QkNormRotaryParams& params, const Queue& queue) {
   const RotaryParams& p = params.rotary;
   const int64_t rows = p.q.x_tokens.count * (p.q.heads + p.k.heads);
   if (p.d == 0 || rows == 0) return Status::kOk;
@@ -79,7 +79,7 @@ Status qk_norm_rotary(const QkNormRotaryParams& params, cudaStream_t stream) {
       const int64_t bytes =
           Shape::kRowsOfBlock * ((p.d + kVector - 1) / kVector * kVector) * static_cast<int64_t>(sizeof(T));
       if (bytes > kMaxShared) return Status::kUnsupported;
-      return launch_rows<Shape>(&qk_norm_rotary_kernel<T, Shape>, rows, static_cast<size_t>(bytes), stream, params);
+      return launch_rows<Shape>(&qk_norm_rotary_kernel<T, Shape>, rows, static_cast<size_t>(bytes), queue, params);
     });
   });
 }

@@ -99,25 +99,25 @@ Status for_shapes(const Params& p, const void* q, const F& run) {
 
 }  // namespace
 
-Status quantize_int8(const QuantizeInt8Params& p, cudaStream_t stream) {
+Status quantize_int8(const QuantizeInt8Params& p, const Queue& queue) {
   return for_shapes(p, p.out.q, [&](auto element, auto shape) {
     using Shape = decltype(shape);
-    return launch_rows<Shape>(&quantize_kernel<decltype(element), Shape>, p.x_rows.count, 0, stream, p);
+    return launch_rows<Shape>(&quantize_kernel<decltype(element), Shape>, p.x_rows.count, 0, queue, p);
   });
 }
 
-Status quantize_int8_asym(const QuantizeInt8AsymParams& p, cudaStream_t stream) {
+Status quantize_int8_asym(const QuantizeInt8AsymParams& p, const Queue& queue) {
   return for_shapes(p, p.q, [&](auto element, auto shape) {
     using Shape = decltype(shape);
-    return launch_rows<Shape>(&asym_kernel<decltype(element), Shape>, p.x_rows.count, 0, stream, p);
+    return launch_rows<Shape>(&asym_kernel<decltype(element), Shape>, p.x_rows.count, 0, queue, p);
   });
 }
 
-Status quantize_int8_static(const QuantizeInt8StaticParams& p, cudaStream_t stream) {
+Status quantize_int8_static(const QuantizeInt8StaticParams& p, const Queue& queue) {
   if (p.k == 0) return Status::kOk;  // however many rows
   return for_shapes(p, p.q, [&](auto element, auto shape) {
     using Shape = decltype(shape);
-    return launch_rows<Shape>(&static_kernel<decltype(element), Shape>, p.x_rows.count, 0, stream, p);
+    return launch_rows<Shape>(&static_kernel<decltype(element), Shape>, p.x_rows.count, 0, queue, p);
   });
 }
 

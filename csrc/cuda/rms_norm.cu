@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
 }
 
 template <bool kInt8>
-Status run(const RmsNormParams& p, const Int8Output& out, cudaStream_t stream) {
+Status run(const RmsNormParams& p, const Int8Output& out, const Queue& queue) {
   if (p.h == 0 && !kInt8) return Status::kOk;  // however many rows
   bool is_aligned = aligned(p.x, p.x_rows, p.h, p.dtype) && multiple_of_16(p.weight);
   is_aligned = is_aligned && (kInt8 ? multiple_of_16(out.q) : multiple_of_16(p.y));
@@ -79,14 +79,14 @@ Status run(const RmsNormParams& p, const Int8Output& out, cudaStream_t stream) {
   return with_element(p.dtype, [&](auto element) {
     return with_row_shape(p.h, is_aligned, [&](auto shape) {
       using Shape = decltype(shape);
-      return launch_rows<Shape>(&norm_kernel<decltype(element), Shape, kInt8>, p.x_rows.count, 0, stream, p, out);
+      return launch_rows<Shape>(&norm_kernel<decltype(element), Shape, kInt8>, p.x_rows.count, 0, queue, p, out);
     });
   });
 }
 
 }  // namespace
 
-Status rms_norm(const RmsNormParams& p, cudaStream_t stream) { return run<false>(p, {}, stream); }
-Status rms_norm_int8(const RmsNormInt8Params& p, cudaStream_t stream) { return run<true>(p.norm, p.out, stream); }
+Status rms_norm(const RmsNormParams& p, const Queue& queue) { return run<false>(p, {}, queue); }
+Status rms_norm_int8(const RmsNormInt8Params& p, const Queue& queue) { return run<true>(p.norm, p.out, queue); }
 
 }  // namespace qops::cuda

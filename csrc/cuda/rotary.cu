@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rotary_kernel(const __grid_con
 
 }  // namespace
 
-Status rotary(const RotaryParams& p, cudaStream_t stream) {
+Status rotary(const RotaryParams& p, const Queue& queue) {
   const int64_t vectors = (p.q.heads + p.k.heads) * (p.d / kVector + 2);
   if (vectors > 0x7fffffff) return Status::kUnsupported;  // a token is counted in 32 bits
   if (p.d == 0 || p.q.heads + p.k.heads == 0) return Status::kOk;
@@ -45,7 +45,7 @@ Status rotary(const RotaryParams& p, cudaStream_t stream) {
   return with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     const auto kernel = aligned(p) ? &rotary_kernel<T, true> : &rotary_kernel<T, false>;
-    return launch_blocks(kernel, p.q.x_tokens.count, threads, 0, stream, p);
+    return launch_blocks(kernel, p.q.x_tokens.count, threads, 0, queue, p);
   });
 }
 

@@ -154,10 +154,10 @@ Status with_row_shape(int64_t columns, bool is_aligned, const F& run) {
 
 // Launches `kernel` with one group of threads for each row.
 template <class Shape, class... Parameters, class... Arguments>
-Status launch_rows(void (*kernel)(Parameters...), int64_t rows, size_t shared_bytes, cudaStream_t stream,
+Status launch_rows(void (*kernel)(Parameters...), int64_t rows, size_t shared_bytes, const Queue& queue,
                    const Arguments&... arguments) {
   return launch_blocks(kernel, (rows + Shape::kRowsOfBlock - 1) / Shape::kRowsOfBlock, Shape::kBlock, shared_bytes,
-                       stream, arguments...);
+                       queue, arguments...);
 }
 
 }  // namespace qops::cuda

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
 }
 
 template <bool kInt8>
-Status run(const SiluMulParams& p, const Int8Output& out, cudaStream_t stream) {
+Status run(const SiluMulParams& p, const Int8Output& out, const Queue& queue) {
   if (p.columns == 0 && !kInt8) return Status::kOk;  // however many rows
   const void* y = kInt8 ? static_cast<const void*>(out.q) : p.y;
   const bool is_aligned = aligned(p.gate, p.gate_rows, p.columns, p.dtype) &&
@@ -53,15 +53,14 @@ Status run(const SiluMulParams& p, const Int8Output& out, cudaStream_t stream) {
   return with_element(p.dtype, [&](auto element) {
     return with_row_shape(p.columns, is_aligned, [&](auto shape) {
       using Shape = decltype(shape);
-      return launch_rows<Shape>(&silu_mul_kernel<decltype(element), Shape, kInt8>, p.gate_rows.count, 0, stream, p,
-                                out);
+      return launch_rows<Shape>(&silu_mul_kernel<decltype(element), Shape, kInt8>, p.gate_rows.count, 0, queue, p, out);
     });
   });
 }
 
 }  // namespace
 
-Status silu_mul(const SiluMulParams& p, cudaStream_t stream) { return run<false>(p, {}, stream); }
-Status silu_mul_int8(const SiluMulInt8Params& p, cudaStream_t stream) { return run<true>(p.gated, p.out, stream); }
+Status silu_mul(const SiluMulParams& p, const Queue& queue) { return run<false>(p, {}, queue); }
+Status silu_mul_int8(const SiluMulInt8Params& p, const Queue& queue) { return run<true>(p.gated, p.out, queue); }
 
 }  // namespace qops::cuda

@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(kMaxThreads) pack_kernel(const __grid_constant
 }
 
 template <bool kPack>
-Status run(const WeightPackParams& p, cudaStream_t stream) {
+Status run(const WeightPackParams& p, const Queue& queue) {
   const int64_t blocks = int4::strips(p.n) * int4::blocks(p.k);
-  return launch_blocks(&pack_kernel<kPack>, (blocks + kWarps - 1) / kWarps, kMaxThreads, 0, stream, p);
+  return launch_blocks(&pack_kernel<kPack>, (blocks + kWarps - 1) / kWarps, kMaxThreads, 0, queue, p);
 }
 
 }  // namespace
 
-Status int4_pack(const WeightPackParams& p, cudaStream_t stream) { return run<true>(p, stream); }
-Status int4_unpack(const WeightPackParams& p, cudaStream_t stream) { return run<false>(p, stream); }
+Status int4_pack(const WeightPackParams& p, const Queue& queue) { return run<true>(p, queue); }
+Status int4_unpack(const WeightPackParams& p, const Queue& queue) { return run<false>(p, queue); }
 
 }  // namespace qops::cuda

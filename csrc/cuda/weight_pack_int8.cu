@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(kMaxThreads) int8_pack_kernel(const __grid_con
 }
 
 template <bool kPack>
-Status run(const WeightPackParams& p, cudaStream_t stream) {
+Status run(const WeightPackParams& p, const Queue& queue) {
   const int64_t fragments = int8::strips(p.n) * int8::blocks(p.k) * int8::kFragments;
-  return launch_blocks(&int8_pack_kernel<kPack>, (fragments + kWarps - 1) / kWarps, kMaxThreads, 0, stream, p);
+  return launch_blocks(&int8_pack_kernel<kPack>, (fragments + kWarps - 1) / kWarps, kMaxThreads, 0, queue, p);
 }
 
 }  // namespace
 
-Status int8_pack(const WeightPackParams& p, cudaStream_t stream) { return run<true>(p, stream); }
-Status int8_unpack(const WeightPackParams& p, cudaStream_t stream) { return run<false>(p, stream); }
+Status int8_pack(const WeightPackParams& p, const Queue& queue) { return run<true>(p, queue); }
+Status int8_unpack(const WeightPackParams& p, const Queue& queue) { return run<false>(p, queue); }
 
 }  // namespace qops::cuda

@@ -4,7 +4,7 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from qops import ops
-from qops._native import build_info
+from qops._native import build_info, explain
 from qops.models import load_model, quantize_model, save_model
 from qops.ops import *  # noqa: F403
 from qops.weights import Int4Weight, Int8Weight
@@ -24,6 +24,7 @@ __all__ = [
     "Int8Weight",
     "__version__",
     "build_info",
+    "explain",
     "load_model",
     "quantize_model",
     "save_model",

@@ -223,15 +223,9 @@ WASTE = (
         "32 bytes a lane: its second access takes the rest of a sector",
     ),
     Waste("^finish_kernel", "global", r"^elements\.cuh:\d+ < int4_gemm\.cu", 2, "likewise, of sums"),
-    Waste("^decode_kernel|^tiled_kernel", "shared", r"< gemm_epilogue\.cuh", 2.5, "sums, once a tile: 32 bytes a lane"),
+    Waste("^decode_kernel|^tiled_kernel", "shared", r"< int4_gemm\.cuh", 2.5, "sums, once a tile: 32 bytes a lane"),
     Waste("^decode_kernel", "global", r"^int4_fragment\.cuh", 1.25, "scales and zeros of a strip: 16 bytes or 32"),
-    Waste(
-        "^int8_gemm_kernel",
-        "shared",
-        r"^int8_fragment\.cuh:\d+ < int8_fragment\.cuh:\d+ < int8_gemm_tiled\.cu",
-        2,
-        "sums, once a tile",
-    ),
+    Waste("^int8_gemm_kernel", "shared", r"^int8_gemm_fragment\.cuh:\d+ < int8_gemm_tiled\.cu", 2, "sums, once a tile"),
     Waste(
         "^int8_gemm_(add_)?kernel", "global", r"^elements\.cuh", 4, "scales of four columns, once a tile, one by one"
     ),

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "binding/explain_method.h"
 #include "binding/schemas.h"
 #include "emulator/runtime.h"
 #include "gpu_torch.h"
@@ -108,6 +109,7 @@ PyMethodDef methods[] = {
     {"place_tensors", place_tensors, METH_VARARGS, "place_tensors([arch, multiprocessors]) -> number of the GPU"},
     {"place_elsewhere", place_elsewhere, METH_O,
      "place_elsewhere(address): the tensor there is on the next GPU; 0: none is"},
+    {"explain", qops::binding::explain_method, METH_VARARGS, qops::binding::kExplainDoc},
     {"current_gpu", current_gpu, METH_NOARGS, "Its number."},
     {"set_runtime", set_runtime, METH_VARARGS,
      "set_runtime(stream, captures=False, refused='', records=False, runs=True)"},

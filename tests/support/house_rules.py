@@ -159,7 +159,17 @@ LAYERS = (
     EMULATOR,
     Layer(
         r"csrc/binding/device\.h",  # streams and devices
-        (_STD, r"<cuda_runtime_api\.h>", r"<torch/csrc/(stable|inductor/aoti_torch/c)/\w+\.h>", r'"binding/checks\.h"'),
+        (
+            _STD,
+            r"<cuda_runtime_api\.h>",
+            r"<torch/csrc/(stable|inductor/aoti_torch/c)/\w+\.h>",
+            r'"binding/(checks|plan)\.h"',
+        ),
+        {},
+    ),
+    Layer(
+        r"csrc/binding/plan\.cpp",  # stderr, from any thread
+        (_STD, r"<(cstdio|mutex)>", r'"binding/plan\.h"'),
         {},
     ),
     Layer(
@@ -190,7 +200,7 @@ CONFINED = {
     r"<<<": (r"csrc/cuda/launch\.h", "kernel launches"),
     r"<Python\.h>": (r"csrc/binding/registration(_cuda)?\.cpp", "Python"),
     r"<pybind11/": (r"csrc/testing/.*", "pybind11"),
-    _OUTPUT: (r"$", "output and exits"),
+    _OUTPUT: (r"csrc/binding/plan\.cpp", "output and exits"),
 }
 
 
@@ -337,7 +347,7 @@ def missing_files(ops: Iterable[str], exists: Callable[[str], bool]) -> list[str
 def nameless_files(ops: Iterable[str], files: Iterable[str]) -> list[str]:
     """Binding, wrapper and benchmark files that belong to no operator."""
     known = {file for op in ops for file in files_of(op)}
-    known |= {f"csrc/binding/{stem}.cpp" for stem in ("checks", "registration", "registration_cuda")}
+    known |= {f"csrc/binding/{stem}.cpp" for stem in ("checks", "plan", "registration", "registration_cuda")}
     pattern = r"csrc/binding/.*\.cpp|python/qops/ops/[^_].*\.py|bench/problems/[^_/]*\.py"
     return [f"{file} belongs to no operator" for file in files if re.fullmatch(pattern, file) and file not in known]
 
@@ -453,6 +463,12 @@ def names_in_strings(text: str) -> dict[str, int]:
         for name in re.findall(r"(?<![\w./-])qops(?:\.[A-Za-z]\w*)+", node.value)
         if not name.endswith(".safetensors")
     }
+
+
+def files_named(text: str) -> set[str]:
+    """Paths from the root of the tree in a document, as patterns: ``csrc/cpu/<op>.cpp`` is to fit one file at least."""
+    found = re.findall(r"\b((?:\.ci|bench|csrc|docs|python|tests)/[\w./*<>-]*[\w/>])", text)
+    return {re.sub(r"<\w+>", "*", path) for path in found}
 
 
 def variables_read(text: str) -> set[str]:

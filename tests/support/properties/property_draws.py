@@ -315,6 +315,7 @@ class Sized(Sampler):
     """Draws valid calls of the sizes that are given, of tensors that lie as torch lays them.
 
     Args:
+        dtype: of what is drawn first; at turn 0 of all, later the others take turns.
         turn: which of the options is taken, and the digits of all that is so or not; 0, 1, 2 ... come to each form.
         seed: of the values.
     """
@@ -322,7 +323,7 @@ class Sized(Sampler):
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, turn: int = 0, seed: int = 0) -> None:
         super().__init__(lambda low, high: low)
         self.size, self.turn, self.digits, self.seed = (rows, columns), turn, turn, seed
-        self.dtypes = itertools.chain((dtype,), itertools.cycle(FLOAT_DTYPES))
+        self.dtypes = itertools.chain((dtype,), itertools.cycle(FLOAT_DTYPES if turn else (dtype,)))
         self.asked = False
 
     def choice(self, options: Sequence[T]) -> T:
