@@ -146,7 +146,9 @@ def residual_is_forgotten(patch):
 )
 def test_a_wrong_answer_fails(folder, capsys, monkeypatch, fault, way):
     # Loading would notice too, and not fuse these layers.
-    monkeypatch.setattr(qops.models.proof, "prove_fusion", lambda *args: ("not looked at", None))
+    monkeypatch.setattr(
+        qops.models.proof, "prove_fusion", lambda *args: qops.models.proof.Proof("not looked at", None, {})
+    )
     fault(monkeypatch)
     assert run(folder, *WAYS[way], "--max-new-tokens", "5") == console.EXIT_FAILED
     captured = capsys.readouterr()

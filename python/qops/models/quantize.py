@@ -139,7 +139,7 @@ def quantize_model(
         folded, chosen = plan.smoothing.linear(name, module), plan.linears.get(name)
         if chosen is None:
             return module if folded is module else folded.to(module.weight.dtype)
-        return chosen.quantize(folded, float32_output=logits)
+        return chosen._quantize(folded, float32_output=logits)
 
     def norm(name: str, module: nn.Module) -> nn.Module:
         return plan.norms.like(module, plan.smoothing.norm(name, module))
@@ -442,7 +442,7 @@ def _check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
     if linear.weight.is_meta:
         raise ValueError(f"qops.quantize_model: {name}: weight must have data, got a tensor on the meta device")
     try:
-        resolve_group_size("group_size", linear.in_features, scheme.group_size_of(linear.in_features))
+        resolve_group_size("group_size", linear.in_features, scheme._group_size(linear.in_features))
     except ValueError as error:
         raise ValueError(f"qops.quantize_model: {name}: {error}") from error
     if not linear.weight.isfinite().all():

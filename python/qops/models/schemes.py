@@ -24,11 +24,11 @@ class Scheme:
 
     linear: ClassVar[type[QuantizedLinear]]
 
-    def group_size_of(self, in_features: int) -> int:
+    def _group_size(self, in_features: int) -> int:
         """Columns that share a scale, of a linear with so many; -1 for all."""
         return -1
 
-    def quantize(self, linear: nn.Linear, *, float32_output: bool = False) -> QuantizedLinear:
+    def _quantize(self, linear: nn.Linear, *, float32_output: bool = False) -> QuantizedLinear:
         """The linear in its place; see `from_linear` of its class."""
         raise NotImplementedError
 
@@ -61,13 +61,13 @@ class Int4(Scheme):
         if not isinstance(self.symmetric, bool):
             raise TypeError(f"qops.Int4: symmetric must be True or False, got {self.symmetric!r}")
 
-    def group_size_of(self, in_features: int) -> int:
+    def _group_size(self, in_features: int) -> int:
         if self.group_size is not None:
             return self.group_size
         return next((size for size in (128, 64, 32, 16) if in_features % size == 0), -1)
 
-    def quantize(self, linear: nn.Linear, *, float32_output: bool = False) -> Int4Linear:
-        group_size = self.group_size_of(linear.in_features)
+    def _quantize(self, linear: nn.Linear, *, float32_output: bool = False) -> Int4Linear:
+        group_size = self._group_size(linear.in_features)
         return Int4Linear.from_linear(linear, group_size, self.symmetric, float32_output=float32_output)
 
 
@@ -78,7 +78,7 @@ class Int8(Scheme):
 
     linear = Int8Linear
 
-    def quantize(self, linear: nn.Linear, *, float32_output: bool = False) -> Int8Linear:
+    def _quantize(self, linear: nn.Linear, *, float32_output: bool = False) -> Int8Linear:
         return Int8Linear.from_linear(linear, float32_output=float32_output)
 
 
@@ -99,10 +99,10 @@ class Int8WeightOnly(Scheme):
     def __post_init__(self) -> None:
         require_int("qops.Int8WeightOnly", "group_size", self.group_size)
 
-    def group_size_of(self, in_features: int) -> int:
+    def _group_size(self, in_features: int) -> int:
         return self.group_size
 
-    def quantize(self, linear: nn.Linear, *, float32_output: bool = False) -> Int8WeightOnlyLinear:
+    def _quantize(self, linear: nn.Linear, *, float32_output: bool = False) -> Int8WeightOnlyLinear:
         return Int8WeightOnlyLinear.from_linear(linear, self.group_size, float32_output=float32_output)
 
 
