@@ -100,21 +100,6 @@ struct Tile {
   int32_t* correction = nullptr;  // [blocks][digits][rows]
 };
 
-// max|x| with NaN above infinity: the integer order of the bits without the sign.
-inline float abs_max(const float* x, int64_t n) {
-  I32x16 most = set1(int32_t{0});
-  for (int64_t k = 0; k < n; k += kLanes) most = max(most, as_int(load_n(x + k, n - k)) & set1(int32_t{0x7fffffff}));
-  return bit_cast<float>(max_lanes(most));
-}
-
-inline float abs_sum(const float* x, int64_t n) {
-  F32x16 sum = set1(0.0f);
-  for (int64_t k = 0; k < n; k += kLanes) {
-    sum = sum + as_float(as_int(load_n(x + k, n - k)) & set1(int32_t{0x7fffffff}));
-  }
-  return sum_lanes(sum);
-}
-
 inline bool valid_permutation_range(const WeightOnlyGemmParams& p) {
   bool valid = true;
   for (int64_t j = 0; j < p.k; ++j) valid &= p.perm[j] >= 0 && p.perm[j] < p.k;
@@ -124,20 +109,23 @@ inline bool valid_permutation_range(const WeightOnlyGemmParams& p) {
   return valid;
 }
 
-// Columns begin .. begin + n of a row of x, in packed order, as float32.
-template <class T>
-inline void widen_block(const T* x, const int32_t* perm, int64_t begin, int64_t n, float* out) {
+// Columns begin .. begin + n of a row of x, in packed order, as float32: f(k, lanes, vector of columns begin + k ...).
+template <class T, class F>
+inline void for_each_vector(const T* x, const int32_t* perm, int64_t begin, int64_t n, const F& f) {
   for (int64_t k = 0; k < n; k += kLanes) {
     const int64_t lanes = std::min<int64_t>(kLanes, n - k);
     if (perm == nullptr) {
-      store_n(out + k, load_n(x + begin + k, lanes), lanes);
+      f(k, lanes, load_n(x + begin + k, lanes));
       continue;
     }
     T gathered[kLanes];
     for (int64_t i = 0; i < lanes; ++i) gathered[i] = x[perm[begin + k + i]];
-    store_n(out + k, load_n(gathered, lanes), lanes);
+    f(k, lanes, load_n(gathered, lanes));
   }
 }
+
+// The bits of |x|, whose integer order puts NaN above infinity.
+inline I32x16 abs_bits(F32x16 x) { return as_int(x) & set1(int32_t{0x7fffffff}); }
 
 // Whether two digits could show: the error bound 2^-16 sum_b n_b a_b against half of the output's own rounding of a row
 // of this size, 2^-p / 2 of sum |x| without each block's largest element; or a scale of two digits would be subnormal.
@@ -147,12 +135,16 @@ inline bool needs_four_digits(const T* x, const int32_t* perm, const Blocks& blo
   if constexpr (std::is_same_v<T, float>) return true;
   double bound = 0, rest = 0;
   for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
-    float block[kMaxBlock];
-    widen_block(x, perm, b.begin, b.size, block);
-    const float most = abs_max(block, b.size);
+    I32x16 largest = set1(int32_t{0});
+    F32x16 sum = set1(0.0f);
+    for_each_vector(x, perm, b.begin, b.size, [&](int64_t, int64_t, F32x16 v) {
+      largest = max(largest, abs_bits(v));
+      sum = sum + as_float(abs_bits(v));
+    });
+    const float most = bit_cast<float>(max_lanes(largest));
     if (most > 0.0f && most < 0x1p-100f) return true;
     bound += static_cast<double>(most) * static_cast<double>(b.size);
-    rest += static_cast<double>(abs_sum(block, b.size)) - static_cast<double>(most);
+    rest += static_cast<double>(sum_lanes(sum)) - static_cast<double>(most);
   }
   constexpr double kHalfRounding = std::is_same_v<T, BFloat16> ? 0x1p-9 : 0x1p-12;
   return bound * 0x1p-16 > kHalfRounding * rest;
@@ -183,8 +175,12 @@ inline void write_digits(const WeightOnlyGemmParams& p, const T* row, const Bloc
   const int top_bias = zero_points ? 1 : Codes::kTopBias, low_bias = zero_points ? 1 : Codes::kLowBias;
   for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
     float x[kMaxBlock];
-    widen_block(row, p.perm, b.begin, b.size, x);
-    const BlockScale s = block_scale(abs_max(x, b.size), digits);
+    I32x16 largest = set1(int32_t{0});
+    for_each_vector(row, p.perm, b.begin, b.size, [&](int64_t k, int64_t lanes, F32x16 v) {
+      store_n(x + k, v, lanes);
+      largest = max(largest, abs_bits(v));
+    });
+    const BlockScale s = block_scale(bit_cast<float>(max_lanes(largest)), digits);
     // A factor of 0 (block of zeros, NaN or infinity) times a non-finite x would be NaN: clear the bits instead.
     const I32x16 keep = set1(s.inverse == 0.0f ? int32_t{0} : int32_t{-1});
     I32x16 sums[4];
