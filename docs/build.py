@@ -1,8 +1,8 @@
 """Builds the API pages with pdoc and checks them: ``python docs/build.py FOLDER``.
 
-The front page is README.md; CHANGELOG.md, CONTRIBUTING.md and two READMEs have pages too. The other pages are
-the docstrings of MODULES. A warning, a public name without an anchor, a role that became no link, or a link to nowhere
-is an error.
+The front page is README.md; the texts beside this file, CHANGELOG.md, CONTRIBUTING.md and two READMEs have pages too.
+The other pages are the docstrings of MODULES. A warning, a public name without an anchor, a role that became no link,
+or a link to nowhere is an error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("qops", "qops.nn", "qops.models", "qops.formats", "qops.testing")
+# Title -> where what stands under it is defined; whatever is public, without a list of it.
+GROUPS = {
+    "Operators": ("qops.ops",),
+    "Weights": ("qops.weights",),
+    "Models": ("qops.models", "qops.nn", "qops.formats"),
+    "Package": ("qops",),
+}
 # Page -> what it shows. Their links to one another become links between pages.
 PROSE = {
     "index.html": "README.md",
+    **{f"{path.stem}.html": f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")) if path.stem != "README"},
     "changelog.html": "CHANGELOG.md",
     "contributing.html": "CONTRIBUTING.md",
     "emulator.html": "tests/emulator/README.md",
@@ -63,6 +71,11 @@ def public_api() -> dict[str, dict[str, object]]:
             key: value for public in module.__all__ for key, value in public_members(public, getattr(module, public))
         }
     return found
+
+
+def group_of(module: str) -> str:
+    """The title that a module of qops, or what it defines, stands under."""
+    return next(t for t, roots in GROUPS.items() if any(f"{module}.".startswith(f"{root}.") for root in roots))
 
 
 def page_of(module: str) -> str:
@@ -180,9 +193,12 @@ def render(folder: Path) -> tuple[dict[str, str], dict[str, set[str]]]:
         template_directory=ROOT / "docs" / "templates",
     )
     environment = pdoc.render.env
-    titles = {page: Path(page).stem.capitalize() for page in PROSE} | {"index.html": "Overview"}
-    environment.globals["prose"] = titles
-    environment.tests["private"] = lambda name: any(part.startswith("_") for part in name.split("."))
+    titles = {page: (ROOT / source).read_text().partition("\n")[0].lstrip("# ") for page, source in PROSE.items()}
+    titles["index.html"] = "Overview"
+    environment.globals |= {"prose": titles, "groups": GROUPS, "group_of": group_of, "grouped": _grouped}
+    members = [value for found in public_api().values() for value in found.values() if inspect.isclass(value)]
+    shown = {f"{cls.__module__}.{cls.__qualname__}" for cls in members}
+    environment.tests["without_page"] = lambda name: name.startswith("qops.") and name not in shown
     modules = {name: pdoc.doc.Module.from_name(name) for name in MODULES}
     roles: dict[str, set[str]] = {}
     for name, module in modules.items():
@@ -192,19 +208,36 @@ def render(folder: Path) -> tuple[dict[str, str], dict[str, set[str]]]:
 
     pages = {page_of(name): _shorten(pdoc.render.html_module(module, modules)) for name, module in modules.items()}
     for page, source in PROSE.items():
-        text = (ROOT / source).read_text()
-        for other, linked in PROSE.items():
-            text = text.replace(f"]({linked}", f"]({other}")
+        text, images = linked(source, (ROOT / source).read_text())
+        for image in images:
+            (folder / image).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / image, folder / image)
+        pages |= dict.fromkeys(images, "")
         # A module at the top: links from the page are relative to it.
         context: Any = pdoc.doc.Module(types.ModuleType("index"))
         pages[page] = environment.get_template("prose.html.jinja2").render(
             module=context, all_modules=modules, text=_link_operators(text), page=page, root_module_name="qops"
         )
     for path, text in pages.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
+        if path.endswith(".html"):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
     (folder / "search.js").write_text(pdoc.render.search_index(modules))
     return {**pages, "search.js": ""}, roles
+
+
+def linked(source: str, markdown: str) -> tuple[str, list[str]]:
+    """A text with links between pages where it has links between their sources; and the images that it shows."""
+    images: list[str] = []
+    pages = {name: page for page, name in PROSE.items()}
+
+    def link(match: re.Match[str]) -> str:
+        target = _normal(PurePosixPath(source).parent / match[3])
+        if match[1] and (ROOT / target).is_file():
+            images.append(target)
+        return f"{match[1]}[{match[2]}]({pages.get(target, target if match[1] else match[3])}"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)#\s:]+)", link, markdown), images
 
 
 def _documented(module: Any) -> Iterator[Any]:
@@ -214,6 +247,16 @@ def _documented(module: Any) -> Iterator[Any]:
         yield member
         inner = member.members.values() if member.kind == "class" else ()
         yield from (each for each in inner if each.taken_from[0].partition(".")[0] == "qops")
+
+
+def _grouped(module: Any) -> list[tuple[str, list[Any]]]:
+    """Title -> members of the page of qops; other pages are of one group, without a title."""
+    if module.modulename != "qops":
+        return [("", module.own_members)]
+    return [
+        (title, [member for member in module.own_members if group_of(member.taken_from[0]) == title])
+        for title in GROUPS
+    ]
 
 
 def _adopt(cls: Any, modules: Mapping[str, Any]) -> None:
@@ -257,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
     found = violations(pages, {page_of(name): members for name, members in api.items()}, roles)
     for line in found:
         print(line, file=sys.stderr)
-    print(f"{len(pages) - 1} pages in {folder}, {sum(map(len, api.values()))} public names, {len(found)} errors")
+    count = sum(path.endswith(".html") for path in pages)
+    print(f"{count} pages in {folder}, {sum(map(len, api.values()))} public names, {len(found)} errors")
     return 1 if found else 0
 
 

@@ -41,8 +41,9 @@ SMALL: dict[str, int | str] = {
 
 def cases(op: str) -> Iterator[dict[str, int | str]]:
     """Axes of an operator that take every branch of an adapter."""
-    kinds = [{"kind": kind} for kind in ("symmetric", "zero_point", "offset")] if op == "int4_gemm" else [{}]
-    groups = [{}, {"G": SMALL["K"]}] if op in ("int4_gemm", "int8_weight_only_gemm") else [{}]
+    names = problems.OPERATORS[op].axes.split()
+    kinds = [{"kind": kind} for kind in ("symmetric", "zero_point", "offset")] if "kind" in names else [{}]
+    groups = [{}, {"G": SMALL["K"]}] if "G" in names else [{}]
     for kind in kinds:
         yield from (problems.OPERATORS[op].tiny | SMALL | kind | group for group in groups)
 

@@ -4,7 +4,7 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from qops._native import build_info, explain
-from qops.models import load_model, quantize_model, save_model
+from qops.models import Int4, Int8, Int8WeightOnly, load_model, quantize_model, save_model
 from qops.ops import (
     add_rms_norm,
     add_rms_norm_int8,
@@ -37,8 +37,11 @@ except PackageNotFoundError:  # the tree is on sys.path without being installed
 logging.getLogger("qops").addHandler(logging.NullHandler())
 
 __all__ = [
+    "Int4",
     "Int4Weight",
+    "Int8",
     "Int8Weight",
+    "Int8WeightOnly",
     "__version__",
     "add_rms_norm",
     "add_rms_norm_int8",

@@ -1,4 +1,4 @@
-"""Pages, plots and the README's tables: what they say of invented results; the committed ones are up to date."""
+"""Pages, plots and docs/speed.md: what they say of invented results; the committed ones are up to date."""
 
 from __future__ import annotations
 
@@ -44,48 +44,49 @@ def lines_with(text: str, *words: str) -> list[str]:
 
 def test_committed_files_are_what_the_json_gives():
     documents = report.read_all(sorted((report.BENCH / "results").glob("*.json")))
-    found = report.stale(report.report(documents), report.BENCH, report.README)
+    found = report.stale(report.report(documents), report.BENCH, report.SPEED)
     assert not found, "run python -m bench.report:\n" + "\n".join(found)
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Path]:
-    """A folder with a README and pages; plots hold their hash alone, which needs no matplotlib."""
-    (tmp_path / "README.md").write_text(f"# Title\n\n{report.BEGIN}\nold\n\n{report.END}\nrest\n")
+    """A folder with a summary and pages; plots hold their hash alone, which needs no matplotlib."""
+    (tmp_path / "speed.md").write_text(f"# Title\n\n{report.BEGIN}\nold\n\n{report.END}\nrest\n")
     expected = report.report([records.parse("a.json", invented.full())])
     for name, text in {**expected.pages, **{n: f.digest for n, f in expected.figures.items()}}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    readme = tmp_path / "README.md"
-    readme.write_text(report.with_section(readme.read_text(), expected.readme))
+    speed = tmp_path / "speed.md"
+    speed.write_text(report.with_section(speed.read_text(), expected.summary))
     yield tmp_path
 
 
 def test_check_finds_a_changed_digit(site):
     expected = report.report([records.parse("a.json", invented.full())])
-    assert report.stale(expected, site, site / "README.md") == []
-    assert (site / "README.md").read_text().startswith("# Title\n") and "| `rotary` |" in (
-        site / "README.md"
-    ).read_text()
-    for name in ("RESULTS.md", "README.md"):
+    assert report.stale(expected, site, site / "speed.md") == []
+    assert (site / "speed.md").read_text().startswith("# Title\n") and "| `rotary` |" in (site / "speed.md").read_text()
+    for name in ("RESULTS.md", "speed.md"):
         text = (site / name).read_text()
         (site / name).write_text(re.sub(r"(\d)x", lambda m: f"{9 - int(m[1])}x", text, count=1))
-        assert report.stale(expected, site, site / "README.md") == [f"{name} differs"]
+        assert report.stale(expected, site, site / "speed.md") == [f"{name} differs"]
         (site / name).write_text(text)
 
 
 def test_check_finds_changed_json_and_files_too_many_or_missing(site):
     expected = report.report([records.parse("a.json", invented.full())])
     other = report.report([records.parse("a.json", invented.full(seed=1))])
-    found = report.stale(other, site, site / "README.md")
-    assert {"RESULTS.md differs", "README.md differs"} <= {*found}
+    found = report.stale(other, site, site / "speed.md")
+    assert {"RESULTS.md differs", "speed.md differs"} <= {*found}
     assert sum("shows other data" in line for line in found) == len(other.figures) > 2
+    (site / "results").mkdir()
     (site / "RESULTS-gone.md").write_text(tables.index({}))
+    (site / "results" / "gone.md").write_text(tables.index({}))
     (site / "plots" / "gone.svg").write_text("sha256:")
     (site / "plots" / "mine.svg").write_text("<svg/>")
     plot = next(iter(expected.figures))
     (site / plot).unlink()
-    wanted = [f"{plot} is missing", "RESULTS-gone.md has no results", "plots/gone.svg has no results"]
+    gone = ("RESULTS-gone.md", "plots/gone.svg", "results/gone.md")
+    wanted = [f"{plot} is missing", *(f"{name} has no results" for name in gone)]
     assert report.stale(expected, site, None) == wanted
 
 
@@ -101,7 +102,7 @@ def test_check_command(site, capsys):
 def test_without_results(tmp_path):
     (tmp_path / "old.json").write_text('{"schema": "qops-bench-1"}')
     empty = report.report(report.read_all([tmp_path / "old.json"]))
-    assert (empty.pages, empty.figures) == ({}, {}) and empty.readme == "No results are committed yet.\n"
+    assert (empty.pages, empty.figures) == ({}, {}) and empty.summary == "No results are committed yet.\n"
     with pytest.raises(ValueError, match="must hold the lines"):
         report.with_section("# Title\n", "text\n")
 
@@ -214,7 +215,7 @@ def test_errors_are_listed_with_their_reason():
 
 
 def test_summary_pools_all_cases():
-    section = report.report([records.parse("a.json", invented.full())]).readme
+    section = report.report([records.parse("a.json", invented.full())]).summary
     (line,) = lines_with(section, "`int4_gemm`", "| M 1 |")
     cells = line.strip("| ").split(" | ")
     assert cells[2] == f"torch int4pack ({invented.EXACT})" and cells[4] == "2 / 2"
@@ -241,10 +242,14 @@ def test_later_runs_replace_whole_cases():
 def test_several_machines_have_an_index():
     other = invented.full(kind="cuda", name="Invented GPU", isa="", threads=0)
     found = report.report(records.parse(f"{i}.json", d) for i, d in enumerate((invented.full(), other)))
-    names = ["RESULTS-invented-cpu-2-threads-avx2.md", "RESULTS-invented-gpu.md", "RESULTS.md"]
+    names = ["RESULTS.md", "results/invented-cpu-2-threads-avx2.md", "results/invented-gpu.md"]
     assert sorted(found.pages) == names
-    assert all(f"]({name})" in found.pages["RESULTS.md"] for name in names[:2])
-    assert "**Invented GPU**" in found.readme and "**Invented CPU, 2 threads, avx2**" in found.readme
+    assert all(f"]({name})" in found.pages["RESULTS.md"] for name in names[1:])
+    plots_of = {name: re.findall(r"!\[.*\]\((.*)\)", found.pages[name]) for name in names[1:]}
+    assert all(plots_of.values())
+    assert {path.removeprefix("../") for paths in plots_of.values() for path in paths} == {*found.figures}
+    assert all(path.startswith("../plots/") for paths in plots_of.values() for path in paths)
+    assert "**Invented GPU**" in found.summary and "**Invented CPU, 2 threads, avx2**" in found.summary
 
 
 def test_summary_counts_every_case_the_same():
@@ -252,7 +257,7 @@ def test_summary_counts_every_case_the_same():
     for m, peer, rounds in ((65, 150.0, 30), (66, 300.0, 7), (67, 300.0, 7)):  # slow cases get fewer rounds
         case = invented.case("int4_gemm", {"M": m, "N": 8, "K": 8}, {"qops": 100.0, "peer": peer}, rng)
         rows += [{**row, "samples_us": row["samples_us"][:rounds]} for row in case]
-    section = report.report([records.parse("a.json", invented.document(rows))]).readme
+    section = report.report([records.parse("a.json", invented.document(rows))]).summary
     (line,) = lines_with(section, "`int4_gemm`", "| M 65 - 67 |", "| 3 / 3 |")
     assert 2.9 < float(line.split(" | ")[3].partition("x")[0]) < 3.1
 
@@ -297,7 +302,7 @@ def test_peers_alone():
     found = report.report([records.parse("a.json", document)])
     assert [figure.name for figure in found.figures.values()] == ["speedup", "share", "bandwidth", "share"]
     assert all("torch" in " ".join(figure.labels) for figure in found.figures.values())
-    assert "| int4_gemm | M 65" not in found.readme and "operator" not in found.readme and found.targets
+    assert "| int4_gemm | M 65" not in found.summary and "operator" not in found.summary and found.targets
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import problems
+from bench.problems.shared.cases import EMULATED
 from qops import _native
 from tests.support.cuda import cuda_tools
 
@@ -101,8 +102,8 @@ def test_the_benchmarks_of_a_gpu(tmp_path):
     for op, names in found.items():
         assert "limit" in names and len(names) >= 3 - (op == "int8_weight_only_gemm"), (op, names)
         assert ("qops" in names) == (op != "int8_weight_only_gemm")
-        vendor = op in ("int4_gemm", "int8_weight_only_gemm", "int8_gemm", "int8_layer", "int4_decode")
-        assert any(name.startswith("cublas") for name in names) == vendor
+        has_weight = problems.OPERATORS[op].weight_bytes(problems.cases(op, EMULATED)[0].axes) > 0
+        assert any(name.startswith("cublas") for name in names) == has_weight
     assert "1 skipped" in text  # int8_weight_only_gemm, which has no CUDA kernel
 
 

@@ -40,6 +40,14 @@ def test_a_missing_page():
     assert build.violations(GOOD, {"c.html": ["f"]}, {}) == ["c.html: no anchor #f"]
 
 
+def test_links_between_sources_become_links_between_pages():
+    plot = next((build.ROOT / "bench" / "plots").rglob("*.svg")).relative_to(build.ROOT).as_posix()
+    text = f"[a](../README.md#operators) [b](speed.md) ![c](../{plot}) [d](https://x.y) [e](#f) [g](../gone.md)"
+    there, images = build.linked("docs/operators.md", text)
+    assert there == f"[a](index.html#operators) [b](speed.html) ![c]({plot}) [d](https://x.y) [e](#f) [g](../gone.md)"
+    assert images == [plot]
+
+
 def test_public_api():
     api = build.public_api()
     assert set(qops.__all__) <= set(api["qops"])
@@ -50,6 +58,15 @@ def test_public_api():
     assert "MergedLinear.split" in api["qops.nn"] and "Checkpoint.weight" in api["qops.formats"]
 
 
+def test_public_names_are_grouped_by_where_they_are_defined():
+    groups = {name: build.group_of(getattr(getattr(qops, name), "__module__", "qops")) for name in qops.__all__}
+    assert set(groups.values()) == set(build.GROUPS)
+    assert {name for name, group in groups.items() if group == "Operators"} == {*qops.ops.__all__} & {*groups}
+    assert groups["Int4Weight"] == groups["Int8Weight"] == "Weights"
+    assert groups["quantize_model"] == groups["load_model"] == build.group_of("qops.nn") == "Models"
+    assert build.group_of("qops.opsolete") == groups["build_info"] == "Package"
+
+
 def test_pages(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pdoc")
     folder = tmp_path / "pages"
@@ -58,6 +75,12 @@ def test_pages(tmp_path, monkeypatch, capsys):
     page = (folder / "qops.html").read_text()
     for attribute in ("Int4Weight.kind", "Int4Weight.group_size", "Int8Weight.group_size", "__version__"):
         assert f'id="{attribute}"' in page
+    first = ("operators", "int4_gemm", "weights", "Int4Weight", "models", "load_model", "package", "__version__")
+    places = [page.index(f' id="{name}"') for name in first]
+    nn = (folder / "qops" / "nn.html").read_text()
+    assert places == sorted(places) and 'href="../qops.html#weights"' in nn
+    # A base is named where it has a page.
+    assert 'class="base">qops.weights' not in page and "qops.nn.QuantizedLinear<" in nn
 
     # A name that no page has is an error of the command; and a folder of anything else is left alone.
     api = build.public_api()

@@ -40,6 +40,12 @@ LAYER_FILES_OF = {
 }
 # Used through qops.Int4Weight and qops.Int8Weight alone: no public function, no benchmark.
 INTERNAL_OPS = frozenset({"check_layout", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
+# What stands upon the problems, and what reads results without torch.
+BENCH_LAYERS = {
+    "bench/problems/": ("bench.peers", "bench.timing", "bench.reporting", "bench.run"),
+    "bench/peers/": ("bench.timing", "bench.reporting", "bench.run"),
+    "bench/reporting/": ("torch", "qops", "bench.problems", "bench.peers", "bench.timing", "bench.run"),
+}
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -279,6 +285,8 @@ def python_layer_violations(path: str, text: str) -> list[str]:
                 allowed = (*sys.stdlib_module_names, "torch", "qops")
                 if not _within(module, allowed):
                     found.append(f"{line}: {stem} may need torch alone, not {module}")
+        elif any(path.startswith(below) and _within(module, above) for below, above in BENCH_LAYERS.items()):
+            found.append(f"{line}: {folder} stands below {module}")
         elif path.startswith(("tests/", "bench/")) and re.match(r"(tests\.(\w+\.)*)?test_|(bench\.)?bench_", module):
             found.append(f"{line}: test and benchmark files may not import each other: {module}")
     return found
@@ -487,10 +495,9 @@ def operators_on(readme: str, device: str) -> set[str]:
     return {name for row in rows if row[column][:3] == "yes" for name in re.findall(r"`(\w+)`", row[0])}
 
 
-def operators_shown(readme: str) -> set[str]:
-    """The operators that the doctests of the README's section on operators call."""
-    section = readme.partition("## Operators")[2].partition("\n## ")[0]
-    blocks = "".join(fenced_blocks(section, "python"))
+def operators_shown(page: str) -> set[str]:
+    """The operators that the doctests of a page call."""
+    blocks = "".join(fenced_blocks(page, "python"))
     return set(re.findall(r"^>>> .*?\bqops\.([a-z]\w*)\(", blocks, flags=re.MULTILINE))
 
 

@@ -23,7 +23,6 @@ from bench.problems.shared.model import ROPE_THETA, ModelOperator, linears
 from bench.problems.shared.operator import EPS, Traffic, sizes_of
 from bench.problems.shared.provider import Axes, Formula, Provider, Result, dense
 from qops.models.load import build_model, dense_model
-from qops.nn import Int4Linear, QuantizedLinear
 from qops.ops.rms_norm import rms_norm_ref
 from qops.ops.rotary import rotary_ref
 from qops.ops.silu_mul import silu_mul_ref
@@ -199,37 +198,33 @@ class Weights:
             tie_word_embeddings=False,
             architectures=["LlamaForCausalLM"],
         )
-        self._dense = {"model.embed_tokens": p.table, "model.norm": p.norm, "lm_head": p.head}
-        self._layers = p.layers
         self.dtype, self.fuses, self.generation_config = p.dtype, True, None
+        self._weights: dict[str, Tensor | Int4Matrix] = {
+            **{"model.embed_tokens": p.table, "model.norm": p.norm, "lm_head": p.head},
+            **{f"model.layers.{i}.{part}": w for i, layer in enumerate(p.layers) for part, w in layer.linears.items()},
+            **{f"model.layers.{i}.{part}": w for i, layer in enumerate(p.layers) for part, w in layer.norms.items()},
+        }
 
     def holds(self, name: str) -> bool:
-        return name.endswith(".weight") and self._find(name.removesuffix(".weight")) is not None
+        return name.removesuffix(".weight") in self._weights
 
-    def linear(self, module: str) -> type[QuantizedLinear] | None:
-        return Int4Linear if isinstance(self._find(module), Int4Matrix) else None
+    def linear(self, module: str) -> type[qops.nn.Int4Linear] | None:
+        return qops.nn.Int4Linear if isinstance(self._weights[module], Int4Matrix) else None
 
     def kind(self, module: str) -> str:
-        return "int4"
+        return "int4" if self.linear(module) else "dense"
 
     def weight(self, module: str) -> Tensor | qops.Int4Weight:
-        found = self._find(module)
-        assert found is not None, module
-        if isinstance(found, Int4Matrix):
-            return qops.Int4Weight.from_canonical(*found, kind="symmetric", pack=False)
-        return found
+        found = self._weights[module]
+        if not isinstance(found, Int4Matrix):
+            return found
+        return qops.Int4Weight.from_canonical(*found, kind="symmetric", pack=False)
 
     def tensor(self, name: str) -> Tensor:
-        raise AssertionError(f"{name}: everything is the weight of a module")
+        raise ValueError(f"{name}: there are weights alone")
 
-    def finish(self, model: Any) -> None: ...
-
-    def _find(self, module: str) -> Tensor | Int4Matrix | None:
-        if module in self._dense:
-            return self._dense[module]
-        index, _, part = module.removeprefix("model.layers.").partition(".")
-        layer = self._layers[int(index)]
-        return layer.norms[part] if part in layer.norms else layer.linears.get(part)
+    def finish(self, model: Any) -> None:
+        """Nothing is left over: the problem is made for this model."""
 
 
 class Cache:
