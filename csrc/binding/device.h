@@ -34,7 +34,7 @@
 namespace qops::binding::device {
 
 // How weights are packed there, by kind of device and version; exported models name it. A change of
-// cpu/weight_pack.cpp, or of int4_layout.h or int8_layout.h, raises the number, here and in python/qops/ops/_checks.py.
+// cpu/weight_pack.cpp, or of int4_layout.h or int8_layout.h, raises the number, here and in python/qops/_layout.py.
 #if defined(QOPS_CUDA)
 inline constexpr std::string_view kLayout = "cuda 1";
 namespace kernels = qops::cuda;

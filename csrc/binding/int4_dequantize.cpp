@@ -14,7 +14,7 @@ void describe_call(Int4DequantizeParams& p, Visitor& v) {
 namespace {
 
 Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& zeros,
-                       int64_t out_features, int64_t group_size, int64_t kind, ScalarType dtype, bool gate_up) {
+                       int64_t out_features, int64_t group_size, int64_t kind, ScalarType dtype, bool mixed_gate_up) {
   constexpr Checker check("int4_dequantize");
   Int4DequantizeParams p{};
   check.device(packed, "packed", packed);
@@ -22,9 +22,9 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::op
   p.dtype = check.as_float_dtype(dtype, "dtype");
   take_weight(check, packed, ScalarType::Byte, 8, scales, out_features, group_size, p);
   take_zeros(check, kind, zeros, scales, p);
-  check.require(!gate_up || p.n % 16 == 0, "out_features", "be a multiple of 16, for gate and up, with gate_up",
-                std::to_string(p.n));
-  p.is_mixed = gate_up;
+  check.require(!mixed_gate_up || p.n % 16 == 0, "out_features",
+                "be a multiple of 16, for gate and up, with mixed_gate_up", std::to_string(p.n));
+  p.is_mixed = mixed_gate_up;
   Tensor w = check.new_tensor(packed, {p.n, p.k}, dtype);
   p.w = w.mutable_data_ptr();
   check.ok(device::run(check, &device::kernels::int4_dequantize, p, w));

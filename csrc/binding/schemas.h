@@ -7,7 +7,7 @@ template <class Library>
 void define_schemas(Library& m) {
   m.def(
       "int4_dequantize(Tensor packed, Tensor scales, Tensor? zeros, int out_features, int group_size, int kind, "
-      "ScalarType dtype, bool gate_up=False) -> Tensor");
+      "ScalarType dtype, bool mixed_gate_up=False) -> Tensor");
   // Four more arguments, even if none is given, take as long as a fifth of a small call: overloads of their own.
   m.def(
       "int4_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, int out_features, "
@@ -91,16 +91,16 @@ void define_schemas(Library& m) {
       "float eps, Tensor? positions=None, bool interleaved=False, float weight_offset=0.0, str rounding=\"hf\") "
       "-> ()");
   m.def("silu_mul(Tensor gate_up, str rounding=\"hf\") -> Tensor");
-  m.def("silu_mul.gate_up(Tensor gate, Tensor up, str rounding=\"hf\") -> Tensor");
+  m.def("silu_mul.apart(Tensor gate, Tensor up, str rounding=\"hf\") -> Tensor");
   m.def("silu_mul.out(Tensor gate_up, str rounding=\"hf\", *, Tensor(a!) out) -> ()");
-  m.def("silu_mul.gate_up_out(Tensor gate, Tensor up, str rounding=\"hf\", *, Tensor(a!) out) -> ()");
+  m.def("silu_mul.apart_out(Tensor gate, Tensor up, str rounding=\"hf\", *, Tensor(a!) out) -> ()");
   m.def("silu_mul_int8(Tensor gate_up, str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor)");
-  m.def("silu_mul_int8.gate_up(Tensor gate, Tensor up, str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor)");
+  m.def("silu_mul_int8.apart(Tensor gate, Tensor up, str rounding=\"hf\", str rule=\"127\") -> (Tensor, Tensor)");
   m.def(
       "silu_mul_int8.out(Tensor gate_up, str rounding=\"hf\", str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale) "
       "-> ()");
   m.def(
-      "silu_mul_int8.gate_up_out(Tensor gate, Tensor up, str rounding=\"hf\", str rule=\"127\", *, Tensor(a!) q, "
+      "silu_mul_int8.apart_out(Tensor gate, Tensor up, str rounding=\"hf\", str rule=\"127\", *, Tensor(a!) q, "
       "Tensor(b!) scale) -> ()");
 }
 

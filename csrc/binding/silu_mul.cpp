@@ -104,12 +104,12 @@ void silu_mul_out(const Tensor& gate_up, std::string_view rounding, const Tensor
   run(p, out);
 }
 
-Tensor silu_mul_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding) {
+Tensor silu_mul_apart(const Tensor& gate, const Tensor& up, std::string_view rounding) {
   SiluMulParams p = checked(check_float, gate, up, rounding);
   return run_new(p, gate);
 }
 
-void silu_mul_gate_up_out(const Tensor& gate, const Tensor& up, std::string_view rounding, const Tensor& out) {
+void silu_mul_apart_out(const Tensor& gate, const Tensor& up, std::string_view rounding, const Tensor& out) {
   SiluMulParams p = checked(check_float, gate, up, rounding);
   check_output(out, gate, p.columns);
   check_float.no_overlap_unless_same(out, "out", gate, "gate");
@@ -122,8 +122,8 @@ std::tuple<Tensor, Tensor> silu_mul_int8(const Tensor& gate_up, std::string_view
   return run(p, check_int8.quantize_rule(rule), gate_up);
 }
 
-std::tuple<Tensor, Tensor> silu_mul_int8_gate_up(const Tensor& gate, const Tensor& up, std::string_view rounding,
-                                                 std::string_view rule) {
+std::tuple<Tensor, Tensor> silu_mul_int8_apart(const Tensor& gate, const Tensor& up, std::string_view rounding,
+                                               std::string_view rule) {
   const SiluMulParams p = checked(check_int8, gate, up, rounding);
   return run(p, check_int8.quantize_rule(rule), gate);
 }
@@ -136,8 +136,8 @@ void silu_mul_int8_out(const Tensor& gate_up, std::string_view rounding, std::st
   run(p, quantize_rule, q, scale);
 }
 
-void silu_mul_int8_gate_up_out(const Tensor& gate, const Tensor& up, std::string_view rounding, std::string_view rule,
-                               const Tensor& q, const Tensor& scale) {
+void silu_mul_int8_apart_out(const Tensor& gate, const Tensor& up, std::string_view rounding, std::string_view rule,
+                             const Tensor& q, const Tensor& scale) {
   const SiluMulParams p = checked(check_int8, gate, up, rounding);
   const QuantizeRule quantize_rule = check_int8.quantize_rule(rule);
   check_int8_rows(check_int8, q, scale, gate, p.columns, {{&gate, "gate"}, {&up, "up"}});
@@ -148,13 +148,13 @@ void silu_mul_int8_gate_up_out(const Tensor& gate, const Tensor& up, std::string
 
 QOPS_REGISTER(m) {
   m.impl("silu_mul", TORCH_BOX(&silu_mul));
-  m.impl("silu_mul.gate_up", TORCH_BOX(&silu_mul_gate_up));
+  m.impl("silu_mul.apart", TORCH_BOX(&silu_mul_apart));
   m.impl("silu_mul.out", TORCH_BOX(&silu_mul_out));
-  m.impl("silu_mul.gate_up_out", TORCH_BOX(&silu_mul_gate_up_out));
+  m.impl("silu_mul.apart_out", TORCH_BOX(&silu_mul_apart_out));
   m.impl("silu_mul_int8", TORCH_BOX(&silu_mul_int8));
-  m.impl("silu_mul_int8.gate_up", TORCH_BOX(&silu_mul_int8_gate_up));
+  m.impl("silu_mul_int8.apart", TORCH_BOX(&silu_mul_int8_apart));
   m.impl("silu_mul_int8.out", TORCH_BOX(&silu_mul_int8_out));
-  m.impl("silu_mul_int8.gate_up_out", TORCH_BOX(&silu_mul_int8_gate_up_out));
+  m.impl("silu_mul_int8.apart_out", TORCH_BOX(&silu_mul_int8_apart_out));
 }
 
 QOPS_EXPLAIN(silu_mul, SiluMulParams, silu_mul)

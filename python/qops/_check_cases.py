@@ -1,4 +1,4 @@
-"""The cases of ``python -m qops check``, operator by operator.
+"""What the cases of ``python -m qops check`` share; those of an operator stand in its file, ``cases_of_<op>``.
 
 They cross dtypes, kinds and forms with shapes that fill no tile: sizes that leave tails, and 1 to 130 rows. Results are
 held against the contract bit for bit where it names every rounding, else within its bound of the float64 reference.
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import itertools
+import pkgutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,29 +21,17 @@ import torch
 from torch import Tensor
 
 import qops
+from qops import _layout, ops
 from qops._numerics import (
     FLOAT_DTYPES,
     assert_bitwise,
     assert_within,
     generator,
     random_activations,
-    rms_norm_bound,
-    rms_norm_exact,
-    rotary_bound,
-    rotary_exact,
-    silu_mul_bound,
-    weight_only_bound,
 )
-from qops.ops import _checks
-from qops.ops._checks import INT4_KINDS, layout_of
-from qops.ops.int4_gemm import int4_gemm_ref
-from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm_ref
-from qops.ops.quantize_int8 import quantize_int8_asym_ref, quantize_int8_ref, quantize_int8_static_ref
-from qops.ops.rms_norm import rms_norm_ref
-from qops.ops.rotary import rotary_ref
-from qops.ops.silu_mul import silu_mul_ref
-from qops.weights import Int4Weight, Int8Weight
-from qops.weights.rounding import add_rounding_to_odd
+from qops.ops._checks import INT4_KINDS
+from qops.ops.quantize_int8 import quantize_int8_static_ref
+from qops.weights import Int4Weight
 
 ROWS = (1, 3, 17, 65, 130)
 EPS = 1e-5
@@ -65,7 +55,7 @@ class Run:
     """
 
     def __init__(self, device: torch.device, seed: int) -> None:
-        self.device, self.gpu = device, _checks.has_gpu_layout(device)
+        self.device, self.gpu = device, _layout.has_gpu_layout(device)
         self.case, self.digests = "before the first case", dict[str, str]()
         self._seed, self._hash = 100_000 * seed, hashlib.blake2b()
 
@@ -134,7 +124,7 @@ def _apart(t: Tensor) -> Tensor:
 # Norms, quantisers, SiLU-mul -----------------------------------------------------------------------------------------
 
 
-def _norms(run: Run) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+def norms(run: Run) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
     """x, weight and style; H within, at and beyond a vector, and with more than one turn of the tree."""
     sizes = itertools.product(FLOAT_DTYPES, (1, 63, 576, 1100), STYLES)
     for index, (dtype, h, (rounding, offset)) in enumerate(sizes):
@@ -144,99 +134,17 @@ def _norms(run: Run) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         yield run.random(ROWS[-1], h, dtype=dtype), weight, {"rounding": rounding, "weight_offset": offset}
 
 
-def _rms_norm(run: Run) -> None:
-    for x, weight, style in _norms(run):
-        w = run.there(weight)
-        (y,) = run.rows(partial(qops.rms_norm, weight=w, eps=EPS, **style), x)
-        run.same(y, rms_norm_exact(x, weight, EPS, **style), "the contract's operations")
-        offset, bound = style["weight_offset"], rms_norm_bound(x, weight, EPS, **style)
-        run.within(y, rms_norm_ref(x, weight, EPS, weight_offset=offset, rounding="fp32"), bound)
-        z = run.there(x).clone()
-        run.same(qops.rms_norm(z, w, EPS, **style, out=z), y, "in place")
-
-
-def _add_rms_norm(run: Run) -> None:
-    for x, weight, style in _norms(run):
-        w, residual = run.there(weight), run.random(*x.shape, dtype=x.dtype)
-        z = x + residual
-        results = run.rows(partial(qops.add_rms_norm, weight=w, eps=EPS, **style), x, residual)
-        run.same(results, (rms_norm_exact(z, weight, EPS, **style), z), "x + residual, and rms_norm of it")
-        a, b = run.there(x).clone(), run.there(residual).clone()
-        run.same(qops.add_rms_norm(a, b, w, EPS, **style, out=(a, b)), results, "in place")
-
-
-def _rms_norm_int8(run: Run) -> None:
-    for index, (x, weight, style) in enumerate(_norms(run)):
-        w, rule = run.there(weight), RULES[index % 3]
-        results = run.rows(partial(qops.rms_norm_int8, weight=w, eps=EPS, rule=rule, **style), x)
-        want = quantize_int8_ref(rms_norm_exact(x, weight, EPS, **style), rule)
-        run.same(results, want, f"rms_norm, then quantize_int8 by {rule}")
-
-
-def _add_rms_norm_int8(run: Run) -> None:
-    for index, (x, weight, style) in enumerate(_norms(run)):
-        w, rule, residual = run.there(weight), RULES[index % 3], run.random(*x.shape, dtype=x.dtype)
-        z = x + residual
-        results = run.rows(partial(qops.add_rms_norm_int8, weight=w, eps=EPS, rule=rule, **style), x, residual)
-        want = (*quantize_int8_ref(rms_norm_exact(z, weight, EPS, **style), rule), z)
-        run.same(results, want, f"x + residual, rms_norm, then quantize_int8 by {rule}")
-
-
-def _activations(run: Run, *more: object) -> Iterator[tuple[Any, ...]]:
+def activations(run: Run, *more: object) -> Iterator[tuple[Any, ...]]:
     """x of every dtype and some widths, for each combination of ``more``."""
     for dtype, k, *rest in itertools.product(FLOAT_DTYPES, (1, 63, 576), *more):  # pyright: ignore
         run.begin(dtype, f"K = {k}", *rest)
         yield run.random(ROWS[-1], k, dtype=dtype), *rest
 
 
-def _quantize_int8(run: Run) -> None:
-    for x, rule in _activations(run, RULES):
-        results = run.rows(partial(qops.quantize_int8, rule=rule), x)
-        run.same(results, quantize_int8_ref(x, rule), "the contract's operations")
-
-
-def _quantize_int8_asym(run: Run) -> None:
-    for (x,) in _activations(run):
-        results = run.rows(qops.quantize_int8_asym, x)
-        run.same(results, quantize_int8_asym_ref(x), "the contract's operations")
-
-
-def _quantize_int8_static(run: Run) -> None:
-    scale = torch.tensor(0.037)
-    for x, zero_point in _activations(run, ("", -7)):
-        zero = torch.tensor(zero_point, dtype=torch.int32) if zero_point else None
-        static = {"scale": run.there(scale), "zero_point": run.there(zero)}
-        results = run.rows(partial(qops.quantize_int8_static, **static), x)
-        run.same(results, quantize_int8_static_ref(x, scale, zero), "the contract's operations")
-
-
-def _silu_mul(run: Run) -> None:
-    for x, rounding in _activations(run, ("hf", "fp32")):
-        gate_up = torch.cat((x, run.random(*x.shape, dtype=x.dtype)), dim=-1)
-        gate, up = gate_up.chunk(2, dim=-1)
-        (y,) = run.rows(partial(qops.silu_mul, rounding=rounding), gate_up)
-        apart = run.rows(partial(qops.silu_mul, rounding=rounding), gate, up)
-        run.same(apart, y, "gate and up apart")
-        bound = silu_mul_bound(gate, up, x.dtype, rounding=rounding)
-        run.within(y, silu_mul_ref(gate, up, rounding="fp32"), bound)
-        g, u = run.there(gate).clone(), run.there(up)
-        run.same(qops.silu_mul(g, u, rounding=rounding, out=g), y, "in place")
-
-
-def _silu_mul_int8(run: Run) -> None:
-    for x, rounding, rule in _activations(run, ("hf", "fp32"), RULES):
-        call = partial(qops.silu_mul_int8, rounding=rounding, rule=rule)
-        gate_up = torch.cat((x, run.random(*x.shape, dtype=x.dtype)), dim=-1)
-        results = run.rows(call, gate_up)
-        run.same(run.rows(call, *gate_up.chunk(2, dim=-1)), results, "gate and up apart")
-        y = qops.silu_mul(run.there(gate_up), rounding=rounding).cpu()
-        run.same(results, quantize_int8_ref(y, rule), "silu_mul, then quantize_int8")
-
-
 # Rotary --------------------------------------------------------------------------------------------------------------
 
 
-def _heads(run: Run) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def heads(run: Run) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """qkv [T, 2 + 1 + 1, D], and the other arguments of rotary: whole, partial and odd heads."""
     forms = itertools.product(FLOAT_DTYPES, ((64, 64), (80, 32), (7, 6)), (False, True))
     for index, (dtype, (d, r), interleaved) in enumerate(forms):
@@ -258,7 +166,7 @@ def _at(q: Tensor, k: Tensor, positions: Tensor | None = None, *, op: Callable[.
     return op(q, k, positions=positions, **more)
 
 
-def _turned(
+def turned(
     run: Run, op: Callable[..., Results], op_: Callable[..., None] | None, qkv: Tensor, positions: Any, **more: Any
 ) -> Results:
     """q and k by ``op``, or by its form in place, which must leave v alone."""
@@ -278,32 +186,10 @@ def _turned(
     return q, k
 
 
-def _rotary(run: Run, in_place: Callable[..., None] | None = None) -> None:
-    for qkv, how in _heads(run):
-        results = _turned(run, qops.rotary, in_place, qkv, **how)
-        for y, x in zip(results, (qkv[:, :2], qkv[:, 2:3]), strict=True):
-            run.same(y, rotary_exact(x, **how), "the contract's operations")
-            run.within(y, rotary_ref(x, **how), rotary_bound(x, **how))
-
-
-def _qk_norm_rotary(run: Run, in_place: Callable[..., None] | None = None) -> None:
-    for index, (qkv, how) in enumerate(_heads(run)):
-        rounding, offset = STYLES[index // 2 % 2]
-        style = {"rounding": rounding, "weight_offset": offset}
-        q_weight, k_weight = (
-            run.random(qkv.shape[-1], dtype=FLOAT_DTYPES[(index + i) % 3], outliers=False) for i in range(2)
-        )
-        weights = {"q_weight": q_weight, "k_weight": k_weight, "eps": EPS}
-        results = _turned(run, qops.qk_norm_rotary, in_place, qkv, **how, **weights, **style)
-        parts = (qkv[:, :2], q_weight), (qkv[:, 2:3], k_weight)
-        want = tuple(rotary_exact(rms_norm_exact(x, w, EPS, **style), **how) for x, w in parts)
-        run.same(results, want, "rms_norm, then rotary")
-
-
 # Matrix products -----------------------------------------------------------------------------------------------------
 
 
-def _int4_weight(run: Run, n: int, k: int, g: int, kind: str, scale_dtype: torch.dtype, act_order: bool) -> Int4Weight:
+def int4_weight(run: Run, n: int, k: int, g: int, kind: str, scale_dtype: torch.dtype, act_order: bool) -> Int4Weight:
     groups = (n, k // g)
     zeros = {
         "symmetric": lambda: None,
@@ -320,31 +206,29 @@ def _int4_weight(run: Run, n: int, k: int, g: int, kind: str, scale_dtype: torch
     )
 
 
-def _moved(run: Run, w: Any, gate_up: bool = False) -> Any:
+def moved(run: Run, w: Any, mixed: bool = False) -> Any:
     """The weight on the device of the run."""
     there: dict[str, Any] = {key: run.there(t) for key, t in w.canonical().items()}
     if isinstance(w, Int4Weight):
         there["kind"] = w.kind
     moved = type(w).from_canonical(**there)
-    return moved.interleave_gate_up() if gate_up else moved
+    return moved.mix_gate_up() if mixed else moved
 
 
-def _int4_cases(run: Run) -> Iterator[tuple[Int4Weight, torch.dtype, int]]:
+def int4_cases(run: Run) -> Iterator[tuple[Int4Weight, torch.dtype, int]]:
     dtypes = tuple(dtype for dtype in FLOAT_DTYPES if not run.gpu or dtype != torch.float32)
     for index, ((n, k, g), kind, dtype) in enumerate(itertools.product(WEIGHTS, INT4_KINDS, dtypes)):
         scale_dtype, act_order = FLOAT_DTYPES[index // 2 % 3], index % 5 == 0
         order = "act-order" if act_order else ""
         run.begin(dtype, f"N = {n}, K = {k}, G = {g}", kind, f"scales {scale_dtype}", order)
-        yield _int4_weight(run, n, k, g, kind, scale_dtype, act_order), dtype, index
+        yield int4_weight(run, n, k, g, kind, scale_dtype, act_order), dtype, index
 
 
 def _residual_last(*a: Tensor, product: Callable[..., Any], **more: Any) -> Any:
     return product(*a[:-1], residual=a[-1], **more)
 
 
-def _epilogues(
-    run: Run, product: Callable[..., Any], gate_up: Callable[..., Any] | None, y: Tensor, *a: Tensor
-) -> None:
+def epilogues(run: Run, product: Callable[..., Any], mixed: Callable[..., Any] | None, y: Tensor, *a: Tensor) -> None:
     """``product(*a, residual=...)`` and so on against the operators that follow ``y = product(*a)``."""
     residual = run.random(*y.shape, dtype=y.dtype)
     added = run.rows(partial(_residual_last, product=product), *a, residual)
@@ -357,151 +241,16 @@ def _epilogues(
     run.same(codes, quantize_int8_static_ref(y, scale, zero_point), "out_scale and out_zero_point")
     codes = product(*map(run.there, a), out_scale=static["out_scale"])
     run.same(codes, quantize_int8_static_ref(y, scale), "out_scale")
-    if gate_up is not None:
-        activated = run.rows(partial(gate_up, silu_mul=True), *a)
+    if mixed is not None:
+        activated = run.rows(partial(mixed, silu_mul=True), *a)
         run.same(activated, qops.silu_mul(run.there(y)), "silu_mul")
 
 
-def _int4_gemm(run: Run) -> None:
-    for w, dtype, index in _int4_cases(run):
-        n, k = w.out_features, w.in_features
-        x = run.random(ROWS[-1], k, dtype=dtype)
-        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if index % 2 else None
-        # On a GPU another route may be taken for many rows.
-        there, more = _moved(run, w), {"bias": run.there(bias), "batch_invariant": run.gpu}
-        product = partial(qops.int4_gemm, weight=there, **more)
-        (y,) = run.rows(product, x)
-        ref = int4_gemm_ref(x, w, bias)
-        run.within(y, ref, weight_only_bound(x, w, bias, gpu=run.gpu))
-        if run.gpu:
-            bound = weight_only_bound(x, w, bias, gpu=True, rounded_to=dtype)
-            for m in ROWS:
-                run.within(product(run.there(x[:m]), batch_invariant=False), ref[:m], bound[:m])
-        gate_up = partial(product, weight=_moved(run, w, gate_up=True)) if n % 16 == 0 else None
-        _epilogues(run, product, gate_up, y, x)
+def checks() -> dict[str, Callable[[Run], None]]:
+    """Operator -> its cases: ``cases_of_<op>`` in the operator's file."""
+    modules = (importlib.import_module(f"qops.ops.{found.name}") for found in pkgutil.iter_modules(ops.__path__))
+    found = {name: function for module in modules for name, function in vars(module).items()}
+    return {name.removeprefix("cases_of_"): found[name] for name in sorted(found) if name.startswith("cases_of_")}
 
 
-def _int8_weight_only_gemm(run: Run) -> None:
-    for index, ((n, k, g), dtype) in enumerate(itertools.product(WEIGHTS, FLOAT_DTYPES)):
-        scale_dtype = FLOAT_DTYPES[index // 2 % 3]
-        run.begin(dtype, f"N = {n}, K = {k}, G = {g}", f"scales {scale_dtype}")
-        codes, scales = run.integers(-128, 128, n, k, dtype=torch.int8), run.scales(n, k // g, dtype=scale_dtype)
-        w = Int8Weight.from_canonical(codes, scales)
-        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if index % 2 else None
-        x = run.random(ROWS[-1], k, dtype=dtype)
-        (y,) = run.rows(partial(qops.int8_weight_only_gemm, weight=_moved(run, w), bias=run.there(bias)), x)
-        run.within(y, int8_weight_only_gemm_ref(x, w, bias), weight_only_bound(x, w, bias, gpu=run.gpu))
-
-
-def _int8_gemm(run: Run) -> None:
-    sizes = (*WEIGHTS, (80, 200, 200))  # more than a tile of 64 rows
-    cases = itertools.product(sizes, (*FLOAT_DTYPES, torch.int32), (False, True))
-    for index, ((n, k, _), dtype, asymmetric) in enumerate(cases):
-        run.begin(dtype, f"N = {n}, K = {k}", "zero points" if asymmetric else "")
-        codes, w_scale = run.integers(-128, 128, n, k, dtype=torch.int8), run.scales(n, 1)
-        w = Int8Weight.from_canonical(codes, w_scale)
-        q, scale = run.integers(-128, 128, ROWS[-1], k, dtype=torch.int8), run.scales(ROWS[-1])
-        zero_point = (run.integers(-128, 128, ROWS[-1], dtype=torch.int32),) if asymmetric else ()
-        has_bias = dtype != torch.int32 and index % 3 > 0
-        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if has_bias else None
-        product = partial(_int8_product, weight=_moved(run, w), bias=run.there(bias), out_dtype=dtype)
-        (y,) = run.rows(product, q, scale, *zero_point)
-        run.same(y, _int8_gemm_exact(q, scale, zero_point, codes, w_scale, bias, dtype), "the contract's operations")
-        if dtype != torch.int32:
-            gate_up = partial(product, weight=_moved(run, w, gate_up=True)) if n % 16 == 0 else None
-            _epilogues(run, product, gate_up, y, q, scale, *zero_point)
-
-
-def _int8_product(
-    q: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, weight: Int8Weight, **more: Any
-) -> Any:
-    return qops.int8_gemm(q, scale, weight, zero_point=zero_point, **more)
-
-
-def _int8_gemm_exact(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: tuple[Tensor, ...],
-    codes: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The contract: integers in int64, float32 steps one by one."""
-    x = q.long() - sum(z.long()[:, None] for z in zero_point)
-    acc = (x @ codes.long().T).int()
-    if dtype == torch.int32:
-        return acc
-    t = acc.float() * w_scale.view(-1)
-    s = scale[:, None]
-    # One rounding of s * t + bias: float64 holds the product, and a sum that was rounded to odd is rounded once.
-    y = s * t if bias is None else add_rounding_to_odd(s.double() * t.double(), bias.double()).float()
-    return y.to(dtype)
-
-
-# Weights -------------------------------------------------------------------------------------------------------------
-
-
-def _int4_dequantize(run: Run) -> None:
-    for index, ((n, k, g), kind, dtype) in enumerate(itertools.product(WEIGHTS, INT4_KINDS, FLOAT_DTYPES)):
-        run.begin(dtype, f"N = {n}, K = {k}, G = {g}", kind)
-        w = _int4_weight(run, n, k, g, kind, FLOAT_DTYPES[index // 2 % 3], act_order=index % 5 == 0)
-        dense = qops.int4_dequantize(_moved(run, w), dtype)
-        run.keep(dense)
-        run.same(dense, w.dequantize(dtype), "Int4Weight.dequantize")
-        if n % 16 == 0:
-            run.same(qops.int4_dequantize(_moved(run, w, gate_up=True), dtype), dense, "gate and up mixed")
-
-
-def _packing(bits: int) -> Callable[[Run], None]:
-    def check(run: Run) -> None:
-        pack, unpack = (getattr(torch.ops.qops, f"int{bits}_{name}").default for name in ("pack", "unpack"))
-        for n, k, _ in WEIGHTS:
-            run.begin(f"N = {n}, K = {k}")
-            low, high, dtype = (0, 256, torch.uint8) if bits == 4 else (-128, 128, torch.int8)
-            codes = run.integers(low, high, n, k * bits // 8, dtype=dtype)
-            packed = pack(run.there(codes))
-            run.keep(packed)
-            run.same(unpack(packed, n)[:, : codes.shape[1]], codes, "what was packed, unpacked")
-
-    return check
-
-
-def _check_layout(run: Run) -> None:
-    check, packed = torch.ops.qops.check_layout.default, run.there(torch.zeros(1, 1024, dtype=torch.uint8))
-    here = layout_of(run.device)
-    run.begin(f"layout {here}")
-    check(packed, here)
-    for other in ("cpu 0", "cuda 0", ""):
-        run.begin(f"layout {other!r}")
-        try:
-            check(packed, other)
-        except ValueError:
-            continue
-        raise AssertionError(f"another layout than {here!r} must be refused")
-
-
-CHECKS: dict[str, Callable[[Run], None]] = {
-    "add_rms_norm": _add_rms_norm,
-    "add_rms_norm_int8": _add_rms_norm_int8,
-    "check_layout": _check_layout,
-    "int4_dequantize": _int4_dequantize,
-    "int4_gemm": _int4_gemm,
-    "int4_pack": _packing(4),
-    "int4_unpack": _packing(4),
-    "int8_gemm": _int8_gemm,
-    "int8_pack": _packing(8),
-    "int8_unpack": _packing(8),
-    "int8_weight_only_gemm": _int8_weight_only_gemm,
-    "qk_norm_rotary": _qk_norm_rotary,
-    "qk_norm_rotary_": lambda run: _qk_norm_rotary(run, qops.qk_norm_rotary_),
-    "quantize_int8": _quantize_int8,
-    "quantize_int8_asym": _quantize_int8_asym,
-    "quantize_int8_static": _quantize_int8_static,
-    "rms_norm": _rms_norm,
-    "rms_norm_int8": _rms_norm_int8,
-    "rotary": _rotary,
-    "rotary_": lambda run: _rotary(run, qops.rotary_),
-    "silu_mul": _silu_mul,
-    "silu_mul_int8": _silu_mul_int8,
-}
+CHECKS = checks()

@@ -1,14 +1,38 @@
-"""Groups and strips of a weight, and its scales and zeros in them."""
+"""How weights are packed: strips of rows, columns by device; groups, and scales and zeros in strips."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qops.ops._checks import STRIP_ROWS, strips_of
-
+STRIP_ROWS = 16
 # Quantising and dequantising hold a few float64 temporaries of this many elements: 1 MiB each, inside L2.
 CHUNK_ELEMENTS = 1 << 17
+
+
+def strips_of(n: int) -> int:
+    return (n + STRIP_ROWS - 1) // STRIP_ROWS
+
+
+def has_gpu_layout(device: torch.device) -> bool:
+    """Whether weights lie there as csrc/int4_layout.h and int8_layout.h say, else as csrc/cpu/weight_pack.cpp does."""
+    return device.type == "cuda"
+
+
+def layout_of(device: torch.device) -> str:
+    """How weights are packed there, by kind of device and version: `kLayout` of csrc/binding/device.h."""
+    return "cuda 1" if has_gpu_layout(device) else "cpu 1"
+
+
+def column_step(device: torch.device) -> int:
+    """What the columns of a packed weight are a multiple of."""
+    return 64 if has_gpu_layout(device) else 8
+
+
+def stored_columns(k: int, device: torch.device) -> int:
+    """Columns that a strip holds for K of them."""
+    step = column_step(device)
+    return (k + step - 1) // step * step
 
 
 def group_count(in_features: int, group_size: int) -> int:

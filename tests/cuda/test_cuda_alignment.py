@@ -17,6 +17,7 @@ from qops.testing import FLOAT_DTYPES, assert_bitwise, generator, random_activat
 from tests.support.cuda.cuda_backend import Backend, gpu, made_there
 from tests.support.ops.int8_gemm_oracle import activations, make_weight
 from tests.support.ops.random_weights import KINDS, random_int4
+from tests.support.properties.overloads import SIZED, overloads, sized_call, tensor_arguments
 
 H = 1024
 LAYOUTS: dict[str, Callable[..., Tensor]] = {
@@ -67,45 +68,16 @@ class Call:
                     assert_bitwise(got, expected, f"{self.op}: {name} {layout}")
 
 
-def row_calls(op: str, dtype: torch.dtype) -> Call:
-    x, r = (random_activations(3, H, dtype=dtype, seed=i) for i in range(2))
-    w = random_activations(H, dtype=FLOAT_DTYPES[(FLOAT_DTYPES.index(dtype) + 1) % 3], seed=3, outliers=False)
-    codes = {"q": torch.zeros(3, H, dtype=torch.int8), "scale": torch.zeros(3)}
-    y, zero_point = torch.zeros_like(x), torch.zeros(3, dtype=torch.int32)
-    norm, add = {"x": x, "weight": w, "eps": 1e-5}, {"x": x, "residual": r, "weight": w, "eps": 1e-5}
-    pair = {"gate": x, "up": r}
-    arguments, outputs = {
-        "rms_norm": (norm, {"out": y}),
-        "add_rms_norm": (add, {"y": y, "residual_out": r}),
-        "rms_norm_int8": (norm, codes),
-        "add_rms_norm_int8": (add, codes | {"residual_out": r}),
-        "quantize_int8": ({"x": x}, codes),
-        "quantize_int8_asym": ({"x": x}, codes | {"zero_point": zero_point}),
-        "quantize_int8_static": ({"x": x, "scale": torch.tensor(0.02)}, {"q": codes["q"]}),
-        "silu_mul": (pair, {"out": y}),
-        "silu_mul_int8": (pair, codes),
-    }[op]
-    overload = "gate_up_out" if op.startswith("silu") else "out"
-    return Call(op, overload, arguments, outputs, dict.fromkeys(("x", "residual", "gate", "up"), ROWS))
-
-
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "op",
-    (
-        "rms_norm",
-        "add_rms_norm",
-        "rms_norm_int8",
-        "add_rms_norm_int8",
-        "quantize_int8",
-        "quantize_int8_asym",
-        "quantize_int8_static",
-        "silu_mul",
-        "silu_mul_int8",
-    ),
-)
-def test_rows(backend, op, dtype):
-    row_calls(op, dtype).check(backend)
+@pytest.mark.parametrize("name", [name for name in SIZED if tensor_arguments(overloads()[name], written=True)])
+def test_rows(backend, name, dtype):
+    drawn = sized_call(name, 3, H, dtype)
+    assert drawn is not None
+    given = dict(drawn.tensors())
+    outputs = {key: given[key] for key in drawn.written}
+    arguments = {key: value for key, value in drawn.arguments.items() if key not in outputs}
+    rows = [key for key, t in given.items() if t.dim() == 2 and key not in outputs]
+    Call(drawn.op, drawn.overload, arguments, outputs, dict.fromkeys(rows, ROWS)).check(backend)
 
 
 @pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "neighbours"))

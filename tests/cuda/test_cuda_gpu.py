@@ -7,6 +7,7 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ import qops
 from qops.nn import MLP, Int4Linear, Int8Linear, RMSNorm
 from qops.testing import assert_accurate, assert_bitwise, generator, random_activations
 from tests.support.cuda import cuda_tools
-from tests.support.properties.overloads import overloads, tensor_arguments, valid_calls
+from tests.support.properties.overloads import SIZED, overloads, sized_call, tensor_arguments, valid_calls
+from tests.support.properties.property_calls import Call
 
 pytestmark = pytest.mark.skipif(
     not qops.build_info()["cuda"] or not torch.cuda.is_available(), reason="needs a build with CUDA kernels, and a GPU"
@@ -28,11 +30,21 @@ Inputs = dict[str, Tensor]
 SLEEP_CYCLES = 200_000_000
 
 
+ON_ROWS = [name.removesuffix(".default") for name in SIZED if name.endswith(".default")]
+
+
+def on_rows(op: str, seed: int = 0) -> Call:
+    call = sized_call(f"{op}.default", T, H, torch.bfloat16, seed=seed)
+    assert call is not None
+    return call
+
+
 def inputs(seed: int = 0, device: str = "cuda") -> Inputs:
     made = {name: random_activations(T, H, dtype=torch.bfloat16, seed=seed + i) for i, name in enumerate("xr")}
     made["w"] = random_activations(H, dtype=torch.float32, seed=2, outliers=False)
     made["qkv"] = random_activations(T, 2 * HEADS, D, dtype=torch.bfloat16, seed=seed + 3)
     made["cos"], made["sin"] = (f(torch.arange(T * D // 2).view(T, D // 2) / 7.0) for f in (torch.cos, torch.sin))
+    made |= {f"{op} {name}": t for op in ON_ROWS for name, t in on_rows(op, seed).tensors()}
     return {name: t.to(device) for name, t in made.items()}
 
 
@@ -58,23 +70,23 @@ def weights():
             WEIGHTS[device] = weight.to(device)
 
 
+def public(op: str) -> Callable[[Inputs], Any]:
+    """The function, with the tensors of that name."""
+    call = on_rows(op)
+    names, typed = [name for name, _ in call.tensors()], call.typed
+    assert typed is not None
+    return lambda i: typed({**call.arguments, **{name: i[f"{op} {name}"] for name in names}})
+
+
 OPS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
-    "quantize_int8": lambda i: qops.quantize_int8(i["x"]),
-    "quantize_int8_asym": lambda i: qops.quantize_int8_asym(i["x"]),
-    "quantize_int8_static": lambda i: qops.quantize_int8_static(i["x"], i["w"][:1].view(()).abs()),
+    **{op: public(op) for op in ON_ROWS},
     "int8_gemm": lambda i: qops.int8_gemm(*qops.quantize_int8(i["x"]), WEIGHTS[str(i["x"].device)]),
-    "rms_norm": lambda i: qops.rms_norm(i["x"], i["w"], EPS),
-    "add_rms_norm": lambda i: qops.add_rms_norm(i["x"], i["r"], i["w"], EPS),
-    "rms_norm_int8": lambda i: qops.rms_norm_int8(i["x"], i["w"], EPS),
-    "add_rms_norm_int8": lambda i: qops.add_rms_norm_int8(i["x"], i["r"], i["w"], EPS),
     "rotary": lambda i: qops.rotary(*heads(i), i["cos"], i["sin"]),
     "rotary_": lambda i: in_place(i, lambda q, k: qops.rotary_(q, k, i["cos"], i["sin"])),
     "qk_norm_rotary": lambda i: qops.qk_norm_rotary(*heads(i), i["w"][:D], i["w"][:D], i["cos"], i["sin"], EPS),
     "qk_norm_rotary_": lambda i: in_place(
         i, lambda q, k: qops.qk_norm_rotary_(q, k, i["w"][:D], i["w"][:D], i["cos"], i["sin"], EPS)
     ),
-    "silu_mul": lambda i: qops.silu_mul(i["x"]),
-    "silu_mul_int8": lambda i: qops.silu_mul_int8(i["x"]),
 }
 each_op = pytest.mark.parametrize("op", OPS)
 

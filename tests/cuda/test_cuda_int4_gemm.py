@@ -139,7 +139,7 @@ def test_many_rows_through_cublas(emulated, emulator, kind):
         scale = torch.tensor([0.37])
         assert_bitwise(call(emulator, x, w, bias, out_scale=scale), qops.quantize_int8_static(y, scale), "int8")
         with gpu(emulator):
-            mixed = w.interleave_gate_up()
+            mixed = w.mix_gate_up()
         assert_bitwise(call(emulator, x, mixed, bias, silu_mul=True), qops.silu_mul(y), "silu_mul")
         # Rows of several strides have none that cuBLAS could take.
         twice = torch.stack((x, x)).transpose(0, 1)
@@ -395,7 +395,7 @@ def test_epilogues_round_where_the_operators_do(backend, dtype):
         want = qops.quantize_int8_static(y, scale, zero)
         assert_bitwise(call(backend, x, w, bias, out_scale=scale, out_zero_point=zero), want, "int8")
         with gpu(backend):
-            mixed = w.interleave_gate_up()
+            mixed = w.mix_gate_up()
         assert_bitwise(call(backend, x, mixed, bias, silu_mul=True), qops.silu_mul(y), "silu_mul")
         bias = torch.cat((bias[:1], bias))[1:]
         assert_bitwise(call(backend, x, mixed, bias, silu_mul=True), qops.silu_mul(y), "silu_mul, bias anywhere")

@@ -103,7 +103,7 @@ def test_dequantize_gives_the_bits_of_the_cpu(each, kind, dtype):
                 there = made_there(each, tensors, kind)
                 assert_bitwise(qops.int4_dequantize(there, dtype).cpu(), want, str(here))
                 if n % 16 == 0:
-                    assert_bitwise(qops.int4_dequantize(there.interleave_gate_up(), dtype).cpu(), want, str(there))
+                    assert_bitwise(qops.int4_dequantize(there.mix_gate_up(), dtype).cpu(), want, str(there))
 
 
 # Int4Weight ----------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_a_weight_comes_back_in_every_way(backend, kind, gate_up):
         with gpu(backend):
             weight = made_there(backend, tensors, kind)
             if gate_up:
-                weight.interleave_gate_up()
+                weight.mix_gate_up()
             assert_tensors_equal({key: t.cpu() for key, t in weight.canonical().items()}, tensors)
             assert_bitwise(weight.dequantize().cpu(), want)
             loaded = empty_like(weight, backend.device)
@@ -141,7 +141,7 @@ def test_a_weight_comes_back_in_every_way(backend, kind, gate_up):
             for other in (loaded, copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
                 assert_tensors_equal(dict(other.named_buffers()), dict(weight.named_buffers()))
             first, second = weight.split([n // 16 * 8, n - n // 16 * 8])
-            assert not first.gate_up
+            assert not first.mixed_gate_up
             assert_bitwise(first.qweight.cpu(), rows["qweight"][: n // 16 * 8])
             whole = type(weight).cat([first, second])
             assert_tensors_equal({key: t.cpu() for key, t in whole.canonical().items()}, tensors)

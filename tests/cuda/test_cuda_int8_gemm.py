@@ -26,9 +26,9 @@ from tests.support.cuda.cuda_backend import POLICIES, Backend, gpu
 from tests.support.ops.contracts import mix_gate_up
 from tests.support.ops.int8_gemm_oracle import activations, by_contract, codes, make_weight
 from tests.support.ops.random_weights import assert_tensors_equal
+from tests.support.properties.operators.int8_gemm import int8_gemm as int8_gemm_calls
 from tests.support.properties.property_calls import check_one
 from tests.support.properties.property_draws import HUGE, Sampler
-from tests.support.properties.property_gemm import int8_gemm as int8_gemm_calls
 
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 # (N, K): strips and tiles of 128 rows that are and are not full, K below, at and beyond 64, odd multiples of 8.
@@ -87,7 +87,7 @@ def product(backend: Backend, q, scale, w, bias=None, *, zero_point=None, out_dt
     """By the operator of the backend, with a CPU's weight packed there; `more`: of an epilogue."""
     there = [backend.on_device(t) for t in (q, scale, zero_point, bias)]
     rows = w.canonical()["qweight"]
-    packed = backend.ops.int8_pack(backend.on_device(mix_gate_up(rows) if w.gate_up else rows))
+    packed = backend.ops.int8_pack(backend.on_device(mix_gate_up(rows) if w.mixed_gate_up else rows))
     args = (*there[:3], packed, backend.on_device(w.scales), there[3], w.out_features, out_dtype)
     if more:
         return backend.ops.int8_gemm.fused(*args, **{key: backend.on_device(t) for key, t in more.items()}).cpu()
@@ -384,7 +384,7 @@ def assert_epilogue(backend: Backend, m: int, n: int, k: int, name: str, pick: i
         want, extra = y + residual, {"residual": strided_rows(residual) if pick % 2 else residual}
     elif name == "silu_mul":
         want, extra = qops.silu_mul(y), {"silu_mul": True}
-        w.interleave_gate_up()
+        w.mix_gate_up()
     else:
         z = ZERO_POINT if pick % 2 else None
         want, extra = qops.quantize_int8_static(y, SCALE, z), {"out_scale": SCALE, "out_zero_point": z}
@@ -417,7 +417,7 @@ def test_epilogues_of_small_products(backend):
 def test_epilogues_of_special_values(backend):
     w, (q, scale, _) = make_weight(48, 72, 0), activations(9, 72, 0)
     scale[2:9] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, 3e38])
-    mixed = qops.Int8Weight.from_canonical(**w.canonical()).interleave_gate_up()
+    mixed = qops.Int8Weight.from_canonical(**w.canonical()).mix_gate_up()
     for dtype in FLOAT_DTYPES:
         y = by_contract(q, scale, w, out_dtype=dtype)
         more = {"out_dtype": dtype}

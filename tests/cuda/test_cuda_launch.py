@@ -21,8 +21,7 @@ from qops.testing import assert_bitwise, generator, random_activations
 from tests.support.cuda.cuda_backend import emulated_operators
 from tests.support.cuda.int4_plans import DECODE, Gpu, Question, plans
 from tests.support.cuda.launch_records import launches, limits
-from tests.support.properties.overloads import valid_calls
-from tests.support.properties.property_rows import ROW_OPS
+from tests.support.properties.overloads import ROW_OPS, valid_calls
 
 KIB = 1024
 OPT_IN = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB}

@@ -14,9 +14,9 @@ from qops.testing import FLOAT_DTYPES, assert_bitwise, generator, random_activat
 from tests.support import house_rules
 from tests.support.cuda import cuda_tools
 from tests.support.cuda.cuda_backend import POLICIES, Backend, a_gpu, assert_same
+from tests.support.properties.overloads import ROW_OPS, SIZED, STRATEGIES, sized_call
 from tests.support.properties.property_calls import Call, check_one
 from tests.support.properties.property_draws import HUGE, Sampler
-from tests.support.properties.property_rows import ROW_OPS
 
 # One H or more for each shape of row.cuh: threads of a row, vectors that a thread holds, aligned or not, too many.
 ALIGNED = (8, 256, 512, 1024, 1032, 2048, 4096, 8192, 8200, 16384, 20480, 32768, 33000)
@@ -37,21 +37,13 @@ def test_what_is_registered_has_kernels(emulated):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_rows_of_every_shape(each, dtype):
+@pytest.mark.parametrize("name", SIZED)
+def test_rows_of_every_shape(each, name, dtype):
     for h in (*ALIGNED, *UNALIGNED):
         rows = 1 if h > 2048 else 6  # more than a block has where a row has a warp
-        x, r = (random_activations(rows, h, dtype=dtype, seed=h + i) for i in range(2))
-        w = random_activations(h, dtype=FLOAT_DTYPES[h % 3], seed=3, outliers=False)
-        assert_same(each, "rms_norm", x, w, 1e-5)
-        assert_same(each, "add_rms_norm", x, r, w, 1e-5, 1.0, "fp32")
-        assert_same(each, "rms_norm_int8", x, w, 1e-5, 0.0, "hf", ("127", "compressed-tensors", "torchao")[h % 3])
-        assert_same(each, "add_rms_norm_int8", x, r, w, 1e-5)
-        for rule in ("127", "compressed-tensors", "torchao"):
-            assert_same(each, "quantize_int8", x, rule)
-        assert_same(each, "quantize_int8_asym", x)
-        assert_same(each, "quantize_int8_static", x, torch.tensor(0.02), torch.tensor(3, dtype=torch.int32))
-        assert_same(each, "silu_mul", x, r, overload="gate_up")
-        assert_same(each, "silu_mul_int8", torch.cat((x, r), dim=-1), "fp32")
+        call = sized_call(name, rows, h, dtype, turn=h, seed=h)
+        assert call is not None
+        check_valid(call, call.on(each.device), each)
 
 
 def test_rows_that_begin_anywhere(each):
@@ -64,7 +56,7 @@ def test_rows_that_begin_anywhere(each):
             assert_same(each, "rms_norm", x, w, 1e-5)
             assert_same(each, "add_rms_norm_int8", x, x.flip(0), w, 1e-5)
             assert_same(each, "quantize_int8", x)
-            assert_same(each, "silu_mul", x, x.flip(0), overload="gate_up")
+            assert_same(each, "silu_mul", x, x.flip(0), overload="apart")
 
 
 def test_values_that_are_not_finite(each):
@@ -78,7 +70,7 @@ def test_values_that_are_not_finite(each):
             assert_same(each, "rms_norm_int8", x, w, 1e-5, 0.0, "hf", rule)
         assert_same(each, "quantize_int8_asym", x)
         assert_same(each, "quantize_int8_static", x, torch.tensor(0.02))
-        assert_same(each, "silu_mul", x, x.flip(0), overload="gate_up")
+        assert_same(each, "silu_mul", x, x.flip(0), overload="apart")
         assert_same(each, "rms_norm", x, w, 0.0)
 
 
@@ -130,7 +122,7 @@ def test_positions_out_of_range_give_nan(backend):
 
 
 def draw_valid(data: st.DataObject, op: str) -> Call | None:
-    call = ROW_OPS[op](Sampler(lambda low, high: data.draw(st.integers(low, high))))
+    call = STRATEGIES[op](Sampler(lambda low, high: data.draw(st.integers(low, high))))
     usable = not (
         call.faults or call.grad or any(t.is_meta or max(t.shape, default=0) >= HUGE for _, t in call.tensors())
     )

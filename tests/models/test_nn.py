@@ -140,7 +140,7 @@ def test_weights_that_an_operator_does_not_take_are_refused():
     ):
         Int8Linear(int8_linear(24, 1).weight)
     with pytest.raises(ValueError, match=r"^Int8WeightOnlyLinear: weight must have .* = False, got True"):
-        Int8WeightOnlyLinear(int8.interleave_gate_up())
+        Int8WeightOnlyLinear(int8.mix_gate_up())
 
 
 @pytest.mark.parametrize("group_size", (-1, 16))
@@ -282,7 +282,7 @@ def test_an_mlp_has_the_bits_of_its_parts_one_by_one(gate, down):
     parts = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj}
     state = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
     mlp = MLP(gate_proj, up_proj, down_proj)
-    mixed = [module.gate_up for module in mlp.modules() if isinstance(module, (Int4Weight, Int8Weight))]
+    mixed = [module.mixed_gate_up for module in mlp.modules() if isinstance(module, (Int4Weight, Int8Weight))]
     assert any(mixed) == (gate in ("int4", "w8a8")) == ("SiLU-mul in the product" in repr(mlp))
 
     def same(a: torch.Tensor, b: torch.Tensor) -> None:  # PyTorch's sums may depend on what else it sums

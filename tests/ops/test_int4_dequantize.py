@@ -38,7 +38,7 @@ def test_bits_follow_the_contract(kind, dtype):
             assert_bitwise(qops.int4_dequantize(w, dtype), by_contract(w, dtype), str(w))
             if n % 16 == 0:
                 want = by_contract(w, dtype)
-                assert_bitwise(qops.int4_dequantize(w.interleave_gate_up(), dtype), want, str(w))
+                assert_bitwise(qops.int4_dequantize(w.mix_gate_up(), dtype), want, str(w))
 
 
 def test_a_float_zero_is_near_the_exact_weight():
@@ -88,7 +88,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "group": ({"group_size": 24}, ValueError, "group_size must be K = 64 or a multiple of 16 that divides it, got 24"),
     "kind": ({"kind": -1}, ValueError, r"kind must be 0 \(symmetric\), .*, got -1"),
     "zeros": ({"zeros": None}, ValueError, "zeros must be given for this kind, got None"),
-    "gate_up": ({"gate_up": True}, ValueError, "out_features must be a multiple of 16, .* with gate_up, got 24"),
+    "gate_up": (
+        {"mixed_gate_up": True},
+        ValueError,
+        "out_features must be a multiple of 16, .* with mixed_gate_up, got 24",
+    ),
 }
 
 

@@ -47,10 +47,10 @@ def weights(d: int, q_dtype=torch.bfloat16, k_dtype=None, seed=9):
     )
 
 
-def unfused(q, k, q_weight, k_weight, cos, sin, eps, positions=None, interleaved=False, **style):
+def unfused(q, k, q_weight, k_weight, cos, sin, eps, *, positions=None, interleaved=False, **style):
     """The chain that the contract names, op by op."""
     normed = (qops.rms_norm(x.contiguous(), w, eps, **style) for x, w in ((q, q_weight), (k, k_weight)))
-    return qops.rotary(*normed, cos, sin, positions, interleaved)
+    return qops.rotary(*normed, cos, sin, positions=positions, interleaved=interleaved)
 
 
 def check_both(q, k, *args, what="", **style):
@@ -73,8 +73,15 @@ def test_fused_equals_unfused(d, r, dtype, interleaved):
     for seed, (table_dtype, (rounding, offset), weight_dtype, t) in enumerate(cases, start=d):
         q, k = (Guarded(x) for x in inputs(2, t, hq=3, hk=2, d=d, dtype=dtype, seed=seed))
         style = {"rounding": rounding, "weight_offset": offset}
-        args = (*weights(d, weight_dtype, dtype, seed), *tables(t + 2, r, table_dtype), EPS, None, interleaved)
-        check_both(q.tensor, k.tensor, *args, **style, what=f"{table_dtype} {weight_dtype} {style} T={t}")
+        args = (*weights(d, weight_dtype, dtype, seed), *tables(t + 2, r, table_dtype), EPS)
+        check_both(
+            q.tensor,
+            k.tensor,
+            *args,
+            interleaved=interleaved,
+            **style,
+            what=f"{table_dtype} {weight_dtype} {style} T={t}",
+        )
         q.check()
         k.check()
 
@@ -98,8 +105,8 @@ def test_accuracy_against_float64(t, dtype):
         cos, sin = tables(17, d)
         got = qops.qk_norm_rotary(q, k, q_weight, k_weight, cos, sin, EPS, **style)
         turn = torch.arange(d).view(2, -1).t().flatten()
-        args = (q_weight[turn], k_weight[turn], cos, sin, EPS, None, True)
-        turned = qops.qk_norm_rotary(q[..., turn], k[..., turn], *args, **style)
+        args = (q_weight[turn], k_weight[turn], cos, sin, EPS)
+        turned = qops.qk_norm_rotary(q[..., turn], k[..., turn], *args, interleaved=True, **style)
         for x, w, y, z in zip((q, k), (q_weight, k_weight), got, turned, strict=True):
             normed = rms_norm_ref(x, w, EPS, weight_offset=offset, rounding="fp32")
             error = rms_norm_bound(x, w, EPS, **style) + rounding_bound(normed, dtype)
@@ -146,7 +153,7 @@ def test_positions(interleaved):
         "the ends": torch.tensor([0, p - 1, 0, p - 1, p - 1]),
     }
     for name, positions in choices.items():
-        check_both(*inputs(b, t), *weights(64), cos, sin, EPS, positions, interleaved, what=name)
+        check_both(*inputs(b, t), *weights(64), cos, sin, EPS, positions=positions, interleaved=interleaved, what=name)
 
 
 def layouts():
@@ -196,8 +203,8 @@ def test_strides(name, dtype, interleaved):
     base = make(dtype)
     before = base.clone()
     q, k = q_of(base), k_of(base)
-    args = (*weights(q.shape[-1], dtype), *tables(9, 12), EPS, None, interleaved)
-    check_both(q, k, *args, what=name)
+    args = (*weights(q.shape[-1], dtype), *tables(9, 12), EPS)
+    check_both(q, k, *args, interleaved=interleaved, what=name)
     q.copy_(q_of(before))
     k.copy_(k_of(before))
     assert_bitwise(base, before, "elements outside q and k")
@@ -214,7 +221,7 @@ def test_strides_of_the_tables_and_weights():
     }
     for name, (c, s) in choices.items():
         for interleaved in FORMS:
-            check_both(*inputs(2, 5), *args, c, s, EPS, None, interleaved, what=name)
+            check_both(*inputs(2, 5), *args, c, s, EPS, interleaved=interleaved, what=name)
 
 
 def test_broadcast_inputs_of_the_functional_form():
@@ -261,7 +268,7 @@ def test_positions_out_of_range(op, bad, first_bad):
     for dtype in dtypes:
         text = rf"^qops\.{op}: positions must lie in \[0, 40\), the rows of cos, got {bad}$"
         with pytest.raises(ValueError, match=text):
-            getattr(qops, op)(q, k, *weights(64), cos, sin, EPS, positions.to(dtype))
+            getattr(qops, op)(q, k, *weights(64), cos, sin, EPS, positions=positions.to(dtype))
         assert_bitwise(q, before[0], "q")
         assert_bitwise(k, before[1], "k")
 
@@ -286,10 +293,11 @@ def overlapping():
 
 @pytest.mark.parametrize("text", overlapping())
 def test_in_place_on_overlapping_memory_is_refused(text):
-    q, k, q_weight, k_weight, cos, sin, *positions = overlapping()[text]
+    q, k, q_weight, k_weight, cos, sin, *rest = overlapping()[text]
+    positions = rest[0] if rest else None
     before = [t.clone() for t in (q, k)]
     with pytest.raises(ValueError, match=rf"^qops\.qk_norm_rotary_: {text}"):
-        qops.qk_norm_rotary_(q, k, q_weight, k_weight, cos, sin, EPS, *positions)
+        qops.qk_norm_rotary_(q, k, q_weight, k_weight, cos, sin, EPS, positions=positions)
     for got, want in zip((q, k), before, strict=True):
         assert_bitwise(got, want, "nothing is written")
 
@@ -307,7 +315,7 @@ def test_tokens_do_not_depend_on_batch_or_threads(threads):
         for got, want in zip((q_in_place, k_in_place), one, strict=True):
             assert_bitwise(got, want, f"{count} threads in place")
     for t in (0, 100, 256):
-        alone = qops.qk_norm_rotary(q[t : t + 1], k[t : t + 1], *args, torch.tensor([t]))
+        alone = qops.qk_norm_rotary(q[t : t + 1], k[t : t + 1], *args, positions=torch.tensor([t]))
         for got, want in zip(alone, one, strict=True):
             assert_bitwise(got[0], want[t], "token alone")
 
@@ -326,9 +334,9 @@ def test_special_heads(dtype, interleaved):
     cos, sin = tables(2, 20)
     largest = torch.full((40,), torch.finfo(torch.float32).max)
     for weight, (rounding, offset) in itertools.product((torch.full((40,), 2.0), torch.zeros(40), largest), STYLES):
-        args = (weight, weight, cos, sin, 1e-12, None, interleaved)
-        check_both(q.clone(), q.clone(), *args, rounding=rounding, weight_offset=offset)
-    y, _ = qops.qk_norm_rotary(q, q, torch.ones(40), torch.ones(40), cos, sin, EPS, None, interleaved)
+        args = (weight, weight, cos, sin, 1e-12)
+        check_both(q.clone(), q.clone(), *args, interleaved=interleaved, rounding=rounding, weight_offset=offset)
+    y, _ = qops.qk_norm_rotary(q, q, torch.ones(40), torch.ones(40), cos, sin, EPS, interleaved=interleaved)
     assert y[0, 2].isnan().all()
     nan = y[0, 3].isnan()
     assert nan.nonzero().flatten().tolist() == [0, 1 if interleaved else 10]
@@ -347,8 +355,8 @@ def test_empty():
     ):
         q, k = torch.randn(shape_q), torch.randn(shape_k)
         for positions in (None, torch.zeros(shape_q[:-2], dtype=torch.int32)):
-            args = (*weights(shape_q[-1]), *tables(5, r), EPS, positions)
-            check_both(q, k, *args, what=f"{shape_q} R={r}")
+            args = (*weights(shape_q[-1]), *tables(5, r), EPS)
+            check_both(q, k, *args, positions=positions, what=f"{shape_q} R={r}")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -440,6 +448,12 @@ def test_errors_are_the_same_with_fake_tensors(op, case):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("op", ("qk_norm_rotary", "qk_norm_rotary_"))
+def test_positions_have_to_be_named(op):
+    with pytest.raises(TypeError, match="takes 7 positional arguments but 8 were given"):
+        getattr(qops, op)(*inputs(5), *weights(64), *tables(5, 64), EPS, torch.arange(5))
+
+
 def test_too_many_leading_dimensions():
     x = torch.zeros(4, 4, 4, 4, 4, 1, 2)[::2, ::2, ::2, ::2, ::2]
     with pytest.raises(ValueError, match=r"q must have at most 4 leading dimensions that cannot be merged"):
@@ -479,9 +493,9 @@ def test_compile(backend):
     def block(qkv, positions):
         qkv = qkv + 1
         q, k, v = qkv.split((4, 2, 2), dim=-2)
-        q_out, k_out = qops.qk_norm_rotary(q, k, *norms, cos, sin, EPS, positions)
+        q_out, k_out = qops.qk_norm_rotary(q, k, *norms, cos, sin, EPS, positions=positions)
         qops.qk_norm_rotary_(
-            q, k, *norms, cos, sin, EPS, positions, interleaved=True, weight_offset=1.0, rounding="fp32"
+            q, k, *norms, cos, sin, EPS, positions=positions, interleaved=True, weight_offset=1.0, rounding="fp32"
         )
         return q_out, k_out, q.clone(), k.clone(), v + 1, qkv
 

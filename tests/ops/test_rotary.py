@@ -51,11 +51,11 @@ def rotary_exact(x, cos, sin, positions=None, interleaved=False):
 def check_both(q, k, cos, sin, positions=None, interleaved=False, what=""):
     """rotary() against the contract, and rotary_() on clones with the same strides against rotary()."""
     expected = [rotary_exact(x, cos, sin, positions, interleaved) for x in (q, k)]
-    got = qops.rotary(q, k, cos, sin, positions, interleaved)
+    got = qops.rotary(q, k, cos, sin, positions=positions, interleaved=interleaved)
     for name, y, want in zip("qk", got, expected, strict=True):
         assert y.is_contiguous(), f"{what} {name}"
         assert_bitwise(y, want.contiguous(), f"{what} {name}")
-    qops.rotary_(q, k, cos, sin, positions, interleaved)
+    qops.rotary_(q, k, cos, sin, positions=positions, interleaved=interleaved)
     for name, y, want in zip("qk", (q, k), expected, strict=True):
         assert_bitwise(y, want, f"{what} {name} in place")
 
@@ -213,20 +213,20 @@ def test_offsets_beyond_32_bits(axis, tmp_path):
     q, k = inputs(3, hq=3, hk=3, d=16)
     cos, sin = tables(3, 4, torch.bfloat16)
     positions = torch.tensor([2, 0, 1], dtype=torch.int32)
-    want = qops.rotary(q, k, cos, sin, positions)
+    want = qops.rotary(q, k, cos, sin, positions=positions)
     dim = {"token": 0, "head": 1, "element": 2}
     if axis in dim:
         if axis == "element":
             q, k = q[..., :4], k[..., :4]
-            want = qops.rotary(q, k, cos, sin, positions)
+            want = qops.rotary(q, k, cos, sin, positions=positions)
         q, k = far(q, dim[axis]), far(k, dim[axis])
     elif axis == "table":
         cos, sin = far(cos, 0), far(sin, 0)
     else:
         positions = far(positions, 0)
-    for got, expected in zip(qops.rotary(q, k, cos, sin, positions), want, strict=True):
+    for got, expected in zip(qops.rotary(q, k, cos, sin, positions=positions), want, strict=True):
         assert_bitwise(got, expected, axis)
-    qops.rotary_(q, k, cos, sin, positions)
+    qops.rotary_(q, k, cos, sin, positions=positions)
     for got, expected in zip((q, k), want, strict=True):
         assert_bitwise(got, expected, f"{axis} in place")
 
@@ -245,7 +245,7 @@ def test_positions_out_of_range(op, bad, first_bad):
     for dtype in dtypes:
         text = rf"^qops\.{op}: positions must lie in \[0, 40\), the rows of cos, got {bad}$"
         with pytest.raises(ValueError, match=text):
-            getattr(qops, op)(q, k, cos, sin, positions.to(dtype))
+            getattr(qops, op)(q, k, cos, sin, positions=positions.to(dtype))
         assert_bitwise(q, before[0], "q")
         assert_bitwise(k, before[1], "k")
 
@@ -276,13 +276,14 @@ def overlapping():
 @pytest.mark.parametrize("name", overlapping())
 def test_in_place_on_overlapping_memory_is_refused(name):
     q, k, which, *rest = overlapping()[name]
-    cos, sin, *positions = rest or tables(4, q.shape[-1] // 2 * 2)
+    cos, sin, *given = rest or tables(4, q.shape[-1] // 2 * 2)
+    positions = given[0] if given else None
     arg, _, other = which.partition(" and ")
     text = rf"{arg} must lie apart from {other} in memory" if other else rf"{arg} must hold every element once"
     with pytest.raises(ValueError, match=rf"^qops\.rotary_: {text}"):
-        qops.rotary_(q, k, cos, sin, *positions)
-    for y, x in zip(qops.rotary(q, k, cos, sin, *positions), (q, k), strict=True):
-        assert_bitwise(y, rotary_exact(x, cos, sin, *positions).contiguous(), "the functional form only reads")
+        qops.rotary_(q, k, cos, sin, positions=positions)
+    for y, x in zip(qops.rotary(q, k, cos, sin, positions=positions), (q, k), strict=True):
+        assert_bitwise(y, rotary_exact(x, cos, sin, positions).contiguous(), "the functional form only reads")
 
 
 def test_tokens_do_not_depend_on_batch_or_threads(threads):
@@ -294,7 +295,7 @@ def test_tokens_do_not_depend_on_batch_or_threads(threads):
     for got, want in zip(qops.rotary(q, k, cos, sin), one, strict=True):
         assert_bitwise(got, want, "threads")
     for t in (0, 100, 256):
-        alone = qops.rotary(q[t : t + 1], k[t : t + 1], cos, sin, torch.tensor([t]))
+        alone = qops.rotary(q[t : t + 1], k[t : t + 1], cos, sin, positions=torch.tensor([t]))
         for got, want in zip(alone, one, strict=True):
             assert_bitwise(got[0], want[t], "token alone")
 
@@ -386,9 +387,16 @@ def test_errors_are_the_same_with_fake_tensors(op, case):
     messages = []
     for device in ("cpu", "meta"):
         with pytest.raises(error, match=rf"^qops\.{op}: {text}$") as caught:
-            getattr(qops, op)(*(a.to(device) for a in args))
+            q, k, cos, sin, *positions = (a.to(device) for a in args)
+            getattr(qops, op)(q, k, cos, sin, positions=positions[0] if positions else None)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("op", ("rotary", "rotary_"))
+def test_positions_have_to_be_named(op):
+    with pytest.raises(TypeError, match="takes 4 positional arguments but 5 were given"):
+        getattr(qops, op)(Q, K, COS, SIN, P)
 
 
 def test_too_many_leading_dimensions():
@@ -425,8 +433,8 @@ def test_compile(backend):
     def block(qkv, positions):
         qkv = qkv + 1
         q, k, v = qkv.split((4, 2, 2), dim=-2)
-        q_out, k_out = qops.rotary(q, k, cos, sin, positions)
-        qops.rotary_(q, k, cos, sin, positions, interleaved=True)
+        q_out, k_out = qops.rotary(q, k, cos, sin, positions=positions)
+        qops.rotary_(q, k, cos, sin, positions=positions, interleaved=True)
         return q_out, k_out, q.clone(), k.clone(), v + 1, qkv
 
     torch.use_deterministic_algorithms(False)  # inductor does not know the poisoned torch.empty

@@ -228,7 +228,41 @@ def test_overlap_is_refused_and_nothing_is_written():
     assert_bitwise(memory, before, "memory")
 
 
+def test_tensors_by_name():
+    gate_up = random_activations(3, 64, dtype=torch.float32, seed=0)
+    gate, up = gate_up.chunk(2, dim=-1)
+    want = qops.silu_mul(gate_up)
+    for what, args, named in (
+        ("gate_up", (), {"gate_up": gate_up}),
+        ("gate and up", (), {"gate": gate, "up": up}),
+        ("up and gate", (), {"up": up, "gate": gate}),
+        ("up", (gate,), {"up": up}),
+    ):
+        got = qops.silu_mul(*args, **named)
+        assert_bitwise(got, want, what)
+
+
 X = torch.ones(2, 32, dtype=torch.bfloat16)
+WRONG_TENSORS = {
+    "none": ((), {}),
+    "gate": ((), {"gate": X}),
+    "up": ((), {"up": X}),
+    "gate_up and up": ((), {"gate_up": X, "up": X}),
+    "gate_up and gate and up": ((), {"gate_up": X, "gate": X, "up": X}),
+    "1 by position and gate": ((X,), {"gate": X}),
+    "1 by position and gate_up": ((X,), {"gate_up": X}),
+    "2 by position and up": ((X, X), {"up": X}),
+}
+
+
+@pytest.mark.parametrize("given", WRONG_TENSORS)
+def test_other_tensors_are_refused(given):
+    args, named = WRONG_TENSORS[given]
+    text = rf"^qops\.silu_mul: tensors must be gate_up, or gate and up, got {given}$"
+    with pytest.raises(TypeError, match=text):
+        qops.silu_mul(*args, **named)
+
+
 Y = torch.ones(2, 16, dtype=torch.bfloat16)
 ERRORS = {
     "dtype": ((X.long(),), {}, RuntimeError, r"gate_up must have dtype float32, float16 or bfloat16, got int64"),
@@ -282,10 +316,10 @@ def test_opcheck(dtype):
     with torch.inference_mode(False), torch.no_grad():
         x = random_activations(3, 4, 40, dtype=dtype, seed=0)[:, 1:]
         torch.library.opcheck(torch.ops.qops.silu_mul.default, (x,))
-        torch.library.opcheck(torch.ops.qops.silu_mul.gate_up, (*x.chunk(2, dim=-1), "fp32"))
+        torch.library.opcheck(torch.ops.qops.silu_mul.apart, (*x.chunk(2, dim=-1), "fp32"))
         out = {"out": torch.empty(3, 3, 20, dtype=dtype)}
         torch.library.opcheck(torch.ops.qops.silu_mul.out, (x,), out)
-        torch.library.opcheck(torch.ops.qops.silu_mul.gate_up_out, (*x.chunk(2, dim=-1), "fp32"), out)
+        torch.library.opcheck(torch.ops.qops.silu_mul.apart_out, (*x.chunk(2, dim=-1), "fp32"), out)
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))

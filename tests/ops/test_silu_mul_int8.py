@@ -147,7 +147,41 @@ def test_overlap_is_refused_and_nothing_is_written():
     assert torch.equal(memory, before)
 
 
+def test_tensors_by_name():
+    gate_up = random_activations(3, 64, dtype=torch.float32, seed=0)
+    gate, up = gate_up.chunk(2, dim=-1)
+    want = qops.silu_mul_int8(gate_up)
+    for what, args, named in (
+        ("gate_up", (), {"gate_up": gate_up}),
+        ("gate and up", (), {"gate": gate, "up": up}),
+        ("up and gate", (), {"up": up, "gate": gate}),
+        ("up", (gate,), {"up": up}),
+    ):
+        got = qops.silu_mul_int8(*args, **named)
+        assert_same(got, want, what)
+
+
 X = torch.ones(2, 32, dtype=torch.bfloat16)
+WRONG_TENSORS = {
+    "none": ((), {}),
+    "gate": ((), {"gate": X}),
+    "up": ((), {"up": X}),
+    "gate_up and up": ((), {"gate_up": X, "up": X}),
+    "gate_up and gate and up": ((), {"gate_up": X, "gate": X, "up": X}),
+    "1 by position and gate": ((X,), {"gate": X}),
+    "1 by position and gate_up": ((X,), {"gate_up": X}),
+    "2 by position and up": ((X, X), {"up": X}),
+}
+
+
+@pytest.mark.parametrize("given", WRONG_TENSORS)
+def test_other_tensors_are_refused(given):
+    args, named = WRONG_TENSORS[given]
+    text = rf"^qops\.silu_mul_int8: tensors must be gate_up, or gate and up, got {given}$"
+    with pytest.raises(TypeError, match=text):
+        qops.silu_mul_int8(*args, **named)
+
+
 Q, S = torch.ones(2, 16, dtype=torch.int8), torch.ones(2)
 ERRORS = {
     "dtype": ((X.long(),), {}, RuntimeError, r"gate_up must have dtype float32, float16 or bfloat16, got int64"),
@@ -210,9 +244,9 @@ def test_opcheck(dtype):
         halves = x.chunk(2, dim=-1)
         q, s = (torch.empty_like(t) for t in qops.silu_mul_int8(x))
         torch.library.opcheck(ops.default, (x,))
-        torch.library.opcheck(ops.gate_up, (*halves, "fp32", "torchao"))
+        torch.library.opcheck(ops.apart, (*halves, "fp32", "torchao"))
         torch.library.opcheck(ops.out, (x,), {"q": q, "scale": s})
-        torch.library.opcheck(ops.gate_up_out, halves, {"q": q, "scale": s})
+        torch.library.opcheck(ops.apart_out, halves, {"q": q, "scale": s})
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))

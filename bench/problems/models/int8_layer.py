@@ -127,7 +127,7 @@ class Int8LayerOperator(ModelOperator):
     def ours(self, p: Int8Layer) -> Callable[[], Result]:
         """The operators of a fused layer of ``qops.quantize_model(model, "int8")``."""
         packed = {name: qops.Int8Weight.from_canonical(codes, s[:, None]) for name, (codes, s) in p.weights().items()}
-        packed["gate_up"].interleave_gate_up()
+        packed["gate_up"].mix_gate_up()
         linear = functools.partial(qops.int8_gemm, out_dtype=p.x.dtype)
 
         def call() -> tuple[Tensor, ...]:

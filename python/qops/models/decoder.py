@@ -369,7 +369,7 @@ class Attention(MergingModule):
                 shared.cos,
                 shared.sin,
                 q.eps,
-                shared.positions,
+                positions=shared.positions,
                 weight_offset=q.weight_offset,
                 rounding=q.rounding,
             )
@@ -377,9 +377,9 @@ class Attention(MergingModule):
         if q is not None and k is not None:
             # What a hook has seen must not turn under its hands.
             query, key = self._normed(q, query), self._normed(k, key)
-            return rotary(query, key, shared.cos, shared.sin, shared.positions)
+            return rotary(query, key, shared.cos, shared.sin, positions=shared.positions)
         if self.rotates:
-            rotary_(query, key, shared.cos, shared.sin, shared.positions)
+            rotary_(query, key, shared.cos, shared.sin, positions=shared.positions)
         return query, key
 
     def _normed(self, norm: nn.Module, heads: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qops import _layout
 from qops.models.decoder import Known, RotaryTables, cache_keyword, fuse
 from qops.models.replacement import Replace, freeze, packed
 from qops.nn import QuantizedLinear, RMSNorm, dense_linear, frozen
 from qops.nn.mlp import takes_int8
-from qops.ops import _checks
 
 VOCABULARY = 64
 PROMPT = 8
@@ -101,7 +101,7 @@ def _compare(
     device = final.weight.device
     # A model without storage is built on the CPU.
     device = torch.device("cpu") if device.type == "meta" else device
-    dtype = model.dtype if _checks.has_gpu_layout(device) else torch.float32
+    dtype = model.dtype if _layout.has_gpu_layout(device) else torch.float32
     in_int8 = any(takes_int8(part) for parts in layers for part in parts.values())
     limit = HALF.get(dtype, FLOAT32_INT8 if in_int8 else FLOAT32)
     names = ", ".join(map(str, dict.fromkeys(chosen)))

@@ -156,10 +156,10 @@ class Int4Linear(QuantizedLinear):
 
         Args:
             x: [..., K], any strides.
-            residual: [..., N] in the dtype of the output, added to it; not with a `gate_up` weight.
+            residual: [..., N] in the dtype of the output, added to it; not with a weight that mixes gate and up.
 
         Returns:
-            [..., N] in the dtype of x, or float32; with a `gate_up` weight its SiLU-mul, [..., N/2].
+            [..., N] in the dtype of x, or float32; with a weight that mixes gate and up its SiLU-mul, [..., N/2].
         """
         weight, bias = self._operands()
         x = x.float() if self.float32_output else x
@@ -167,7 +167,7 @@ class Int4Linear(QuantizedLinear):
             x = with_dense_rows(x)
         if residual is not None and not residual.is_contiguous():
             residual = with_dense_rows(residual)
-        return int4_gemm(x, weight, bias, residual=residual, silu_mul=weight.gate_up)
+        return int4_gemm(x, weight, bias, residual=residual, silu_mul=weight.mixed_gate_up)
 
 
 class Int8Linear(QuantizedLinear):
@@ -218,11 +218,11 @@ class Int8Linear(QuantizedLinear):
 
         Args:
             x: [..., K], dense or 8-bit, any strides.
-            residual: [..., N] in the dtype of the output, added to it; not with a `gate_up` weight.
+            residual: [..., N] in the dtype of the output, added to it; not with a weight that mixes gate and up.
 
         Returns:
-            [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32; with a `gate_up` weight its
-            SiLU-mul, [..., N/2].
+            [..., N] in the dtype of x (of :class:`Int8Rows`: their `dtype`), or float32; with a weight that mixes
+            gate and up its SiLU-mul, [..., N/2].
         """
         if not isinstance(x, Int8Rows):
             x = Int8Rows(*quantize_int8(x if x.is_contiguous() else with_dense_rows(x)), x.dtype)
@@ -233,7 +233,7 @@ class Int8Linear(QuantizedLinear):
             residual = with_dense_rows(residual)
         weight, bias = self._operands()
         dtype = torch.float32 if self.float32_output else dtype
-        return int8_gemm(q, scale, weight, bias, residual=residual, silu_mul=weight.gate_up, out_dtype=dtype)
+        return int8_gemm(q, scale, weight, bias, residual=residual, silu_mul=weight.mixed_gate_up, out_dtype=dtype)
 
 
 class Int8WeightOnlyLinear(QuantizedLinear):
@@ -254,8 +254,8 @@ class Int8WeightOnlyLinear(QuantizedLinear):
     weight: Int8Weight
 
     def _require_weight(self, weight: Int8Weight) -> None:
-        if weight.gate_up:
-            raise ValueError("Int8WeightOnlyLinear: weight must have gate_up = False, got True")
+        if weight.mixed_gate_up:
+            raise ValueError("Int8WeightOnlyLinear: weight must have mixed_gate_up = False, got True")
 
     @classmethod
     def from_linear(

@@ -89,7 +89,7 @@ class MergingModule(Offloadable):
 class MLP(MergingModule):
     """`down(act(gate(x)) * up(x))`, gate and up as one GEMM.
 
-    With SiLU that GEMM applies the activation before it stores (:meth:`qops.Int4Weight.interleave_gate_up`), where the
+    With SiLU that GEMM applies the activation before it stores (:meth:`qops.Int4Weight.mix_gate_up`), where the
     class of the linears can. After others SiLU is :func:`qops.silu_mul`, or :func:`qops.silu_mul_int8` before a down
     that takes :class:`Int8Rows`.
     Where down has an act-order, gate and up give their outputs in that order, so that down need not gather them: the
@@ -152,7 +152,7 @@ class MLP(MergingModule):
         mixes = act is None and isinstance(merged, QuantizedLinear) and merged.applies_silu_mul
         self.activates_in_gemm = mixes and merged.out_features % 16 == 0
         if self.activates_in_gemm:
-            merged.weight.interleave_gate_up()
+            merged.weight.mix_gate_up()
         self._be_hooked()
 
     def forward(self, x: torch.Tensor | Int8Rows, residual: torch.Tensor | None = None) -> Any:

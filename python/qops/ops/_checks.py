@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from qops._layout import STRIP_ROWS, column_step, stored_columns, strips_of
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT4_KINDS = ("symmetric", "zero_point", "float_zero", "offset")
-STRIP_ROWS = 16
 MAX_ROW_DIMS = 4
 MAX_FLOAT = torch.finfo(torch.float32).max
+_OPTIONAL_TENSOR = torch.OptionalType(torch.TensorType.get())
+F = TypeVar("F", bound="Callable[..., Results]")
 
 
 def _name(value: torch.dtype | torch.layout) -> str:
@@ -25,11 +29,29 @@ def _shape(sizes: Sequence[int]) -> str:
     return "[" + ", ".join(str(size) for size in sizes) + "]"
 
 
-class Checker:
-    """Raises ``qops.<op>: <argument> must <requirement>, got <actual>``."""
+class Result(NamedTuple):
+    """A result: the argument that takes it, what the caller gives for it, what it is; ``letters`` name its sizes."""
 
-    def __init__(self, op: str) -> None:
-        self.op = op
+    arg: str
+    given: Tensor | None
+    letters: str
+    sizes: Sequence[int]
+    dtype: torch.dtype
+
+
+Results = Tensor | tuple[Tensor, ...] | None
+
+
+class Checker:
+    """Raises ``qops.<op>: <argument> must <requirement>, got <actual>``.
+
+    Args:
+        op: as messages name it.
+        gives: whether this overload gives its results; else it writes to what the caller gives.
+    """
+
+    def __init__(self, op: str, gives: bool) -> None:
+        self.op, self.gives = op, gives
 
     def require(self, ok: bool | torch.SymBool, arg: str, requirement: str, actual: Callable[[], str]) -> None:
         """ValueError unless ok."""
@@ -40,14 +62,14 @@ class Checker:
         if not ok:
             raise RuntimeError(f"qops.{self.op}: {arg} must {requirement}, got {actual}")
 
-    def tensors(self, required: Mapping[str, Tensor], optional: Mapping[str, Tensor | None] | None = None) -> None:
+    def tensors(self, given: Mapping[str, Tensor | None], optional: Sequence[str]) -> None:
         """All on the device of the first: the dispatcher brings a call with one tensor on meta here, whatever the
         device of the others, and lets None pass for a tensor."""
         first: Tensor | None = None
-        for arg, t in required.items():
-            self.supported(t is not None, arg, "be a tensor", "None")
+        for arg, t in given.items():
+            self.supported(t is not None or arg in optional, arg, "be a tensor", "None")
             first = t if first is None else first
-        for arg, t in {**required, **(optional or {})}.items():
+        for arg, t in given.items():
             if t is not None and first is not None:
                 self.supported(t.device == first.device, arg, f"be on {first.device}", str(t.device))
                 self.supported(t.layout == torch.strided, arg, "have layout strided", _name(t.layout))
@@ -106,12 +128,6 @@ class Checker:
     def contiguous(self, t: Tensor, arg: str) -> None:
         self.require(t.is_contiguous(), arg, "be contiguous", lambda: f"strides {_shape(t.stride())}")
 
-    def output(self, t: Tensor, arg: str, expected: torch.dtype, letters: str, sizes: Sequence[int]) -> None:
-        """A tensor that the op writes, given by the caller."""
-        self.dtype(t, arg, expected)
-        self.shape(t, arg, letters, sizes)
-        self.contiguous(t, arg)
-
     def per_row(self, t: Tensor, arg: str, other: Tensor) -> None:
         """One value for each row of ``other``, or one for all."""
         leading = other.shape[:-1]
@@ -140,12 +156,53 @@ class Checker:
             self.require(ok, "the result", "take fewer than 2^63 bytes", lambda: f"{_name(dtype)} {_shape(sizes)}")
         return like.new_empty(sizes, dtype=dtype)
 
+    def results(self, like: Tensor, *results: Result) -> Results:
+        """New tensors on the device of ``like``, or nothing, once what the caller gives for them is known to fit."""
+        if self.gives:
+            made = tuple(self.new_empty(like, result.sizes, result.dtype) for result in results)
+            return made[0] if len(made) == 1 else made
+        for arg, t, letters, sizes, dtype in results:
+            assert t is not None  # or it would have been refused
+            self.dtype(t, arg, dtype)
+            self.shape(t, arg, letters, sizes)
+            self.contiguous(t, arg)
+        return None
+
     def rounding(self, rounding: str) -> None:
         self.require(rounding in ("hf", "fp32"), "rounding", 'be "hf" or "fp32"', lambda: f'"{rounding}"')
 
     def quantize_rule(self, rule: str) -> None:
         requirement = 'be "127", "compressed-tensors" or "torchao"'
         self.require(rule in ("127", "compressed-tensors", "torchao"), "rule", requirement, lambda: f'"{rule}"')
+
+
+def fake(*ops: str) -> Callable[[F], F]:
+    """Registers a function as the fake kernel of each overload of some operators.
+
+    It is called with a checker that has looked at devices, and with the arguments by their names in the schema, as many
+    as the overload has. Which memory overlaps and what tensors hold, only the kernel can see.
+    """
+
+    def register(function: F) -> F:
+        for op in ops:
+            packet = getattr(torch.ops.qops, op)
+            for overload in packet.overloads():
+                schema = getattr(packet, overload)._schema
+                torch.library.register_fake(schema.name + (schema.overload_name and f".{schema.overload_name}"))(
+                    partial(_call, function, op, schema)
+                )
+        return function
+
+    return register
+
+
+def _call(function: Callable[..., Results], op: str, schema: Any, *args: Any, **more: Any) -> Results:
+    given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | more
+    tensors = [a for a in schema.arguments if a.type.isSubtypeOf(_OPTIONAL_TENSOR)]
+    optional = [a.name for a in tensors if isinstance(a.type, torch.OptionalType)]
+    check = Checker(op, gives=len(schema.returns) > 0)
+    check.tensors({a.name: given.get(a.name) for a in tensors}, optional)
+    return function(check, **given)
 
 
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:
@@ -187,29 +244,18 @@ def outputs(op: str, out: object, *names: str) -> tuple[Any, ...]:
     return tuple(out)
 
 
-def strips_of(n: int) -> int:
-    return (n + STRIP_ROWS - 1) // STRIP_ROWS
-
-
-def has_gpu_layout(device: torch.device) -> bool:
-    """Whether weights lie there as csrc/int4_layout.h and int8_layout.h say, else as csrc/cpu/weight_pack.cpp does."""
-    return device.type == "cuda"
-
-
-def layout_of(device: torch.device) -> str:
-    """How weights are packed there, by kind of device and version: `kLayout` of csrc/binding/device.h."""
-    return "cuda 1" if has_gpu_layout(device) else "cpu 1"
-
-
-def column_step(device: torch.device) -> int:
-    """What the columns of a packed weight are a multiple of."""
-    return 64 if has_gpu_layout(device) else 8
-
-
-def stored_columns(k: int, device: torch.device) -> int:
-    """Columns that a strip holds for K of them."""
-    step = column_step(device)
-    return (k + step - 1) // step * step
+def gate_and_up(
+    op: str, first: Tensor | None, second: Tensor | None, gate_up: Tensor | None, gate: Tensor | None, up: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gate and up, or both merged and None, of a call that names some of them."""
+    by_position = [t for t in (first, second) if t is not None]
+    named = {name: t for name, t in (("gate_up", gate_up), ("gate", gate), ("up", up)) if t is not None}
+    if (*("gate" for _ in by_position), *named) in (("gate_up",), ("gate", "up")):
+        tensors = [*by_position, *named.values()]
+        return tensors[0], tensors[1] if len(tensors) == 2 else None
+    given = [f"{len(by_position)} by position"] if by_position else []
+    actual = " and ".join([*given, *named]) or "none"
+    raise TypeError(f"qops.{op}: tensors must be gate_up, or gate and up, got {actual}")
 
 
 def check_packed_weight(
@@ -249,7 +295,6 @@ def check_zeros(check: Checker, kind: int, zeros: Tensor | None, scales: Tensor)
     actual = "None" if zeros is None else "a tensor"
     check.require((zeros is None) == (kind == 0), "zeros", requirement, lambda: actual)
     if zeros is not None:
-        check.tensors({"scales": scales, "zeros": zeros})
         check.dtype(zeros, "zeros", torch.uint8 if kind == 1 else torch.float32)
         check.same_shape(zeros, "zeros", scales, "scales")
         check.contiguous(zeros, "zeros")
@@ -267,7 +312,6 @@ def check_weight_only(
     bits: int,
 ) -> int:
     """The arguments that int4_gemm and int8_weight_only_gemm share; returns K."""
-    check.tensors({"x": x, "packed": packed, "scales": scales}, {"bias": bias})
     check.float_dtype(x, "x")
     check.at_least_1d(x, "x")
     k = check_packed_weight(check, packed, scales, out_features, group_size, bits=bits)
@@ -283,7 +327,6 @@ def check_weight_only(
 
 def check_rms_norm(check: Checker, x: Tensor, weight: Tensor, eps: float, weight_offset: float, rounding: str) -> None:
     """What all forms of rms_norm take."""
-    check.tensors({"x": x, "weight": weight})
     check.float_dtype(x, "x")
     check.float_dtype(weight, "weight")
     check.at_least_1d(x, "x")
@@ -296,16 +339,14 @@ def check_rms_norm(check: Checker, x: Tensor, weight: Tensor, eps: float, weight
 
 def check_second(check: Checker, t: Tensor, arg: str, first: Tensor, first_arg: str) -> None:
     """A tensor that goes with the first element by element, with strides of its own."""
-    check.tensors({first_arg: first, arg: t})
     check.same_dtype(t, arg, first, first_arg)
     check.same_shape(t, arg, first, first_arg)
     check.dense_last_dim(t, arg)
     check.rows(t, arg)
 
 
-def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
-    """What all forms of rotary take."""
-    check.tensors({"q": q, "k": k, "cos": cos, "sin": sin}, {"positions": positions})
+def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Results:
+    """What all forms of rotary take and give."""
     check.float_dtype(q, "q")
     check.same_dtype(k, "k", q, "q")
     check.float32_or_same_dtype(cos, "cos", q, "q")
@@ -325,37 +366,39 @@ def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
     if positions is None:
         requirement = f"have at least T = {t} rows without positions"
         check.require(cos.shape[0] >= t, "cos", requirement, lambda: str(cos.shape[0]))
-        return
-    check.index_dtype(positions, "positions")
-    leading = list(q.shape[:-2])
-    requirement = f"have shape [T] = [{t}] or [..., T] = {leading}"
-    fits = list(positions.shape) in ([t], leading)
-    check.require(fits, "positions", requirement, lambda: str(list(positions.shape)))
-    check.rows(positions, "positions", 0)
-
-
-def check_silu_mul(check: Checker, gate: Tensor, up: Tensor | None = None, *, rounding: str) -> int:
-    """Gate and up, merged or apart; returns I."""
-    arg = "gate_up" if up is None else "gate"
-    check.tensors({arg: gate})
-    check.float_dtype(gate, arg)
-    check.at_least_1d(gate, arg)
-    check.dense_last_dim(gate, arg)
-    last = gate.shape[-1]
-    if up is None:
-        check.require(last % 2 == 0, arg, "have an even last dimension 2 I", lambda: str(last))
     else:
-        check_second(check, up, "up", gate, arg)
+        check.index_dtype(positions, "positions")
+        leading = list(q.shape[:-2])
+        requirement = f"have shape [T] = [{t}] or [..., T] = {leading}"
+        fits = list(positions.shape) in ([t], leading)
+        check.require(fits, "positions", requirement, lambda: str(list(positions.shape)))
+        check.rows(positions, "positions", 0)
+    return (check.new_empty(q, q.shape), check.new_empty(k, k.shape)) if check.gives else None
+
+
+def check_silu_mul(
+    check: Checker, gate_up: Tensor | None, gate: Tensor | None, up: Tensor | None, rounding: str
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Gate and up, merged or apart; returns one of them, and the sizes of the product."""
+    arg, rows = ("gate", gate) if gate_up is None else ("gate_up", gate_up)
+    assert rows is not None  # or it would have been refused
+    check.float_dtype(rows, arg)
+    check.at_least_1d(rows, arg)
+    check.dense_last_dim(rows, arg)
+    columns = rows.shape[-1]
+    if up is not None:
+        check_second(check, up, "up", rows, arg)
+    else:
+        check.require(columns % 2 == 0, arg, "have an even last dimension 2 I", lambda: str(columns))
     check.rounding(rounding)
-    check.rows(gate, arg)
-    return last // 2 if up is None else last
+    check.rows(rows, arg)
+    return rows, (*rows.shape[:-1], columns if up is not None else columns // 2)
 
 
-def check_static_scale(check: Checker, x: Tensor, **tensors: Tensor | None) -> None:
+def check_static_scale(check: Checker, **tensors: Tensor | None) -> None:
     """One float32 scale and, after it, one int32 zero point for a whole tensor, by the names of their arguments."""
     for (arg, t), dtype in zip(tensors.items(), (torch.float32, torch.int32), strict=True):
         if t is not None:
-            check.tensors({"x": x, arg: t})
             check.dtype(t, arg, dtype)
             check.require(t.numel() == 1, arg, "have 1 element", lambda t=t: str(t.numel()))
 
@@ -369,13 +412,12 @@ def check_epilogue(
     silu_mul: bool,
     out_scale: Tensor | None,
     out_zero_point: Tensor | None,
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """What becomes of the product of a matrix product, of this dtype; shape and dtype of the result."""
-    columns = out_features
+) -> tuple[str, tuple[int, ...], torch.dtype]:
+    """What becomes of the product of a matrix product, of this dtype; the letters, sizes and dtype of the result."""
+    letters, columns = "[..., N]", out_features
     if residual is not None:
         alone = not silu_mul and out_scale is None
         check.require(alone, "residual", "be None with silu_mul or out_scale", lambda: "a tensor")
-        check.tensors({"x": x, "residual": residual})
         check.dtype(residual, "residual", dtype)
         check.shape(residual, "residual", "[..., N]", (*x.shape[:-1], out_features))
         check.dense_last_dim(residual, "residual")
@@ -384,28 +426,23 @@ def check_epilogue(
         requirement = "be a multiple of 16, for gate and up, with silu_mul"
         check.require(out_features % 16 == 0, "out_features", requirement, lambda: str(out_features))
         check.require(out_scale is None, "out_scale", "be None with silu_mul", lambda: "a tensor")
-        columns = out_features // 2
+        letters, columns = "[..., N / 2]", out_features // 2
     lone = out_scale is None and out_zero_point is not None
     check.require(not lone, "out_zero_point", "be None without out_scale", lambda: "a tensor")
     if out_scale is not None:
-        check_static_scale(check, x, out_scale=out_scale, out_zero_point=out_zero_point)
+        check_static_scale(check, out_scale=out_scale, out_zero_point=out_zero_point)
         dtype = torch.int8
-    return (*x.shape[:-1], columns), dtype
+    return letters, (*x.shape[:-1], columns), dtype
 
 
-def refuse_gate_up(op: str, silu_mul: bool) -> NoReturn:
-    """silu_mul and gate_up of the weight differ."""
-    requirement = f"be {not silu_mul} for a weight with gate_up = {not silu_mul}"
+def refuse_mixed(op: str, silu_mul: bool) -> NoReturn:
+    """silu_mul and the rows of the weight differ."""
+    requirement = f"be {not silu_mul} for a weight with mixed_gate_up = {not silu_mul}"
     raise ValueError(f"qops.{op}: silu_mul must {requirement}, got {silu_mul}")
 
 
-def new_int8_rows(check: Checker, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """q [..., K] and scale [...], the results of the ops that emit per-token int8."""
-    q = check.new_empty(x, (*x.shape[:-1], k), torch.int8)
-    return q, check.new_empty(x, x.shape[:-1], torch.float32)
-
-
-def check_int8_rows(check: Checker, q: Tensor, scale: Tensor, x: Tensor, k: int) -> None:
-    check.tensors({"x": x, "q": q, "scale": scale})
-    check.output(q, "q", torch.int8, "[..., K]", (*x.shape[:-1], k))
-    check.output(scale, "scale", torch.float32, "[...]", x.shape[:-1])
+def int8_rows(x: Tensor, k: int, q: Tensor | None, scale: Tensor | None) -> tuple[Result, Result]:
+    """The results of the ops that emit per-token int8."""
+    leading = x.shape[:-1]
+    rows = Result("q", q, "[..., K]", (*leading, k), torch.int8)
+    return rows, Result("scale", scale, "[...]", leading, torch.float32)

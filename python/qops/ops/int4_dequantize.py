@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import FLOAT_DTYPES, INT4_KINDS, Checker, check_packed_weight, check_zeros, require_weight
+from qops.ops._checks import (
+    FLOAT_DTYPES,
+    INT4_KINDS,
+    Checker,
+    Results,
+    check_packed_weight,
+    check_zeros,
+    fake,
+    require_weight,
+)
 
 if TYPE_CHECKING:
+    from qops._check_cases import Run
     from qops.weights import Int4Weight
 
 
@@ -52,7 +63,7 @@ def int4_dequantize(weight: Int4Weight, dtype: torch.dtype = torch.float32) -> T
         weight.group_size,
         INT4_KINDS.index(weight.kind),
         dtype,
-        weight.gate_up,
+        weight.mixed_gate_up,
     )
     perm = buffers["perm"]
     # Columns in the order of w cost another pass over them, which a caller who gathers x instead can do without.
@@ -64,8 +75,22 @@ def int4_dequantize_ref(weight: Int4Weight) -> Tensor:
     return weight.dequantize(torch.float64)
 
 
-@torch.library.register_fake("qops::int4_dequantize")
+def cases_of_int4_dequantize(run: Run) -> None:
+    from qops._check_cases import WEIGHTS, int4_weight, moved
+
+    for index, ((n, k, g), kind, dtype) in enumerate(itertools.product(WEIGHTS, INT4_KINDS, FLOAT_DTYPES)):
+        run.begin(dtype, f"N = {n}, K = {k}, G = {g}", kind)
+        w = int4_weight(run, n, k, g, kind, FLOAT_DTYPES[index // 2 % 3], act_order=index % 5 == 0)
+        dense = int4_dequantize(moved(run, w), dtype)
+        run.keep(dense)
+        run.same(dense, w.dequantize(dtype), "Int4Weight.dequantize")
+        if n % 16 == 0:
+            run.same(int4_dequantize(moved(run, w, mixed=True), dtype), dense, "gate and up mixed")
+
+
+@fake("int4_dequantize")
 def _(
+    check: Checker,
     packed: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
@@ -73,15 +98,13 @@ def _(
     group_size: int,
     kind: int,
     dtype: torch.dtype,
-    gate_up: bool = False,
-) -> Tensor:
-    check = Checker("int4_dequantize")
-    check.tensors({"packed": packed, "scales": scales}, {"zeros": zeros})
+    mixed_gate_up: bool = False,
+) -> Results:
     check.supported(
         dtype in FLOAT_DTYPES, "dtype", "be float32, float16 or bfloat16", str(dtype).removeprefix("torch.")
     )
     k = check_packed_weight(check, packed, scales, out_features, group_size, bits=4)
     check_zeros(check, kind, zeros, scales)
-    requirement = "be a multiple of 16, for gate and up, with gate_up"
-    check.require(not gate_up or out_features % 16 == 0, "out_features", requirement, lambda: str(out_features))
+    requirement = "be a multiple of 16, for gate and up, with mixed_gate_up"
+    check.require(not mixed_gate_up or out_features % 16 == 0, "out_features", requirement, lambda: str(out_features))
     return check.new_empty(packed, (out_features, k), dtype)

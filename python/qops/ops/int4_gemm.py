@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,15 +12,19 @@ from qops import _native as _native
 from qops.ops._checks import INT4_KINDS as KINDS
 from qops.ops._checks import (
     Checker,
+    Result,
+    Results,
     check_epilogue,
     check_weight_only,
     check_zeros,
-    refuse_gate_up,
+    fake,
     refuse_grad,
+    refuse_mixed,
     require_weight,
 )
 
 if TYPE_CHECKING:
+    from qops._check_cases import Run
     from qops.weights import Int4Weight
 
 
@@ -51,7 +56,7 @@ def int4_gemm(
         weight: an :class:`qops.Int4Weight` ``[N, K]``, packed.
         bias: float32, float16 or bfloat16 ``[N]``, added in float32.
         residual: ``[..., N]`` in the dtype of ``x``; any strides, last dimension dense.
-        silu_mul: True exactly where ``weight.gate_up`` is (:meth:`qops.Int4Weight.interleave_gate_up`).
+        silu_mul: True exactly where ``weight.mixed_gate_up`` is (:meth:`qops.Int4Weight.mix_gate_up`).
         out_scale: float32, one element, positive and finite.
         out_zero_point: int32, one element in -128 ... 127; default 0.
         batch_invariant: one canonical order of summation for every M. That is so but for bfloat16 and many rows on some
@@ -106,8 +111,8 @@ def int4_gemm(
     refuse_grad("int4_gemm", x=x, bias=bias, residual=residual, out_scale=out_scale, out=out)
     require_weight("int4_gemm", weight, "Int4Weight")
     weight._require_packed()
-    if silu_mul != weight.gate_up:
-        refuse_gate_up("int4_gemm", silu_mul)
+    if silu_mul != weight.mixed_gate_up:
+        refuse_mixed("int4_gemm", silu_mul)
     # Module.__getattr__ would take 0.6 us for each of them, as much as half the operator's own overhead.
     buffers = weight._buffers
     args = (
@@ -152,7 +157,31 @@ def int4_gemm_ref(
     return y if residual is None else y + residual.double()
 
 
-def _check(
+def cases_of_int4_gemm(run: Run) -> None:
+    from qops._check_cases import ROWS, epilogues, int4_cases, moved
+    from qops._numerics import FLOAT_DTYPES, weight_only_bound
+
+    for w, dtype, index in int4_cases(run):
+        n, k = w.out_features, w.in_features
+        x = run.random(ROWS[-1], k, dtype=dtype)
+        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if index % 2 else None
+        # On a GPU another route may be taken for many rows.
+        there, more = moved(run, w), {"bias": run.there(bias), "batch_invariant": run.gpu}
+        product = partial(int4_gemm, weight=there, **more)
+        (y,) = run.rows(product, x)
+        ref = int4_gemm_ref(x, w, bias)
+        run.within(y, ref, weight_only_bound(x, w, bias, gpu=run.gpu))
+        if run.gpu:
+            bound = weight_only_bound(x, w, bias, gpu=True, rounded_to=dtype)
+            for m in ROWS:
+                run.within(product(run.there(x[:m]), batch_invariant=False), ref[:m], bound[:m])
+        mixed = partial(product, weight=moved(run, w, mixed=True)) if n % 16 == 0 else None
+        epilogues(run, product, mixed, y, x)
+
+
+@fake("int4_gemm")
+def _(
+    check: Checker,
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -162,98 +191,18 @@ def _check(
     out_features: int,
     group_size: int,
     kind: int,
-) -> Checker:
-    check = Checker("int4_gemm")
+    batch_invariant: bool = False,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Results:
     k = check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=4)
     check_zeros(check, kind, zeros, scales)
     if perm is not None:
-        check.tensors({"x": x, "perm": perm})
         check.dtype(perm, "perm", torch.int32)
         check.shape(perm, "perm", "[K]", (k,))
         check.contiguous(perm, "perm")
-    return check
-
-
-# Which memory overlaps, which indices of perm are out of range, and the value of a scale, only the kernel can see.
-@torch.library.register_fake("qops::int4_gemm")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    kind: int,
-    batch_invariant: bool = False,
-) -> Tensor:
-    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    return check.new_empty(x, (*x.shape[:-1], out_features), x.dtype)
-
-
-@torch.library.register_fake("qops::int4_gemm.out")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    kind: int,
-    batch_invariant: bool = False,
-    *,
-    out: Tensor,
-) -> None:
-    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    check.tensors({"x": x, "out": out})
-    check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))
-
-
-@torch.library.register_fake("qops::int4_gemm.fused")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    kind: int,
-    batch_invariant: bool = False,
-    residual: Tensor | None = None,
-    silu_mul: bool = False,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-) -> Tensor:
-    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    shape, dtype = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
-    return check.new_empty(x, shape, dtype)
-
-
-@torch.library.register_fake("qops::int4_gemm.fused_out")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    perm: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group_size: int,
-    kind: int,
-    batch_invariant: bool = False,
-    residual: Tensor | None = None,
-    silu_mul: bool = False,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    *,
-    out: Tensor,
-) -> None:
-    check = _check(x, packed, scales, zeros, perm, bias, out_features, group_size, kind)
-    shape, dtype = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
-    check.tensors({"x": x, "out": out})
-    check.output(out, "out", dtype, "[..., N / 2]" if silu_mul else "[..., N]", shape)
+    y = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
+    return check.results(x, Result("out", out, *y))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qops import _native as _native
+from qops._layout import column_step, stored_columns, strips_of
 from qops.ops._checks import (
     Checker,
+    Result,
+    Results,
     check_epilogue,
-    column_step,
-    refuse_gate_up,
+    fake,
     refuse_grad,
+    refuse_mixed,
     require_weight,
-    stored_columns,
-    strips_of,
 )
 
 if TYPE_CHECKING:
+    from qops._check_cases import Run
     from qops.weights import Int8Weight
 
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32)
@@ -62,7 +66,7 @@ def int8_gemm(
         bias: float32, float16 or bfloat16 ``[N]``.
         zero_point: int32 ``[...]`` or ``[]``, the code of zero, for asymmetric activations.
         residual: ``[..., N]`` in ``out_dtype``; any strides, last dimension dense.
-        silu_mul: True exactly where ``weight.gate_up`` is (:meth:`qops.Int8Weight.interleave_gate_up`).
+        silu_mul: True exactly where ``weight.mixed_gate_up`` is (:meth:`qops.Int8Weight.mix_gate_up`).
         out_scale: float32, one element, positive and finite.
         out_zero_point: int32, one element in -128 ... 127; default 0.
         out_dtype: of y: bfloat16, float16 or float32; or int32 for ``acc`` itself, which takes no bias and uses no
@@ -109,8 +113,8 @@ def int8_gemm(
             f"qops.int8_gemm: weight must have one scale per row (group_size = K = {weight.in_features}), "
             f"got group_size = {weight.group_size}"
         )
-    if silu_mul != weight.gate_up:
-        refuse_gate_up("int8_gemm", silu_mul)
+    if silu_mul != weight.mixed_gate_up:
+        refuse_mixed("int8_gemm", silu_mul)
     args = (q, scale, zero_point, weight.packed, weight.scales, bias, weight.out_features)
     op = torch.ops.qops.int8_gemm
     if silu_mul or residual is not None or out_scale is not None or out_zero_point is not None:
@@ -154,7 +158,61 @@ def _check_out_dtype(out_dtype: torch.dtype, subject: str) -> None:
         raise RuntimeError(f"qops.int8_gemm: {subject} float32, float16, bfloat16 or int32, got {actual}")
 
 
-def _check(
+def cases_of_int8_gemm(run: Run) -> None:
+    from qops._check_cases import ROWS, WEIGHTS, epilogues, moved
+    from qops._numerics import FLOAT_DTYPES
+    from qops.weights import Int8Weight
+
+    sizes = (*WEIGHTS, (80, 200, 200))  # more than a tile of 64 rows
+    cases = itertools.product(sizes, (*FLOAT_DTYPES, torch.int32), (False, True))
+    for index, ((n, k, _), dtype, asymmetric) in enumerate(cases):
+        run.begin(dtype, f"N = {n}, K = {k}", "zero points" if asymmetric else "")
+        codes, w_scale = run.integers(-128, 128, n, k, dtype=torch.int8), run.scales(n, 1)
+        w = Int8Weight.from_canonical(codes, w_scale)
+        q, scale = run.integers(-128, 128, ROWS[-1], k, dtype=torch.int8), run.scales(ROWS[-1])
+        zero_point = (run.integers(-128, 128, ROWS[-1], dtype=torch.int32),) if asymmetric else ()
+        has_bias = dtype != torch.int32 and index % 3 > 0
+        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if has_bias else None
+        product = partial(_int8_product, weight=moved(run, w), bias=run.there(bias), out_dtype=dtype)
+        (y,) = run.rows(product, q, scale, *zero_point)
+        run.same(y, _int8_gemm_exact(q, scale, zero_point, codes, w_scale, bias, dtype), "the contract's operations")
+        if dtype != torch.int32:
+            mixed = partial(product, weight=moved(run, w, mixed=True)) if n % 16 == 0 else None
+            epilogues(run, product, mixed, y, q, scale, *zero_point)
+
+
+def _int8_product(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, weight: Int8Weight, **more: Any
+) -> Any:
+    return int8_gemm(q, scale, weight, zero_point=zero_point, **more)
+
+
+def _int8_gemm_exact(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: tuple[Tensor, ...],
+    codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The contract: integers in int64, float32 steps one by one."""
+    from qops.weights.rounding import add_rounding_to_odd
+
+    x = q.long() - sum(z.long()[:, None] for z in zero_point)
+    acc = (x @ codes.long().T).int()
+    if dtype == torch.int32:
+        return acc
+    t = acc.float() * w_scale.view(-1)
+    s = scale[:, None]
+    # One rounding of s * t + bias: float64 holds the product, and a sum that was rounded to odd is rounded once.
+    y = s * t if bias is None else add_rounding_to_odd(s.double() * t.double(), bias.double()).float()
+    return y.to(dtype)
+
+
+@fake("int8_gemm")
+def _(
+    check: Checker,
     q: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -162,20 +220,24 @@ def _check(
     w_scale: Tensor,
     bias: Tensor | None,
     out_features: int,
-    out_dtype: torch.dtype,
-    out_subject: str,
-) -> list[int]:
-    """Returns the shape of y."""
-    check = Checker("int8_gemm")
-    optional = {"zero_point": zero_point, "bias": bias}
-    check.tensors({"q": q, "scale": scale, "packed": packed, "w_scale": w_scale}, optional)
+    out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Results:
+    if out_dtype is None:  # `.out` has none
+        assert out is not None
+        out_dtype = out.dtype
+        _check_out_dtype(out_dtype, "out must have dtype")
     check.dtype(q, "q", torch.int8)
     check.dtype(scale, "scale", torch.float32)
     if zero_point is not None:
         check.dtype(zero_point, "zero_point", torch.int32)
     check.dtype(packed, "packed", torch.int8)
     check.float_dtype(w_scale, "w_scale")
-    _check_out_dtype(out_dtype, out_subject)
+    _check_out_dtype(out_dtype, "out_dtype must be")
     if bias is not None:
         check.float_dtype(bias, "bias")
     check.at_least_1d(q, "q")
@@ -205,100 +267,9 @@ def _check(
         check.require(out_dtype != torch.int32, "bias", "be None where the output is int32", lambda: "a tensor")
         check.shape(bias, "bias", "[N]", (out_features,))
         check.dense_last_dim(bias, "bias")
-    return [*q.shape[:-1], out_features]
-
-
-# Which memory overlaps, and the value of a scale, only the kernel can see.
-@torch.library.register_fake("qops::int8_gemm")
-def _(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    shape = _check(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be")
-    return Checker("int8_gemm").new_empty(q, shape, out_dtype)
-
-
-@torch.library.register_fake("qops::int8_gemm.out")
-def _(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    *,
-    out: Tensor,
-) -> None:
-    check = Checker("int8_gemm")
-    check.tensors({"q": q, "out": out})
-    shape = _check(q, scale, zero_point, packed, w_scale, bias, out_features, out.dtype, "out must have dtype")
-    check.output(out, "out", out.dtype, "[..., N]", shape)
-
-
-def _check_fused(
-    q: Tensor,
-    out_features: int,
-    out_dtype: torch.dtype,
-    residual: Tensor | None,
-    silu_mul: bool,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the result; the other arguments have been checked."""
-    check = Checker("int8_gemm")
     if out_dtype == torch.int32:
         check.require(residual is None, "residual", "be None where out_dtype is int32", lambda: "a tensor")
         check.require(not silu_mul, "silu_mul", "be False where out_dtype is int32", lambda: "True")
         check.require(out_scale is None, "out_scale", "be None where out_dtype is int32", lambda: "a tensor")
-    return check_epilogue(check, q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
-
-
-@torch.library.register_fake("qops::int8_gemm.fused")
-def _(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    out_dtype: torch.dtype,
-    residual: Tensor | None = None,
-    silu_mul: bool = False,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-) -> Tensor:
-    _check(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be")
-    result = _check_fused(q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
-    return Checker("int8_gemm").new_empty(q, *result)
-
-
-@torch.library.register_fake("qops::int8_gemm.fused_out")
-def _(
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    out_dtype: torch.dtype,
-    residual: Tensor | None = None,
-    silu_mul: bool = False,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    *,
-    out: Tensor,
-) -> None:
-    _check(q, scale, zero_point, packed, w_scale, bias, out_features, out_dtype, "out_dtype must be")
-    shape, dtype = _check_fused(q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
-    check = Checker("int8_gemm")
-    check.tensors({"q": q, "out": out})
-    check.output(out, "out", dtype, "[..., N / 2]" if silu_mul else "[..., N]", shape)
+    y = check_epilogue(check, q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
+    return check.results(q, Result("out", out, *y))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_weight_only, refuse_grad, require_weight
+from qops.ops._checks import Checker, Result, Results, check_weight_only, fake, refuse_grad, require_weight
 
 if TYPE_CHECKING:
+    from qops._check_cases import Run
     from qops.weights import Int8Weight
 
 
@@ -51,8 +54,8 @@ def int8_weight_only_gemm(
     refuse_grad("int8_weight_only_gemm", x=x, bias=bias, out=out)
     require_weight("int8_weight_only_gemm", weight, "Int8Weight")
     weight._require_packed()
-    if weight.gate_up:
-        raise ValueError("qops.int8_weight_only_gemm: weight must have gate_up = False, got True")
+    if weight.mixed_gate_up:
+        raise ValueError("qops.int8_weight_only_gemm: weight must have mixed_gate_up = False, got True")
     args = (x, weight.packed, weight.scales, bias, weight.out_features, weight.group_size)
     if out is None:
         return torch.ops.qops.int8_weight_only_gemm.default(*args)
@@ -66,26 +69,32 @@ def int8_weight_only_gemm_ref(x: Tensor, weight: Int8Weight, bias: Tensor | None
     return y if bias is None else y + bias.double()
 
 
-@torch.library.register_fake("qops::int8_weight_only_gemm")
-def _(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, group_size: int) -> Tensor:
-    check = Checker("int8_weight_only_gemm")
-    check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=8)
-    return check.new_empty(x, (*x.shape[:-1], out_features))
+def cases_of_int8_weight_only_gemm(run: Run) -> None:
+    from qops._check_cases import ROWS, WEIGHTS, moved
+    from qops._numerics import FLOAT_DTYPES, weight_only_bound
+    from qops.weights import Int8Weight
+
+    for index, ((n, k, g), dtype) in enumerate(itertools.product(WEIGHTS, FLOAT_DTYPES)):
+        scale_dtype = FLOAT_DTYPES[index // 2 % 3]
+        run.begin(dtype, f"N = {n}, K = {k}, G = {g}", f"scales {scale_dtype}")
+        codes, scales = run.integers(-128, 128, n, k, dtype=torch.int8), run.scales(n, k // g, dtype=scale_dtype)
+        w = Int8Weight.from_canonical(codes, scales)
+        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if index % 2 else None
+        x = run.random(ROWS[-1], k, dtype=dtype)
+        (y,) = run.rows(partial(int8_weight_only_gemm, weight=moved(run, w), bias=run.there(bias)), x)
+        run.within(y, int8_weight_only_gemm_ref(x, w, bias), weight_only_bound(x, w, bias, gpu=run.gpu))
 
 
-# Which memory overlaps, only the kernel can see.
-@torch.library.register_fake("qops::int8_weight_only_gemm.out")
+@fake("int8_weight_only_gemm")
 def _(
+    check: Checker,
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
     bias: Tensor | None,
     out_features: int,
     group_size: int,
-    *,
-    out: Tensor,
-) -> None:
-    check = Checker("int8_weight_only_gemm")
+    out: Tensor | None = None,
+) -> Results:
     check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=8)
-    check.tensors({"x": x, "out": out})
-    check.output(out, "out", x.dtype, "[..., N]", (*x.shape[:-1], out_features))
+    return check.results(x, Result("out", out, "[..., N]", (*x.shape[:-1], out_features), x.dtype))

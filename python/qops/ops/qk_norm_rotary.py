@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_rotary, refuse_grad
+from qops.ops._checks import Checker, Results, check_rotary, fake, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 def qk_norm_rotary(
@@ -17,9 +23,9 @@ def qk_norm_rotary(
     cos: Tensor,
     sin: Tensor,
     eps: float,
+    *,
     positions: Tensor | None = None,
     interleaved: bool = False,
-    *,
     weight_offset: float = 0.0,
     rounding: str = "hf",
 ) -> tuple[Tensor, Tensor]:
@@ -89,9 +95,9 @@ def qk_norm_rotary_(
     cos: Tensor,
     sin: Tensor,
     eps: float,
+    *,
     positions: Tensor | None = None,
     interleaved: bool = False,
-    *,
     weight_offset: float = 0.0,
     rounding: str = "hf",
 ) -> None:
@@ -155,8 +161,30 @@ def qk_norm_rotary_ref(
     return y
 
 
-def _check(
-    op: str,
+def cases_of_qk_norm_rotary(run: Run, in_place: Callable[..., None] | None = None) -> None:
+    from qops._check_cases import EPS, STYLES, heads, turned
+    from qops._numerics import FLOAT_DTYPES, rms_norm_exact, rotary_exact
+
+    for index, (qkv, how) in enumerate(heads(run)):
+        rounding, offset = STYLES[index // 2 % 2]
+        style = {"rounding": rounding, "weight_offset": offset}
+        q_weight, k_weight = (
+            run.random(qkv.shape[-1], dtype=FLOAT_DTYPES[(index + i) % 3], outliers=False) for i in range(2)
+        )
+        weights = {"q_weight": q_weight, "k_weight": k_weight, "eps": EPS}
+        results = turned(run, qk_norm_rotary, in_place, qkv, **how, **weights, **style)
+        parts = (qkv[:, :2], q_weight), (qkv[:, 2:3], k_weight)
+        want = tuple(rotary_exact(rms_norm_exact(x, w, EPS, **style), **how) for x, w in parts)
+        run.same(results, want, "rms_norm, then rotary")
+
+
+def cases_of_qk_norm_rotary_(run: Run) -> None:
+    cases_of_qk_norm_rotary(run, qk_norm_rotary_)
+
+
+@fake("qk_norm_rotary", "qk_norm_rotary_")
+def _(
+    check: Checker,
     q: Tensor,
     k: Tensor,
     q_weight: Tensor,
@@ -164,13 +192,12 @@ def _check(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-    positions: Tensor | None,
-    weight_offset: float,
-    rounding: str,
-) -> Checker:
-    check = Checker(op)
-    check.tensors({"q": q, "q_weight": q_weight, "k_weight": k_weight})
-    check_rotary(check, q, k, cos, sin, positions)
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+) -> Results:
+    results = check_rotary(check, q, k, cos, sin, positions)
     weights = ((q_weight, "q_weight"), (k_weight, "k_weight"))
     for weight, arg in weights:
         check.float_dtype(weight, arg)
@@ -179,40 +206,4 @@ def _check(
     for weight, arg in weights:
         check.dense_last_dim(weight, arg)
     check.rms_norm_style(eps, weight_offset, rounding)
-    return check
-
-
-@torch.library.register_fake("qops::qk_norm_rotary")
-def _(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    positions: Tensor | None = None,
-    interleaved: bool = False,
-    weight_offset: float = 0.0,
-    rounding: str = "hf",
-) -> tuple[Tensor, Tensor]:
-    check = _check("qk_norm_rotary", q, k, q_weight, k_weight, cos, sin, eps, positions, weight_offset, rounding)
-    return check.new_empty(q, q.shape), check.new_empty(k, k.shape)
-
-
-# Which memory overlaps, and which positions are out of range, only the kernel can see.
-@torch.library.register_fake("qops::qk_norm_rotary_")
-def _(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    positions: Tensor | None = None,
-    interleaved: bool = False,
-    weight_offset: float = 0.0,
-    rounding: str = "hf",
-) -> None:
-    _check("qk_norm_rotary_", q, k, q_weight, k_weight, cos, sin, eps, positions, weight_offset, rounding)
+    return results

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_int8_rows, check_static_scale, new_int8_rows, outputs, refuse_grad
+from qops.ops._checks import Checker, Result, Results, check_static_scale, fake, int8_rows, outputs, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 def quantize_int8(x: Tensor, rule: str = "127", *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -203,59 +209,58 @@ def quantize_int8_static_ref(x: Tensor, scale: Tensor, zero_point: Tensor | None
     return shifted.clamp(-128, 127).to(torch.int8)
 
 
-def _check(op: str, x: Tensor) -> Checker:
-    check = Checker(op)
-    check.tensors({"x": x})
+def cases_of_quantize_int8(run: Run) -> None:
+    from qops._check_cases import RULES, activations
+
+    for x, rule in activations(run, RULES):
+        results = run.rows(partial(quantize_int8, rule=rule), x)
+        run.same(results, quantize_int8_ref(x, rule), "the contract's operations")
+
+
+def cases_of_quantize_int8_asym(run: Run) -> None:
+    from qops._check_cases import activations
+
+    for (x,) in activations(run):
+        results = run.rows(quantize_int8_asym, x)
+        run.same(results, quantize_int8_asym_ref(x), "the contract's operations")
+
+
+def cases_of_quantize_int8_static(run: Run) -> None:
+    from qops._check_cases import activations
+
+    scale = torch.tensor(0.037)
+    for x, zero_point in activations(run, ("", -7)):
+        zero = torch.tensor(zero_point, dtype=torch.int32) if zero_point else None
+        static = {"scale": run.there(scale), "zero_point": run.there(zero)}
+        results = run.rows(partial(quantize_int8_static, **static), x)
+        run.same(results, quantize_int8_static_ref(x, scale, zero), "the contract's operations")
+
+
+def _check_x(check: Checker, x: Tensor) -> None:
     check.float_dtype(x, "x")
     check.at_least_1d(x, "x")
     check.dense_last_dim(x, "x")
     check.rows(x, "x")
-    return check
 
 
-def _check_static(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Checker:
-    check = _check("quantize_int8_static", x)
-    check.tensors({"x": x, "scale": scale}, {"zero_point": zero_point})
-    check_static_scale(check, x, scale=scale, zero_point=zero_point)
-    return check
-
-
-# Which memory overlaps, and the value of a scale, only the kernel can see.
-@torch.library.register_fake("qops::quantize_int8")
-def _(x: Tensor, rule: str = "127") -> tuple[Tensor, Tensor]:
-    check = _check("quantize_int8", x)
+@fake("quantize_int8")
+def _(check: Checker, x: Tensor, rule: str = "127", q: Tensor | None = None, scale: Tensor | None = None) -> Results:
+    _check_x(check, x)
     check.quantize_rule(rule)
-    return new_int8_rows(check, x, x.shape[-1])
+    return check.results(x, *int8_rows(x, x.shape[-1], q, scale))
 
 
-@torch.library.register_fake("qops::quantize_int8.out")
-def _(x: Tensor, rule: str = "127", *, q: Tensor, scale: Tensor) -> None:
-    check = _check("quantize_int8", x)
-    check.quantize_rule(rule)
-    check_int8_rows(check, q, scale, x, x.shape[-1])
+@fake("quantize_int8_asym")
+def _(
+    check: Checker, x: Tensor, q: Tensor | None = None, scale: Tensor | None = None, zero_point: Tensor | None = None
+) -> Results:
+    _check_x(check, x)
+    zeros = Result("zero_point", zero_point, "[...]", x.shape[:-1], torch.int32)
+    return check.results(x, *int8_rows(x, x.shape[-1], q, scale), zeros)
 
 
-@torch.library.register_fake("qops::quantize_int8_asym")
-def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check = _check("quantize_int8_asym", x)
-    return *new_int8_rows(check, x, x.shape[-1]), check.new_empty(x, x.shape[:-1], torch.int32)
-
-
-@torch.library.register_fake("qops::quantize_int8_asym.out")
-def _(x: Tensor, *, q: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-    check = _check("quantize_int8_asym", x)
-    check.tensors({"x": x, "zero_point": zero_point})
-    check.output(zero_point, "zero_point", torch.int32, "[...]", x.shape[:-1])
-    check_int8_rows(check, q, scale, x, x.shape[-1])
-
-
-@torch.library.register_fake("qops::quantize_int8_static")
-def _(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    return _check_static(x, scale, zero_point).new_empty(x, x.shape, torch.int8)
-
-
-@torch.library.register_fake("qops::quantize_int8_static.out")
-def _(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, q: Tensor) -> None:
-    check = _check_static(x, scale, zero_point)
-    check.tensors({"x": x, "q": q})
-    check.output(q, "q", torch.int8, "[..., K]", x.shape)
+@fake("quantize_int8_static")
+def _(check: Checker, x: Tensor, scale: Tensor, zero_point: Tensor | None = None, q: Tensor | None = None) -> Results:
+    _check_x(check, x)
+    check_static_scale(check, scale=scale, zero_point=zero_point)
+    return check.results(x, Result("q", q, "[..., K]", x.shape, torch.int8))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_rms_norm, check_second, outputs, refuse_grad
+from qops.ops._checks import Checker, Result, Results, check_rms_norm, check_second, fake, outputs, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 def rms_norm(
@@ -121,50 +127,60 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float 
     return normed * (weight.double() + weight_offset)
 
 
-@torch.library.register_fake("qops::rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf") -> Tensor:
-    check = Checker("rms_norm")
-    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
-    return check.new_empty(x, x.shape)
+def cases_of_rms_norm(run: Run) -> None:
+    from qops._check_cases import EPS, norms
+    from qops._numerics import rms_norm_bound, rms_norm_exact
+
+    for x, weight, style in norms(run):
+        w = run.there(weight)
+        (y,) = run.rows(partial(rms_norm, weight=w, eps=EPS, **style), x)
+        run.same(y, rms_norm_exact(x, weight, EPS, **style), "the contract's operations")
+        offset, bound = style["weight_offset"], rms_norm_bound(x, weight, EPS, **style)
+        run.within(y, rms_norm_ref(x, weight, EPS, weight_offset=offset, rounding="fp32"), bound)
+        z = run.there(x).clone()
+        run.same(rms_norm(z, w, EPS, **style, out=z), y, "in place")
 
 
-# Which memory overlaps, only the kernel can see.
-@torch.library.register_fake("qops::rms_norm.out")
-def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf", *, out: Tensor) -> None:
-    check = Checker("rms_norm")
-    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
-    check.tensors({"x": x, "out": out})
-    check.output(out, "out", x.dtype, "[..., H]", x.shape)
+def cases_of_add_rms_norm(run: Run) -> None:
+    from qops._check_cases import EPS, norms
+    from qops._numerics import rms_norm_exact
+
+    for x, weight, style in norms(run):
+        w, residual = run.there(weight), run.random(*x.shape, dtype=x.dtype)
+        z = x + residual
+        results = run.rows(partial(add_rms_norm, weight=w, eps=EPS, **style), x, residual)
+        run.same(results, (rms_norm_exact(z, weight, EPS, **style), z), "x + residual, and rms_norm of it")
+        a, b = run.there(x).clone(), run.there(residual).clone()
+        run.same(add_rms_norm(a, b, w, EPS, **style, out=(a, b)), results, "in place")
 
 
-def _check_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float, rounding: str) -> Checker:
-    check = Checker("add_rms_norm")
-    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
-    check_second(check, residual, "residual", x, "x")
-    return check
-
-
-@torch.library.register_fake("qops::add_rms_norm")
+@fake("rms_norm")
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf"
-) -> tuple[Tensor, Tensor]:
-    check = _check_add(x, residual, weight, eps, weight_offset, rounding)
-    return check.new_empty(x, x.shape), check.new_empty(x, x.shape)
+    check: Checker,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    out: Tensor | None = None,
+) -> Results:
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
+    return check.results(x, Result("out", out, "[..., H]", x.shape, x.dtype))
 
 
-@torch.library.register_fake("qops::add_rms_norm.out")
+@fake("add_rms_norm")
 def _(
+    check: Checker,
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
     eps: float,
     weight_offset: float = 0.0,
     rounding: str = "hf",
-    *,
-    y: Tensor,
-    residual_out: Tensor,
-) -> None:
-    check = _check_add(x, residual, weight, eps, weight_offset, rounding)
-    check.tensors({"x": x, "y": y, "residual_out": residual_out})
-    check.output(y, "y", x.dtype, "[..., H]", x.shape)
-    check.output(residual_out, "residual_out", x.dtype, "[..., H]", x.shape)
+    y: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> Results:
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
+    check_second(check, residual, "residual", x, "x")
+    rows = "[..., H]", x.shape, x.dtype
+    return check.results(x, Result("y", y, *rows), Result("residual_out", residual_out, *rows))

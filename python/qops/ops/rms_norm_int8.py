@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_int8_rows, check_rms_norm, check_second, new_int8_rows, outputs, refuse_grad
+from qops.ops._checks import (
+    Checker,
+    Result,
+    Results,
+    check_rms_norm,
+    check_second,
+    fake,
+    int8_rows,
+    outputs,
+    refuse_grad,
+)
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 def rms_norm_int8(
@@ -111,40 +127,51 @@ def add_rms_norm_int8(
     return out
 
 
-def _check(op: str, x: Tensor, weight: Tensor, eps: float, weight_offset: float, rounding: str, rule: str) -> Checker:
-    check = Checker(op)
+def cases_of_rms_norm_int8(run: Run) -> None:
+    from qops._check_cases import EPS, RULES, norms
+    from qops._numerics import rms_norm_exact
+    from qops.ops.quantize_int8 import quantize_int8_ref
+
+    for index, (x, weight, style) in enumerate(norms(run)):
+        w, rule = run.there(weight), RULES[index % 3]
+        results = run.rows(partial(rms_norm_int8, weight=w, eps=EPS, rule=rule, **style), x)
+        want = quantize_int8_ref(rms_norm_exact(x, weight, EPS, **style), rule)
+        run.same(results, want, f"rms_norm, then quantize_int8 by {rule}")
+
+
+def cases_of_add_rms_norm_int8(run: Run) -> None:
+    from qops._check_cases import EPS, RULES, norms
+    from qops._numerics import rms_norm_exact
+    from qops.ops.quantize_int8 import quantize_int8_ref
+
+    for index, (x, weight, style) in enumerate(norms(run)):
+        w, rule, residual = run.there(weight), RULES[index % 3], run.random(*x.shape, dtype=x.dtype)
+        z = x + residual
+        results = run.rows(partial(add_rms_norm_int8, weight=w, eps=EPS, rule=rule, **style), x, residual)
+        want = (*quantize_int8_ref(rms_norm_exact(z, weight, EPS, **style), rule), z)
+        run.same(results, want, f"x + residual, rms_norm, then quantize_int8 by {rule}")
+
+
+@fake("rms_norm_int8")
+def _(
+    check: Checker,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    rule: str = "127",
+    q: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Results:
     check_rms_norm(check, x, weight, eps, weight_offset, rounding)
     check.quantize_rule(rule)
-    return check
+    return check.results(x, *int8_rows(x, x.shape[-1], q, scale))
 
 
-# Which memory overlaps, only the kernel can see.
-@torch.library.register_fake("qops::rms_norm_int8")
+@fake("add_rms_norm_int8")
 def _(
-    x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, rounding: str = "hf", rule: str = "127"
-) -> tuple[Tensor, Tensor]:
-    check = _check("rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
-    return new_int8_rows(check, x, x.shape[-1])
-
-
-@torch.library.register_fake("qops::rms_norm_int8.out")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    weight_offset: float = 0.0,
-    rounding: str = "hf",
-    rule: str = "127",
-    *,
-    q: Tensor,
-    scale: Tensor,
-) -> None:
-    check = _check("rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
-    check_int8_rows(check, q, scale, x, x.shape[-1])
-
-
-@torch.library.register_fake("qops::add_rms_norm_int8")
-def _(
+    check: Checker,
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -152,28 +179,12 @@ def _(
     weight_offset: float = 0.0,
     rounding: str = "hf",
     rule: str = "127",
-) -> tuple[Tensor, Tensor, Tensor]:
-    check = _check("add_rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
+    q: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> Results:
+    check_rms_norm(check, x, weight, eps, weight_offset, rounding)
+    check.quantize_rule(rule)
     check_second(check, residual, "residual", x, "x")
-    return *new_int8_rows(check, x, x.shape[-1]), check.new_empty(x, x.shape)
-
-
-@torch.library.register_fake("qops::add_rms_norm_int8.out")
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    weight_offset: float = 0.0,
-    rounding: str = "hf",
-    rule: str = "127",
-    *,
-    q: Tensor,
-    scale: Tensor,
-    residual_out: Tensor,
-) -> None:
-    check = _check("add_rms_norm_int8", x, weight, eps, weight_offset, rounding, rule)
-    check_second(check, residual, "residual", x, "x")
-    check.tensors({"x": x, "residual_out": residual_out})
-    check.output(residual_out, "residual_out", x.dtype, "[..., H]", x.shape)
-    check_int8_rows(check, q, scale, x, x.shape[-1])
+    z = Result("residual_out", residual_out, "[..., H]", x.shape, x.dtype)
+    return check.results(x, *int8_rows(x, x.shape[-1], q, scale), z)

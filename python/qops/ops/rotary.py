@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_rotary, refuse_grad
+from qops.ops._checks import Checker, Results, check_rotary, fake, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
 def rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Rotates pairs of elements of every head of q and k by the angles of its token's position.
 
@@ -58,7 +64,7 @@ def rotary(
 
 
 def rotary_(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, interleaved: bool = False
 ) -> None:
     """:func:`rotary` in place: ``q`` and ``k`` hold the result, bit for bit; it allocates no tensor.
 
@@ -109,18 +115,29 @@ def rotary_ref(
     return torch.cat((rotated, x[..., r:]), dim=-1)
 
 
-@torch.library.register_fake("qops::rotary")
-def _(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
-) -> tuple[Tensor, Tensor]:
-    check = Checker("rotary")
-    check_rotary(check, q, k, cos, sin, positions)
-    return check.new_empty(q, q.shape), check.new_empty(k, k.shape)
+def cases_of_rotary(run: Run, in_place: Callable[..., None] | None = None) -> None:
+    from qops._check_cases import heads, turned
+    from qops._numerics import rotary_bound, rotary_exact
+
+    for qkv, how in heads(run):
+        results = turned(run, rotary, in_place, qkv, **how)
+        for y, x in zip(results, (qkv[:, :2], qkv[:, 2:3]), strict=True):
+            run.same(y, rotary_exact(x, **how), "the contract's operations")
+            run.within(y, rotary_ref(x, **how), rotary_bound(x, **how))
 
 
-# Which memory overlaps, and which positions are out of range, only the kernel can see.
-@torch.library.register_fake("qops::rotary_")
+def cases_of_rotary_(run: Run) -> None:
+    cases_of_rotary(run, rotary_)
+
+
+@fake("rotary", "rotary_")
 def _(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
-) -> None:
-    check_rotary(Checker("rotary_"), q, k, cos, sin, positions)
+    check: Checker,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+) -> Results:
+    return check_rotary(check, q, k, cos, sin, positions)

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING, overload
+
 import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, check_int8_rows, check_silu_mul, new_int8_rows, outputs, refuse_grad
+from qops.ops._checks import Checker, Results, check_silu_mul, fake, gate_and_up, int8_rows, outputs, refuse_grad
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 
+@overload
 def silu_mul_int8(
-    gate: Tensor,
-    up: Tensor | None = None,
+    gate_up: Tensor, *, rounding: str = "hf", rule: str = "127", out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def silu_mul_int8(
+    gate: Tensor, up: Tensor, *, rounding: str = "hf", rule: str = "127", out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]: ...
+def silu_mul_int8(  # pyright: ignore[reportInconsistentOverload]: by position or by name
+    first: Tensor | None = None,
+    second: Tensor | None = None,
     /,
     *,
+    gate_up: Tensor | None = None,
+    gate: Tensor | None = None,
+    up: Tensor | None = None,
     rounding: str = "hf",
     rule: str = "127",
     out: tuple[Tensor, Tensor] | None = None,
@@ -23,9 +40,10 @@ def silu_mul_int8(
     Takes ``silu_mul_int8(gate_up)`` or ``silu_mul_int8(gate, up)``; one pass over memory instead of two.
 
     Args:
-        gate: float32, float16 or bfloat16 ``[..., I]``; without ``up`` it is the merged ``gate_up [..., 2 I]``, gate
-            first. Any leading dimensions and strides, last dimension dense.
-        up: same dtype and shape as ``gate``, own strides.
+        first, second: what follows, by position: one is ``gate_up``, two are ``gate`` and ``up``.
+        gate_up: both merged, float32, float16 or bfloat16 ``[..., 2 I]``, gate first. Any leading dimensions and
+            strides, last dimension dense.
+        gate, up: or apart, each ``[..., I]``, of one dtype and shape, with strides of their own, else the same.
         rounding: ``"hf"`` or ``"fp32"``, as in :func:`qops.silu_mul`.
         rule: ``"127"``, ``"compressed-tensors"`` or ``"torchao"``, as in :func:`qops.quantize_int8`.
         out: ``(q, scale)`` to write to, contiguous, sharing no memory with the inputs; default: new tensors.
@@ -35,9 +53,10 @@ def silu_mul_int8(
 
     Numerics:
         Bit for bit those of :func:`qops.silu_mul` followed by :func:`qops.quantize_int8`: the product is rounded to the
-        dtype of ``gate`` before it is quantised.
+        dtype of the inputs before it is quantised.
 
     Raises:
+        TypeError: the tensors are neither ``gate_up`` alone nor ``gate`` and ``up``.
         ValueError: shapes, strides, ``rounding`` or ``rule`` do not fit; ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
@@ -49,47 +68,45 @@ def silu_mul_int8(
         >>> q
         tensor([127, -47], dtype=torch.int8)
     """
-    refuse_grad("silu_mul_int8", gate=gate, up=up)
+    if first is None or gate_up is not None or gate is not None or up is not None:
+        first, second = gate_and_up("silu_mul_int8", first, second, gate_up, gate, up)
+    refuse_grad("silu_mul_int8", gate=first, up=second)
     op = torch.ops.qops.silu_mul_int8
     if out is None:
-        return op.default(gate, rounding, rule) if up is None else op.gate_up(gate, up, rounding, rule)
+        return op.default(first, rounding, rule) if second is None else op.apart(first, second, rounding, rule)
     q, scale = outputs("silu_mul_int8", out, "q", "scale")
-    if up is None:
-        op.out(gate, rounding, rule, q=q, scale=scale)
+    if second is None:
+        op.out(first, rounding, rule, q=q, scale=scale)
     else:
-        op.gate_up_out(gate, up, rounding, rule, q=q, scale=scale)
+        op.apart_out(first, second, rounding, rule, q=q, scale=scale)
     return out
 
 
-def _check(gate: dict[str, Tensor], rounding: str, rule: str) -> tuple[Checker, int]:
-    """gate_up alone, or gate and up."""
-    check = Checker("silu_mul_int8")
-    check.tensors(gate)
-    columns = check_silu_mul(check, *gate.values(), rounding=rounding)
+def cases_of_silu_mul_int8(run: Run) -> None:
+    from qops._check_cases import RULES, activations
+    from qops.ops.quantize_int8 import quantize_int8_ref
+    from qops.ops.silu_mul import silu_mul
+
+    for x, rounding, rule in activations(run, ("hf", "fp32"), RULES):
+        call = partial(silu_mul_int8, rounding=rounding, rule=rule)
+        gate_up = torch.cat((x, run.random(*x.shape, dtype=x.dtype)), dim=-1)
+        results = run.rows(call, gate_up)
+        run.same(run.rows(call, *gate_up.chunk(2, dim=-1)), results, "gate and up apart")
+        y = silu_mul(run.there(gate_up), rounding=rounding).cpu()
+        run.same(results, quantize_int8_ref(y, rule), "silu_mul, then quantize_int8")
+
+
+@fake("silu_mul_int8")
+def _(
+    check: Checker,
+    gate_up: Tensor | None = None,
+    gate: Tensor | None = None,
+    up: Tensor | None = None,
+    rounding: str = "hf",
+    rule: str = "127",
+    q: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Results:
+    like, sizes = check_silu_mul(check, gate_up, gate, up, rounding)
     check.quantize_rule(rule)
-    return check, columns
-
-
-# Which memory overlaps, only the kernel can see.
-@torch.library.register_fake("qops::silu_mul_int8")
-def _(gate_up: Tensor, rounding: str = "hf", rule: str = "127") -> tuple[Tensor, Tensor]:
-    check, columns = _check({"gate_up": gate_up}, rounding, rule)
-    return new_int8_rows(check, gate_up, columns)
-
-
-@torch.library.register_fake("qops::silu_mul_int8.gate_up")
-def _(gate: Tensor, up: Tensor, rounding: str = "hf", rule: str = "127") -> tuple[Tensor, Tensor]:
-    check, columns = _check({"gate": gate, "up": up}, rounding, rule)
-    return new_int8_rows(check, gate, columns)
-
-
-@torch.library.register_fake("qops::silu_mul_int8.out")
-def _(gate_up: Tensor, rounding: str = "hf", rule: str = "127", *, q: Tensor, scale: Tensor) -> None:
-    check, columns = _check({"gate_up": gate_up}, rounding, rule)
-    check_int8_rows(check, q, scale, gate_up, columns)
-
-
-@torch.library.register_fake("qops::silu_mul_int8.gate_up_out")
-def _(gate: Tensor, up: Tensor, rounding: str = "hf", rule: str = "127", *, q: Tensor, scale: Tensor) -> None:
-    check, columns = _check({"gate": gate, "up": up}, rounding, rule)
-    check_int8_rows(check, q, scale, gate, columns)
+    return check.results(like, *int8_rows(like, sizes[-1], q, scale))

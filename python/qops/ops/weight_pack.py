@@ -7,21 +7,64 @@ Int8Weight call them. check_layout stands in exported models alone, before each 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from qops import _native as _native
-from qops.ops._checks import STRIP_ROWS, Checker, column_step, layout_of, stored_columns, strips_of
+from qops._layout import STRIP_ROWS, column_step, layout_of, stored_columns, strips_of
+from qops.ops._checks import Checker, Results, fake
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
 
 # It has no result, for which a graph would drop it.
 has_side_effect(torch.ops.qops.check_layout.default)
 
 
-def _pack(op: str, qweight: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
-    codes = 8 // bits
-    check = Checker(op)
-    check.tensors({"qweight": qweight})
+def cases_of_check_layout(run: Run) -> None:
+    check, packed = torch.ops.qops.check_layout.default, run.there(torch.zeros(1, 1024, dtype=torch.uint8))
+    here = layout_of(run.device)
+    run.begin(f"layout {here}")
+    check(packed, here)
+    for other in ("cpu 0", "cuda 0", ""):
+        run.begin(f"layout {other!r}")
+        try:
+            check(packed, other)
+        except ValueError:
+            continue
+        raise AssertionError(f"another layout than {here!r} must be refused")
+
+
+def _cases(run: Run, bits: int) -> None:
+    from qops._check_cases import WEIGHTS
+
+    pack, unpack = (getattr(torch.ops.qops, f"int{bits}_{name}").default for name in ("pack", "unpack"))
+    for n, k, _ in WEIGHTS:
+        run.begin(f"N = {n}, K = {k}")
+        low, high, dtype = (0, 256, torch.uint8) if bits == 4 else (-128, 128, torch.int8)
+        codes = run.integers(low, high, n, k * bits // 8, dtype=dtype)
+        packed = pack(run.there(codes))
+        run.keep(packed)
+        run.same(unpack(packed, n)[:, : codes.shape[1]], codes, "what was packed, unpacked")
+
+
+def cases_of_int4_pack(run: Run) -> None:
+    _cases(run, 4)
+
+
+def cases_of_int8_pack(run: Run) -> None:
+    _cases(run, 8)
+
+
+cases_of_int4_unpack, cases_of_int8_unpack = cases_of_int4_pack, cases_of_int8_pack
+
+
+@fake("int4_pack", "int8_pack")
+def _(check: Checker, qweight: Tensor) -> Results:
+    dtype, codes = (torch.uint8, 2) if check.op == "int4_pack" else (torch.int8, 1)
     check.dtype(qweight, "qweight", dtype)
     check.require(qweight.dim() == 2, "qweight", "have 2 dimensions", lambda: str(qweight.dim()))
     n, elements = qweight.shape
@@ -33,9 +76,9 @@ def _pack(op: str, qweight: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
     return check.new_empty(qweight, (strips_of(n), stored_columns(k, qweight.device) // codes * STRIP_ROWS))
 
 
-def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, bits: int) -> Tensor:
-    check = Checker(op)
-    check.tensors({"packed": packed})
+@fake("int4_unpack", "int8_unpack")
+def _(check: Checker, packed: Tensor, out_features: int) -> Results:
+    dtype, codes = (torch.uint8, 2) if check.op == "int4_unpack" else (torch.int8, 1)
     check.dtype(packed, "packed", dtype)
     check.require(packed.dim() == 2, "packed", "have 2 dimensions", lambda: str(packed.dim()))
     ok = out_features >= 0 and out_features % 8 == 0
@@ -43,37 +86,15 @@ def _unpack(op: str, packed: Tensor, out_features: int, dtype: torch.dtype, bits
     strips = strips_of(out_features)
     requirement = f"have ceil(out_features / 16) = {strips} strips"
     check.require(packed.shape[0] == strips, "packed", requirement, lambda: str(packed.shape[0]))
-    row = column_step(packed.device) * bits // 8 * STRIP_ROWS
+    row = column_step(packed.device) // codes * STRIP_ROWS
     requirement = f"have strips of a multiple of {row}"
     check.require(packed.shape[1] % row == 0, "packed", requirement, lambda: str(packed.shape[1]))
     check.contiguous(packed, "packed")
     return check.new_empty(packed, (out_features, packed.shape[1] // STRIP_ROWS))
 
 
-@torch.library.register_fake("qops::int4_pack")
-def _(qweight: Tensor) -> Tensor:
-    return _pack("int4_pack", qweight, torch.uint8, 4)
-
-
-@torch.library.register_fake("qops::int4_unpack")
-def _(packed: Tensor, out_features: int) -> Tensor:
-    return _unpack("int4_unpack", packed, out_features, torch.uint8, 4)
-
-
-@torch.library.register_fake("qops::int8_pack")
-def _(qweight: Tensor) -> Tensor:
-    return _pack("int8_pack", qweight, torch.int8, 8)
-
-
-@torch.library.register_fake("qops::int8_unpack")
-def _(packed: Tensor, out_features: int) -> Tensor:
-    return _unpack("int8_unpack", packed, out_features, torch.int8, 8)
-
-
-@torch.library.register_fake("qops::check_layout")
-def _(packed: Tensor, layout: str) -> None:
+@fake("check_layout")
+def _(check: Checker, packed: Tensor, layout: str) -> None:
     here = layout_of(packed.device)
     requirement = f"be '{here}', as weights are packed on this device by this build"
-    Checker("check_layout").require(
-        layout == here, "layout", requirement, lambda: f"'{layout}': export the model again"
-    )
+    check.require(layout == here, "layout", requirement, lambda: f"'{layout}': export the model again")

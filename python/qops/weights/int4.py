@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qops import _layout
 from qops._layout import group_count
-from qops.ops import _checks
 from qops.ops._checks import INT4_KINDS
 from qops.weights import gguf
 from qops.weights.requirements import (
@@ -56,7 +56,7 @@ class Int4Weight(QuantizedWeight):
         kind: one of ``KINDS``.
         scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
         act_order: whether there is a ``perm``.
-        gate_up: whether the strips mix gate and up, as :meth:`interleave_gate_up` says.
+        mixed_gate_up: whether the strips mix gate and up, as :meth:`mix_gate_up` says.
         device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
 
     Raises:
@@ -80,10 +80,10 @@ class Int4Weight(QuantizedWeight):
         *,
         scale_dtype: torch.dtype,
         act_order: bool = False,
-        gate_up: bool = False,
+        mixed_gate_up: bool = False,
         device: torch.device | str | None = None,
     ):
-        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, gate_up)
+        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, mixed_gate_up)
         self._hold_placeholder(device)
 
     @classmethod
@@ -280,9 +280,9 @@ class Int4Weight(QuantizedWeight):
         scale_dtype: torch.dtype,
         kind: str = "symmetric",
         act_order: bool = False,
-        gate_up: bool = False,
+        mixed_gate_up: bool = False,
     ) -> None:
-        super()._configure(in_features, out_features, group_size, scale_dtype, gate_up)
+        super()._configure(in_features, out_features, group_size, scale_dtype, mixed_gate_up)
         self._require_kind(kind)
         self.kind = kind
         self.act_order = act_order
@@ -320,7 +320,7 @@ class Int4Weight(QuantizedWeight):
 
     @staticmethod
     def _pairs_rows(device: torch.device) -> bool:
-        return _checks.has_gpu_layout(device)
+        return _layout.has_gpu_layout(device)
 
     def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
         qweight = rows["qweight"]

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qops._layout import group_count
-from qops.ops import _checks
-from qops.ops._checks import STRIP_ROWS, strips_of
+from qops import _layout
+from qops._layout import STRIP_ROWS, group_count, strips_of
 from qops.weights import gguf
 from qops.weights.requirements import (
     dtype_name,
@@ -41,7 +40,7 @@ class Int8Weight(QuantizedWeight):
         out_features: N, a multiple of 8.
         group_size: G, a multiple of 16 that divides K; -1 (or K) for one group per row.
         scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
-        gate_up: whether the strips mix gate and up, as :meth:`interleave_gate_up` says.
+        mixed_gate_up: whether the strips mix gate and up, as :meth:`mix_gate_up` says.
         device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
 
     Raises:
@@ -56,10 +55,10 @@ class Int8Weight(QuantizedWeight):
         group_size: int = -1,
         *,
         scale_dtype: torch.dtype,
-        gate_up: bool = False,
+        mixed_gate_up: bool = False,
         device: torch.device | str | None = None,
     ):
-        self._configure(in_features, out_features, group_size, scale_dtype, gate_up)
+        self._configure(in_features, out_features, group_size, scale_dtype, mixed_gate_up)
         self._hold_placeholder(device)
 
     @classmethod
@@ -185,14 +184,14 @@ class Int8Weight(QuantizedWeight):
         n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
         ids = ids.long()
         inside, row = (ids >= 0) & (ids < n), ids
-        if self.is_packed and self.gate_up:
+        if self.is_packed and self.mixed_gate_up:
             half = max(n // 2, 1)
             row = ids % half // 8 * STRIP_ROWS + ids // half * 8 + ids % 8
         # An id out of range, the padding rows' too, becomes a strip that does not exist, so that indexing itself
         # refuses it: no look at the values, which would break the graph or wait for a GPU.
         strip = torch.where(inside, row // STRIP_ROWS, strips)
         lane = row % STRIP_ROWS
-        if self.is_packed and _checks.has_gpu_layout(self.device):
+        if self.is_packed and _layout.has_gpu_layout(self.device):
             # A row is four lanes of one half of their registers: blocks of 32 columns, four columns of each lane.
             words = self.packed.view(strips, -1, STRIP_ROWS // 2, 4, 2, 2, 4)[strip, :, lane % 8, :, :, lane // 8]
             qweight = words.transpose(-3, -2).flatten(-4)[..., :k]

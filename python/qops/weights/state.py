@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qops._layout import chunk_rows, group_count, into_strips, out_of_strips
-from qops.ops._checks import STRIP_ROWS, layout_of, strips_of
+from qops._layout import STRIP_ROWS, chunk_rows, group_count, into_strips, layout_of, out_of_strips, strips_of
 from qops.weights.requirements import (
     dtype_name,
     moved,
@@ -45,7 +44,7 @@ class QuantizedWeight(nn.Module):
     """How codes become numbers, where there are several ways."""
     act_order: bool = False
     """Whether stored columns are in another order than those of w, ``perm``."""
-    gate_up: bool
+    mixed_gate_up: bool
     """Whether the packed strips mix the rows of gate and up; the canonical tensors never do."""
     qweight: Tensor
     packed: Tensor
@@ -55,7 +54,12 @@ class QuantizedWeight(nn.Module):
     perm: Tensor
 
     def _configure(
-        self, in_features: int, out_features: int, group_size: int, scale_dtype: torch.dtype, gate_up: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        scale_dtype: torch.dtype,
+        mixed_gate_up: bool = False,
     ) -> None:
         """Everything but the buffers."""
         super().__init__()
@@ -64,19 +68,19 @@ class QuantizedWeight(nn.Module):
         out_features = require_int(name, "out_features", out_features)
         require_multiples_of_8(name, out_features, in_features)
         require_scale_dtype(name, scale_dtype)
-        if gate_up:
+        if mixed_gate_up:
             self._require_gate_up(out_features)
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = resolve_group_size(name, in_features, group_size)
         self.scale_dtype = scale_dtype
-        self.gate_up = gate_up
+        self.mixed_gate_up = mixed_gate_up
 
     # What a subclass defines -----------------------------------------------------------------------------------------
 
     def _config(self) -> dict[str, Any]:
         """Arguments of :meth:`_configure` for a weight like this one, out_features left out."""
-        return {**self._config_of_rows(), "gate_up": self.gate_up}
+        return {**self._config_of_rows(), "mixed_gate_up": self.mixed_gate_up}
 
     def _config_of_rows(self) -> dict[str, Any]:
         """The same for a weight of some rows of this one."""
@@ -155,7 +159,7 @@ class QuantizedWeight(nn.Module):
         return self
 
     @torch.no_grad()
-    def interleave_gate_up(self) -> Self:
+    def mix_gate_up(self) -> Self:
         """Makes the weight one for the matrix products with ``silu_mul=True``, in place.
 
         Its first N/2 rows are gate, the others up. Packed strips then take 8 rows of each, so that a kernel holds both
@@ -167,10 +171,10 @@ class QuantizedWeight(nn.Module):
         Raises:
             ValueError: N is no multiple of 16.
         """
-        if not self.gate_up:
+        if not self.mixed_gate_up:
             self._require_gate_up(self.out_features)
             packed, canonical = self.is_packed, self.canonical()
-            self.gate_up = True
+            self.mixed_gate_up = True
             self._hold(self._packed_from(canonical) if packed else canonical)
         return self
 
@@ -181,7 +185,7 @@ class QuantizedWeight(nn.Module):
 
     def _row_order(self, device: torch.device) -> Tensor | None:
         """The canonical row of each packed row; None where they are the same."""
-        if not self.gate_up:
+        if not self.mixed_gate_up:
             return None
         return torch.arange(self.out_features, device=device).view(2, -1, 8).transpose(0, 1).flatten()
 

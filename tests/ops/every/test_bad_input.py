@@ -45,11 +45,11 @@ SCALE = torch.ones(2)
         # One tensor on meta brings the call to the fake kernel, which gave an uninitialised result on the CPU.
         (ops.rms_norm, (ROW, meta(16), 1e-5), RuntimeError, "rms_norm: weight must be on cpu, got meta"),
         (ops.rms_norm, (meta(1, 16), WEIGHT, 1e-5), RuntimeError, "rms_norm: weight must be on meta, got cpu"),
-        (ops.silu_mul.gate_up, (ROW, meta(1, 16)), RuntimeError, "silu_mul: up must be on cpu, got meta"),
+        (ops.silu_mul.apart, (ROW, meta(1, 16)), RuntimeError, "silu_mul: up must be on cpu, got meta"),
         # None passes the dispatcher where a schema says Tensor.
         (ops.rms_norm, (None, WEIGHT, 1e-5), RuntimeError, "rms_norm: x must be a tensor, got None"),
-        (ops.silu_mul.gate_up, (ROW, None), RuntimeError, "silu_mul: up must be a tensor, got None"),
-        (ops.silu_mul_int8.gate_up, (None, ROW), RuntimeError, "silu_mul_int8: gate must be a tensor, got None"),
+        (ops.silu_mul.apart, (ROW, None), RuntimeError, "silu_mul: up must be a tensor, got None"),
+        (ops.silu_mul_int8.apart, (None, ROW), RuntimeError, "silu_mul_int8: gate must be a tensor, got None"),
         (ops.add_rms_norm_int8, (ROW, None, WEIGHT, 1e-5), RuntimeError, "residual must be a tensor, got None"),
         (ops.rms_norm, (ROW, WEIGHT, float("nan")), ValueError, "eps must be a float32 that is .*, got nan"),
         (ops.rms_norm, (ROW, WEIGHT, -1e-9), ValueError, "eps must be a float32 that is finite .*, got -1e-09"),

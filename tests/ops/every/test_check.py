@@ -6,6 +6,7 @@ import functools
 import itertools
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -194,7 +195,7 @@ def test_an_error_of_a_kernel_is_a_failure_of_its_case(monkeypatch, capsys):
     def rms_norm(*args: object, **more: object) -> None:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(qops, "rms_norm", rms_norm)
+    monkeypatch.setattr(sys.modules["qops.ops.rms_norm"], "rms_norm", rms_norm)
     assert main(["check", "--op", "rms_norm", "--at", HERE]) == 1
     report = lines_of(capsys.readouterr().out)
     assert report["what"] == "RuntimeError: no kernel image" and report["case"].startswith("float32, H = 1, ")

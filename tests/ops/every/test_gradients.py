@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qops
 from qops.testing import assert_bitwise
 from tests.support.properties.overloads import overloads, tensor_arguments, valid_calls
+from tests.support.properties.property_calls import Call
 
 OVERLOADS = overloads()
 # check_layout gives and writes nothing, so nothing is lost in it.
 del OVERLOADS["check_layout.default"]
+# What the public functions take out of a weight.
+WEIGHTS = ("packed", "scales", "zeros", "w_scale")
 X, WEIGHT = torch.linspace(-1, 1, 32).view(2, 16), torch.ones(16)
 
 
@@ -95,39 +98,19 @@ def test_tensors_of_inference_mode_pass_with_grad_mode_on():
     assert_bitwise(torch.ops.qops.rms_norm(x, WEIGHT, 1e-5), qops.rms_norm(X, WEIGHT, 1e-5))
 
 
-def functions() -> dict[str, Callable[[Tensor], Any]]:
-    int4, int8 = qops.Int4Weight.quantize(torch.eye(16), 16), qops.Int8Weight.quantize(torch.eye(16))
-    heads, table = torch.ones(2, 1, 1, 16), torch.ones(1, 8)
-    q, scale = qops.quantize_int8(X)
-    return {
-        "int4_gemm": lambda x: qops.int4_gemm(x, int4),
-        "int8_gemm": lambda x: qops.int8_gemm(q, scale, int8, residual=x, out_dtype=torch.float32),
-        "int8_weight_only_gemm": lambda x: qops.int8_weight_only_gemm(x, int8),
-        "quantize_int8": qops.quantize_int8,
-        "quantize_int8_asym": qops.quantize_int8_asym,
-        "quantize_int8_static": lambda x: qops.quantize_int8_static(x, torch.tensor(0.1)),
-        "rms_norm": lambda x: qops.rms_norm(x, WEIGHT, 1e-5),
-        "add_rms_norm": lambda x: qops.add_rms_norm(X, x, WEIGHT, 1e-5),
-        "rms_norm_int8": lambda x: qops.rms_norm_int8(x, WEIGHT, 1e-5),
-        "add_rms_norm_int8": lambda x: qops.add_rms_norm_int8(X, x, WEIGHT, 1e-5),
-        "rotary": lambda x: qops.rotary(x.view(2, 1, 1, 16), heads, table, table),
-        "rotary_": lambda x: qops.rotary_(heads.clone(), x.view(2, 1, 1, 16), table, table),
-        "qk_norm_rotary": lambda x: qops.qk_norm_rotary(heads, heads, WEIGHT, x[0], table, table, 1e-5),
-        "qk_norm_rotary_": lambda x: qops.qk_norm_rotary_(
-            heads.clone(), heads.clone(), x[1], WEIGHT, table, table, 0.0
-        ),
-        "silu_mul": qops.silu_mul,
-        "silu_mul_int8": qops.silu_mul_int8,
-    }
+# int4_dequantize takes a weight alone.
+FUNCTIONS = sorted({name.partition(".")[0] for name in OVERLOADS} & set(qops.__all__) - {"int4_dequantize"})
 
 
-FUNCTIONS = functions()
-
-
-def test_every_function_that_takes_floats_is_here():
-    # int4_dequantize takes a weight alone.
-    public = {name.partition(".")[0] for name in OVERLOADS} & set(qops.__all__)
-    assert public - {"int4_dequantize"} == set(FUNCTIONS)
+def typed_calls(op: str) -> Iterator[tuple[Call, str]]:
+    """A call of the public function for each of its float arguments, with the argument."""
+    seen: set[str] = set()
+    for call in valid_calls(f"{op}.default", 40):
+        for argument, tensor in call.tensors():
+            if call.typed is None or argument in (*seen, *WEIGHTS) or not tensor.is_floating_point():
+                continue
+            seen.add(argument)
+            yield call, argument
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -135,11 +118,20 @@ def test_every_function_that_takes_floats_is_here():
 def test_functions_refuse_tangents_with_and_without_grad_mode(name, grad_mode):
     """torch.no_grad() does not stop them."""
     text = rf"qops\.{name}: \w+ must not have a tangent, as qops has no forward-mode derivatives, got one"
+    calls = list(typed_calls(name))
+    assert calls
     with torch.set_grad_enabled(grad_mode):
-        with pytest.raises(RuntimeError, match=text):
-            torch.func.jvp(FUNCTIONS[name], (X,), (X,))
-        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=text):
-            FUNCTIONS[name](dual(X))
+        for call, argument in calls:
+
+            def function(t: Tensor, call: Call = call, argument: str = argument) -> object:
+                assert call.typed is not None
+                return call.typed({**call.arguments, argument: t})
+
+            t = call.arguments[argument].clone()
+            with pytest.raises(RuntimeError, match=text):
+                torch.func.jvp(function, (t,), (torch.ones_like(t),))
+            with forward_ad.dual_level(), pytest.raises(RuntimeError, match=text):
+                function(dual(t))
 
 
 def test_a_level_without_tangents_changes_nothing():

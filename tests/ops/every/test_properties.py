@@ -7,7 +7,6 @@ under the sanitizers, and how an operator comes into the table.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,34 +14,28 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 from qops.testing import assert_bitwise
-from tests.support.properties.property_calls import Call, check_call
+from tests.support.properties.overloads import STRATEGIES, overloads
+from tests.support.properties.property_calls import check_call
 from tests.support.properties.property_draws import Sampler
-from tests.support.properties.property_gemm import GEMM_OPS
-from tests.support.properties.property_rows import ROW_OPS
-from tests.support.properties.property_weights import WEIGHT_OPS
-
-OPS: dict[str, Callable[[Sampler], Call]] = ROW_OPS | GEMM_OPS | WEIGHT_OPS
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", STRATEGIES)
 @given(rng=st.randoms(use_true_random=False))
 def test_random_calls(op, rng):
     # Not from st.integers, which prefers small ones: three calls of four would be valid.
-    call = OPS[op](Sampler(rng.randint))
+    call = STRATEGIES[op](Sampler(rng.randint))
     note(str(call))
     check_call(call)
 
 
 def test_every_overload_is_drawn_valid_and_invalid():
-    registered = {name.removeprefix("qops::") for name in torch._C._dispatch_get_all_op_names() if "qops::" in name}
     drawn: dict[bool, set[str]] = {True: set(), False: set()}
-    for op, strategy in OPS.items():
+    for op, strategy in STRATEGIES.items():
         rng = random.Random(op)
         for _ in range(200):
             call = strategy(Sampler(rng.randint))
-            overload = "" if call.overload == "default" else f".{call.overload}"
-            drawn[not call.faults].add(f"{call.op}{overload}")
-    assert drawn == {True: registered, False: registered}
+            drawn[not call.faults].add(call.name)
+    assert drawn[True] == drawn[False] == set(overloads())
 
 
 def test_the_comparison_takes_any_strides():

@@ -65,7 +65,7 @@ def test_silu_mul(m, dtype):
     for seed, w, bias in cases(GATE_UP):
         x = activations(m, w.in_features, dtype, seed)
         want = qops.silu_mul(qops.int4_gemm(x, w, bias))
-        w.interleave_gate_up()
+        w.mix_gate_up()
         assert_bitwise(qops.int4_gemm(x, w, bias, silu_mul=True), want, str(w))
 
 
@@ -82,14 +82,14 @@ def test_static_int8(m, dtype):
 
 def test_values_that_are_not_finite():
     _, w = random_int4(32, 64, 32, "symmetric", scale_dtype=torch.float32)
-    gate_up = qops.Int4Weight.from_canonical(**w.canonical(), kind=w.kind).interleave_gate_up()
+    mixed = qops.Int4Weight.from_canonical(**w.canonical(), kind=w.kind).mix_gate_up()
     for dtype in FLOAT_DTYPES:
         x = random_activations(4, 64, dtype=dtype, seed=0)
         x[0, 3], x[1, 4] = float("nan"), float("inf")
         x[2] = torch.finfo(dtype).max
         y = qops.int4_gemm(x, w)
         assert_bitwise(qops.int4_gemm(x, w, residual=y), y + y, "residual")
-        assert_bitwise(qops.int4_gemm(x, gate_up, silu_mul=True), qops.silu_mul(y), "silu_mul")
+        assert_bitwise(qops.int4_gemm(x, mixed, silu_mul=True), qops.silu_mul(y), "silu_mul")
         assert_bitwise(qops.int4_gemm(x, w, out_scale=SCALE), qops.quantize_int8_static(y, SCALE), "int8")
         assert bool((qops.int4_gemm(x, w, out_scale=SCALE)[:2] == 0).all())
 
@@ -102,7 +102,7 @@ def test_each_rounding_is_there():
     residual = random_activations(33, 64, dtype=torch.bfloat16, seed=1)
     once = (exact + residual.double()).bfloat16()
     assert not torch.equal(qops.int4_gemm(x, w, residual=residual), once)
-    w.interleave_gate_up()
+    w.mix_gate_up()
     assert not torch.equal(qops.int4_gemm(x, w, silu_mul=True), int4_gemm_ref(x, w, silu_mul=True).bfloat16())
 
 
@@ -119,7 +119,7 @@ def test_accuracy_against_float64(dtype):
         gate, up, gate_error, up_error = (*y.chunk(2, dim=-1), *error.chunk(2, dim=-1))
         bound = silu_mul_bound(gate, up, dtype, gate_error=gate_error, up_error=up_error)
         ref = int4_gemm_ref(x, w, bias, silu_mul=True)
-        w.interleave_gate_up()
+        w.mix_gate_up()
         assert_within(qops.int4_gemm(x, w, bias, silu_mul=True), ref, bound, "silu_mul")
 
 
@@ -145,16 +145,16 @@ def epilogues(n: int, x: Tensor) -> dict[str, dict[str, Any]]:
 
 def weights() -> tuple[qops.Int4Weight, qops.Int4Weight]:
     _, w = random_int4(48, 64, 32, "zero_point", act_order=True)
-    return w, qops.Int4Weight.from_canonical(**w.canonical(), kind=w.kind).interleave_gate_up()
+    return w, qops.Int4Weight.from_canonical(**w.canonical(), kind=w.kind).mix_gate_up()
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_out(dtype):
-    plain, gate_up = weights()
+    plain, mixed = weights()
     for m in (0, 1, 5):
         x = strided_rows(random_activations(m, 64, dtype=dtype, seed=m))
         for name, extra in epilogues(48, x).items():
-            w = gate_up if name == "silu_mul" else plain
+            w = mixed if name == "silu_mul" else plain
             want = qops.int4_gemm(x, w, **extra)
             out = Guarded(torch.full_like(want, 77))
             assert qops.int4_gemm(x, w, **extra, out=out.tensor) is out.tensor
@@ -275,11 +275,15 @@ def test_values_of_the_output_scale(bad):
 
 
 def test_silu_mul_has_to_fit_the_weight():
-    plain, gate_up = weights()
+    plain, mixed = weights()
     x = torch.zeros(1, 64)
-    with pytest.raises(ValueError, match=r"qops\.int4_gemm: silu_mul must be True for a weight with gate_up = True"):
-        qops.int4_gemm(x, gate_up)
-    with pytest.raises(ValueError, match=r"qops\.int4_gemm: silu_mul must be False for a weight with gate_up = False"):
+    with pytest.raises(
+        ValueError, match=r"qops\.int4_gemm: silu_mul must be True for a weight with mixed_gate_up = True"
+    ):
+        qops.int4_gemm(x, mixed)
+    with pytest.raises(
+        ValueError, match=r"qops\.int4_gemm: silu_mul must be False for a weight with mixed_gate_up = False"
+    ):
         qops.int4_gemm(x, plain, silu_mul=True)
 
 
@@ -293,8 +297,8 @@ def test_grad_is_refused():
 @pytest.mark.parametrize("name", ("residual", "silu_mul", "out_scale"))
 def test_opcheck(name):
     with torch.inference_mode(False), torch.no_grad():
-        plain, gate_up = weights()
-        w = gate_up if name == "silu_mul" else plain
+        plain, mixed = weights()
+        w = mixed if name == "silu_mul" else plain
         x = random_activations(2, 3, 64, dtype=torch.bfloat16, seed=0)
         args = (x, w.packed, w.scales, w.zeros, w.perm, torch.zeros(48), 48, 32, 1, False)
         extra = {key: t.clone() if isinstance(t, Tensor) else t for key, t in epilogues(48, x)[name].items()}
@@ -305,11 +309,11 @@ def test_opcheck(name):
 
 def test_compile():
     torch._dynamo.reset()
-    plain, gate_up = weights()
+    plain, mixed = weights()
     _, down = random_int4(64, 24, 24, "symmetric")
 
     def mlp(x):
-        hidden = qops.int4_gemm(x, gate_up, silu_mul=True)
+        hidden = qops.int4_gemm(x, mixed, silu_mul=True)
         y = qops.int4_gemm(hidden, down, residual=x)
         return y, qops.int4_gemm(y, plain, out_scale=SCALE)
 

@@ -32,8 +32,8 @@ ROWS = (0, 1, 2, 5, 7, 13, 33)
 SCALE, ZERO_POINT = torch.tensor(0.05), torch.tensor(-7, dtype=torch.int32)
 
 
-def gate_up_of(w: qops.Int8Weight) -> qops.Int8Weight:
-    return qops.Int8Weight.from_canonical(**w.canonical()).interleave_gate_up()
+def mixed_rows_of(w: qops.Int8Weight) -> qops.Int8Weight:
+    return qops.Int8Weight.from_canonical(**w.canonical()).mix_gate_up()
 
 
 def cases(shapes: tuple[tuple[int, int], ...]):
@@ -62,7 +62,7 @@ def test_silu_mul(dtype):
     for what, w, q, scale, bias, zero_point in cases(GATE_UP):
         more: dict[str, Any] = {"zero_point": zero_point, "out_dtype": dtype}
         want = qops.silu_mul(qops.int8_gemm(q, scale, w, bias, **more))
-        assert_bitwise(qops.int8_gemm(q, scale, gate_up_of(w), bias, **more, silu_mul=True), want, what)
+        assert_bitwise(qops.int8_gemm(q, scale, mixed_rows_of(w), bias, **more, silu_mul=True), want, what)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -83,7 +83,7 @@ def test_special_values():
         y = qops.int8_gemm(q, scale, w, out_dtype=dtype)
         more: dict[str, Any] = {"out_dtype": dtype}
         assert_bitwise(qops.int8_gemm(q, scale, w, **more, residual=y), y + y, "residual")
-        assert_bitwise(qops.int8_gemm(q, scale, gate_up_of(w), **more, silu_mul=True), qops.silu_mul(y), "silu_mul")
+        assert_bitwise(qops.int8_gemm(q, scale, mixed_rows_of(w), **more, silu_mul=True), qops.silu_mul(y), "silu_mul")
         got = qops.int8_gemm(q, scale, w, **more, out_scale=SCALE)
         assert_bitwise(got, qops.quantize_int8_static(y, SCALE), "int8")
         assert bool((got[2] == 0).all())
@@ -96,7 +96,7 @@ def test_each_rounding_is_there():
     exact = int8_gemm_ref(q, scale, w)
     assert not torch.equal(qops.int8_gemm(q, scale, w, residual=residual), (exact + residual.double()).bfloat16())
     once = int8_gemm_ref(q, scale, w, silu_mul=True).bfloat16()
-    assert not torch.equal(qops.int8_gemm(q, scale, gate_up_of(w), silu_mul=True), once)
+    assert not torch.equal(qops.int8_gemm(q, scale, mixed_rows_of(w), silu_mul=True), once)
     codes = qops.quantize_int8_static(qops.int8_gemm(q, scale, w, out_dtype=torch.float32), SCALE)
     assert not torch.equal(qops.int8_gemm(q, scale, w, out_scale=SCALE), codes)
 
@@ -114,7 +114,7 @@ def test_accuracy_against_float64(dtype):
         gate, up, gate_error, up_error = (*y.chunk(2, dim=-1), *error.chunk(2, dim=-1))
         bound = silu_mul_bound(gate, up, dtype, gate_error=gate_error, up_error=up_error)
         ref = int8_gemm_ref(q, scale, w, silu_mul=True)
-        got = qops.int8_gemm(q, scale, gate_up_of(w), silu_mul=True, out_dtype=dtype)
+        got = qops.int8_gemm(q, scale, mixed_rows_of(w), silu_mul=True, out_dtype=dtype)
         assert_within(got, ref, bound, "silu_mul")
 
 
@@ -136,8 +136,8 @@ def test_rows_do_not_depend_on_batch_or_threads(threads):
 def test_a_weight_of_gate_and_up_is_the_same_weight():
     for n, k, group_size in ((32, 16, -1), (48, 64, 16), (160, 136, -1)):
         plain = qops.Int8Weight.quantize(torch.randn(n, k, generator=generator(n)), group_size)
-        mixed = gate_up_of(plain)
-        assert mixed.gate_up and not plain.gate_up and "gate_up=True" in repr(mixed)
+        mixed = mixed_rows_of(plain)
+        assert mixed.mixed_gate_up and not plain.mixed_gate_up and "mixed_gate_up=True" in repr(mixed)
         assert not torch.equal(mixed.packed, plain.packed)
         for name, tensor in plain.canonical().items():
             assert_bitwise(mixed.canonical()[name], tensor, name)
@@ -146,24 +146,28 @@ def test_a_weight_of_gate_and_up_is_the_same_weight():
         assert_bitwise(mixed.rows(ids), plain.rows(ids), "rows")
         with pytest.raises(IndexError):
             mixed.rows(torch.tensor([n]))
-        other = qops.Int8Weight(k, n, group_size, scale_dtype=torch.float32, gate_up=True)
+        other = qops.Int8Weight(k, n, group_size, scale_dtype=torch.float32, mixed_gate_up=True)
         other.load_state_dict(plain.state_dict())
         assert_bitwise(other.packed, mixed.packed, "loaded")
         gate, _ = mixed.split([n // 2, n // 2])
-        assert not gate.gate_up
+        assert not gate.mixed_gate_up
     with pytest.raises(ValueError, match=r"qops\.Int8Weight: N must be a multiple of 16, for gate and up, got 24"):
-        make_weight(24, 64, 0).interleave_gate_up()
+        make_weight(24, 64, 0).mix_gate_up()
 
 
 def test_silu_mul_has_to_fit_the_weight():
     plain, (q, scale, _) = make_weight(48, 64, 0), activations(1, 64, 0)
-    with pytest.raises(ValueError, match=r"qops\.int8_gemm: silu_mul must be True for a weight with gate_up = True"):
-        qops.int8_gemm(q, scale, gate_up_of(plain))
-    with pytest.raises(ValueError, match=r"qops\.int8_gemm: silu_mul must be False for a weight with gate_up = False"):
+    with pytest.raises(
+        ValueError, match=r"qops\.int8_gemm: silu_mul must be True for a weight with mixed_gate_up = True"
+    ):
+        qops.int8_gemm(q, scale, mixed_rows_of(plain))
+    with pytest.raises(
+        ValueError, match=r"qops\.int8_gemm: silu_mul must be False for a weight with mixed_gate_up = False"
+    ):
         qops.int8_gemm(q, scale, plain, silu_mul=True)
-    text = r"qops\.int8_weight_only_gemm: weight must have gate_up = False, got True"
+    text = r"qops\.int8_weight_only_gemm: weight must have mixed_gate_up = False, got True"
     with pytest.raises(ValueError, match=text):
-        qops.int8_weight_only_gemm(torch.zeros(1, 64), gate_up_of(plain))
+        qops.int8_weight_only_gemm(torch.zeros(1, 64), mixed_rows_of(plain))
 
 
 # --- outputs and errors ----------------------------------------------------------------------------------------------
@@ -183,7 +187,7 @@ def test_out(dtype):
     for m in (0, 1, 5, 18):
         q, scale, _ = activations(m, 64, m)
         for name, extra in epilogues(48, q, dtype).items():
-            w = gate_up_of(plain) if name == "silu_mul" else plain
+            w = mixed_rows_of(plain) if name == "silu_mul" else plain
             want = qops.int8_gemm(q, scale, w, **extra, out_dtype=dtype)
             out = Guarded(torch.full_like(want, 77))
             # Its dtype says what y is, but for int8.
@@ -319,10 +323,10 @@ def test_opcheck(name):
 
 def test_compile():
     torch._dynamo.reset()
-    gate_up, down = gate_up_of(make_weight(48, 64, 0)), make_weight(64, 24, 1)
+    mixed, down = mixed_rows_of(make_weight(48, 64, 0)), make_weight(64, 24, 1)
 
     def mlp(q, scale, stream):
-        hidden = qops.int8_gemm(q, scale, gate_up, silu_mul=True)
+        hidden = qops.int8_gemm(q, scale, mixed, silu_mul=True)
         codes = qops.int8_gemm(q, scale, down_in, out_scale=SCALE)
         return qops.int8_gemm(codes, scale, down, residual=stream), hidden
 

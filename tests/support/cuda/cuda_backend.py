@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import qops
-from qops.ops import _checks
+from qops import _layout
 from qops.testing import assert_bitwise
 
 POLICIES = {"fifo": 0, "random": 1, "prio": 2}
@@ -118,7 +118,7 @@ def gpu(backend: Backend) -> Iterator[None]:
     """Weights that are made in here are those of a GPU, and what uses them in here are its operators."""
     with pytest.MonkeyPatch.context() as patch:
         if backend.device == "cpu":
-            patch.setattr(_checks, "has_gpu_layout", lambda device: torch.device(device).type != "meta")
+            patch.setattr(_layout, "has_gpu_layout", lambda device: torch.device(device).type != "meta")
             for name in emulated_operators():
                 patch.setattr(torch.ops.qops, name, Routed(getattr(torch.ops.qops, name), getattr(backend.ops, name)))
         yield

@@ -1,22 +1,29 @@
-"""Every registered overload, and valid calls of it whose arguments a test then changes one at a time."""
+"""Every registered overload, its strategy, and valid calls of it.
+
+The strategies of an operator stand in ``operators/<op>.py``, where they are found: each file there has ``CALLS``.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.support.properties.property_calls import Call
-from tests.support.properties.property_draws import HUGE, Sampler
-from tests.support.properties.property_gemm import GEMM_OPS
-from tests.support.properties.property_rows import ROW_OPS
-from tests.support.properties.property_weights import WEIGHT_OPS
+from tests.support.properties.property_draws import HUGE, Sampler, Sized, Strategy
 
-STRATEGIES: dict[str, Callable[[Sampler], Call]] = ROW_OPS | GEMM_OPS | WEIGHT_OPS
+_FILES = sorted((Path(__file__).parent / "operators").glob("*.py"))
+STRATEGIES: dict[str, Strategy] = {
+    op: strategy
+    for file in _FILES
+    for op, strategy in importlib.import_module(f"tests.support.properties.operators.{file.stem}").CALLS.items()
+}
 
 
 def overloads() -> dict[str, Any]:
@@ -51,5 +58,25 @@ def _valid_calls(name: str) -> Iterator[Call]:
     while True:
         call = STRATEGIES[op](Sampler(rng.randint))
         fits = all(not t.is_meta and t.numel() > 0 and max(t.shape, default=1) < HUGE for _, t in call.tensors())
-        if fits and not call.faults and f"{call.op}.{call.overload}" == name:
+        if fits and not call.faults and call.name == name:
             yield call
+
+
+# On a GPU weights are packed in another way, which only their own tests know.
+ROW_OPS = sorted(
+    op for op in STRATEGIES if not {"packed", "qweight"} & set(tensor_arguments(overloads()[f"{op}.default"]))
+)
+
+
+def sized_call(name: str, rows: int, columns: int, dtype: torch.dtype, turn: int = 0, seed: int = 0) -> Call | None:
+    """A valid call of one overload with so many rows and columns; None where an operator takes no such sizes."""
+    for further in itertools.count(turn):
+        sizes = Sized(rows, columns, dtype, further, seed)
+        call = STRATEGIES[name.partition(".")[0]](sizes)
+        if not sizes.asked:
+            return None
+        if call.name == name:
+            return call
+
+
+SIZED = [name for name in overloads() if name.partition(".")[0] in ROW_OPS and sized_call(name, 1, 8, torch.float32)]

@@ -70,6 +70,11 @@ class Call:
     grad: bool = False
     faults: list[Fault] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """With its overload: "rms_norm.out"."""
+        return f"{self.op}.{self.overload}"
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, value) for name, value in self.arguments.items() if isinstance(value, Tensor))
 

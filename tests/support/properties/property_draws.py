@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from qops.testing import FLOAT_DTYPES, generator
+from qops.testing import FLOAT_DTYPES, generator, random_activations
 from tests.support.properties.property_calls import Call, Fault
 
 T = TypeVar("T")
@@ -57,6 +58,13 @@ class Sampler:
         while any(sizes) and torch.Size(sizes).numel() > 40:
             sizes[sizes.index(max(sizes))] = 1
         return tuple(sizes)
+
+    def rows_of_any_number(self) -> tuple[int, ...]:
+        return (0, HUGE) if self.one_in(20) else self.leading()
+
+    def columns(self, options: Sequence[int] = COLUMNS) -> int:
+        """The size of a last dimension."""
+        return self.choice(options)
 
     def values(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Normal numbers of some size, or numbers among which are NaN, infinities, zeros, the largest, the least."""
@@ -301,3 +309,52 @@ class Sampler:
 
         floats = [name for name in names if call.arguments[name] is not None]
         return [(name, lambda name=name: require(name)) for name in floats]
+
+
+class Sized(Sampler):
+    """Draws valid calls of the sizes that are given, of tensors that lie as torch lays them.
+
+    Args:
+        dtype: of what is drawn first; at turn 0 of all, later the others take turns.
+        turn: which of the options is taken, and the digits of all that is so or not; 0, 1, 2 ... come to each form.
+        seed: of the values.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, turn: int = 0, seed: int = 0) -> None:
+        super().__init__(lambda low, high: low)
+        self.size, self.turn, self.digits, self.seed = (rows, columns), turn, turn, seed
+        self.dtypes = itertools.chain((dtype,), itertools.cycle(FLOAT_DTYPES if turn else (dtype,)))
+        self.asked = False
+
+    def choice(self, options: Sequence[T]) -> T:
+        return options[self.turn % len(options)]
+
+    def one_in(self, n: int) -> bool:
+        self.digits, digit = divmod(self.digits, n)
+        return digit == n - 1
+
+    def dtype(self) -> torch.dtype:
+        return next(self.dtypes)
+
+    def leading(self, most: int = 4) -> tuple[int, ...]:
+        return self.size[:1]
+
+    def rows_of_any_number(self) -> tuple[int, ...]:
+        return self.size[:1]
+
+    def columns(self, options: Sequence[int] = COLUMNS) -> int:
+        self.asked = True
+        return self.size[1]
+
+    def values(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self.seed += 1
+        return random_activations(*shape, dtype=dtype, seed=self.seed)
+
+    def contiguous(self, t: Tensor) -> Tensor:
+        return t
+
+    def rows(self, t: Tensor, trailing: int = 1, *, writable: bool = False) -> Tensor:
+        return t
+
+
+Strategy = Callable[[Sampler], Call]
