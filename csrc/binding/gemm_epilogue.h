@@ -19,11 +19,6 @@ void describe_product(Rows& rows, int64_t& n, int64_t& k, Visitor& v) {
   });
 }
 
-template <class Visitor>
-void describe_epilogue(EpilogueParams& p, Visitor& v) {
-  v.choice("epilogue", p.epilogue, {"none", "silu_mul", "int8"});
-}
-
 inline ScalarType scalar_type(DType dtype) {
   switch (dtype) {
     case DType::kFloat32: return ScalarType::Float;
@@ -32,6 +27,18 @@ inline ScalarType scalar_type(DType dtype) {
     case DType::kInt32: return ScalarType::Int;
   }
   return ScalarType::Undefined;
+}
+
+inline void check_gate_and_up(const Checker& check, const char* arg, int64_t n) {
+  if (n % 16 != 0) check.refuse(arg, "be a multiple of 16, for gate and up, with silu_mul", std::to_string(n));
+}
+
+template <class Params, class Visitor>
+void describe_epilogue(Params& p, Visitor& v) {
+  v.choice("epilogue", p.epilogue, {"none", "silu_mul", "int8"});
+  v.when_asked([&](const Checker& check) {
+    if (p.epilogue == Epilogue::kSiluMul) check_gate_and_up(check, "n", p.n);
+  });
 }
 
 template <class Params>
@@ -47,9 +54,7 @@ void take_epilogue(const Checker& check, const Tensor& x, const std::optional<Te
     p.residual = residual->const_data_ptr();
   }
   if (silu_mul) {
-    if (p.n % 16 != 0) {
-      check.refuse("out_features", "be a multiple of 16, for gate and up, with silu_mul", std::to_string(p.n));
-    }
+    check_gate_and_up(check, "out_features", p.n);
     if (out_scale) check.refuse("out_scale", "be None with silu_mul", "a tensor");
     p.epilogue = Epilogue::kSiluMul;
   }

@@ -7,6 +7,7 @@ void describe_call(Int4DequantizeParams& p, Visitor& v) {
   v.size("n", p.n, 8);
   v.size("k", p.k, 8);
   describe_groups(p, v);
+  describe_kind(p, v);
   v.dtype("dtype", p.dtype);
 }
 

@@ -4,21 +4,33 @@
 
 namespace qops::binding {
 
+// Sums of products stay in int32: 128 * 128 * K, and with zero points in -128 .. 127 255 * 128 * K.
+constexpr int64_t kMaxK = 131071;
+constexpr int64_t kMaxKWithZeroPoint = 65793;
+
+inline void check_columns(const Checker& check, const char* arg, int64_t k, bool has_zero_point) {
+  const int64_t most = has_zero_point ? kMaxKWithZeroPoint : kMaxK;
+  if (k <= most) return;
+  const char* when = has_zero_point ? " columns with a zero_point" : " columns";
+  check.refuse(arg, "have at most " + std::to_string(most) + when, std::to_string(k));
+}
+
 template <class Visitor>
 void describe_call(Int8GemmParams& p, Visitor& v) {
   describe_product(p.q_rows, p.n, p.k, v);
   v.dtype("out_dtype", p.dtype);
   v.given("zero_point", p.zero_point);
   describe_epilogue(p, v);
+  v.when_asked([&](const Checker& check) {
+    check_columns(check, "q", p.k, p.zero_point != nullptr);
+    const bool is_plain = p.dtype != DType::kInt32 || p.epilogue == Epilogue::kNone;
+    check.require(is_plain, "epilogue", "be none where out_dtype is int32", "another one");
+  });
 }
 
 namespace {
 
 constexpr Checker check("int8_gemm");
-
-// Sums of products stay in int32: 128 * 128 * K, and with zero points in -128 .. 127 255 * 128 * K.
-constexpr int64_t kMaxK = 131071;
-constexpr int64_t kMaxKWithZeroPoint = 65793;
 
 // subject: "out must have dtype" or this.
 constexpr const char* kOutDtype = "out_dtype must be";
@@ -81,10 +93,7 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
   if (p.k % 8 != 0 || stored_columns(p.k) != stored) {
     check.refuse("q", "have last dimension K = " + std::to_string(stored), std::to_string(p.k));
   }
-  if (const int64_t most = zero_point ? kMaxKWithZeroPoint : kMaxK; p.k > most) {
-    const char* when = zero_point ? " columns with a zero_point" : " columns";
-    check.refuse("q", "have at most " + std::to_string(most) + when, std::to_string(p.k));
-  }
+  check_columns(check, "q", p.k, zero_point.has_value());
   check.shape(w_scale, "w_scale", "[S, 1, 16]", {strips, p.k == 0 ? 0 : 1, kStripRows});
   check.contiguous(packed, "packed");
   check.contiguous(w_scale, "w_scale");

@@ -47,7 +47,7 @@ void log_plan(const std::string& line) {
   if (written.insert(line).second) std::fprintf(stderr, "%s\n", line.c_str());
 }
 
-PlanLine::PlanLine(const char* op) : PlanListener{}, text_(std::string("qops.") + op) {
+PlanLine::PlanLine(const char* op) : PlanListener{}, op_(op), text_(std::string("qops.") + op) {
   hear = [](PlanListener* self, const char* name, const char* text, int64_t number) {
     PlanLine& line = *static_cast<PlanLine*>(self);
     if (!line.is_told_) line.text_ += " ->";
@@ -64,7 +64,7 @@ void PlanLine::size(const char* name, int64_t value, int64_t) { add(name, std::t
 void PlanLine::rows(const char* name, const Rows& rows) { add(name, std::to_string(rows.count)); }
 void PlanLine::dtype(const char* name, DType dtype) { add(name, kDtypes[static_cast<int>(dtype)]); }
 void PlanLine::flag(const char* name, bool value) {
-  if (value) add(name, "yes");
+  if (value) add(name, "True");
 }
 
 Question::Question(const char* op, std::string_view arguments) : check_(op) {

@@ -29,6 +29,7 @@ class PlanLine : public PlanListener {
  public:
   explicit PlanLine(const char* op);
 
+  std::string_view op() const { return op_; }
   void size(const char* name, int64_t value, int64_t multiple = 1);
   void rows(const char* name, const Rows& rows);
   void dtype(const char* name, DType dtype);
@@ -50,6 +51,7 @@ class PlanLine : public PlanListener {
   std::string text() const { return is_told_ ? text_ : text_ + " -> nothing to compute"; }
 
  private:
+  std::string_view op_;
   std::string text_;
   bool is_told_ = false;
 };
@@ -59,6 +61,7 @@ class Question {
  public:
   Question(const char* op, std::string_view arguments);
 
+  std::string_view op() const { return check_.op(); }
   // Not negative, and a multiple of `multiple`.
   void size(const char* name, int64_t& value, int64_t multiple = 1);
   // One dimension, whose stride when_asked() sets.

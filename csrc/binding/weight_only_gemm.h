@@ -11,6 +11,8 @@ void describe_call(WeightOnlyGemmParams& p, Visitor& v) {
   describe_product(p.x_rows, p.n, p.k, v);
   describe_groups(p, v);
   v.dtype("dtype", p.dtype);
+  if (v.op() != "int4_gemm") return;
+  describe_kind(p, v);
   v.given("perm", p.perm);
   v.flag("batch_invariant", p.batch_invariant);
   describe_epilogue(p, v);

@@ -39,8 +39,12 @@ inline void check_group_size(const Checker& check, int64_t k, int64_t group_size
 template <class Params, class Visitor>
 void describe_groups(Params& p, Visitor& v) {
   v.size("group_size", p.group_size);
-  v.choice("kind", p.kind, {"symmetric", "zero_point", "float_zero", "offset"});
   v.when_asked([&](const Checker& check) { check_group_size(check, p.k, p.group_size); });
+}
+
+template <class Params, class Visitor>
+void describe_kind(Params& p, Visitor& v) {
+  v.choice("kind", p.kind, {"symmetric", "zero_point", "float_zero", "offset"});
 }
 
 // Kernel parameters of a packed weight with scales [S, K / group_size, 16]. strip_elements_per_column: elements of

@@ -177,6 +177,7 @@ int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& p) {
 
 Status int4_gemm(const WeightOnlyGemmParams& p, const Queue& queue) {
   if (is_empty(p)) return Status::kOk;
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return Status::kUnsupported;
   if (p.k >= kMaxColumns || !multiple_of_16(p.packed) || !multiple_of_16(p.scales) || !multiple_of_16(p.zeros)) {
     return Status::kUnsupported;
   }

@@ -101,3 +101,6 @@ def test_what_is_said_is_what_is_launched(runtime, m):
 def test_what_a_gpu_has_no_kernel_for(runtime):
     with pytest.raises(ValueError, match=r"op must be one of .*, got int8_weight_only_gemm"):
         runtime.explain("int8_weight_only_gemm", "")
+    for dtype in ("float32", "int32"):
+        with pytest.raises(RuntimeError, match=r"qops.int4_gemm: "):
+            explain(runtime, "int4_gemm", m=1, n=64, k=64, group_size=64, dtype=dtype)

@@ -1,11 +1,18 @@
-"""The API pages: what docs/build.py takes for an error, and the pages themselves where pdoc is installed."""
+"""The API pages: what docs/build.py takes for an error, and the pages themselves where pdoc is installed. And the page
+on the architecture.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 import qops
 from docs import build
+from tests.support import house_rules as rules
+
+ROOT = Path(__file__).resolve().parents[2]
 
 GOOD = {
     "index.html": '<h1 id="qops">q</h1><a href="a/b.html#f">f</a> <a href="#qops">q</a> <a href="https://x.y">x</a>',
@@ -90,3 +97,9 @@ def test_pages(tmp_path, monkeypatch, capsys):
     (folder / "qops.html").unlink()
     with pytest.raises(SystemExit):
         build.main([str(folder)])
+
+
+def test_architecture_names_files_that_exist():
+    assert rules.files_named("csrc/<op>_*.cu (`tests/a/`), python/b.py.") == {"csrc/*_*.cu", "tests/a/", "python/b.py"}
+    named = rules.files_named((ROOT / "docs/architecture.md").read_text())
+    assert len(named) > 30 and not [path for path in named if not any(ROOT.glob(path.rstrip("/")))]

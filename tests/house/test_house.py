@@ -536,12 +536,6 @@ def test_a_page_shows_every_operator():
     assert rules.operators_shown(FILES["docs/operators.md"]) == set(PUBLIC_OPS)
 
 
-def test_architecture_names_files_that_exist():
-    assert rules.files_named("csrc/<op>_*.cu (`tests/a/`), python/b.py.") == {"csrc/*_*.cu", "tests/a/", "python/b.py"}
-    named = rules.files_named(FILES["docs/architecture.md"])
-    assert len(named) > 30 and not [path for path in named if not any(ROOT.glob(path.rstrip("/")))]
-
-
 def test_readme_lists_the_environment_variables():
     reads = """os.environ.get("A_B") os.environ["CC"] os.getenv('EE') std::getenv("GG")"""
     reads += 'os.environ.setdefault("FF", "") "$ENV{HH}" "$ENV{PATH}"'

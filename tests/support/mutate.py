@@ -74,6 +74,7 @@ SELECTIONS = (
         _tests("quantize_int8", "threads", "cuda_launch", "cuda_ops", "cuda_int4_gemm"),
         (*DEV, *EMULATED),
     ),
+    Selection("csrc/binding/plan.*", _tests("explain", "cuda_explain"), (*DEV, *EMULATED)),
     Selection("csrc/binding/*", _tests("{stem}", "properties"), DEV),
     Selection("csrc/cpu/*", _tests("{stem}", "properties"), DEV),
     Selection("csrc/cuda/int4_config.h", (*_tests("int4_config"), *GEMM_ON_CUDA), EMULATED),

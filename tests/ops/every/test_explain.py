@@ -13,33 +13,37 @@ import torch
 
 import qops
 
+OPS = [name for name in qops.ops.__all__ if hasattr(torch.ops.qops, name)]
 BF16 = torch.bfloat16
-GEMM = {"m": 40, "n": 4096, "k": 4096}
-ROTARY = {"tokens": 40, "q_heads": 32, "k_heads": 8, "d": 128, "pairs": 64, "dtype": BF16}
-NORM = {"rows": 40, "h": 4096, "dtype": BF16}
-PROBLEMS: dict[str, dict[str, Any]] = {
-    "add_rms_norm": NORM,
-    "add_rms_norm_int8": NORM,
-    "int4_dequantize": {"n": 4096, "k": 4096, "group_size": 64, "kind": "offset", "dtype": torch.float32},
-    "int4_gemm": {**GEMM, "group_size": 128, "dtype": BF16},
-    "int8_gemm": {**GEMM, "out_dtype": BF16},
-    "int8_weight_only_gemm": {**GEMM, "group_size": 4096, "dtype": BF16},
-    "qk_norm_rotary": ROTARY,
-    "qk_norm_rotary_": ROTARY,
-    "quantize_int8": {"rows": 40, "k": 4096, "dtype": BF16},
-    "quantize_int8_asym": {"rows": 40, "k": 4096, "dtype": BF16},
-    "quantize_int8_static": {"rows": 40, "k": 4096, "dtype": BF16},
-    "rms_norm": NORM,
-    "rms_norm_int8": NORM,
-    "rotary": ROTARY,
-    "rotary_": ROTARY,
-    "silu_mul": {"rows": 40, "columns": 11008, "dtype": BF16},
-    "silu_mul_int8": {"rows": 40, "columns": 11008, "dtype": BF16},
+# Of what operators are asked with.
+VALUES: dict[str, Any] = {
+    "columns": 11008,
+    "d": 128,
+    "dtype": BF16,
+    "group_size": 128,
+    "h": 4096,
+    "k": 4096,
+    "k_heads": 8,
+    "m": 40,
+    "n": 4096,
+    "out_dtype": BF16,
+    "pairs": 64,
+    "q_heads": 32,
+    "rows": 40,
+    "tokens": 40,
 }
 
 
+def problem(op: str) -> dict[str, Any]:
+    """With a value for each argument that has to be given: who asks with none is told their names."""
+    with pytest.raises(ValueError, match=rf"qops.explain: {op} needs .*, got none") as error:
+        qops.explain(op, device="cpu")
+    names = str(error.value).partition(" needs ")[2].removesuffix(", got none").split(", ")
+    return {name: VALUES[name] for name in names}
+
+
 def explain(op: str, **changes: Any) -> str:
-    return qops.explain(op, device="cpu", **{**PROBLEMS[op], **changes})
+    return qops.explain(op, device="cpu", **{**problem(op), **changes})
 
 
 def facts(line: str) -> dict[str, str]:
@@ -53,7 +57,7 @@ def in_new_process(code: str, **variables: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
-@pytest.mark.parametrize("op", PROBLEMS)
+@pytest.mark.parametrize("op", OPS)
 def test_every_operator_can_be_asked(op):
     line = explain(op)
     assert line.startswith(f"qops.{op} isa={qops.build_info()['isa']} ") and "\n" not in line
@@ -66,7 +70,7 @@ def test_the_operators_are_the_public_ones():
     with pytest.raises(ValueError, match=r"qops.explain: op must be one of .*, got int5_gemm") as error:
         qops.explain("int5_gemm", device="cpu")
     listed = set(str(error.value).partition("one of ")[2].rpartition(", got")[0].split(", "))
-    assert listed == set(PROBLEMS) == {name for name in qops.ops.__all__ if hasattr(torch.ops.qops, name)}
+    assert listed == set(OPS)
 
 
 @pytest.mark.parametrize(
@@ -84,37 +88,58 @@ def test_the_operators_are_the_public_ones():
         ("int4_gemm", {"m": 2**31, "n": 2**31, "k": 4096}, "qops.int4_gemm: m must be so small that M N K <= 2"),
         ("int4_gemm", {"kind": "asymmetric"}, "qops.int4_gemm: kind must be one of symmetric, .*, got asymmetric"),
         ("int8_gemm", {"zero_point": 1}, "qops.int8_gemm: zero_point must be one of False, True, got 1"),
+        ("int8_gemm", {"epilogue": "silu_mul", "n": 24}, "qops.int8_gemm: n must be a multiple of 16, for gate and up"),
+        ("int8_gemm", {"epilogue": "int8", "out_dtype": torch.int32}, "epilogue must be none where out_dtype is int32"),
+        ("int8_gemm", {"k": 131072}, "qops.int8_gemm: q must have at most 131071 columns, got 131072"),
+        (
+            "int8_weight_only_gemm",
+            {"kind": "offset"},
+            "int8_weight_only_gemm takes m, n, k, group_size, dtype, got kind",
+        ),
         ("rotary", {"pairs": 65}, "qops.rotary: pairs must be at most D / 2 = 64, got 65"),
     ],
 )
 def test_wrong_questions(op, changes, error):
-    asked = {name: value for name, value in {**PROBLEMS[op], **changes}.items() if value is not None}
+    asked = {name: value for name, value in {**problem(op), **changes}.items() if value is not None}
     with pytest.raises(ValueError, match=error):
         qops.explain(op, device="cpu", **asked)
 
 
+def test_what_has_no_kernel():
+    for op, dtype in (("rms_norm", "dtype"), ("int4_gemm", "dtype")):
+        with pytest.raises(RuntimeError, match=f"qops.{op}: "):
+            explain(op, **{dtype: torch.int32})
+
+
 def test_devices():
+    norm = problem("rms_norm")
     with pytest.raises(TypeError, match="device"):
-        qops.explain("rms_norm", **NORM)
+        qops.explain("rms_norm", **norm)
     with pytest.raises(ValueError, match=r"qops.explain: device must be a CPU or a GPU, got meta"):
-        qops.explain("rms_norm", device="meta", **NORM)
+        qops.explain("rms_norm", device="meta", **norm)
     if not qops.build_info()["cuda"]:
         with pytest.raises(RuntimeError, match=r"qops.explain: device must be cpu, as .*, got cuda"):
-            qops.explain("rms_norm", device="cuda", **NORM)
+            qops.explain("rms_norm", device="cuda", **norm)
 
 
 def test_nothing_is_computed_or_allocated():
     """Tensors of these sizes would be exabytes."""
     size = 2**20
-    for op in ("int4_gemm", "int8_gemm", "int8_weight_only_gemm"):
-        more = {} if op == "int8_gemm" else {"group_size": size}
-        assert facts(explain(op, m=size, n=size, k=size, **more))
+    assert facts(explain("int8_gemm", m=size, n=size))
+    for op in ("int4_gemm", "int8_weight_only_gemm"):
+        assert facts(explain(op, m=size, n=size, k=size))
     for op, changes in (
         ("rms_norm_int8", {"h": 2**31}),
         ("qk_norm_rotary", {"d": 2**31}),
         ("silu_mul", {"rows": 2**31}),
     ):
         assert facts(explain(op, **changes))
+
+
+def test_what_is_not_asked_for_is_not_said():
+    line = explain("int4_gemm", batch_invariant=True, epilogue="silu_mul", kind="symmetric")
+    assert " dtype=bfloat16 batch_invariant=True epilogue=silu_mul -> " in line
+    assert explain("int4_gemm", batch_invariant=False, perm=False, epilogue="none") == explain("int4_gemm")
 
 
 def test_empty_calls_compute_nothing():
