@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import qops
 from qops.models import quantize_model
 from qops.nn import Int4Linear
 from qops.testing import generator
@@ -34,9 +35,9 @@ def test_a_quantised_model_says_what_it_says_on_a_cpu(backend):
     """Each layer is as accurate as Transformers' own, for a prompt (tiled kernel) and for tokens (decode kernel)."""
     ids = torch.randint(3, VOCAB, (2, 20), generator=generator(1))
     more = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    want = quantize_model(random_llama(), group_size=16).generate(ids, **more)
+    want = quantize_model(random_llama(), qops.Int4(16)).generate(ids, **more)
     with gpu(backend):
-        model = quantize_model(random_llama().to(backend.device), group_size=16)
+        model = quantize_model(random_llama().to(backend.device), qops.Int4(16))
         assert sum(isinstance(module, Int4Linear) for module in model.modules()) >= 8
         assert model.qops_fusion.not_fused is None and "in bfloat16" in model.qops_fusion.proof, model.qops_fusion
         ids = backend.on_device(ids)

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qops import quantize_model
 from qops.models.replacement import is_fused
-from tests.support.models.families import FUSED, IDS, random_model
+from tests.support.models.families import FUSED, IDS, PARTLY, random_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]
 
@@ -41,7 +41,7 @@ def continuous(model):
     return [output.generated_tokens for output in outputs.values()]
 
 
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", [*FUSED, *PARTLY])
 def test_generate_gives_the_tokens_of_transformers_layers(family):
     fused, alone = (quantize_model(random_model(family), fuse=fuse) for fuse in (True, False))
     mask = torch.ones_like(IDS)

@@ -8,7 +8,7 @@ import torch
 from qops import quantize_model
 from qops.models.decoder import DecoderLayer
 from qops.models.replacement import is_fused
-from tests.support.models.families import FUSED, IDS, random_model
+from tests.support.models.families import FUSED, IDS, PARTLY, random_model
 
 SCHEMES = ("int4", "int8")
 # Of a fused layer: q, k and v, like gate and up, are one product.
@@ -59,7 +59,7 @@ def seen_by_hooks(model, which):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", [*FUSED, *PARTLY])
 def test_hooks_see_what_they_see_in_transformers_layers(family, scheme):
     fused = quantize_model(random_model(family), scheme)
     alone = quantize_model(random_model(family), scheme, fuse=False)

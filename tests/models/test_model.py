@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+import qops
 from qops.models import dense_model, load_model, quantize_model, save_model
 from qops.models.decoder import DecoderLayer, cache_keyword
 from qops.nn import Int8Embedding, Int8WeightOnlyLinear
@@ -60,7 +61,7 @@ def random_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
 
 
 def quantised(seed: int = 0, **changes) -> LlamaForCausalLM:
-    return quantize_model(random_llama(seed, **changes), group_size=32)
+    return quantize_model(random_llama(seed, **changes), qops.Int4(32))
 
 
 def random_ids(batch: int, tokens: int, seed: int = 7) -> torch.Tensor:
@@ -185,13 +186,13 @@ def test_quantised_models_match_the_dense_model(changes, dtype):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.data.normal_()
-    assert_same_model(quantize_model(model.to(dtype), group_size=32), dtype, input_ids=random_ids(2, 9))
+    assert_same_model(quantize_model(model.to(dtype), qops.Int4(32)), dtype, input_ids=random_ids(2, 9))
 
 
 def test_quantize_model_quantises_what_it_says():
     source = random_llama()
     original = copy.deepcopy(source)
-    model = quantize_model(source, group_size=16, symmetric=False, skip=("o_proj", "*.1.mlp.gate_proj"))
+    model = quantize_model(source, qops.Int4(16, symmetric=False), skip=("o_proj", "*.1.mlp.gate_proj"))
     assert model is source
     dense = dense_model(model, torch.float32)
     for name, linear in original.named_modules():
@@ -213,7 +214,7 @@ def test_quantize_model_refuses_what_it_cannot_do():
 
 
 def test_another_activation_than_silu_is_left_to_pytorch():
-    model = quantize_model(random_llama(hidden_act="gelu"), group_size=32)
+    model = quantize_model(random_llama(hidden_act="gelu"), qops.Int4(32))
     assert model.model.layers[0].mlp.act is not None
     assert_same_model(model, torch.float32, input_ids=random_ids(2, 9))
 
@@ -223,7 +224,7 @@ def test_a_group_size_that_does_not_fit_changes_nothing(group_size):
     model = random_llama()
     before = model(random_ids(1, 5)).logits
     with pytest.raises(ValueError, match=rf"layers\.0\.\S+: .*group_size .*K = 64, got {group_size}"):
-        quantize_model(model, group_size=group_size)
+        quantize_model(model, qops.Int4(group_size))
     assert torch.equal(model(random_ids(1, 5)).logits, before)
 
 
@@ -231,7 +232,7 @@ def test_weights_that_are_not_finite_change_nothing():
     model = random_llama()
     model.model.layers[1].mlp.down_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: weight must be finite"):
-        quantize_model(model, group_size=32)
+        quantize_model(model, qops.Int4(32))
     assert not any(isinstance(module, DecoderLayer) for module in model.modules())
 
 
@@ -247,11 +248,11 @@ def test_old_transformers_releases_are_refused(monkeypatch, tmp_path):
 def test_newer_transformers_releases_are_warned_about_once(found, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
     with pytest.warns(UserWarning, match=rf"transformers {found} is newer than \d\.\d+, the newest that this qops"):
-        model = quantize_model(random_llama(), group_size=32)
+        model = quantize_model(random_llama(), qops.Int4(32))
     assert model.qops_fusion.not_fused is None and "relative error" in model.qops_fusion.proof
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantize_model(random_llama(), group_size=32)
+        quantize_model(random_llama(), qops.Int4(32))
 
 
 def test_tested_transformers_releases_are_not_warned_about(monkeypatch):
@@ -259,7 +260,7 @@ def test_tested_transformers_releases_are_not_warned_about(monkeypatch):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, found=found: found)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert isinstance(quantize_model(random_llama(), group_size=32), LlamaForCausalLM)
+            assert isinstance(quantize_model(random_llama(), qops.Int4(32)), LlamaForCausalLM)
 
 
 # Caches, masks, generation -------------------------------------------------------------------------------------------
@@ -370,7 +371,7 @@ def test_hidden_states_are_those_of_transformers(how):
     ids = random_ids(2, 6)
     if how == "asked before quantising":
         model(ids, output_hidden_states=True)
-    model = quantize_model(model, group_size=32)
+    model = quantize_model(model, qops.Int4(32))
     dense = dense_model(model, torch.float32)
     plain = model(ids).logits
     if how == "config":
@@ -471,7 +472,7 @@ def test_folders_round_trip_gguf_models(gguf_path, tmp_path, dtype):
 
 
 def test_folders_round_trip_quantised_models(tmp_path):
-    model = quantize_model(random_llama(), group_size=32, symmetric=False, skip=("k_proj",))
+    model = quantize_model(random_llama(), qops.Int4(32, symmetric=False), skip=("k_proj",))
     save_model(model, tmp_path)
     assert_bitwise(load_model(tmp_path, torch.float32)(random_ids(2, 9)).logits, model(random_ids(2, 9)).logits)
 

@@ -12,7 +12,7 @@ from qops.nn import MLP, Int4Linear, Int8Embedding
 from qops.testing import assert_bitwise
 from qops.weights import Int4Weight, Int8Weight
 from tests.support.models.architectures import TOKENS, outputs, tiny_model
-from tests.support.models.families import FUSED, IDS, random_model
+from tests.support.models.families import FUSED, IDS, PARTLY, random_model
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.hooks import remove_hook_from_submodules  # noqa: E402
@@ -64,7 +64,7 @@ def test_offloaded_models_have_no_bytes_and_the_same_bits(way, how, buffers, tmp
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk", "dispatch"])
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", [*FUSED, *PARTLY])
 def test_every_fused_family_runs_offloaded(family, how, tmp_path):
     model = quantize_model(random_model(family), "int4")
     want = model(IDS).logits

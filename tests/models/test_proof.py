@@ -20,11 +20,11 @@ from qops.models.decoder import (
     _unknown_call,
     cache_keyword,
     fused_class,
-    unknown_architecture,
+    known_parts,
 )
 from qops.models.replacement import is_fused
 from qops.nn import MLP, MergedLinear, RMSNorm, frozen
-from tests.support.models.families import FUSED, IDS, random_model
+from tests.support.models.families import FUSED, IDS, PARTLY, random_model
 
 SCHEMES = ("int4", "int8")
 
@@ -38,7 +38,7 @@ def new_classes():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", [*FUSED, *PARTLY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_installed_transformers_agrees(family, scheme, dtype):
     with warnings.catch_warnings():
@@ -54,8 +54,8 @@ def test_one_layer_of_each_kind_is_run(monkeypatch):
     built = []
     init = DecoderLayer.__init__
 
-    def spy(self, original, part):
-        init(self, original, part)
+    def spy(self, original, *parts):
+        init(self, original, *parts)
         built.append(original.self_attn.layer_idx)
 
     monkeypatch.setattr(DecoderLayer, "__init__", spy)
@@ -71,7 +71,7 @@ def test_a_proof_changes_nothing(monkeypatch):
     before = {name: (tensor, tensor.clone()) for name, tensor in source.state_dict(keep_vars=True).items()}
     config = source.config.to_dict()
 
-    def stop(self, original, part):
+    def stop(self, *parts):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(DecoderLayer, "__init__", stop)
@@ -353,7 +353,7 @@ def test_an_architecture_is_known_by_its_module_and_its_name():
     source = random_model("llama")
     namesake = type("LlamaForCausalLM", (type(source),), {"__module__": "elsewhere"})
     for kind in (namesake, LlamaForSequenceClassification):
-        reason = unknown_architecture(kind(source.config))
+        reason = known_parts(kind(source.config)).why_nothing
         assert reason == f"{kind.__name__} is not an architecture whose layers qops knows"
 
 
@@ -365,13 +365,17 @@ def test_models_whose_layers_take_another_keyword_are_not_fused(part, monkeypatc
 
     def forward(self, hidden_states, cache=None, ring=None, **kwargs): ...
 
-    assert unknown_architecture(source) is None
+    assert known_parts(source).own == {}
     original = owner.forward
     monkeypatch.setattr(owner, "forward", forward)
     qops.models.decoder._named.cache_clear()
     qops.models.decoder.cache_keyword.cache_clear()
     try:
-        assert unknown_architecture(source) == f"{owner.__name__}.forward takes ring, which qops does not know"
+        known = known_parts(source)
+        assert known.own == {
+            "stream" if part == "layer" else part: f"{owner.__name__}.forward takes ring, which qops does not know"
+        }
+        assert (known.stream, known.attention, known.mlps) == (part != "layer", part == "layer", (True,) * 3)
     finally:
         monkeypatch.setattr(owner, "forward", original)
         qops.models.decoder._named.cache_clear()
@@ -436,7 +440,7 @@ def test_a_cache_of_older_releases_gets_no_keywords():
 
 
 def test_every_known_architecture_is_tried():
-    assert {family for family in FUSED} == set(ARCHITECTURES)
+    assert {*FUSED, *PARTLY} == set(ARCHITECTURES)
 
 
 def test_tolerances_of_most_rows_are_not_above_those_of_all():

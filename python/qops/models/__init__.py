@@ -3,9 +3,13 @@
 from qops.formats.open import load_tokenizer
 from qops.models.load import dense_model, load_model, save_model
 from qops.models.quantize import QuantizationReport, quantize_model
+from qops.models.schemes import Int4, Int8, Int8WeightOnly
 from qops.models.smoothing import smoothing_scales
 
 __all__ = [
+    "Int4",
+    "Int8",
+    "Int8WeightOnly",
     "QuantizationReport",
     "dense_model",
     "load_model",

@@ -9,9 +9,12 @@ Layers take and return plain hidden states.
 In a layer of `Int8Linear`s the norms emit 8-bit activations with their scales. Attention and the product of gate and
 up, which stores the one vector that SiLU-mul makes of both, leave the quantisation of a token to a pass of its own.
 
+Attention, MLP and the residual stream around both are fused each where it is known (`known_parts`): the others stay
+Transformers' own, an MLP of experts in a fused layer, or a fused attention in a layer that scales its residuals.
+
 How Transformers calls layers changes from release to release. What the installed one does is read from the signatures
-of the layers that are replaced: a keyword that they name is implemented here, or the layer is not fused
-(`unknown_architecture`); every other keyword goes on to the cache and to the attention function, as theirs do.
+of what is replaced: a keyword that they name is implemented here, or that part is not fused; every other keyword goes
+on to the cache and to the attention function, as theirs do.
 
 This module imports Transformers; `qops.nn` holds the parts that do not need it.
 """
@@ -35,6 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm
 from qops.nn.hooks import is_watched, newest_hook
 from qops.nn.linears import into_stream
+from qops.nn.mlp import takes_int8
 from qops.nn.offload import Offloadable
 from qops.ops import qk_norm_rotary_, rotary, rotary_
 from qops.weights.requirements import moved
@@ -44,16 +48,24 @@ Part = Callable[[str], Any]
 
 
 class Architecture(NamedTuple):
-    """A family of models whose layers this module knows.
+    """A family of models of whose layers this module knows at least a part, by the names of their classes.
 
     Attributes:
         prefix: of Transformers' class names.
+        qkv: the linears that make q, k and v; one that makes all three, side by side.
+        gate_up: the linears that make gate and up, likewise.
+        has_known_attention: whether attention is that of Llama, but for what follows.
+        has_known_stream: whether the layer adds what attention and MLP give to its input, as it is or normed.
         softcap: whether attention caps its logits (`attn_logit_softcapping`).
         heads_first: whether its norms of q and k see [B, H, T, D] instead of [B, T, H, D].
         window_in_config: whether attention reads its sliding window from the config, instead of keeping it.
     """
 
     prefix: str
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    has_known_attention: bool = True
+    has_known_stream: bool = True
     softcap: bool = False
     heads_first: bool = False
     window_in_config: bool = False
@@ -64,10 +76,15 @@ ARCHITECTURES = {
     "gemma": Architecture("Gemma"),
     "gemma2": Architecture("Gemma2", softcap=True),
     "gemma3": Architecture("Gemma3", heads_first=True),
+    "granite": Architecture("Granite", has_known_stream=False),
     "llama": Architecture("Llama"),
     "mistral": Architecture("Mistral", window_in_config=True),
+    "mixtral": Architecture("Mixtral", window_in_config=True),
+    "olmo2": Architecture("Olmo2", has_known_attention=False, has_known_stream=False),
+    "phi3": Architecture("Phi3", ("qkv_proj",), ("gate_up_proj",), window_in_config=True),
     "qwen2": Architecture("Qwen2"),
     "qwen3": Architecture("Qwen3"),
+    "qwen3_moe": Architecture("Qwen3Moe"),
     "smollm3": Architecture("SmolLM3"),
 }
 
@@ -80,24 +97,87 @@ _CACHE_KEYWORDS = ("cache", "past_key_values")
 _NOT_READ_BY_SDPA = frozenset(("position_ids", "use_cache", "output_hidden_states"))
 
 
-def unknown_architecture(model: Any) -> str | None:
-    """Why the layers of a dense model cannot be fused; None if they can."""
-    causal, name = type(model), None
-    for module, architecture in ARCHITECTURES.items():
-        if causal.__module__ == _modeling(module) and causal.__name__ == f"{architecture.prefix}ForCausalLM":
-            name = module
-    if name is None:
-        return f"{causal.__name__} is not an architecture whose layers qops knows"
-    prefix = ARCHITECTURES[name].prefix
-    for layer in model.model.layers:
-        found = [type(part).__name__ for part in (layer, layer.self_attn, layer.mlp)]
-        wanted = [f"{prefix}{part}" for part in ("DecoderLayer", "Attention", "MLP")]
-        if found != wanted:
-            return f"its layers are made of {', '.join(found)}, not of {', '.join(wanted)}"
-    if not len(model.model.layers):
-        return "it has no layers"
-    layer = model.model.layers[0]
-    return _unknown_call(type(layer), _LAYER_KEYWORDS) or _unknown_call(type(layer.self_attn), _ATTENTION_KEYWORDS)
+class Known(NamedTuple):
+    """Which parts of a model's layers are known.
+
+    Attributes:
+        architecture: theirs; None where nothing is known.
+        attention: of all layers, as they share their tables of positions.
+        mlps: of each layer.
+        stream: of all layers.
+        own: why the other parts are Transformers' own, by "attention", "mlp" and "stream".
+    """
+
+    architecture: Architecture | None
+    attention: bool
+    mlps: tuple[bool, ...]
+    stream: bool
+    own: dict[str, str]
+
+    @property
+    def why_nothing(self) -> str | None:
+        """Why no part is known; None where one is."""
+        return None if self.attention or self.stream or any(self.mlps) else next(iter(self.own.values()))
+
+    @property
+    def mixes_in_place(self) -> bool:
+        """Whether a fused MLP mixes the strips of a weight that it was given, and not of one that it has merged."""
+        return self.architecture is not None and len(self.architecture.gate_up) == 1
+
+    def names(self, layer: Any, index: int) -> list[str]:
+        """The names in a layer of Transformers of what its fused parts ask for."""
+        assert self.architecture is not None
+        found: list[str] = []
+        if self.stream:
+            found += [name for name, _ in layer.named_children() if name.endswith("layernorm")]
+        if self.attention:
+            children = [name for name, _ in layer.self_attn.named_children() if name.endswith(("_proj", "_norm"))]
+            found += [f"self_attn.{name}" for name in children]
+        if self.mlps[index]:
+            found += [f"mlp.{name}" for name, _ in layer.mlp.named_children() if name.endswith("_proj")]
+        return found
+
+
+def known_parts(model: Any) -> Known:
+    """What is known of the layers of a dense model, by its class and theirs, and by how these are called."""
+    causal, architecture = type(model), None
+    for module, row in ARCHITECTURES.items():
+        if causal.__module__ == _modeling(module) and causal.__name__ == f"{row.prefix}ForCausalLM":
+            architecture = row
+    layers = [] if architecture is None else list(model.model.layers)
+    if architecture is None or not layers:
+        why = "has no layers" if architecture else "is not an architecture whose layers qops knows"
+        return Known(None, False, (), False, {"stream": f"{causal.__name__} {why}"})
+    prefix = architecture.prefix
+    attentions, blocks = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
+    reasons = {
+        "attention": _unknown_class(attentions, f"{prefix}Attention", architecture.has_known_attention)
+        or _unknown_call(type(attentions[0]), _ATTENTION_KEYWORDS),
+        "mlp": _unknown_class(blocks, f"{prefix}MLP"),
+        "stream": _unknown_class(layers, f"{prefix}DecoderLayer", architecture.has_known_stream)
+        or _unknown_call(type(layers[0]), _LAYER_KEYWORDS)
+        or _unknown_child(layers),
+    }
+    own = {part: reason for part, reason in reasons.items() if reason is not None}
+    mlps = tuple(type(block).__name__ == f"{prefix}MLP" for block in blocks)
+    return Known(architecture, "attention" not in own, mlps, "stream" not in own, own)
+
+
+def _unknown_class(modules: list[Any], wanted: str, is_known: bool = True) -> str | None:
+    found = next((type(module).__name__ for module in modules if type(module).__name__ != wanted), None)
+    if found is not None:
+        return f"{found} is not {wanted}"
+    return None if is_known else f"{wanted} works in a way that qops does not know"
+
+
+def _unknown_child(layers: list[Any]) -> str | None:
+    """What a layer has beside attention, MLP and norms, and that may do something."""
+    for layer in layers:
+        for name, child in layer.named_children():
+            idle = isinstance(child, nn.Dropout) and child.p == 0
+            if name not in ("self_attn", "mlp") and not name.endswith("layernorm") and not idle:
+                return f"{type(layer).__name__} has a part {name} that qops does not know"
+    return None
 
 
 def _unknown_call(original: type, known: frozenset[str]) -> str | None:
@@ -180,6 +260,10 @@ class RotaryTables(nn.Module):
         return Shared(cos, sin, positions, attention, is_sdpa)
 
 
+def _architecture_of(module: Any) -> Architecture:
+    return ARCHITECTURES[type(module).__module__.rpartition("modeling_")[2]]
+
+
 class Attention(MergingModule):
     """Attention with q, k and v as one GEMM, and head norms and rotary in place on its output [B, T, H, D].
 
@@ -200,16 +284,17 @@ class Attention(MergingModule):
         self.__dict__.update({name: value for name, value in vars(original).items() if not name.startswith("_")})
         self.parameter_names = _named(type(original))
         keyword = cache_keyword(type(original))
-        assert keyword is not None, "unknown_architecture was not asked"
+        assert keyword is not None, "known_parts was not asked"
         self.cache_keyword = keyword
         self.heads = self.config.num_attention_heads
         self.key_value_heads = self.config.num_key_value_heads
-        self.qkv_proj = MergedLinear({name: part(f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj")})
+        architecture = _architecture_of(original)
+        qkv = {name: part(f"self_attn.{name}") for name in architecture.qkv}
+        self.qkv_proj = MergedLinear(qkv) if len(qkv) > 1 else qkv["qkv_proj"]
         self.o_proj = part("self_attn.o_proj")
         if hasattr(original, "q_norm"):
             self.q_norm, self.k_norm = part("self_attn.q_norm"), part("self_attn.k_norm")
         self.modeling = type(original).__module__
-        architecture = ARCHITECTURES[type(original).__module__.rpartition("modeling_")[2]]
         self.extras: dict[str, Any] = {}
         if hasattr(original, "sliding_window"):
             self.extras["sliding_window"] = original.sliding_window
@@ -220,6 +305,7 @@ class Attention(MergingModule):
         self.heads_first = architecture.heads_first
         # SmolLM3 leaves some layers without positions.
         self.rotates = getattr(original, "use_rope", True)
+        self._be_hooked()
 
     def forward(
         self, hidden_states: Any, *args: Any, residual: torch.Tensor | None = None, **kwargs: Any
@@ -301,6 +387,35 @@ class Attention(MergingModule):
         return norm(heads.transpose(1, 2)).transpose(1, 2) if self.heads_first else norm(heads)
 
 
+def fused_attention(original: Any, part: Part) -> Attention:
+    """In the place of Transformers' own."""
+    return fused_class(Attention, type(original))(original, part)
+
+
+def fused_mlp(original: Any, part: Part) -> MLP:
+    """In the place of Transformers' own."""
+    linears = [part(f"mlp.{name}") for name in (*_architecture_of(original).gate_up, "down_proj")]
+    act = getattr(original, "act_fn", None) or original.activation_fn
+    make: Any = MLP if len(linears) == 3 else MLP.of_merged
+    return make(*linears, None if _is_silu(act) else act)
+
+
+def fuse(layer: Any, part: Part, known: Known, index: int) -> Any:
+    """A layer of Transformers with the parts fused that are known, whose other parts stay in it; or the layer itself.
+
+    Args:
+        layer: its attention and MLP are replaced in it where its stream is none that is known.
+        part: gives the linears and norms of the fused parts; each is asked for once.
+        index: of the layer.
+    """
+    attention = fused_attention(layer.self_attn, part) if known.attention else layer.self_attn
+    mlp = fused_mlp(layer.mlp, part) if known.mlps[index] else layer.mlp
+    if known.stream:
+        return fused_class(DecoderLayer, type(layer))(layer, attention, mlp, part)
+    layer.self_attn, layer.mlp = attention, mlp
+    return layer
+
+
 class DecoderLayer(Offloadable):
     """A decoder layer in as few passes over memory as its parts allow; see the module docstring.
 
@@ -312,7 +427,8 @@ class DecoderLayer(Offloadable):
 
     Args:
         original: Transformers' layer.
-        part: gives the layer's linears and norms; each is asked for once.
+        attention, mlp: fused, or Transformers' own.
+        part: gives the layer's norms; each is asked for once.
     """
 
     input_layernorm: RMSNorm
@@ -320,18 +436,12 @@ class DecoderLayer(Offloadable):
     pre_feedforward_layernorm: RMSNorm
     post_feedforward_layernorm: RMSNorm
 
-    def __init__(self, original: Any, part: Part):
+    def __init__(self, original: Any, attention: nn.Module, mlp: nn.Module, part: Part):
         nn.Module.__init__(self)
         self.parameter_names = _named(type(original))
         self.sandwich = hasattr(original, "pre_feedforward_layernorm")
-        self.self_attn = fused_class(Attention, type(original.self_attn))(original.self_attn, part)
-        act = original.mlp.act_fn
-        self.mlp = MLP(
-            part("mlp.gate_proj"),
-            part("mlp.up_proj"),
-            part("mlp.down_proj"),
-            None if _is_silu(act) else act,
-        )
+        self.self_attn = attention
+        self.mlp = mlp
         for name, _ in original.named_children():
             if name.endswith("layernorm"):
                 setattr(self, name, part(name))
@@ -351,12 +461,15 @@ class DecoderLayer(Offloadable):
             attended, _ = self.self_attn(x, **kwargs)
             x, residual = self.pre_feedforward_layernorm.add(self.post_attention_layernorm(attended), hidden_states)
             return residual + self.post_feedforward_layernorm(self.mlp(x))
-        attended, _ = self.self_attn(x, residual=hidden_states, **kwargs)
+        if isinstance(self.self_attn, Attention):
+            attended, _ = self.self_attn(x, residual=hidden_states, **kwargs)
+        else:
+            attended = self.self_attn(x, **kwargs)[0], hidden_states
         if isinstance(attended, tuple):
             x, residual = self.post_attention_layernorm.add(*attended)
         else:
             x, residual = self.post_attention_layernorm(attended), attended
-        output = self.mlp(x, residual)
+        output = self.mlp(x, residual) if isinstance(self.mlp, MLP) else (self.mlp(x), residual)
         return output[1] + output[0] if isinstance(output, tuple) else output
 
     def _one_after_the_other(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -374,8 +487,12 @@ class DecoderLayer(Offloadable):
         # Every hook of the process gets a number, so that an unchanged one spares the look at 20 modules.
         self.newest_hook = newest_hook()
         self.watched = any(is_watched(module) for module in self.modules() if module is not self)
-        self.input_layernorm.int8 = self.self_attn.qkv_proj.takes_int8 and not self.watched
-        getattr(self, self.before_mlp).int8 = self.mlp.gate_up_proj.takes_int8 and not self.watched
+        attention, mlp = self.self_attn, self.mlp
+        self.input_layernorm.int8 = (
+            isinstance(attention, Attention) and takes_int8(attention.qkv_proj) and not self.watched
+        )
+        before_mlp = getattr(self, self.before_mlp)
+        before_mlp.int8 = isinstance(mlp, MLP) and takes_int8(mlp.gate_up_proj) and not self.watched
 
 
 def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

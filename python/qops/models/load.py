@@ -17,6 +17,8 @@ from qops.formats.checkpoint import Checkpoint, Weight
 from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, replace_files, transformers_class
 from qops.formats.open import open_checkpoint
 from qops.models.replacement import (
+    FusionPlan,
+    Norms,
     entries,
     freeze,
     input_table,
@@ -26,12 +28,11 @@ from qops.models.replacement import (
     name_of,
     packed,
     parameter_of,
+    plan_fusion,
     replace_parameter,
     replace_parts,
     require_replaced,
     tie,
-    unfusable,
-    warn_not_fused,
 )
 from qops.nn import dense_linear, frozen
 from qops.weights.state import QuantizedWeight
@@ -166,7 +167,8 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     _assign(dense, state.pop)
     if is_fused(model):
         # The instance in use, not a new one from the config: it may carry its owner's frequencies.
-        dense.model.rotary_emb = copy.deepcopy(model.model.rotary_emb.rotary)
+        rotary = model.model.rotary_emb
+        dense.model.rotary_emb = copy.deepcopy(getattr(rotary, "rotary", rotary))
     if (generation_config := getattr(model, "generation_config", None)) is not None:
         dense.generation_config = copy.deepcopy(generation_config)
     return freeze(dense)
@@ -199,11 +201,11 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.
             return dense_linear(weight, bias)
         return kind(weight, bias, float32_output=logits)
 
-    def norm_weight(name: str, module: nn.Module) -> torch.Tensor:
+    def norm(name: str, module: nn.Module) -> nn.Module:
         weight = fetch(name, module)
         if not isinstance(weight, torch.Tensor):
             raise ValueError(f"{name}.weight must be dense, got {type(weight).__name__}")
-        return weight
+        return norms.like(module, weight)
 
     def linear(name: str, module: nn.Linear) -> nn.Module:
         return linear_of(name, fetch(name, module), bias_of(name))
@@ -212,10 +214,9 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.
         return checkpoint.tensor(f"{name}.bias") if checkpoint.holds(f"{name}.bias") else None
 
     _tie_what_is_tied(model, checkpoint.holds)
-    not_fused = "it was saved so"
-    if checkpoint.fuses and (not_fused := unfusable(model)) is not None:
-        warn_not_fused(model, not_fused)
-    model.qops_fusion = replace_parts(model, linear, norm_weight, checkpoint.kind, not_fused, prove)
+    norms = Norms()
+    plan = plan_fusion(model, norms) if checkpoint.fuses else FusionPlan("it was saved so", None)
+    model.qops_fusion = replace_parts(model, linear, norm, checkpoint.kind, norms, plan, prove)
     embedding, output = input_table(model), model.get_output_embeddings()
     tied, name, table = is_tied(model), "", None
 

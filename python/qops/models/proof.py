@@ -19,9 +19,10 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qops import _layout
-from qops.models.decoder import DecoderLayer, RotaryTables, cache_keyword, fused_class
-from qops.models.replacement import freeze, looks_like_norm, packed, parts_of, rms_norm_of
-from qops.nn import QuantizedLinear, dense_linear, frozen
+from qops.models.decoder import Known, RotaryTables, cache_keyword, fuse
+from qops.models.replacement import Replace, freeze, packed
+from qops.nn import QuantizedLinear, RMSNorm, dense_linear, frozen
+from qops.nn.mlp import takes_int8
 
 VOCABULARY = 64
 PROMPT = 8
@@ -50,47 +51,69 @@ FLOAT32_INT8 = Tolerance(2e-4, 2e-2)
 HALF = {torch.float16: Tolerance(4e-3, 2e-2), torch.bfloat16: Tolerance(3e-2, 1e-1)}
 
 
-def prove_fusion(
-    model: Any,
-    linear: Callable[[str, Any], nn.Module],
-    norm_weight: Callable[[str, Any], torch.Tensor],
-    kind: Callable[[str], str],
-) -> tuple[str, str | None]:
+class Proof(NamedTuple):
+    """What running fused layers has shown.
+
+    Attributes:
+        done: what was compared, with its result.
+        not_fused: why the layers must not be fused; None if they may.
+        made: what linears and norms of the compared layers become, by name.
+    """
+
+    done: str
+    not_fused: str | None
+    made: dict[str, nn.Module]
+
+
+def prove_fusion(model: Any, linear: Replace, norm: Replace, kind: Callable[[str], str], known: Known) -> Proof:
     """Runs fused layers against Transformers' own; `model` stays as it is.
 
     Two sequences, one of them padded on the left, and one alone without mask and positions: a prompt of 8 tokens, then
     two of one token with the cache. Sliding windows are 4 wide. Once more with an attention function that computes
-    nothing, which has to get the same keywords from both, one that nobody knows among them.
+    nothing, which has to get the same keywords from both, one that nobody knows among them. What is not fused is the
+    same on both sides: for its weights stand random numbers, and for an MLP something smaller.
 
     Args:
-        model: dense, or without storage; its layers can be fused (`qops.models.replacement.unfusable`).
-        linear, norm_weight, kind: as in `qops.models.replacement.replace_parts`.
-
-    Returns:
-        (what was compared, with its result; why the layers must not be fused, or None)
+        model: dense, or without storage; its layers can be fused (`qops.models.replacement.plan_fusion`).
+        linear, norm, kind: as in `qops.models.replacement.replace_parts`.
+        known: the parts that are to be fused.
     """
     chosen = _one_of_each_kind(model, kind)
-    layers = [_parts(model, index, linear, norm_weight) for index in chosen]
+    layers, made = [], {}
+    for index in chosen:
+        layer, replaced = model.model.layers[index], {}
+        for name in known.names(layer, index):
+            module, full = layer.get_submodule(name), f"model.layers.{index}.{name}"
+            replaced[name] = made[full] = (linear if isinstance(module, nn.Linear) else norm)(full, module)
+        layers.append(replaced)
+    final = made["model.norm"] = norm("model.norm", model.model.norm)
+    done, not_fused = _compare(model, known, chosen, layers, final)
+    return Proof(done, not_fused, made)
+
+
+def _compare(
+    model: Any, known: Known, chosen: list[int], layers: list[dict[str, Any]], final: Any
+) -> tuple[str, str | None]:
+    """(what was compared, with its result; why the layers must not be fused, or None)"""
     if len(chosen) == 1 < len(model.model.layers):
         # What goes from layer to layer, and a cache that takes one for another, show with two.
         chosen, layers = 2 * chosen, 2 * layers
-    final = norm_weight("model.norm", model.model.norm)
-    device = final.device
+    device = final.weight.device
     # A model without storage is built on the CPU.
     device = torch.device("cpu") if device.type == "meta" else device
     dtype = model.dtype if _layout.has_gpu_layout(device) else torch.float32
-    in_int8 = any(isinstance(part, QuantizedLinear) and part.takes_int8 for parts in layers for part in parts.values())
+    in_int8 = any(takes_int8(part) for parts in layers for part in parts.values())
     limit = HALF.get(dtype, FLOAT32_INT8 if in_int8 else FLOAT32)
     names = ", ".join(map(str, dict.fromkeys(chosen)))
     what = f"layer {names} of {len(model.model.layers)} in {str(dtype).removeprefix('torch.')}"
     config = _small_config(model.config, chosen, dtype)
     try:
-        theirs = _Copy(model, config, layers, final, dtype, device).theirs()
+        theirs = _Copy(model, known, config, chosen, layers, final, dtype, device).theirs()
         wanted, keywords = _run(theirs), _handed_on(theirs)
     except Exception as error:  # whatever a release does otherwise
         return f"{what}: not made", f"Transformers' own layers did not run: {type(error).__name__}: {error}"
     try:
-        ours = _Copy(model, config, layers, final, dtype, device).ours()
+        ours = _Copy(model, known, config, chosen, layers, final, dtype, device).ours()
         found, others = _run(ours), _handed_on(ours)
     except Exception as error:
         return f"{what}: failed", f"the fused layers did not run: {type(error).__name__}: {error}"
@@ -148,38 +171,41 @@ def _small_config(config: Any, chosen: list[int], dtype: torch.dtype) -> Any:
     return small
 
 
-def _parts(
-    model: Any, index: int, linear: Callable[[str, Any], nn.Module], norm_weight: Callable[[str, Any], torch.Tensor]
-) -> dict[str, Any]:
-    """What becomes of the linears of a layer, and the weights of its norms."""
-    layer, found = model.model.layers[index], {}
-    for name in parts_of(layer):
-        module, full = layer.get_submodule(name), f"model.layers.{index}.{name}"
-        found[name] = linear(full, module) if isinstance(module, nn.Linear) else norm_weight(full, module)
-    return found
+class _Same(nn.Module):
+    """For an MLP that is not fused."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
 
 
 class _Copy:
     """The small copies of a model.
 
     Args:
-        layers: what `_parts` gives of each layer.
-        final: weight of the final norm.
+        chosen: index of each layer in the model.
+        layers: what its linears and norms become, by their names in it.
+        final: the final norm.
     """
 
     def __init__(
         self,
         model: Any,
+        known: Known,
         config: Any,
+        chosen: list[int],
         layers: list[dict[str, Any]],
-        final: torch.Tensor,
+        final: Any,
         dtype: torch.dtype,
         device: torch.device,
     ):
         from qops.models.load import skeleton
 
+        self.known, self.chosen = known, chosen
         self.layers, self.final, self.dtype, self.device = layers, final, dtype, device
         self.decoder = skeleton(type(model.model), config, dtype)
+        for layer, index in zip(self.decoder.layers, chosen, strict=True):
+            if not known.mlps[index]:
+                layer.mlp = _Same()
         # The instance in use: it may carry its owner's frequencies.
         self.rotary = copy.deepcopy(RotaryTables(model.model.rotary_emb, model.config).rotary).to(device)
         rows = torch.randn(VOCABULARY, config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -190,44 +216,53 @@ class _Copy:
         """Of Transformers' layers."""
         for layer, parts in zip(self.decoder.layers, self.layers, strict=True):
             for name, part in parts.items():
-                if isinstance(part, nn.Module):
-                    layer.set_submodule(name, self._linear(part))
+                if isinstance(part, RMSNorm):
+                    layer.get_submodule(name).weight = self._weight(part.weight)
                 else:
-                    layer.get_submodule(name).weight = self._weight(part)
-        self.decoder.norm.weight = self._weight(self.final)
+                    layer.set_submodule(name, self._part(part))
+        self.decoder.norm.weight = self._weight(self.final.weight)
         self.decoder.rotary_emb = self.rotary
-        return freeze(packed(self.decoder))
+        return self._ready()
 
     def ours(self) -> Any:
         """Of fused layers."""
         config = self.decoder.config
-        for index, parts in enumerate(self.layers):
-            layer = self.decoder.layers[index]
+        for place, (index, parts) in enumerate(zip(self.chosen, self.layers, strict=True)):
 
-            def part(name: str, layer: Any = layer, parts: dict[str, Any] = parts) -> nn.Module:
-                found = parts[name]
-                if isinstance(found, nn.Module):
-                    return self._linear(found)
-                return rms_norm_of(layer.get_submodule(name), self._weight(found))
+            def part(name: str, parts: dict[str, Any] = parts) -> nn.Module:
+                return self._part(parts[name])
 
-            self.decoder.layers[index] = fused_class(DecoderLayer, type(layer))(layer, part)
-        assert looks_like_norm(self.decoder.norm)
-        self.decoder.norm = rms_norm_of(self.decoder.norm, self._weight(self.final))
-        self.decoder.rotary_emb = RotaryTables(self.rotary, config)
+            self.decoder.layers[place] = fuse(self.decoder.layers[place], part, self.known, index)
+        self.decoder.norm = self._part(self.final)
+        self.decoder.rotary_emb = RotaryTables(self.rotary, config) if self.known.attention else self.rotary
+        return self._ready()
+
+    def _ready(self) -> Any:
+        rng = torch.Generator().manual_seed(2)
+        for module in self.decoder.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    drawn = torch.randn(parameter.shape, generator=rng)
+                    module._parameters[key] = self._weight(drawn / max(parameter.shape[-1], 1) ** 0.5)
         return freeze(packed(self.decoder))
 
     def _weight(self, tensor: torch.Tensor) -> nn.Parameter:
         return frozen(tensor.to(self.device, self.dtype))
 
-    def _linear(self, linear: Any) -> nn.Module:
-        """In the dtype of the proof, around the same weight."""
-        bias = None if linear.bias is None else self._weight(linear.bias)
-        if isinstance(linear, QuantizedLinear):
-            weight = linear.weight
-            if weight.device != self.device:  # of a model on several GPUs
+    def _part(self, part: Any) -> nn.Module:
+        """In the dtype of the proof, around the same quantised weight."""
+        if isinstance(part, RMSNorm):
+            return RMSNorm(
+                self._weight(part.weight), part.eps, weight_offset=part.weight_offset, rounding=part.rounding
+            )
+        bias = None if part.bias is None else self._weight(part.bias)
+        if isinstance(part, QuantizedLinear):
+            weight = part.weight
+            # One of a model on several GPUs is copied, and one that a fused MLP would mix in its place.
+            if weight.device != self.device or self.known.mixes_in_place:
                 weight = copy.deepcopy(weight).to(self.device)
-            return linear.around(weight, bias)
-        return dense_linear(self._weight(linear.weight), bias)
+            return part.around(weight, bias)
+        return dense_linear(self._weight(part.weight), bias)
 
 
 # How they are run ----------------------------------------------------------------------------------------------------

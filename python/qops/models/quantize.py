@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import fnmatch
 import functools
 import inspect
 import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,26 +20,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qops.formats._transformers import require_transformers
 from qops.models.replacement import (
+    FusionPlan,
+    Norms,
     freeze,
     is_replaced,
     is_tied,
     looks_like_norm,
     name_of,
     odd_linear,
-    odd_norm,
+    plan_fusion,
     replace_parts,
     take_hooks,
     tie,
-    unfusable,
-    warn_not_fused,
 )
+from qops.models.schemes import Asked, Choice, Scheme, choose, matches
 from qops.models.smoothing import Scales, Smoothing, plan_smoothing
 from qops.nn import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, RMSNorm
-from qops.weights import Int4Weight, Int8Weight
+from qops.weights import Int8Weight
+from qops.weights.requirements import resolve_group_size
 
 __all__ = ["QuantizationReport", "quantize_model"]
 
-SCHEMES = ("int4", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARTS = (Int4Linear, Int8Linear, Int8Embedding, RMSNorm)
 # Operators that neither read nor write elements.
@@ -51,10 +51,8 @@ _LOGGER = logging.getLogger("qops.models.quantize")
 
 def quantize_model(
     model: Any,
-    scheme: str = "int4",
-    group_size: int | None = None,
+    scheme: Asked = "int4",
     skip: tuple[str, ...] = (),
-    symmetric: bool = True,
     *,
     skip_default: bool = True,
     fuse: bool = True,
@@ -65,16 +63,23 @@ def quantize_model(
 ) -> Any:
     """Quantises a dense Transformers model by round-to-nearest and puts it on qops operators, in place.
 
-    Schemes:
+    Schemes, each with a name for its default settings:
 
-    * `"int4"` (W4A16): 4-bit weights in groups, :func:`qops.int4_gemm`.
-    * `"int8"` (W8A8): 8-bit weights with one scale per output channel, activations quantised per token,
-      :func:`qops.int8_gemm`.
+    * :class:`qops.Int4`, `"int4"` (W4A16): 4-bit weights in groups, :func:`qops.int4_gemm`.
+    * :class:`qops.Int8`, `"int8"` (W8A8): 8-bit weights with one scale per output channel, activations quantised per
+      token, :func:`qops.int8_gemm`.
+    * :class:`qops.Int8WeightOnly`, `"int8_weight_only"` (W8A16): 8-bit weights, dense activations,
+      :func:`qops.int8_weight_only_gemm`.
 
-    Llama (SmolLM, SmolLM2), Mistral, Qwen 2, 2.5 and 3, SmolLM3, Gemma 1, 2 and 3 get fused decoder layers: q, k and v
-    as one GEMM, gate and up with SiLU-mul as another, the residual addition inside a GEMM (of Gemma 2 and 3 inside a
-    norm), norms of q and k and rotary in place and, with "int8", norms that emit 8-bit activations. In other models
-    the linears and RMSNorms are replaced one by one. What became of every part stands in `model.quantization_report`,
+    A mapping mixes them: `{"*.down_proj": qops.Int8(), "lm_head": None, "*": qops.Int4(group_size=64)}` gives each
+    linear the scheme of the first pattern that fits it; None leaves it dense, as does no pattern at all.
+
+    Llama (SmolLM, SmolLM2), Mistral, Phi-3, Qwen 2, 2.5 and 3, SmolLM3, Gemma 1, 2 and 3 get fused decoder layers: q, k
+    and v as one GEMM, gate and up with SiLU-mul as another, the residual addition inside a GEMM (of Gemma 2 and 3
+    inside a norm), norms of q and k and rotary in place and, with "int8", norms that emit 8-bit activations. Attention,
+    MLP and residual additions are fused each where it is known: Mixtral and Qwen3-MoE keep their own MLP, Granite its
+    own additions, OLMo 2 all but its MLP. In other models, and in parts that are not fused, the linears and RMSNorms
+    are replaced one by one. What became of every part stands in `model.quantization_report`,
     a :class:`qops.models.QuantizationReport`.
 
     Transformers calls its layers in other ways from release to release, so before anything is replaced fused layers are
@@ -90,23 +95,22 @@ def quantize_model(
 
     Args:
         model: a Transformers model with floating-point weights; it is frozen and put into eval mode.
-        scheme: "int4" or "int8".
-        group_size: columns of K that share a scale, int4 only: a multiple of 16 that divides each K, or -1 for one
-            scale per row. By default, linear by linear, the largest of 128, 64, 32 and 16 that divides K.
-        skip: linears to leave dense: names, their last parts, or shell patterns ("o_proj", "*.mlp.down_proj"); one that
-            names none is an error.
-        symmetric: int4 only: codes around 8, or with a zero point per group.
+        scheme: a scheme, its name, or a mapping of patterns to schemes, their names or None. Patterns are names of
+            linears, their last parts, or shell patterns ("o_proj", "*.mlp.down_proj"); one that names none, or none but
+            what those before it take, is an error.
+        skip: patterns of linears to leave dense; one that names none is an error.
         skip_default: leave dense also the output layer and all other linears outside the base model (classification
             heads), and in multimodal models everything outside the language model. With False `skip` alone decides; a
             tied output layer that is quantised takes the embedding with it, so that they stay tied.
         fuse: False replaces linears and norms alone in every model.
         prove: False fuses without running fused layers first; the report says so.
-        smoothing: int8 only, of the architectures above: SmoothQuant's scales s, positive, `[K]` by the name of the
-            linear; a mapping, or the path of a `.safetensors` or `.pt` file (of scales, not of activation maxima: those
-            go through :func:`qops.models.smoothing_scales`). The columns of the linear are multiplied by s before
-            they are quantised, and what makes its input is divided by it: for q, k and v the norm before attention, for
-            gate and up the norm before the MLP (one vector for all that read it), for down the rows of up, for o the
-            rows of v (equal over the query heads that share a key/value head).
+        smoothing: of the architectures whose layers are fused as a whole, and where a scheme quantises activations:
+            SmoothQuant's scales s, positive, `[K]` by the name of the linear; a mapping, or the path of a
+            `.safetensors` or `.pt` file (of scales, not of activation maxima: those go through
+            :func:`qops.models.smoothing_scales`). The columns of the linear are multiplied by s before they are
+            quantised, and what makes its input is divided by it: for q, k and v the norm before attention, for gate and
+            up the norm before the MLP (one vector for all that read it), for down the rows of up, for o the rows of v
+            (equal over the query heads that share a key/value head).
         count_passes: count the passes over memory in a decoder layer for the report, which takes two forwards of the
             whole model, its hooks included.
         progress: show a progress bar on stderr; by default only on a terminal.
@@ -115,35 +119,35 @@ def quantize_model(
         The same model.
 
     Numerics:
-        Weights as in :meth:`qops.Int4Weight.quantize` and :meth:`qops.Int8Weight.quantize`, with scales in the dtype of
-        the weight ("int4") or float32 ("int8"); activations by :func:`qops.quantize_int8`, rule "127". With `smoothing`
-        weights are quantised from float32 products; a norm's weight is rounded to its dtype once, and the columns that
-        read it are multiplied by what it was divided by in truth, so that this rounding changes no result. A fused
-        layer has the bits of the operators one by one; unlike Transformers it computes rotary from float32 tables in
-        every dtype.
+        Weights as in :meth:`qops.Int4Weight.quantize` and :meth:`qops.Int8Weight.quantize`; activations by
+        :func:`qops.quantize_int8`, rule "127". With `smoothing` weights are quantised from float32 products; a norm's
+        weight is rounded to its dtype once, and the columns that read it are multiplied by what it was divided by in
+        truth, so that this rounding changes no result. A fused layer has the bits of the operators one by one; unlike
+        Transformers it computes rotary from float32 tables in every dtype.
 
     Raises:
         ImportError: Transformers >= 5.17 is missing.
-        ValueError: an unknown scheme; arguments that the scheme does not take; a group size that does not fit; weights
-            that are not finite; nothing to quantise; smoothing that cannot be folded. The model is then unchanged.
+        ValueError: an unknown scheme or pattern; a group size that does not fit; weights that are not finite; nothing
+            to quantise; smoothing that cannot be folded. The model is then unchanged.
         RuntimeError: the model is on a device without kernels; it is then unchanged.
     """
     require_transformers("qops.quantize_model")
-    plan = _plan(model, scheme, group_size, skip, skip_default, symmetric, fuse, smoothing)
+    plan = _plan(model, scheme, skip, skip_default, fuse, smoothing)
     bytes_before, passes_before = weight_bytes(model), passes_per_layer(model) if count_passes else None
 
     def linear(name: str, module: nn.Linear, logits: bool = False) -> nn.Module:
-        folded = plan.smoothing.linear(name, module)
-        if name not in plan.linears:
+        folded, chosen = plan.smoothing.linear(name, module), plan.linears.get(name)
+        if chosen is None:
             return module if folded is module else folded.to(module.weight.dtype)
-        if scheme == "int4":
-            return Int4Linear.from_linear(folded, plan.linears[name], symmetric, float32_output=logits)
-        return Int8Linear.from_linear(folded, float32_output=logits)
+        return chosen.quantize(folded, float32_output=logits)
+
+    def norm(name: str, module: nn.Module) -> nn.Module:
+        return plan.norms.like(module, plan.smoothing.norm(name, module))
 
     def kind(name: str) -> str:
         return str(plan.linears.get(name))
 
-    fusion = replace_parts(model, linear, plan.smoothing.norm, kind, plan.not_fused, prove, progress)
+    fusion = replace_parts(model, linear, norm, kind, plan.norms, plan.fusion, prove, progress)
     output = model.get_output_embeddings()
     if output is not None and (name := name_of(model, output)) in plan.linears:
         quantised: Any = take_hooks(linear(name, output, logits=True), output)
@@ -155,9 +159,10 @@ def quantize_model(
     kept = {name: reason for name, reason in plan.kept.items() if name.removesuffix(".weight") not in replaced}
     model.qops_fusion = fusion
     model.quantization_report = QuantizationReport(
-        scheme=scheme,
+        scheme=str(plan.choice),
         architecture=type(model).__name__,
         not_fused=fusion.not_fused,
+        own=fusion.own,
         proof=fusion.proof,
         replaced=replaced,
         smoothed=plan.smoothing.into,
@@ -180,6 +185,7 @@ class QuantizationReport:
         scheme: as asked for.
         architecture: class of the model.
         not_fused: why the decoder layers were not fused; None if they were.
+        own: why a part of fused layers stayed Transformers' own, by "attention", "mlp" and "stream" (the additions).
         proof: which fused layers were run against Transformers' own before that was decided, and with which result.
         replaced: what each linear, norm and embedding became, by its name in the original model.
         smoothed: for each linear with smoothing scales the norm or linear that was divided by them.
@@ -195,6 +201,7 @@ class QuantizationReport:
     scheme: str
     architecture: str
     not_fused: str | None
+    own: dict[str, str]
     proof: str
     replaced: dict[str, str]
     smoothed: dict[str, str]
@@ -210,9 +217,10 @@ class QuantizationReport:
         reasons: dict[str, list[str]] = {}
         for name, reason in self.kept.items():
             reasons.setdefault(reason, []).append(name)
+        fused = "fused" + "".join(f", but not their {part}: {reason}" for part, reason in self.own.items())
         lines = [
             f"{self.architecture}, {self.scheme}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
-            "decoder layers: " + ("fused" if self.not_fused is None else f"not fused: {self.not_fused}"),
+            "decoder layers: " + (f"not fused: {self.not_fused}" if self.not_fused is not None else fused),
             f"proof: {self.proof}",
         ]
         for reason, names in reasons.items():
@@ -238,48 +246,78 @@ class _Plan:
     """What `quantize_model` will do, decided and checked before it does anything.
 
     Attributes:
-        linears: group size of each linear to quantise, by name.
+        choice: which linear gets which scheme.
+        norms: what the model's norms compute.
+        fusion: what is to become of its layers.
+        linears: scheme of each linear to quantise, by name.
         kept: why everything else stays, by the name of a linear, a norm or a parameter.
         kept_bytes: the bytes of each.
-        not_fused: why the layers cannot be fused, or None.
         smoothing: scales that are folded on the way.
     """
 
-    linears: dict[str, int] = field(default_factory=dict)
+    choice: Choice
+    norms: Norms
+    fusion: FusionPlan
+    linears: dict[str, Scheme] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     kept_bytes: dict[str, int] = field(default_factory=dict)
-    not_fused: str | None = None
     smoothing: Smoothing = field(default_factory=Smoothing)
+
+    def keep(self, name: str, reason: str, size: int) -> None:
+        self.kept[name], self.kept_bytes[name] = reason, size
 
 
 def _plan(
-    model: Any,
-    scheme: str,
-    group_size: int | None,
-    skip: tuple[str, ...],
-    skip_default: bool,
-    symmetric: bool,
-    fuse: bool,
-    smoothing: Scales | None,
+    model: Any, scheme: Asked, skip: tuple[str, ...], skip_default: bool, fuse: bool, smoothing: Scales | None
 ) -> _Plan:
     caller = "qops.quantize_model"
-    from transformers import PreTrainedModel
-
-    from qops.models.decoder import unknown_architecture
-
-    if scheme not in SCHEMES:
-        raise ValueError(f"{caller}: scheme must be 'int4' or 'int8', got {scheme!r}")
-    if scheme == "int8" and group_size not in (None, -1):
-        raise ValueError(
-            f"{caller}: group_size must be -1 (one scale per output channel) with 'int8', got {group_size}"
-        )
-    if scheme == "int8" and not symmetric:
-        raise ValueError(f"{caller}: symmetric must be True with 'int8', got False")
-    if scheme == "int4" and smoothing is not None:
-        raise ValueError(f"{caller}: smoothing must be None with 'int4', which leaves activations as they are")
+    modules = _modules(caller, model)
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     if isinstance(skip, str) or not isinstance(skip, Sequence) or not all(isinstance(name, str) for name in skip):
         got = f"the string {skip!r}" if isinstance(skip, str) else repr(skip)
         raise ValueError(f"{caller}: skip must be a tuple of names, got {got}")
+    for pattern in skip:
+        if not any(matches(pattern, name) for name in linears):
+            raise ValueError(f"{caller}: skip must name linears of the model, {pattern!r} names none")
+    choice, norms = choose(caller, scheme, tuple(linears)), Norms()
+    if smoothing is not None and not any(one.linear.takes_int8 for one in choice.schemes):
+        raise ValueError(f"{caller}: smoothing must be None with {str(choice)!r}, which leaves activations as they are")
+    plan = _Plan(choice, norms, plan_fusion(model, norms) if fuse else FusionPlan("fuse=False", None))
+    if smoothing is not None:
+        plan.smoothing = plan_smoothing(caller, model, smoothing, norms)
+    elsewhere = (_heads(model, modules) if skip_default else {}) | _adapters(modules) | _read_by_owner(modules)
+    seen = {name for name, module in modules.items() if name in linears or looks_like_norm(module)}
+    for name, module in modules.items():
+        if name not in seen:
+            continue
+        if name not in linears:
+            reason = norms.odd(module)
+        elif (reason := elsewhere.get(name) or _unquantizable(name, linears[name], skip)) is None:
+            chosen = choice.scheme_of(name)
+            reason = "its scheme is None, or there is none for it" if chosen is None else None
+            if chosen is not None:
+                _check_quantizable(name, linears[name], chosen)
+                plan.linears[name] = chosen
+        if reason is not None:
+            plan.keep(name, reason, sum(parameter.nbytes for parameter in module.parameters()))
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner not in seen:
+            kind = type(modules[owner]).__name__
+            plan.keep(name, f"a parameter of {kind}, which is neither a linear nor an RMSNorm", parameter.nbytes)
+    for device in {linears[name].weight.device for name in plan.linears}:
+        Int8Weight.quantize(torch.zeros(8, 8, device=device))  # raises where there are no kernels
+    if not plan.linears:
+        reasons = Counter(plan.kept.values()).most_common(5)
+        why = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        raise ValueError(f"{caller}: model must have linears to quantise, {type(model).__name__} has none: {why}")
+    return plan
+
+
+def _modules(caller: str, model: Any) -> dict[str, nn.Module]:
+    """The modules of a model by name, or what it is instead of one that can be quantised."""
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{caller}: model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if is_replaced(model):
@@ -292,54 +330,15 @@ def _plan(
             f"{caller}: the config ties the output layer to the embedding, so both must have one weight, got two; "
             "set config.tie_word_embeddings to False before the model is made, or call tie_weights()"
         )
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for pattern in skip:
-        if not any(_skips(pattern, name) for name in linears):
-            raise ValueError(f"{caller}: skip must name linears of the model, {pattern!r} names none")
-    plan = _Plan(not_fused=unfusable(model) if fuse else "fuse=False")
-    if fuse and plan.not_fused is not None and unknown_architecture(model) is None:
-        warn_not_fused(model, plan.not_fused)
-    if smoothing is not None:
-        plan.smoothing = plan_smoothing(caller, model, smoothing)
-    norms = set()
-    by_default = _kept_by_default(model) if skip_default else {}
-    elsewhere = _adapters(model) | _read_by_owner(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            reason = elsewhere.get(name) or by_default.get(name) or _unquantizable(name, module, skip)
-            if reason is None:
-                plan.linears[name] = _group_size(module.in_features, group_size) if scheme == "int4" else -1
-                _check_quantizable(name, module, plan.linears[name])
-        elif looks_like_norm(module):
-            reason = odd_norm(module)
-            norms.add(name)
-        else:
-            continue
-        if reason is not None:
-            plan.kept[name] = reason
-            plan.kept_bytes[name] = sum(parameter.nbytes for parameter in module.parameters())
-    for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        if owner not in norms and owner not in plan.linears and owner not in plan.kept:
-            kind = type(model.get_submodule(owner)).__name__
-            plan.kept[name] = f"a parameter of {kind}, which is neither a linear nor an RMSNorm"
-            plan.kept_bytes[name] = parameter.nbytes
-    devices: set[Any] = {model.get_submodule(name).weight.device for name in plan.linears}
-    for device in devices:
-        Int8Weight.quantize(torch.zeros(8, 8, device=device))  # raises where there are no kernels
-    if not plan.linears:
-        reasons = Counter(plan.kept.values()).most_common(5)
-        why = "; ".join(f"{count} x {reason}" for reason, count in reasons)
-        raise ValueError(f"{caller}: model must have linears to quantise, {type(model).__name__} has none: {why}")
-    return plan
+    return dict(model.named_modules())
 
 
-def _kept_by_default(model: Any) -> dict[str, str]:
+def _heads(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Linears that stay dense unless they are asked for: heads, and what feeds a language model from other senses."""
     kept: dict[str, str] = {}
-    text, output = _language_models(model), model.get_output_embeddings()
+    text, output = _language_models(model, modules), model.get_output_embeddings()
     inside = {id(module) for module in model.base_model.modules()}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if not isinstance(module, nn.Linear):
             continue
         if module is output or id(module) not in inside:
@@ -349,23 +348,24 @@ def _kept_by_default(model: Any) -> dict[str, str]:
     return kept
 
 
-def _language_models(model: Any) -> list[str]:
+def _language_models(model: Any, modules: Mapping[str, nn.Module]) -> list[str]:
     """The prefixes of the parts of a multimodal model that are language models; none where the whole model is one."""
     from transformers import PreTrainedModel
 
     config = getattr(model.config, "text_config", None)
     if config is None:
         return []
-    parts = model.named_modules()
     return [
-        f"{name}." for name, part in parts if isinstance(part, PreTrainedModel) and type(part.config) is type(config)
+        f"{name}."
+        for name, part in modules.items()
+        if isinstance(part, PreTrainedModel) and type(part.config) is type(config)
     ]
 
 
-def _adapters(model: nn.Module) -> dict[str, str]:
+def _adapters(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Linears that PEFT has put beside a layer: they are trained, and small."""
     kept: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__):
             for inner, part in module.named_modules():
                 if isinstance(part, nn.Linear) and not f"{inner}.".startswith("base_layer."):
@@ -373,12 +373,12 @@ def _adapters(model: nn.Module) -> dict[str, str]:
     return kept
 
 
-def _read_by_owner(model: nn.Module) -> dict[str, str]:
+def _read_by_owner(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Linears whose weight another module reads as a tensor, by its source, instead of calling them."""
     kept: dict[str, str] = {}
     # RWKV rescales the weights of its blocks.
-    from_afar = set().union(*(_weights_read(kind) for kind in {type(module) for module in model.modules()}))
-    for name, module in model.named_modules():
+    from_afar = set().union(*(_weights_read(kind) for kind in {type(module) for module in modules.values()}))
+    for name, module in modules.items():
         for part, linear in module._modules.items():
             if isinstance(linear, nn.Linear):
                 source, parent = _source(type(module)), name.rpartition(".")[2]
@@ -424,12 +424,8 @@ def _classes(module: str) -> dict[str, str]:
     return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in classes}
 
 
-def _skips(pattern: str, name: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
-
-
 def _unquantizable(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str | None:
-    if any(_skips(pattern, name) for pattern in skip):
+    if any(matches(pattern, name) for pattern in skip):
         return "skipped"
     if (reason := odd_linear(linear)) is not None:
         return reason
@@ -441,18 +437,12 @@ def _unquantizable(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str |
     return None
 
 
-def _group_size(in_features: int, group_size: int | None) -> int:
-    if group_size is not None:
-        return group_size
-    return next((size for size in (128, 64, 32, 16) if in_features % size == 0), -1)
-
-
-def _check_quantizable(name: str, linear: nn.Linear, group_size: int) -> None:
+def _check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
     """Raises what quantising would raise, before any layer is replaced."""
     if linear.weight.is_meta:
         raise ValueError(f"qops.quantize_model: {name}: weight must have data, got a tensor on the meta device")
     try:
-        Int4Weight(linear.in_features, linear.out_features, group_size, scale_dtype=torch.float32, device="meta")
+        resolve_group_size("group_size", linear.in_features, scheme.group_size_of(linear.in_features))
     except ValueError as error:
         raise ValueError(f"qops.quantize_model: {name}: {error}") from error
     if not linear.weight.isfinite().all():

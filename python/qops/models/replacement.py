@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from qops.formats._transformers import require_transformers
-from qops.nn import Int8Embedding, MergedLinear, RMSNorm, frozen
+from qops.nn import Int8Embedding, MergedLinear, MergingModule, RMSNorm, frozen
 from qops.nn.hooks import is_watched
 from qops.ops import rms_norm
 from qops.weights import Int8Weight
 from qops.weights.state import QuantizedWeight
+
+if TYPE_CHECKING:
+    from qops.models.decoder import Known
 
 # Linears and norms ---------------------------------------------------------------------------------------------------
 
@@ -53,19 +56,6 @@ def _eps(module: nn.Module) -> float | None:
     return eps if isinstance(eps, float) else None
 
 
-def odd_norm(module: Any) -> str | None:
-    """Why a module that looks like a norm cannot be replaced; None if it can."""
-    name = type(module).__name__
-    if "forward" in vars(module):
-        return "its forward was replaced by its owner"
-    parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-    if len(parameters) != 1:
-        return f"{name} takes more than x: {', '.join(parameters)}"
-    if norm_style(module) is None:
-        return f"{name} is not an RMSNorm that qops computes"
-    return None
-
-
 def norm_style(module: Any) -> dict[str, Any] | None:
     """The arguments of `qops.nn.RMSNorm` that compute what `module` does; None if none do.
 
@@ -94,11 +84,35 @@ def norm_style(module: Any) -> dict[str, Any] | None:
     return None
 
 
-def rms_norm_of(module: Any, weight: torch.Tensor) -> RMSNorm:
-    """The norm that computes what `module` does, with a weight of its own; `odd_norm(module)` is None."""
-    style = norm_style(module)
-    assert style is not None
-    return RMSNorm(weight, _eps(module) or 0.0, **style)
+class Norms:
+    """The norms of a model: what each computes is found once, by asking it."""
+
+    def __init__(self) -> None:
+        self._styles: weakref.WeakKeyDictionary[nn.Module, dict[str, Any] | None] = weakref.WeakKeyDictionary()
+
+    def style(self, module: nn.Module) -> dict[str, Any] | None:
+        """See :func:`norm_style`."""
+        if module not in self._styles:
+            self._styles[module] = norm_style(module)
+        return self._styles[module]
+
+    def odd(self, module: Any) -> str | None:
+        """Why a module that looks like a norm cannot be replaced; None if it can."""
+        name = type(module).__name__
+        if "forward" in vars(module):
+            return "its forward was replaced by its owner"
+        parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+        if len(parameters) != 1:
+            return f"{name} takes more than x: {', '.join(parameters)}"
+        if self.style(module) is None:
+            return f"{name} is not an RMSNorm that qops computes"
+        return None
+
+    def like(self, module: Any, weight: torch.Tensor) -> RMSNorm:
+        """The norm that computes what `module` does, with a weight of its own; `odd(module)` is None."""
+        style = self.style(module)
+        assert style is not None
+        return RMSNorm(weight, _eps(module) or 0.0, **style)
 
 
 def take_hooks(new: nn.Module, old: nn.Module) -> nn.Module:
@@ -132,18 +146,48 @@ class Fusion(NamedTuple):
     Attributes:
         not_fused: why they stayed Transformers' own; None if they were fused.
         proof: what was compared before that was decided, and with which result.
+        own: why a part of fused layers stayed Transformers' own, by "attention", "mlp" and "stream".
     """
 
     not_fused: str | None
     proof: str
+    own: dict[str, str]
 
 
-def unfusable(model: Any) -> str | None:
-    """Why the layers of a model cannot be fused, found without changing it; None if they can."""
-    from qops.models.decoder import unknown_architecture
+class FusionPlan(NamedTuple):
+    """What is to become of the decoder layers.
 
-    if (reason := unknown_architecture(model)) is not None:
-        return reason
+    Attributes:
+        not_fused: why they cannot be fused; None if they can.
+        known: the parts that are fused then.
+    """
+
+    not_fused: str | None
+    known: Known | None
+
+
+# What a module becomes, by its name.
+Replace = Callable[[str, Any], nn.Module]
+
+
+def plan_fusion(model: Any, norms: Norms) -> FusionPlan:
+    """Whether the layers of a model can be fused, and which parts, found without changing it.
+
+    Warns where what is fused elsewhere is not, for a reason that its user may remove.
+    """
+    from qops.models.decoder import known_parts
+
+    known = known_parts(model)
+    if known.why_nothing is not None:
+        return FusionPlan(known.why_nothing, None)
+    reason = _unfusable(model, known, norms)
+    if reason is not None:
+        warn_not_fused(model, reason)
+    return FusionPlan(reason, known)
+
+
+def _unfusable(model: Any, known: Known, norms: Norms) -> str | None:
+    """Why the parts that are known cannot be replaced all the same."""
     seen: set[int] = set()
     for index, layer in enumerate(model.model.layers):
         for name, module in layer.named_modules(remove_duplicate=False):
@@ -155,14 +199,17 @@ def unfusable(model: Any) -> str | None:
             if id(module) in seen:
                 return f"{full} stands in two places"
             seen.add(id(module))
-        parts = parts_of(layer)
+        parts = known.names(layer, index)
+        fused = (known.attention, "self_attn."), (known.mlps[index], "mlp.")
         for name, _ in layer.named_parameters():
-            if name.rpartition(".")[0] not in parts:
+            owner = name.rpartition(".")[0]
+            inside = next((is_fused for is_fused, part in fused if name.startswith(part)), known.stream)
+            if inside and owner not in parts:
                 return f"model.layers.{index}.{name} is a parameter that a fused layer does not have"
         for name in parts:
             module = layer.get_submodule(name)
             if looks_like_norm(module):
-                reason = odd_norm(module)
+                reason = norms.odd(module)
             elif isinstance(module, nn.Linear):
                 reason = odd_linear(module)
             else:
@@ -171,26 +218,17 @@ def unfusable(model: Any) -> str | None:
                 return f"model.layers.{index}.{name}: {reason}"
     if is_watched(model.model.rotary_emb):
         return "model.rotary_emb has hooks, or a forward of its owner's"
-    reason = odd_norm(model.model.norm) if looks_like_norm(model.model.norm) else "not a norm"
+    reason = norms.odd(model.model.norm) if looks_like_norm(model.model.norm) else "not a norm"
     return None if reason is None else f"model.norm: {reason}"
-
-
-def parts_of(layer: Any) -> list[str]:
-    """The names in a decoder layer of Transformers of what a fused one asks for."""
-    named = dict(layer.named_children()), dict(layer.self_attn.named_children()), dict(layer.mlp.named_children())
-    return [
-        *(name for name in named[0] if name.endswith("layernorm")),
-        *(f"self_attn.{name}" for name in named[1] if name.endswith(("_proj", "_norm"))),
-        *(f"mlp.{name}" for name in named[2] if name.endswith("_proj")),
-    ]
 
 
 def replace_parts(
     model: Any,
-    linear: Callable[[str, Any], nn.Module],
-    norm_weight: Callable[[str, Any], torch.Tensor],
+    linear: Replace,
+    norm: Replace,
     kind: Callable[[str], str],
-    not_fused: str | None,
+    norms: Norms,
+    plan: FusionPlan,
     prove: bool = True,
     progress: bool | None = False,
 ) -> Fusion:
@@ -198,9 +236,10 @@ def replace_parts(
 
     Args:
         linear: gives what takes the place of a linear: the linear itself where it stays.
-        norm_weight: gives the weight of a norm.
+        norm: gives what takes the place of a norm.
         kind: tells linears that become different ones apart, by their names.
-        not_fused: why layers are not to be fused; None fuses them if the proof agrees.
+        norms: of the model.
+        plan: which parts of its layers are fused if the proof agrees.
         prove: whether fused layers are compared with Transformers' own first (`qops.models.proof`).
 
     Returns:
@@ -211,50 +250,60 @@ def replace_parts(
     def bar(things: Any) -> Any:
         return tqdm(things, desc="qops: replacing", leave=False, disable=None if progress is None else not progress)
 
-    def norm(name: str, module: Any) -> nn.Module:
-        return rms_norm_of(module, norm_weight(name, module))
+    # What the proof has made is taken over: nothing is read, or quantised, twice.
+    made: dict[str, nn.Module] = {}
 
-    def part(prefix: str, layer: nn.Module, name: str) -> nn.Module:
-        module, name = layer.get_submodule(name), f"{prefix}.{name}"
-        return linear(name, module) if is_linear(module) else norm(name, module)
+    def new(name: str, module: Any) -> nn.Module:
+        return made.pop(name, None) or (linear if is_linear(module) else norm)(name, module)
 
-    proof = "not made: prove=False" if not_fused is None else "not needed"
-    if not_fused is None and prove:
-        from qops.models.proof import prove_fusion
-
-        proof, not_fused = prove_fusion(model, linear, norm_weight, kind)
-        if not_fused is not None:
-            warn_not_fused(model, not_fused)
-    if not_fused is not None:
+    def replace_one_by_one(inside: str, but: Collection[str] = ()) -> None:
         output = model.get_output_embeddings()
         # Names alone: a list of modules would keep every original alive until the end. A module of several names is
         # replaced at all of them.
         places: dict[int, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            is_norm = looks_like_norm(module) and odd_norm(module) is None
-            if (is_linear(module) and module is not output) or is_norm:
+        for name, module in model.get_submodule(inside).named_modules(prefix=inside, remove_duplicate=False):
+            is_norm = looks_like_norm(module) and norms.odd(module) is None
+            if ((is_linear(module) and module is not output) or is_norm) and name not in but:
                 places.setdefault(id(module), []).append(name)
-        for names in bar(places.values()):
+        for names in bar(places.values()) if not inside else places.values():
             module = model.get_submodule(names[0])
-            new = linear(names[0], module) if is_linear(module) else norm(names[0], module)
-            if new is not module:
-                take_hooks(new, module)
+            replaced = new(names[0], module)
+            if replaced is not module:
+                take_hooks(replaced, module)
             for name in names:
-                model.set_submodule(name, new)
-        return Fusion(not_fused, proof)
+                model.set_submodule(name, replaced)
 
-    from qops.models.decoder import DecoderLayer, RotaryTables, fused_class
+    not_fused, known = plan
+    proof = "not made: prove=False" if not_fused is None else "not needed"
+    if not_fused is None and prove:
+        from qops.models.proof import prove_fusion
+
+        assert known is not None
+        proof, not_fused, made = prove_fusion(model, linear, norm, kind, known)
+        if not_fused is not None:
+            warn_not_fused(model, not_fused)
+    if not_fused is not None or known is None:
+        replace_one_by_one("")
+        return Fusion(not_fused, proof, {})
+
+    from qops.models.decoder import RotaryTables, fuse
 
     decoder = model.model
     for index in bar(range(len(decoder.layers))):
+        prefix = f"model.layers.{index}"
         layer = decoder.layers[index]
-        parts = functools.partial(part, f"model.layers.{index}", layer)
-        decoder.layers[index] = packed(fused_class(DecoderLayer, type(layer))(layer, parts))
-    decoder.norm = take_hooks(norm("model.norm", decoder.norm), decoder.norm)
-    decoder.rotary_emb = RotaryTables(decoder.rotary_emb, model.config)
+
+        def part(name: str, layer: Any = layer, prefix: str = prefix) -> nn.Module:
+            return new(f"{prefix}.{name}", layer.get_submodule(name))
+
+        replace_one_by_one(prefix, [f"{prefix}.{name}" for name in known.names(layer, index)])
+        decoder.layers[index] = packed(fuse(layer, part, known, index))
+    decoder.norm = take_hooks(new("model.norm", decoder.norm), decoder.norm)
+    if known.attention:
+        decoder.rotary_emb = RotaryTables(decoder.rotary_emb, model.config)
     # Transformers hooks layers when hidden states are first asked for; the new ones have no hooks yet.
     decoder._output_capturing_hooks_installed = False
-    return Fusion(None, proof)
+    return Fusion(None, proof, known.own)
 
 
 def warn_not_fused(model: Any, reason: str) -> None:
@@ -354,9 +403,8 @@ def require_replaced(model: Any, caller: str) -> None:
 
 
 def is_fused(model: Any) -> bool:
-    from qops.models.decoder import DecoderLayer
-
-    return any(isinstance(module, DecoderLayer) for module in model.modules())
+    """Whether a part of its layers is."""
+    return any(isinstance(module, MergingModule) for module in model.modules())
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:

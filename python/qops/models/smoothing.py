@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qops.models.replacement import norm_style
+from qops.models.replacement import Norms
 from qops.nn import dense_linear
 
 __all__ = ["smoothing_scales"]
@@ -107,7 +107,7 @@ class Smoothing:
         return self.norms.get(name, weight)
 
 
-def plan_smoothing(caller: str, model: Any, scales: Scales) -> Smoothing:
+def plan_smoothing(caller: str, model: Any, scales: Scales, norms: Norms) -> Smoothing:
     """What folding `scales` into a dense model means, or a ValueError that says why it cannot be."""
     scales, folded = dict(_read(caller, scales)), Smoothing()
     for producer, readers in _readers(caller, model).items():
@@ -122,7 +122,7 @@ def plan_smoothing(caller: str, model: Any, scales: Scales) -> Smoothing:
         module = model.get_submodule(producer)
         linears = [model.get_submodule(name) for name in readers]
         for name in (producer, *readers):
-            if not _foldable(model.get_submodule(name)):
+            if not _foldable(model.get_submodule(name), norms):
                 kind = type(model.get_submodule(name)).__name__
                 raise ValueError(f"{caller}: smoothing cannot be folded into {name}, a {kind}")
         s = [_vector(caller, "smoothing", name, scales.pop(name), linears[0].in_features) for name in readers]
@@ -134,7 +134,7 @@ def plan_smoothing(caller: str, model: Any, scales: Scales) -> Smoothing:
         if isinstance(module, nn.Linear):
             folded.rows[producer] = _per_row(caller, producer, readers[0], model, columns)
         else:
-            folded.norms[producer], columns = _divided(caller, producer, module, columns)
+            folded.norms[producer], columns = _divided(caller, producer, module, columns, norms)
         folded.columns |= dict.fromkeys(readers, columns)
         folded.into |= dict.fromkeys(readers, producer)
     if scales:
@@ -149,8 +149,8 @@ def plan_smoothing(caller: str, model: Any, scales: Scales) -> Smoothing:
     return folded
 
 
-def _foldable(part: nn.Module) -> bool:
-    return type(part) is nn.Linear if isinstance(part, nn.Linear) else norm_style(part) is not None
+def _foldable(part: nn.Module, norms: Norms) -> bool:
+    return type(part) is nn.Linear if isinstance(part, nn.Linear) else norms.style(part) is not None
 
 
 def _readers(caller: str, model: Any) -> dict[str, tuple[str, ...]]:
@@ -158,11 +158,14 @@ def _readers(caller: str, model: Any) -> dict[str, tuple[str, ...]]:
 
     SiLU-mul multiplies each channel of up by one of gate; attention averages each channel of v over tokens.
     """
-    from qops.models.decoder import unknown_architecture
+    from qops.models.decoder import known_parts
 
-    unknown = unknown_architecture(model)
-    if unknown is not None:
-        raise ValueError(f"{caller}: smoothing needs to know what a linear reads: {unknown}")
+    known = known_parts(model)
+    reason = next(iter(known.own.values()), None)
+    if reason is None and known.mixes_in_place:
+        reason = f"the q, k and v of {type(model).__name__} are one linear"
+    if reason is not None:
+        raise ValueError(f"{caller}: smoothing needs to know what a linear reads: {reason}")
     found: dict[str, tuple[str, ...]] = {}
     for index, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{index}."
@@ -175,9 +178,9 @@ def _readers(caller: str, model: Any) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _divided(caller: str, name: str, norm: Any, s: Tensor) -> tuple[Tensor, Tensor]:
+def _divided(caller: str, name: str, norm: Any, s: Tensor, norms: Norms) -> tuple[Tensor, Tensor]:
     """(weight of the norm divided by s, what it was divided by in truth: its rounding is none of the whole)."""
-    style = norm_style(norm)
+    style = norms.style(norm)
     assert style is not None
     old = norm.weight.double() + style["weight_offset"]
     weight = (old / s - style["weight_offset"]).to(norm.weight.dtype)

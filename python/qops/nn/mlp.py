@@ -42,8 +42,7 @@ class MergedLinear(nn.Module):
     @property
     def takes_int8(self) -> bool:
         """Whether the input may be :class:`Int8Rows`, because every part takes them."""
-        linears = self.separate if self.merged is None else [self.merged]
-        return all(isinstance(linear, QuantizedLinear) and linear.takes_int8 for linear in linears)
+        return all(map(takes_int8, self.separate if self.merged is None else [self.merged]))
 
     def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
         """The outputs of all parts side by side.
@@ -110,17 +109,48 @@ class MLP(MergingModule):
         act: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__()
+        self._assemble({"gate_proj": gate_proj, "up_proj": up_proj}, down_proj, act)
+
+    @classmethod
+    def of_merged(
+        cls,
+        gate_up_proj: nn.Module,
+        down_proj: nn.Module,
+        act: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> MLP:
+        """An MLP whose gate and up are one linear from the start, as Phi-3's are.
+
+        Args:
+            gate_up_proj: linear K -> 2 I, gate first. The strips of its weight may be mixed.
+            down_proj: linear I -> N.
+            act: as in the class.
+
+        Returns:
+            An MLP whose state_dict has that linear under its own name.
+        """
+        mlp = cls.__new__(cls)
+        super(MLP, mlp).__init__()
+        mlp._assemble({"gate_up_proj": gate_up_proj}, down_proj, act)
+        return mlp
+
+    def _assemble(
+        self, gate_up: dict[str, Any], down_proj: Any, act: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> None:
         self.reordered = isinstance(down_proj, QuantizedLinear) and down_proj.weight.act_order
         if self.reordered:
-            assert isinstance(down_proj, QuantizedLinear)
             order = down_proj.weight.perm.long()
-            gate_proj, up_proj = _with_rows(gate_proj, order), _with_rows(up_proj, order)
+            rows = order if len(gate_up) > 1 else torch.cat((order, order + len(order)))
+            gate_up = {name: _with_rows(linear, rows) for name, linear in gate_up.items()}
             down_proj = down_proj.around(down_proj.weight.in_stored_order(), down_proj.bias)
-        self.gate_up_proj = MergedLinear({"gate_proj": gate_proj, "up_proj": up_proj})
+        if len(gate_up) > 1:
+            self.gate_up_proj = MergedLinear(gate_up)
+            merged = self.gate_up_proj.merged
+        else:
+            self.gate_up_proj = merged = gate_up["gate_up_proj"]
         self.down_proj = down_proj
         self.act = act
-        merged = self.gate_up_proj.merged
-        self.activates_in_gemm = act is None and isinstance(merged, QuantizedLinear) and merged.applies_silu_mul
+        mixes = act is None and isinstance(merged, QuantizedLinear) and merged.applies_silu_mul
+        self.activates_in_gemm = mixes and merged.out_features % 16 == 0
         if self.activates_in_gemm:
             merged.weight.mix_gate_up()
         self._be_hooked()
@@ -152,6 +182,11 @@ class MLP(MergingModule):
             "rows of gate and up in the act-order of down": self.reordered,
         }
         return ", ".join(note for note, holds in notes.items() if holds)
+
+
+def takes_int8(linear: Any) -> bool:
+    """Whether the input of a linear, of any kind, may be :class:`Int8Rows`."""
+    return isinstance(linear, (QuantizedLinear, MergedLinear)) and linear.takes_int8
 
 
 def _with_rows(linear: Any, order: torch.Tensor) -> Any:

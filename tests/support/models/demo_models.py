@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qops.models import quantize_model, save_model
+from qops.models import Int4, quantize_model, save_model
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -42,7 +42,7 @@ def write_folder(path: Path, tokenizer: PreTrainedTokenizerFast, scheme: str = "
     )
     torch.manual_seed(0)
     with torch.inference_mode(False):
-        model = quantize_model(LlamaForCausalLM(config), scheme, group_size=32 if scheme == "int4" else None)
+        model = quantize_model(LlamaForCausalLM(config), Int4(32) if scheme == "int4" else scheme)
     save_model(model, path)
     tokenizer.save_pretrained(path)
     return path

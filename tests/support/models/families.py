@@ -1,4 +1,4 @@
-"""Small random models of every family that quantize_model knows, and of some whose layers it does not know."""
+"""Small random models of every family that quantize_model knows, as a whole or in part, and of one it does not know."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ WINDOW = {"sliding_window": 4}
 FUSED = {
     "llama": ("Llama", "LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", "MistralConfig", WINDOW),
+    "phi3": ("Phi3", "Phi3Config", {"partial_rotary_factor": 0.5, **WINDOW}),
     "qwen2": ("Qwen2", "Qwen2Config", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
     "qwen3": ("Qwen3", "Qwen3Config", {"head_dim": 24}),
     "smollm3": ("SmolLM3", "SmolLM3Config", {"no_rope_layer_interval": 2}),
@@ -35,12 +36,16 @@ FUSED = {
         {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2, **WINDOW},
     ),
 }
-OTHER = {
-    "olmo2": ("Olmo2", "Olmo2Config", {}),
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Of whose layers some parts are fused.
+PARTLY = {
     "granite": ("Granite", "GraniteConfig", {"residual_multiplier": 0.5}),
-    "phi3": ("Phi3", "Phi3Config", {}),
+    "mixtral": ("Mixtral", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, **WINDOW}),
+    "olmo2": ("Olmo2", "Olmo2Config", {}),
+    "qwen3_moe": ("Qwen3Moe", "Qwen3MoeConfig", {"num_experts": 4, "head_dim": 24, "mlp_only_layers": [1], **EXPERTS}),
 }
-FAMILIES = FUSED | OTHER
+OTHER = {"glm": ("Glm", "GlmConfig", {"head_dim": 16})}
+FAMILIES = FUSED | PARTLY | OTHER
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(7))
 
 

@@ -10,6 +10,14 @@ from qops.models import dense_model
 from qops.testing import assert_accurate
 
 
+def exact_model(ours: Any) -> Any:
+    """In float64, of the same weights."""
+    exact = dense_model(ours, torch.float32).double()
+    # The faster products of Transformers over experts take no float64.
+    exact.config._experts_implementation = "eager"
+    return exact
+
+
 def hidden_states(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Before the first layer and after each; the last one is normed."""
     return model(ids, output_hidden_states=True).hidden_states
@@ -18,7 +26,7 @@ def hidden_states(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def assert_layers_accurate(ours: Any, ids: torch.Tensor) -> None:
     """Weight-only models. In float32 at most 2e-5 of the largest element away, else twice as far as Transformers."""
     dtype = ours.dtype
-    exact, usual = dense_model(ours, torch.float32).double(), dense_model(ours, dtype)
+    exact, usual = exact_model(ours), dense_model(ours, dtype)
     states = zip(*(hidden_states(model, ids) for model in (ours, exact, usual)), strict=True)
     for index, (got, want, usually) in enumerate(states):
         if dtype == torch.float32:
@@ -42,7 +50,7 @@ def int8_layer_errors(ours: Any, ids: torch.Tensor, quantize_activations: bool) 
         quantize_activations: whether the float64 model rounds the inputs of the int8 linears as ours does.
     """
     got = hidden_states(ours, ids)
-    reference = dense_model(ours, torch.float32).double()
+    reference = exact_model(ours)
     if quantize_activations:
         replaced = ours.quantization_report.replaced
         for name, module in reference.named_modules():

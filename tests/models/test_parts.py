@@ -1,0 +1,143 @@
+"""Attention, MLP and residual stream are fused each where it is known."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import qops
+from qops import load_model, quantize_model, save_model
+from qops.formats.folder import Folder
+from qops.models import replacement
+from qops.models.decoder import Attention, DecoderLayer, known_parts
+from qops.nn import MLP, Int4Linear, RMSNorm
+from qops.testing import assert_bitwise, generator
+from tests.support.models.families import IDS, random_model
+
+# Family -> whether attention, stream and the MLP of each layer are fused.
+PARTS = {
+    "llama": (True, True, (True, True, True)),
+    "phi3": (True, True, (True, True, True)),
+    "granite": (True, False, (True, True, True)),
+    "mixtral": (True, True, (False, False, False)),
+    "olmo2": (False, False, (True, True, True)),
+    "qwen3_moe": (True, True, (False, True, False)),
+}
+
+
+@pytest.mark.parametrize("family", PARTS)
+def test_known_parts_are_fused_and_the_others_said(family):
+    attention, stream, mlps = PARTS[family]
+    model = quantize_model(random_model(family))
+    report = model.quantization_report
+    assert report.not_fused is None and set(report.own) == {
+        part for part, is_known in (("attention", attention), ("mlp", all(mlps)), ("stream", stream)) if not is_known
+    }
+    for part, reason in report.own.items():
+        assert f", but not their {part}: {reason}" in str(report)
+    for layer, is_known in zip(model.model.layers, mlps, strict=True):
+        assert isinstance(layer, DecoderLayer) == stream
+        assert isinstance(layer.self_attn, Attention) == attention
+        assert isinstance(layer.mlp, MLP) == is_known
+        # Norms and linears of other parts run on qops operators all the same.
+        assert all(isinstance(module, RMSNorm) for name, module in layer.named_children() if "norm" in name)
+        assert not attention or isinstance(layer.self_attn.o_proj, Int4Linear)
+        assert attention or isinstance(layer.self_attn.q_proj, Int4Linear)
+
+
+def test_a_part_of_another_class_stays_and_the_rest_is_fused():
+    class Squared(type(random_model("llama").model.layers[0].mlp)):
+        def forward(self, x):
+            return super().forward(x) ** 2
+
+    source = random_model("llama")
+    source.model.layers[1].mlp.__class__ = Squared
+    model, alone = quantize_model(copy.deepcopy(source)), quantize_model(source, fuse=False)
+    assert model.qops_fusion.own == {"mlp": "Squared is not LlamaMLP"}
+    layers = model.model.layers
+    assert type(layers[1].mlp) is Squared and isinstance(layers[1].mlp.up_proj, Int4Linear)
+    assert isinstance(layers[0].mlp, MLP) and isinstance(layers[1].self_attn, Attention)
+    torch.testing.assert_close(model(IDS).logits, alone(IDS).logits, rtol=0, atol=2e-5 * alone(IDS).logits.abs().max())
+
+
+def test_a_stream_with_more_than_known_parts_stays():
+    source = random_model("phi3", resid_pdrop=0.5)
+    known = known_parts(source)
+    assert known.own == {"stream": "Phi3DecoderLayer has a part resid_attn_dropout that qops does not know"}
+    model = quantize_model(source)
+    assert isinstance(model.model.layers[0].self_attn, Attention) and not isinstance(
+        model.model.layers[0], DecoderLayer
+    )
+
+
+@pytest.mark.parametrize("act_order", (False, True))
+def test_a_merged_mlp_is_that_of_its_halves(act_order):
+    rng = generator(0)
+    gate, up = (nn.Linear(64, 96) for _ in range(2))
+    merged = nn.Linear(64, 192)
+    merged.weight.data, merged.bias.data = torch.cat((gate.weight, up.weight)), torch.cat((gate.bias, up.bias))
+    canonical = qops.Int4Weight.quantize(torch.randn(64, 96, generator=rng), 32).canonical()
+    perm = torch.randperm(96, generator=rng).int() if act_order else None
+    down = Int4Linear(qops.Int4Weight.from_canonical(**canonical, kind="symmetric", perm=perm))
+    x = torch.randn(5, 64, generator=rng)
+    apart = MLP(Int4Linear.from_linear(gate, 32), Int4Linear.from_linear(up, 32), copy.deepcopy(down))
+    whole = MLP.of_merged(Int4Linear.from_linear(merged, 32), down)
+    assert whole.activates_in_gemm and whole.reordered == act_order
+    assert_bitwise(whole(x), apart(x))
+    assert "gate_up_proj.weight.qweight" in whole.state_dict()
+
+
+def test_gate_and_up_that_strips_cannot_mix_are_multiplied_after_the_product():
+    merged, down = Int4Linear.from_linear(nn.Linear(64, 24), 32), nn.Linear(12, 64)
+    mlp = MLP.of_merged(merged, down)
+    x = torch.randn(3, 64, generator=generator(1))
+    gate, up = merged(x).chunk(2, dim=-1)
+    assert not mlp.activates_in_gemm
+    assert_bitwise(mlp(x), down(qops.silu_mul(gate.contiguous(), up.contiguous())))
+
+
+# Nothing is looked at twice ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+def test_each_norm_is_asked_once_what_it_computes(family, monkeypatch):
+    source, asked = random_model(family), Counter()
+    norms = [module for module in source.modules() if replacement.looks_like_norm(module)]
+
+    def spy(module, original=replacement.norm_style):
+        asked[id(module)] += 1
+        return original(module)
+
+    monkeypatch.setattr(replacement, "norm_style", spy)
+    quantize_model(source, "int8")
+    assert len(asked) == len(norms) and set(asked.values()) == {1}
+
+
+def test_each_tensor_of_a_checkpoint_is_read_once(tmp_path, monkeypatch):
+    save_model(quantize_model(random_model("llama", tie_word_embeddings=True), skip_default=False), tmp_path)
+    read, tensor = Counter(), Folder.tensor
+
+    def spy(self, name):
+        read[name] += 1
+        return tensor(self, name)
+
+    monkeypatch.setattr(Folder, "tensor", spy)
+    model = load_model(tmp_path)
+    assert "relative error" in model.qops_fusion.proof
+    assert set(read) == set(Folder(tmp_path).names) and set(read.values()) == {1}
+
+
+def test_each_linear_is_quantised_once(monkeypatch):
+    source, quantize, count = random_model("llama"), qops.Int4Weight.quantize, Counter()
+
+    def spy(weight, *args, **kwargs):
+        count[weight.data_ptr()] += 1
+        return quantize(weight, *args, **kwargs)
+
+    monkeypatch.setattr(qops.Int4Weight, "quantize", spy)
+    quantize_model(source)
+    assert len(count) == 21 and set(count.values()) == {1}
