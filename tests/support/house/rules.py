@@ -118,7 +118,6 @@ class Layer:
 _CUDA_INCLUDES = (
     _STD,
     r"<cuda\w*\.h(pp)?>",
-    r"<mma\.h>",
     r'"(kernels|exp_poly|int[48]_layout|row_tree)\.h"',
     r'"cuda/\w+\.(h|cuh)"',
 )
