@@ -14,28 +14,18 @@ import torch
 import qops
 
 BF16 = torch.bfloat16
-GEMM = {"m": 40, "n": 4096, "k": 4096}
-ROTARY = {"tokens": 40, "q_heads": 32, "k_heads": 8, "d": 128, "pairs": 64, "dtype": BF16}
-NORM = {"rows": 40, "h": 4096, "dtype": BF16}
-PROBLEMS: dict[str, dict[str, Any]] = {
-    "add_rms_norm": NORM,
-    "add_rms_norm_int8": NORM,
-    "int4_dequantize": {"n": 4096, "k": 4096, "group_size": 64, "kind": "offset", "dtype": torch.float32},
-    "int4_gemm": {**GEMM, "group_size": 128, "dtype": BF16},
-    "int8_gemm": {**GEMM, "out_dtype": BF16},
-    "int8_weight_only_gemm": {**GEMM, "group_size": 4096, "dtype": BF16},
-    "qk_norm_rotary": ROTARY,
-    "qk_norm_rotary_": ROTARY,
-    "quantize_int8": {"rows": 40, "k": 4096, "dtype": BF16},
-    "quantize_int8_asym": {"rows": 40, "k": 4096, "dtype": BF16},
-    "quantize_int8_static": {"rows": 40, "k": 4096, "dtype": BF16},
-    "rms_norm": NORM,
-    "rms_norm_int8": NORM,
-    "rotary": ROTARY,
-    "rotary_": ROTARY,
-    "silu_mul": {"rows": 40, "columns": 11008, "dtype": BF16},
-    "silu_mul_int8": {"rows": 40, "columns": 11008, "dtype": BF16},
-}
+SIZES = {"m": 40, "rows": 40, "tokens": 40, "q_heads": 32, "k_heads": 8, "d": 128, "pairs": 64, "group_size": 128}
+
+
+def problem(op: str) -> dict[str, Any]:
+    """Of what an operator says that it needs."""
+    with pytest.raises(ValueError, match=rf"qops\.explain: {op} needs .*, got none") as error:
+        qops.explain(op, device="cpu")
+    names = str(error.value).partition(" needs ")[2].removesuffix(", got none").split(", ")
+    return {name: BF16 if name.endswith("dtype") else SIZES.get(name, 4096) for name in names}
+
+
+PROBLEMS = {name: problem(name) for name in qops.ops.__all__ if hasattr(torch.ops.qops, name)}
 
 
 def explain(op: str, **changes: Any) -> str:
@@ -66,7 +56,7 @@ def test_the_operators_are_the_public_ones():
     with pytest.raises(ValueError, match=r"qops.explain: op must be one of .*, got int5_gemm") as error:
         qops.explain("int5_gemm", device="cpu")
     listed = set(str(error.value).partition("one of ")[2].rpartition(", got")[0].split(", "))
-    assert listed == set(PROBLEMS) == {name for name in qops.ops.__all__ if hasattr(torch.ops.qops, name)}
+    assert listed == set(PROBLEMS)
 
 
 @pytest.mark.parametrize(
@@ -95,12 +85,12 @@ def test_wrong_questions(op, changes, error):
 
 def test_devices():
     with pytest.raises(TypeError, match="device"):
-        qops.explain("rms_norm", **NORM)
+        qops.explain("rms_norm", **PROBLEMS["rms_norm"])
     with pytest.raises(ValueError, match=r"qops.explain: device must be a CPU or a GPU, got meta"):
-        qops.explain("rms_norm", device="meta", **NORM)
+        qops.explain("rms_norm", device="meta", **PROBLEMS["rms_norm"])
     if not qops.build_info()["cuda"]:
         with pytest.raises(RuntimeError, match=r"qops.explain: device must be cpu, as .*, got cuda"):
-            qops.explain("rms_norm", device="cuda", **NORM)
+            qops.explain("rms_norm", device="cuda", **PROBLEMS["rms_norm"])
 
 
 def test_nothing_is_computed_or_allocated():
