@@ -22,7 +22,7 @@ from qops.testing import (
     weight_only_bound,
 )
 from tests.support.cuda.cuda_backend import POLICIES, Backend, assert_same, gpu, made_there
-from tests.support.cuda.cuda_budgets import KERNELS, shape_of
+from tests.support.cuda.cuda_budgets import budget, shape_of
 from tests.support.cuda.cuda_tools import ROOT, build_emulated_operators, checked
 from tests.support.cuda.launch_records import kernel_names, launches
 from tests.support.ops.int8_gemm_oracle import activations, by_contract, make_weight
@@ -73,7 +73,7 @@ def fifo(emulated):
     emulated.configure(1, POLICIES["prio"], "")
     for each in launches(emulated.take_calls()):
         name = kernel_names(emulated.__file__)[each.kernel]
-        assert each.threads <= KERNELS[shape_of(name)]["threads"], name
+        assert each.threads <= budget(shape_of(name))["threads"], name
 
 
 # One call of each ----------------------------------------------------------------------------------------------------

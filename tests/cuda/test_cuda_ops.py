@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qops.testing import FLOAT_DTYPES, assert_bitwise, generator, random_activations
-from tests.support import house_rules
 from tests.support.cuda import cuda_tools
 from tests.support.cuda.cuda_backend import POLICIES, Backend, a_gpu, assert_same
+from tests.support.house import rules
 from tests.support.properties.overloads import ROW_OPS, SIZED, STRATEGIES, sized_call
 from tests.support.properties.property_calls import Call, check_one
 from tests.support.properties.property_draws import HUGE, Sampler
@@ -30,7 +30,7 @@ def test_what_is_registered_has_kernels(emulated):
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("qops_emu::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
     }
-    assert kernels == house_rules.kernels(bindings, "CUDA")
+    assert kernels == rules.kernels(bindings, "CUDA")
     # Everything but the weight-only GEMM of 8-bit weights, with every overload.
     names = {name.removeprefix("qops::") for name in torch._C._dispatch_get_all_op_names() if "qops::" in name}
     assert kernels == {name for name in names if not name.startswith("int8_weight_only")}

@@ -10,7 +10,7 @@ import pytest
 
 import qops
 from docs import build
-from tests.support import house_rules as rules
+from tests.support.house import rules
 
 ROOT = Path(__file__).resolve().parents[2]
 

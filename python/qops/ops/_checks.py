@@ -441,7 +441,7 @@ def refuse_mixed(op: str, silu_mul: bool) -> NoReturn:
     raise ValueError(f"qops.{op}: silu_mul must {requirement}, got {silu_mul}")
 
 
-def int8_rows(x: Tensor, k: int, q: Tensor | None, scale: Tensor | None) -> tuple[Result, Result]:
+def int8_results(x: Tensor, k: int, q: Tensor | None, scale: Tensor | None) -> tuple[Result, Result]:
     """The results of the ops that emit per-token int8."""
     leading = x.shape[:-1]
     rows = Result("q", q, "[..., K]", (*leading, k), torch.int8)

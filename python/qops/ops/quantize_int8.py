@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Result, Results, check_static_scale, fake, int8_rows, outputs, refuse_grad
+from qops.ops._checks import Checker, Result, Results, check_static_scale, fake, int8_results, outputs, refuse_grad
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -247,7 +247,7 @@ def _check_x(check: Checker, x: Tensor) -> None:
 def _(check: Checker, x: Tensor, rule: str = "127", q: Tensor | None = None, scale: Tensor | None = None) -> Results:
     _check_x(check, x)
     check.quantize_rule(rule)
-    return check.results(x, *int8_rows(x, x.shape[-1], q, scale))
+    return check.results(x, *int8_results(x, x.shape[-1], q, scale))
 
 
 @fake("quantize_int8_asym")
@@ -256,7 +256,7 @@ def _(
 ) -> Results:
     _check_x(check, x)
     zeros = Result("zero_point", zero_point, "[...]", x.shape[:-1], torch.int32)
-    return check.results(x, *int8_rows(x, x.shape[-1], q, scale), zeros)
+    return check.results(x, *int8_results(x, x.shape[-1], q, scale), zeros)
 
 
 @fake("quantize_int8_static")

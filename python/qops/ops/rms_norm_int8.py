@@ -16,7 +16,7 @@ from qops.ops._checks import (
     check_rms_norm,
     check_second,
     fake,
-    int8_rows,
+    int8_results,
     outputs,
     refuse_grad,
 )
@@ -166,7 +166,7 @@ def _(
 ) -> Results:
     check_rms_norm(check, x, weight, eps, weight_offset, rounding)
     check.quantize_rule(rule)
-    return check.results(x, *int8_rows(x, x.shape[-1], q, scale))
+    return check.results(x, *int8_results(x, x.shape[-1], q, scale))
 
 
 @fake("add_rms_norm_int8")
@@ -187,4 +187,4 @@ def _(
     check.quantize_rule(rule)
     check_second(check, residual, "residual", x, "x")
     z = Result("residual_out", residual_out, "[..., H]", x.shape, x.dtype)
-    return check.results(x, *int8_rows(x, x.shape[-1], q, scale), z)
+    return check.results(x, *int8_results(x, x.shape[-1], q, scale), z)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Results, check_silu_mul, fake, gate_and_up, int8_rows, outputs, refuse_grad
+from qops.ops._checks import Checker, Results, check_silu_mul, fake, gate_and_up, int8_results, outputs, refuse_grad
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -109,4 +109,4 @@ def _(
 ) -> Results:
     like, sizes = check_silu_mul(check, gate_up, gate, up, rounding)
     check.quantize_rule(rule)
-    return check.results(like, *int8_rows(like, sizes[-1], q, scale))
+    return check.results(like, *int8_results(like, sizes[-1], q, scale))

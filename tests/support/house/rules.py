@@ -1,6 +1,6 @@
 """The rules of CONTRIBUTING.md as functions over text: each returns the violations that it finds.
 
-``test_house.py`` applies them to the tree, and to small bad snippets, which shows that each of them can fail.
+tests/house applies them to the tree, and to small bad snippets, which shows that each of them can fail.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_LINES = 600
+MAX_ENTRIES = 16
 CONTRACT_SECTIONS = ("Args", "Returns", "Numerics", "Raises", "Source", "Example")
 
 # Operators that share the files of another one, because they share its kernel or its layout.
@@ -91,6 +92,14 @@ def too_long(text: str) -> list[str]:
     return [f"{lines} lines, at most {MAX_LINES}"] if lines > MAX_LINES else []
 
 
+def crowded(folder: Path) -> list[str]:
+    """The folders in it, and itself, that have more files and folders than a reader takes in."""
+    ours = (path for path in folder.iterdir() if not path.name.startswith((".", "__pycache__")))
+    entries = [path for path in ours if path.suffix != ".so"]
+    found = [f"{folder.name}: {len(entries)} entries, at most {MAX_ENTRIES}"] if len(entries) > MAX_ENTRIES else []
+    return found + [violation for path in sorted(entries) if path.is_dir() for violation in crowded(path)]
+
+
 # --- C++ layers ------------------------------------------------------------------------------------------------------
 
 _STD = r"<(?!thread|mutex|future|condition_variable|shared_mutex|iostream|cstdio)[a-z_0-9]+>"
@@ -109,7 +118,6 @@ class Layer:
 _CUDA_INCLUDES = (
     _STD,
     r"<cuda\w*\.h(pp)?>",
-    r"<mma\.h>",
     r'"(kernels|exp_poly|int[48]_layout|row_tree)\.h"',
     r'"cuda/\w+\.(h|cuh)"',
 )
@@ -142,7 +150,6 @@ LAYERS = (
         (
             _STD,
             r"<immintrin\.h>",
-            r"<arm_neon\.h>",
             r"<(unistd|sys/syscall)\.h>",
             r'"(kernels|exp_poly|int[48]_layout|row_tree)\.h"',
             r'"cpu/\w+\.h"',
@@ -189,6 +196,7 @@ LAYERS = (
         },
     ),
 )
+NOWHERE = r"$"
 # Everywhere but in the named files.
 CONFINED = {
     r"\b(asm|__asm__|__asm)\b": (
@@ -197,9 +205,8 @@ CONFINED = {
     ),
     r"\b__shared__\b": (r"csrc/cuda/port\.cuh", "declarations of shared memory"),
     r"<(unistd|sys/\w+)\.h>": (r"csrc/cpu/cpu_dispatch\.cpp|tests/emulator/.*", "system calls"),
-    r"<<<": (r"csrc/cuda/launch\.h", "kernel launches"),
+    r"<<<": (NOWHERE, "kernel launches by syntax"),
     r"<Python\.h>": (r"csrc/binding/registration(_cuda)?\.cpp", "Python"),
-    r"<pybind11/": (r"csrc/testing/.*", "pybind11"),
     _OUTPUT: (r"csrc/binding/plan\.cpp", "output and exits"),
 }
 
@@ -213,7 +220,7 @@ def cpp_layer_violations(path: str, text: str, ops: Iterable[str] = ()) -> list[
             found += [f"{n}: {what} do not belong here: {line}" for n, line in matching_lines(code, pattern)]
     layer = next((layer for layer in LAYERS if re.fullmatch(layer.files, path)), None)
     if layer is None:
-        return found if path.startswith("csrc/testing/") else [*found, "belongs to no layer"]
+        return [*found, "belongs to no layer"]
     for pattern, what in layer.never.items():
         without_text = re.sub(r'#\s*include.*|"(?:\\.|[^"\\\n])*"', "", code)
         found += [f"{n}: never {what}: {line}" for n, line in matching_lines(without_text, pattern)]
@@ -447,6 +454,13 @@ def foreign_symbols(nm_output: str, exported_by_torch: Iterable[str]) -> list[st
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
+
+
+def numbered_steps(markdown: str) -> tuple[str, list[str]]:
+    """How many a heading "... in <count> steps" announces, and the numbered ones below it."""
+    count, section = re.findall(r"^## .* in (\w+) steps\n(.*?)(?=^## |\Z)", markdown, flags=re.MULTILINE | re.DOTALL)[0]
+    steps = re.findall(r"^(\d+)\. (.*(?:\n   .*)*)", section, flags=re.MULTILINE)
+    return count, [text for number, (at, text) in enumerate(steps, start=1) if int(at) == number]
 
 
 def fenced_blocks(markdown: str, language: str) -> list[str]:
