@@ -145,7 +145,7 @@ def vllm_operators() -> SimpleNamespace:
     def rotary(positions, q, k, head, cache, is_neox):
         assert is_neox and q.stride(0) == k.stride(0) > q.shape[1]
         cos, sin = cache.chunk(2, dim=-1)
-        qops.rotary_(q.unflatten(1, (-1, head)), k.unflatten(1, (-1, head)), cos, sin, positions)
+        qops.rotary_(q.unflatten(1, (-1, head)), k.unflatten(1, (-1, head)), cos, sin, positions=positions)
 
     def silu(y, x):
         gate, up = x.chunk(2, dim=-1)
