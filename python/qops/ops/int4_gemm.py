@@ -17,6 +17,7 @@ from qops.ops._checks import (
     check_epilogue,
     check_weight_only,
     check_zeros,
+    derivatives_are_asked,
     fake,
     refuse_grad,
     refuse_mixed,
@@ -108,7 +109,8 @@ def int4_gemm(
         >>> y.shape
         torch.Size([1, 16])
     """
-    refuse_grad("int4_gemm", x=x, bias=bias, residual=residual, out_scale=out_scale, out=out)
+    if derivatives_are_asked():
+        refuse_grad("int4_gemm", x=x, bias=bias, residual=residual, out_scale=out_scale, out=out)
     require_weight("int4_gemm", weight, "Int4Weight")
     weight._require_packed()
     if silu_mul != weight.mixed_gate_up:

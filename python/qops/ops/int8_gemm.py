@@ -16,6 +16,7 @@ from qops.ops._checks import (
     Result,
     Results,
     check_epilogue,
+    derivatives_are_asked,
     fake,
     refuse_grad,
     refuse_mixed,
@@ -104,7 +105,8 @@ def int8_gemm(
         >>> qops.int8_gemm(q, torch.tensor([0.5]), w)[0, :4]
         tensor([32., 32., 32., 32.], dtype=torch.bfloat16)
     """
-    refuse_grad("int8_gemm", scale=scale, bias=bias, residual=residual, out_scale=out_scale, out=out)
+    if derivatives_are_asked():
+        refuse_grad("int8_gemm", scale=scale, bias=bias, residual=residual, out_scale=out_scale, out=out)
     require_weight("int8_gemm", weight, "Int8Weight")
     _check_out_dtype(out_dtype, "out_dtype must be")
     weight._require_packed()

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Result, Results, check_weight_only, fake, refuse_grad, require_weight
+from qops.ops._checks import (
+    Checker,
+    Result,
+    Results,
+    check_weight_only,
+    derivatives_are_asked,
+    fake,
+    refuse_grad,
+    require_weight,
+)
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -51,7 +60,8 @@ def int8_weight_only_gemm(
         >>> qops.int8_weight_only_gemm(torch.ones(1, 16), w)[0, :4]
         tensor([1., 1., 1., 1.])
     """
-    refuse_grad("int8_weight_only_gemm", x=x, bias=bias, out=out)
+    if derivatives_are_asked():
+        refuse_grad("int8_weight_only_gemm", x=x, bias=bias, out=out)
     require_weight("int8_weight_only_gemm", weight, "Int8Weight")
     weight._require_packed()
     if weight.mixed_gate_up:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Results, check_rotary, fake, refuse_grad
+from qops.ops._checks import Checker, Results, check_rotary, derivatives_are_asked, fake, refuse_grad
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -81,7 +81,8 @@ def qk_norm_rotary(
         >>> qops.qk_norm_rotary(q, q + 2, one, one, torch.tensor([[0.6]]), torch.tensor([[0.8]]), eps=0.0)
         (tensor([[[0.8485, 1.1314]]]), tensor([[[0.2530, 1.3914]]]))
     """
-    refuse_grad("qk_norm_rotary", q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
+    if derivatives_are_asked():
+        refuse_grad("qk_norm_rotary", q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     return torch.ops.qops.qk_norm_rotary.default(
         q, k, q_weight, k_weight, cos, sin, eps, positions, interleaved, weight_offset, rounding
     )
@@ -129,7 +130,8 @@ def qk_norm_rotary_(
         >>> q
         tensor([[[0.8485, 1.1314]]])
     """
-    refuse_grad("qk_norm_rotary_", q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
+    if derivatives_are_asked():
+        refuse_grad("qk_norm_rotary_", q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     torch.ops.qops.qk_norm_rotary_.default(
         q, k, q_weight, k_weight, cos, sin, eps, positions, interleaved, weight_offset, rounding
     )

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Result, Results, check_static_scale, fake, int8_results, outputs, refuse_grad
+from qops.ops._checks import (
+    Checker,
+    Result,
+    Results,
+    check_static_scale,
+    derivatives_are_asked,
+    fake,
+    int8_results,
+    outputs,
+    refuse_grad,
+)
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -60,7 +70,8 @@ def quantize_int8(x: Tensor, rule: str = "127", *, out: tuple[Tensor, Tensor] | 
         >>> scale
         tensor([2., 0.])
     """
-    refuse_grad("quantize_int8", x=x)
+    if derivatives_are_asked():
+        refuse_grad("quantize_int8", x=x)
     if out is None:
         return torch.ops.qops.quantize_int8.default(x, rule)
     q, scale = outputs("quantize_int8", out, "q", "scale")
@@ -107,7 +118,8 @@ def quantize_int8_asym(x: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None =
         >>> qops.quantize_int8_asym(torch.tensor([[0.0, 100.0, 255.0]]))
         (tensor([[-128,  -28,  127]], dtype=torch.int8), tensor([1.]), tensor([-128], dtype=torch.int32))
     """
-    refuse_grad("quantize_int8_asym", x=x)
+    if derivatives_are_asked():
+        refuse_grad("quantize_int8_asym", x=x)
     if out is None:
         return torch.ops.qops.quantize_int8_asym.default(x)
     q, scale, zero_point = outputs("quantize_int8_asym", out, "q", "scale", "zero_point")
@@ -149,7 +161,8 @@ def quantize_int8_static(
         >>> qops.quantize_int8_static(torch.tensor([-1.0, 0.25, 0.75, 99.0]), torch.tensor(0.5))
         tensor([ -2,   0,   2, 127], dtype=torch.int8)
     """
-    refuse_grad("quantize_int8_static", x=x, scale=scale)
+    if derivatives_are_asked():
+        refuse_grad("quantize_int8_static", x=x, scale=scale)
     if out is None:
         return torch.ops.qops.quantize_int8_static.default(x, scale, zero_point)
     torch.ops.qops.quantize_int8_static.out(x, scale, zero_point, q=out)

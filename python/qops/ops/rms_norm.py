@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Result, Results, check_rms_norm, check_second, fake, outputs, refuse_grad
+from qops.ops._checks import (
+    Checker,
+    Result,
+    Results,
+    check_rms_norm,
+    check_second,
+    derivatives_are_asked,
+    fake,
+    outputs,
+    refuse_grad,
+)
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -61,7 +71,8 @@ def rms_norm(
         >>> qops.rms_norm(x, torch.ones(2), eps=0.0)
         tensor([[0.8485, 1.1314]])
     """
-    refuse_grad("rms_norm", x=x, weight=weight, out=out)
+    if derivatives_are_asked():
+        refuse_grad("rms_norm", x=x, weight=weight, out=out)
     if out is None:
         return torch.ops.qops.rms_norm.default(x, weight, eps, weight_offset, rounding)
     torch.ops.qops.rms_norm.out(x, weight, eps, weight_offset, rounding, out=out)
@@ -110,10 +121,12 @@ def add_rms_norm(
         tensor([[3., 4.]])
     """
     if out is None:
-        refuse_grad("add_rms_norm", x=x, residual=residual, weight=weight)
+        if derivatives_are_asked():
+            refuse_grad("add_rms_norm", x=x, residual=residual, weight=weight)
         return torch.ops.qops.add_rms_norm.default(x, residual, weight, eps, weight_offset, rounding)
     y, z = outputs("add_rms_norm", out, "y", "residual_out")
-    refuse_grad("add_rms_norm", x=x, residual=residual, weight=weight, y=y, residual_out=z)
+    if derivatives_are_asked():
+        refuse_grad("add_rms_norm", x=x, residual=residual, weight=weight, y=y, residual_out=z)
     torch.ops.qops.add_rms_norm.out(x, residual, weight, eps, weight_offset, rounding, y=y, residual_out=z)
     return out
 

@@ -15,6 +15,7 @@ from qops.ops._checks import (
     Results,
     check_rms_norm,
     check_second,
+    derivatives_are_asked,
     fake,
     int8_results,
     outputs,
@@ -64,7 +65,8 @@ def rms_norm_int8(
         >>> q
         tensor([[ 95, 127]], dtype=torch.int8)
     """
-    refuse_grad("rms_norm_int8", x=x, weight=weight)
+    if derivatives_are_asked():
+        refuse_grad("rms_norm_int8", x=x, weight=weight)
     if out is None:
         return torch.ops.qops.rms_norm_int8.default(x, weight, eps, weight_offset, rounding, rule)
     q, scale = outputs("rms_norm_int8", out, "q", "scale")
@@ -117,7 +119,8 @@ def add_rms_norm_int8(
         >>> q, z
         (tensor([[ 95, 127]], dtype=torch.int8), tensor([[3., 4.]]))
     """
-    refuse_grad("add_rms_norm_int8", x=x, residual=residual, weight=weight)
+    if derivatives_are_asked():
+        refuse_grad("add_rms_norm_int8", x=x, residual=residual, weight=weight)
     if out is None:
         return torch.ops.qops.add_rms_norm_int8.default(x, residual, weight, eps, weight_offset, rounding, rule)
     q, scale, z = outputs("add_rms_norm_int8", out, "q", "scale", "z")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Results, check_rotary, fake, refuse_grad
+from qops.ops._checks import Checker, Results, check_rotary, derivatives_are_asked, fake, refuse_grad
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -59,7 +59,8 @@ def rotary(
         >>> qops.rotary(q, 2 * q, torch.tensor([[0.6]]), torch.tensor([[0.8]]))
         (tensor([[[0.6000, 0.8000]]]), tensor([[[1.2000, 1.6000]]]))
     """
-    refuse_grad("rotary", q=q, k=k, cos=cos, sin=sin)
+    if derivatives_are_asked():
+        refuse_grad("rotary", q=q, k=k, cos=cos, sin=sin)
     return torch.ops.qops.rotary.default(q, k, cos, sin, positions, interleaved)
 
 
@@ -93,7 +94,8 @@ def rotary_(
         >>> q
         tensor([[[0.6000, 0.8000]]])
     """
-    refuse_grad("rotary_", q=q, k=k, cos=cos, sin=sin)
+    if derivatives_are_asked():
+        refuse_grad("rotary_", q=q, k=k, cos=cos, sin=sin)
     torch.ops.qops.rotary_.default(q, k, cos, sin, positions, interleaved)
 
 

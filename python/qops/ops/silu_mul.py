@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Result, Results, check_silu_mul, fake, gate_and_up, refuse_grad
+from qops.ops._checks import (
+    Checker,
+    Result,
+    Results,
+    check_silu_mul,
+    derivatives_are_asked,
+    fake,
+    gate_and_up,
+    refuse_grad,
+)
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -70,7 +79,8 @@ def silu_mul(  # pyright: ignore[reportInconsistentOverload]: by position or by 
     """
     if first is None or gate_up is not None or gate is not None or up is not None:
         first, second = gate_and_up("silu_mul", first, second, gate_up, gate, up)
-    refuse_grad("silu_mul", gate=first, up=second, out=out)
+    if derivatives_are_asked():
+        refuse_grad("silu_mul", gate=first, up=second, out=out)
     op = torch.ops.qops.silu_mul
     if out is None:
         return op.default(first, rounding) if second is None else op.apart(first, second, rounding)

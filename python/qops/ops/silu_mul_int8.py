@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Results, check_silu_mul, fake, gate_and_up, int8_results, outputs, refuse_grad
+from qops.ops._checks import (
+    Checker,
+    Results,
+    check_silu_mul,
+    derivatives_are_asked,
+    fake,
+    gate_and_up,
+    int8_results,
+    outputs,
+    refuse_grad,
+)
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -70,7 +80,8 @@ def silu_mul_int8(  # pyright: ignore[reportInconsistentOverload]: by position o
     """
     if first is None or gate_up is not None or gate is not None or up is not None:
         first, second = gate_and_up("silu_mul_int8", first, second, gate_up, gate, up)
-    refuse_grad("silu_mul_int8", gate=first, up=second)
+    if derivatives_are_asked():
+        refuse_grad("silu_mul_int8", gate=first, up=second)
     op = torch.ops.qops.silu_mul_int8
     if out is None:
         return op.default(first, rounding, rule) if second is None else op.apart(first, second, rounding, rule)
