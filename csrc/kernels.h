@@ -78,7 +78,8 @@ QOPS_ALWAYS_INLINE void tell_tasks(const ThreadPool& pool, int64_t n, int64_t gr
 
 template <class F>
 QOPS_ALWAYS_INLINE void parallel_for(const ThreadPool& pool, int64_t n, int64_t grain, const F& f) {
-  if (pool.listener != nullptr) return tell_tasks(pool, n, grain);
+  if (pool.listener != nullptr) [[unlikely]]
+    return tell_tasks(pool, n, grain);
   if (pool.is_one(n, grain)) {
     if (n > 0) f(int64_t{0}, n);
     return;

@@ -203,7 +203,7 @@ Status run(const Int8GemmParams& p, const ThreadPool& pool) {
 
 Status int8_gemm(const Int8GemmParams& p, const ThreadPool& pool) {
   if (p.q_rows.count == 0 || p.n == 0) return Status::kOk;
-  if (pool.listener != nullptr) {
+  if (pool.listener != nullptr) [[unlikely]] {
     tell_plan(p, pool);
     return Status::kOk;
   }

@@ -263,7 +263,7 @@ Status run(const Int8GemmParams& p, const ThreadPool& pool) {
 Status int8_gemm(const Int8GemmParams& p, const ThreadPool& pool) {
   const int64_t min_rows = p.zero_point == nullptr ? kMinRows : kMinRowsWithZeroPoints;
   if (p.q_rows.count < min_rows || p.n == 0 || p.k == 0) return avx512::int8_gemm(p, pool);
-  if (pool.listener != nullptr) {
+  if (pool.listener != nullptr) [[unlikely]] {
     tell_plan(p, pool);
     return Status::kOk;
   }

@@ -56,7 +56,7 @@ Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
   const RotaryParams& p = params.rotary;
   // 8 K elements are about 4 us of work, some four times what waking a thread costs.
   const int64_t tokens = p.q.x_tokens.count, grain = 1 + (8 << 10) / ((p.q.heads + p.k.heads) * p.d + 1);
-  if (pool.listener != nullptr) {
+  if (pool.listener != nullptr) [[unlikely]] {
     tell_tasks(pool, tokens, grain);
     return Status::kOk;
   }

@@ -56,7 +56,8 @@ inline int64_t position_of(const RotaryParams& p, int64_t token) {
 
 // kOk, or the first position that is no row of the tables.
 inline Status check_positions(const RotaryParams& p, const ThreadPool& pool) {
-  if (pool.listener != nullptr) return Status::kOk;  // as the plan does not depend on them
+  if (pool.listener != nullptr) [[unlikely]]
+    return Status::kOk;  // as the plan does not depend on them
   for (int64_t token = 0; token < p.q.x_tokens.count; ++token) {
     const int64_t position = position_of(p, token);
     if (position >= 0 && position < p.table_rows) continue;

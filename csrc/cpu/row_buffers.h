@@ -12,7 +12,7 @@ namespace qops::cpu::QOPS_ISA_NS {
 template <class T, class F>
 inline Status for_rows_with_buffer(const ThreadPool& pool, int64_t rows, int64_t grain, int64_t columns, const F& f) {
   if (rows == 0) return Status::kOk;
-  if (pool.listener != nullptr) {
+  if (pool.listener != nullptr) [[unlikely]] {
     tell_tasks(pool, rows, grain);
     return Status::kOk;
   }

@@ -364,7 +364,7 @@ inline void tell_plan(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
 template <class Codes, class T>
 inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
   const int64_t m = p.x_rows.count;
-  if (pool.listener != nullptr) {
+  if (pool.listener != nullptr) [[unlikely]] {
     if (m > 0 && p.n > 0) tell_plan(p, pool);
     return Status::kOk;
   }

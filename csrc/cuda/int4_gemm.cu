@@ -184,7 +184,7 @@ Status int4_gemm(const WeightOnlyGemmParams& p, const Queue& queue) {
   Int4Job job{p, plan_of(p), {}, nullptr};
   if (job.plan.blocks == 0) return Status::kLaunchFailed;
   if (job.plan.items() > 0x7fffffff) return Status::kUnsupported;
-  if (queue.listener != nullptr) {
+  if (queue.listener != nullptr) [[unlikely]] {
     tell_plan(p, job.plan, *queue.listener);
     return Status::kOk;
   }

@@ -85,7 +85,7 @@ Status int8_gemm(const Int8GemmParams& params, const Queue& queue) {
   if (job.plan.blocks == 0) return Status::kLaunchFailed;
   Int8GemmParams& p = job.p;
   if (!multiple_of_16(p.packed)) return Status::kUnsupported;
-  if (queue.listener != nullptr) {
+  if (queue.listener != nullptr) [[unlikely]] {
     tell_plan(p, job.plan, *queue.listener);
     return Status::kOk;
   }
