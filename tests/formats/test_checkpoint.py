@@ -65,6 +65,20 @@ def test_a_reader_of_any_architecture_builds_what_quantize_model_makes(family):
     assert memory.finished and set(memory.asked) | tied == set(memory.tensors) and set(memory.asked.values()) == {1}
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("linear", r"q_proj\.weight must be dense, as the checkpoint says, got Int4Weight"),
+        ("weight", r"q_proj\.weight must be that of an Int4Linear, as the checkpoint says, got Tensor"),
+    ],
+)
+def test_a_reader_that_contradicts_itself_is_told(method, message):
+    reader = Memory(random_model("llama"))
+    setattr(reader, method, lambda module: None if method == "linear" else reader.tensor(f"{module}.weight"))
+    with pytest.raises(ValueError, match=message):
+        build_model(reader, torch.float32, "cpu")
+
+
 def test_the_door_knows_what_lies_there(tmp_path):
     qops.save_model(qops.quantize_model(random_model("llama")), tmp_path / "folder")
     path = llama_file().write(tmp_path / "m.gguf")

@@ -532,6 +532,25 @@ SCALES = "model.layers.1.mlp.up_proj.weight.scales"
             lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-15]: "int3"})),
             "up_proj.weight has unknown kind 'int3'",
         ),
+        (
+            lambda f: edit_config(f, lambda c: c["quantization_config"].update(fused="false")),
+            "fused must be true or fal",
+        ),
+        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(cast=["x"])), "cast must map names to dty"),
+        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(cast={"x": "int99"})), "cast must map"),
+        (
+            lambda f: edit_config(f, lambda c: c["quantization_config"].update(cast={"model.no.where": "float16"})),
+            r"cast names model\.no\.where, which is no buffer",
+        ),
+        (
+            lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({"model.more": "int8"})),
+            r"tensor model\.more\.weight\.qweight is missing",
+        ),
+        (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json: "),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({f"{QWEIGHT[:-15]}.bias": t["model.norm.weight"].clone()})),
+            "mlp.up_proj.bias has no place in LlamaForCausalLM",
+        ),
         (lambda f: edit_config(f, lambda c: c.update(intermediate_size=64)), r"shape \[64, 64\], got \[96, 64\]"),
         (lambda f: edit_tensors(f, lambda t: t.pop(QWEIGHT)), f"tensor {QWEIGHT} is missing"),
         (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), "tensor model.norm.weight is missing"),
@@ -545,7 +564,7 @@ def test_spoilt_folders_are_refused(tmp_path, spoil, message):
     spoil(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
         load_model(tmp_path)
-    assert str(tmp_path) in str(caught.value) or "shape" in message
+    assert str(tmp_path) in str(caught.value) or "shape" in message or "no place" in message
 
 
 def test_wrong_arguments(tmp_path):

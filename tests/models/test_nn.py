@@ -143,6 +143,21 @@ def test_weights_that_an_operator_does_not_take_are_refused():
         Int8WeightOnlyLinear(int8.mix_gate_up())
 
 
+def test_linears_that_do_not_fit_together_are_refused():
+    def linear(k: int, n: int) -> nn.Linear:
+        return nn.Linear(k, n, bias=False)
+
+    with pytest.raises(ValueError, match=r"MergedLinear: parts must have one K, got \{'a': 64, 'b': 32\}"):
+        MergedLinear({"a": linear(64, 24), "b": linear(32, 24)})
+    with pytest.raises(ValueError, match=r"MergedLinear: parts must have one K, got \{\}"):
+        MergedLinear({})
+    wrong = r"MLP: gate and up must have the I = 40 outputs of down, got "
+    with pytest.raises(ValueError, match=wrong + r"\{'gate_proj': 32, 'up_proj': 48\}"):
+        MLP(linear(64, 32), linear(64, 48), linear(40, 16))
+    with pytest.raises(ValueError, match=wrong + r"\{'gate_up_proj': 40\}"):
+        MLP.of_merged(linear(64, 40), linear(40, 16))
+
+
 @pytest.mark.parametrize("group_size", (-1, 16))
 def test_weight_only_from_linear(group_size):
     source = nn.Linear(K, 24).bfloat16()

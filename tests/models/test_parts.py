@@ -100,6 +100,90 @@ def test_gate_and_up_that_strips_cannot_mix_are_multiplied_after_the_product():
     assert_bitwise(mlp(x), down(qops.silu_mul(gate.contiguous(), up.contiguous())))
 
 
+# Whose classes they are ----------------------------------------------------------------------------------------------
+
+
+def namesake(original: type, **methods) -> type:
+    """A subclass of a user's, with the name of Transformers' class."""
+    return type(original.__name__, (original,), {"__module__": "elsewhere", **methods})
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp", ""])
+def test_a_namesake_is_not_transformers_own(part):
+    source = random_model("llama")
+    found = source.model.layers[1].get_submodule(part)
+    original = type(found)
+
+    def forward(self, *args, **kwargs):
+        out = original.forward(self, *args, **kwargs)
+        return (-out[0], out[1]) if isinstance(out, tuple) else -out
+
+    found.__class__ = namesake(original, forward=forward)
+    model, alone = quantize_model(copy.deepcopy(source)), quantize_model(source, fuse=False)
+    kind = {"self_attn": "attention", "mlp": "mlp", "": "stream"}[part]
+    assert model.qops_fusion.own == {kind: f"elsewhere.{original.__name__} is not Transformers' own"}
+    want = alone(IDS).logits
+    torch.testing.assert_close(model(IDS).logits, want, rtol=0, atol=2e-5 * want.abs().max().item())
+
+
+class Wrapper(nn.Module):
+    """Around a layer, as those who steer or skip layers write them."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs):
+        return self.block(*args, **kwargs)
+
+
+class Forwarding(Wrapper):
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "block" else getattr(super().__getattr__("block"), name)
+
+
+@pytest.mark.parametrize("kind", [Wrapper, Forwarding])
+def test_layers_in_wrappers_stay(kind):
+    source = random_model("llama")
+    source.model.layers[1] = kind(source.model.layers[1])
+    model, alone = quantize_model(copy.deepcopy(source)), quantize_model(source, fuse=False)
+    assert set(model.qops_fusion.own) == {"attention", "mlp", "stream"}
+    assert isinstance(model.model.layers[0].mlp, MLP) and type(model.model.layers[1]) is kind
+    want = alone(IDS).logits
+    torch.testing.assert_close(model(IDS).logits, want, rtol=0, atol=2e-5 * want.abs().max().item())
+
+
+# What is recorded ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", PARTS)
+def test_what_was_recorded_before_is_recorded_once_after(family):
+    source, asked = random_model(family, attn_implementation="eager"), {"output_hidden_states": True}
+    asked |= {"output_attentions": True} | ({"output_router_logits": True} if "mo" in family or "mix" in family else {})
+    asked = {name: True for name in asked if family != "olmo2" or "router" not in name}
+    before = source(IDS, **asked)
+    after, alone = (quantize_model(copy.deepcopy(source), fuse=fuse)(IDS, **asked) for fuse in (True, False))
+    for name in ("hidden_states", "attentions", "router_logits"):
+        found, want = after.get(name), alone.get(name)
+        assert (found is None) == (before.get(name) is None)
+        if found is not None:
+            assert len(found) == len(want) == len(before[name]), name
+            for a, b in zip(found, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("changed", (False, True))
+def test_frequencies_of_a_cast_model_are_its_owners(changed):
+    source = random_model("llama")
+    if changed:
+        source.model.rotary_emb.inv_freq.mul_(0.3)
+    want = source.model.rotary_emb.inv_freq.clone()
+    model = quantize_model(source.bfloat16())
+    found = model.model.rotary_emb.rotary.inv_freq
+    assert found.dtype == (torch.bfloat16 if changed else torch.float32)
+    torch.testing.assert_close(found.float(), want, rtol=2**-8 if changed else 0, atol=0)
+
+
 # Nothing is looked at twice ------------------------------------------------------------------------------------------
 
 

@@ -369,3 +369,34 @@ def test_tensors_without_a_place_are_an_error(tmp_path):
     path.write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(ValueError, match=r"must have a place in LlamaForCausalLM .* have none: model\.layers\.2"):
         load_model(tmp_path)
+
+
+# Models that a folder cannot hold ------------------------------------------------------------------------------------
+
+
+def with_a_class_of_ones_own(model):
+    owner = model.model.layers[1].mlp
+    owner.__class__ = type("Mine", (type(owner),), {"__module__": "elsewhere"})
+    return quantize_model(model), r"got elsewhere\.Mine at model\.layers\.1\.mlp"
+
+
+def with_fewer_layers(model):
+    model = quantize_model(model)
+    del model.model.layers[1:]
+    return model, r"got none more and model\.layers\.1\.\S+, .* fewer"
+
+
+def with_more(model):
+    model = quantize_model(model)
+    model.model.more = nn.Linear(8, 8)
+    return model, r"got model\.more\.bias, model\.more\.weight more and none fewer"
+
+
+@pytest.mark.parametrize("make", [with_a_class_of_ones_own, with_fewer_layers, with_more])
+def test_what_would_not_come_back_is_not_written(make, tmp_path):
+    model, message = make(tiny_model("LlamaForCausalLM"))
+    with pytest.raises(ValueError, match=rf"qops\.save_model: .*{message}"):
+        save_model(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    with pytest.raises(ValueError, match=rf"qops\.models\.dense_model: .*{message}"):
+        dense_model(model)

@@ -102,6 +102,30 @@ def test_linears_without_a_pattern_stay_dense():
     assert isinstance(model.lm_head, Int8Linear) and model.lm_head.float32_output
 
 
+def test_a_head_is_quantised_where_a_pattern_names_it():
+    for scheme, is_quantised in (
+        ({"lm_head": "int8", "*": "int4"}, True),
+        ({"lm_*": "int8", "*": "int4"}, False),
+        ({"*": "int4"}, False),
+        ({"lm_head": None, "*": "int4"}, False),
+    ):
+        model = quantize_model(random_model("llama"), scheme)
+        assert isinstance(model.lm_head, Int8Linear) == is_quantised, scheme
+
+
+def test_every_kind_of_linear_stands_in_the_report():
+    scheme = {"v_proj": "int8", "*.mlp.*": "int8_weight_only", "*": "int4"}
+    for fuse in (True, False):
+        source = random_model("llama")
+        names = {name for name, _ in source.named_parameters() if not name.endswith("bias")}
+        report = quantize_model(source, scheme, fuse=fuse).quantization_report
+        assert {*report.replaced, *(name.removesuffix(".weight") for name in report.kept)} == {
+            name.removesuffix(".weight") for name in names
+        }
+        assert "Int8WeightOnlyLinear (group size 96)" in report.replaced["model.layers.0.mlp.down_proj"]
+        assert report.replaced["model.layers.0.self_attn.v_proj"].endswith("Int8Linear")
+
+
 def test_mixed_layers_are_fused_and_have_the_bits_of_linears_alone():
     scheme = {"*.down_proj": qops.Int8(), "v_proj": qops.Int4(16), "*": qops.Int4()}
     fused, alone = (quantize_model(random_model("qwen3"), scheme, fuse=fuse) for fuse in (True, False))

@@ -94,8 +94,8 @@ class Folder:
             )
         del self.config.__dict__["quantization_config"]
         self.dtype: torch.dtype = self.config.dtype
-        self.fuses: bool = settings.get("fused", True)
-        self._cast: dict[str, str] = settings.get("cast", {})
+        self.fuses: bool = settings["fused"]
+        self._cast: dict[str, str] = settings["cast"]
         self._read: set[str] = set()
         self._kinds: dict[str, str] = settings["weights"]
         path = folder / TENSORS_FILE
@@ -104,8 +104,15 @@ class Folder:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
         self.names: frozenset[str] = frozenset(self._file.keys())
-        has_generation_config = (folder / "generation_config.json").is_file()
-        self.generation_config: Any = GenerationConfig.from_pretrained(folder) if has_generation_config else None
+        for module in self._kinds:
+            if f"{module}.weight.qweight" not in self.names:
+                raise ValueError(f"{path}: tensor {module}.weight.qweight is missing")
+        self.generation_config: Any = None
+        if (folder / "generation_config.json").is_file():
+            try:
+                self.generation_config = GenerationConfig.from_pretrained(folder)
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{folder / 'generation_config.json'}: {error}") from error
 
     def _read_settings(self) -> dict[str, Any]:
         path = self.folder / "config.json"
@@ -119,6 +126,11 @@ class Folder:
             raise ValueError(f"{path}: must be of a model saved by qops.save_model, got quant_method '{method}'")
         if settings.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {settings.get('format_version')}")
+        if not isinstance(settings.get("fused"), bool):
+            raise ValueError(f"{path}: fused must be true or false, got {settings.get('fused')!r}")
+        cast = settings.get("cast")
+        if not isinstance(cast, dict) or not all(hasattr(torch, str(dtype)) for dtype in cast.values()):
+            raise ValueError(f"{path}: cast must map names to dtypes, got {cast!r}")
         kinds = settings.get("weights")
         if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
             raise ValueError(f"{path}: weights must map names to kinds, got {kinds!r}")
@@ -167,7 +179,7 @@ class Folder:
             )
         for name, dtype in self._cast.items():
             module_name, _, key = name.rpartition(".")
-            module = model.get_submodule(module_name)
-            buffer = getattr(module, key)
-            assert isinstance(buffer, torch.Tensor)
-            setattr(module, key, buffer.to(getattr(torch, dtype)))
+            module = dict(model.named_modules()).get(module_name)
+            if module is None or module._buffers.get(key) is None:
+                raise ValueError(f"{self.folder / 'config.json'}: cast names {name}, which is no buffer of the model")
+            module._buffers[key] = module._buffers[key].to(getattr(torch, dtype))

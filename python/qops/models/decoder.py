@@ -149,7 +149,8 @@ def known_parts(model: Any) -> Known:
         why = "has no layers" if architecture else "is not an architecture whose layers qops knows"
         return Known(None, False, (), False, {"stream": f"{causal.__name__} {why}"})
     prefix = architecture.prefix
-    attentions, blocks = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
+    # Children alone: a wrapper may hand attributes on.
+    attentions, blocks = ([layer._modules.get(name) for layer in layers] for name in ("self_attn", "mlp"))
     reasons = {
         "attention": _unknown_class(attentions, f"{prefix}Attention", architecture.has_known_attention)
         or _unknown_call(type(attentions[0]), _ATTENTION_KEYWORDS),
@@ -159,14 +160,16 @@ def known_parts(model: Any) -> Known:
         or _unknown_child(layers),
     }
     own = {part: reason for part, reason in reasons.items() if reason is not None}
-    mlps = tuple(type(block).__name__ == f"{prefix}MLP" for block in blocks)
+    mlps = tuple(_unknown_class([block], f"{prefix}MLP") is None for block in blocks)
     return Known(architecture, "attention" not in own, mlps, "stream" not in own, own)
 
 
 def _unknown_class(modules: list[Any], wanted: str, is_known: bool = True) -> str | None:
-    found = next((type(module).__name__ for module in modules if type(module).__name__ != wanted), None)
-    if found is not None:
-        return f"{found} is not {wanted}"
+    for found in map(type, modules):
+        if found.__name__ != wanted:
+            return f"{found.__name__} is not {wanted}"
+        if not found.__module__.startswith("transformers."):
+            return f"{found.__module__}.{found.__name__} is not Transformers' own"
     return None if is_known else f"{wanted} works in a way that qops does not know"
 
 
@@ -235,13 +238,13 @@ class RotaryTables(nn.Module):
     The tables are float32 without Transformers' duplicated half and without its rounding to the model's dtype. They
     have one row per token or, with different positions in the batch, one per (batch, token).
 
-    Frequencies stay float32 when the model is cast; those of a model that was cast before are computed afresh.
+    Frequencies stay float32 when the model is cast; those of a model that was cast before are computed afresh, unless
+    they are its owner's.
     """
 
     def __init__(self, rotary: Any, config: Any):
         super().__init__()
-        cast = any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in rotary.buffers())
-        self.rotary = type(rotary)(config=config).to(next(rotary.buffers()).device) if cast else rotary
+        self.rotary = _before_a_cast(rotary, config)
         self.config = config
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryTables:
@@ -262,6 +265,16 @@ class RotaryTables(nn.Module):
 
 def _architecture_of(module: Any) -> Architecture:
     return ARCHITECTURES[type(module).__module__.rpartition("modeling_")[2]]
+
+
+def _before_a_cast(rotary: Any, config: Any) -> Any:
+    """Transformers' rotary embedding with the float32 frequencies that it was cast from; itself where it was not."""
+    cast = any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in rotary.buffers())
+    if not cast or not type(rotary).__module__.startswith("transformers."):
+        return rotary
+    afresh = type(rotary)(config=config).to(next(rotary.buffers()).device)
+    pairs = zip(rotary.buffers(), afresh.buffers(), strict=True)
+    return afresh if all(torch.equal(found, new.to(found.dtype)) for found, new in pairs) else rotary
 
 
 class Attention(MergingModule):
@@ -401,19 +414,18 @@ def fused_mlp(original: Any, part: Part) -> MLP:
 
 
 def fuse(layer: Any, part: Part, known: Known, index: int) -> Any:
-    """A layer of Transformers with the parts fused that are known, whose other parts stay in it; or the layer itself.
+    """A layer with the parts fused that are known, and the others as they are.
 
     Args:
-        layer: its attention and MLP are replaced in it where its stream is none that is known.
+        layer: Transformers' own, in which attention and MLP are replaced.
         part: gives the linears and norms of the fused parts; each is asked for once.
         index: of the layer.
     """
-    attention = fused_attention(layer.self_attn, part) if known.attention else layer.self_attn
-    mlp = fused_mlp(layer.mlp, part) if known.mlps[index] else layer.mlp
-    if known.stream:
-        return fused_class(DecoderLayer, type(layer))(layer, attention, mlp, part)
-    layer.self_attn, layer.mlp = attention, mlp
-    return layer
+    if known.attention:
+        layer.self_attn = fused_attention(layer.self_attn, part)
+    if known.mlps[index]:
+        layer.mlp = fused_mlp(layer.mlp, part)
+    return fused_class(DecoderLayer, type(layer))(layer, part) if known.stream else layer
 
 
 class DecoderLayer(Offloadable):
@@ -426,8 +438,7 @@ class DecoderLayer(Offloadable):
     them, so that a hook sees what it would see there. The bits are the same.
 
     Args:
-        original: Transformers' layer.
-        attention, mlp: fused, or Transformers' own.
+        original: Transformers' layer, whose attention and MLP are fused where they can be.
         part: gives the layer's norms; each is asked for once.
     """
 
@@ -436,12 +447,12 @@ class DecoderLayer(Offloadable):
     pre_feedforward_layernorm: RMSNorm
     post_feedforward_layernorm: RMSNorm
 
-    def __init__(self, original: Any, attention: nn.Module, mlp: nn.Module, part: Part):
+    def __init__(self, original: Any, part: Part):
         nn.Module.__init__(self)
         self.parameter_names = _named(type(original))
         self.sandwich = hasattr(original, "pre_feedforward_layernorm")
-        self.self_attn = attention
-        self.mlp = mlp
+        self.self_attn = original.self_attn
+        self.mlp = original.mlp
         for name, _ in original.named_children():
             if name.endswith("layernorm"):
                 setattr(self, name, part(name))

@@ -90,7 +90,8 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: Transformers >= 5.17 or safetensors is missing.
-        ValueError: the model has no qops parts, or its class is not one of Transformers' own.
+        ValueError: the model has no qops parts; its class, or that of a part, is not one of Transformers' or torch's
+            own; its parameters are not those that its config describes.
     """
     from safetensors.torch import save_file
 
@@ -99,7 +100,9 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"qops.save_model: model must be of a class of transformers, got {type(model)}")
     tensors: dict[str, torch.Tensor] = {}
     kinds: dict[str, str] = {}
-    for name, value, kind in entries(model):
+    held = list(entries(model))
+    _require_restorable("qops.save_model", model, {name for name, _, _ in held})
+    for name, value, kind in held:
         if isinstance(value, torch.Tensor):
             tensors[name] = value
         else:
@@ -126,6 +129,28 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
         save_file(tensors, into / TENSORS_FILE)
 
     replace_files(Path(folder), write)
+
+
+def _require_restorable(caller: str, model: Any, held: set[str]) -> None:
+    """Raises where a model of this class and config would be another one: it is all that a twin, or a folder, has.
+
+    Args:
+        held: names of the tensors that the twin gets.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] not in ("qops", "torch", "transformers"):
+            raise ValueError(
+                f"{caller}: every part of model must be of a class of torch, transformers or qops, "
+                f"got {type(module).__module__}.{type(module).__name__} at {name}"
+            )
+    twin = skeleton(type(model), model.config, model.dtype)
+    ties, wanted = twin.all_tied_weights_keys, set(twin.state_dict())
+    missing = sorted(name for name in wanted if name not in held and ties.get(name) not in held)
+    if missing or held - wanted:
+        raise ValueError(
+            f"{caller}: model must have the parameters of {type(model).__name__} as its config describes it, got "
+            f"{', '.join(sorted(held - wanted)[:3]) or 'none'} more and {', '.join(missing[:3]) or 'none'} fewer"
+        )
 
 
 def _cast_buffers(model: nn.Module) -> dict[str, str]:
@@ -155,7 +180,7 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
 
     Raises:
         ImportError: Transformers >= 5.17 is missing.
-        ValueError: the model has no qops parts; another dtype.
+        ValueError: the model has no qops parts, or others than Transformers' class has; another dtype.
     """
     require_replaced(model, "qops.models.dense_model")
     dense = skeleton(type(model), model.config, dtype)
@@ -163,6 +188,7 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
         for name, value, _ in entries(model)
     }
+    _require_restorable("qops.models.dense_model", model, set(state))
     _tie_what_is_tied(dense, frozenset(state).__contains__)
     _assign(dense, state.pop)
     if is_fused(model):
@@ -196,9 +222,11 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.
     def linear_of(name: str, weight: Weight, bias: torch.Tensor | None, *, logits: bool = False) -> nn.Module:
         bias = None if bias is None else bias.to(dtype)
         kind = checkpoint.linear(name)
-        if kind is None or isinstance(weight, torch.Tensor):
-            assert isinstance(weight, torch.Tensor), name
+        if kind is None and isinstance(weight, torch.Tensor):
             return dense_linear(weight, bias)
+        if kind is None or isinstance(weight, torch.Tensor):
+            said = "dense" if kind is None else f"that of an {kind.__name__}"
+            raise ValueError(f"{name}.weight must be {said}, as the checkpoint says, got {type(weight).__name__}")
         return kind(weight, bias, float32_output=logits)
 
     def norm(name: str, module: nn.Module) -> nn.Module:
@@ -208,10 +236,14 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.
         return norms.like(module, weight)
 
     def linear(name: str, module: nn.Linear) -> nn.Module:
-        return linear_of(name, fetch(name, module), bias_of(name))
+        return linear_of(name, fetch(name, module), bias_of(module, f"{name}.bias"))
 
-    def bias_of(name: str) -> torch.Tensor | None:
-        return checkpoint.tensor(f"{name}.bias") if checkpoint.holds(f"{name}.bias") else None
+    def bias_of(module: nn.Linear, name: str) -> torch.Tensor | None:
+        if module.bias is None:
+            if checkpoint.holds(name):
+                raise ValueError(f"{name} has no place in {type(model).__name__} as its config describes it")
+            return None
+        return checkpoint.tensor(name)
 
     _tie_what_is_tied(model, checkpoint.holds)
     norms = Norms()
@@ -236,7 +268,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.
         own_name = name_of(model, output)
         name = name if tied else own_name
         weight = table if tied and table is not None else fetch(name, output)
-        bias = bias_of(stored(f"{own_name}.bias").removesuffix(".bias"))
+        bias = bias_of(output, stored(f"{own_name}.bias"))
         if not isinstance(weight, torch.Tensor):
             model.set_output_embeddings(linear_of(name, weight, bias, logits=True))
         else:

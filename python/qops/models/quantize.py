@@ -35,14 +35,14 @@ from qops.models.replacement import (
 )
 from qops.models.schemes import Asked, Choice, Scheme, choose, matches
 from qops.models.smoothing import Scales, Smoothing, plan_smoothing
-from qops.nn import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, RMSNorm
+from qops.nn import Int8Embedding, Int8Linear, MergedLinear, QuantizedLinear, RMSNorm
 from qops.weights import Int8Weight
 from qops.weights.requirements import resolve_group_size
 
 __all__ = ["QuantizationReport", "quantize_model"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PARTS = (Int4Linear, Int8Linear, Int8Embedding, RMSNorm)
+_PARTS = (QuantizedLinear, Int8Embedding, RMSNorm)
 # Operators that neither read nor write elements.
 _NO_PASS = ("aten::empty", "aten::new_empty", "aten::_unsafe_view")
 
@@ -101,7 +101,8 @@ def quantize_model(
         skip: patterns of linears to leave dense; one that names none is an error.
         skip_default: leave dense also the output layer and all other linears outside the base model (classification
             heads), and in multimodal models everything outside the language model. With False `skip` alone decides; a
-            tied output layer that is quantised takes the embedding with it, so that they stay tied.
+            tied output layer that is quantised takes the embedding with it, so that they stay tied. So does the scheme
+            of a mapping whose pattern is the name of such a linear.
         fuse: False replaces linears and norms alone in every model.
         prove: False fuses without running fused layers first; the report says so.
         smoothing: of the architectures whose layers are fused as a whole, and where a scheme quantises activations:
@@ -285,7 +286,10 @@ def _plan(
     plan = _Plan(choice, norms, plan_fusion(model, norms) if fuse else FusionPlan("fuse=False", None))
     if smoothing is not None:
         plan.smoothing = plan_smoothing(caller, model, smoothing, norms)
-    elsewhere = (_heads(model, modules) if skip_default else {}) | _adapters(modules) | _read_by_owner(modules)
+    heads = _heads(model, modules) if skip_default else {}
+    asked = {name for name in heads if choice.names(name)}
+    elsewhere = {name: heads[name] for name in heads if name not in asked}
+    elsewhere |= _adapters(modules) | _read_by_owner(modules)
     seen = {name for name, module in modules.items() if name in linears or looks_like_norm(module)}
     for name, module in modules.items():
         if name not in seen:
@@ -441,10 +445,7 @@ def _check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
     """Raises what quantising would raise, before any layer is replaced."""
     if linear.weight.is_meta:
         raise ValueError(f"qops.quantize_model: {name}: weight must have data, got a tensor on the meta device")
-    try:
-        resolve_group_size("group_size", linear.in_features, scheme._group_size(linear.in_features))
-    except ValueError as error:
-        raise ValueError(f"qops.quantize_model: {name}: {error}") from error
+    resolve_group_size(f"qops.quantize_model: {name}", linear.in_features, scheme._group_size(linear.in_features))
     if not linear.weight.isfinite().all():
         raise ValueError(f"qops.quantize_model: {name}: weight must be finite, got NaN or infinity")
 
@@ -469,8 +470,8 @@ def replaced_parts(model: nn.Module) -> dict[str, str]:
 
 
 def _described(module: Any) -> str:
-    if isinstance(module, Int4Linear):
-        return f"Int4Linear (group size {module.weight.group_size})"
+    if isinstance(module, QuantizedLinear) and not isinstance(module, Int8Linear):
+        return f"{type(module).__name__} (group size {module.weight.group_size})"
     if isinstance(module, RMSNorm) and module.int8:
         return "RMSNorm that emits int8"
     return "RMSNorm" if isinstance(module, RMSNorm) else type(module).__name__

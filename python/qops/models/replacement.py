@@ -14,7 +14,7 @@ from torch import nn
 
 from qops.formats._transformers import require_transformers
 from qops.nn import Int8Embedding, MergedLinear, MergingModule, RMSNorm, frozen
-from qops.nn.hooks import is_watched
+from qops.nn.hooks import forget_recording, is_watched
 from qops.ops import rms_norm
 from qops.weights import Int8Weight
 from qops.weights.state import QuantizedWeight
@@ -289,6 +289,7 @@ def replace_parts(
     from qops.models.decoder import RotaryTables, fuse
 
     decoder = model.model
+    tables = RotaryTables(decoder.rotary_emb, model.config) if known.attention else decoder.rotary_emb
     for index in bar(range(len(decoder.layers))):
         prefix = f"model.layers.{index}"
         layer = decoder.layers[index]
@@ -299,9 +300,9 @@ def replace_parts(
         replace_one_by_one(prefix, [f"{prefix}.{name}" for name in known.names(layer, index)])
         decoder.layers[index] = packed(fuse(layer, part, known, index))
     decoder.norm = take_hooks(new("model.norm", decoder.norm), decoder.norm)
-    if known.attention:
-        decoder.rotary_emb = RotaryTables(decoder.rotary_emb, model.config)
-    # Transformers hooks layers when hidden states are first asked for; the new ones have no hooks yet.
+    decoder.rotary_emb = tables
+    # Transformers hooks layers when hidden states are first asked for; the new ones have no hooks yet, the others may.
+    forget_recording(decoder)
     decoder._output_capturing_hooks_installed = False
     return Fusion(None, proof, known.own)
 

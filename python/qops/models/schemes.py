@@ -132,6 +132,11 @@ class Choice:
         """Of the first pattern that fits; None where the linear stays dense."""
         return next((scheme for pattern, scheme in self.patterns if matches(pattern, name)), None)
 
+    def names(self, name: str) -> bool:
+        """Whether a linear gets a scheme by its name, or the last part of it, and no wider pattern."""
+        fitting = next((found for found in self.patterns if matches(found[0], name)), ("", None))
+        return fitting[1] is not None and name.endswith(fitting[0]) and fitting[0] != ""
+
     @property
     def schemes(self) -> tuple[Scheme, ...]:
         """All, each once."""
@@ -167,7 +172,7 @@ def choose(caller: str, asked: Asked, linears: Sequence[str]) -> Choice:
 def _scheme(caller: str, label: str, asked: Any) -> Scheme:
     if isinstance(asked, str) and asked in NAMED:
         return NAMED[asked]
-    if isinstance(asked, Scheme):
+    if isinstance(asked, Scheme) and type(asked) is not Scheme:
         return asked
     names = ", ".join(map(repr, NAMED))
     raise ValueError(

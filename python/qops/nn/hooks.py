@@ -24,6 +24,14 @@ def is_watched(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", None) != _RECORDING for hook in hooks)
 
 
+def forget_recording(model: nn.Module) -> None:
+    """Takes back the hooks with which Transformers records, for it to put them on anew where something is recorded."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", None) == _RECORDING]:
+                del hooks[key]
+
+
 def newest_hook() -> int:
     """Changes whenever any module of the process gets a hook, or a :class:`Noticed` one another forward."""
     return RemovableHandle.next_id

@@ -28,12 +28,18 @@ class MergedLinear(nn.Module):
 
     Args:
         parts: name -> linear, in output order.
+
+    Raises:
+        ValueError: there are none, or they differ in K.
     """
 
     def __init__(self, parts: Mapping[str, Any]):
         super().__init__()
         self.names = tuple(parts)
         linears = list(parts.values())
+        columns = {name: linear.in_features for name, linear in parts.items()}
+        if len(set(columns.values())) != 1:
+            raise ValueError(f"MergedLinear: parts must have one K, got {columns}")
         self.sizes = [linear.out_features for linear in linears]
         self.merged = _merge(linears)
         self.separate = nn.ModuleList(linears if self.merged is None else [])
@@ -59,7 +65,7 @@ class MergedLinear(nn.Module):
         return torch.cat([linear(x) for linear in self.separate], dim=-1)
 
     def split(self) -> dict[str, nn.Module]:
-        """The parts as linears of their own; quantised weights are copied out, dense ones are views."""
+        """The parts as linears of their own; quantised weights are copied out and not packed, dense ones are views."""
         if self.merged is None:
             return dict(zip(self.names, self.separate, strict=True))
         linear, sizes = self.merged, self.sizes
@@ -99,6 +105,9 @@ class MLP(MergingModule):
         gate_proj, up_proj: linears K -> I.
         down_proj: linear I -> N.
         act: another activation than SiLU, computed by PyTorch, element by element.
+
+    Raises:
+        ValueError: K or I differ.
     """
 
     def __init__(
@@ -121,12 +130,16 @@ class MLP(MergingModule):
         """An MLP whose gate and up are one linear from the start, as Phi-3's are.
 
         Args:
-            gate_up_proj: linear K -> 2 I, gate first. The strips of its weight may be mixed.
+            gate_up_proj: linear K -> 2 I, gate first. It is taken over: the strips of its weight are mixed where its
+                class applies SiLU-mul, and by itself it then gives that, [..., I].
             down_proj: linear I -> N.
             act: as in the class.
 
         Returns:
             An MLP whose state_dict has that linear under its own name.
+
+        Raises:
+            ValueError: I differs.
         """
         mlp = cls.__new__(cls)
         super(MLP, mlp).__init__()
@@ -136,6 +149,9 @@ class MLP(MergingModule):
     def _assemble(
         self, gate_up: dict[str, Any], down_proj: Any, act: Callable[[torch.Tensor], torch.Tensor] | None
     ) -> None:
+        sizes = {name: linear.out_features for name, linear in gate_up.items()}
+        if any(len(sizes) * size != 2 * down_proj.in_features for size in sizes.values()):
+            raise ValueError(f"MLP: gate and up must have the I = {down_proj.in_features} outputs of down, got {sizes}")
         self.reordered = isinstance(down_proj, QuantizedLinear) and down_proj.weight.act_order
         if self.reordered:
             order = down_proj.weight.perm.long()
