@@ -5,6 +5,10 @@ machine between them moves the ratio, which the control line shows: the ratio of
 ``--relative-to limit`` each time is first divided by that provider's in the same round, which takes such drifts out.
 Of one run, each provider's time is divided by ours round by round, and rounds are resampled.
 
+A process is slower or faster than the next one of the same code, by up to a fifth where a call takes 4 us. So for small
+differences make several runs of each in turn, `before-*.json --after after-*.json`: each then gives a case one sample,
+its median.
+
 Exit status: 0; 1 where --fail-above finds a case that is surely slower, or one that fails now; 2 where the runs cannot
 be compared.
 """
@@ -20,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.reporting import stats
-from bench.reporting.records import LIMIT, OURS, Axes, Case, Document, read
+from bench.reporting.records import LIMIT, OURS, Axes, Case, Document, read, together
 
 CONFIDENCE = 0.99
 NOISE = 0.02
@@ -180,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="JSON", help="one run, or two: before and after")
+    parser.add_argument("--after", type=Path, nargs="+", metavar="JSON", help="runs after; the others are those before")
     parser.add_argument("--provider", default=OURS, help="whose times; default: %(default)s")
     parser.add_argument("--relative-to", metavar="PROVIDER", help=f"divide by it round by round, e.g. {LIMIT}")
     parser.add_argument("--fail-above", type=float, metavar="RATIO", help="exit 1 where the whole interval lies above")
@@ -189,9 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--across-machines", action="store_true", help="different machines are no error")
     options = parser.parse_args(arguments)
-    if len(options.files) > 2:
-        parser.error("one file or two")
+    if len(options.files) > 2 and not options.after:
+        parser.error("one file or two, or --after")
     runs = [read(path) for path in options.files]
+    if options.after:
+        runs = [together(runs), together([read(path) for path in options.after])]
     if len(runs) == 1:
         found = within_run(runs[0], options.provider, options.confidence)
     else:

@@ -32,7 +32,10 @@ def found(package: Any) -> Iterator[Operator]:
         yield from operators
 
 
-OPERATORS = {operator.name: operator for operator in found(importlib.import_module(__name__))}
+OPERATORS = {
+    operator.name: operator
+    for operator in sorted(found(importlib.import_module(__name__)), key=lambda operator: operator.comes_last)
+}
 OPS = tuple(OPERATORS)
 
 

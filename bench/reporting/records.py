@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,22 @@ def parse(name: str, document: Mapping[str, Any]) -> Document:
 
 def read(path: Path) -> Document:
     return parse(path.name, json.loads(path.read_text()))
+
+
+def together(documents: Sequence[Document]) -> Document:
+    """Several runs as one, of which each gives a case one sample, its median: processes differ by more than rounds."""
+    first = documents[0]
+    merged: dict[Key, Case] = {}
+    for key, case in first.cases.items():
+        rows = {}
+        for name, found in case.rows.items():
+            others = [document.cases[key].rows.get(name) for document in documents if key in document.cases]
+            errors = [r.error if r else "not measured" for r in others if r is None or r.error]
+            medians = () if errors or len(others) < len(documents) else tuple(r.median_us for r in others if r)
+            error = next(iter(errors), None if medians else "not in all runs")
+            rows[name] = replace(found, samples_us=medians, error=error)
+        merged[key] = replace(case, rows=rows)
+    return replace(first, name=", ".join(document.name for document in documents), cases=merged)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ inline ThreadPool thread_pool() {
 
 #endif
 
-// The plan of a call, and whether the kernel could tell it. Cold, as is all that asks for it: inlined between the calls
-// of every day it took 5 % of an int8 layer at M = 1 that comes from memory.
+// The plan of a call, and whether the kernel could tell it. Cold, as is all that asks for it: it is not to be inlined
+// between the calls of every day.
 template <class Params>
 [[gnu::cold, gnu::noinline]] Status ask(const char* op, Kernel<Params> kernel, Params params, std::string& text) {
 #if defined(QOPS_CUDA)

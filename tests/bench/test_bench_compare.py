@@ -185,3 +185,41 @@ def test_another_schema_is_refused():
     twice["results"].append(twice["results"][0])
     with pytest.raises(ValueError, match="qops stands there twice"):
         parse("a.json", twice)
+
+
+# --- several runs of each --------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, name: str, runs: list[Any]) -> list[str]:
+    paths = [folder / f"{name}-{index}.json" for index in range(len(runs))]
+    for path, run in zip(paths, runs, strict=True):
+        path.write_text(json.dumps(run))
+    return list(map(str, paths))
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "no difference"), (1.3, "slower")])
+def test_runs_in_turn_are_samples(tmp_path, capsys, factor, verdict):
+    """Processes of one code that differ by a tenth: two of them are sure of a difference that seven do not see."""
+    rng = random.Random(0)
+    drifts = [rng.uniform(0.95, 1.05) for _ in range(14)]
+    before = written(tmp_path, "before", [run_of(i, 100 * drifts[i]) for i in range(7)])
+    after = written(tmp_path, "after", [run_of(7 + i, 100 * factor * drifts[7 + i]) for i in range(7)])
+    assert compare.main([*before, "--after", *after, "--noise", "0.05"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("int4_gemm"))
+    assert line.endswith(verdict)
+
+
+def test_a_case_that_one_run_lacks_has_no_times(tmp_path, capsys):
+    runs = [run_of(i, cases=2) for i in range(6)]
+    lacking = run_of(9)
+    before, after = written(tmp_path, "before", runs), written(tmp_path, "after", [*runs[:5], lacking])
+    assert compare.main([*before, "--after", *after]) == 0
+    out = capsys.readouterr().out
+    assert "M=2" in out and "not in all runs" in out
+
+
+def test_more_than_two_files_need_the_option(tmp_path, capsys):
+    paths = written(tmp_path, "run", [run_of(i) for i in range(3)])
+    with pytest.raises(SystemExit):
+        compare.main(paths)
+    assert "one file or two, or --after" in capsys.readouterr().err

@@ -105,6 +105,7 @@ def group_size(k: int) -> int:
 
 class Int4DecodeOperator(ModelOperator):
     axes = "layer M H I Hq Hk D L V C"
+    comes_last = True
     tiny = {"cache": "hot"}  # noqa: RUF012
     unit = "bf16"
     accuracy = "exact weights, fp32 sums"

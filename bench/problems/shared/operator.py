@@ -77,6 +77,8 @@ class Operator:
         redrawn: whether copies of its inputs are other numbers, as libraries may merge equal weights.
         accuracy: of ours.
         fused: whether ``unfused`` does the same by our operators, one by one.
+        comes_last: whether a process that has run it is another one for those after it: with Transformers and a model
+            in it, an int8 layer at M = 1 takes 255 us instead of 242.
     """
 
     axes: str
@@ -86,6 +88,7 @@ class Operator:
     redrawn = False
     accuracy = TRANSFORMERS
     fused = False
+    comes_last = False
 
     def __init__(self, name: str) -> None:
         self.name = name
