@@ -327,6 +327,8 @@ def test_wheel():
     assert tag and re.fullmatch(r"cp310-abi3-linux_\w+", tag[1])
     assert "qops/_C.abi3.so" in names and "qops/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "bench", "csrc"))]
+    missing = {path.removeprefix("python/") for path in FILES if path.startswith("python/")} - set(names)
+    assert not missing, missing
     assert sum(file.size or 0 for file in files) < 15e6  # not even compressed
 
 
