@@ -52,6 +52,19 @@ def test_settings_of_another_type_are_refused(make, message):
         make()
 
 
+def test_a_device_without_the_product_changes_nothing(monkeypatch):
+    """As a GPU has no kernel of int8_weight_only_gemm: asked before anything is replaced."""
+
+    def refuse(self, x):
+        raise RuntimeError("qops.int8_weight_only_gemm: x must be on a CPU")
+
+    monkeypatch.setattr(Int8WeightOnlyLinear, "forward", refuse)
+    source = random_model("llama")
+    with pytest.raises(RuntimeError, match="must be on a CPU"):
+        quantize_model(source, {"down_proj": "int8_weight_only", "*": "int4"})
+    assert not linears(source) and type(source.model.layers[0].mlp.down_proj) is torch.nn.Linear
+
+
 def test_settings_reach_the_weights():
     model = quantize_model(random_model("llama"), qops.Int4(32, symmetric=False), fuse=False)
     weights = [linear.weight for linear in linears(model).values()]

@@ -101,7 +101,8 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
     tensors: dict[str, torch.Tensor] = {}
     kinds: dict[str, str] = {}
     held = list(entries(model))
-    _require_restorable("qops.save_model", model, {name for name, _, _ in held})
+    twin = skeleton(type(model), model.config, model.dtype)
+    _require_restorable("qops.save_model", model, twin, {name for name, _, _ in held})
     for name, value, kind in held:
         if isinstance(value, torch.Tensor):
             tensors[name] = value
@@ -131,11 +132,12 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
     replace_files(Path(folder), write)
 
 
-def _require_restorable(caller: str, model: Any, held: set[str]) -> None:
+def _require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> None:
     """Raises where a model of this class and config would be another one: it is all that a twin, or a folder, has.
 
     Args:
-        held: names of the tensors that the twin gets.
+        twin: the `skeleton` of that class and config.
+        held: names of the tensors that it gets.
     """
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] not in ("qops", "torch", "transformers"):
@@ -143,7 +145,6 @@ def _require_restorable(caller: str, model: Any, held: set[str]) -> None:
                 f"{caller}: every part of model must be of a class of torch, transformers or qops, "
                 f"got {type(module).__module__}.{type(module).__name__} at {name}"
             )
-    twin = skeleton(type(model), model.config, model.dtype)
     ties, wanted = twin.all_tied_weights_keys, set(twin.state_dict())
     missing = sorted(name for name in wanted if name not in held and ties.get(name) not in held)
     if missing or held - wanted:
@@ -184,11 +185,12 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """
     require_replaced(model, "qops.models.dense_model")
     dense = skeleton(type(model), model.config, dtype)
+    held = list(entries(model))
+    _require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
     state = {
         name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
-        for name, value, _ in entries(model)
+        for name, value, _ in held
     }
-    _require_restorable("qops.models.dense_model", model, set(state))
     _tie_what_is_tied(dense, frozenset(state).__contains__)
     _assign(dense, state.pop)
     if is_fused(model):

@@ -35,8 +35,7 @@ from qops.models.replacement import (
 )
 from qops.models.schemes import Asked, Choice, Scheme, choose, matches
 from qops.models.smoothing import Scales, Smoothing, plan_smoothing
-from qops.nn import Int8Embedding, Int8Linear, MergedLinear, QuantizedLinear, RMSNorm
-from qops.weights import Int8Weight
+from qops.nn import Int8Embedding, Int8Linear, MergedLinear, QuantizedLinear, RMSNorm, dense_linear
 from qops.weights.requirements import resolve_group_size
 
 __all__ = ["QuantizationReport", "quantize_model"]
@@ -309,8 +308,9 @@ def _plan(
         if owner not in seen:
             kind = type(modules[owner]).__name__
             plan.keep(name, f"a parameter of {kind}, which is neither a linear nor an RMSNorm", parameter.nbytes)
-    for device in {linears[name].weight.device for name in plan.linears}:
-        Int8Weight.quantize(torch.zeros(8, 8, device=device))  # raises where there are no kernels
+    # A small one of each raises where there are no kernels, of packing or of the product.
+    for kind, device in {(type(chosen), linears[name].weight.device) for name, chosen in plan.linears.items()}:
+        kind()._quantize(dense_linear(torch.zeros(16, 16, device=device)))(torch.zeros(1, 16, device=device).bfloat16())
     if not plan.linears:
         reasons = Counter(plan.kept.values()).most_common(5)
         why = "; ".join(f"{count} x {reason}" for reason, count in reasons)

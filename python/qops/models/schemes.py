@@ -134,8 +134,8 @@ class Choice:
 
     def names(self, name: str) -> bool:
         """Whether a linear gets a scheme by its name, or the last part of it, and no wider pattern."""
-        fitting = next((found for found in self.patterns if matches(found[0], name)), ("", None))
-        return fitting[1] is not None and name.endswith(fitting[0]) and fitting[0] != ""
+        fitting = next((pattern for pattern, _ in self.patterns if matches(pattern, name)), None)
+        return fitting in (name, name.rpartition(".")[2]) and self.scheme_of(name) is not None
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
