@@ -510,11 +510,15 @@ def test_pytest_writes_the_same_document(tmp_path):
 
 def test_a_worker_is_killed_by_whoever_comes():
     """An interrupt closes the session while the thread that waits for an answer finds the process gone."""
+
+    def kill(worker: session.WorkerProcess, gate: threading.Barrier) -> None:
+        gate.wait()
+        worker.kill()
+
     for _ in range(20):
-        worker = session.WorkerProcess("cpu", document.slots(1)[0], FAKES, FAST)
+        worker, gate = session.WorkerProcess("cpu", document.slots(1)[0], FAKES, FAST), threading.Barrier(8)
         with ThreadPoolExecutor(8) as pool:
-            gate = threading.Barrier(8)
-            for killed in [pool.submit(lambda: (gate.wait(), worker.kill())) for _ in range(8)]:
+            for killed in [pool.submit(kill, worker, gate) for _ in range(8)]:
                 killed.result()
         assert not worker.alive
 

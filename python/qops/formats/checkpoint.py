@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,7 @@ class Checkpoint(Protocol):
         dtype: in which the model is built where its user says nothing.
         fuses: whether its layers are to be fused where they can be.
         generation_config: of Transformers; None where there is none.
+        names: of all parameters and buffers; `<module>.weight` also where the weight is quantised.
 
     Raises:
         ValueError: from each method, where the checkpoint does not hold what it should; path and tensor are named.
@@ -35,6 +37,7 @@ class Checkpoint(Protocol):
     dtype: torch.dtype
     fuses: bool
     generation_config: Any
+    names: Collection[str]
 
     def holds(self, name: str) -> bool:
         """Whether there is a parameter or buffer of that name.
