@@ -22,7 +22,7 @@ from qops.nn import QuantizedLinear
 from qops.nn.linears import LINEARS
 
 QUANT_METHOD = "qops"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Not model.safetensors: Transformers skips a quant_method it does not know and would load the rest as noise. Without
 # a file of that name it stops.
 TENSORS_FILE = "qops.safetensors"
