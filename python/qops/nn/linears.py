@@ -296,7 +296,15 @@ class Int8Linear(QuantizedLinear):
 
 class Int8CompressedTensorsLinear(Int8Linear):
     """:class:`Int8Linear` for checkpoints of compressed-tensors whose activations are symmetric and dynamic per token:
-    :func:`qops.quantize_int8`, rule "compressed-tensors"."""
+    :func:`qops.quantize_int8`, rule "compressed-tensors".
+
+    Args:
+        weight, bias, float32_output: as there.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+    """
 
     scheme = "int8_compressed_tensors"
     rule = rows_rule = "compressed-tensors"
@@ -304,14 +312,30 @@ class Int8CompressedTensorsLinear(Int8Linear):
 
 class Int8TorchaoLinear(Int8Linear):
     """:class:`Int8Linear` for checkpoints of torchao whose activations are symmetric and dynamic per row:
-    :func:`qops.quantize_int8`, rule "torchao"."""
+    :func:`qops.quantize_int8`, rule "torchao".
+
+    Args:
+        weight, bias, float32_output: as there.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+    """
 
     scheme = "int8_torchao"
     rule = rows_rule = "torchao"
 
 
 class Int8AsymmetricLinear(Int8Linear):
-    """:class:`Int8Linear` with a zero point per token: :func:`qops.quantize_int8_asym`. K is at most 65793."""
+    """:class:`Int8Linear` with a zero point per token: :func:`qops.quantize_int8_asym`. K is at most 65793.
+
+    Args:
+        weight, bias, float32_output: as there.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+    """
 
     scheme = "int8_asymmetric"
     rows_rule = None
@@ -325,9 +349,7 @@ class Int8StaticLinear(Int8Linear):
     :func:`qops.quantize_int8_static`.
 
     Args:
-        weight: as there.
-        bias: as there.
-        float32_output: as there.
+        weight, bias, float32_output: as there.
         input_scale: float32, float16 or bfloat16, one element, positive and finite. It is kept in float32, whatever
             the module is cast to.
         input_zero_point: one integer in -128 .. 127, the code of zero; K is then at most 65793. None for 0.
