@@ -119,7 +119,7 @@ class PretrainedFolder:
         config.__dict__.pop("compression_config", None)
         return config
 
-    @functools.cached_property
+    @property
     def dtype(self) -> torch.dtype:
         found = self.config.dtype
         if found is None:
