@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -28,12 +29,12 @@ def test_types_are_those_of_the_gguf_package():
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("shape", [(8, 256), (24, 768), (40, 2048), (256, 2560)])
-def test_blocks_are_exact(kind, shape):
+@pytest.mark.parametrize(("rows", "columns"), [(8, 256), (24, 768), (40, 2048), (256, 2560)])
+def test_blocks_are_exact(kind, rows, columns):
     for seed in range(4):
-        blocks = random_blocks(kind, *shape, seed)
+        blocks = random_blocks(kind, rows, columns, seed)
         weight = read(blocks, kind)
-        assert (weight.out_features, weight.in_features) == shape
+        assert (weight.out_features, weight.in_features) == (rows, columns)
         assert weight.group_size == (16 if kind in ("Q2_K", "Q3_K", "Q6_K") else 32)
         assert weight.is_packed
         assert_bitwise(weight.dequantize(), dequantised(blocks, kind), kind)
@@ -125,8 +126,9 @@ def test_bad_blocks_are_refused(kind):
     ):
         with pytest.raises(ValueError, match=rf"{kind} blocks must be uint8 \[N, a multiple of {size}\]"):
             read(blocks, kind)
+    array: Any = torch.zeros(8, size, dtype=torch.uint8).numpy()
     with pytest.raises(TypeError, match="from_gguf: blocks must be a tensor, got ndarray"):
-        read(torch.zeros(8, size, dtype=torch.uint8).numpy(), kind)
+        read(array, kind)
 
 
 @pytest.mark.parametrize("kind", ["Q6_0", "IQ4_NL", "MXFP4", "F16", ""])

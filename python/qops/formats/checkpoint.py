@@ -83,6 +83,18 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def activations(self, module: str) -> dict[str, torch.Tensor]:
+        """What the linear of a module quantises its input with besides its weight.
+
+        Args:
+            module: its name in Transformers' model; its weight is quantised.
+
+        Returns:
+            Keyword arguments for the class that :meth:`linear` names, those of its `static_input` that there are: {}
+            for all but static activations.
+        """
+        ...
+
     def tensor(self, name: str) -> torch.Tensor:
         """A dense parameter or a buffer.
 

@@ -173,9 +173,67 @@ class Int8Weight(QuantizedWeight):
         }
         return cls._from_tensors(tensors, config, pack)
 
-    @staticmethod
-    def from_gguf(blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:
-        """A weight from GGUF blocks: :func:`qops.formats.gguf.int8_weight`, whose docstring holds here.
+    @classmethod
+    def from_gptq(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor | None = None,
+        *,
+        zero_add: str | None = None,
+        pack: bool = True,
+    ) -> Int8Weight:
+        """A weight from the tensors of an 8-bit GPTQ checkpoint: :func:`qops.formats.gptq.int8_weight`.
+
+        Args:
+            qweight: int32 ``[K/4, N]``.
+            qzeros: int32 ``[K/G, N/4]``.
+            scales: ``[K/G, N]``.
+            g_idx: ``[K]``, in act-order.
+            zero_add: "word" or "nibble" for version 1 of the format, "none" for version 2.
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly these numbers.
+        """
+        from qops.formats import gptq
+
+        return gptq.int8_weight(qweight, qzeros, scales, g_idx, zero_add=zero_add, pack=pack)
+
+    @classmethod
+    def from_compressed_tensors(
+        cls,
+        weight: Tensor,
+        weight_scale: Tensor,
+        weight_shape: Tensor | None = None,
+        weight_zero_point: Tensor | None = None,
+        weight_g_idx: Tensor | None = None,
+        *,
+        pack: bool = True,
+    ) -> Int8Weight:
+        """A weight from compressed-tensors: :func:`qops.formats.compressed_tensors.int8_weight`, which tells more.
+
+        Args:
+            weight: int8 ``[N, K]``, or int32 ``[N, K/4]``.
+            weight_scale: ``[N, K/G]``, or one for the whole weight.
+            weight_shape: ``[2]``, N and K.
+            weight_zero_point: none when symmetric.
+            weight_g_idx: ``[K]``, in act-order.
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly these numbers.
+        """
+        from qops.formats import compressed_tensors
+
+        return compressed_tensors.int8_weight(
+            weight, weight_scale, weight_shape, weight_zero_point, weight_g_idx, pack=pack
+        )
+
+    @classmethod
+    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:
+        """A weight from GGUF blocks: :func:`qops.formats.gguf.int8_weight`, which tells more.
 
         Args:
             blocks: uint8 ``[N, bytes per row]``, as stored in the file.
@@ -185,9 +243,9 @@ class Int8Weight(QuantizedWeight):
         Returns:
             A weight that holds exactly the stored numbers.
         """
-        from qops.formats.gguf import int8_weight
+        from qops.formats import gguf
 
-        return int8_weight(blocks, qtype, pack=pack)
+        return gguf.int8_weight(blocks, qtype, pack=pack)
 
     @torch.no_grad()
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
