@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,7 +223,12 @@ def test_awq_tensors_that_do_not_fit(version, change, message):
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_awq_as_its_own_package_packs(group_size):
-    package = pytest.importorskip("awq.modules.linear.gemv_fast", reason="autoawq is not installed")
+    found = importlib.util.find_spec("awq")
+    if found is None or found.submodule_search_locations is None:
+        pytest.skip("autoawq is not installed")
+    # The file alone: the package imports what Transformers no longer has.
+    path = Path(found.submodule_search_locations[0]) / "modules/linear/gemv_fast.py"
+    package = SourceFileLoader("awq_gemv_fast", str(path)).load_module()
     codes, zeros, scales = numbers(4, group_size, low=0)
     ours = encoders.awq_gemv_fast(codes, zeros, scales)
     assert torch.equal(package.pack_intweight(codes.int(), interleave=4, kstride=64), ours["qweight"])
@@ -278,7 +286,7 @@ def test_compressed_tensors_of_one_scale(shape):
         (
             {"weight_shape": lambda t: t + 8},
             ValueError,
-            r"weight_shape must be \[N, K\] = \[24, 128\].*got \[32, 136\]",
+            r"must be \[N, K\] = \[24, 128\].*got \[32, 136\]",
         ),
         ({"weight_shape": lambda t: t[:1]}, ValueError, "weight_shape must be"),
         ({"weight_zero_point": lambda t: t[:-1]}, ValueError, r"weight_zero_point must have shape \[N/8, K/G\]"),
@@ -294,15 +302,13 @@ def test_compressed_tensors_that_do_not_fit(change, error, message):
 
 
 def test_compressed_tensors_as_its_own_package_packs():
-    package = pytest.importorskip("compressed_tensors.compressors", reason="compressed-tensors is not installed")
-    from compressed_tensors.compressors.quantized_compressors.pack_quantized import pack_to_int32
-
-    assert package is not None
+    reason = "compressed-tensors is not installed"
+    package = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers", reason=reason)
     codes, zeros, _ = numbers(low=0)
     signed = (codes.int() - 8).to(torch.int8)
-    assert torch.equal(pack_to_int32(signed, 4), encoders.words(codes, 4, 1))
+    assert torch.equal(package.pack_to_int32(signed, 4), encoders.words(codes, 4, 1))
     signed = (zeros.int() - 8).to(torch.int8)
-    assert torch.equal(pack_to_int32(signed, 4, packed_dim=0), encoders.words(zeros, 4, 0))
+    assert torch.equal(package.pack_to_int32(signed, 4, packed_dim=0), encoders.words(zeros, 4, 0))
 
 
 # All of them ---------------------------------------------------------------------------------------------------------

@@ -251,15 +251,17 @@ class Awq:
         if group_size <= 0 or columns % group_size:
             raise ValueError(f"group_size must divide K = {columns}, got {group_size}")
         groups = columns // group_size
+        # Scales and zero points of the other versions are padded to what a kernel of theirs liked.
+        padded = {"gemv": (rows, max(groups, scales.shape[1])), "gemv_fast": (max(groups, scales.shape[0]), rows)}
         if self._version == "gemm":
             wanted: dict[str, Any] = {
                 "qweight": ((columns, rows // 8), torch.int32),
                 "scales": ((groups, rows), SCALE_DTYPES),
                 "qzeros": ((groups, rows // 8), torch.int32),
             }
-        else:  # padded: the constructor looks at the rest
+        else:
             words = torch.int32 if self._version == "gemv" else torch.int16
-            wanted = {"qweight": (qweight.shape, words), "scales": (scales.shape, SCALE_DTYPES)}
+            wanted = {"qweight": (qweight.shape, words), "scales": (padded[self._version], SCALE_DTYPES)}
         require_specs(specs, {key: value for key, value in wanted.items() if key in specs})
         keys = tuple(key for key in ("qweight", zeros, "scales") if key in specs)
         return Stored(

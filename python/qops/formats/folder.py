@@ -127,6 +127,12 @@ class Folder:
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{self.folder}: {prefix}: {error}") from error
 
+    def activations(self, module: str) -> dict[str, torch.Tensor]:
+        linear = self.linear(module)
+        names = () if linear is None else linear.static_input
+        there = [name for name in names if name == "input_scale" or f"{module}.{name}" in self.names]
+        return {name: self.tensor(f"{module}.{name}") for name in there}
+
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
             raise ValueError(f"{self.folder / TENSORS_FILE}: tensor {name} is missing")

@@ -123,6 +123,10 @@ class GGUFFile:
         except ValueError as error:
             raise self._error(f"tensor {stored}: {error}") from error
 
+    def activations(self, module: str) -> dict[str, torch.Tensor]:
+        """Nothing: GGUF stores weights alone."""
+        return {}
+
     def tensor(self, name: str) -> torch.Tensor:
         if not self.holds(name):
             raise self._error(f"tensor {name} is missing")

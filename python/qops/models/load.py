@@ -26,6 +26,7 @@ from qops.models.replacement import (
     is_fused,
     is_linear,
     is_tied,
+    kind_of,
     name_of,
     packed,
     parameter_of,
@@ -35,7 +36,7 @@ from qops.models.replacement import (
     require_replaced,
     tie,
 )
-from qops.nn import dense_linear, frozen
+from qops.nn import QuantizedLinear, dense_linear, frozen
 from qops.weights.state import QuantizedWeight
 
 __all__ = ["dense_model", "load_model", "save_model"]
@@ -113,12 +114,15 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
     held = list(entries(model))
     twin = skeleton(type(model), model.config, model.dtype)
     _require_restorable("qops.save_model", model, twin, {name for name, _, _ in held})
-    for name, value, kind in held:
+    for name, value, owner in held:
         if isinstance(value, torch.Tensor):
             tensors[name] = value
-        else:
-            kinds[name.removesuffix(".weight")] = kind
-            tensors |= {f"{name}.{value._state_key(key)}": tensor for key, tensor in value.canonical().items()}
+            continue
+        module = name.removesuffix(".weight")
+        kinds[module] = kind_of(owner)
+        tensors |= {f"{name}.{value._state_key(key)}": tensor for key, tensor in value.canonical().items()}
+        if isinstance(owner, QuantizedLinear):
+            tensors |= {f"{module}.{key}": tensor for key, tensor in owner.activations().items()}
     # Parts of a merged dense linear are views of one storage, which safetensors refuses.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     config = copy.deepcopy(model.config)
@@ -239,7 +243,10 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.
         if kind is None or isinstance(weight, torch.Tensor):
             said = "dense" if kind is None else f"that of an {kind.__name__}"
             raise ValueError(f"{name}.weight must be {said}, as the checkpoint says, got {type(weight).__name__}")
-        return kind(weight, bias, float32_output=logits)
+        try:
+            return kind(weight, bias, float32_output=logits, **checkpoint.activations(name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def norm(name: str, module: nn.Module) -> nn.Module:
         weight = fetch(name, module)
@@ -347,8 +354,8 @@ def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
     Those that are tied to another one share its parameter.
     """
     for module_name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight):
-            continue
+        if isinstance(module, (QuantizedWeight, QuantizedLinear)):
+            continue  # made with all that they have
         wanted = {key: value for key, value in module._parameters.items() if value is not None and value.is_meta}
         for key, value in module._buffers.items():
             if value is not None and key not in module._non_persistent_buffers_set:

@@ -7,8 +7,12 @@ Every weight is a :class:`qops.Int4Weight` or :class:`qops.Int8Weight` submodule
 from qops.nn.activations import Int8Rows, frozen
 from qops.nn.linears import (
     Int4Linear,
+    Int8AsymmetricLinear,
+    Int8CompressedTensorsLinear,
     Int8Embedding,
     Int8Linear,
+    Int8StaticLinear,
+    Int8TorchaoLinear,
     Int8WeightOnlyLinear,
     QuantizedLinear,
     dense_linear,
@@ -19,9 +23,13 @@ from qops.nn.norm import RMSNorm
 __all__ = [
     "MLP",
     "Int4Linear",
+    "Int8AsymmetricLinear",
+    "Int8CompressedTensorsLinear",
     "Int8Embedding",
     "Int8Linear",
     "Int8Rows",
+    "Int8StaticLinear",
+    "Int8TorchaoLinear",
     "Int8WeightOnlyLinear",
     "MergedLinear",
     "MergingModule",
