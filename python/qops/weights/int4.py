@@ -10,7 +10,6 @@ from torch import Tensor
 
 from qops import _layout
 from qops.ops._checks import INT4_KINDS
-from qops.weights import gguf
 from qops.weights.requirements import (
     group_size_from_scales,
     require_dtype,
@@ -308,21 +307,20 @@ class Int4Weight(QuantizedWeight):
         )
 
     @classmethod
-    def from_gguf(cls, blocks: Tensor, qtype: str, *, pack: bool = True) -> Self:
-        """A weight from GGUF blocks; nothing is rounded.
+    def from_gguf(cls, blocks: Tensor, qtype: str, *, pack: bool = True) -> Int4Weight:
+        """A weight from GGUF blocks: :func:`qops.formats.gguf.int4_weight`, which tells more.
 
         Args:
             blocks: uint8 ``[N, bytes per row]``, as stored in the file.
-            qtype: "Q4_0" or "Q4_1".
+            qtype: "Q4_0", "Q4_1", "Q2_K", "Q3_K" or "Q4_K".
             pack: as in :meth:`from_canonical`.
 
         Returns:
-            A weight in groups of 32 with float16 scales, of kind ``"symmetric"`` or ``"offset"``.
-
-        Raises:
-            ValueError: another type, or blocks that do not fill rows of it.
+            A weight that holds exactly the stored numbers.
         """
-        return cls.from_canonical(**gguf.int4_tensors(f"{cls._name()}.from_gguf", blocks, qtype), pack=pack)
+        from qops.formats import gguf
+
+        return gguf.int4_weight(blocks, qtype, pack=pack)
 
     @staticmethod
     def _pack_codes(qweight: Tensor) -> Tensor:

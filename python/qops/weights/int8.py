@@ -10,7 +10,6 @@ from torch import Tensor
 
 from qops import _layout
 from qops._layout import STRIP_ROWS, strips_of
-from qops.weights import gguf
 from qops.weights.requirements import (
     dtype_name,
     group_size_from_scales,
@@ -233,21 +232,41 @@ class Int8Weight(QuantizedWeight):
         )
 
     @classmethod
-    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Self:
-        """A weight from GGUF blocks; nothing is rounded.
+    def from_torchao(cls, tensor: Tensor, *, pack: bool = True) -> Int8Weight:
+        """A weight from an `Int8Tensor` of torchao: :func:`qops.formats.torchao.weight`, which tells more.
 
         Args:
-            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
-            qtype: "Q8_0".
+            tensor: `linear.weight` after `torchao.quantization.quantize_`.
             pack: as in :meth:`from_canonical`.
 
         Returns:
-            A weight in groups of 32 with float16 scales.
+            A weight with torchao's own bits.
 
         Raises:
-            ValueError: another type, or blocks that do not fill rows of it.
+            RuntimeError: a tensor of another class.
         """
-        return cls.from_canonical(**gguf.int8_tensors(f"{cls._name()}.from_gguf", blocks, qtype), pack=pack)
+        from qops.formats import torchao
+
+        found = torchao.weight(tensor, pack=pack)
+        if not isinstance(found, Int8Weight):
+            raise RuntimeError(f"{cls._name()}.from_torchao: tensor must be of 8 bits, got {type(tensor).__name__}")
+        return found
+
+    @classmethod
+    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:
+        """A weight from GGUF blocks: :func:`qops.formats.gguf.int8_weight`, which tells more.
+
+        Args:
+            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
+            qtype: "Q8_0", "Q5_0", "Q5_1", "Q5_K" or "Q6_K".
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly the stored numbers.
+        """
+        from qops.formats import gguf
+
+        return gguf.int8_weight(blocks, qtype, pack=pack)
 
     @torch.no_grad()
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
