@@ -18,7 +18,7 @@ from qops.testing import FLOAT_DTYPES, assert_bitwise, random_activations
 from tests.support.ops import quantize_oracles as oracles
 
 N, K = 48, 64
-SCALE, ZERO_POINT = torch.tensor([0.0312]), torch.tensor([-9], dtype=torch.int8)
+SCALE, ZERO_POINT = oracles.STATIC_SCALE, torch.tensor([-9], dtype=torch.int8)
 CLASSES = {scheme: linear for scheme, linear in LINEARS.items() if issubclass(linear, Int8Linear)}
 STATIC = {scheme: linear for scheme, linear in CLASSES.items() if linear.static_input}
 
@@ -38,8 +38,14 @@ def quantised(scheme: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return {
         "int8": lambda: (*qops.quantize_int8(x), None),
         "int8_asymmetric": lambda: qops.quantize_int8_asym(x),
+        "int8_asymmetric_compressed_tensors": lambda: qops.quantize_int8_asym(x, "compressed-tensors"),
         "int8_compressed_tensors": lambda: (*qops.quantize_int8(x, "compressed-tensors"), None),
         "int8_static": lambda: (qops.quantize_int8_static(x, scale, zero_point), scale, zero_point),
+        "int8_static_compressed_tensors": lambda: (
+            qops.quantize_int8_static(x, scale, zero_point, "compressed-tensors"),
+            scale,
+            zero_point,
+        ),
         "int8_torchao": lambda: (*qops.quantize_int8(x, "torchao"), None),
     }[scheme]()
 
@@ -59,7 +65,7 @@ class Parent(MergingModule):
 @pytest.mark.parametrize("scheme", CLASSES)
 def test_each_quantises_by_its_rule(scheme, dtype):
     linear = linear_of(scheme)
-    x = oracles.near_ties(64, K, dtype, seed=3).view(2, 32, K)
+    x = torch.cat((oracles.near_ties(63, K, dtype, seed=3), oracles.static_inputs(dtype)[None, :K])).view(2, 32, K)
     residual = random_activations(64, N, dtype=dtype, seed=4).view(2, 32, N)
     q, scale, zero_point = quantised(scheme, x)
 

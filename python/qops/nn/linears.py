@@ -338,10 +338,27 @@ class Int8AsymmetricLinear(Int8Linear):
     """
 
     scheme = "int8_asymmetric"
+    rule = "255"
     rows_rule = None
 
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return quantize_int8_asym(x)
+        return quantize_int8_asym(x, self.rule)
+
+
+class Int8AsymmetricCompressedTensorsLinear(Int8AsymmetricLinear):
+    """:class:`Int8AsymmetricLinear` for checkpoints of compressed-tensors whose activations are asymmetric and dynamic
+    per token: :func:`qops.quantize_int8_asym`, rule "compressed-tensors".
+
+    Args:
+        weight, bias, float32_output: as there.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+    """
+
+    scheme = "int8_asymmetric_compressed_tensors"
+    rule = "compressed-tensors"
 
 
 class Int8StaticLinear(Int8Linear):
@@ -360,6 +377,7 @@ class Int8StaticLinear(Int8Linear):
     """
 
     scheme = "int8_static"
+    rule = "torchao"
     rows_rule = None
     static_input = ("input_scale", "input_zero_point")
     input_scale: torch.Tensor
@@ -391,7 +409,7 @@ class Int8StaticLinear(Int8Linear):
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         scale, zero_point = self._buffers["input_scale"], self._buffers["input_zero_point"]
         assert scale is not None
-        return quantize_int8_static(x, scale, zero_point), scale, zero_point
+        return quantize_int8_static(x, scale, zero_point, self.rule), scale, zero_point
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Only moves act on the scale: a cast would change what the activations become."""
@@ -399,6 +417,23 @@ class Int8StaticLinear(Int8Linear):
         super()._apply(fn, recurse)
         self._buffers.update(kept)
         return self
+
+
+class Int8StaticCompressedTensorsLinear(Int8StaticLinear):
+    """:class:`Int8StaticLinear` for checkpoints of compressed-tensors whose activations are static per tensor:
+    :func:`qops.quantize_int8_static`, rule "compressed-tensors".
+
+    Args:
+        weight, bias, float32_output: as there.
+        input_scale, input_zero_point: as there.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+    """
+
+    scheme = "int8_static_compressed_tensors"
+    rule = "compressed-tensors"
 
 
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -473,8 +508,10 @@ LINEARS: dict[str, type[QuantizedLinear]] = {
         Int4Linear,
         Int8Linear,
         Int8AsymmetricLinear,
+        Int8AsymmetricCompressedTensorsLinear,
         Int8CompressedTensorsLinear,
         Int8StaticLinear,
+        Int8StaticCompressedTensorsLinear,
         Int8TorchaoLinear,
         Int8WeightOnlyLinear,
     )
