@@ -521,7 +521,7 @@ SCALES = "model.layers.1.mlp.up_proj.weight.scales"
             lambda f: edit_config(f, lambda c: c.update(model_type="gemma")),
             "must be 'llama' .*, got 'gemma'",
         ),
-        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(format_version=9)), "must be 2, got 9"),
+        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(format_version=9)), "must be 3, got 9"),
         (lambda f: edit_config(f, lambda c: c["quantization_config"].update(weights=3)), "weights must map names"),
         (
             lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-15]: 4})),

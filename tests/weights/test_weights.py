@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import qops
 from qops.testing import assert_bitwise, generator
 from qops.weights import Int4Weight, Int8Weight
+from tests.support.ops.exact import fraction, round_to_float32
 from tests.support.ops.random_weights import (
     KINDS,
     SCALE_DTYPES,
@@ -28,17 +29,6 @@ from tests.support.ops.random_weights import (
 )
 
 # Exact arithmetic ----------------------------------------------------------------------------------------------------
-
-
-def fraction(value: Tensor) -> Fraction:
-    return Fraction(value.double().item())
-
-
-def round_to_float32(value: Fraction) -> float:
-    """Nearest float32, ties to even, decided in exact arithmetic."""
-    guess = torch.tensor(float(value), dtype=torch.float32)
-    ends = [torch.nextafter(guess, torch.tensor(end)) for end in (-math.inf, math.inf)]
-    return min((guess, *ends), key=lambda t: (abs(fraction(t) - value), t.view(torch.int32).item() & 1)).item()
 
 
 def int4_code(tensors: dict[str, Tensor], n: int, k: int) -> int:
@@ -179,10 +169,11 @@ def test_empty_weights(n, k):
     assert weight.rows(torch.arange(n)[::2]).shape == (len(range(0, n, 2)), k)
 
 
+@pytest.mark.parametrize("kind", Int8Weight.KINDS)
 @pytest.mark.parametrize("n, k", SHAPES)
-def test_int8_packing_is_bijective(n, k):
-    for group_size, dtype in itertools.product(group_sizes(k), SCALE_DTYPES):
-        tensors, weight = random_int8(n, k, group_size, scale_dtype=dtype)
+def test_int8_packing_is_bijective(n, k, kind):
+    for group_size, dtype, act_order in itertools.product(group_sizes(k), SCALE_DTYPES, (False, True)):
+        tensors, weight = random_int8(n, k, group_size, kind, scale_dtype=dtype, act_order=act_order)
         assert_tensors_equal(weight.canonical(), tensors)
         assert_tensors_equal(buffers(weight.unpack()), tensors)
         assert_tensors_equal(weight.pack().canonical(), tensors)
@@ -463,8 +454,6 @@ def test_cat_and_split_are_inverse(pack):
             assert_tensors_equal(part.canonical(), tensors)
             storages = {t.untyped_storage().nbytes() for t in part.buffers()}
             assert storages == {t.nbytes for t in part.buffers()}  # no part holds on to the whole
-    int8 = [random_int8(n, 64, 16, seed=n)[1] for n in (8, 24)]
-    assert torch.equal(Int8Weight.cat(int8).dequantize(), torch.cat([weight.dequantize() for weight in int8]))
 
 
 def test_cat_and_split_refuse():
@@ -488,34 +477,3 @@ def test_cat_and_split_refuse():
             base.split(sizes)
     with pytest.raises(ValueError, match="N must be a multiple of 8, got 12"):
         base.split([12, 12])
-
-
-# Rows of an embedding ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pack", (True, False))
-@pytest.mark.parametrize("group_size", (-1, 16))
-def test_rows_are_rows_of_dequantize(group_size, pack):
-    for n, k in ((8, 48), (40, 48), (104, 240)):
-        weight = random_int8(n, k, group_size, pack=pack)[1]
-        for shape, dtype, ids_dtype in itertools.product(
-            ((), (0,), (5,), (2, 3)), SCALE_DTYPES, (torch.int64, torch.int32)
-        ):
-            ids = torch.randint(n, shape, generator=generator(n)).to(ids_dtype)
-            assert_bitwise(weight.rows(ids, dtype), weight.dequantize(dtype)[ids.long()])
-        assert_bitwise(weight.rows(torch.arange(n)), weight.dequantize())
-
-
-@pytest.mark.parametrize("pack", (True, False))
-@pytest.mark.parametrize("bad", (-1, -16, -40, 40, 41, 47, 48, 2**31))
-def test_rows_refuse_ids_out_of_range(bad, pack):
-    weight = random_int8(40, 48, 16, pack=pack)[1]  # strips end at 48: ids 40 ... 47 are padding
-    with pytest.raises(IndexError):
-        weight.rows(torch.tensor([0, bad]))
-
-
-def test_rows_refuse_ids_of_other_dtypes():
-    weight = random_int8(40, 48, 16)[1]
-    for dtype in (torch.float32, torch.bool, torch.uint8):
-        with pytest.raises(RuntimeError, match="ids must have dtype int32 or int64"):
-            weight.rows(torch.zeros(2, dtype=dtype))

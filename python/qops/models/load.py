@@ -14,7 +14,8 @@ from torch import nn
 
 from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
-from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, replace_files, transformers_class
+from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, replace_files
+from qops.formats.folders.config import transformers_class
 from qops.formats.open import open_checkpoint
 from qops.models.replacement import (
     FusionPlan,
@@ -47,6 +48,8 @@ def load_model(
     device: str | torch.device = "cpu",
     *,
     prove: bool = True,
+    zero_add: str | None = None,
+    symmetric: bool | None = None,
 ) -> Any:
     """Loads a model whose linears, norms, rotary and SiLU-mul run on qops operators.
 
@@ -55,13 +58,20 @@ def load_model(
     embedding table, which is looked up densely.
 
     Args:
-        path: a GGUF file of a Llama-family model (Q4_0, Q4_1, Q8_0, F32, F16, BF16 tensors), or a folder written by
-            :func:`qops.save_model`.
-        dtype: float32, bfloat16 or float16; by default that in which a folder was saved, and bfloat16 for a GGUF file.
+        path: a folder with a quantised checkpoint in safetensors files: GPTQ (version 1 and 2, act-order, 4 and 8
+            bits), AWQ (gemm, gemv, gemv_fast), compressed-tensors (pack-quantized, int-quantized), or what
+            :func:`qops.save_model` wrote; a GGUF file; or the name of a repository on the Hugging Face hub that holds
+            such a folder.
+        dtype: float32, bfloat16 or float16; by default that of the checkpoint, and bfloat16 for a GGUF file.
         device: where the model goes.
         prove: compare fused decoder layers with those of the installed Transformers first, one of each kind
             (:func:`qops.quantize_model` tells how). Where they differ the model keeps Transformers' layers, with qops
             linears and norms, and a warning says what differed.
+        zero_add: of GPTQ alone: what has to be added to stored zero points, "word" or "nibble" for version 1, "none"
+            for version 2; by default what the config says. An asymmetric checkpoint whose config names the wrong
+            version reads as noise, and nothing in its tensors shows it: try the other one.
+            :func:`qops.formats.gptq.int4_weight` tells more.
+        symmetric: of AWQ without qzeros alone: True says that all zero points are 8, as lmdeploy means it.
 
     Returns:
         A Transformers model (`LlamaForCausalLM` or whichever was saved) in eval mode, frozen; `generate` works as
@@ -75,7 +85,7 @@ def load_model(
         ValueError: the checkpoint is malformed or of a kind that is not supported.
     """
     require_transformers("qops.load_model")
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, zero_add=zero_add, symmetric=symmetric)
     return build_model(checkpoint, dtype or checkpoint.dtype, device, prove)
 
 
@@ -248,11 +258,13 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.
         return linear_of(name, fetch(name, module), bias_of(module, f"{name}.bias"))
 
     def bias_of(module: nn.Linear, name: str) -> torch.Tensor | None:
+        bias = checkpoint.tensor(name) if checkpoint.holds(name) or module.bias is not None else None
         if module.bias is None:
-            if checkpoint.holds(name):
+            # AutoGPTQ has stored zeros for linears that have none.
+            if bias is not None and bool(bias.any()):
                 raise ValueError(f"{name} has no place in {type(model).__name__} as its config describes it")
             return None
-        return checkpoint.tensor(name)
+        return bias
 
     _tie_what_is_tied(model, checkpoint.holds)
     norms = Norms()

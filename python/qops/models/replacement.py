@@ -414,7 +414,7 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 def kind_of(linear: Any) -> str:
     """How a folder names what becomes of a quantised weight."""
-    return f"{linear.scheme} {linear.weight.kind}".rstrip()
+    return f"{linear.scheme} {linear.weight.kind}"
 
 
 def entries(model: Any) -> Iterator[tuple[str, Any, Any]]:

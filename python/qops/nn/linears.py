@@ -212,13 +212,13 @@ class Int8Linear(QuantizedLinear):
     Its subclasses quantise them as the producers of checkpoints do, each by a rule of its own.
 
     Args:
-        weight: a :class:`qops.Int8Weight` [N, K] with one scale per row.
+        weight: a symmetric :class:`qops.Int8Weight` [N, K] with one scale per row and no ``perm``.
         bias: [N], added in float32.
         float32_output: return float32 whatever the activations' dtype, without rounding the sum to it.
 
     Raises:
         TypeError: a weight of another class.
-        ValueError: a weight with groups; the bias does not have N elements.
+        ValueError: a weight with groups, offsets or a ``perm``; the bias does not have N elements.
     """
 
     scheme = "int8"
@@ -232,6 +232,10 @@ class Int8Linear(QuantizedLinear):
     weight: Int8Weight
 
     def _require_weight(self, weight: Int8Weight) -> None:
+        if weight.kind != "symmetric":
+            raise ValueError(f"Int8Linear: weight must be symmetric, got kind {weight.kind!r}")
+        if weight.act_order:
+            raise ValueError("Int8Linear: weight must have act_order = False, got True")
         if weight.group_size != weight.in_features:
             raise ValueError(
                 f"{type(self).__name__}: weight must have one scale per row, group_size = K = {weight.in_features}, "

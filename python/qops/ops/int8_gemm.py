@@ -62,8 +62,8 @@ def int8_gemm(
         q: int8 ``[..., K]``; any leading dimensions and strides, last dimension dense. K is at most 131071, with zero
             points 65793.
         scale: float32 ``[...]``, one per token, any strides; or ``[]``, one for all.
-        weight: an :class:`qops.Int8Weight` ``[N, K]``, packed, with one scale per row (one for the whole weight is
-            repeated in each row).
+        weight: a symmetric :class:`qops.Int8Weight` ``[N, K]``, packed, no ``perm``, one scale per row (one for
+            the whole weight is repeated in each row).
         bias: float32, float16 or bfloat16 ``[N]``.
         zero_point: int32 ``[...]`` or ``[]``, the code of zero, for asymmetric activations.
         residual: ``[..., N]`` in ``out_dtype``; any strides, last dimension dense.
@@ -89,10 +89,10 @@ def int8_gemm(
         them.
 
     Raises:
-        ValueError: shapes or strides do not fit; K above its bound; the weight has groups; a bias, or more, with int32
-            output; ``silu_mul`` does not fit the weight; arguments that exclude each other; ``out_scale`` is not
-            positive and finite, or ``out_zero_point`` outside -128 ... 127 (on a GPU nobody looks at the two); ``out``
-            overlaps an input.
+        ValueError: shapes or strides do not fit; K above its bound; the weight has groups, offsets or a ``perm``; a
+            bias, or more, with int32 output; ``silu_mul`` does not fit the weight; arguments that exclude each other;
+            ``out_scale`` is not positive and finite, or ``out_zero_point`` outside -128 ... 127 (on a GPU nobody looks
+            at the two); ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
             mode is on.
 
@@ -110,6 +110,10 @@ def int8_gemm(
     require_weight("int8_gemm", weight, "Int8Weight")
     _check_out_dtype(out_dtype, "out_dtype must be")
     weight._require_packed()
+    if weight.kind != "symmetric":
+        raise ValueError(f"qops.int8_gemm: weight must be symmetric, got kind {weight.kind!r}")
+    if weight.act_order:
+        raise ValueError("qops.int8_gemm: weight must have act_order = False, got True")
     if weight.group_size != weight.in_features:
         raise ValueError(
             f"qops.int8_gemm: weight must have one scale per row (group_size = K = {weight.in_features}), "

@@ -66,6 +66,8 @@ def int8_weight_only_gemm(
     weight._require_packed()
     if weight.mixed_gate_up:
         raise ValueError("qops.int8_weight_only_gemm: weight must have mixed_gate_up = False, got True")
+    if weight.kind != "symmetric" or weight.act_order:
+        raise RuntimeError(f"qops.int8_weight_only_gemm: weight must be symmetric and without a perm, got ({weight})")
     args = (x, weight.packed, weight.scales, bias, weight.out_features, weight.group_size)
     if out is None:
         return torch.ops.qops.int8_weight_only_gemm.default(*args)

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from qops import _layout
-from qops._layout import group_count
 from qops.ops._checks import INT4_KINDS
-from qops.weights import gguf
 from qops.weights.requirements import (
-    SCALE_DTYPES,
     group_size_from_scales,
     require_dtype,
     require_int,
@@ -66,10 +63,8 @@ class Int4Weight(QuantizedWeight):
 
     KINDS = INT4_KINDS
     """The kinds of zero point: "symmetric", "zero_point", "float_zero", "offset"."""
-    _OPTIONAL_BUFFERS = ("zeros", "perm")
-
-    kind: str
-    """One of ``KINDS``."""
+    _CODES_PER_ELEMENT = 2
+    _CODES_DTYPE = torch.uint8
 
     def __init__(
         self,
@@ -184,23 +179,13 @@ class Int4Weight(QuantizedWeight):
             TypeError: something else than a tensor.
         """
         name = cls._name()
-        for label, tensor in (("qweight", qweight), ("scales", scales), ("zeros", zeros), ("perm", perm)):
-            if tensor is not None or label in ("qweight", "scales"):
-                require_tensor(name, label, tensor)
+        require_tensor(name, "qweight", qweight)
+        require_tensor(name, "scales", scales)
         require_dtype(name, "qweight", qweight, torch.uint8)
         require_scale_dtype(name, scales.dtype)
         require_matrix(name, "qweight", qweight)
         require_matrix(name, "scales", scales)
-        cls._require_kind(kind)
-        if (zeros is None) != (kind == "symmetric"):
-            raise ValueError(f"{name}: kind {kind!r} {'needs' if zeros is None else 'takes no'} zeros")
-        tensors = {"qweight": qweight.detach(), "scales": scales.detach()}
-        if zeros is not None:
-            zeros = zeros.detach()
-            widen = kind != "zero_point" and zeros.dtype in SCALE_DTYPES
-            tensors["zeros"] = zeros.float() if widen else zeros
-        if perm is not None:
-            tensors["perm"] = perm.detach().int() if perm.dtype == torch.int64 else perm.detach()
+        tensors = {"qweight": qweight.detach(), "scales": scales.detach(), **cls._zeros_and_perm(kind, zeros, perm)}
         stored, columns = qweight.shape[1], 2 * qweight.shape[1]
         if in_features is not None:
             columns = require_int(name, "in_features", in_features)
@@ -227,88 +212,115 @@ class Int4Weight(QuantizedWeight):
         return cls._from_tensors(tensors, config, pack)
 
     @classmethod
-    def _from_state(cls, tensors: Mapping[str, Tensor], kind: str = "") -> Self:
-        cls._require_kind(kind)
-        zeros = {"symmetric": None, "offset": "offsets"}.get(kind, "zeros")
-        given = dict(tensors)
-        weight = cls.from_canonical(
-            given.pop("qweight"),
-            given.pop("scales"),
-            kind=kind,
-            zeros=given.pop(zeros, None) if zeros is not None else None,
-            perm=given.pop("perm", None),
-            in_features=2 * tensors["qweight"].shape[-1:].numel(),  # a state holds packed codes
-            pack=False,
-        )
-        if given:
-            raise ValueError(f"{cls._name()}: kind {kind!r} takes no {', '.join(given)}")
-        return weight
+    def _from_state(cls, tensors: Mapping[str, Tensor], kind: str, **more: Any) -> Self:
+        columns = 2 * tensors["qweight"].shape[-1:].numel()  # a state holds packed codes
+        return super()._from_state(tensors, kind, in_features=columns, **more)
 
     @classmethod
-    def from_gguf(cls, blocks: Tensor, qtype: str, *, pack: bool = True) -> Self:
-        """A weight from GGUF blocks; nothing is rounded.
+    def from_gptq(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor | None = None,
+        *,
+        zero_add: str | None = None,
+        pack: bool = True,
+    ) -> Int4Weight:
+        """A weight from the tensors of a GPTQ checkpoint: :func:`qops.formats.gptq.int4_weight`, which tells more.
 
         Args:
-            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
-            qtype: "Q4_0" or "Q4_1".
+            qweight: int32 ``[K/8, N]``.
+            qzeros: int32 ``[K/G, N/8]``.
+            scales: ``[K/G, N]``.
+            g_idx: ``[K]``, in act-order.
+            zero_add: "word" or "nibble" for version 1 of the format, "none" for version 2.
             pack: as in :meth:`from_canonical`.
 
         Returns:
-            A weight in groups of 32 with float16 scales, of kind ``"symmetric"`` or ``"offset"``.
-
-        Raises:
-            ValueError: another type, or blocks that do not fill rows of it.
+            A weight that holds exactly these numbers.
         """
-        return cls.from_canonical(**gguf.int4_tensors(f"{cls._name()}.from_gguf", blocks, qtype), pack=pack)
+        from qops.formats import gptq
 
-    @torch.no_grad()
-    def in_stored_order(self) -> Self:
-        """A weight without ``perm`` whose columns are the stored ones, for an x that comes in their order.
-
-        Returns:
-            A weight packed where this one is; it may share memory with this one where that is canonical.
-        """
-        tensors = self.canonical()
-        tensors.pop("perm", None)
-        return self._from_tensors(tensors, {**self._config_of_rows(), "act_order": False}, self.is_packed)
-
-    def _configure(
-        self,
-        in_features: int,
-        out_features: int,
-        group_size: int,
-        scale_dtype: torch.dtype,
-        kind: str = "symmetric",
-        act_order: bool = False,
-        mixed_gate_up: bool = False,
-    ) -> None:
-        super()._configure(in_features, out_features, group_size, scale_dtype, mixed_gate_up)
-        self._require_kind(kind)
-        self.kind = kind
-        self.act_order = act_order
+        return gptq.int4_weight(qweight, qzeros, scales, g_idx, zero_add=zero_add, pack=pack)
 
     @classmethod
-    def _require_kind(cls, kind: str) -> None:
-        if kind not in cls.KINDS:
-            raise ValueError(f"{cls._name()}: kind must be one of {', '.join(cls.KINDS)}, got {kind!r}")
+    def from_awq(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor | None,
+        scales: Tensor,
+        *,
+        version: str = "gemm",
+        group_size: int | None = None,
+        symmetric: bool = False,
+        pack: bool = True,
+    ) -> Int4Weight:
+        """A weight from the tensors of an AWQ checkpoint: :func:`qops.formats.awq.int4_weight`, which tells more.
 
-    def _config_of_rows(self) -> dict[str, Any]:
-        return {**super()._config_of_rows(), "kind": self.kind, "act_order": self.act_order}
+        Args:
+            qweight: int32 ``[K, N/8]`` of version "gemm".
+            qzeros: int32 ``[K/G, N/8]``; None for a symmetric weight.
+            scales: ``[K/G, N]``.
+            version: "gemm", "gemv" or "gemv_fast".
+            group_size: G, which the other versions need.
+            symmetric: says that, without qzeros, every zero point is 8.
+            pack: as in :meth:`from_canonical`.
 
-    def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        n, k = self.out_features, self.in_features
-        per_group = (n, group_count(k, self.group_size))
-        spec: dict[str, tuple[tuple[int, ...], torch.dtype]]
-        spec = {"qweight": ((n, k // 2), torch.uint8), "scales": (per_group, self.scale_dtype)}
-        if self.kind != "symmetric":
-            spec["zeros"] = (per_group, torch.uint8 if self.kind == "zero_point" else torch.float32)
-        if self.act_order:
-            spec["perm"] = ((k,), torch.int32)
-        return spec
+        Returns:
+            A weight that holds exactly these numbers.
+        """
+        from qops.formats import awq
 
-    def _state_key(self, name: str) -> str:
-        # Float zeros and offsets have one dtype and shape: only the name keeps one from being loaded as the other.
-        return "offsets" if name == "zeros" and self.kind == "offset" else name
+        return awq.int4_weight(
+            qweight, qzeros, scales, version=version, group_size=group_size, symmetric=symmetric, pack=pack
+        )
+
+    @classmethod
+    def from_compressed_tensors(
+        cls,
+        weight_packed: Tensor,
+        weight_scale: Tensor,
+        weight_shape: Tensor | None = None,
+        weight_zero_point: Tensor | None = None,
+        weight_g_idx: Tensor | None = None,
+        *,
+        pack: bool = True,
+    ) -> Int4Weight:
+        """A weight from compressed-tensors: :func:`qops.formats.compressed_tensors.int4_weight`, which tells more.
+
+        Args:
+            weight_packed: int32 ``[N, K/8]``.
+            weight_scale: ``[N, K/G]``.
+            weight_shape: ``[2]``, N and K.
+            weight_zero_point: int32 ``[N/8, K/G]``; none when symmetric.
+            weight_g_idx: ``[K]``, in act-order.
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly these numbers.
+        """
+        from qops.formats import compressed_tensors
+
+        return compressed_tensors.int4_weight(
+            weight_packed, weight_scale, weight_shape, weight_zero_point, weight_g_idx, pack=pack
+        )
+
+    @classmethod
+    def from_gguf(cls, blocks: Tensor, qtype: str, *, pack: bool = True) -> Int4Weight:
+        """A weight from GGUF blocks: :func:`qops.formats.gguf.int4_weight`, which tells more.
+
+        Args:
+            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
+            qtype: "Q4_0", "Q4_1", "Q2_K", "Q3_K" or "Q4_K".
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly the stored numbers.
+        """
+        from qops.formats import gguf
+
+        return gguf.int4_weight(blocks, qtype, pack=pack)
 
     @staticmethod
     def _pack_codes(qweight: Tensor) -> Tensor:

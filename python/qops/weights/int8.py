@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from qops import _layout
-from qops._layout import STRIP_ROWS, group_count, strips_of
-from qops.weights import gguf
+from qops._layout import STRIP_ROWS, strips_of
 from qops.weights.requirements import (
     dtype_name,
     group_size_from_scales,
@@ -27,11 +26,23 @@ if TYPE_CHECKING:
 
 
 class Int8Weight(QuantizedWeight):
-    """An 8-bit weight ``w [N, K] = s * q``, q int8, with a scale ``s`` for each row and group of G columns.
+    """An 8-bit weight ``w [N, K]`` in groups of G columns, with a scale ``s`` for each row and group.
 
-    Canonical tensors: ``qweight`` int8 ``[N, K]``, ``scales [N, K/G]``.
-    Packed tensors, with S = ceil(N / 16) strips: ``packed`` int8 ``[S, 16 K]``, ``scales [S, K/G, 16]``. Rows past N
-    fill the last strip with zeros.
+    The exact weight of a code q in -128 ... 127 is, by ``kind``:
+
+    * ``"symmetric"``:  ``w = s * q``
+    * ``"offset"``:     ``w = s * q + o``, o float32
+
+    Unsigned codes with zero points, s * (q - z) with q in 0 ... 255, are of kind ``"offset"`` with codes q - 128 where
+    float32 holds s * (128 - z), as it does with float16 and bfloat16 scales.
+
+    Canonical tensors: ``qweight`` int8 ``[N, K]``, ``scales [N, K/G]``, ``zeros`` float32 ``[N, K/G]`` (the offsets;
+    none when symmetric), ``perm`` int32 ``[K]`` (act-order only: stored column j is column ``perm[j]`` of w).
+    Packed tensors, with S = ceil(N / 16) strips: ``packed`` int8 ``[S, 16 K]``, ``scales`` and ``zeros [S, K/G, 16]``,
+    ``perm``. Rows past N fill the last strip with zeros. On a GPU ``packed`` has room for K rounded up to a multiple of
+    64; ``scales`` and ``zeros`` are as on a CPU.
+
+    :func:`qops.int8_weight_only_gemm` takes all of them, :func:`qops.int8_gemm` symmetric ones without a ``perm``.
 
     The constructor makes a weight of zeros to load a state into, as that of :class:`Int4Weight` does.
 
@@ -39,26 +50,35 @@ class Int8Weight(QuantizedWeight):
         in_features: K, a multiple of 8.
         out_features: N, a multiple of 8.
         group_size: G, a multiple of 16 that divides K; -1 (or K) for one group per row.
+        kind: one of ``KINDS``.
         scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
+        act_order: whether there is a ``perm``.
         mixed_gate_up: whether the strips mix gate and up, as :meth:`mix_gate_up` says.
         device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
 
     Raises:
-        ValueError: sizes or group size do not fit.
+        ValueError: sizes, group size or kind do not fit.
         RuntimeError: a scale dtype that no kernel reads.
     """
+
+    KINDS = ("symmetric", "offset")
+    """The kinds of zero point: "symmetric", "offset"."""
+    _CODES_PER_ELEMENT = 1
+    _CODES_DTYPE = torch.int8
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         group_size: int = -1,
+        kind: str = "symmetric",
         *,
         scale_dtype: torch.dtype,
+        act_order: bool = False,
         mixed_gate_up: bool = False,
         device: torch.device | str | None = None,
     ):
-        self._configure(in_features, out_features, group_size, scale_dtype, mixed_gate_up)
+        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, mixed_gate_up)
         self._hold_placeholder(device)
 
     @classmethod
@@ -105,20 +125,33 @@ class Int8Weight(QuantizedWeight):
 
     @classmethod
     @torch.no_grad()
-    def from_canonical(cls, qweight: Tensor, scales: Tensor, *, pack: bool = True) -> Self:
+    def from_canonical(
+        cls,
+        qweight: Tensor,
+        scales: Tensor,
+        *,
+        kind: str = "symmetric",
+        zeros: Tensor | None = None,
+        perm: Tensor | None = None,
+        pack: bool = True,
+    ) -> Self:
         """A weight from its canonical tensors, whose shapes tell N, K and G.
 
         Args:
-            qweight: int8 ``[N, K]``.
+            qweight: int8 ``[N, K]``; with ``perm``, columns in stored order.
             scales: float16, bfloat16 or float32 ``[N, K/G]``; or ``[]``, one for the whole weight, which each row then
                 repeats.
+            kind: one of ``KINDS``.
+            zeros: float32, or float16 or bfloat16 (widened), ``[N, K/G]``, the offsets; None for ``"symmetric"``.
+            perm: int32 or int64 ``[K]``, a permutation of 0 ... K-1; stored column j is column ``perm[j]`` of w.
             pack: False leaves the weight canonical; it may then share memory with the arguments.
 
         Returns:
             A weight that holds exactly these numbers.
 
         Raises:
-            ValueError: shapes or group size do not fit; NaN or infinity in scales.
+            ValueError: shapes, group size or kind do not fit; NaN or infinity in scales or zeros; ``perm`` is no
+                permutation.
             RuntimeError: dtypes, or tensors on different devices.
             TypeError: something else than a tensor.
         """
@@ -130,37 +163,89 @@ class Int8Weight(QuantizedWeight):
         if scales.dim() == 0:
             scales = scales.expand(qweight.shape[0], min(qweight.shape[1], 1))
         require_matrix(name, "scales", scales)
+        tensors = {"qweight": qweight.detach(), "scales": scales.detach(), **cls._zeros_and_perm(kind, zeros, perm)}
         config = {
             "in_features": qweight.shape[1],
             "group_size": group_size_from_scales(name, qweight.shape[1], scales),
             "scale_dtype": scales.dtype,
+            "kind": kind,
+            "act_order": perm is not None,
         }
-        return cls._from_tensors({"qweight": qweight.detach(), "scales": scales.detach()}, config, pack)
+        return cls._from_tensors(tensors, config, pack)
 
     @classmethod
-    def _from_state(cls, tensors: Mapping[str, Tensor], kind: str = "") -> Self:
-        given = dict(tensors)
-        weight = cls.from_canonical(given.pop("qweight"), given.pop("scales"), pack=False)
-        if kind or given:
-            raise ValueError(f"{cls._name()}: the state has no {', '.join((*([kind] if kind else ()), *given))}")
-        return weight
-
-    @classmethod
-    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Self:
-        """A weight from GGUF blocks; nothing is rounded.
+    def from_gptq(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor | None = None,
+        *,
+        zero_add: str | None = None,
+        pack: bool = True,
+    ) -> Int8Weight:
+        """A weight from the tensors of an 8-bit GPTQ checkpoint: :func:`qops.formats.gptq.int8_weight`.
 
         Args:
-            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
-            qtype: "Q8_0".
+            qweight: int32 ``[K/4, N]``.
+            qzeros: int32 ``[K/G, N/4]``.
+            scales: ``[K/G, N]``.
+            g_idx: ``[K]``, in act-order.
+            zero_add: "word" or "nibble" for version 1 of the format, "none" for version 2.
             pack: as in :meth:`from_canonical`.
 
         Returns:
-            A weight in groups of 32 with float16 scales.
-
-        Raises:
-            ValueError: another type, or blocks that do not fill rows of it.
+            A weight that holds exactly these numbers.
         """
-        return cls.from_canonical(**gguf.int8_tensors(f"{cls._name()}.from_gguf", blocks, qtype), pack=pack)
+        from qops.formats import gptq
+
+        return gptq.int8_weight(qweight, qzeros, scales, g_idx, zero_add=zero_add, pack=pack)
+
+    @classmethod
+    def from_compressed_tensors(
+        cls,
+        weight: Tensor,
+        weight_scale: Tensor,
+        weight_shape: Tensor | None = None,
+        weight_zero_point: Tensor | None = None,
+        weight_g_idx: Tensor | None = None,
+        *,
+        pack: bool = True,
+    ) -> Int8Weight:
+        """A weight from compressed-tensors: :func:`qops.formats.compressed_tensors.int8_weight`, which tells more.
+
+        Args:
+            weight: int8 ``[N, K]``, or int32 ``[N, K/4]``.
+            weight_scale: ``[N, K/G]``, or one for the whole weight.
+            weight_shape: ``[2]``, N and K.
+            weight_zero_point: none when symmetric.
+            weight_g_idx: ``[K]``, in act-order.
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly these numbers.
+        """
+        from qops.formats import compressed_tensors
+
+        return compressed_tensors.int8_weight(
+            weight, weight_scale, weight_shape, weight_zero_point, weight_g_idx, pack=pack
+        )
+
+    @classmethod
+    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:
+        """A weight from GGUF blocks: :func:`qops.formats.gguf.int8_weight`, which tells more.
+
+        Args:
+            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
+            qtype: "Q8_0", "Q5_0", "Q5_1", "Q5_K" or "Q6_K".
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly the stored numbers.
+        """
+        from qops.formats import gguf
+
+        return gguf.int8_weight(blocks, qtype, pack=pack)
 
     @torch.no_grad()
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -195,19 +280,14 @@ class Int8Weight(QuantizedWeight):
             # A row is four lanes of one half of their registers: blocks of 32 columns, four columns of each lane.
             words = self.packed.view(strips, -1, STRIP_ROWS // 2, 4, 2, 2, 4)[strip, :, lane % 8, :, :, lane // 8]
             qweight = words.transpose(-3, -2).flatten(-4)[..., :k]
-            scales = self.scales[strip, :, lane]
         elif self.is_packed:
             qweight = self.packed.view(strips, k // 4, STRIP_ROWS, 4)[strip, :, lane]
-            scales = self.scales[strip, :, lane]
         else:
-            row = torch.where(inside, ids, n)
-            qweight, scales = self.qweight[row], self.scales[row]
-        return scale_codes(qweight.reshape(*ids.shape, k), scales, self.group_size).to(dtype)
-
-    def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        n, k = self.out_features, self.in_features
-        per_group = (n, group_count(k, self.group_size))
-        return {"qweight": ((n, k), torch.int8), "scales": (per_group, self.scale_dtype)}
+            qweight = self.qweight[torch.where(inside, ids, n)]
+        at = (strip, slice(None), lane) if self.is_packed else torch.where(inside, ids, n)
+        zeros = None if self.zeros is None else self.zeros[at]
+        found = scale_codes(qweight.reshape(*ids.shape, k), self.scales[at], zeros, may_look=False).to(dtype)
+        return found if self.perm is None else torch.empty_like(found).index_copy_(-1, self.perm.long(), found)
 
     @staticmethod
     def _pack_codes(qweight: Tensor) -> Tensor:
@@ -218,4 +298,4 @@ class Int8Weight(QuantizedWeight):
         return torch.ops.qops.int8_unpack.default(packed, rows)
 
     def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
-        return scale_codes(rows["qweight"], rows["scales"], self.group_size)
+        return scale_codes(rows["qweight"], rows["scales"], rows.get("zeros"))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qops._layout import group_count
+
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
@@ -82,6 +84,28 @@ def require_matrix(name: str, label: str, tensor: Tensor) -> None:
     require_tensor(name, label, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{name}: {label} must have 2 dimensions, got shape {list(tensor.shape)}")
+
+
+def require_permutation(name: str, perm: Tensor, group_size: int) -> None:
+    """Of the columns of a weight; int32 [K]."""
+    k = len(perm)
+    if not torch.equal(perm.sort().values, torch.arange(k, device=perm.device).int()):
+        found = _instead_of_permutation(perm.tolist(), group_size)
+        raise ValueError(f"{name}: perm must be a permutation of 0 ... {k - 1}, got {found}")
+
+
+def _instead_of_permutation(values: list[int], group_size: int) -> str:
+    outside = [value for value in values if not 0 <= value < len(values)]
+    if outside:
+        return str(outside[0])
+    columns = [values.count(group) for group in range(group_count(len(values), group_size))]
+    if sum(columns) < len(values):
+        return f"{next(value for value in values if values.count(value) > 1)} twice"
+    # Only a group's number stands for more than one column.
+    for group, count in enumerate(columns):
+        if count != group_size:
+            return f"a g_idx whose group {group} has {count} columns and not G = {group_size}"
+    return "a g_idx: its perm is torch.argsort(g_idx, stable=True)"
 
 
 def dtype_name(dtype: object) -> str:

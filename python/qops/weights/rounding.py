@@ -91,16 +91,17 @@ def store_nibbles(codes: Tensor) -> Tensor:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
-def add_rounding_to_odd(a: Tensor, b: Tensor) -> Tensor:
+def add_rounding_to_odd(a: Tensor, b: Tensor, *, may_look: bool = True) -> Tensor:
     """a + b in float64, an inexact sum rounded to its neighbour with an odd last bit.
 
     Rounded once more to float32 this is a + b rounded once (Boldo and Melquiond, "Emulation of FMA and correctly
     rounded sums", 2008): the odd bit keeps the sum off float32's ties. Knuth's two-sum gives the rounding error.
+    may_look: whether a look at the values may save work, which breaks a graph and waits for a GPU.
     """
     total = a + b
     from_b = total - a
     error = (a - (total - from_b)).add_(b - from_b)
-    if error.is_meta or not error.any():  # s * q + o of two float16 numbers is always exact: 45 bits
+    if may_look and (error.is_meta or not error.any()):  # s * q + o of two float16 numbers is always exact: 45 bits
         return total
     bits = total.view(torch.int64)
     outward = (error > 0) == (total > 0)
@@ -108,7 +109,13 @@ def add_rounding_to_odd(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((error != 0) & (bits % 2 == 0), odd, bits).view(torch.float64)
 
 
-def scale_codes(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """int8 codes [..., K] times scales [..., K/G] in float32: products of 8 and 24 bits, rounded once."""
-    codes = codes.float().unflatten(-1, (scales.shape[-1], group_size))
-    return (codes * scales.float().unsqueeze(-1)).flatten(-2)
+def scale_codes(codes: Tensor, scales: Tensor, offsets: Tensor | None = None, *, may_look: bool = True) -> Tensor:
+    """int8 codes [..., K] times scales [..., K/G], plus offsets [..., K/G], rounded once to float32.
+
+    Products have 8 + 24 bits; may_look as in `add_rounding_to_odd`.
+    """
+    grouped = codes.unflatten(-1, (scales.shape[-1], codes.shape[-1] // max(scales.shape[-1], 1)))
+    if offsets is None:
+        return (grouped.float() * scales.float().unsqueeze(-1)).flatten(-2)
+    products = grouped.double() * scales.double().unsqueeze(-1)
+    return add_rounding_to_odd(products, offsets.double().unsqueeze(-1), may_look=may_look).float().flatten(-2)

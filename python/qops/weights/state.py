@@ -8,86 +8,39 @@ from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qops._layout import STRIP_ROWS, chunk_rows, group_count, into_strips, layout_of, out_of_strips, strips_of
+from qops._layout import STRIP_ROWS, chunk_rows, into_strips, layout_of, out_of_strips, strips_of
 from qops.weights.requirements import (
     dtype_name,
     moved,
-    require_dtype,
     require_int,
-    require_multiples_of_8,
-    require_scale_dtype,
-    resolve_group_size,
 )
+from qops.weights.spec import WeightSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_OPTIONAL_BUFFERS = ("zeros", "perm")
 
-class QuantizedWeight(nn.Module):
+
+class QuantizedWeight(WeightSpec):
     """State handling that Int4Weight and Int8Weight share; a subclass says what its codes look like."""
 
     FORMAT_VERSION = 1
     """Version of the state; a state of another one is refused."""
-    _OPTIONAL_BUFFERS: tuple[str, ...] = ()
-
-    in_features: int
-    """K."""
-    out_features: int
-    """N."""
-    group_size: int
-    """G, the columns that share a scale: K where there is one group per row."""
-    scale_dtype: torch.dtype
-    """float16, bfloat16 or float32."""
-    kind: str = ""
-    """How codes become numbers, where there are several ways."""
-    act_order: bool = False
-    """Whether stored columns are in another order than those of w, ``perm``."""
-    mixed_gate_up: bool
-    """Whether the packed strips mix the rows of gate and up; the canonical tensors never do."""
     qweight: Tensor
     packed: Tensor
     _layout: str
     scales: Tensor
     zeros: Tensor | None
-    perm: Tensor
-
-    def _configure(
-        self,
-        in_features: int,
-        out_features: int,
-        group_size: int,
-        scale_dtype: torch.dtype,
-        mixed_gate_up: bool = False,
-    ) -> None:
-        """Everything but the buffers."""
-        super().__init__()
-        name = self._name()
-        in_features = require_int(name, "in_features", in_features)
-        out_features = require_int(name, "out_features", out_features)
-        require_multiples_of_8(name, out_features, in_features)
-        require_scale_dtype(name, scale_dtype)
-        if mixed_gate_up:
-            self._require_gate_up(out_features)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.group_size = resolve_group_size(name, in_features, group_size)
-        self.scale_dtype = scale_dtype
-        self.mixed_gate_up = mixed_gate_up
+    perm: Tensor | None
 
     # What a subclass defines -----------------------------------------------------------------------------------------
 
-    def _config(self) -> dict[str, Any]:
-        """Arguments of :meth:`_configure` for a weight like this one, out_features left out."""
-        return {**self._config_of_rows(), "mixed_gate_up": self.mixed_gate_up}
-
-    def _config_of_rows(self) -> dict[str, Any]:
-        """The same for a weight of some rows of this one."""
-        return {"in_features": self.in_features, "group_size": self.group_size, "scale_dtype": self.scale_dtype}
-
-    def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> (shape, dtype) of every canonical tensor."""
+    @classmethod
+    def from_canonical(cls, *args: Any, **more: Any) -> Self:
+        """A weight from its canonical tensors."""
         raise NotImplementedError
 
     def _dequantize_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
@@ -178,17 +131,6 @@ class QuantizedWeight(nn.Module):
             self._hold(self._packed_from(canonical) if packed else canonical)
         return self
 
-    @classmethod
-    def _require_gate_up(cls, out_features: int) -> None:
-        if out_features % 16:
-            raise ValueError(f"{cls._name()}: N must be a multiple of 16, for gate and up, got {out_features}")
-
-    def _row_order(self, device: torch.device) -> Tensor | None:
-        """The canonical row of each packed row; None where they are the same."""
-        if not self.mixed_gate_up:
-            return None
-        return torch.arange(self.out_features, device=device).view(2, -1, 8).transpose(0, 1).flatten()
-
     @torch.no_grad()
     def canonical(self) -> dict[str, Tensor]:
         """The canonical tensors by name: unpacked for the caller, or the weight's own where it is canonical.
@@ -198,7 +140,7 @@ class QuantizedWeight(nn.Module):
         if self.is_offloaded:  # what accelerate leaves of any tensor that it offloads
             spec = self._canonical_spec().items()
             return {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in spec}
-        rows, perm = self._rows(0, self.out_features), getattr(self, "perm", None)
+        rows, perm = self._rows(0, self.out_features), self.perm
         order = self._row_order(self.device) if self.is_packed else None
         if order is not None:
             rows = {key: torch.empty_like(tensor).index_copy_(0, order, tensor) for key, tensor in rows.items()}
@@ -243,8 +185,7 @@ class QuantizedWeight(nn.Module):
             raise RuntimeError(f"{self._name()}.dequantize: dtype must be floating point, got {dtype_name(dtype)}")
         self._require_tensors()
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
-        perm = getattr(self, "perm", None)
-        columns = slice(None) if perm is None else perm.long()
+        columns = slice(None) if self.perm is None else self.perm.long()
         order = self._row_order(self.device) if self.is_packed else None
         step = chunk_rows(self.in_features)
         for start in range(0, self.out_features if self.in_features else 0, step):
@@ -289,8 +230,9 @@ class QuantizedWeight(nn.Module):
         Returns:
             False also where columns are stored in different orders.
         """
-        alike = self._is_configured_like(other)
-        return alike and (not self.act_order or torch.equal(self.perm, other.perm))
+        if not self._is_configured_like(other):
+            return False
+        return self.perm is None or (other.perm is not None and torch.equal(self.perm, other.perm))
 
     def _is_configured_like(self, other: QuantizedWeight) -> bool:
         same_class = type(self) is type(other)
@@ -332,6 +274,17 @@ class QuantizedWeight(nn.Module):
         rows = {key: tensor if key == "perm" else tensor[order] for key, tensor in self.canonical().items()}
         return self._from_tensors(rows, self._config_of_rows(), pack=self.is_packed)
 
+    @torch.no_grad()
+    def in_stored_order(self) -> Self:
+        """A weight without ``perm`` whose columns are the stored ones, for an x that comes in their order.
+
+        Returns:
+            A weight packed where this one is; it may share memory with this one where that is canonical.
+        """
+        tensors = self.canonical()
+        tensors.pop("perm", None)
+        return self._from_tensors(tensors, {**self._config_of_rows(), "act_order": False}, self.is_packed)
+
     def extra_repr(self) -> str:
         form = "packed" if self.is_packed else "offloaded" if self.is_offloaded else "canonical"
         config = ", ".join(f"{key}={value}" for key, value in self._config().items())
@@ -344,7 +297,7 @@ class QuantizedWeight(nn.Module):
 
     def _hold(self, tensors: Mapping[str, Tensor]) -> None:
         # One assignment: a thread that packs what another thread packed already sees one form or the other, whole.
-        self._buffers = {**tensors, **{key: None for key in self._OPTIONAL_BUFFERS if key not in tensors}}
+        self._buffers = {**tensors, **{key: None for key in _OPTIONAL_BUFFERS if key not in tensors}}
         # state_dict holds other tensors under other names, so torch.export must take these for constants.
         self._non_persistent_buffers_set = set(self._buffers)
         self._layout = tensors["packed"].device.type if "packed" in tensors else ""
@@ -382,12 +335,13 @@ class QuantizedWeight(nn.Module):
         return rows
 
     @classmethod
-    def _from_state(cls, tensors: Mapping[str, Tensor], kind: str = "") -> Self:
+    def _from_state(cls, tensors: Mapping[str, Tensor], kind: str, **more: Any) -> Self:
         """A weight from the tensors of its state_dict, its ``format_version`` left out.
 
         Args:
             tensors: canonical ones, under the names that a state_dict gives them.
             kind: :attr:`kind` of the weight.
+            more: of ``from_canonical``.
 
         Returns:
             A canonical weight; it may share memory with the tensors.
@@ -396,7 +350,21 @@ class QuantizedWeight(nn.Module):
             ValueError: tensors are missing or left over, or as in ``from_canonical``.
             RuntimeError, TypeError: as there.
         """
-        raise NotImplementedError
+        cls._require_kind(kind)
+        zeros = {"symmetric": None, "offset": "offsets"}.get(kind, "zeros")
+        given = dict(tensors)
+        weight = cls.from_canonical(
+            given.pop("qweight"),
+            given.pop("scales"),
+            kind=kind,
+            zeros=given.pop(zeros, None) if zeros is not None else None,
+            perm=given.pop("perm", None),
+            pack=False,
+            **more,
+        )
+        if given:
+            raise ValueError(f"{cls._name()}: kind {kind!r} takes no {', '.join(given)}")
+        return weight
 
     @classmethod
     def _from_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], pack: bool) -> Self:
@@ -415,45 +383,6 @@ class QuantizedWeight(nn.Module):
             tensors["perm"] = torch.arange(self.in_features, dtype=torch.int32, device=device)
         self._hold(self._packed_from(tensors))
 
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises unless these are canonical tensors of this weight."""
-        name, device = self._name(), tensors["qweight"].device
-        for key, (shape, dtype) in self._canonical_spec().items():
-            tensor = tensors[key]
-            if tensor.device != device:
-                raise RuntimeError(f"{name}: {key} must be on {device} like qweight, got {tensor.device}")
-            require_dtype(name, key, tensor, dtype)
-            if tensor.shape != shape:
-                raise ValueError(f"{name}: {key} must have shape {list(shape)}, got {list(tensor.shape)}")
-            if tensor.is_meta:
-                continue
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"{name}: {key} must be finite, got NaN or infinity")
-            if key == "zeros" and not tensor.is_floating_point() and (tensor > 16).any():
-                raise ValueError(f"{name}: zeros must be in 0 ... 16, got {int(tensor.max())}")
-            if key == "perm" and not torch.equal(tensor.sort().values, torch.arange(shape[0], device=device).int()):
-                raise ValueError(
-                    f"{name}: perm must be a permutation of 0 ... {shape[0] - 1}, got {self._instead_of_perm(tensor)}"
-                )
-
-    def _instead_of_perm(self, perm: Tensor) -> str:
-        values, groups = perm.tolist(), group_count(self.in_features, self.group_size)
-        outside = [value for value in values if not 0 <= value < len(values)]
-        if outside:
-            return str(outside[0])
-        columns = [values.count(group) for group in range(groups)]
-        if sum(columns) < len(values):
-            return f"{next(value for value in values if values.count(value) > 1)} twice"
-        # Only a group's number stands for more than one column.
-        for group, count in enumerate(columns):
-            if count != self.group_size:
-                return f"a g_idx whose group {group} has {count} columns and not G = {self.group_size}"
-        return "a g_idx: its perm is torch.argsort(g_idx, stable=True)"
-
-    @classmethod
-    def _name(cls) -> str:
-        return f"qops.{cls.__name__}"
-
     # Module state ----------------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -466,10 +395,6 @@ class QuantizedWeight(nn.Module):
         tensors = {key: moved(tensor, fn) for key, tensor in (self.canonical() if repack else self._tensors()).items()}
         self._hold(self._packed_from(tensors) if repack else tensors)
         return self
-
-    def _state_key(self, name: str) -> str:
-        """Key of a canonical tensor in a state_dict. Tensors of different meaning must not share one."""
-        return name
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for key, tensor in self.canonical().items():
@@ -525,7 +450,7 @@ class QuantizedWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_buffers"] = {**dict.fromkeys(self._OPTIONAL_BUFFERS), **self.canonical()}
+        state["_buffers"] = {**dict.fromkeys(_OPTIONAL_BUFFERS), **self.canonical()}
         return {**state, "format_version": self.FORMAT_VERSION, "pack": self.is_packed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -38,22 +38,33 @@ def random_int4(n, k, group_size, kind, *, scale_dtype=torch.float16, act_order=
     return tensors, Int4Weight.from_canonical(**tensors, kind=kind, pack=pack)
 
 
-def random_int8(n, k, group_size, *, scale_dtype=torch.float16, seed=0, pack=True):
+def random_int8(n, k, group_size, kind="symmetric", *, scale_dtype=torch.float16, act_order=False, seed=0, pack=True):
+    """The same of 8-bit weights."""
     rng = generator(seed)
     groups = 1 if group_size in (-1, k) else k // group_size
     tensors = {
         "qweight": torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=rng),
         "scales": torch.randn(n, groups, generator=rng).to(scale_dtype),
     }
-    return tensors, Int8Weight.from_canonical(**tensors, pack=pack)
+    if kind == "offset":
+        tensors["zeros"] = 64 * torch.randn(n, groups, generator=rng)
+    if act_order:
+        tensors["perm"] = torch.randperm(k, generator=rng).int()
+    return tensors, Int8Weight.from_canonical(**tensors, kind=kind, pack=pack)
 
 
 def some_weights() -> list[tuple[dict[str, Tensor], Int4Weight | Int8Weight]]:
-    weights = [
+    int4 = [
         random_int4(24, 80, 16, kind, scale_dtype=dtype, act_order=act_order)
         for kind, dtype, act_order in itertools.product(KINDS, SCALE_DTYPES, (False, True))
     ]
-    return weights + [random_int8(24, 80, group_size) for group_size in (-1, 16)]
+    int8 = [
+        random_int8(24, 80, group_size, kind, scale_dtype=dtype, act_order=act_order)
+        for (group_size, kind), (dtype, act_order) in itertools.product(
+            itertools.product((-1, 16), Int8Weight.KINDS), ((torch.float16, False), (torch.float32, True))
+        )
+    ]
+    return int4 + int8
 
 
 def assert_tensors_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
