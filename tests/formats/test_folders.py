@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -21,6 +20,7 @@ from qops.formats.folders.pretrained import PretrainedFolder
 from qops.nn import Int4Linear
 from qops.testing import assert_bitwise
 from tests.support.formats import folders
+from tests.support.formats.checkpoints import checkpoint
 from tests.support.formats.folders import INDEX, SINGLE, Written, write_as
 from tests.support.models.families import FUSED, IDS
 
@@ -466,16 +466,9 @@ REAL = {
 }
 
 
-def real(name: str) -> Path:
-    folder = os.environ.get("QOPS_TEST_CHECKPOINTS")
-    if not folder:
-        pytest.skip("QOPS_TEST_CHECKPOINTS names no folder of checkpoints")
-    return Path(folder) / name
-
-
 @pytest.mark.parametrize("name", REAL)
 def test_real_checkpoints_are_read_to_the_bit(name):
-    path = real(name)
+    path = checkpoint(name)
     wanted = load_file(path / "ref_dequant.safetensors")
     found = read_checkpoint(path / "checkpoint")
     assert len(wanted) == 14
@@ -486,7 +479,7 @@ def test_real_checkpoints_are_read_to_the_bit(name):
 
 @pytest.mark.parametrize("name", [name for name in REAL if REAL[name]])
 def test_real_checkpoints_have_the_logits_of_their_runtime(name):
-    path = real(name)
+    path = checkpoint(name)
     model = load_model(path / "checkpoint", torch.float16)
     logits = load_file(path / "ref_logits.safetensors")
     difference = (model(logits["input_ids"]).logits.float() - logits[REAL[name]].float()).abs().max()
@@ -496,13 +489,13 @@ def test_real_checkpoints_have_the_logits_of_their_runtime(name):
 
 def test_the_layers_of_a_real_w8a8_checkpoint_compute_what_their_runtime_does():
     """Its activations are equal as integers; its output is that of dequantised operands, in float16."""
-    path = real("ct_w8a8_int_dyn_token_sym")
-    checkpoint, record = open_checkpoint(path / "checkpoint"), load_file(path / "ref_layer_io.safetensors")
+    path = checkpoint("ct_w8a8_int_dyn_token_sym")
+    opened, record = open_checkpoint(path / "checkpoint"), load_file(path / "ref_layer_io.safetensors")
     modules = [name.removesuffix(".x_q") for name in record if name.endswith(".x_q")]
     assert len(modules) == 4
     for module in modules:
-        linear: Any = checkpoint.linear(module)
-        linear = linear(checkpoint.weight(module), **checkpoint.activations(module))
+        linear: Any = opened.linear(module)
+        linear = linear(opened.weight(module), **opened.activations(module))
         linear.weight.pack()
         x = record[f"{module}.x"]
         q, scale, _ = linear._quantized(x)
@@ -513,5 +506,5 @@ def test_the_layers_of_a_real_w8a8_checkpoint_compute_what_their_runtime_does():
 
 
 def test_a_tokenizer_stands_in_the_folder():
-    path = real("gptq_v1_sym_g128") / "checkpoint"
+    path = checkpoint("gptq_v1_sym_g128") / "checkpoint"
     assert load_tokenizer(path).decode(load_tokenizer(path)("def")["input_ids"]).endswith("def")

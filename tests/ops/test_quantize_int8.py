@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ import torch
 import qops
 from qops.ops.quantize_int8 import quantize_int8_asym_ref, quantize_int8_ref, quantize_int8_static_ref
 from qops.testing import FLOAT_DTYPES, Guarded, assert_bitwise, generator, random_activations, strided_rows
+from tests.support.formats.checkpoints import checkpoint
 from tests.support.ops import quantize_oracles as oracles
 
 RULES = ("127", "compressed-tensors", "torchao")
@@ -114,10 +113,7 @@ def test_bits_of_the_package(dtype, rule):
 
 
 def test_real_activations_of_a_checkpoint():
-    folder = os.environ.get("QOPS_TEST_CHECKPOINTS")
-    if not folder:
-        pytest.skip("QOPS_TEST_CHECKPOINTS names no folder of checkpoints")
-    path = Path(folder) / "ct_w8a8_int_dyn_token_sym" / "ref_layer_io.safetensors"
+    path = checkpoint("ct_w8a8_int_dyn_token_sym") / "ref_layer_io.safetensors"
     tensors = pytest.importorskip("safetensors.torch").load_file(str(path))
     layers = {name.removesuffix(".x_q") for name in tensors if name.endswith(".x_q")}
     assert len(layers) == 4
