@@ -57,6 +57,37 @@ def test_a_model_of_each_format_has_the_logits_of_its_exact_weights(tmp_path, na
     assert_is(model, written.model, name)
 
 
+# strategy, dynamic, symmetric
+W8A8 = {
+    ("token", True, True): ("int8_compressed_tensors", set[str]()),
+    ("token", True, False): ("int8_asymmetric_compressed_tensors", set[str]()),
+    ("tensor", False, True): ("int8_static_compressed_tensors", {"input_scale"}),
+    ("tensor", False, False): ("int8_static_compressed_tensors", {"input_scale", "input_zero_point"}),
+}
+
+
+@pytest.mark.parametrize("how", W8A8)
+def test_activations_of_compressed_tensors_are_quantised_as_its_config_says(tmp_path, how):
+    inputs = {"num_bits": 8, "type": "int", **dict(zip(("strategy", "dynamic", "symmetric"), how, strict=True))}
+    written = write_as(*folders.compressed_tensors(bits=8, group_size=-1, packed=False, inputs=inputs))
+    path, (scheme, static) = written.write(tmp_path / "written"), W8A8[how]
+    name = "model.layers.0.self_attn.q_proj"
+    opened = open_checkpoint(path)
+    linear: Any = opened.linear(name)
+    assert linear.scheme == scheme and opened.activations(name).keys() == static
+    for key in static:
+        assert_bitwise(opened.activations(name)[key], written.tensors[f"{name}.{key}"])
+    model = load_model(path, torch.float16)
+    assert model.qops_fusion.not_fused is None and type(model.model.layers[0].mlp.down_proj) is linear
+    layer = model.model.layers[1].self_attn.qkv_proj.split()["v_proj"]
+    assert layer.activations().keys() == static
+    for key in static:
+        want = written.tensors[f"model.layers.1.self_attn.v_proj.{key}"]
+        assert_bitwise(layer.activations()[key], want.to(layer.activations()[key].dtype).view(()))
+    qops.save_model(model, tmp_path / "saved")
+    assert_bitwise(load_model(tmp_path / "saved")(IDS).logits, model(IDS).logits)
+
+
 @pytest.mark.parametrize("family", FUSED)
 def test_a_model_of_each_family(tmp_path, family):
     written = write_as(*folders.gptq(group_size=-1 if family == "qwen3" else 16), family)

@@ -81,6 +81,38 @@ def test_each_quantises_by_its_rule(scheme, dtype):
             assert not torch.equal(linear_of(other)(x), linear(x)), f"the data would not show {other}"
 
 
+INPUTS = {
+    "int8_compressed_tensors": {"strategy": "token", "dynamic": True, "symmetric": True},
+    "int8_asymmetric_compressed_tensors": {"strategy": "token", "dynamic": True, "symmetric": False},
+    "int8_static_compressed_tensors": {"strategy": "tensor", "dynamic": False, "symmetric": False},
+}
+
+
+@pytest.mark.parametrize("scheme", INPUTS)
+def test_a_layer_computes_what_compressed_tensors_computes(scheme):
+    """Its own runtime, which multiplies dequantised operands: in float32 the two differ by the order of sums alone."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStatus
+    from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
+
+    ours = linear_of(scheme)
+    theirs = torch.nn.Linear(K, N)
+    weights = QuantizationArgs(num_bits=8, strategy="channel", symmetric=True)
+    inputs = QuantizationArgs(num_bits=8, **INPUTS[scheme])
+    settings = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    initialize_module_for_quantization(theirs, settings)
+    theirs.quantization_status = QuantizationStatus.COMPRESSED  # the weight is what its codes stand for
+    state = {"weight": ours.weight.dequantize(), "bias": ours.bias}
+    state |= {"input_scale": SCALE, "input_zero_point": ZERO_POINT} if ours.activations() else {}
+    theirs.load_state_dict(state, strict=False)
+    x = oracles.near_ties(64, K, torch.float32, seed=3).view(2, 32, K)
+    with torch.no_grad():
+        want = theirs(x)
+    assert (ours(x) - want).abs().max() < 1e-5 * want.abs().max()
+    others = [linear_of(other)(x) for other in INPUTS if other != scheme]
+    assert all((other - want).abs().max() > 1e-3 * want.abs().max() for other in others)
+
+
 @pytest.mark.parametrize("scheme", CLASSES)
 def test_rows_of_another_rule_are_refused(scheme):
     linear, x = linear_of(scheme), random_activations(3, K, dtype=torch.bfloat16, seed=3)
