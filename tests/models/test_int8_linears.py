@@ -128,6 +128,20 @@ def test_rows_of_another_rule_are_refused(scheme):
             linear(rows)
 
 
+@pytest.mark.parametrize("scheme", CLASSES)
+def test_weights_that_the_product_does_not_take_are_refused_by_the_name_of_the_class(scheme):
+    codes, name = torch.zeros(N, K, dtype=torch.int8), CLASSES[scheme].__name__
+    static = {"input_scale": SCALE} if scheme in STATIC else {}
+    for message, weight in {
+        "weight must have one scale per row, group_size = K = 64, got 32": {"scales": torch.ones(N, 2)},
+        "weight must be symmetric, got kind 'offset'": {"kind": "offset", "zeros": torch.ones(N, 1)},
+        "weight must have act_order = False, got True": {"perm": torch.arange(K).flip(0).int()},
+    }.items():
+        given: Any = {"scales": torch.ones(N, 1), **weight}
+        with pytest.raises(ValueError, match=f"^{name}: {message}$"):
+            CLASSES[scheme](qops.Int8Weight.from_canonical(codes, **given), **static)
+
+
 def test_rows_are_handed_over_where_they_can_be():
     rules = {scheme: linear.rows_rule for scheme, linear in CLASSES.items() if linear.rows_rule}
     assert rules == {"int8": "127", "int8_compressed_tensors": "compressed-tensors", "int8_torchao": "torchao"}

@@ -233,9 +233,9 @@ class Int8Linear(QuantizedLinear):
 
     def _require_weight(self, weight: Int8Weight) -> None:
         if weight.kind != "symmetric":
-            raise ValueError(f"Int8Linear: weight must be symmetric, got kind {weight.kind!r}")
+            raise ValueError(f"{type(self).__name__}: weight must be symmetric, got kind {weight.kind!r}")
         if weight.act_order:
-            raise ValueError("Int8Linear: weight must have act_order = False, got True")
+            raise ValueError(f"{type(self).__name__}: weight must have act_order = False, got True")
         if weight.group_size != weight.in_features:
             raise ValueError(
                 f"{type(self).__name__}: weight must have one scale per row, group_size = K = {weight.in_features}, "
