@@ -22,7 +22,21 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Constructors of the formats, each with its reader.
-_FORMATS = tuple(f"qops.formats.{name}" for name in ("awq", "compressed_tensors", "gguf", "gptq"))
+_FORMATS = tuple(
+    f"qops.formats.{name}"
+    for name in (
+        "awq",
+        "compressed_tensors",
+        "gguf",
+        "gptq",
+        "hqq",
+        "int8_rows",
+        "modelopt",
+        "pytorch",
+        "quanto",
+        "torchao",
+    )
+)
 MODULES = ("qops", "qops.nn", "qops.models", "qops.formats", *_FORMATS, "qops.testing")
 # Title -> where what stands under it is defined; whatever is public, without a list of it.
 GROUPS = {

@@ -25,7 +25,7 @@ from qops.weights.requirements import (
     require_scale_dtype,
 )
 
-__all__ = ["VERSIONS", "int4_weight"]
+__all__ = ["int4_weight"]
 
 VERSIONS = ("gemm", "gemv", "gemv_fast")
 # Of version gemm: column 8 j + i of a word is in its nibble _NIBBLE_OF_COLUMN[i].
@@ -51,7 +51,7 @@ def int4_weight(
             ``[8 Z, N]``, ``-(scale * zero)``. None for a symmetric weight, which lmdeploy stores so.
         scales: float16, bfloat16 or float32: ``"gemm"`` ``[K/G, N]``; ``"gemv"`` ``[N, 8 Z]``; ``"gemv_fast"``
             ``[8 Z, N]``, 8 Z >= K/G, padded.
-        version: one of ``VERSIONS``.
+        version: "gemm", "gemv" or "gemv_fast".
         group_size: G. Needed by the versions whose scales are padded; -1 for one group.
         symmetric: says that, without qzeros, every zero point is 8.
         pack: as in :meth:`qops.Int4Weight.from_canonical`.

@@ -22,22 +22,34 @@ class Checkpoint(Protocol):
     Nothing is read before it is asked for. Whoever builds a model asks layer by layer, for each tensor once, so a
     reader need not keep what it has given.
 
-    Attributes:
-        config: of Transformers, of any kind; its `architectures` names the class of the model.
-        dtype: in which the model is built where its user says nothing.
-        fuses: whether its layers are to be fused where they can be.
-        generation_config: of Transformers; None where there is none.
-        names: of all parameters and buffers; `<module>.weight` also where the weight is quantised.
-
     Raises:
         ValueError: from each method, where the checkpoint does not hold what it should; path and tensor are named.
     """
 
-    config: Any
-    dtype: torch.dtype
-    fuses: bool
-    generation_config: Any
-    names: Collection[str]
+    @property
+    def config(self) -> Any:
+        """Transformers' config, of any kind; its `architectures` names the class of the model."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model is built where its user says nothing."""
+        ...
+
+    @property
+    def fuses(self) -> bool:
+        """Whether its layers are to be fused where they can be."""
+        ...
+
+    @property
+    def generation_config(self) -> Any:
+        """Transformers' generation config; None where there is none."""
+        ...
+
+    @property
+    def names(self) -> Collection[str]:
+        """All parameters and buffers; `<module>.weight` also where the weight is quantised."""
+        ...
 
     def holds(self, name: str) -> bool:
         """Whether there is a parameter or buffer of that name.

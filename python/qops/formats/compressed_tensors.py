@@ -19,7 +19,7 @@ from torch import Tensor
 from qops.formats.folders.stored import Options, Stored, require_specs
 from qops.formats.folders.tensors import Spec
 from qops.formats.folders.words import int8_from_unsigned, order_of_groups, pairs, require_words, unpack
-from qops.nn import Int4Linear, Int8WeightOnlyLinear, QuantizedLinear
+from qops.nn import Int4Linear, Int8CompressedTensorsLinear, Int8WeightOnlyLinear, QuantizedLinear
 from qops.weights import Int4Weight, Int8Weight
 from qops.weights.requirements import SCALE_DTYPES, require_dtype, require_matrix, require_scale_dtype, require_tensor
 
@@ -174,6 +174,10 @@ def _zero_points(name: str, packed: Tensor | None, scale: Tensor, bits: int) -> 
 _PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 _INTEGERS = ("weight", "weight_scale", "weight_zero_point")
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
+# strategy, dynamic, symmetric -> what multiplies as the producer's own runtime does.
+_LINEARS: dict[tuple[Any, Any, Any], type[QuantizedLinear]] = {
+    ("token", True, True): Int8CompressedTensorsLinear,
+}
 _EMPTY = (None, {}, [], "dense")
 
 
@@ -301,25 +305,35 @@ class CompressedTensors:
         elif not weights.get("symmetric", True):
             raise ValueError("tensor weight_zero_point is missing, and its config group says not symmetric")
         require_specs(specs, wanted)
-        linear, more = self._activations(inputs, specs)
+        linear = self._linear(inputs)
         if linear is not Int8WeightOnlyLinear and groups != 1:
-            raise ValueError(f"weights with 8-bit activations must have one scale per row, got {scale}")
+            raise ValueError(f"weights with 8-bit activations must have one scale per row, got weight_scale {scale}")
+        inputs_there = [key for key in linear.static_input if key == "input_scale" or key in specs]
+        if inputs_there and "input_scale" not in specs:
+            raise ValueError("tensor input_scale is missing")
         return Stored(
             linear=linear,
             kind=f"int-quantized {linear.scheme}",
             shape=(rows, columns),
             group_size=group_size,
-            keys=(*wanted, *more),
+            keys=tuple(wanted),
             build=_build_integers,
+            input_keys=tuple(inputs_there),
         )
 
-    def _activations(
-        self, inputs: Mapping[str, Any] | None, specs: Mapping[str, Spec]
-    ) -> tuple[type[QuantizedLinear], tuple[str, ...]]:
-        """What multiplies, and the tensors that it needs for its input."""
+    @staticmethod
+    def _linear(inputs: Mapping[str, Any] | None) -> type[QuantizedLinear]:
+        """What multiplies, by the scheme of its input."""
         if inputs is None:
-            return Int8WeightOnlyLinear, ()
-        raise ValueError(f"input_activations are not supported, got {inputs}")
+            return Int8WeightOnlyLinear
+        how = inputs.get("strategy"), inputs.get("dynamic"), inputs.get("symmetric", True)
+        linear = _LINEARS.get(how) if inputs.get("num_bits") == 8 and inputs.get("type", "int") == "int" else None
+        if linear is None:
+            raise ValueError(
+                "input_activations must be integers of 8 bits, dynamic with strategy token, or static with strategy "
+                f"tensor, got {dict(inputs)}"
+            )
+        return linear
 
 
 def _build_packed(bits: int, tensors: Mapping[str, Tensor]) -> Int4Weight | Int8Weight:

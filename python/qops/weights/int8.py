@@ -232,6 +232,27 @@ class Int8Weight(QuantizedWeight):
         )
 
     @classmethod
+    def from_torchao(cls, tensor: Tensor, *, pack: bool = True) -> Int8Weight:
+        """A weight from an `Int8Tensor` of torchao: :func:`qops.formats.torchao.weight`, which tells more.
+
+        Args:
+            tensor: `linear.weight` after `torchao.quantization.quantize_`.
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight with torchao's own bits.
+
+        Raises:
+            RuntimeError: a tensor of another class.
+        """
+        from qops.formats import torchao
+
+        found = torchao.weight(tensor, pack=pack)
+        if not isinstance(found, Int8Weight):
+            raise RuntimeError(f"{cls._name()}.from_torchao: tensor must be of 8 bits, got {type(tensor).__name__}")
+        return found
+
+    @classmethod
     def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:
         """A weight from GGUF blocks: :func:`qops.formats.gguf.int8_weight`, which tells more.
 

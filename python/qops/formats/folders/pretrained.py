@@ -105,7 +105,7 @@ class PretrainedFolder:
                 raise ValueError(f"{folder}: {module}: {error}") from error
             if stored is not None:
                 self.stored[module] = stored
-                consumed |= {f"{module}.{key}" for key in (*stored.keys, *stored.activation_keys)}
+                consumed |= {f"{module}.{key}" for key in (*stored.keys, *stored.input_keys)}
         if not self.stored:
             raise ValueError(f"{folder}: must hold weights of {self.method}, as its config says, got dense tensors")
         self._read: set[str] = set()
@@ -119,7 +119,7 @@ class PretrainedFolder:
         config.__dict__.pop("compression_config", None)
         return config
 
-    @functools.cached_property
+    @property
     def dtype(self) -> torch.dtype:
         found = self.config.dtype
         if found is None:
@@ -154,10 +154,8 @@ class PretrainedFolder:
             raise ValueError(f"{self.folder}: {module}: {error}") from error
 
     def activations(self, module: str) -> dict[str, torch.Tensor]:
-        stored = self.stored.get(module)
-        if stored is None:
-            return {}
-        return stored.activations({key: self._take(f"{module}.{key}") for key in stored.activation_keys})
+        stored = self.stored[module]
+        return {key: self._take(f"{module}.{key}") for key in stored.input_keys}
 
     def tensor(self, name: str) -> torch.Tensor:
         if name.removesuffix(".weight") in self.stored and name.endswith(".weight"):

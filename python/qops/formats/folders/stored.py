@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -43,8 +43,7 @@ class Stored:
         group_size: columns of K that share a scale.
         keys: the last parts of the names of its tensors.
         build: the weight, not packed yet, from those tensors.
-        activation_keys: the same of the tensors that say how the input is quantised.
-        activations: what `linear` takes besides weight and bias, from those tensors.
+        input_keys: the same of the tensors of `linear.static_input`.
     """
 
     linear: type[QuantizedLinear]
@@ -53,8 +52,7 @@ class Stored:
     group_size: int
     keys: tuple[str, ...]
     build: Callable[[Mapping[str, Tensor]], QuantizedWeight]
-    activation_keys: tuple[str, ...] = ()
-    activations: Callable[[Mapping[str, Tensor]], dict[str, Any]] = field(default=lambda tensors: {})
+    input_keys: tuple[str, ...] = ()
 
 
 class Method(Protocol):
