@@ -1,9 +1,10 @@
-"""llama.cpp's own quantiser and dequantisation, from the PyPI package ik-llama-cpp-python, where it is installed."""
+"""llama.cpp's own quantiser, dequantisation and forward, from ik-llama-cpp-python, where that is installed."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import subprocess
 from pathlib import Path
@@ -73,14 +74,17 @@ def seeded_file(path: Path) -> Path:
         if parameter.dim() == 2:
             parameter.data *= 1 + 9 * (torch.rand(parameter.shape, generator=generator) < 0.01)
 
-    def with_tokens(writer: Any) -> None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list([f"t{index}" for index in range(VOCAB)])
-        writer.add_token_types([1] * VOCAB)
-        writer.add_token_merges(["t 0"])
-
     write_gguf(model, path, "F32", with_tokens)
     return path
+
+
+def with_tokens(writer: Any) -> None:
+    """A vocabulary, without which llama.cpp loads nothing."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"t{index}" for index in range(VOCAB)])
+    writer.add_token_types([1] * VOCAB)
+    writer.add_token_merges(["t 0"])
 
 
 @functools.cache
@@ -111,3 +115,17 @@ def dequantised_by_libggml(blocks: torch.Tensor, kind: str) -> torch.Tensor:
 def tensors_of(path: Path) -> dict[str, tuple[str, torch.Tensor]]:
     """Name -> (type, rows as stored)."""
     return {t.name: (t.tensor_type.name, torch.from_numpy(t.data.copy())) for t in gguf.GGUFReader(path).tensors}
+
+
+def logits_by_llama(path: Path, tokens: list[int]) -> torch.Tensor:
+    """float32 [T, vocabulary], one token after the other; its cache of keys and values is float16."""
+    internals: Any = importlib.import_module("ik_llama_cpp._internals")
+    own: Any = importlib.import_module("ik_llama_cpp.llama")
+    context = internals.IkContext(internals.IkModel(str(path)), n_ctx=128, n_threads=1, flash_attn=False)
+    found = []
+    for position, token in enumerate(tokens):
+        batch = own.make_batch_single(token, position)
+        assert context.decode(batch) == 0
+        own.C.llama_batch_free(batch)
+        found.append(context.get_logits(-1)[:VOCAB])
+    return torch.tensor(found)
