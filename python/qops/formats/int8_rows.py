@@ -10,9 +10,15 @@ same bits: here it is rounded to float32, and a weight is at most the next float
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from qops.formats.folders.stored import Options, Stored, require_specs
+from qops.formats.folders.tensors import Spec
+from qops.nn import Int8Linear, Int8WeightOnlyLinear
 from qops.weights import Int8Weight
 from qops.weights.requirements import require_dtype, require_matrix, require_tensor
 
@@ -76,3 +82,92 @@ def from_lmdeploy(weight: Tensor, scale: Tensor, *, pack: bool = True) -> Int8We
     if list(scale.shape) != [weight.shape[0], 1]:
         raise ValueError(f"{name}: scale must have shape [N, 1] = {[weight.shape[0], 1]}, got {list(scale.shape)}")
     return Int8Weight.from_canonical(weight, scale, pack=pack)
+
+
+# In folders ----------------------------------------------------------------------------------------------------------
+
+
+class Bitsandbytes:
+    """bitsandbytes' 8-bit tensors in a folder (`qops.formats.folders.stored.Method`).
+
+    Args:
+        settings: the quantization config.
+        options: of the user.
+
+    Raises:
+        ValueError: 4-bit layers.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], options: Options):
+        options.refuse("bitsandbytes")
+        if settings.get("load_in_4bit") or not settings.get("load_in_8bit"):
+            kind = settings.get("bnb_4bit_quant_type")
+            raise ValueError(f"load_in_8bit must be true: 4-bit layers (nf4, fp4) are not supported, got {kind!r}")
+
+    def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
+        if "SCB" not in specs:
+            if "weight_format" in specs:
+                raise ValueError("tensor SCB is missing")
+            return None
+        rows, columns = _shape(specs)
+        wanted: dict[str, Any] = {"weight": ((rows, columns), torch.int8), "SCB": ((rows,), torch.float32)}
+        if "weight_format" in specs:  # releases before 0.37 have no such tensor, and one format
+            wanted["weight_format"] = ((), torch.uint8)
+        require_specs(specs, wanted)
+        return Stored(
+            linear=Int8WeightOnlyLinear,
+            kind="LLM.int8()",
+            shape=(rows, columns),
+            group_size=columns,
+            keys=tuple(wanted),
+            build=_build_bitsandbytes,
+        )
+
+
+class SmoothQuant:
+    """lmdeploy's 8-bit tensors in a folder (`qops.formats.folders.stored.Method`).
+
+    Args:
+        settings: the quantization config.
+        options: of the user.
+
+    Raises:
+        ValueError: another `quant_dtype` than int8.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], options: Options):
+        options.refuse("smooth_quant")
+        if settings.get("quant_dtype", "int8") != "int8":
+            raise ValueError(f"quant_dtype must be int8, got {settings['quant_dtype']!r}")
+
+    def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
+        if "scale" not in specs:
+            return None
+        rows, columns = _shape(specs)
+        wanted: dict[str, Any] = {"weight": ((rows, columns), torch.int8), "scale": ((rows, 1), torch.float32)}
+        require_specs(specs, wanted)
+        return Stored(
+            linear=Int8Linear,
+            kind="smooth_quant int8",
+            shape=(rows, columns),
+            group_size=columns,
+            keys=tuple(wanted),
+            build=lambda tensors: from_lmdeploy(**tensors, pack=False),
+        )
+
+
+def _shape(specs: Mapping[str, Spec]) -> tuple[int, int]:
+    weight = specs.get("weight")
+    if weight is None or len(weight.shape) != 2:
+        raise ValueError(f"tensor weight must be a matrix, got {weight}")
+    return weight.shape[0], weight.shape[1]
+
+
+def _build_bitsandbytes(tensors: Mapping[str, Tensor]) -> Int8Weight:
+    given = dict(tensors)
+    layout = given.pop("weight_format", None)
+    if layout is not None and int(layout) != 0:
+        raise ValueError(
+            f"weight_format must be 0, rows, got {int(layout)}, an order of an older release for its kernels"
+        )
+    return from_bitsandbytes(**given, pack=False)
