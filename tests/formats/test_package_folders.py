@@ -54,8 +54,7 @@ def test_every_weight_is_exact(tmp_path, name, shards):
     assert not state
 
 
-# No kernel takes offsets of 8 bits yet.
-@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"hqq 8 bits"}))
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_model_of_each(tmp_path, name):
     make, kind = FORMATS[name]
     written = make()
@@ -89,6 +88,12 @@ ACTIVATIONS = {
 def test_a_scale_of_modelopt_s_activations_is_read(tmp_path):
     checkpoint = open_checkpoint(folders.modelopt("W8A8_SQ_PER_CHANNEL").write(tmp_path))
     assert checkpoint.activations(LAYER)["input_scale"] == torch.tensor(0.03)
+
+
+def test_bitsandbytes_without_a_threshold_for_outliers_rounds_every_column(tmp_path):
+    written = folders.bitsandbytes()
+    written.config["quantization_config"]["llm_int8_threshold"] = 0.0
+    assert type(load_model(written.write(tmp_path)).get_submodule(LAYER)) is Int8Linear
 
 
 def test_modelopt_s_older_settings(tmp_path):
@@ -193,6 +198,7 @@ REFUSED = [
         r"weight._scale must be .* \[64, 1\], got float16 \[1, 64\]",
     ),
     ("bitsandbytes", configured(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "load_in_8bit must be true.* got 'nf4'"),
+    ("bitsandbytes", configured(llm_int8_threshold="6"), "llm_int8_threshold must be a number from 0 on, got '6'"),
     ("bitsandbytes", tensor("SCB", MISSING), "tensor SCB is missing"),
     ("bitsandbytes", tensor("weight_format", one(1)), "weight_format must be 0, rows, got 1"),
     ("bitsandbytes", tensor("SCB", lambda t: t[1:]), r"tensor SCB must be float32 \[64\], got float32 \[63\]"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qops.formats.folders.stored import Options, Stored, require_specs
 from qops.formats.folders.tensors import Spec
-from qops.nn import Int8Linear, Int8WeightOnlyLinear
+from qops.nn import Int8Linear, Int8WeightOnlyLinear, QuantizedLinear
 from qops.weights import Int8Weight
 from qops.weights.requirements import require_dtype, require_matrix, require_tensor
 
@@ -41,8 +41,9 @@ def from_bitsandbytes(weight: Tensor, SCB: Tensor, *, pack: bool = True) -> Int8
 
     Numerics:
         `scale = SCB * (1/127)` in float32. Weights differ from `int8_vectorwise_dequant` by one unit in the last place
-        of float32 at most. On a GPU bitsandbytes quantises the activations but for columns of outliers (`threshold`),
-        whose weights it dequantises; :class:`qops.nn.Int8WeightOnlyLinear` leaves all activations as they are.
+        of float32 at most. bitsandbytes rounds activations to float16 and, by rule "127", to int8, but for columns of
+        outliers (`threshold`), whose weights it dequantises. :class:`qops.nn.Int8Linear` does so for a threshold of 0,
+        :class:`qops.nn.Int8WeightOnlyLinear` leaves all activations as they are.
 
     Raises:
         ValueError: shapes that do not fit; what :meth:`qops.Int8Weight.from_canonical` refuses.
@@ -90,12 +91,15 @@ def from_lmdeploy(weight: Tensor, scale: Tensor, *, pack: bool = True) -> Int8We
 class Bitsandbytes:
     """bitsandbytes' 8-bit tensors in a folder (`qops.formats.folders.stored.Method`).
 
+    No linear here tells outliers from other columns: where the config has a threshold for them, all activations stay as
+    they are, and are rounded as bitsandbytes does where it has none.
+
     Args:
         settings: the quantization config.
         options: of the user.
 
     Raises:
-        ValueError: 4-bit layers.
+        ValueError: 4-bit layers; a threshold that is no number.
     """
 
     def __init__(self, settings: Mapping[str, Any], options: Options):
@@ -103,6 +107,10 @@ class Bitsandbytes:
         if settings.get("load_in_4bit") or not settings.get("load_in_8bit"):
             kind = settings.get("bnb_4bit_quant_type")
             raise ValueError(f"load_in_8bit must be true: 4-bit layers (nf4, fp4) are not supported, got {kind!r}")
+        threshold = settings.get("llm_int8_threshold", 6.0)
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0:
+            raise ValueError(f"llm_int8_threshold must be a number from 0 on, got {threshold!r}")
+        self._linear: type[QuantizedLinear] = Int8WeightOnlyLinear if threshold > 0 else Int8Linear
 
     def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
         if "SCB" not in specs:
@@ -115,7 +123,7 @@ class Bitsandbytes:
             wanted["weight_format"] = ((), torch.uint8)
         require_specs(specs, wanted)
         return Stored(
-            linear=Int8WeightOnlyLinear,
+            linear=self._linear,
             kind="LLM.int8()",
             shape=(rows, columns),
             group_size=columns,
