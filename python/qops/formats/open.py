@@ -45,7 +45,7 @@ def open_checkpoint(
     require_transformers("qops.formats.open_checkpoint")
     options, path = Options(zero_add, symmetric), local_path(path)
     if path.is_file():
-        from qops.formats.gguf import GGUFFile
+        from qops.formats.gguf.file import GGUFFile
 
         options.refuse("GGUF")
         return GGUFFile(path)

@@ -149,9 +149,13 @@ class TensorFiles:
 
 
 def tensors_by_module(specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
-    """The tensors of each module, by the last part of their names."""
+    """The tensors of each module, by the last part of their names; parts of `weight` are all one key."""
     modules: dict[str, dict[str, Spec]] = {}
     for name, spec in specs.items():
-        module, _, key = name.rpartition(".")
+        module, part, key = name.rpartition(".weight.")
+        if part:
+            key = f"weight.{key}"
+        else:
+            module, _, key = name.rpartition(".")
         modules.setdefault(module, {})[key] = spec
     return modules
