@@ -98,7 +98,7 @@ class Folder:
         self.folder = folder
         self._check(settings)
         self.config: Any = read_config(folder)
-        del self.config.__dict__["quantization_config"]
+        self.config.__dict__.pop("quantization_config", None)
         self.dtype: torch.dtype = self.config.dtype
         self.fuses: bool = settings["fused"]
         self._cast: dict[str, str] = settings["cast"]

@@ -124,13 +124,26 @@ class QopsConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What the config of a folder says; Transformers calls it."""
+        """What the config of a folder says; Transformers calls it.
+
+        Args:
+            config_dict: its quantization config.
+            return_unused_kwargs: whether `kwargs` are returned too.
+            kwargs: of other classes.
+
+        Returns:
+            A config.
+        """
         config = cls()
         config.stored = dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the settings of the folder, or what was asked for in words."""
+        """For JSON.
+
+        Returns:
+            The settings of the folder; what was asked for, in words, where it is dense.
+        """
         if self.stored is not None:
             return dict(self.stored)
         asked = {key: value for key, value in self.asked.items() if key not in ("scheme", "smoothing")}
