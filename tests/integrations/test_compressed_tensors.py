@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import qops
 from qops import Int4Weight, Int8Weight, load_model, quantize_model, save_model
+from qops.formats.compressed_tensors import int8_weight
 from qops.formats.folders.compressed import compressed
 from qops.models import dense_model
 from qops.models.replacement import entries
@@ -209,7 +210,7 @@ def test_offsets_of_8_bits_reach_both_ends(tmp_path):
         offsets = -scales.float() * zero
         held = Int8Weight.from_canonical(codes, scales, kind="offset", zeros=offsets)
         tensors, _ = compressed(Int8WeightOnlyLinear(held))
-        again = qops.formats.compressed_tensors.int8_weight(tensors.pop("weight_packed"), **tensors)
+        again = int8_weight(tensors.pop("weight_packed"), **tensors)
         assert_bitwise(again.dequantize(torch.float32) + 0.0, held.dequantize(torch.float32) + 0.0, str(zero))
 
 
