@@ -411,8 +411,8 @@ def outcome_of(path: Path) -> str:
     return ", ".join(found)
 
 
-def limited(path: Path) -> str:
-    """outcome_of, in bounded time."""
+def within_seconds(outcome_of: Callable[[Path], str], path: Path) -> str:
+    """What it says, in bounded time."""
 
     def stop(*_: object) -> None:
         raise TooSlow(f"more than {SECONDS} s")
@@ -424,6 +424,11 @@ def limited(path: Path) -> str:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def limited(path: Path) -> str:
+    """outcome_of, in bounded time."""
+    return within_seconds(outcome_of, path)
 
 
 def limit_memory() -> None:
