@@ -21,7 +21,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("qops", "qops.nn", "qops.models", "qops.formats", "qops.testing")
+# Constructors of the formats, each with its reader.
+_FORMATS = tuple(
+    f"qops.formats.{name}"
+    for name in (
+        "awq",
+        "compressed_tensors",
+        "gguf",
+        "gptq",
+        "hqq",
+        "int8_rows",
+        "modelopt",
+        "pytorch",
+        "quanto",
+        "torchao",
+    )
+)
+MODULES = ("qops", "qops.nn", "qops.models", "qops.formats", *_FORMATS, "qops.testing")
 # Title -> where what stands under it is defined; whatever is public, without a list of it.
 GROUPS = {
     "Operators": ("qops.ops",),

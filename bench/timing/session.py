@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,8 @@ class WorkerProcess:
     ) -> None:
         threads = len(cpus)
         self._connection, theirs = multiprocessing.Pipe()
+        # Who waits for an answer kills what has ended, while somebody else may be closing the session.
+        self._killing = threading.Lock()
         self._stops = device == "cpu"
         self._started = False
         options = {
@@ -150,11 +153,12 @@ class WorkerProcess:
                     os.sched_setaffinity(int(task.name), cpus)
 
     def kill(self) -> None:
-        """With all processes that it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._connection.close()
+        """With all processes that it has started. Any number of threads may."""
+        with self._killing:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._connection.close()
 
 
 def new_row(case: Case, name: str, accuracy: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -504,6 +506,21 @@ def test_pytest_writes_the_same_document(tmp_path):
     rows = json.loads(path.read_text())["results"]
     assert [row["provider"] for row in rows] == ["qops", "transformers formula", "limit"]
     assert {len(row["samples_us"]) for row in rows} == {samplers.Protocol().rounds}
+
+
+def test_a_worker_is_killed_by_whoever_comes():
+    """An interrupt closes the session while the thread that waits for an answer finds the process gone."""
+
+    def kill(worker: session.WorkerProcess, gate: threading.Barrier) -> None:
+        gate.wait()
+        worker.kill()
+
+    for _ in range(20):
+        worker, gate = session.WorkerProcess("cpu", document.slots(1)[0], FAKES, FAST), threading.Barrier(8)
+        with ThreadPoolExecutor(8) as pool:
+            for killed in [pool.submit(kill, worker, gate) for _ in range(8)]:
+                killed.result()
+        assert not worker.alive
 
 
 def test_interrupting_the_command_keeps_what_was_measured(tmp_path):

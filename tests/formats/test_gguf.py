@@ -1,78 +1,19 @@
 from __future__ import annotations
 
-import os
 import struct
 import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
-from qops.formats.gguf import GGUFFile, load_tokenizer, unpermute_rows
-from qops.weights import Int4Weight, Int8Weight
-from qops.weights.gguf import BLOCK_BYTES
+from qops.formats.gguf import load_tokenizer
+from qops.formats.gguf.file import GGUFFile, unpermute_rows
+from tests.support.models.gguf_blocks import TYPES
 from tests.support.models.gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
 
-QUANTISED = tuple(BLOCK_BYTES)
-
-
-def read(blocks: torch.Tensor, kind: str) -> Int4Weight | Int8Weight:
-    return (Int8Weight if kind == "Q8_0" else Int4Weight).from_gguf(blocks, kind)
-
-
-def random_blocks(kind: str, rows: int, columns: int, seed: int) -> torch.Tensor:
-    """Every code, and fp16 scales and offsets over their whole range: subnormal, huge, negative, zero."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (rows, columns // 32, BLOCK_BYTES[kind]), dtype=np.uint8)
-    halves = 2 if kind == "Q4_1" else 1
-    numbers = rng.integers(0, 1 << 16, (rows, columns // 32, halves), dtype=np.uint16)
-    # An exponent of all ones is infinity or NaN.
-    numbers[(numbers & 0x7C00) == 0x7C00] &= 0x8000
-    blocks[..., : 2 * halves] = numbers.view(np.uint8)
-    return torch.from_numpy(blocks.reshape(rows, -1))
-
-
-def dequantised(blocks: torch.Tensor, kind: str) -> torch.Tensor:
-    return torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind]))
-
-
-@pytest.mark.parametrize("kind", QUANTISED)
-@pytest.mark.parametrize("shape", [(8, 32), (24, 96), (40, 576)])
-def test_blocks_are_exact(kind, shape):
-    for seed in range(4):
-        blocks = random_blocks(kind, *shape, seed)
-        weight = read(blocks, kind)
-        assert (weight.out_features, weight.in_features, weight.group_size) == (*shape, 32)
-        assert torch.equal(weight.dequantize(), dequantised(blocks, kind))
-
-
-def test_q4_nibbles_are_halves_of_a_block():
-    # Byte i holds element i low and i + 16 high: with these bytes the elements count 0 ... 15, 15 ... 0.
-    codes = bytes(i | (15 - i) << 4 for i in range(16))
-    block = struct.pack("<e", 1.0) + codes
-    canonical = Int4Weight.from_gguf(torch.tensor(list(block), dtype=torch.uint8).repeat(8, 1), "Q4_0").canonical()
-    elements = [*range(16), *range(15, -1, -1)]
-    assert canonical["qweight"][0].tolist() == [elements[i] | elements[i + 1] << 4 for i in range(0, 32, 2)]
-
-
-def test_numbers_keep_their_stored_precision():
-    blocks = random_blocks("Q4_1", 16, 64, seed=1)
-    canonical = Int4Weight.from_gguf(blocks, "Q4_1").canonical()
-    halves = blocks.view(16, 2, 20)[..., :4].contiguous().view(torch.float16)
-    assert torch.equal(canonical["scales"].view(torch.int16), halves[..., 0].view(torch.int16))
-    assert canonical["zeros"].dtype == torch.float32
-    assert torch.equal(canonical["zeros"], halves[..., 1].float())
-    assert Int8Weight.from_gguf(random_blocks("Q8_0", 8, 32, seed=2)).canonical()["scales"].dtype == torch.float16
-
-
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_bad_blocks_are_refused(kind):
-    with pytest.raises(ValueError, match=rf"{kind} blocks must be uint8 \[N, a multiple of {BLOCK_BYTES[kind]}\]"):
-        read(torch.zeros(8, BLOCK_BYTES[kind] + 1, dtype=torch.uint8), kind)
-    with pytest.raises(ValueError, match=r"qtype must be Q.*, got 'Q5_0'"):
-        read(torch.zeros(8, 18, dtype=torch.uint8), "Q5_0")
+OF_32 = [kind for kind in TYPES if not kind.endswith("_K")]
 
 
 def test_a_scale_that_is_nan_names_the_tensor(tmp_path):
@@ -95,7 +36,7 @@ def test_unpermute_rows_inverts_the_converter(heads):
     assert stored[:2].tolist() == rows[[0, 4]].tolist()
 
 
-@pytest.mark.parametrize("kind", [*QUANTISED, "F32", "F16", "BF16"])
+@pytest.mark.parametrize("kind", [*OF_32, "F32", "F16", "BF16"])
 def test_every_weight_of_a_file_is_exact_and_in_transformers_order(tmp_path, kind):
     file = llama_file(weights=kind, output="Q8_0", bias=True)
     opened = GGUFFile(file.write(tmp_path / "m.gguf"))
@@ -127,6 +68,24 @@ def test_dense_tensors_keep_their_dtype(tmp_path):
     dtypes = {"self_attn.v_proj": torch.float16, "self_attn.o_proj": torch.bfloat16, "mlp.up_proj": torch.float32}
     for name, dtype in dtypes.items():
         assert opened.weight(f"model.layers.0.{name}").dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"table": "F16"}, torch.float16),
+        ({"weights": "F16", "table": "F16"}, torch.float16),
+        ({"output": "BF16"}, torch.bfloat16),
+        ({"table": "BF16", "output": "F16"}, torch.float32),
+        ({"output": "F32"}, torch.float32),
+        ({"weights": "F16", "table": "F32"}, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_dtype_is_that_of_the_dense_matrices(tmp_path, kinds, dtype):
+    # Norms and biases are F32 in all of them.
+    assert GGUFFile(llama_file(bias=True, **kinds).write(tmp_path / "m.gguf")).dtype == dtype
 
 
 def test_config(tmp_path):
@@ -195,15 +154,22 @@ def tensor(name, kind, *shape):
     return lambda file: file.tensors.update({name: (kind, np.ones(shape, np.float32), 0)})
 
 
+def stored(name, kind, rows, row_bytes):
+    return lambda file: file.tensors.update({name: (kind, np.zeros((rows, row_bytes), np.uint8), 0)})
+
+
 @pytest.mark.parametrize(
     ("bend", "message"),
     [
-        (lambda file: setattr(file, "architecture", "gemma"), "general.architecture must be 'llama', got 'gemma'"),
+        (
+            lambda file: setattr(file, "architecture", "bloom"),
+            "general.architecture must be one of llama, .*, phi3, got 'bloom'",
+        ),
         (drop("llama.block_count"), "key llama.block_count is missing"),
         (drop("llama.attention.layer_norm_rms_epsilon"), "key llama.attention.layer_norm_rms_epsilon is missing"),
         (metadata(llama__block_count="two"), "key llama.block_count must be one int, got 'two'"),
         (metadata(llama__block_count=0), "key llama.block_count must be positive, got 0"),
-        (metadata(llama__block_count=2**31), r"tensor blk.2.attn_norm.weight is missing"),
+        (metadata(llama__block_count=2**31), r"tensor blk.2.attn_q.weight is missing"),
         (metadata(llama__attention__head_count=[4, 4]), r"head_count must be one int, got \[4, 4\]"),
         (metadata(llama__attention__head_count=7), "must divide one another, got 64, 7, 2"),
         (metadata(llama__attention__key_length=8), r"attn_q.weight must have shape \[32, 64\], got \[64, 64\]"),
@@ -214,8 +180,19 @@ def tensor(name, kind, *shape):
             metadata(llama__attention__layer_norm_rms_epsilon=float("inf")),
             "layer_norm_rms_epsilon must be finite in flo",
         ),
-        (metadata(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type must be 'none' or 'linear', got 'yarn'"),
-        (metadata(llama__expert_count=8), "mixtures of experts are not supported"),
+        (
+            metadata(llama__rope__scaling__type="su"),
+            "llama.rope.scaling.type must be 'none', 'linear' or 'yarn', got 'su'",
+        ),
+        (metadata(llama__rope__scaling__type="yarn"), "key llama.rope.scaling.factor is missing"),
+        (metadata(llama__expert_count=8), "mixtures of experts are not supported, got 8"),
+        (
+            tensor("blk.0.ffn_up_exps.weight", "F32", 2, 96, 64),
+            "mixtures of experts are not supported, got blk.0.ffn_up_exps.weight",
+        ),
+        (metadata(split__count=3), "is one part of 3: llama-gguf-split --merge"),
+        (metadata(llama__attention__scale=0.5), "unknown keys: llama.attention.scale"),
+        (metadata(llama__rope__scaling__factor=2.0), "unknown keys: llama.rope.scaling.factor"),
         (metadata(llama__vocab_size=80), r"token_embd.weight must have shape \[80, 64\], got \[72, 64\]"),
         (metadata(tokenizer__ggml__eos_token_id=VOCAB), "eos_token_id must be below the vocabulary size 72, got 72"),
         (drop("token_embd.weight"), "tensor token_embd.weight is missing"),
@@ -223,7 +200,11 @@ def tensor(name, kind, *shape):
         (tensor("blk.0.attn_q.bias", "F32", 64), "tensor blk.0.attn_k.bias is missing"),
         (tensor("blk.0.attn_q_norm.weight", "F32", 16), "unknown tensors: blk.0.attn_q_norm.weight"),
         (tensor("blk.1.attn_v.weight", "Q4_0", 64, 64), r"attn_v.weight must have shape \[32, 64\], got \[64, 64\]"),
-        (tensor("blk.1.ffn_down.weight", "Q5_0", 64, 96), "ffn_down.weight has type Q5_0, supported are Q4_0, Q4_1"),
+        (
+            stored("blk.1.ffn_down.weight", "IQ4_NL", 64, 54),
+            "ffn_down.weight has type IQ4_NL, supported are Q4_0, Q4_1",
+        ),
+        (stored("blk.1.ffn_down.weight", "MXFP4", 64, 51), "ffn_down.weight has type MXFP4, supported are Q4_0, Q4_1"),
         (tensor("output_norm.weight", "Q8_0", 64), "output_norm.weight has type Q8_0, supported are F32, F16, BF16"),
         (tensor("rope_freqs.weight", "F32", 9), r"rope_freqs.weight must have shape \[8\], got \[9\]"),
         (
@@ -383,18 +364,3 @@ def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path, token):
 def test_a_file_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"m\.gguf: Transformers finds no tokenizer in it"):
         load_tokenizer(llama_file().write(tmp_path / "m.gguf"))
-
-
-def test_the_producers_fixture_is_exact():
-    folder = os.environ.get("QOPS_TEST_CHECKPOINTS")
-    if folder is None:
-        pytest.skip("QOPS_TEST_CHECKPOINTS names no folder of checkpoints")
-    from safetensors.torch import load_file
-
-    fixture = Path(folder) / "gguf_q4_0_q4_1_q8_0"
-    produced = load_file(fixture / "tensors.safetensors")
-    stored = {t.name: t.data for t in gguf.GGUFReader(fixture / "tiny.gguf").tensors}
-    for kind in QUANTISED:
-        blocks = torch.from_numpy(stored[f"w.{kind}"].copy())
-        assert torch.equal(blocks, produced[f"{kind}.raw"])
-        assert torch.equal(read(blocks, kind).dequantize(), produced[f"{kind}.dequant"])

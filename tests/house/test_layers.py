@@ -120,7 +120,7 @@ GOOD_PYTHON = {
     "python/qops/ops/rotary.py": "import torch\nfrom qops import _native\nfrom qops.ops._checks import Checker",
     "python/qops/ops/rms_norm.py": "def cases_of_rms_norm(run):\n    from qops._numerics import rms_norm_bound",
     "python/qops/nn.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
-    "python/qops/formats/gguf.py": "import numpy",
+    "python/qops/formats/gguf/file.py": "import numpy",
     "python/qops/check.py": "from qops._numerics import generator",
     "bench/reporting/stats.py": "import numpy as np\nfrom bench.reporting.records import LIMIT",
     "bench/problems/rotary.py": "from bench.harness import compare\nfrom qops.testing import generator",

@@ -108,7 +108,7 @@ def test_float32_output_of_8_bit_activations():
     want = qops.int8_gemm(q, scale, linear.weight, linear.bias, out_dtype=torch.float32)
     wide = Int8Linear(linear.weight, linear.bias, float32_output=True)
     assert_bitwise(wide(x), want)
-    assert_bitwise(wide(Int8Rows(q, scale, x.dtype)), want)
+    assert_bitwise(wide(Int8Rows(q, scale, x.dtype, "127")), want)
     assert_bitwise(linear(x), want.bfloat16())
     assert not torch.equal(want, want.bfloat16().float())
 
@@ -352,7 +352,7 @@ def test_an_mlp_neither_stores_gate_and_up_nor_reads_a_residual_twice():
     for gate, down, given, read, made in (
         ("int4", "int4", x, 2 * K, 2 * 96 + 2 * 96),
         # SiLU-mul is stored, quantised and read in 8 bits with a scale.
-        ("w8a8", "w8a8", Int8Rows(q, scale, x.dtype), K + 4, 2 * 96 + 2 * 96 + 2 * (96 + 4)),
+        ("w8a8", "w8a8", Int8Rows(q, scale, x.dtype, "127"), K + 4, 2 * 96 + 2 * 96 + 2 * (96 + 4)),
     ):
         mlp = MLP(GATES[gate](1), GATES[gate](2), DOWNS[down]())
         with Traffic(5) as traffic:

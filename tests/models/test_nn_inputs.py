@@ -46,7 +46,7 @@ MODULES = {
     "Int8Linear": int8,
     "Int8WeightOnlyLinear": weight_only,
     "RMSNorm": lambda: RMSNorm(dense(1, K, 1)[0], 1e-6),
-    "RMSNorm int8": lambda: RMSNorm(dense(1, K, 1)[0], 1e-6, int8=True),
+    "RMSNorm int8": lambda: RMSNorm(dense(1, K, 1)[0], 1e-6, int8="127"),
     "MLP": lambda: MLP(int4(96), int4(96, seed=3), int4(N, 96, 5)),
     "MLP int8": lambda: MLP(int8(96), int8(96, seed=3), int8(N, 96, 5)),
     "MLP apart": lambda: MLP(int4(96), int8(96, seed=3), int8(N, 96, 5)),
@@ -99,8 +99,9 @@ def test_residuals_have_any_strides(name, layout):
 def test_8_bit_rows_and_parameters_have_any_strides():
     q, scale = qops.quantize_int8(random_activations(6, K, dtype=torch.bfloat16, seed=3))
     module = int8()
-    want = module(Int8Rows(q, scale, torch.bfloat16))
-    assert_bitwise(module(Int8Rows(q.mT.contiguous().mT, torch.stack((scale, scale), 1)[:, 0], torch.bfloat16)), want)
+    want = module(Int8Rows(q, scale, torch.bfloat16, "127"))
+    apart = torch.stack((scale, scale), 1)[:, 0]
+    assert_bitwise(module(Int8Rows(q.mT.contiguous().mT, apart, torch.bfloat16, "127")), want)
     apart = torch.stack((dense(1, N, 2)[0], dense(1, N, 2)[0]), 1)[:, 0]
     x = random_activations(3, K, dtype=torch.float32, seed=3)
     assert_bitwise(Int4Linear(int4().weight, apart)(x), int4()(x))

@@ -50,7 +50,7 @@ def limits_of(model: Any) -> Limits:
     """By what the model computes with, wherever it came from."""
     from qops.nn import QuantizedLinear
 
-    if any(isinstance(module, QuantizedLinear) and module.takes_int8 for module in model.modules()):
+    if any(isinstance(module, QuantizedLinear) and module.quantizes_input for module in model.modules()):
         return INT8
     return FLOAT32 if model.dtype == torch.float32 else HALF
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
@@ -21,20 +22,34 @@ class Checkpoint(Protocol):
     Nothing is read before it is asked for. Whoever builds a model asks layer by layer, for each tensor once, so a
     reader need not keep what it has given.
 
-    Attributes:
-        config: of Transformers, of any kind; its `architectures` names the class of the model.
-        dtype: in which the model is built where its user says nothing.
-        fuses: whether its layers are to be fused where they can be.
-        generation_config: of Transformers; None where there is none.
-
     Raises:
         ValueError: from each method, where the checkpoint does not hold what it should; path and tensor are named.
     """
 
-    config: Any
-    dtype: torch.dtype
-    fuses: bool
-    generation_config: Any
+    @property
+    def config(self) -> Any:
+        """Transformers' config, of any kind; its `architectures` names the class of the model."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model is built where its user says nothing."""
+        ...
+
+    @property
+    def fuses(self) -> bool:
+        """Whether its layers are to be fused where they can be."""
+        ...
+
+    @property
+    def generation_config(self) -> Any:
+        """Transformers' generation config; None where there is none."""
+        ...
+
+    @property
+    def names(self) -> Collection[str]:
+        """All parameters and buffers; `<module>.weight` also where the weight is quantised."""
+        ...
 
     def holds(self, name: str) -> bool:
         """Whether there is a parameter or buffer of that name.
@@ -77,6 +92,18 @@ class Checkpoint(Protocol):
 
         Returns:
             [N, K], not packed yet where it is quantised, in the stored dtype where it is dense.
+        """
+        ...
+
+    def activations(self, module: str) -> dict[str, torch.Tensor]:
+        """What the linear of a module quantises its input with besides its weight.
+
+        Args:
+            module: its name in Transformers' model; its weight is quantised.
+
+        Returns:
+            Keyword arguments for the class that :meth:`linear` names, those of its `static_input` that there are: {}
+            for all but static activations.
         """
         ...
 

@@ -7,7 +7,6 @@ packed layout and stays valid when that changes.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 
 from qops.formats.checkpoint import Weight
+from qops.formats.folders.config import read_config, read_generation_config
+from qops.formats.folders.tensors import read_json
 from qops.nn import QuantizedLinear
 from qops.nn.linears import LINEARS
 
@@ -51,47 +52,15 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def transformers_class(name: object) -> Any:
-    import transformers
-
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ValueError(f"architectures must name a model class of transformers, got {name!r}")
-    return found
-
-
-def _takes(model_class: Any, config: Any) -> bool:
-    """Whether a class of Transformers is for a config: by its own type, or as one that borrows the class."""
-    from transformers.models.auto import modeling_auto
-
-    if isinstance(config, model_class.config_class):
-        return True
-    mappings = [mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
-    found = [mapping.get(config.model_type, ()) for mapping in mappings]
-    return any(model_class.__name__ in ((names,) if isinstance(names, str) else names) for names in found)
-
-
 class Folder:
     """A folder written by `save_model`, as a :class:`qops.formats.Checkpoint`."""
 
     def __init__(self, folder: Path):
-        from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError, safe_open
-        from transformers import AutoConfig, GenerationConfig
 
-        self.folder = folder
+        self.folder, self.files = folder, {TENSORS_FILE}
         settings = self._read_settings()
-        try:
-            self.config: Any = AutoConfig.from_pretrained(folder)
-            model_class = transformers_class((self.config.architectures or [None])[0])
-        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from error
-        if not _takes(model_class, self.config):
-            wanted = model_class.config_class.model_type
-            raise ValueError(
-                f"{folder / 'config.json'}: model_type must be '{wanted}' for {model_class.__name__}, "
-                f"got '{self.config.model_type}'"
-            )
+        self.config: Any = read_config(folder)
         del self.config.__dict__["quantization_config"]
         self.dtype: torch.dtype = self.config.dtype
         self.fuses: bool = settings["fused"]
@@ -103,24 +72,19 @@ class Folder:
             self._file: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-        self.names: frozenset[str] = frozenset(self._file.keys())
+        self._tensors: frozenset[str] = frozenset(self._file.keys())
         for module in self._kinds:
-            if f"{module}.weight.qweight" not in self.names:
+            if f"{module}.weight.qweight" not in self._tensors:
                 raise ValueError(f"{path}: tensor {module}.weight.qweight is missing")
-        self.generation_config: Any = None
-        if (folder / "generation_config.json").is_file():
-            try:
-                self.generation_config = GenerationConfig.from_pretrained(folder)
-            except (OSError, ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{folder / 'generation_config.json'}: {error}") from error
+        weights = {f"{module}.weight" for module in self._kinds}
+        parts = {name for name in self._tensors if name.rpartition(".")[0] in weights}
+        self.names: frozenset[str] = frozenset(weights | (self._tensors - parts))
+        self.generation_config: Any = read_generation_config(folder)
 
     def _read_settings(self) -> dict[str, Any]:
         path = self.folder / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a readable config: {error}") from error
-        settings = config.get("quantization_config") if isinstance(config, dict) else None
+        config = read_json(path)
+        settings = config.get("quantization_config")
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         if not isinstance(settings, dict) or method != QUANT_METHOD:
             raise ValueError(f"{path}: must be of a model saved by qops.save_model, got quant_method '{method}'")
@@ -137,7 +101,7 @@ class Folder:
         return settings
 
     def holds(self, name: str) -> bool:
-        return name in self.names or name.removesuffix(".weight") in self._kinds
+        return name in self.names
 
     def kind(self, module: str) -> str:
         return self._kinds.get(module, "dense")
@@ -156,22 +120,28 @@ class Folder:
             return self.tensor(prefix)
         tensors = {key: self.tensor(f"{prefix}.{key}") for key in ("qweight", "scales")}
         for key in ("zeros", "offsets", "perm"):
-            if f"{prefix}.{key}" in self.names:
+            if f"{prefix}.{key}" in self._tensors:
                 tensors[key] = self.tensor(f"{prefix}.{key}")
         try:
             return linear.weight_class._from_state(tensors, self._kinds[module].partition(" ")[2])
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{self.folder}: {prefix}: {error}") from error
 
+    def activations(self, module: str) -> dict[str, torch.Tensor]:
+        linear = self.linear(module)
+        names = () if linear is None else linear.static_input
+        there = [name for name in names if name == "input_scale" or f"{module}.{name}" in self.names]
+        return {name: self.tensor(f"{module}.{name}") for name in there}
+
     def tensor(self, name: str) -> torch.Tensor:
-        if name not in self.names:
+        if name not in self._tensors:
             raise ValueError(f"{self.folder / TENSORS_FILE}: tensor {name} is missing")
         self._read.add(name)
         return self._file.get_tensor(name)
 
     def finish(self, model: Any) -> None:
         """Casts what was cast when the model was saved, too."""
-        left = sorted(self.names - self._read)
+        left = sorted(self._tensors - self._read)
         if left:
             raise ValueError(
                 f"{self.folder / TENSORS_FILE}: every tensor must have a place in {type(model).__name__} as "

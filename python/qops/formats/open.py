@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint
+from qops.formats.folders.stored import Options
+from qops.weights.state import QuantizedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What a folder needs to be read, and a conversation: not the pickles that lie beside it.
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+
+def open_checkpoint(
+    path: str | os.PathLike[str], *, zero_add: str | None = None, symmetric: bool | None = None
+) -> Checkpoint:
     """The reader of what lies at a path, by what it is.
 
     Args:
-        path: a GGUF file, or a folder written by :func:`qops.save_model`.
+        path: as of :func:`qops.load_model`.
+        zero_add: as there.
+        symmetric: as there.
 
     Returns:
         A :class:`qops.formats.Checkpoint`; file or folder have been checked, and no weight is read yet.
@@ -28,23 +39,65 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ValueError: the checkpoint is malformed or of a kind that is not supported.
     """
     require_transformers("qops.formats.open_checkpoint")
-    path = Path(path)
+    options, path = Options(zero_add, symmetric), local_path(path)
     if path.is_file():
-        from qops.formats.gguf import GGUFFile
+        from qops.formats.gguf.file import GGUFFile
 
+        options.refuse("GGUF")
         return GGUFFile(path)
-    if path.is_dir():
-        from qops.formats.folder import Folder
+    from qops.formats.folder import QUANT_METHOD, Folder
+    from qops.formats.folders.pretrained import PretrainedFolder, read_settings
 
+    if read_settings(path)["quant_method"] == QUANT_METHOD:
+        options.refuse("qops")
         return Folder(path)
-    raise FileNotFoundError(f"{path}: no such GGUF file or model folder")
+    return PretrainedFolder(path, options)
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    zero_add: str | None = None,
+    symmetric: bool | None = None,
+) -> dict[str, QuantizedWeight | torch.Tensor]:
+    """All weights of a checkpoint, without a model: for code that has modules of its own.
+
+    One weight after the other is read and packed, so that little more memory is needed than they take in the end.
+
+    Args:
+        path: as of :func:`qops.load_model`.
+        device: where they go.
+        zero_add: as there.
+        symmetric: as there.
+
+    Returns:
+        :class:`qops.Int4Weight` and :class:`qops.Int8Weight`, packed, by the names of their modules
+        ("model.layers.0.mlp.down_proj"), and dense tensors in their stored dtype by their own names
+        ("model.norm.weight"), which are those of Transformers' model.
+
+    Raises:
+        ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
+        FileNotFoundError: nothing is at `path`.
+        ValueError: the checkpoint is malformed or of a kind that is not supported.
+    """
+    checkpoint = open_checkpoint(path, zero_add=zero_add, symmetric=symmetric)
+    found: dict[str, QuantizedWeight | torch.Tensor] = {}
+    for name in sorted(checkpoint.names):
+        module = name.removesuffix(".weight")
+        if module != name and checkpoint.linear(module) is not None:
+            weight: Any = checkpoint.weight(module)
+            found[module] = weight.to(device).pack()
+        else:
+            found[name] = checkpoint.tensor(name).to(device)
+    return found
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model that :func:`qops.load_model` reads.
 
     Args:
-        path: a GGUF file, or a folder that the tokenizer was saved to.
+        path: a GGUF file, a folder that the tokenizer was saved to, or the name of a repository.
 
     Returns:
         A Transformers tokenizer.
@@ -56,12 +109,37 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         ValueError: a GGUF file that is malformed or holds no tokenizer.
     """
     require_transformers("qops.formats.load_tokenizer")
-    if Path(path).is_file():
+    path = local_path(path)
+    if path.is_file():
         from qops.formats import gguf
 
         return gguf.load_tokenizer(path)
-    if not Path(path).is_dir():  # from_pretrained would take it for the name of a repository, and ask for that
-        raise FileNotFoundError(f"{path}: no such GGUF file or folder")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path)
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The path itself, or the folder of a repository of the Hugging Face hub, which is fetched where it is not cached.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    found = Path(path)
+    if found.exists():
+        return found
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    said = f"{path}: no such GGUF file or model folder"
+    try:
+        validate_repo_id(str(path))
+    except HFValidationError:
+        raise FileNotFoundError(said) from None
+    if not isinstance(path, str) or path.count("/") != 1:
+        raise FileNotFoundError(said)
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{said}, and no repository of that name: {error}") from error

@@ -6,8 +6,9 @@ the MLP: they add it before they store. Other linears there, and norms after the
 norm that follows, an `add_rms_norm`. By the contracts of the operators the bits are those of the unfused chain.
 Layers take and return plain hidden states.
 
-In a layer of `Int8Linear`s the norms emit 8-bit activations with their scales. Attention and the product of gate and
-up, which stores the one vector that SiLU-mul makes of both, leave the quantisation of a token to a pass of its own.
+In a layer of `Int8Linear`s the norms emit 8-bit activations with their scales, by the one rule of the linears that read
+them (`rows_rule`). Attention and the product of gate and up, which stores the one vector that SiLU-mul makes of both,
+leave the quantisation of a token to a pass of its own.
 
 Attention, MLP and the residual stream around both are fused each where it is known (`known_parts`): the others stay
 Transformers' own, an MLP of experts in a fused layer, or a fused attention in a layer that scales its residuals.
@@ -38,7 +39,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm
 from qops.nn.hooks import is_watched, newest_hook
 from qops.nn.linears import into_stream
-from qops.nn.mlp import takes_int8
+from qops.nn.mlp import rows_rule
 from qops.nn.offload import Offloadable
 from qops.ops import qk_norm_rotary_, rotary, rotary_
 from qops.weights.requirements import moved
@@ -498,12 +499,10 @@ class DecoderLayer(Offloadable):
         # Every hook of the process gets a number, so that an unchanged one spares the look at 20 modules.
         self.newest_hook = newest_hook()
         self.watched = any(is_watched(module) for module in self.modules() if module is not self)
-        attention, mlp = self.self_attn, self.mlp
-        self.input_layernorm.int8 = (
-            isinstance(attention, Attention) and takes_int8(attention.qkv_proj) and not self.watched
-        )
-        before_mlp = getattr(self, self.before_mlp)
-        before_mlp.int8 = isinstance(mlp, MLP) and takes_int8(mlp.gate_up_proj) and not self.watched
+        after_input = self.self_attn.qkv_proj if isinstance(self.self_attn, Attention) else None
+        after_attention = self.mlp.gate_up_proj if isinstance(self.mlp, MLP) else None
+        self.input_layernorm.int8 = None if self.watched else rows_rule(after_input)
+        getattr(self, self.before_mlp).int8 = None if self.watched else rows_rule(after_attention)
 
 
 def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from torch import nn
 
 from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
-from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, replace_files, transformers_class
+from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, replace_files
+from qops.formats.folders.config import transformers_class
 from qops.formats.open import open_checkpoint
 from qops.models.replacement import (
     FusionPlan,
@@ -25,6 +26,7 @@ from qops.models.replacement import (
     is_fused,
     is_linear,
     is_tied,
+    kind_of,
     name_of,
     packed,
     parameter_of,
@@ -34,7 +36,7 @@ from qops.models.replacement import (
     require_replaced,
     tie,
 )
-from qops.nn import dense_linear, frozen
+from qops.nn import QuantizedLinear, dense_linear, frozen
 from qops.weights.state import QuantizedWeight
 
 __all__ = ["dense_model", "load_model", "save_model"]
@@ -46,6 +48,8 @@ def load_model(
     device: str | torch.device = "cpu",
     *,
     prove: bool = True,
+    zero_add: str | None = None,
+    symmetric: bool | None = None,
 ) -> Any:
     """Loads a model whose linears, norms, rotary and SiLU-mul run on qops operators.
 
@@ -54,13 +58,20 @@ def load_model(
     embedding table, which is looked up densely.
 
     Args:
-        path: a GGUF file of a Llama-family model (Q4_0, Q4_1, Q8_0, F32, F16, BF16 tensors), or a folder written by
-            :func:`qops.save_model`.
-        dtype: float32, bfloat16 or float16; by default that in which a folder was saved, and bfloat16 for a GGUF file.
+        path: a folder with a quantised checkpoint in safetensors files: GPTQ (version 1 and 2, act-order, 4 and 8
+            bits), AWQ (gemm, gemv, gemv_fast), compressed-tensors (pack-quantized, int-quantized), or what
+            :func:`qops.save_model` wrote; a GGUF file; or the name of a repository on the Hugging Face hub that holds
+            such a folder.
+        dtype: float32, bfloat16 or float16; by default that of the checkpoint, and bfloat16 for a GGUF file.
         device: where the model goes.
         prove: compare fused decoder layers with those of the installed Transformers first, one of each kind
             (:func:`qops.quantize_model` tells how). Where they differ the model keeps Transformers' layers, with qops
             linears and norms, and a warning says what differed.
+        zero_add: of GPTQ alone: what has to be added to stored zero points, "word" or "nibble" for version 1, "none"
+            for version 2; by default what the config says. An asymmetric checkpoint whose config names the wrong
+            version reads as noise, and nothing in its tensors shows it: try the other one.
+            :func:`qops.formats.gptq.int4_weight` tells more.
+        symmetric: of AWQ without qzeros alone: True says that all zero points are 8, as lmdeploy means it.
 
     Returns:
         A Transformers model (`LlamaForCausalLM` or whichever was saved) in eval mode, frozen; `generate` works as
@@ -74,7 +85,7 @@ def load_model(
         ValueError: the checkpoint is malformed or of a kind that is not supported.
     """
     require_transformers("qops.load_model")
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, zero_add=zero_add, symmetric=symmetric)
     return build_model(checkpoint, dtype or checkpoint.dtype, device, prove)
 
 
@@ -103,12 +114,15 @@ def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
     held = list(entries(model))
     twin = skeleton(type(model), model.config, model.dtype)
     _require_restorable("qops.save_model", model, twin, {name for name, _, _ in held})
-    for name, value, kind in held:
+    for name, value, owner in held:
         if isinstance(value, torch.Tensor):
             tensors[name] = value
-        else:
-            kinds[name.removesuffix(".weight")] = kind
-            tensors |= {f"{name}.{value._state_key(key)}": tensor for key, tensor in value.canonical().items()}
+            continue
+        module = name.removesuffix(".weight")
+        kinds[module] = kind_of(owner)
+        tensors |= {f"{name}.{value._state_key(key)}": tensor for key, tensor in value.canonical().items()}
+        if isinstance(owner, QuantizedLinear):
+            tensors |= {f"{module}.{key}": tensor for key, tensor in owner.activations().items()}
     # Parts of a merged dense linear are views of one storage, which safetensors refuses.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     config = copy.deepcopy(model.config)
@@ -205,9 +219,16 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
 # Building ------------------------------------------------------------------------------------------------------------
 
 
-def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool = True) -> Any:
-    """The model of a checkpoint. Weights are packed where the checkpoint has them; then all goes to ``device``."""
-    model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
+def build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool = True, model: Any = None
+) -> Any:
+    """The model of a checkpoint. Weights are packed where the checkpoint has them; then all goes to ``device``.
+
+    Args:
+        model: the :func:`skeleton` that is filled; by default one of the class and config that the checkpoint names.
+    """
+    if model is None:
+        model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
 
     def fetch(name: str, module: Any) -> Weight:
         weight = checkpoint.weight(name)
@@ -229,7 +250,10 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.
         if kind is None or isinstance(weight, torch.Tensor):
             said = "dense" if kind is None else f"that of an {kind.__name__}"
             raise ValueError(f"{name}.weight must be {said}, as the checkpoint says, got {type(weight).__name__}")
-        return kind(weight, bias, float32_output=logits)
+        try:
+            return kind(weight, bias, float32_output=logits, **checkpoint.activations(name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def norm(name: str, module: nn.Module) -> nn.Module:
         weight = fetch(name, module)
@@ -241,11 +265,13 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.
         return linear_of(name, fetch(name, module), bias_of(module, f"{name}.bias"))
 
     def bias_of(module: nn.Linear, name: str) -> torch.Tensor | None:
+        bias = checkpoint.tensor(name) if checkpoint.holds(name) or module.bias is not None else None
         if module.bias is None:
-            if checkpoint.holds(name):
+            # AutoGPTQ has stored zeros for linears that have none.
+            if bias is not None and bool(bias.any()):
                 raise ValueError(f"{name} has no place in {type(model).__name__} as its config describes it")
             return None
-        return checkpoint.tensor(name)
+        return bias
 
     _tie_what_is_tied(model, checkpoint.holds)
     norms = Norms()
@@ -335,8 +361,8 @@ def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
     Those that are tied to another one share its parameter.
     """
     for module_name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight):
-            continue
+        if isinstance(module, (QuantizedWeight, QuantizedLinear)):
+            continue  # made with all that they have
         wanted = {key: value for key, value in module._parameters.items() if value is not None and value.is_meta}
         for key, value in module._buffers.items():
             if value is not None and key not in module._non_persistent_buffers_set:

@@ -280,7 +280,7 @@ def _plan(
         if not any(matches(pattern, name) for name in linears):
             raise ValueError(f"{caller}: skip must name linears of the model, {pattern!r} names none")
     choice, norms = choose(caller, scheme, tuple(linears)), Norms()
-    if smoothing is not None and not any(one.linear.takes_int8 for one in choice.schemes):
+    if smoothing is not None and not any(one.linear.quantizes_input for one in choice.schemes):
         raise ValueError(f"{caller}: smoothing must be None with {str(choice)!r}, which leaves activations as they are")
     plan = _Plan(choice, norms, plan_fusion(model, norms) if fuse else FusionPlan("fuse=False", None))
     if smoothing is not None:
@@ -472,7 +472,7 @@ def replaced_parts(model: nn.Module) -> dict[str, str]:
 def _described(module: Any) -> str:
     if isinstance(module, QuantizedLinear) and not isinstance(module, Int8Linear):
         return f"{type(module).__name__} (group size {module.weight.group_size})"
-    if isinstance(module, RMSNorm) and module.int8:
+    if isinstance(module, RMSNorm) and module.int8 is not None:
         return "RMSNorm that emits int8"
     return "RMSNorm" if isinstance(module, RMSNorm) else type(module).__name__
 

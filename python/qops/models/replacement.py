@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qops.formats._transformers import require_transformers
-from qops.nn import Int8Embedding, MergedLinear, MergingModule, RMSNorm, frozen
+from qops.nn import Int8Embedding, MergedLinear, MergingModule, QuantizedLinear, RMSNorm, frozen
 from qops.nn.hooks import forget_recording, is_watched
 from qops.ops import rms_norm
 from qops.weights import Int8Weight
@@ -417,8 +417,8 @@ def kind_of(linear: Any) -> str:
     return f"{linear.scheme} {linear.weight.kind}"
 
 
-def entries(model: Any) -> Iterator[tuple[str, Any, str]]:
-    """(parameter name in Transformers' model, weight or tensor, kind of a quantised weight), each once.
+def entries(model: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(parameter name in Transformers' model, weight or tensor, owner of a quantised weight or None), each once.
 
     Tied tensors stand under the name of their source. A tied table is the embedding's, as Transformers has it; its
     exact values are those of the output layer, because a 4-bit table is looked up densely and the dense one is rounded.
@@ -428,14 +428,14 @@ def entries(model: Any) -> Iterator[tuple[str, Any, str]]:
     quantised = is_tied(model) and isinstance(output.weight, QuantizedWeight)
     if quantised:
         name = f"{name_of(model, table)}.weight"
-        yield ties.get(name, name), output.weight, kind_of(output)
-    for name, value, kind in _all_entries(model):
+        yield ties.get(name, name), output.weight, output
+    for name, value, owner in _all_entries(model):
         copied = name in ties and value is parameter_of(model, ties[name])
         if not copied and not (quantised and (value is table.weight or value is output.weight)):
-            yield name, value, kind
+            yield name, value, owner
 
 
-def _all_entries(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+def _all_entries(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     merged: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(merged) and merged:
@@ -449,13 +449,16 @@ def _all_entries(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
             yield from _own_entries(name, module)
 
 
-def _own_entries(name: str, module: nn.Module) -> Iterator[tuple[str, Any, str]]:
+def _own_entries(name: str, module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(module, QuantizedWeight):
         return  # its linear's
     weight = module._modules.get("weight")
     if isinstance(weight, QuantizedWeight):
-        yield f"{name}.weight", weight, kind_of(module)
-    persistent = (item for item in module._buffers.items() if item[0] not in module._non_persistent_buffers_set)
+        yield f"{name}.weight", weight, module
+    # What a linear quantises its input with goes where its weight goes.
+    static = module.static_input if isinstance(module, QuantizedLinear) else ()
+    not_here = module._non_persistent_buffers_set.union(static)
+    persistent = (item for item in module._buffers.items() if item[0] not in not_here)
     for key, tensor in (*module._parameters.items(), *persistent):
         if tensor is not None:
-            yield f"{name}.{key}".removeprefix("."), tensor, ""
+            yield f"{name}.{key}".removeprefix("."), tensor, None

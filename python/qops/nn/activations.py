@@ -17,11 +17,13 @@ class Int8Rows(NamedTuple):
         q: int8 [..., K].
         scale: float32 [...], one per token.
         dtype: what they were quantised from, and what the linear returns.
+        rule: of :func:`qops.quantize_int8`, by which they were made; a linear of another rule refuses them.
     """
 
     q: torch.Tensor
     scale: torch.Tensor
     dtype: torch.dtype
+    rule: str
 
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-# State shared by all rows of a weight: the same in every part. Everything else has N rows.
-SHARED_STATE = ("perm", "format_version")
+# State shared by all rows of a linear: the same in every part. Everything else has N rows.
+SHARED_STATE = ("perm", "format_version", "input_scale", "input_zero_point")
 
 
 def restore_names(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

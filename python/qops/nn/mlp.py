@@ -21,8 +21,9 @@ from qops.ops import (
 class MergedLinear(nn.Module):
     """Linears over one input as one GEMM, side by side along N, each under its own name in the state_dict.
 
-    Parts of one type (int4 of one kind and group size, int8 of one group size, or dense; all or none with a bias)
-    become one linear. Others stay separate and their outputs are concatenated: mixed checkpoints work, only slower.
+    Parts of one type (int4 of one kind and group size, int8 of one group size that quantise the input alike, or dense;
+    all or none with a bias) become one linear. Others stay separate and their outputs are concatenated: mixed
+    checkpoints work, only slower.
     The parent must derive from :class:`MergingModule`, which gives the parts their names back when a state_dict is
     loaded.
 
@@ -46,15 +47,16 @@ class MergedLinear(nn.Module):
         self.register_state_dict_post_hook(restore_names)
 
     @property
-    def takes_int8(self) -> bool:
-        """Whether the input may be :class:`Int8Rows`, because every part takes them."""
-        return all(map(takes_int8, self.separate if self.merged is None else [self.merged]))
+    def rows_rule(self) -> str | None:
+        """The rule of the :class:`Int8Rows` that the input may be: that of every part; None where they differ."""
+        rules = {rows_rule(linear) for linear in (self.separate if self.merged is None else [self.merged])}
+        return rules.pop() if len(rules) == 1 else None
 
     def forward(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
         """The outputs of all parts side by side.
 
         Args:
-            x: [..., K]; 8-bit only where `takes_int8`.
+            x: [..., K]; 8-bit only by `rows_rule`.
 
         Returns:
             [..., sum of the parts' N].
@@ -186,8 +188,9 @@ class MLP(MergingModule):
             gate, up = hidden.chunk(2, dim=-1)
             hidden = self.act(gate) * up
         elif not self.activates_in_gemm:
-            if isinstance(self.down_proj, QuantizedLinear) and self.down_proj.takes_int8:
-                hidden = Int8Rows(*silu_mul_int8(hidden), hidden.dtype)
+            rule = rows_rule(self.down_proj)
+            if rule is not None:
+                hidden = Int8Rows(*silu_mul_int8(hidden, rule=rule), hidden.dtype, rule)
             else:
                 hidden = silu_mul(hidden)
         return into_stream(self.down_proj, hidden, residual)
@@ -200,9 +203,9 @@ class MLP(MergingModule):
         return ", ".join(note for note, holds in notes.items() if holds)
 
 
-def takes_int8(linear: Any) -> bool:
-    """Whether the input of a linear, of any kind, may be :class:`Int8Rows`."""
-    return isinstance(linear, (QuantizedLinear, MergedLinear)) and linear.takes_int8
+def rows_rule(linear: Any) -> str | None:
+    """The rule of the :class:`Int8Rows` that the input of a linear, of any kind, may be; None: it must be dense."""
+    return linear.rows_rule if isinstance(linear, (QuantizedLinear, MergedLinear)) else None
 
 
 def _with_rows(linear: Any, order: torch.Tensor) -> Any:
@@ -222,7 +225,6 @@ def _merge(linears: Sequence[Any]) -> Any:
     weights = [linear.weight for linear in linears]
     if isinstance(first, nn.Linear):
         return dense_linear(torch.cat(weights), bias)
-    alike = (weights[0].is_like(weight) for weight in weights)
-    if not all(alike) or len({linear.float32_output for linear in linears}) > 1:
+    if not all(first.is_like(linear) for linear in linears):
         return None
     return first.around(type(first.weight).cat(weights), bias)

@@ -19,18 +19,24 @@ from qops.ops import (
 class RMSNorm(Noticed):
     """:func:`qops.rms_norm`, or with a residual :func:`qops.add_rms_norm`, as a module.
 
-    With `int8` they are :func:`qops.rms_norm_int8` and :func:`qops.add_rms_norm_int8`, rule "127".
+    With `int8` they are :func:`qops.rms_norm_int8` and :func:`qops.add_rms_norm_int8`.
 
     Args:
         weight: [H].
         eps: added to the mean of squares.
         weight_offset: added to the weight; 1 in Gemma.
         rounding: "hf" or "fp32", see :func:`qops.rms_norm`.
-        int8: return :class:`Int8Rows` instead of a tensor, for an :class:`Int8Linear` that follows.
+        int8: return :class:`Int8Rows` of this rule instead of a tensor, for linears that follow (their `rows_rule`).
     """
 
     def __init__(
-        self, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0, rounding: str = "hf", int8: bool = False
+        self,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_offset: float = 0.0,
+        rounding: str = "hf",
+        int8: str | None = None,
     ):
         super().__init__()
         self.weight = frozen(weight.contiguous())
@@ -51,8 +57,8 @@ class RMSNorm(Noticed):
         style: Any = {"weight_offset": self.weight_offset, "rounding": self.rounding}
         if not x.is_contiguous():
             x = with_dense_rows(x)
-        if self.int8:
-            return Int8Rows(*rms_norm_int8(x, self.weight, self.eps, **style), x.dtype)
+        if self.int8 is not None:
+            return Int8Rows(*rms_norm_int8(x, self.weight, self.eps, rule=self.int8, **style), x.dtype, self.int8)
         return rms_norm(x, self.weight, self.eps, **style)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[Any, torch.Tensor]:
@@ -71,9 +77,9 @@ class RMSNorm(Noticed):
             x = with_dense_rows(x)
         if not residual.is_contiguous():
             residual = with_dense_rows(residual)
-        if self.int8:
-            q, scale, total = add_rms_norm_int8(x, residual, self.weight, self.eps, **style)
-            return Int8Rows(q, scale, x.dtype), total
+        if self.int8 is not None:
+            q, scale, total = add_rms_norm_int8(x, residual, self.weight, self.eps, rule=self.int8, **style)
+            return Int8Rows(q, scale, x.dtype, self.int8), total
         return add_rms_norm(x, residual, self.weight, self.eps, **style)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from qops import _layout
 from qops.ops._checks import INT4_KINDS
-from qops.weights import gguf
 from qops.weights.requirements import (
     group_size_from_scales,
     require_dtype,
@@ -218,21 +217,110 @@ class Int4Weight(QuantizedWeight):
         return super()._from_state(tensors, kind, in_features=columns, **more)
 
     @classmethod
-    def from_gguf(cls, blocks: Tensor, qtype: str, *, pack: bool = True) -> Self:
-        """A weight from GGUF blocks; nothing is rounded.
+    def from_gptq(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor | None = None,
+        *,
+        zero_add: str | None = None,
+        pack: bool = True,
+    ) -> Int4Weight:
+        """A weight from the tensors of a GPTQ checkpoint: :func:`qops.formats.gptq.int4_weight`, which tells more.
 
         Args:
-            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
-            qtype: "Q4_0" or "Q4_1".
+            qweight: int32 ``[K/8, N]``.
+            qzeros: int32 ``[K/G, N/8]``.
+            scales: ``[K/G, N]``.
+            g_idx: ``[K]``, in act-order.
+            zero_add: "word" or "nibble" for version 1 of the format, "none" for version 2.
             pack: as in :meth:`from_canonical`.
 
         Returns:
-            A weight in groups of 32 with float16 scales, of kind ``"symmetric"`` or ``"offset"``.
-
-        Raises:
-            ValueError: another type, or blocks that do not fill rows of it.
+            A weight that holds exactly these numbers.
         """
-        return cls.from_canonical(**gguf.int4_tensors(f"{cls._name()}.from_gguf", blocks, qtype), pack=pack)
+        from qops.formats import gptq
+
+        return gptq.int4_weight(qweight, qzeros, scales, g_idx, zero_add=zero_add, pack=pack)
+
+    @classmethod
+    def from_awq(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor | None,
+        scales: Tensor,
+        *,
+        version: str = "gemm",
+        group_size: int | None = None,
+        symmetric: bool = False,
+        pack: bool = True,
+    ) -> Int4Weight:
+        """A weight from the tensors of an AWQ checkpoint: :func:`qops.formats.awq.int4_weight`, which tells more.
+
+        Args:
+            qweight: int32 ``[K, N/8]`` of version "gemm".
+            qzeros: int32 ``[K/G, N/8]``; None for a symmetric weight.
+            scales: ``[K/G, N]``.
+            version: "gemm", "gemv" or "gemv_fast".
+            group_size: G, which the other versions need.
+            symmetric: says that, without qzeros, every zero point is 8.
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly these numbers.
+        """
+        from qops.formats import awq
+
+        return awq.int4_weight(
+            qweight, qzeros, scales, version=version, group_size=group_size, symmetric=symmetric, pack=pack
+        )
+
+    @classmethod
+    def from_compressed_tensors(
+        cls,
+        weight_packed: Tensor,
+        weight_scale: Tensor,
+        weight_shape: Tensor | None = None,
+        weight_zero_point: Tensor | None = None,
+        weight_g_idx: Tensor | None = None,
+        *,
+        pack: bool = True,
+    ) -> Int4Weight:
+        """A weight from compressed-tensors: :func:`qops.formats.compressed_tensors.int4_weight`, which tells more.
+
+        Args:
+            weight_packed: int32 ``[N, K/8]``.
+            weight_scale: ``[N, K/G]``.
+            weight_shape: ``[2]``, N and K.
+            weight_zero_point: int32 ``[N/8, K/G]``; none when symmetric.
+            weight_g_idx: ``[K]``, in act-order.
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly these numbers.
+        """
+        from qops.formats import compressed_tensors
+
+        return compressed_tensors.int4_weight(
+            weight_packed, weight_scale, weight_shape, weight_zero_point, weight_g_idx, pack=pack
+        )
+
+    @classmethod
+    def from_gguf(cls, blocks: Tensor, qtype: str, *, pack: bool = True) -> Int4Weight:
+        """A weight from GGUF blocks: :func:`qops.formats.gguf.int4_weight`, which tells more.
+
+        Args:
+            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
+            qtype: "Q4_0", "Q4_1", "Q2_K", "Q3_K" or "Q4_K".
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly the stored numbers.
+        """
+        from qops.formats import gguf
+
+        return gguf.int4_weight(blocks, qtype, pack=pack)
 
     @staticmethod
     def _pack_codes(qweight: Tensor) -> Tensor:

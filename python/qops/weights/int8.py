@@ -10,7 +10,6 @@ from torch import Tensor
 
 from qops import _layout
 from qops._layout import STRIP_ROWS, strips_of
-from qops.weights import gguf
 from qops.weights.requirements import (
     dtype_name,
     group_size_from_scales,
@@ -175,21 +174,99 @@ class Int8Weight(QuantizedWeight):
         return cls._from_tensors(tensors, config, pack)
 
     @classmethod
-    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Self:
-        """A weight from GGUF blocks; nothing is rounded.
+    def from_gptq(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor | None = None,
+        *,
+        zero_add: str | None = None,
+        pack: bool = True,
+    ) -> Int8Weight:
+        """A weight from the tensors of an 8-bit GPTQ checkpoint: :func:`qops.formats.gptq.int8_weight`.
 
         Args:
-            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
-            qtype: "Q8_0".
+            qweight: int32 ``[K/4, N]``.
+            qzeros: int32 ``[K/G, N/4]``.
+            scales: ``[K/G, N]``.
+            g_idx: ``[K]``, in act-order.
+            zero_add: "word" or "nibble" for version 1 of the format, "none" for version 2.
             pack: as in :meth:`from_canonical`.
 
         Returns:
-            A weight in groups of 32 with float16 scales.
+            A weight that holds exactly these numbers.
+        """
+        from qops.formats import gptq
+
+        return gptq.int8_weight(qweight, qzeros, scales, g_idx, zero_add=zero_add, pack=pack)
+
+    @classmethod
+    def from_compressed_tensors(
+        cls,
+        weight: Tensor,
+        weight_scale: Tensor,
+        weight_shape: Tensor | None = None,
+        weight_zero_point: Tensor | None = None,
+        weight_g_idx: Tensor | None = None,
+        *,
+        pack: bool = True,
+    ) -> Int8Weight:
+        """A weight from compressed-tensors: :func:`qops.formats.compressed_tensors.int8_weight`, which tells more.
+
+        Args:
+            weight: int8 ``[N, K]``, or int32 ``[N, K/4]``.
+            weight_scale: ``[N, K/G]``, or one for the whole weight.
+            weight_shape: ``[2]``, N and K.
+            weight_zero_point: none when symmetric.
+            weight_g_idx: ``[K]``, in act-order.
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly these numbers.
+        """
+        from qops.formats import compressed_tensors
+
+        return compressed_tensors.int8_weight(
+            weight, weight_scale, weight_shape, weight_zero_point, weight_g_idx, pack=pack
+        )
+
+    @classmethod
+    def from_torchao(cls, tensor: Tensor, *, pack: bool = True) -> Int8Weight:
+        """A weight from an `Int8Tensor` of torchao: :func:`qops.formats.torchao.weight`, which tells more.
+
+        Args:
+            tensor: `linear.weight` after `torchao.quantization.quantize_`.
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight with torchao's own bits.
 
         Raises:
-            ValueError: another type, or blocks that do not fill rows of it.
+            RuntimeError: a tensor of another class.
         """
-        return cls.from_canonical(**gguf.int8_tensors(f"{cls._name()}.from_gguf", blocks, qtype), pack=pack)
+        from qops.formats import torchao
+
+        found = torchao.weight(tensor, pack=pack)
+        if not isinstance(found, Int8Weight):
+            raise RuntimeError(f"{cls._name()}.from_torchao: tensor must be of 8 bits, got {type(tensor).__name__}")
+        return found
+
+    @classmethod
+    def from_gguf(cls, blocks: Tensor, qtype: str = "Q8_0", *, pack: bool = True) -> Int8Weight:
+        """A weight from GGUF blocks: :func:`qops.formats.gguf.int8_weight`, which tells more.
+
+        Args:
+            blocks: uint8 ``[N, bytes per row]``, as stored in the file.
+            qtype: "Q8_0", "Q5_0", "Q5_1", "Q5_K" or "Q6_K".
+            pack: as in :meth:`from_canonical`.
+
+        Returns:
+            A weight that holds exactly the stored numbers.
+        """
+        from qops.formats import gguf
+
+        return gguf.int8_weight(blocks, qtype, pack=pack)
 
     @torch.no_grad()
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

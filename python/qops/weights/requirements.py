@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ def require_multiples_of_8(name: str, out_features: int, in_features: int) -> No
     for letter, size in (("N", out_features), ("K", in_features)):
         if size < 0 or size % 8:
             raise ValueError(f"{name}: {letter} must be a multiple of 8, got {size}")
+
+
+def require_shape(name: str, shape: Sequence[int]) -> tuple[int, int]:
+    """The shape that a format stores beside tensors of another one, N and K."""
+    if len(shape) != 2 or not all(int(size) > 0 for size in shape):
+        raise ValueError(f"{name}: shape must be [N, K], both positive, got {list(shape)}")
+    return int(shape[0]), int(shape[1])
 
 
 def resolve_group_size(name: str, in_features: int, group_size: int) -> int:

@@ -91,6 +91,40 @@ def store_nibbles(codes: Tensor) -> Tensor:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
+def move_zeros_to_offsets(name: str, codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """``s * (q - z) = s * q' + o``, exactly: ``q' = q - c`` and ``o = s * (c - z)``, c an integer of each group.
+
+    Args:
+        name: of the caller, for messages.
+        codes: uint8 or int8 ``[N, K]``, N and K positive.
+        scales: ``[N, K/G]``.
+        zeros: ``[N, K/G]``, integers or floating point.
+
+    Returns:
+        int8 ``q'`` and float32 ``o``.
+
+    Raises:
+        ValueError: no float32 holds an offset.
+    """
+    grouped = codes.to(torch.int16).view(*scales.shape, -1)
+    origin, scale = zeros.double(), scales.double()
+    low, high = (found.double() for found in grouped.aminmax(dim=-1))
+    # The nearest integer leaves a difference of the fewest bits; q - c has to fit in int8 all the same.
+    c = origin.round().clamp(high - 127, low + 128)
+    rest = c - origin
+    offsets = scale * rest
+    # A difference that is a float32 has an exact product in float64, so that the second comparison tells.
+    inexact = (rest.float() != rest) | (c - rest != origin) | (offsets.float() != offsets)
+    if inexact.any():
+        row, group = (int(index) for index in inexact.nonzero()[0])
+        raise ValueError(
+            f"{name}: offsets must fit in float32, for the weight to be exact, but in row {row}, group {group} "
+            f"that of scale {float(scale[row, group])!r}, zero {float(origin[row, group])!r} and codes "
+            f"{int(low[row, group])} ... {int(high[row, group])} does not"
+        )
+    return (grouped - c.to(torch.int16).unsqueeze(-1)).to(torch.int8).view(codes.shape), offsets.float()
+
+
 def add_rounding_to_odd(a: Tensor, b: Tensor, *, may_look: bool = True) -> Tensor:
     """a + b in float64, an inexact sum rounded to its neighbour with an odd last bit.
 

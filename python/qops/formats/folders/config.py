@@ -1,0 +1,83 @@
+"""What a folder says about its model besides the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def transformers_class(name: object) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"architectures must name a model class of transformers, got {name!r}")
+    return found
+
+
+def _takes(model_class: Any, config: Any) -> bool:
+    """Whether a class of Transformers is for a config: by its own type, or as one that borrows the class."""
+    from transformers.models.auto import modeling_auto
+
+    if isinstance(config, model_class.config_class):
+        return True
+    mappings = [mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    found = [mapping.get(config.model_type, ()) for mapping in mappings]
+    return any(model_class.__name__ in ((names,) if isinstance(names, str) else names) for names in found)
+
+
+def read_config(folder: Path) -> Any:
+    """Transformers' config of a folder, whose class of models is one of Transformers' own and takes it.
+
+    Raises:
+        ValueError: `config.json` is malformed, or names a class that is not.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+        model_class = transformers_class((config.architectures or [None])[0])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not _takes(model_class, config):
+        wanted = model_class.config_class.model_type
+        raise ValueError(f"{path}: model_type must be '{wanted}' for {model_class.__name__}, got '{config.model_type}'")
+    return config
+
+
+def read_generation_config(folder: Path) -> Any:
+    """Transformers' generation config of a folder; None where there is none.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(N, K) of each linear of a folder's model, by its name: what formats that store groups as rows do not say.
+
+    Raises:
+        ValueError: as :func:`read_config`; no model can be built of the config.
+    """
+    import torch
+    from torch import nn
+
+    config = read_config(folder)
+    try:
+        with torch.device("meta"):
+            model = transformers_class(config.architectures[0])(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {name: (module.out_features, module.in_features) for name, module in linears}
