@@ -217,7 +217,7 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   const int32_t* perm;  // [K] or null: column j of the packed weight multiplies x[perm[j]]
   const void* packed;
   const void* scales;
-  const void* zeros;  // uint8 for kZeroPoint, float32 for kFloatZero and kOffset, else null
+  const void* zeros;  // uint8 for kZeroPoint, float32 for kFloatZero and kOffset (with 8 bits the one), else null
   const void* bias;   // [N] or null; of a mixed weight in canonical order
   void* y;            // contiguous [rows, N], or [rows, N / 2] for kSiluMul
   DType dtype;        // of x, residual and y (but int8 for kInt8)

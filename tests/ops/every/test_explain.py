@@ -79,7 +79,7 @@ def test_the_operators_are_the_public_ones():
         (
             "int8_weight_only_gemm",
             {"kind": "offset"},
-            "int8_weight_only_gemm takes m, n, k, group_size, dtype, got kind",
+            "int8_weight_only_gemm takes m, n, k, group_size, dtype, zeros, perm, got kind",
         ),
         ("rotary", {"pairs": 65}, "qops.rotary: pairs must be at most D / 2 = 64, got 65"),
     ],
