@@ -55,14 +55,18 @@ def load_model(
 
     Quantised weights keep every stored code and scale. Dense weights, norms and biases are rounded once to `dtype`,
     which is also the dtype of the activations. No dense copy of a quantised weight is ever made, except of a 4-bit
-    embedding table, which is looked up densely.
+    embedding table, which is looked up densely, and of a weight in a GGUF file whose N is no multiple of 8 (the tables
+    of an odd vocabulary), which no kernel takes.
 
     Args:
         path: a folder with a quantised checkpoint in safetensors files: GPTQ (version 1 and 2, act-order, 4 and 8
             bits), AWQ (gemm, gemv, gemv_fast), compressed-tensors (pack-quantized, int-quantized), or what
-            :func:`qops.save_model` wrote; a GGUF file; or the name of a repository on the Hugging Face hub that holds
-            such a folder.
-        dtype: float32, bfloat16 or float16; by default that of the checkpoint, and bfloat16 for a GGUF file.
+            :func:`qops.save_model` wrote; a GGUF file of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
+            F32, F16 and BF16 tensors, of a llama (Mistral, SmolLM2), smollm3, qwen2, qwen3, gemma, gemma2, gemma3 (its
+            text model) or phi3; or the name of a repository on the Hugging Face hub that holds such a folder.
+        dtype: float32, bfloat16 or float16; by default that of the checkpoint. Of a GGUF file it is that of the dense
+            matrices: float16 or bfloat16 where all have this type or that, float32 where one is F32 or where there are
+            both, and bfloat16 where there are none. Its vectors are F32 whatever the model was, and say nothing.
         device: where the model goes.
         prove: compare fused decoder layers with those of the installed Transformers first, one of each kind
             (:func:`qops.quantize_model` tells how). Where they differ the model keeps Transformers' layers, with qops
