@@ -19,16 +19,19 @@ from qops.nn.linears import (
 )
 from qops.nn.mlp import MLP, MergedLinear, MergingModule
 from qops.nn.norm import RMSNorm
+from qops.nn.smoothed import Int4SmoothedLinear, Int8StaticSmoothedLinear
 
 __all__ = [
     "MLP",
     "Int4Linear",
+    "Int4SmoothedLinear",
     "Int8AsymmetricLinear",
     "Int8CompressedTensorsLinear",
     "Int8Embedding",
     "Int8Linear",
     "Int8Rows",
     "Int8StaticLinear",
+    "Int8StaticSmoothedLinear",
     "Int8TorchaoLinear",
     "Int8WeightOnlyLinear",
     "MergedLinear",
