@@ -113,6 +113,7 @@ struct QuantizeInt8AsymParams {
   Rows x_rows;
   DType dtype;
   int64_t k;
+  bool divides;         // rule "compressed-tensors": x / scale, and every step is rounded to dtype
   int8_t* q;            // contiguous [rows, K]
   float* scale;         // contiguous [rows]
   int32_t* zero_point;  // contiguous [rows], -128 .. 127
@@ -126,6 +127,7 @@ struct QuantizeInt8StaticParams {
   int64_t k;
   const float* scale;         // positive and finite
   const int32_t* zero_point;  // -128 .. 127; null: 0
+  bool divides;               // as above
   int8_t* q;                  // contiguous [rows, K]
 };
 

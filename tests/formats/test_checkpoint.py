@@ -14,7 +14,7 @@ import qops
 from qops.formats import Checkpoint, open_checkpoint
 from qops.formats.checkpoint import Weight
 from qops.formats.folder import Folder
-from qops.formats.gguf import GGUFFile
+from qops.formats.gguf.file import GGUFFile
 from qops.models import dense_model
 from qops.models.load import build_model
 from qops.nn import Int4Linear, Int8Linear, QuantizedLinear

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qops.formats.gguf import GGUFFile, load_tokenizer
-from qops.formats.gguf.file import unpermute_rows
+from qops.formats.gguf import load_tokenizer
+from qops.formats.gguf.file import GGUFFile, unpermute_rows
 from tests.support.models.gguf_blocks import TYPES
 from tests.support.models.gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
 
@@ -68,6 +68,24 @@ def test_dense_tensors_keep_their_dtype(tmp_path):
     dtypes = {"self_attn.v_proj": torch.float16, "self_attn.o_proj": torch.bfloat16, "mlp.up_proj": torch.float32}
     for name, dtype in dtypes.items():
         assert opened.weight(f"model.layers.0.{name}").dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"table": "F16"}, torch.float16),
+        ({"weights": "F16", "table": "F16"}, torch.float16),
+        ({"output": "BF16"}, torch.bfloat16),
+        ({"table": "BF16", "output": "F16"}, torch.float32),
+        ({"output": "F32"}, torch.float32),
+        ({"weights": "F16", "table": "F32"}, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_dtype_is_that_of_the_dense_matrices(tmp_path, kinds, dtype):
+    # Norms and biases are F32 in all of them.
+    assert GGUFFile(llama_file(bias=True, **kinds).write(tmp_path / "m.gguf")).dtype == dtype
 
 
 def test_config(tmp_path):

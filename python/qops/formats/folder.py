@@ -58,7 +58,7 @@ class Folder:
     def __init__(self, folder: Path):
         from safetensors import SafetensorError, safe_open
 
-        self.folder = folder
+        self.folder, self.files = folder, {TENSORS_FILE}
         settings = self._read_settings()
         self.config: Any = read_config(folder)
         del self.config.__dict__["quantization_config"]

@@ -39,9 +39,9 @@ def open_checkpoint(
         ValueError: the checkpoint is malformed or of a kind that is not supported.
     """
     require_transformers("qops.formats.open_checkpoint")
-    options, path = Options(zero_add, symmetric), _local(path)
+    options, path = Options(zero_add, symmetric), local_path(path)
     if path.is_file():
-        from qops.formats.gguf import GGUFFile
+        from qops.formats.gguf.file import GGUFFile
 
         options.refuse("GGUF")
         return GGUFFile(path)
@@ -111,7 +111,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         ValueError: a GGUF file that is malformed or holds no tokenizer.
     """
     require_transformers("qops.formats.load_tokenizer")
-    path = _local(path)
+    path = local_path(path)
     if path.is_file():
         from qops.formats import gguf
 
@@ -121,7 +121,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
 
-def _local(path: str | os.PathLike[str]) -> Path:
+def local_path(path: str | os.PathLike[str]) -> Path:
     """The path itself, or the folder of a repository of the Hugging Face hub, which is fetched where it is not cached.
 
     Raises:

@@ -223,9 +223,16 @@ def _dense(value: Weight, owner: Any, dtype: torch.dtype) -> torch.Tensor:
 # Building ------------------------------------------------------------------------------------------------------------
 
 
-def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool = True) -> Any:
-    """The model of a checkpoint. Weights are packed where the checkpoint has them; then all goes to ``device``."""
-    model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
+def build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool = True, model: Any = None
+) -> Any:
+    """The model of a checkpoint. Weights are packed where the checkpoint has them; then all goes to ``device``.
+
+    Args:
+        model: the :func:`skeleton` that is filled; by default one of the class and config that the checkpoint names.
+    """
+    if model is None:
+        model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
 
     def fetch(name: str, module: Any) -> Weight:
         weight = checkpoint.weight(name)

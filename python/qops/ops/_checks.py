@@ -175,6 +175,11 @@ class Checker:
         requirement = 'be "127", "compressed-tensors" or "torchao"'
         self.require(rule in ("127", "compressed-tensors", "torchao"), "rule", requirement, lambda: f'"{rule}"')
 
+    def one_of_two_rules(self, rule: str, other: str) -> None:
+        """Of the asymmetric and the static quantisers."""
+        rules = (other, "compressed-tensors")
+        self.require(rule in rules, "rule", 'be "{}" or "{}"'.format(*rules), lambda: f'"{rule}"')
+
 
 def fake(*ops: str) -> Callable[[F], F]:
     """Registers a function as the fake kernel of each overload of some operators.

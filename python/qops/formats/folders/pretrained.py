@@ -93,9 +93,11 @@ class PretrainedFolder:
     Args:
         folder: with `config.json` and safetensors files.
         options: what its user says about it.
+        settings: its quantization config; default what the folder says.
 
     Attributes:
         folder: as given.
+        files: the names of its safetensors files.
         method: the quant_method.
         stored: each quantised weight by the name of its module.
         names: of all parameters and buffers, `<module>.weight` where the weight is quantised.
@@ -111,15 +113,21 @@ class PretrainedFolder:
 
     fuses = True
 
-    def __init__(self, folder: Path, options: Options = Options()):  # noqa: B008 (immutable)
+    def __init__(
+        self,
+        folder: Path,
+        options: Options = Options(),  # noqa: B008 (immutable)
+        settings: Mapping[str, Any] | None = None,
+    ):
         self.folder = folder
-        settings = read_settings(folder)
+        settings = read_settings(folder) if settings is None else settings
         self.method: str = settings["quant_method"]
         if self.method not in METHODS:
             raise ValueError(
                 f"{folder / 'config.json'}: quant_method must be one of {', '.join(METHODS)}, got {self.method!r}"
             )
         self._files = TensorFiles(folder)
+        self.files = self._files.names
         try:
             method = METHODS[self.method](settings, options, self._files)
         except (TypeError, AttributeError, ValueError) as error:

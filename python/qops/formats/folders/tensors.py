@@ -68,6 +68,7 @@ class TensorFiles:
         folder: with `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
     Attributes:
+        names: of the files.
         specs: shape and dtype of each.
         metadata: what the files say about themselves.
 
@@ -80,6 +81,7 @@ class TensorFiles:
     def __init__(self, folder: Path):
         self.folder = folder
         self._files: dict[str, Any] = {}
+        self.names: set[str] = set()
         self.specs: dict[str, Spec] = {}
         self.metadata: dict[str, str] = {}
         if (folder / INDEX).is_file():
@@ -112,6 +114,7 @@ class TensorFiles:
             file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+        self.names.add(path.name)
         names = set(file.keys())
         if wanted is not None and names != wanted:
             missing, extra = sorted(wanted - names), sorted(names - wanted)

@@ -23,7 +23,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         A Transformers tokenizer whose special tokens are those of the file.
 
     Raises:
-        ImportError: as :class:`GGUFFile`.
+        ImportError: the `gguf` package or a supported Transformers is missing.
         ValueError: the container is malformed, holds no tokenizer, or one whose special tokens are no tokens.
     """
     require_transformers("qops.formats.gguf")
