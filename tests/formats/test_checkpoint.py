@@ -61,7 +61,10 @@ class Memory:
             return {}
         layer, own = int(module.split(".")[2]), module.endswith("v_proj")
         scale = 0.02 + 0.001 * layer + (0.003 if own and layer % 2 else 0)
-        return {"input_scale": torch.tensor([scale]), "input_zero_point": torch.tensor([layer], dtype=torch.int8)}
+        columns = self.tensors[f"{module}.weight"].shape[1]
+        found = {"input_scale": torch.tensor([scale]), "input_zero_point": torch.tensor([layer], dtype=torch.int8)}
+        found["pre_quant_scale"] = 1 + torch.arange(columns).half() / columns
+        return {key: found[key] for key in self.linear_class.static_input}
 
     def tensor(self, name: str) -> torch.Tensor:
         self.asked[name] += 1

@@ -130,7 +130,7 @@ class Folder:
     def activations(self, module: str) -> dict[str, torch.Tensor]:
         linear = self.linear(module)
         names = () if linear is None else linear.static_input
-        there = [name for name in names if name == "input_scale" or f"{module}.{name}" in self.names]
+        there = [name for name in names if name != "input_zero_point" or f"{module}.{name}" in self.names]
         return {name: self.tensor(f"{module}.{name}") for name in there}
 
     def tensor(self, name: str) -> torch.Tensor:

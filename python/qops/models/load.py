@@ -60,10 +60,12 @@ def load_model(
 
     Args:
         path: a folder with a quantised checkpoint in safetensors files: GPTQ (version 1 and 2, act-order, 4 and 8
-            bits), AWQ (gemm, gemv, gemv_fast), compressed-tensors (pack-quantized, int-quantized), or what
-            :func:`qops.save_model` wrote; a GGUF file of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
-            F32, F16 and BF16 tensors, of a llama (Mistral, SmolLM2), smollm3, qwen2, qwen3, gemma, gemma2, gemma3 (its
-            text model) or phi3; or the name of a repository on the Hugging Face hub that holds such a folder.
+            bits), AWQ (gemm, gemv, gemv_fast), compressed-tensors (pack-quantized, int-quantized), HQQ (axis 1),
+            optimum-quanto (qint4, qint8), bitsandbytes (8 bits), torchao (Int8Tensor, int4), lmdeploy (smooth_quant),
+            ModelOpt (W4A16_AWQ, W8A16, W8A8_SQ_PER_CHANNEL), or what :func:`qops.save_model` wrote; a GGUF file of
+            Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, F32, F16 and BF16 tensors, of a llama (Mistral,
+            SmolLM2), smollm3, qwen2, qwen3, gemma, gemma2, gemma3 (its text model) or phi3; or the name of a
+            repository on the Hugging Face hub that holds such a folder.
         dtype: float32, bfloat16 or float16; by default that of the checkpoint. Of a GGUF file it is that of the dense
             matrices: float16 or bfloat16 where all have this type or that, float32 where one is F32 or where there are
             both, and bfloat16 where there are none. Its vectors are F32 whatever the model was, and say nothing.
@@ -205,10 +207,7 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     dense = skeleton(type(model), model.config, dtype)
     held = list(entries(model))
     _require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
-    state = {
-        name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
-        for name, value, _ in held
-    }
+    state = {name: _dense(value, owner, dtype) for name, value, owner in held}
     _tie_what_is_tied(dense, frozenset(state).__contains__)
     _assign(dense, state.pop)
     if is_fused(model):
@@ -218,6 +217,12 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     if (generation_config := getattr(model, "generation_config", None)) is not None:
         dense.generation_config = copy.deepcopy(generation_config)
     return freeze(dense)
+
+
+def _dense(value: Weight, owner: Any, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return _in_dtype(value, dtype)
+    return owner.dense_weight(dtype) if isinstance(owner, QuantizedLinear) else value.dequantize(dtype)
 
 
 # Building ------------------------------------------------------------------------------------------------------------

@@ -122,6 +122,17 @@ class QuantizedLinear(Offloadable):
         tensors = {key: self._buffers[key] for key in self.static_input}
         return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight of the dense linear that this one stands for.
+
+        Args:
+            dtype: of the result; the exact weights are rounded to float32, then to it.
+
+        Returns:
+            [N, K].
+        """
+        return self.weight.dequantize(dtype)
+
     def is_like(self, other: Any) -> bool:
         """Whether both can be one linear, their weights side by side: all is the same but N and the weights' numbers.
 
