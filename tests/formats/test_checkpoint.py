@@ -123,7 +123,7 @@ def test_folders_keep_how_activations_are_quantised(linear, tmp_path):
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "qops.safetensors")
+    return safetensors.torch.load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_folders_without_a_usable_scale_are_refused(change, message, tmp_path):
     qops.save_model(w8a8_model(LINEARS["int8_static"]), tmp_path)
     tensors = saved_tensors(tmp_path)
     change(tensors, "model.layers.0.mlp.up_proj.input_scale")
-    safetensors.torch.save_file(tensors, tmp_path / "qops.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         qops.load_model(tmp_path)
 

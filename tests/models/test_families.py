@@ -179,9 +179,9 @@ def test_offsets_are_stored_under_their_own_name(tmp_path, scheme):
     assert kinds["model.layers.0.mlp.down_proj"] == f"{scheme_name} offset"
     assert kinds["model.layers.1.mlp.down_proj"] == f"{scheme_name} symmetric"
 
-    with safe_open(tmp_path / "qops.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         names = [name for name in file.keys() if name.startswith("model.layers.0.mlp.down_proj.weight.")]  # noqa: SIM118
-        assert sorted(name.rpartition(".")[2] for name in names) == ["offsets", "qweight", "scales"]
+        assert sorted(name.rpartition(".")[2] for name in names) == ["offsets", "scales"]
     assert_bitwise(load_model(tmp_path, torch.float32)(IDS).logits, model(IDS).logits)
 
 

@@ -1,4 +1,4 @@
-"""Whole language models on qops operators: load, save, and the dense model to compare with."""
+"""Whole language models on qops operators: load, and the dense model to compare with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 
 from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
-from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, replace_files
 from qops.formats.folders.config import transformers_class
 from qops.formats.open import open_checkpoint
 from qops.models.replacement import (
@@ -26,7 +24,6 @@ from qops.models.replacement import (
     is_fused,
     is_linear,
     is_tied,
-    kind_of,
     name_of,
     packed,
     parameter_of,
@@ -39,7 +36,7 @@ from qops.models.replacement import (
 from qops.nn import QuantizedLinear, dense_linear, frozen
 from qops.weights.state import QuantizedWeight
 
-__all__ = ["dense_model", "load_model", "save_model"]
+__all__ = ["dense_model", "load_model"]
 
 
 def load_model(
@@ -95,64 +92,7 @@ def load_model(
     return build_model(checkpoint, dtype or checkpoint.dtype, device, prove)
 
 
-def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Writes a model so that :func:`qops.load_model` reads it back bit for bit.
-
-    The folder gets `config.json`, `generation_config.json` and `qops.safetensors`. The tokenizer is the caller's:
-    `tokenizer.save_pretrained(folder)` into the same folder.
-
-    Args:
-        model: made by :func:`qops.load_model` or :func:`qops.quantize_model`; it stays as it is.
-        folder: created where it is missing; its files are replaced.
-
-    Raises:
-        ImportError: Transformers >= 5.17 or safetensors is missing.
-        ValueError: the model has no qops parts; its class, or that of a part, is not one of Transformers' or torch's
-            own; its parameters are not those that its config describes.
-    """
-    from safetensors.torch import save_file
-
-    require_replaced(model, "qops.save_model")
-    if transformers_class(type(model).__name__) is not type(model):
-        raise ValueError(f"qops.save_model: model must be of a class of transformers, got {type(model)}")
-    tensors: dict[str, torch.Tensor] = {}
-    kinds: dict[str, str] = {}
-    held = list(entries(model))
-    twin = skeleton(type(model), model.config, model.dtype)
-    _require_restorable("qops.save_model", model, twin, {name for name, _, _ in held})
-    for name, value, owner in held:
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-            continue
-        module = name.removesuffix(".weight")
-        kinds[module] = kind_of(owner)
-        tensors |= {f"{name}.{value._state_key(key)}": tensor for key, tensor in value.canonical().items()}
-        if isinstance(owner, QuantizedLinear):
-            tensors |= {f"{module}.{key}": tensor for key, tensor in owner.activations().items()}
-    # Parts of a merged dense linear are views of one storage, which safetensors refuses.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    config = copy.deepcopy(model.config)
-    config.dtype = model.dtype
-    config.architectures = [type(model).__name__]
-    config.quantization_config = {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "fused": is_fused(model),
-        "weights": kinds,
-        "cast": _cast_buffers(model),
-    }
-    generation_config = getattr(model, "generation_config", None)
-
-    def write(into: Path) -> None:
-        config.save_pretrained(into)
-        if generation_config is not None:
-            generation_config.save_pretrained(into)
-        save_file(tensors, into / TENSORS_FILE)
-
-    replace_files(Path(folder), write)
-
-
-def _require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> None:
+def require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> None:
     """Raises where a model of this class and config would be another one: it is all that a twin, or a folder, has.
 
     Args:
@@ -174,20 +114,6 @@ def _require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> N
         )
 
 
-def _cast_buffers(model: nn.Module) -> dict[str, str]:
-    """The dtype of each buffer that is no part of the state and was cast with the model, as rotary frequencies are."""
-    return {
-        f"{name}.{key}".lstrip("."): str(buffer.dtype).removeprefix("torch.")
-        for name, module in model.named_modules()
-        for key, buffer in module._buffers.items()
-        if key in module._non_persistent_buffers_set
-        and buffer is not None
-        and buffer.dtype in (torch.bfloat16, torch.float16)
-        and buffer.numel() > 0
-        and not isinstance(module, QuantizedWeight)
-    }
-
-
 def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The plain Transformers model with the same weights, dequantised: what the qops model is compared with.
 
@@ -206,7 +132,7 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     require_replaced(model, "qops.models.dense_model")
     dense = skeleton(type(model), model.config, dtype)
     held = list(entries(model))
-    _require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
+    require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
     state = {name: _dense(value, owner, dtype) for name, value, owner in held}
     _tie_what_is_tied(dense, frozenset(state).__contains__)
     _assign(dense, state.pop)
