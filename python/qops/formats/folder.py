@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from qops.formats.checkpoint import Weight
+from qops.formats.checkpoint import Facts, QuantizedFacts, Weight
 from qops.formats.folders.config import read_config, read_generation_config
-from qops.formats.folders.tensors import read_json
+from qops.formats.folders.tensors import read_json, read_spec
 from qops.nn import QuantizedLinear
 from qops.nn.linears import LINEARS
+from qops.weights.requirements import dtype_name
 
 QUANT_METHOD = "qops"
 FORMAT_VERSION = 3
@@ -54,6 +55,8 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
 
 class Folder:
     """A folder written by `save_model`, as a :class:`qops.formats.Checkpoint`."""
+
+    format = "folder of qops.save_model"
 
     def __init__(self, folder: Path):
         from safetensors import SafetensorError, safe_open
@@ -113,6 +116,25 @@ class Folder:
         if found is None:
             raise ValueError(f"{self.folder}: {module}.weight has unknown kind '{self._kinds[module]}'")
         return found
+
+    def describe(self, name: str) -> Facts:
+        module = name.removesuffix(".weight")
+        linear = self.linear(module) if module != name else None
+        parts = [name] if linear is None else [key for key in self._tensors if key.rpartition(".")[0] == name]
+        specs = {key: read_spec(self.folder / TENSORS_FILE, self._file, key) for key in parts}
+        size = sum(spec.size_bytes for spec in specs.values())
+        if linear is None:
+            return Facts(dtype_name(specs[name].dtype), specs[name].shape, size)
+        try:
+            codes, scales = specs[f"{name}.qweight"], specs[f"{name}.scales"]
+            rows, columns = codes.shape
+            columns *= linear.weight_class._CODES_PER_ELEMENT
+            group_size = columns // scales.shape[1]
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise ValueError(f"{self.folder}: {name}: must have matrices qweight and scales, got {specs}") from error
+        kind = self._kinds[module].partition(" ")[2]
+        quantized = QuantizedFacts(group_size, scales.dtype, (kind,), f"{name}.perm" in specs)
+        return Facts(self._kinds[module], (rows, columns), size, quantized)
 
     def weight(self, module: str) -> Weight:
         linear, prefix = self.linear(module), f"{module}.weight"
