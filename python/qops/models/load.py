@@ -30,10 +30,11 @@ from qops.models.replacement import (
     plan_fusion,
     replace_parameter,
     replace_parts,
+    require_kernels,
     require_replaced,
     tie,
 )
-from qops.nn import QuantizedLinear, dense_linear, frozen
+from qops.nn import MergedLinear, QuantizedLinear, dense_linear, frozen
 from qops.weights.state import QuantizedWeight
 
 __all__ = ["dense_model", "load_model"]
@@ -86,6 +87,7 @@ def load_model(
         ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
         FileNotFoundError: nothing is at `path`.
         ValueError: the checkpoint is malformed or of a kind that is not supported.
+        RuntimeError: a linear has no kernel on `device`; no weight has been read then.
     """
     require_transformers("qops.load_model")
     checkpoint = open_checkpoint(path, zero_add=zero_add, symmetric=symmetric)
@@ -208,16 +210,23 @@ def build_model(
             return None
         return bias
 
-    _tie_what_is_tied(model, checkpoint.holds)
-    norms = Norms()
-    plan = plan_fusion(model, norms) if checkpoint.fuses else FusionPlan("it was saved so", None)
-    model.qops_fusion = replace_parts(model, linear, norm, checkpoint.kind, norms, plan, prove)
-    embedding, output = input_table(model), model.get_output_embeddings()
-    tied, name, table = is_tied(model), "", None
-
     def stored(name: str) -> str:
         """Where the checkpoint has a tensor that may be tied to another one."""
         return name if checkpoint.holds(name) else model.all_tied_weights_keys.get(name, name)
+
+    _tie_what_is_tied(model, checkpoint.holds)
+    output, linears = model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
+        source = stored(f"{name}.weight")
+        if is_linear(module) and checkpoint.holds(source):
+            linears[name] = checkpoint.linear(source.removesuffix(".weight"))
+    quantised = {name: kind for name, kind in linears.items() if kind is not None}
+    require_kernels("qops.load_model", quantised, device, dtype, None if output is None else name_of(model, output))
+    norms = Norms()
+    plan = plan_fusion(model, norms) if checkpoint.fuses else FusionPlan("it was saved so", None)
+    model.qops_fusion = replace_parts(model, linear, norm, checkpoint.kind, norms, plan, prove)
+    embedding = input_table(model)
+    tied, name, table = is_tied(model), "", None
 
     if embedding is not None:
         name = stored(f"{name_of(model, embedding)}.weight").removesuffix(".weight")
@@ -295,9 +304,13 @@ def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
 
     Those that are tied to another one share its parameter.
     """
+    made: tuple[str, ...] = ()
     for module_name, module in model.named_modules():
-        if isinstance(module, (QuantizedWeight, QuantizedLinear)):
-            continue  # made with all that they have
+        if made and module_name.startswith(made):
+            continue
+        if isinstance(module, (QuantizedWeight, QuantizedLinear, MergedLinear)):
+            made += (f"{module_name}.",)  # with all that they have
+            continue
         wanted = {key: value for key, value in module._parameters.items() if value is not None and value.is_meta}
         for key, value in module._buffers.items():
             if value is not None and key not in module._non_persistent_buffers_set:
