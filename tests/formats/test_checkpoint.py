@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import qops
 from qops.formats import Checkpoint, open_checkpoint
-from qops.formats.checkpoint import Weight
+from qops.formats.checkpoint import Facts, QuantizedFacts, Weight
 from qops.formats.folder import Folder
 from qops.formats.gguf.file import GGUFFile
 from qops.models import dense_model
@@ -33,6 +34,7 @@ class Memory:
         self.linear_class = linear
         self.config, self.dtype, self.fuses, self.generation_config = model.config, model.dtype, True, None
         self.config.architectures = [type(model).__name__]
+        self.format = "memory"
         self.tensors = dict(model.state_dict())
         self.quantised = {
             name for name, module in model.named_modules() if type(module) is torch.nn.Linear and name != "lm_head"
@@ -40,8 +42,18 @@ class Memory:
         self.asked: Counter[str] = Counter()
         self.finished = False
 
+    @property
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
+
     def holds(self, name: str) -> bool:
         return name in self.tensors
+
+    def describe(self, name: str) -> Facts:
+        tensor = self.tensors[name]
+        kind = self.kind(name.removesuffix(".weight")) if name.endswith(".weight") else "dense"
+        quantized = QuantizedFacts(16, torch.float32, ("symmetric",), False) if kind == "own" else None
+        return Facts(kind, tuple(tensor.shape), tensor.nbytes, quantized)
 
     def linear(self, module: str) -> type[QuantizedLinear] | None:
         return self.linear_class if module in self.quantised else None
@@ -61,7 +73,10 @@ class Memory:
             return {}
         layer, own = int(module.split(".")[2]), module.endswith("v_proj")
         scale = 0.02 + 0.001 * layer + (0.003 if own and layer % 2 else 0)
-        return {"input_scale": torch.tensor([scale]), "input_zero_point": torch.tensor([layer], dtype=torch.int8)}
+        columns = self.tensors[f"{module}.weight"].shape[1]
+        found = {"input_scale": torch.tensor([scale]), "input_zero_point": torch.tensor([layer], dtype=torch.int8)}
+        found["pre_quant_scale"] = 1 + torch.arange(columns).half() / columns
+        return {key: found[key] for key in self.linear_class.static_input}
 
     def tensor(self, name: str) -> torch.Tensor:
         self.asked[name] += 1

@@ -27,8 +27,14 @@ def dense(n: int, seed: int, k: int = K) -> torch.Tensor:
     return random_activations(n, k, dtype=torch.float32, seed=seed, outliers=False) / k**0.5
 
 
+def factors(k: int = K) -> torch.Tensor:
+    """Of columns of the input."""
+    return (random_activations(1, k, dtype=torch.float32, seed=11, outliers=False)[0].abs() + 0.25).half()
+
+
 def linear_of(scheme: str, n: int = N, seed: int = 1, k: int = K, **changes: Any) -> Any:
-    static = {"input_scale": SCALE, "input_zero_point": ZERO_POINT} if scheme in STATIC else {}
+    every = {"input_scale": SCALE, "input_zero_point": ZERO_POINT, "pre_quant_scale": factors(k)}
+    static = {key: every[key] for key in CLASSES[scheme].static_input}
     return LINEARS[scheme](qops.Int8Weight.quantize(dense(n, seed, k)), dense(1, seed + 1, n)[0], **(static | changes))
 
 
@@ -41,6 +47,7 @@ def quantised(scheme: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
         "int8_asymmetric_compressed_tensors": lambda: qops.quantize_int8_asym(x, "compressed-tensors"),
         "int8_compressed_tensors": lambda: (*qops.quantize_int8(x, "compressed-tensors"), None),
         "int8_static": lambda: (qops.quantize_int8_static(x, scale, zero_point), scale, zero_point),
+        "int8_static_smoothed": lambda: quantised("int8_static", (x * factors()).to(x.dtype)),
         "int8_static_compressed_tensors": lambda: (
             qops.quantize_int8_static(x, scale, zero_point, "compressed-tensors"),
             scale,
@@ -216,6 +223,8 @@ def test_merged_static_linears_have_the_state_of_their_parts(scheme):
 def test_no_cast_changes_how_the_input_is_quantised(scheme):
     linear = linear_of(scheme)
     want = {"input_scale": SCALE[0], "input_zero_point": ZERO_POINT[0].int()}
+    if "pre_quant_scale" in STATIC[scheme].static_input:
+        want["pre_quant_scale"] = factors()
     casts = (torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double, lambda m: m.type(torch.float16))
     copies = (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.around(m.weight, m.bias))
     for change in (*casts, *copies):

@@ -423,12 +423,14 @@ def test_state_dict_has_transformers_names_and_loads():
     assert_bitwise(other(ids).logits, expected)
 
 
-def test_act_order_of_down_goes_into_gate_and_up_at_load(tmp_path):
-    model = quantised()
+@pytest.mark.parametrize("scheme", (qops.Int4(32), qops.Int8WeightOnly(32)), ids=str)
+def test_act_order_of_down_goes_into_gate_and_up_at_load(tmp_path, scheme):
+    model = quantize_model(random_llama(), scheme)
     for index, layer in enumerate(model.model.layers):
-        tensors = layer.mlp.down_proj.weight.canonical()
+        weight = layer.mlp.down_proj.weight
         perm = torch.randperm(96, generator=torch.Generator().manual_seed(index))
-        layer.mlp.down_proj.weight = Int4Weight.from_canonical(**tensors, kind="symmetric", perm=perm)
+        more = {"kind": weight.kind, "perm": perm}
+        layer.mlp.down_proj.weight = type(weight).from_canonical(**weight.canonical(), **more)
     ids = random_ids(2, 5)
     save_model(model, tmp_path / "gathers")
     loaded = load_model(tmp_path / "gathers", torch.float32)

@@ -114,6 +114,10 @@ def modelopt_awq(model: Any, folder: Path) -> Any:
     return _modelopt(model, folder, "INT4_AWQ_CFG")
 
 
+def modelopt_smoothquant(model: Any, folder: Path) -> Any:
+    return _modelopt(model, folder, "INT8_SMOOTHQUANT_CFG")
+
+
 SAVERS: dict[Callable[[Any, Path], Any], str] = {
     hqq: "hqq",
     quanto_qint4: "optimum.quanto",
@@ -125,5 +129,7 @@ SAVERS: dict[Callable[[Any, Path], Any], str] = {
     modelopt_int4: "modelopt",
     modelopt_int8: "modelopt",
     modelopt_static: "modelopt",
+    modelopt_awq: "modelopt",
+    modelopt_smoothquant: "modelopt",
 }
 """With the module that each needs."""

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from qops.formats.checkpoint import Weight
+from qops.formats.checkpoint import Facts, QuantizedFacts, Weight
 from qops.formats.folders.config import read_config, read_generation_config
 from qops.formats.folders.tensors import INDEX, SINGLE, TensorFiles
 from qops.nn import QuantizedLinear
 from qops.nn.linears import LINEARS
+from qops.weights.requirements import dtype_name
 from qops.weights.state import QuantizedWeight
 
 QUANT_METHOD = "qops"
@@ -94,6 +95,8 @@ class Folder:
         ValueError: settings, config or files are malformed.
     """
 
+    format = "folder of qops.save_model"
+
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
         self.folder = folder
         self._check(settings)
@@ -143,6 +146,26 @@ class Folder:
             raise ValueError(f"{self.folder}: {module}.weight has unknown kind '{self._kinds[module]}'")
         return found
 
+    def describe(self, name: str) -> Facts:
+        module = name.removesuffix(".weight")
+        linear = self.linear(module) if module != name else None
+        specs = {key: spec for key, spec in self._tensors.specs.items() if name in (key, key.rpartition(".")[0])}
+        if name not in specs:
+            raise ValueError(f"{self.folder}: tensor {name} is missing")
+        size = sum(spec.size_bytes for spec in specs.values())
+        if linear is None:
+            return Facts(dtype_name(specs[name].dtype), specs[name].shape, size)
+        try:
+            codes, scales = specs[name], specs[f"{name}.scales"]
+            _, rows, columns = codes.shape
+            columns *= linear.weight_class._CODES_PER_ELEMENT
+            group_size = columns // scales.shape[1]
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise ValueError(f"{self.folder}: {name}: must have codes and scales, got {specs}") from error
+        kind = self._kinds[module].partition(" ")[2]
+        quantized = QuantizedFacts(group_size, scales.dtype, (kind,), f"{name}.perm" in specs)
+        return Facts(self._kinds[module], (rows, columns), size, quantized)
+
     def weight(self, module: str) -> Weight:
         linear, prefix = self.linear(module), f"{module}.weight"
         if linear is None:
@@ -159,7 +182,7 @@ class Folder:
     def activations(self, module: str) -> dict[str, torch.Tensor]:
         linear = self.linear(module)
         names = () if linear is None else linear.static_input
-        there = [name for name in names if name == "input_scale" or f"{module}.{name}" in self.names]
+        there = [name for name in names if name != "input_zero_point" or f"{module}.{name}" in self.names]
         return {name: self.tensor(f"{module}.{name}") for name in there}
 
     def tensor(self, name: str) -> torch.Tensor:

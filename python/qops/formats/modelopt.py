@@ -6,8 +6,8 @@
     W8A8_SQ_PER_CHANNEL  the same, and `input_scale` float32 [] for the activations
 
 `w = code * weight_scale` everywhere. `pre_quant_scale` [K] multiplies activations, in their dtype, before the product
-(AWQ's and SmoothQuant's smoothing, where no norm stands before the linear that could have taken it). No weight of
-groups holds it: a factor for each column is not one for each group.
+(AWQ's and SmoothQuant's smoothing, where no norm before the linear took it). It is no part of the weight, since a
+factor for each column is not one for each group: linears hold it (:class:`qops.nn.Int4SmoothedLinear`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ from torch import Tensor
 
 from qops.formats.folders.stored import Options, Stored, require_specs
 from qops.formats.folders.tensors import Spec
-from qops.nn import Int4Linear, Int8StaticLinear, Int8WeightOnlyLinear, QuantizedLinear
+from qops.nn import (
+    Int4Linear,
+    Int4SmoothedLinear,
+    Int8StaticLinear,
+    Int8StaticSmoothedLinear,
+    Int8WeightOnlyLinear,
+    QuantizedLinear,
+)
 from qops.weights import Int4Weight, Int8Weight
-from qops.weights.requirements import require_dtype, require_matrix, require_tensor
+from qops.weights.requirements import SCALE_DTYPES, require_dtype, require_matrix, require_tensor
 from qops.weights.rounding import store_nibbles
 
 __all__ = ["int4_weight", "int8_weight"]
@@ -82,10 +89,11 @@ def int8_weight(weight: Tensor, weight_scale: Tensor, *, pack: bool = True) -> I
 
 # In folders ----------------------------------------------------------------------------------------------------------
 
-_LINEARS: dict[str, type[QuantizedLinear]] = {
-    "W4A16_AWQ": Int4Linear,
-    "W8A16": Int8WeightOnlyLinear,
-    "W8A8_SQ_PER_CHANNEL": Int8StaticLinear,
+# Without and with pre_quant_scale.
+_LINEARS: dict[str, tuple[type[QuantizedLinear], type[QuantizedLinear] | None]] = {
+    "W4A16_AWQ": (Int4Linear, Int4SmoothedLinear),
+    "W8A16": (Int8WeightOnlyLinear, None),
+    "W8A8_SQ_PER_CHANNEL": (Int8StaticLinear, Int8StaticSmoothedLinear),
 }
 _NO_CACHE = (None, "NONE", "none")
 
@@ -114,18 +122,16 @@ class ModelOpt:
     def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
         if "weight_scale" not in specs:
             return None
-        if "pre_quant_scale" in specs:
-            raise ValueError(
-                "tensor pre_quant_scale is not supported: it multiplies each column of the input, which no scale of a "
-                "group of columns, or of a row, can stand for"
-            )
-        linear = _LINEARS[self._algorithm]
+        linear = _LINEARS[self._algorithm]["pre_quant_scale" in specs]
+        if linear is None:
+            raise ValueError(f"tensor pre_quant_scale is not supported where quant_algo is {self._algorithm}")
         weight, scale = specs.get("weight"), specs["weight_scale"]
         if weight is None or len(weight.shape) != 2:
             raise ValueError(f"tensor weight must be a matrix, got {weight}")
         rows, columns = weight.shape
         wanted: dict[str, Any]
-        if linear is Int4Linear:
+        int4 = issubclass(linear, Int4Linear)
+        if int4:
             rows, groups = 2 * rows, scale.shape[-1] if scale.shape else 0
             wanted = {"weight": ((rows // 2, columns), torch.uint8), "weight_scale": ((rows, groups), torch.float32)}
             if not groups or columns % groups:
@@ -133,11 +139,13 @@ class ModelOpt:
         else:
             groups = 1
             wanted = {"weight": ((rows, columns), torch.int8), "weight_scale": ((rows,), torch.float32)}
-        inputs: dict[str, Any] = {}
-        if linear is Int8StaticLinear:
-            inputs["input_scale"] = ((), torch.float32)
+        of_input: dict[str, Any] = {
+            "input_scale": ((), torch.float32),
+            "pre_quant_scale": ((columns,), SCALE_DTYPES),
+        }
+        inputs = {key: spec for key, spec in of_input.items() if key in linear.static_input}
         require_specs(specs, wanted | inputs)
-        build: Any = int4_weight if linear is Int4Linear else int8_weight
+        build: Any = int4_weight if int4 else int8_weight
         return Stored(
             linear=linear,
             kind=f"ModelOpt {self._algorithm}",

@@ -102,7 +102,8 @@ def read_checkpoint(
     Returns:
         :class:`qops.Int4Weight` and :class:`qops.Int8Weight`, packed, by the names of their modules
         ("model.layers.0.mlp.down_proj"), and dense tensors in their stored dtype by their own names
-        ("model.norm.weight"), which are those of Transformers' model.
+        ("model.norm.weight"), which are those of Transformers' model; beside a weight what its input is quantised or
+        multiplied with ("<module>.input_scale", "<module>.pre_quant_scale").
 
     Raises:
         ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
@@ -116,6 +117,7 @@ def read_checkpoint(
         if module != name and checkpoint.linear(module) is not None:
             weight: Any = checkpoint.weight(module)
             found[module] = weight.to(device).pack()
+            found |= {f"{module}.{key}": tensor.to(device) for key, tensor in checkpoint.activations(module).items()}
         else:
             found[name] = checkpoint.tensor(name).to(device)
     return found

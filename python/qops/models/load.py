@@ -30,10 +30,11 @@ from qops.models.replacement import (
     plan_fusion,
     replace_parameter,
     replace_parts,
+    require_kernels,
     require_replaced,
     tie,
 )
-from qops.nn import QuantizedLinear, dense_linear, frozen
+from qops.nn import MergedLinear, QuantizedLinear, dense_linear, frozen
 from qops.weights.state import QuantizedWeight
 
 __all__ = ["dense_model", "load_model"]
@@ -52,14 +53,20 @@ def load_model(
 
     Quantised weights keep every stored code and scale. Dense weights, norms and biases are rounded once to `dtype`,
     which is also the dtype of the activations. No dense copy of a quantised weight is ever made, except of a 4-bit
-    embedding table, which is looked up densely.
+    embedding table, which is looked up densely, and of a weight in a GGUF file whose N is no multiple of 8 (the tables
+    of an odd vocabulary), which no kernel takes.
 
     Args:
         path: a folder with a quantised checkpoint in safetensors files: GPTQ (version 1 and 2, act-order, 4 and 8
-            bits), AWQ (gemm, gemv, gemv_fast), compressed-tensors (pack-quantized, int-quantized), or what
-            :func:`qops.save_model` wrote; a GGUF file; or the name of a repository on the Hugging Face hub that holds
-            such a folder.
-        dtype: float32, bfloat16 or float16; by default that of the checkpoint, and bfloat16 for a GGUF file.
+            bits), AWQ (gemm, gemv, gemv_fast), compressed-tensors (pack-quantized, int-quantized), HQQ (axis 1),
+            optimum-quanto (qint4, qint8), bitsandbytes (8 bits), torchao (Int8Tensor, int4), lmdeploy (smooth_quant),
+            ModelOpt (W4A16_AWQ, W8A16, W8A8_SQ_PER_CHANNEL), or what :func:`qops.save_model` wrote; a GGUF file of
+            Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, F32, F16 and BF16 tensors, of a llama (Mistral,
+            SmolLM2), smollm3, qwen2, qwen3, gemma, gemma2, gemma3 (its text model) or phi3; or the name of a
+            repository on the Hugging Face hub that holds such a folder.
+        dtype: float32, bfloat16 or float16; by default that of the checkpoint. Of a GGUF file it is that of the dense
+            matrices: float16 or bfloat16 where all have this type or that, float32 where one is F32 or where there are
+            both, and bfloat16 where there are none. Its vectors are F32 whatever the model was, and say nothing.
         device: where the model goes.
         prove: compare fused decoder layers with those of the installed Transformers first, one of each kind
             (:func:`qops.quantize_model` tells how). Where they differ the model keeps Transformers' layers, with qops
@@ -80,6 +87,7 @@ def load_model(
         ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
         FileNotFoundError: nothing is at `path`.
         ValueError: the checkpoint is malformed or of a kind that is not supported.
+        RuntimeError: a linear has no kernel on `device`; no weight has been read then.
     """
     require_transformers("qops.load_model")
     checkpoint = open_checkpoint(path, zero_add=zero_add, symmetric=symmetric)
@@ -127,10 +135,7 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     dense = skeleton(type(model), model.config, dtype)
     held = list(entries(model))
     require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
-    state = {
-        name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
-        for name, value, _ in held
-    }
+    state = {name: _dense(value, owner, dtype) for name, value, owner in held}
     _tie_what_is_tied(dense, frozenset(state).__contains__)
     _assign(dense, state.pop)
     if is_fused(model):
@@ -140,6 +145,12 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     if (generation_config := getattr(model, "generation_config", None)) is not None:
         dense.generation_config = copy.deepcopy(generation_config)
     return freeze(dense)
+
+
+def _dense(value: Weight, owner: Any, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return _in_dtype(value, dtype)
+    return owner.dense_weight(dtype) if isinstance(owner, QuantizedLinear) else value.dequantize(dtype)
 
 
 # Building ------------------------------------------------------------------------------------------------------------
@@ -199,16 +210,23 @@ def build_model(
             return None
         return bias
 
-    _tie_what_is_tied(model, checkpoint.holds)
-    norms = Norms()
-    plan = plan_fusion(model, norms) if checkpoint.fuses else FusionPlan("it was saved so", None)
-    model.qops_fusion = replace_parts(model, linear, norm, checkpoint.kind, norms, plan, prove)
-    embedding, output = input_table(model), model.get_output_embeddings()
-    tied, name, table = is_tied(model), "", None
-
     def stored(name: str) -> str:
         """Where the checkpoint has a tensor that may be tied to another one."""
         return name if checkpoint.holds(name) else model.all_tied_weights_keys.get(name, name)
+
+    _tie_what_is_tied(model, checkpoint.holds)
+    output, linears = model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
+        source = stored(f"{name}.weight")
+        if is_linear(module) and checkpoint.holds(source):
+            linears[name] = checkpoint.linear(source.removesuffix(".weight"))
+    quantised = {name: kind for name, kind in linears.items() if kind is not None}
+    require_kernels("qops.load_model", quantised, device, dtype, None if output is None else name_of(model, output))
+    norms = Norms()
+    plan = plan_fusion(model, norms) if checkpoint.fuses else FusionPlan("it was saved so", None)
+    model.qops_fusion = replace_parts(model, linear, norm, checkpoint.kind, norms, plan, prove)
+    embedding = input_table(model)
+    tied, name, table = is_tied(model), "", None
 
     if embedding is not None:
         name = stored(f"{name_of(model, embedding)}.weight").removesuffix(".weight")
@@ -286,9 +304,13 @@ def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
 
     Those that are tied to another one share its parameter.
     """
+    made: tuple[str, ...] = ()
     for module_name, module in model.named_modules():
-        if isinstance(module, (QuantizedWeight, QuantizedLinear)):
-            continue  # made with all that they have
+        if made and module_name.startswith(made):
+            continue
+        if isinstance(module, (QuantizedWeight, QuantizedLinear, MergedLinear)):
+            made += (f"{module_name}.",)  # with all that they have
+            continue
         wanted = {key: value for key, value in module._parameters.items() if value is not None and value.is_meta}
         for key, value in module._buffers.items():
             if value is not None and key not in module._non_persistent_buffers_set:

@@ -21,10 +21,12 @@ from qops.nn.linears import (
 )
 from qops.nn.mlp import MLP, MergedLinear, MergingModule
 from qops.nn.norm import RMSNorm
+from qops.nn.smoothed import Int4SmoothedLinear, Int8StaticSmoothedLinear
 
 __all__ = [
     "MLP",
     "Int4Linear",
+    "Int4SmoothedLinear",
     "Int8AsymmetricCompressedTensorsLinear",
     "Int8AsymmetricLinear",
     "Int8CompressedTensorsLinear",
@@ -33,6 +35,7 @@ __all__ = [
     "Int8Rows",
     "Int8StaticCompressedTensorsLinear",
     "Int8StaticLinear",
+    "Int8StaticSmoothedLinear",
     "Int8TorchaoLinear",
     "Int8WeightOnlyLinear",
     "MergedLinear",

@@ -64,6 +64,8 @@ class QuantizedLinear(Offloadable):
 
     scheme: ClassVar[str]
     """The name of the kind, in folders and reports."""
+    operator: ClassVar[str]
+    """What multiplies."""
     weight_class: ClassVar[type[QuantizedWeight]]
     """What the weight is one of."""
     adds_residual: ClassVar[bool] = False
@@ -122,6 +124,17 @@ class QuantizedLinear(Offloadable):
         tensors = {key: self._buffers[key] for key in self.static_input}
         return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight of the dense linear that this one stands for.
+
+        Args:
+            dtype: of the result; the exact weights are rounded to float32, then to it.
+
+        Returns:
+            [N, K].
+        """
+        return self.weight.dequantize(dtype)
+
     def is_like(self, other: Any) -> bool:
         """Whether both can be one linear, their weights side by side: all is the same but N and the weights' numbers.
 
@@ -163,6 +176,7 @@ class Int4Linear(QuantizedLinear):
     """
 
     scheme = "int4"
+    operator = "int4_gemm"
     weight_class = Int4Weight
     adds_residual = True
     applies_silu_mul = True
@@ -222,6 +236,7 @@ class Int8Linear(QuantizedLinear):
     """
 
     scheme = "int8"
+    operator = "int8_gemm"
     rule: ClassVar[str] = "127"
     """Of the quantiser."""
     rows_rule = rule
@@ -470,6 +485,7 @@ class Int8WeightOnlyLinear(QuantizedLinear):
     """
 
     scheme = "int8_weight_only"
+    operator = "int8_weight_only_gemm"
     weight_class = Int8Weight
     weight: Int8Weight
 

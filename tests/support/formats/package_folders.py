@@ -102,7 +102,13 @@ def smooth_quant() -> Written:
     return write_as({"quant_method": "smooth_quant", "quant_dtype": "int8"}, encode)
 
 
-def modelopt(algorithm: str) -> Written:
+def modelopt(algorithm: str, smoothed: bool = False) -> Written:
+    def with_smoothing(linear: nn.Linear, random: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, exact = (int4 if algorithm.startswith("W4") else int8)(linear, random)
+        if smoothed:
+            tensors["pre_quant_scale"] = (torch.rand(linear.in_features, generator=random) + 0.5).half()
+        return tensors, exact
+
     def int4(linear: nn.Linear, random: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         codes = _codes(linear, random, -8, 8)
         scale = _scales(random, linear.out_features, linear.in_features // GROUP, most=16)
@@ -119,7 +125,7 @@ def modelopt(algorithm: str) -> Written:
         return tensors, codes * scale.unsqueeze(1)
 
     settings = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"]}
-    return write_as(settings, int4 if algorithm.startswith("W4") else int8)
+    return write_as(settings, with_smoothing)
 
 
 DYNAMIC = {
