@@ -106,7 +106,7 @@ def test_models_are_saved_and_made_dense_with_their_factors(tmp_path, algorithm)
     if algorithm == "W4A16_AWQ":
         logits = dense(IDS).logits
         assert (model(IDS).logits - logits).abs().max() <= 2e-5 * logits.abs().max()
-    path = tmp_path / "saved" / "qops.safetensors"
+    path = tmp_path / "saved" / "model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("up_proj.pre_quant_scale")}
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"up_proj\.pre_quant_scale is missing"):

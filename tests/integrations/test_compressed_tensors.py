@@ -210,7 +210,8 @@ def test_offsets_of_8_bits_reach_both_ends(tmp_path):
         offsets = -scales.float() * zero
         held = Int8Weight.from_canonical(codes, scales, kind="offset", zeros=offsets)
         tensors, _ = compressed(Int8WeightOnlyLinear(held))
-        again = int8_weight(tensors.pop("weight_packed"), **tensors)
+        given: dict[str, Any] = tensors
+        again = int8_weight(given.pop("weight_packed"), **given)
         assert_bitwise(again.dequantize(torch.float32) + 0.0, held.dequantize(torch.float32) + 0.0, str(zero))
 
 
