@@ -291,3 +291,23 @@ def test_tensors_of_one_linear_that_the_model_does_not_have(tmp_path):
         written.tensors[key.replace("down_proj", "side_proj")] = written.tensors[key].clone()
     with pytest.raises(ValueError, match=r"mlp\.side_proj: it is no linear of the model that config\.json describes"):
         load_model(written.write(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most [0-9]+ tensors, got 1000000000"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": 2**62}, "config.json: "),
+        ({"architectures": ["torch"]}, "architectures must name a model class of transformers, got 'torch'"),
+        ({"architectures": None}, "architectures must name a model class"),
+    ],
+)
+@pytest.mark.parametrize("name", ["hqq 4 bits", "quanto qint4"])
+def test_configs_that_describe_no_model(tmp_path, name, changes, message):
+    written = FORMATS[name][0]()
+    written.config |= changes
+    path = written.write(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_checkpoint(path)
+    assert str(path) in str(caught.value)

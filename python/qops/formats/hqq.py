@@ -142,7 +142,7 @@ class Hqq:
 
     def __init__(self, settings: Mapping[str, Any], options: Options, files: TensorFiles):
         options.refuse("HQQ")
-        self._shapes = linear_shapes(files.folder)
+        self._shapes = linear_shapes(files.folder, len(files.specs))
 
     def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
         if "W_q" not in specs:

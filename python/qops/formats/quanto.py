@@ -135,7 +135,7 @@ class Quanto:
     def __init__(self, settings: Mapping[str, Any], options: Options, files: TensorFiles):
         options.refuse("quanto")
         self._types = {module: said for module, said in settings.items() if isinstance(said, dict)}
-        self._shapes = linear_shapes(files.folder)
+        self._shapes = linear_shapes(files.folder, len(files.specs))
 
     def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
         if not any(key.startswith("weight._") for key in specs):

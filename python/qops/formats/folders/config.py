@@ -64,16 +64,23 @@ def read_generation_config(folder: Path) -> Any:
         raise ValueError(f"{path}: {error}") from error
 
 
-def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+def linear_shapes(folder: Path, tensors: int) -> dict[str, tuple[int, int]]:
     """(N, K) of each linear of a folder's model, by its name: what formats that store groups as rows do not say.
 
+    Args:
+        folder: with `config.json`.
+        tensors: how many the folder holds, which bounds what is built here of a config that claims anything.
+
     Raises:
-        ValueError: as :func:`read_config`; no model can be built of the config.
+        ValueError: as :func:`read_config`; no model can be built of the config; it has more layers than tensors.
     """
     import torch
     from torch import nn
 
     config = read_config(folder)
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(f"{folder / 'config.json'}: num_hidden_layers must be at most {tensors} tensors, got {layers}")
     try:
         with torch.device("meta"):
             model = transformers_class(config.architectures[0])(config)
