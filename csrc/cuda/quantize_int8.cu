@@ -25,12 +25,11 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) quantize_kernel(const __grid
 template <class T>
 struct AsymQuantizer {
   float scale;
-  float factor;
+  float by;  // x is divided by it, or multiplied with it
   int zero_point;
   bool is_zero;
-  bool divides;
 
-  QOPS_DEVICE AsymQuantizer(bool divides, float a, float low, float top) : factor(0.0f), divides(divides) {
+  QOPS_DEVICE AsymQuantizer(bool divides, float a, float low, float top) {
     const float nan = __uint_as_float(0x7fc00000u);
     const float width = top - low;
     if (divides) {
@@ -40,22 +39,22 @@ struct AsymQuantizer {
       const float shift = round_to<T>(-128.0f - round_to<T>(low / scale));
       const float bounded = shift < 127.0f ? shift : shift == shift ? 127.0f : 0.0f;
       zero_point = is_zero ? 0 : __float2int_rn(bounded);
-      scale = a != a ? nan : scale == 0.0f ? kEpsilon<T> : scale;
+      by = scale = a != a ? nan : scale == 0.0f ? kEpsilon<T> : scale;
       return;
     }
     scale = width / 255.0f;
-    factor = 1.0f / scale;
+    by = 1.0f / scale;
     const bool finite = is_finite(a) && is_finite(width);
-    is_zero = !finite || !is_finite(factor);
+    is_zero = !finite || !is_finite(by);
     // low / scale lies in -255 .. 0 once rounded, so the zero point needs no clamp.
     zero_point = is_zero ? 0 : -128 - __float2int_rn(low / scale);
     scale = !finite ? nan : is_zero ? 0.0f : scale;
   }
 
-  QOPS_DEVICE int code(float x) const {
+  QOPS_DEVICE int code(bool divides, float x) const {
     if (is_zero) return 0;
-    if (divides) return divided_code<T>(x, scale, zero_point);
-    const int q = __float2int_rn(x * factor) + zero_point;
+    if (divides) return divided_code<T>(x, by, zero_point);
+    const int q = __float2int_rn(x * by) + zero_point;
     return q < -128 ? -128 : q > 127 ? 127 : q;
   }
 };
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) asym_kernel(const __grid_con
     held.get(chunk, at, n, v, read);
     int q[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) q[i] = quantizer.code(v[i]);
+    for (int i = 0; i < kVector; ++i) q[i] = quantizer.code(p.divides, v[i]);
     store_int8<Shape::kAligned>(p.q + row * p.k + at, n, q);
   });
 }

@@ -1,4 +1,5 @@
-"""``python -m qops info``: what this installation is, to put into a bug report; ``check`` proves its kernels."""
+"""``python -m qops info``: what this installation is, to put into a bug report; ``check`` proves its kernels;
+``inspect`` tells what a checkpoint holds. The script ``qops`` does the same."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 
 from qops import build_info, check
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def info() -> str:
@@ -50,7 +53,8 @@ def cpu_name() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the process's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qops", description="Tools of the qops package.")
+    program = "qops" if Path(sys.argv[0]).name == "qops" else "python -m qops"
+    parser = argparse.ArgumentParser(prog=program, description="Tools of the qops package.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("info", help="print versions, build state, ISA levels and devices")
     checked = commands.add_parser("check", help="prove every kernel on this machine, at each ISA level and on each GPU")
@@ -58,16 +62,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     checked.add_argument("--at", metavar="PLACE", help="one ISA level or GPU alone, e.g. avx2 or cuda:0")
     checked.add_argument("--seed", type=_seed, default=0, help="of the inputs; default 0")
     checked.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    inspected = commands.add_parser("inspect", help="print what a checkpoint holds and becomes, without loading it")
+    inspected.add_argument("path", metavar="PATH", help="a GGUF file, a folder, or a repository of the hub")
+    inspected.add_argument("--dtype", choices=_DTYPES, help="of the model; default: the checkpoint's own")
+    inspected.add_argument("--zero-add", choices=("word", "nibble", "none"), help="as load_model's zero_add, of GPTQ")
+    inspected.add_argument(
+        "--symmetric", action="store_true", default=None, help="as load_model's symmetric, of AWQ without qzeros"
+    )
+    inspected.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info())
         return 0
+    if args.command == "inspect":
+        return _inspect(args)
     for option, value, known in (("--op", args.op, check.operators()), ("--at", args.at, check.places())):
         if value is not None and value not in known:
             checked.error(f"{option} must be one of {', '.join(known)}, got {value}")
     build = build_info()
     machine = f"qops {build['version']}, torch {build['torch']}, {cpu_name()}, {build['threads']} threads"
     return check.run(partial(print, flush=True), machine, info(), args.op, args.at, args.seed, args.json)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from qops.models.inspect import inspect_checkpoint
+
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    try:
+        found = inspect_checkpoint(args.path, dtype, zero_add=args.zero_add, symmetric=args.symmetric)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"qops inspect: {error}", file=sys.stderr)
+        return 1
+    print(found.json() if args.json else found)
+    return 0
 
 
 def _seed(text: str) -> int:

@@ -41,7 +41,6 @@ STYLES = (("hf", 0.0), ("fp32", 1.0))
 WEIGHTS = ((8, 8, 8), (40, 144, 48), (48, 320, 32), (16, 520, 520))
 # A GPU adds in another order, or packs in another layout.
 OWN_BITS_ON_A_GPU = ("int4_gemm", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack")
-WITHOUT_CUDA_KERNEL = ("int8_weight_only_gemm",)
 
 Results = tuple[Tensor, ...]
 

@@ -39,6 +39,10 @@ else:
         ) from error
 
 
+WITHOUT_CUDA_KERNEL = ("int8_weight_only_gemm",)
+"""The operators that qops has no CUDA kernel of, in any build."""
+
+
 def _refuse_cuda(overload: str) -> Callable[..., NoReturn]:
     """The kernel on a GPU of an operator that has none here."""
     why = "has no CUDA kernel of this operator"

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from qops import _native, build_info
-from qops._check_cases import CHECKS, OWN_BITS_ON_A_GPU, WITHOUT_CUDA_KERNEL, Run
+from qops._check_cases import CHECKS, OWN_BITS_ON_A_GPU, Run
 
 
 @dataclass
@@ -93,7 +93,7 @@ def outcome(op: str, place: str, seed: int) -> Outcome:
     found.has_kernel = len(missing) < len(registered)
     if missing:
         # Everywhere all overloads have one, or none has.
-        if key == "CPU" or found.has_kernel or op not in WITHOUT_CUDA_KERNEL:
+        if key == "CPU" or found.has_kernel or op not in _native.WITHOUT_CUDA_KERNEL:
             found.failed, found.what = "none", f"no {key} kernel for {', '.join(sorted(missing))}"
         return found
     run = Run(device, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import qops
 from qops.formats import Checkpoint, open_checkpoint
-from qops.formats.checkpoint import Weight
+from qops.formats.checkpoint import Facts, QuantizedFacts, Weight
 from qops.formats.folder import Folder
 from qops.formats.gguf.file import GGUFFile
 from qops.models import dense_model
@@ -33,6 +34,7 @@ class Memory:
         self.linear_class = linear
         self.config, self.dtype, self.fuses, self.generation_config = model.config, model.dtype, True, None
         self.config.architectures = [type(model).__name__]
+        self.format = "memory"
         self.tensors = dict(model.state_dict())
         self.quantised = {
             name for name, module in model.named_modules() if type(module) is torch.nn.Linear and name != "lm_head"
@@ -40,8 +42,18 @@ class Memory:
         self.asked: Counter[str] = Counter()
         self.finished = False
 
+    @property
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
+
     def holds(self, name: str) -> bool:
         return name in self.tensors
+
+    def describe(self, name: str) -> Facts:
+        tensor = self.tensors[name]
+        kind = self.kind(name.removesuffix(".weight")) if name.endswith(".weight") else "dense"
+        quantized = QuantizedFacts(16, torch.float32, ("symmetric",), False) if kind == "own" else None
+        return Facts(kind, tuple(tensor.shape), tensor.nbytes, quantized)
 
     def linear(self, module: str) -> type[QuantizedLinear] | None:
         return self.linear_class if module in self.quantised else None
@@ -123,7 +135,7 @@ def test_folders_keep_how_activations_are_quantised(linear, tmp_path):
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "qops.safetensors")
+    return safetensors.torch.load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +153,7 @@ def test_folders_without_a_usable_scale_are_refused(change, message, tmp_path):
     qops.save_model(w8a8_model(LINEARS["int8_static"]), tmp_path)
     tensors = saved_tensors(tmp_path)
     change(tensors, "model.layers.0.mlp.up_proj.input_scale")
-    safetensors.torch.save_file(tensors, tmp_path / "qops.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         qops.load_model(tmp_path)
 

@@ -351,6 +351,32 @@ def test_tokenizer_with_chat_template(tmp_path):
     assert special == (1, 2, 0)
 
 
+def test_tokenizers_of_architectures_that_transformers_does_not_know(tmp_path):
+    for architecture, same in (("gemma", "gemma2"), ("smollm3", "llama")):
+        found = []
+        for name in (architecture, same):
+            file = tokenizer_file()
+            file.architecture = name
+            (tmp_path / name).mkdir(exist_ok=True)
+            if same == "gemma2":
+                del file.metadata["tokenizer.ggml.merges"]
+                scores = [-float(index) for index in range(len(TOKENS))]
+                file.metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": scores}
+            found.append(load_tokenizer(file.write(tmp_path / name / "m.gguf")))
+            assert found[-1].name_or_path == str(tmp_path / name)
+        assert type(found[0]) is type(found[1])
+        assert found[0].backend_tokenizer.to_str() == found[1].backend_tokenizer.to_str()
+        assert found[0]("abcah")["input_ids"] == found[1]("abcah")["input_ids"]
+
+
+def test_an_absurd_number_of_layers_does_not_keep_a_tokenizer(tmp_path):
+    # Transformers would list the layers of its config.
+    file = tokenizer_file()
+    file.architecture = "qwen3"
+    file.metadata["qwen3.block_count"] = 2**32 - 1
+    assert load_tokenizer(file.write(tmp_path / "m.gguf")).eos_token_id == 2
+
+
 # The last ones pass what the tokenizers package takes for an id.
 @pytest.mark.parametrize("token", [999, 2**32 - 1, -1, "<pad>"])
 def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path, token):

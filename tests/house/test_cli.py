@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,22 @@ def test_info_as_a_command():
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(qops.__file__).parent.parent)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("qops: ")
+
+
+def test_the_script_is_the_same(monkeypatch, capsys):
+    tree = Path(qops.__file__).parents[2]
+    if not (tree / "pyproject.toml").exists():
+        pytest.skip("qops is installed, and not run from its tree")
+    scripts = re.search(r"\[project\.scripts\]\n((?:.+\n)+)", (tree / "pyproject.toml").read_text())
+    assert scripts is not None
+    name, module, function = re.fullmatch(r'(\w+) = "([\w.]+):(\w+)"', scripts[1].strip()).groups()
+    assert (name, getattr(sys.modules[module], function)) == ("qops", main)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/qops", "info"])
+    assert main() == 0 and capsys.readouterr().out.startswith("qops: ")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/qops"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.startswith("usage: qops [-h]")
 
 
 @pytest.mark.parametrize("arguments", ([], ["explain"], ["info", "more"]), ids=str)

@@ -409,8 +409,10 @@ def test_a_device_without_kernels_is_an_error_that_changes_nothing(scheme, monke
     before, logits = {name: type(part) for name, part in model.named_modules()}, model(IDS).logits
     for weight in (Int4Weight, Int8Weight):
         without_kernels(weight)
-    weight = {"int4": "Int4Weight", "int8": "Int8Weight"}[scheme]
-    with pytest.raises(RuntimeError, match=rf"^qops\.{weight}: this build of qops has no kernels for device cpu"):
+    weight, operator = {"int4": ("Int4Weight", "int4_gemm"), "int8": ("Int8Weight", "int8_gemm")}[scheme]
+    named = r"qops\.quantize_model: model\.layers\.0\.self_attn\.q_proj and 20 more linears"
+    why = rf"no {operator} on cpu: qops\.{weight}: this build of qops has no kernels for device cpu"
+    with pytest.raises(RuntimeError, match=f"^{named}: {why}"):
         quantize_model(model, scheme)
     assert {name: type(part) for name, part in model.named_modules()} == before
     assert torch.equal(model(IDS).logits, logits)

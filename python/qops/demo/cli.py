@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         type=Path,
         metavar="PATH",
-        help="a Llama-family GGUF (Q4_0, Q4_1, Q8_0, F16, F32) or a model folder, instead of SmolLM2",
+        help="a GGUF file or a model folder, instead of SmolLM2",
     )
     parser.add_argument(
         "--scheme",

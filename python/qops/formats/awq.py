@@ -271,6 +271,9 @@ class Awq:
             group_size=group_size,
             keys=keys,
             build=partial(self._build, group_size),
+            scale_dtype=scales.dtype,
+            kinds=("zero_point" if zeros in specs else "symmetric",),
+            act_order=False,
         )
 
     def _build(self, group_size: int, tensors: Mapping[str, Tensor]) -> Int4Weight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,10 +11,47 @@ import torch
 from qops.nn import QuantizedLinear
 from qops.weights.state import QuantizedWeight
 
-__all__ = ["Checkpoint", "Weight"]
+__all__ = ["Checkpoint", "Facts", "QuantizedFacts", "Weight"]
 
 Weight = QuantizedWeight | torch.Tensor
 """Quantised, not packed yet, or dense."""
+
+
+@dataclass(frozen=True)
+class QuantizedFacts:
+    """What is known of a quantised weight before its numbers are read.
+
+    Attributes:
+        group_size: columns of K that share a scale.
+        scale_dtype: None where it is not known.
+        kinds: those of its class that it may have. More than one where its numbers decide: zero points that are all 8
+            make a symmetric weight.
+        act_order: whether its columns are in another order than those of w; None where its numbers decide.
+    """
+
+    group_size: int
+    scale_dtype: torch.dtype | None
+    kinds: tuple[str, ...]
+    act_order: bool | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a parameter or buffer before it is read.
+
+    Attributes:
+        stored_as: in the words of its format; of a dense one its dtype.
+        shape: of the parameter: [N, K] of a weight.
+        size_bytes: of all that stands for it in the files.
+        quantized: the rest about a quantised weight; None where it comes dense.
+        why_dense: why it comes dense though it is stored quantised; None for all others.
+    """
+
+    stored_as: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    quantized: QuantizedFacts | None = None
+    why_dense: str | None = None
 
 
 class Checkpoint(Protocol):
@@ -25,6 +63,11 @@ class Checkpoint(Protocol):
     Raises:
         ValueError: from each method, where the checkpoint does not hold what it should; path and tensor are named.
     """
+
+    @property
+    def format(self) -> str:
+        """What it is, in a few words."""
+        ...
 
     @property
     def config(self) -> Any:
@@ -81,6 +124,17 @@ class Checkpoint(Protocol):
 
         Returns:
             Equal for weights that become linears of one kind.
+        """
+        ...
+
+    def describe(self, name: str) -> Facts:
+        """What is known of a parameter or buffer, without reading it.
+
+        Args:
+            name: one of `names`.
+
+        Returns:
+            Of what :meth:`weight` and :meth:`tensor` give. What a linear quantises its input with is no part of it.
         """
         ...
 

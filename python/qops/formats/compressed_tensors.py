@@ -283,6 +283,9 @@ class CompressedTensors:
             group_size=group_size,
             keys=tuple(wanted),
             build=partial(_build_packed, bits),
+            scale_dtype=scale.dtype,
+            kinds=_kinds(bits, "weight_zero_point" in wanted),
+            act_order=None if "weight_g_idx" in wanted else False,
         )
 
     @staticmethod
@@ -328,6 +331,9 @@ class CompressedTensors:
             group_size=group_size,
             keys=tuple(wanted),
             build=_build_integers,
+            scale_dtype=scale.dtype,
+            kinds=_kinds(8, "weight_zero_point" in wanted and linear is Int8WeightOnlyLinear),
+            act_order=False,
             input_keys=tuple(inputs_there),
         )
 
@@ -344,6 +350,11 @@ class CompressedTensors:
                 f"tensor, got {dict(inputs)}"
             )
         return linear
+
+
+def _kinds(bits: int, zero_points: bool) -> tuple[str, ...]:
+    """Zero points that are all 0 are none."""
+    return ("symmetric", "zero_point" if bits == 4 else "offset") if zero_points else ("symmetric",)
 
 
 def _build_packed(bits: int, tensors: Mapping[str, Tensor]) -> Int4Weight | Int8Weight:

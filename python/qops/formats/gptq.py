@@ -207,6 +207,7 @@ class Gptq:
             raise ValueError(f"group_size must be an integer, got {self._group_size!r}")
         self._act_order = bool(settings.get("desc_act", False))
         self._zero_add = options.zero_add or _FORMATS[said]
+        self._version = 2 if self._zero_add == "none" else 1
         self._labelled_2 = options.zero_add is None and said == "gptq_v2"
 
     def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
@@ -248,11 +249,14 @@ class Gptq:
         weight: Any = int4_weight if int4 else int8_weight
         return Stored(
             linear=Int4Linear if int4 else Int8WeightOnlyLinear,
-            kind=f"GPTQ {int(bits)} bit",
+            kind=f"GPTQ version {self._version}, {bits:g} bit" + (", act-order" if self._act_order else ""),
             shape=(rows, columns),
             group_size=group_size,
             keys=(*_KEYS, "g_idx") if ordered else _KEYS,
             build=partial(self._build, weight, 1 << (int(bits) - 1)),
+            scale_dtype=scales.dtype,
+            kinds=("symmetric", "zero_point" if int4 else "offset"),
+            act_order=None if ordered else False,
         )
 
     def _build(self, weight: Any, middle: int, tensors: Mapping[str, Tensor]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from qops.weights.state import QuantizedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qops.formats.folder import Folder
+    from qops.formats.folders.pretrained import PretrainedFolder
 
 # What a folder needs to be read, and a conversation: not the pickles that lie beside it.
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
@@ -45,13 +49,37 @@ def open_checkpoint(
 
         options.refuse("GGUF")
         return GGUFFile(path)
-    from qops.formats.folder import QUANT_METHOD, Folder
-    from qops.formats.folders.pretrained import PretrainedFolder, read_settings
+    from qops.formats.folders.pretrained import read_settings
 
-    if read_settings(path)["quant_method"] == QUANT_METHOD:
-        options.refuse("qops")
-        return Folder(path)
-    return PretrainedFolder(path, options)
+    return open_folder(path, read_settings(path), options)
+
+
+def open_folder(folder: Path, settings: Mapping[str, Any], options: Options) -> Folder | PretrainedFolder:
+    """The reader of a folder.
+
+    Args:
+        folder: with safetensors files.
+        settings: its quantization config: of a format, or of qops around another one, which it holds as ``source``, and
+            what its user has said of it.
+        options: what its user says now.
+
+    Raises:
+        FileNotFoundError: there are no safetensors files.
+        ValueError: the folder is malformed or of a kind that is not supported.
+    """
+    from qops.formats.folder import QUANT_METHOD, Folder
+    from qops.formats.folders.pretrained import PretrainedFolder
+
+    if settings["quant_method"] != QUANT_METHOD:
+        return PretrainedFolder(folder, options, settings)
+    said = {name: settings.get(name) if value is None else value for name, value in vars(options).items()}
+    if "source" not in settings:
+        Options(**said).refuse("qops")
+        return Folder(folder, settings)
+    unknown = sorted(settings.keys() - {"quant_method", "source", "prove", *vars(options)})
+    if unknown:
+        raise ValueError(f"{folder}: quantization_config must hold a source and options alone, got {unknown[0]}")
+    return PretrainedFolder(folder, Options(**said), settings["source"])
 
 
 def read_checkpoint(

@@ -30,7 +30,7 @@ from qops.formats.folder import QUANT_METHOD, Folder
 from qops.formats.folders.config import read_config
 from qops.formats.folders.pretrained import PretrainedFolder, read_settings
 from qops.formats.folders.stored import Options
-from qops.formats.open import local_path
+from qops.formats.open import local_path, open_folder
 from qops.models.load import build_model, skeleton
 from qops.models.quantize import quantize_model
 from qops.models.schemes import Asked, choose
@@ -39,9 +39,6 @@ from qops.models.smoothing import Scales
 __all__ = ["QopsConfig", "config_for"]
 
 require_transformers("qops.integrations.transformers")
-
-# What the settings of a folder of somebody else's may hold besides the name of this method.
-_SOURCE = ("source", "zero_add", "symmetric", "prove")
 
 
 def config_for(
@@ -74,28 +71,15 @@ def config_for(
     if folder.is_file():
         raise ValueError(f"{folder}: must be a folder, got a file; qops.load_model reads GGUF files")
     settings, config = read_settings(folder), read_config(folder)
-    said = {"prove": prove, "zero_add": zero_add, "symmetric": symmetric}
-    config.quantization_config = {
-        "quant_method": QUANT_METHOD,
-        "source": settings,
-        **{key: value for key, value in said.items() if value is not (True if key == "prove" else None)},
-    }
+    if settings["quant_method"] != QUANT_METHOD:
+        settings = {"quant_method": QUANT_METHOD, "source": settings}
+    said = {"prove": None if prove else False, "zero_add": zero_add, "symmetric": symmetric}
+    config.quantization_config = settings | {key: value for key, value in said.items() if value is not None}
     config.__dict__.pop("compression_config", None)
     if config.dtype is None:
         # Transformers would take that of the first tensor, which may be scales.
-        config.dtype = _open(folder, config.quantization_config).dtype
+        config.dtype = open_folder(folder, config.quantization_config, Options()).dtype
     return config
-
-
-def _open(folder: Path, settings: Mapping[str, Any]) -> Folder | PretrainedFolder:
-    """The reader of a folder, by the settings that its config has for this method."""
-    if "source" not in settings:
-        return Folder(folder)
-    unknown = sorted(settings.keys() - {"quant_method", *_SOURCE})
-    if unknown:
-        raise ValueError(f"{folder}: quantization_config must hold {', '.join(_SOURCE)} alone, got {unknown[0]}")
-    options = Options(settings.get("zero_add"), settings.get("symmetric"))
-    return PretrainedFolder(folder, options, settings["source"])
 
 
 class QopsConfig(QuantizationConfigMixin):
@@ -140,13 +124,26 @@ class QopsConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What the config of a folder says; Transformers calls it."""
+        """What the config of a folder says; Transformers calls it.
+
+        Args:
+            config_dict: its quantization config.
+            return_unused_kwargs: whether `kwargs` are returned too.
+            kwargs: of other classes.
+
+        Returns:
+            A config.
+        """
         config = cls()
         config.stored = dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the settings of the folder, or what was asked for in words."""
+        """For JSON.
+
+        Returns:
+            The settings of the folder; what was asked for, in words, where it is dense.
+        """
         if self.stored is not None:
             return dict(self.stored)
         asked = {key: value for key, value in self.asked.items() if key not in ("scheme", "smoothing")}
@@ -207,8 +204,8 @@ class QopsQuantizer(HfQuantizer):
     def _checkpoint(self, model: Any, files: list[str] | None) -> Folder | PretrainedFolder:
         if not files:
             raise ValueError("from_pretrained must be given a folder with quantization method qops, got a state_dict")
-        folder, settings = Path(files[0]).parent, self.quantization_config.to_dict()
-        checkpoint = _open(folder, settings)
+        folder = Path(files[0]).parent
+        checkpoint = open_folder(folder, self.quantization_config.to_dict(), Options())
         named = {Path(file).name for file in files}
         if named != checkpoint.files:
             raise ValueError(f"{folder}: qops reads {sorted(checkpoint.files)}, got {sorted(named)}")

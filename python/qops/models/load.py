@@ -1,4 +1,4 @@
-"""Whole language models on qops operators: load, save, and the dense model to compare with."""
+"""Whole language models on qops operators: load, and the dense model to compare with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 
 from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
-from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, replace_files
 from qops.formats.folders.config import transformers_class
 from qops.formats.open import open_checkpoint
 from qops.models.replacement import (
@@ -26,20 +24,20 @@ from qops.models.replacement import (
     is_fused,
     is_linear,
     is_tied,
-    kind_of,
     name_of,
     packed,
     parameter_of,
     plan_fusion,
     replace_parameter,
     replace_parts,
+    require_kernels,
     require_replaced,
     tie,
 )
-from qops.nn import QuantizedLinear, dense_linear, frozen
+from qops.nn import MergedLinear, QuantizedLinear, dense_linear, frozen
 from qops.weights.state import QuantizedWeight
 
-__all__ = ["dense_model", "load_model", "save_model"]
+__all__ = ["dense_model", "load_model"]
 
 
 def load_model(
@@ -55,15 +53,20 @@ def load_model(
 
     Quantised weights keep every stored code and scale. Dense weights, norms and biases are rounded once to `dtype`,
     which is also the dtype of the activations. No dense copy of a quantised weight is ever made, except of a 4-bit
-    embedding table, which is looked up densely.
+    embedding table, which is looked up densely, and of a weight in a GGUF file whose N is no multiple of 8 (the tables
+    of an odd vocabulary), which no kernel takes.
 
     Args:
         path: a folder with a quantised checkpoint in safetensors files: GPTQ (version 1 and 2, act-order, 4 and 8
             bits), AWQ (gemm, gemv, gemv_fast), compressed-tensors (pack-quantized, int-quantized), HQQ (axis 1),
             optimum-quanto (qint4, qint8), bitsandbytes (8 bits), torchao (Int8Tensor, int4), lmdeploy (smooth_quant),
-            ModelOpt (W4A16_AWQ, W8A16, W8A8_SQ_PER_CHANNEL), or what :func:`qops.save_model` wrote; a GGUF file; or
-            the name of a repository on the Hugging Face hub that holds such a folder.
-        dtype: float32, bfloat16 or float16; by default that of the checkpoint, and bfloat16 for a GGUF file.
+            ModelOpt (W4A16_AWQ, W8A16, W8A8_SQ_PER_CHANNEL), or what :func:`qops.save_model` wrote; a GGUF file of
+            Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, F32, F16 and BF16 tensors, of a llama (Mistral,
+            SmolLM2), smollm3, qwen2, qwen3, gemma, gemma2, gemma3 (its text model) or phi3; or the name of a
+            repository on the Hugging Face hub that holds such a folder.
+        dtype: float32, bfloat16 or float16; by default that of the checkpoint. Of a GGUF file it is that of the dense
+            matrices: float16 or bfloat16 where all have this type or that, float32 where one is F32 or where there are
+            both, and bfloat16 where there are none. Its vectors are F32 whatever the model was, and say nothing.
         device: where the model goes.
         prove: compare fused decoder layers with those of the installed Transformers first, one of each kind
             (:func:`qops.quantize_model` tells how). Where they differ the model keeps Transformers' layers, with qops
@@ -84,70 +87,14 @@ def load_model(
         ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
         FileNotFoundError: nothing is at `path`.
         ValueError: the checkpoint is malformed or of a kind that is not supported.
+        RuntimeError: a linear has no kernel on `device`; no weight has been read then.
     """
     require_transformers("qops.load_model")
     checkpoint = open_checkpoint(path, zero_add=zero_add, symmetric=symmetric)
     return build_model(checkpoint, dtype or checkpoint.dtype, device, prove)
 
 
-def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Writes a model so that :func:`qops.load_model` reads it back bit for bit.
-
-    The folder gets `config.json`, `generation_config.json` and `qops.safetensors`. The tokenizer is the caller's:
-    `tokenizer.save_pretrained(folder)` into the same folder.
-
-    Args:
-        model: made by :func:`qops.load_model` or :func:`qops.quantize_model`; it stays as it is.
-        folder: created where it is missing; its files are replaced.
-
-    Raises:
-        ImportError: Transformers >= 5.17 or safetensors is missing.
-        ValueError: the model has no qops parts; its class, or that of a part, is not one of Transformers' or torch's
-            own; its parameters are not those that its config describes.
-    """
-    from safetensors.torch import save_file
-
-    require_replaced(model, "qops.save_model")
-    if transformers_class(type(model).__name__) is not type(model):
-        raise ValueError(f"qops.save_model: model must be of a class of transformers, got {type(model)}")
-    tensors: dict[str, torch.Tensor] = {}
-    kinds: dict[str, str] = {}
-    held = list(entries(model))
-    twin = skeleton(type(model), model.config, model.dtype)
-    _require_restorable("qops.save_model", model, twin, {name for name, _, _ in held})
-    for name, value, owner in held:
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-            continue
-        module = name.removesuffix(".weight")
-        kinds[module] = kind_of(owner)
-        tensors |= {f"{name}.{value._state_key(key)}": tensor for key, tensor in value.canonical().items()}
-        if isinstance(owner, QuantizedLinear):
-            tensors |= {f"{module}.{key}": tensor for key, tensor in owner.activations().items()}
-    # Parts of a merged dense linear are views of one storage, which safetensors refuses.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    config = copy.deepcopy(model.config)
-    config.dtype = model.dtype
-    config.architectures = [type(model).__name__]
-    config.quantization_config = {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "fused": is_fused(model),
-        "weights": kinds,
-        "cast": _cast_buffers(model),
-    }
-    generation_config = getattr(model, "generation_config", None)
-
-    def write(into: Path) -> None:
-        config.save_pretrained(into)
-        if generation_config is not None:
-            generation_config.save_pretrained(into)
-        save_file(tensors, into / TENSORS_FILE)
-
-    replace_files(Path(folder), write)
-
-
-def _require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> None:
+def require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> None:
     """Raises where a model of this class and config would be another one: it is all that a twin, or a folder, has.
 
     Args:
@@ -169,20 +116,6 @@ def _require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> N
         )
 
 
-def _cast_buffers(model: nn.Module) -> dict[str, str]:
-    """The dtype of each buffer that is no part of the state and was cast with the model, as rotary frequencies are."""
-    return {
-        f"{name}.{key}".lstrip("."): str(buffer.dtype).removeprefix("torch.")
-        for name, module in model.named_modules()
-        for key, buffer in module._buffers.items()
-        if key in module._non_persistent_buffers_set
-        and buffer is not None
-        and buffer.dtype in (torch.bfloat16, torch.float16)
-        and buffer.numel() > 0
-        and not isinstance(module, QuantizedWeight)
-    }
-
-
 def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The plain Transformers model with the same weights, dequantised: what the qops model is compared with.
 
@@ -201,7 +134,7 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     require_replaced(model, "qops.models.dense_model")
     dense = skeleton(type(model), model.config, dtype)
     held = list(entries(model))
-    _require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
+    require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
     state = {name: _dense(value, owner, dtype) for name, value, owner in held}
     _tie_what_is_tied(dense, frozenset(state).__contains__)
     _assign(dense, state.pop)
@@ -277,16 +210,23 @@ def build_model(
             return None
         return bias
 
-    _tie_what_is_tied(model, checkpoint.holds)
-    norms = Norms()
-    plan = plan_fusion(model, norms) if checkpoint.fuses else FusionPlan("it was saved so", None)
-    model.qops_fusion = replace_parts(model, linear, norm, checkpoint.kind, norms, plan, prove)
-    embedding, output = input_table(model), model.get_output_embeddings()
-    tied, name, table = is_tied(model), "", None
-
     def stored(name: str) -> str:
         """Where the checkpoint has a tensor that may be tied to another one."""
         return name if checkpoint.holds(name) else model.all_tied_weights_keys.get(name, name)
+
+    _tie_what_is_tied(model, checkpoint.holds)
+    output, linears = model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
+        source = stored(f"{name}.weight")
+        if is_linear(module) and checkpoint.holds(source):
+            linears[name] = checkpoint.linear(source.removesuffix(".weight"))
+    quantised = {name: kind for name, kind in linears.items() if kind is not None}
+    require_kernels("qops.load_model", quantised, device, dtype, None if output is None else name_of(model, output))
+    norms = Norms()
+    plan = plan_fusion(model, norms) if checkpoint.fuses else FusionPlan("it was saved so", None)
+    model.qops_fusion = replace_parts(model, linear, norm, checkpoint.kind, norms, plan, prove)
+    embedding = input_table(model)
+    tied, name, table = is_tied(model), "", None
 
     if embedding is not None:
         name = stored(f"{name_of(model, embedding)}.weight").removesuffix(".weight")
@@ -364,9 +304,13 @@ def _assign(model: Any, tensor: Callable[[str], torch.Tensor]) -> None:
 
     Those that are tied to another one share its parameter.
     """
+    made: tuple[str, ...] = ()
     for module_name, module in model.named_modules():
-        if isinstance(module, (QuantizedWeight, QuantizedLinear)):
-            continue  # made with all that they have
+        if made and module_name.startswith(made):
+            continue
+        if isinstance(module, (QuantizedWeight, QuantizedLinear, MergedLinear)):
+            made += (f"{module_name}.",)  # with all that they have
+            continue
         wanted = {key: value for key, value in module._parameters.items() if value is not None and value.is_meta}
         for key, value in module._buffers.items():
             if value is not None and key not in module._non_persistent_buffers_set:

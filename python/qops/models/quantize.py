@@ -30,12 +30,13 @@ from qops.models.replacement import (
     odd_linear,
     plan_fusion,
     replace_parts,
+    require_kernels,
     take_hooks,
     tie,
 )
 from qops.models.schemes import Asked, Choice, Scheme, choose, matches
 from qops.models.smoothing import Scales, Smoothing, plan_smoothing
-from qops.nn import Int8Embedding, Int8Linear, MergedLinear, QuantizedLinear, RMSNorm, dense_linear
+from qops.nn import Int8Embedding, Int8Linear, MergedLinear, QuantizedLinear, RMSNorm
 from qops.weights.requirements import resolve_group_size
 
 __all__ = ["QuantizationReport", "quantize_model"]
@@ -308,9 +309,12 @@ def _plan(
         if owner not in seen:
             kind = type(modules[owner]).__name__
             plan.keep(name, f"a parameter of {kind}, which is neither a linear nor an RMSNorm", parameter.nbytes)
-    # A small one of each raises where there are no kernels, of packing or of the product.
-    for kind, device in {(type(chosen), linears[name].weight.device) for name, chosen in plan.linears.items()}:
-        kind()._quantize(dense_linear(torch.zeros(16, 16, device=device)))(torch.zeros(1, 16, device=device).bfloat16())
+    output = model.get_output_embeddings()
+    head = None if output is None else name_of(model, output)
+    for device in dict.fromkeys(linears[name].weight.device for name in plan.linears):
+        there = {name: chosen.linear for name, chosen in plan.linears.items() if linears[name].weight.device == device}
+        # Of a float32 model in bfloat16, too: a GPU has no float32 product of 4-bit weights, and its user may cast it.
+        require_kernels(caller, there, device, torch.bfloat16, head)
     if not plan.linears:
         reasons = Counter(plan.kept.values()).most_common(5)
         why = "; ".join(f"{count} x {reason}" for reason, count in reasons)
@@ -481,7 +485,8 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, shared ones once."""
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        # The storage itself: on the meta device none has an address.
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 
 

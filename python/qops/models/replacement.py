@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -130,6 +130,40 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )
 _OTHER_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+
+
+def require_kernels(
+    caller: str,
+    linears: Mapping[str, type[QuantizedLinear]],
+    device: str | torch.device,
+    dtype: torch.dtype,
+    output: str | None,
+) -> None:
+    """Raises where linears would have no kernel: a small one of each class runs on the device.
+
+    Args:
+        caller: to name in the message.
+        linears: what each becomes, by its name.
+        device: where they will be.
+        dtype: of the activations.
+        output: the name of the output layer, which computes in float32.
+
+    Raises:
+        RuntimeError: packing or the product fails there; a linear, its operator and the device are named.
+    """
+    alike: dict[tuple[type[QuantizedLinear], bool], list[str]] = {}
+    for name, kind in linears.items():
+        alike.setdefault((kind, name == output), []).append(name)
+    for (kind, logits), names in alike.items():
+        weight: Any = kind.weight_class
+        try:
+            static = {"input_scale": torch.ones((), device=device)} if kind.static_input else {}
+            weight = weight(16, 16, -1, scale_dtype=torch.float32, device=device)
+            kind(weight, None, float32_output=logits, **static)(torch.zeros(1, 16, dtype=dtype, device=device))
+        # What torch raises for a device that it was not built for is an AssertionError.
+        except (RuntimeError, AssertionError) as error:
+            more = f" and {len(names) - 1} more linears" if len(names) > 1 else ""
+            raise RuntimeError(f"{caller}: {names[0]}{more}: no {kind.operator} on {device}: {error}") from error
 
 
 # Replacing -----------------------------------------------------------------------------------------------------------

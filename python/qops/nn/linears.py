@@ -64,6 +64,8 @@ class QuantizedLinear(Offloadable):
 
     scheme: ClassVar[str]
     """The name of the kind, in folders and reports."""
+    operator: ClassVar[str]
+    """What multiplies."""
     weight_class: ClassVar[type[QuantizedWeight]]
     """What the weight is one of."""
     adds_residual: ClassVar[bool] = False
@@ -174,6 +176,7 @@ class Int4Linear(QuantizedLinear):
     """
 
     scheme = "int4"
+    operator = "int4_gemm"
     weight_class = Int4Weight
     adds_residual = True
     applies_silu_mul = True
@@ -233,6 +236,7 @@ class Int8Linear(QuantizedLinear):
     """
 
     scheme = "int8"
+    operator = "int8_gemm"
     rule: ClassVar[str] = "127"
     """Of the quantiser."""
     rows_rule = rule
@@ -481,6 +485,7 @@ class Int8WeightOnlyLinear(QuantizedLinear):
     """
 
     scheme = "int8_weight_only"
+    operator = "int8_weight_only_gemm"
     weight_class = Int8Weight
     weight: Int8Weight
 

@@ -83,7 +83,7 @@ def gemm_row(x: torch.Tensor, codes, scales, zeros, kind: str, group_size: int, 
         total = fma(s, value * scale, total)
         if kind in ("float_zero", "offset"):
             z = zeros[:, group]
-            offset = fma(s, origin, z) if kind == "offset" else s * (np.float32(origin) - z)
+            offset = s * (np.float32(origin) - z) if kind == "float_zero" else fma(s, origin, z) if origin else z
             total = fma(offset, np.float32(v.sum()) * scale, total)
         if index + 1 in ends:
             y, total = y + total, np.zeros_like(total)

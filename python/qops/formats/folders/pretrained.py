@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qops.formats.awq import Awq
-from qops.formats.checkpoint import Weight
+from qops.formats.checkpoint import Facts, Weight
 from qops.formats.compressed_tensors import CompressedTensors
 from qops.formats.folders.config import read_config, read_generation_config
 from qops.formats.folders.stored import Method, Options, Stored
@@ -23,6 +23,7 @@ from qops.formats.modelopt import ModelOpt
 from qops.formats.quanto import Quanto
 from qops.formats.torchao import Torchao
 from qops.nn import QuantizedLinear
+from qops.weights.requirements import dtype_name
 
 
 def _by_settings(
@@ -99,6 +100,7 @@ class PretrainedFolder:
         folder: as given.
         files: the names of its safetensors files.
         method: the quant_method.
+        format: what it is.
         stored: each quantised weight by the name of its module.
         names: of all parameters and buffers, `<module>.weight` where the weight is quantised.
         config: of Transformers.
@@ -126,6 +128,7 @@ class PretrainedFolder:
             raise ValueError(
                 f"{folder / 'config.json'}: quant_method must be one of {', '.join(METHODS)}, got {self.method!r}"
             )
+        self.format = f"folder of Transformers, quant_method {self.method}"
         self._files = TensorFiles(folder)
         self.files = self._files.names
         try:
@@ -179,6 +182,15 @@ class PretrainedFolder:
     def kind(self, module: str) -> str:
         return self.stored[module].kind if module in self.stored else "dense"
 
+    def describe(self, name: str) -> Facts:
+        stored = self.stored.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if stored is None:
+            spec = self._files.specs[name]
+            return Facts(dtype_name(spec.dtype), spec.shape, spec.size_bytes)
+        module = name.removesuffix(".weight")
+        size = sum(self._files.specs[f"{module}.{key}"].size_bytes for key in stored.keys)
+        return Facts(stored.kind, stored.shape, size, stored.facts())
+
     def weight(self, module: str) -> Weight:
         stored = self.stored.get(module)
         if stored is None:
@@ -203,15 +215,24 @@ class PretrainedFolder:
         return self._files.read(name)
 
     def finish(self, model: Any) -> None:
-        # What Transformers itself knows as left over from older releases.
-        known = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-        left = sorted(
-            name
-            for name in self._files.specs.keys() - self._read
-            if not name.endswith(_COMPUTED) and not any(pattern.search(name) for pattern in known)
+        require_places(str(self.folder), self._files.specs.keys() - self._read, model)
+
+
+def require_places(where: str, left: Collection[str], model: Any) -> None:
+    """Raises where tensors are left over that the model has no place for.
+
+    Args:
+        where: to name in the message.
+        left: the names of what was not asked for.
+        model: that was built.
+    """
+    # What Transformers itself knows as left over from older releases.
+    known = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    lost = sorted(
+        name for name in left if not name.endswith(_COMPUTED) and not any(pattern.search(name) for pattern in known)
+    )
+    if lost:
+        raise ValueError(
+            f"{where}: every tensor must have a place in {type(model).__name__} as config.json describes it, "
+            f"{len(lost)} have none: {', '.join(lost[:3])}"
         )
-        if left:
-            raise ValueError(
-                f"{self.folder}: every tensor must have a place in {type(model).__name__} as config.json describes "
-                f"it, {len(left)} have none: {', '.join(left[:3])}"
-            )

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from qops.formats.checkpoint import QuantizedFacts
 from qops.formats.folders.tensors import Spec
 from qops.nn import QuantizedLinear
 from qops.weights.state import QuantizedWeight
@@ -44,6 +46,7 @@ class Stored:
         keys: the last parts of the names of its tensors.
         build: the weight, not packed yet, from those tensors.
         input_keys: the same of the tensors of `linear.static_input`.
+        scale_dtype, kinds, act_order: as of :class:`qops.formats.checkpoint.QuantizedFacts`; None says nothing.
     """
 
     linear: type[QuantizedLinear]
@@ -53,6 +56,13 @@ class Stored:
     keys: tuple[str, ...]
     build: Callable[[Mapping[str, Tensor]], QuantizedWeight]
     input_keys: tuple[str, ...] = ()
+    scale_dtype: torch.dtype | None = None
+    kinds: tuple[str, ...] | None = None
+    act_order: bool | None = None
+
+    def facts(self) -> QuantizedFacts:
+        kinds = self.linear.weight_class.KINDS if self.kinds is None else self.kinds
+        return QuantizedFacts(self.group_size, self.scale_dtype, kinds, self.act_order)
 
 
 class Method(Protocol):

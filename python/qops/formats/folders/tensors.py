@@ -61,6 +61,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_spec(path: Path, file: Any, name: str) -> Spec:
+    """Of a tensor in an open safetensors file.
+
+    Raises:
+        ValueError: its dtype is none that is supported.
+    """
+    entry = file.get_slice(name)
+    dtype = _DTYPES.get(entry.get_dtype())
+    if dtype is None:
+        raise ValueError(f"{path}: tensor {name} has dtype {entry.get_dtype()}, which is not supported")
+    return Spec(tuple(entry.get_shape()), dtype)
+
+
 class TensorFiles:
     """The tensors of a folder by their names.
 
@@ -121,11 +134,7 @@ class TensorFiles:
             said = f"tensor {missing[0]} is missing" if missing else f"tensor {extra[0]} is not in {INDEX}"
             raise ValueError(f"{path}: {said}")
         for name in sorted(names):
-            entry = file.get_slice(name)
-            dtype = _DTYPES.get(entry.get_dtype())
-            if dtype is None:
-                raise ValueError(f"{path}: tensor {name} has dtype {entry.get_dtype()}, which is not supported")
-            self.specs[name] = Spec(tuple(entry.get_shape()), dtype)
+            self.specs[name] = read_spec(path, file, name)
             self._files[name] = file
         self.metadata |= file.metadata() or {}
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qops.formats.checkpoint import QuantizedFacts
 from qops.weights import Int4Weight, Int8Weight
 
 # Elements that are decoded at a time: temporaries of a few MiB, whatever the weight.
@@ -196,6 +197,14 @@ def int8_weight(blocks: Tensor, qtype: str, *, pack: bool = True) -> Int8Weight:
         ggml's block formats (ggml-quants.c, ggml-common.h).
     """
     return Int8Weight.from_canonical(**_canonical("qops.Int8Weight.from_gguf", blocks, qtype, bits=8), pack=pack)
+
+
+def facts(qtype: str) -> QuantizedFacts:
+    """What every weight of a type has in common, by one of zeros."""
+    block = BLOCK_TYPES[qtype]
+    zeros = torch.zeros(8, block.bytes, dtype=torch.uint8)
+    weight = (int4_weight if block.bits == 4 else int8_weight)(zeros, qtype, pack=False)
+    return QuantizedFacts(weight.group_size, weight.scale_dtype, (weight.kind,), weight.act_order)
 
 
 def dequantize(blocks: Tensor, qtype: str) -> Tensor:

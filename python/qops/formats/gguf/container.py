@@ -71,6 +71,10 @@ def read_container(path: Path) -> GGUFReader:
             self._check_end(end)
             return end - orig_offs, [], [], [kinds.ARRAY, item]
 
+        def _build_fields(self, offs: int, count: int) -> int:
+            self.end_of_fields = super()._build_fields(offs, count)
+            return self.end_of_fields
+
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
             if self.byte_order != "I":
                 raise ValueError("byte order differs from this machine's")

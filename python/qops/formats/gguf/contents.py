@@ -105,6 +105,9 @@ class Contents:
         """As torch has it: GGUF counts from the last dimension."""
         return [int(extent) for extent in reversed(self._tensors[stored].shape)]
 
+    def size_bytes(self, stored: str) -> int:
+        return int(self._tensors[stored].n_bytes)
+
     def names(self) -> list[str]:
         return list(self._tensors)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from qops.formats._transformers import require_transformers
-from qops.formats.checkpoint import Weight
+from qops.formats.checkpoint import Facts, Weight
 from qops.formats.gguf.architectures import ARCHITECTURES, TOP_LEVEL, Sizes
-from qops.formats.gguf.blocks import BLOCK_TYPES, dequantize, int4_weight, int8_weight
+from qops.formats.gguf.blocks import BLOCK_TYPES, dequantize, facts, int4_weight, int8_weight
 from qops.formats.gguf.contents import Contents
 from qops.nn import Int4Linear, Int8WeightOnlyLinear, QuantizedLinear
 
@@ -50,6 +50,7 @@ class GGUFFile:
         dtype: that of the file's dense matrices: float16 or bfloat16 where they all have this type or that; float32
             where one is F32, or where there are both; bfloat16 where there are none. Vectors, which are always F32,
             say nothing.
+        format: "GGUF".
         fuses: True.
         generation_config: None.
         names: of all parameters.
@@ -62,6 +63,7 @@ class GGUFFile:
             message names the file and what was expected.
     """
 
+    format = "GGUF"
     fuses = True
     generation_config = None
 
@@ -100,6 +102,15 @@ class GGUFFile:
     def kind(self, module: str) -> str:
         """As GGUF calls it, e.g. "Q4_1"."""
         return self._contents.kind(self._stored_name(f"{module}.weight"))
+
+    def describe(self, name: str) -> Facts:
+        stored, contents = self._stored_name(name), self._contents
+        kind, shape, size = contents.kind(stored), tuple(contents.shape(stored)), contents.size_bytes(stored)
+        if kind not in BLOCK_TYPES:
+            return Facts(kind, shape, size)
+        if self.linear(name.removesuffix(".weight")) is None:
+            return Facts(kind, shape, size, why_dense=f"N = {shape[0]} is no multiple of 8")
+        return Facts(kind, shape, size, facts(kind))
 
     def weight(self, module: str) -> Weight:
         stored = self._stored_name(f"{module}.weight")
