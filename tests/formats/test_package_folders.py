@@ -14,6 +14,9 @@ from torch import Tensor
 
 from qops import load_model, quantize_int8
 from qops.formats import open_checkpoint, read_checkpoint
+from qops.formats.checkpoint import QuantizedFacts
+from qops.models.inspect import inspect_checkpoint
+from qops.models.replacement import require_kernels
 from qops.nn import (
     Int4Linear,
     Int4SmoothedLinear,
@@ -312,3 +315,18 @@ def test_configs_that_describe_no_model(tmp_path, name, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_checkpoint(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_folder_holds_is_told_without_reading_it(tmp_path, name):
+    make, kind = FORMATS[name]
+    path = make().write(tmp_path)
+    checkpoint, found = open_checkpoint(path), inspect_checkpoint(path)
+    weight, facts = checkpoint.weight(LAYER), checkpoint.describe(f"{LAYER}.weight")
+    assert facts.shape == (weight.out_features, weight.in_features)
+    assert facts.quantized == QuantizedFacts(weight.group_size, weight.scale_dtype, (weight.kind,), weight.act_order)
+    (part,) = (part for part in found.parts if f"{LAYER}.weight" in part.names or LAYER in part.names)
+    assert part.operator == kind.operator and found.not_fused is None
+    loaded = sum(tensor.nbytes for tensor in load_model(path).state_dict().values())
+    assert 0.98 * loaded < found.memory_bytes < 1.02 * loaded
+    require_kernels("load", {LAYER: kind}, "cpu", torch.float32, None)

@@ -42,9 +42,7 @@ BASES: dict[str, Callable[[], Written]] = {
     "awq": lambda: write_as(*folders.awq(), **_SMALL),
     "awq gemv": lambda: write_as(*folders.awq("gemv"), **_SMALL),
     "compressed-tensors": lambda: write_as(*folders.compressed_tensors(symmetric=False), **_SMALL),
-    "w8a8": lambda: write_as(
-        *folders.compressed_tensors(bits=8, group_size=-1, packed=False, inputs=_TOKEN), **_SMALL
-    ),
+    "w8a8": lambda: write_as(*folders.compressed_tensors(bits=8, group_size=-1, packed=False, inputs=_TOKEN), **_SMALL),
     "w8a8 static": lambda: write_as(
         *folders.compressed_tensors(bits=8, group_size=-1, packed=False, inputs=_STATIC), **_SMALL
     ),

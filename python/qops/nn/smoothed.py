@@ -116,5 +116,20 @@ class Int8StaticSmoothedLinear(_Smoothed, Int8StaticLinear):
         return super()._quantized(self._smooth(x))
 
 
+def neutral_input(kind: type[QuantizedLinear], in_features: int, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """The tensors of `static_input` that a class needs, all ones: for a linear whose numbers are of no interest.
+
+    Args:
+        kind: of a linear.
+        in_features: K.
+        device: of the tensors.
+
+    Returns:
+        Keyword arguments for the class.
+    """
+    sizes = {"input_scale": (), "pre_quant_scale": (in_features,)}
+    return {key: torch.ones(size, device=device) for key, size in sizes.items() if key in kind.static_input}
+
+
 # This module is imported with the package, so that a folder with these schemes is always read.
 LINEARS.update({linear.scheme: linear for linear in (Int4SmoothedLinear, Int8StaticSmoothedLinear)})
