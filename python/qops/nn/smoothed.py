@@ -41,6 +41,14 @@ class _Smoothed(QuantizedLinear):
         return (x * scale).to(x.dtype)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight of the dense linear that this one stands for: its columns are multiplied by the factors.
+
+        Args:
+            dtype: of the result; the exact products are rounded to float32, then to it.
+
+        Returns:
+            [N, K].
+        """
         exact = self.weight.dequantize().double() * self._buffers["pre_quant_scale"]
         return exact.float().to(dtype)
 
@@ -78,7 +86,15 @@ class Int4SmoothedLinear(_Smoothed, Int4Linear):
         self._hold(pre_quant_scale)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`Int4Linear`."""
+        """See :class:`Int4Linear`.
+
+        Args:
+            x: [..., K], any strides.
+            residual: as there.
+
+        Returns:
+            As there.
+        """
         return super().forward(self._smooth(x), residual)
 
 
