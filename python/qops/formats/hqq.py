@@ -174,6 +174,9 @@ class Hqq:
             group_size=codes.shape[1],
             keys=(*wanted, *sorted(_META & specs.keys() - wanted.keys())),
             build=partial(_build, weight, (rows, columns)),
+            scale_dtype=specs["scale"].dtype,
+            kinds=("float_zero" if int4 else "offset",),
+            act_order=False,
         )
 
 
