@@ -113,6 +113,7 @@ struct QuantizeInt8AsymParams {
   Rows x_rows;
   DType dtype;
   int64_t k;
+  bool divides;         // rule "compressed-tensors": x / scale, and every step is rounded to dtype
   int8_t* q;            // contiguous [rows, K]
   float* scale;         // contiguous [rows]
   int32_t* zero_point;  // contiguous [rows], -128 .. 127
@@ -126,6 +127,7 @@ struct QuantizeInt8StaticParams {
   int64_t k;
   const float* scale;         // positive and finite
   const int32_t* zero_point;  // -128 .. 127; null: 0
+  bool divides;               // as above
   int8_t* q;                  // contiguous [rows, K]
 };
 
@@ -215,7 +217,7 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   const int32_t* perm;  // [K] or null: column j of the packed weight multiplies x[perm[j]]
   const void* packed;
   const void* scales;
-  const void* zeros;  // uint8 for kZeroPoint, float32 for kFloatZero and kOffset, else null
+  const void* zeros;  // uint8 for kZeroPoint, float32 for kFloatZero and kOffset (with 8 bits the one), else null
   const void* bias;   // [N] or null; of a mixed weight in canonical order
   void* y;            // contiguous [rows, N], or [rows, N / 2] for kSiluMul
   DType dtype;        // of x, residual and y (but int8 for kInt8)

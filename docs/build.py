@@ -37,12 +37,20 @@ _FORMATS = tuple(
         "torchao",
     )
 )
-MODULES = ("qops", "qops.nn", "qops.models", "qops.formats", *_FORMATS, "qops.testing")
+MODULES = (
+    "qops",
+    "qops.nn",
+    "qops.models",
+    "qops.formats",
+    *_FORMATS,
+    "qops.integrations.transformers",
+    "qops.testing",
+)
 # Title -> where what stands under it is defined; whatever is public, without a list of it.
 GROUPS = {
     "Operators": ("qops.ops",),
     "Weights": ("qops.weights",),
-    "Models": ("qops.models", "qops.nn", "qops.formats"),
+    "Models": ("qops.models", "qops.nn", "qops.formats", "qops.integrations"),
     "Package": ("qops",),
 }
 # Page -> what it shows. Their links to one another become links between pages.

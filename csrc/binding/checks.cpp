@@ -282,6 +282,12 @@ QuantizeRule Checker::quantize_rule(std::string_view rule) const {
   refuse("rule", "be \"127\", \"compressed-tensors\" or \"torchao\"", "\"" + std::string(rule) + "\"");
 }
 
+bool Checker::rule_divides(std::string_view rule, std::string_view other) const {
+  if (rule == "compressed-tensors") return true;
+  if (rule == other) return false;
+  refuse("rule", "be \"" + std::string(other) + "\" or \"compressed-tensors\"", "\"" + std::string(rule) + "\"");
+}
+
 bool Checker::rounding_is_hf(std::string_view rounding) const {
   if (rounding == "hf") return true;
   if (rounding == "fp32") return false;

@@ -82,6 +82,8 @@ class Checker {
   // What every form of rms_norm adds: eps >= 0 and weight_offset, both finite in float32.
   RmsNormStyle rms_norm_style(double eps, double weight_offset, std::string_view rounding) const;
   QuantizeRule quantize_rule(std::string_view rule) const;
+  // Of the asymmetric and the static quantisers: "compressed-tensors" -> true, the other one -> false.
+  bool rule_divides(std::string_view rule, std::string_view other) const;
   // Leading dimensions, merged where the strides allow.
   Rows rows(const Tensor& t, const char* arg, int trailing_dims = 1) const;
   void ok(Status status) const;

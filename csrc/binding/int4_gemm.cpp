@@ -16,29 +16,13 @@ WeightOnlyGemmParams checked(const Tensor& x, const Tensor& packed, const Tensor
     check.unsupported("x must have dtype float16 or bfloat16 on a GPU, got float32");
   }
   take_zeros(check, kind, zeros, scales, p);
-  if (perm) {
-    check.device(*perm, "perm", x);
-    check.dtype(*perm, "perm", ScalarType::Int);
-    check.shape(*perm, "perm", "[K]", {p.k});
-    check.contiguous(*perm, "perm");
-    p.perm = perm->const_data_ptr<int32_t>();
-  }
+  take_perm(check, perm, x, p);
   return p;
-}
-
-void check_int4_output(const Tensor& out, const Tensor& x, const Tensor& packed, const Tensor& scales,
-                       const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
-                       const std::optional<Tensor>& bias, const WeightOnlyGemmParams& p) {
-  check_output(check, out, x, packed, scales, bias, p);
-  if (zeros) check.no_overlap(out, "out", *zeros, "zeros");
-  if (perm) check.no_overlap(out, "out", *perm, "perm");
 }
 
 void run(WeightOnlyGemmParams& p, const Tensor& y, bool batch_invariant) {
   p.y = y.mutable_data_ptr();
   p.batch_invariant = batch_invariant;
-  int64_t bad_index = 0;
-  p.bad_index = &bad_index;
 #if defined(QOPS_CUDA)
   torch::stable::Device device = y.device();
   p.product = {&device::dense_product, &device};
@@ -50,11 +34,7 @@ void run(WeightOnlyGemmParams& p, const Tensor& y, bool batch_invariant) {
     p.scratch = scratch->mutable_data_ptr();
   }
 #endif
-  const Status status = device::run(check, &device::kernels::int4_gemm, p, y);
-  if (status == Status::kIndexOutOfRange) {
-    check.refuse("perm", "hold indices in 0 .. " + std::to_string(p.k - 1), std::to_string(bad_index));
-  }
-  check.ok(status);
+  run_product(check, &device::kernels::int4_gemm, p, y);
 }
 
 // On the CPU a row's bits never depend on M or on its position.
@@ -71,7 +51,7 @@ void int4_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, 
                    const std::optional<Tensor>& perm, const std::optional<Tensor>& bias, int64_t out_features,
                    int64_t group_size, int64_t kind, bool batch_invariant, const Tensor& out) {
   WeightOnlyGemmParams p = checked(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
-  check_int4_output(out, x, packed, scales, zeros, perm, bias, p);
+  check_output(check, out, x, packed, scales, zeros, perm, bias, p);
   run(p, out, batch_invariant);
 }
 
@@ -95,7 +75,7 @@ void int4_gemm_fused_out(const Tensor& x, const Tensor& packed, const Tensor& sc
                          const Tensor& out) {
   WeightOnlyGemmParams p = checked(x, packed, scales, zeros, perm, bias, out_features, group_size, kind);
   take_epilogue(check, x, residual, silu_mul, out_scale, out_zero_point, p);
-  check_int4_output(out, x, packed, scales, zeros, perm, bias, p);
+  check_output(check, out, x, packed, scales, zeros, perm, bias, p);
   if (out_scale) check.no_overlap(out, "out", *out_scale, "out_scale");
   if (out_zero_point) check.no_overlap(out, "out", *out_zero_point, "out_zero_point");
   if (residual) check.no_overlap_unless_same(out, "out", *residual, "residual");

@@ -10,27 +10,35 @@ namespace {
 constexpr Checker check("int8_weight_only_gemm");
 
 WeightOnlyGemmParams checked(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                             const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
                              const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
-  return weight_only_gemm_params(check, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
+  WeightOnlyGemmParams p =
+      weight_only_gemm_params(check, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
+  take_zeros(check, static_cast<int64_t>(zeros ? WeightKind::kOffset : WeightKind::kSymmetric), zeros, scales, p);
+  take_perm(check, perm, x, p);
+  return p;
 }
 
 void run(WeightOnlyGemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
-  check.ok(device::run(check, &device::kernels::int8_weight_only_gemm, p, y));
+  run_product(check, &device::kernels::int8_weight_only_gemm, p, y);
 }
 
-Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
-                             int64_t out_features, int64_t group_size) {
-  WeightOnlyGemmParams p = checked(x, packed, scales, bias, out_features, group_size);
+Tensor int8_weight_only_gemm(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                             const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
+                             const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
+  WeightOnlyGemmParams p = checked(x, packed, scales, zeros, perm, bias, out_features, group_size);
   Tensor y = new_output(check, x, p);
   run(p, y);
   return y;
 }
 
-void int8_weight_only_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales, std::optional<Tensor> bias,
-                               int64_t out_features, int64_t group_size, const Tensor& out) {
-  WeightOnlyGemmParams p = checked(x, packed, scales, bias, out_features, group_size);
-  check_output(check, out, x, packed, scales, bias, p);
+void int8_weight_only_gemm_out(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                               const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
+                               const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size,
+                               const Tensor& out) {
+  WeightOnlyGemmParams p = checked(x, packed, scales, zeros, perm, bias, out_features, group_size);
+  check_output(check, out, x, packed, scales, zeros, perm, bias, p);
   run(p, out);
 }
 

@@ -67,8 +67,16 @@ void run(QuantizeInt8AsymParams& p, const Tensor& q, const Tensor& scale, const 
   check_asym.ok(device::run(check_asym, &device::kernels::quantize_int8_asym, p, q));
 }
 
-QuantizeInt8StaticParams checked_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point) {
+QuantizeInt8AsymParams checked_asym(const Tensor& x, std::string_view rule) {
+  QuantizeInt8AsymParams p = checked<QuantizeInt8AsymParams>(check_asym, x);
+  p.divides = check_asym.rule_divides(rule, "255");
+  return p;
+}
+
+QuantizeInt8StaticParams checked_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                                        std::string_view rule) {
   QuantizeInt8StaticParams p = checked<QuantizeInt8StaticParams>(check_static, x);
+  p.divides = check_static.rule_divides(rule, "torchao");
   const StaticScale one = static_scale(check_static, scale, "scale", zero_point, "zero_point", x);
   p.scale = one.scale;
   p.zero_point = one.zero_point;
@@ -93,16 +101,17 @@ void quantize_int8_out(const Tensor& x, std::string_view rule, const Tensor& q, 
   run(p, q, scale);
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_int8_asym(const Tensor& x) {
-  auto p = checked<QuantizeInt8AsymParams>(check_asym, x);
+std::tuple<Tensor, Tensor, Tensor> quantize_int8_asym(const Tensor& x, std::string_view rule) {
+  QuantizeInt8AsymParams p = checked_asym(x, rule);
   auto [q, scale] = new_int8_rows(check_asym, x, p.k);
   Tensor zero_point = check_asym.new_tensor(x, leading_sizes(x), ScalarType::Int);
   run(p, q, scale, zero_point);
   return {q, scale, zero_point};
 }
 
-void quantize_int8_asym_out(const Tensor& x, const Tensor& q, const Tensor& scale, const Tensor& zero_point) {
-  auto p = checked<QuantizeInt8AsymParams>(check_asym, x);
+void quantize_int8_asym_out(const Tensor& x, std::string_view rule, const Tensor& q, const Tensor& scale,
+                            const Tensor& zero_point) {
+  QuantizeInt8AsymParams p = checked_asym(x, rule);
   check_asym.output(zero_point, "zero_point", x, ScalarType::Int, "[...]", leading_sizes(x));
   check_int8_rows(check_asym, q, scale, x, p.k, {{&x, "x"}});
   for (const auto& [other, name] : {std::pair{&x, "x"}, std::pair{&q, "q"}, std::pair{&scale, "scale"}}) {
@@ -111,16 +120,17 @@ void quantize_int8_asym_out(const Tensor& x, const Tensor& q, const Tensor& scal
   run(p, q, scale, zero_point);
 }
 
-Tensor quantize_int8_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point) {
-  QuantizeInt8StaticParams p = checked_static(x, scale, zero_point);
+Tensor quantize_int8_static(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                            std::string_view rule) {
+  QuantizeInt8StaticParams p = checked_static(x, scale, zero_point, rule);
   Tensor q = check_static.new_tensor(x, with_last_size(x, p.k), ScalarType::Char);
   run(p, q);
   return q;
 }
 
 void quantize_int8_static_out(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
-                              const Tensor& q) {
-  QuantizeInt8StaticParams p = checked_static(x, scale, zero_point);
+                              std::string_view rule, const Tensor& q) {
+  QuantizeInt8StaticParams p = checked_static(x, scale, zero_point, rule);
   check_static.output(q, "q", x, ScalarType::Char, "[..., K]", x.sizes());
   check_static.no_overlap(q, "q", x, "x");
   check_static.no_overlap(q, "q", scale, "scale");

@@ -43,17 +43,21 @@ void define_schemas(Library& m) {
   m.def("int8_pack(Tensor qweight) -> Tensor");
   m.def("int8_unpack(Tensor packed, int out_features) -> Tensor");
   m.def(
-      "int8_weight_only_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, int group_size) "
-      "-> Tensor");
+      "int8_weight_only_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
+      "int out_features, int group_size) -> Tensor");
   m.def(
-      "int8_weight_only_gemm.out(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, "
-      "int group_size, *, Tensor(a!) out) -> ()");
+      "int8_weight_only_gemm.out(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
+      "int out_features, int group_size, *, Tensor(a!) out) -> ()");
   m.def("quantize_int8(Tensor x, str rule=\"127\") -> (Tensor, Tensor)");
   m.def("quantize_int8.out(Tensor x, str rule=\"127\", *, Tensor(a!) q, Tensor(b!) scale) -> ()");
-  m.def("quantize_int8_asym(Tensor x) -> (Tensor, Tensor, Tensor)");
-  m.def("quantize_int8_asym.out(Tensor x, *, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) zero_point) -> ()");
-  m.def("quantize_int8_static(Tensor x, Tensor scale, Tensor? zero_point=None) -> Tensor");
-  m.def("quantize_int8_static.out(Tensor x, Tensor scale, Tensor? zero_point=None, *, Tensor(a!) q) -> ()");
+  m.def("quantize_int8_asym(Tensor x, str rule=\"255\") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "quantize_int8_asym.out(Tensor x, str rule=\"255\", *, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) zero_point) "
+      "-> ()");
+  m.def("quantize_int8_static(Tensor x, Tensor scale, Tensor? zero_point=None, str rule=\"torchao\") -> Tensor");
+  m.def(
+      "quantize_int8_static.out(Tensor x, Tensor scale, Tensor? zero_point=None, str rule=\"torchao\", *, "
+      "Tensor(a!) q) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\") -> Tensor");
   m.def(
       "rms_norm.out(Tensor x, Tensor weight, float eps, float weight_offset=0.0, str rounding=\"hf\", *, "

@@ -11,7 +11,11 @@ void describe_call(WeightOnlyGemmParams& p, Visitor& v) {
   describe_product(p.x_rows, p.n, p.k, v);
   describe_groups(p, v);
   v.dtype("dtype", p.dtype);
-  if (v.op() != "int4_gemm") return;
+  if (v.op() != "int4_gemm") {
+    v.given("zeros", p.zeros);
+    v.given("perm", p.perm);
+    return;
+  }
   describe_kind(p, v);
   v.given("perm", p.perm);
   v.flag("batch_invariant", p.batch_invariant);
@@ -46,13 +50,38 @@ inline WeightOnlyGemmParams weight_only_gemm_params(const Checker& check, const 
   return p;
 }
 
+// The order in which columns are stored.
+inline void take_perm(const Checker& check, const std::optional<Tensor>& perm, const Tensor& x,
+                      WeightOnlyGemmParams& p) {
+  if (!perm) return;
+  check.device(*perm, "perm", x);
+  check.dtype(*perm, "perm", ScalarType::Int);
+  check.shape(*perm, "perm", "[K]", {p.k});
+  check.contiguous(*perm, "perm");
+  p.perm = perm->const_data_ptr<int32_t>();
+}
+
 inline void check_output(const Checker& check, const Tensor& out, const Tensor& x, const Tensor& packed,
-                         const Tensor& scales, const std::optional<Tensor>& bias, const WeightOnlyGemmParams& p) {
+                         const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
+                         const std::optional<Tensor>& bias, const WeightOnlyGemmParams& p) {
   check_output(check, out, x, p);
   check.no_overlap(out, "out", x, "x");
   check.no_overlap(out, "out", packed, "packed");
   check.no_overlap(out, "out", scales, "scales");
   if (bias) check.no_overlap(out, "out", *bias, "bias");
+  if (zeros) check.no_overlap(out, "out", *zeros, "zeros");
+  if (perm) check.no_overlap(out, "out", *perm, "perm");
+}
+
+inline void run_product(const Checker& check, device::Kernel<WeightOnlyGemmParams> kernel, WeightOnlyGemmParams& p,
+                        const Tensor& y) {
+  int64_t bad_index = 0;
+  p.bad_index = &bad_index;
+  const Status status = device::run(check, kernel, p, y);
+  if (status == Status::kIndexOutOfRange) {
+    check.refuse("perm", "hold indices in 0 .. " + std::to_string(p.k - 1), std::to_string(bad_index));
+  }
+  check.ok(status);
 }
 
 }  // namespace qops::binding

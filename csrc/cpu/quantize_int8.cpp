@@ -67,6 +67,26 @@ void quantise_row_asym(const T* x, int64_t row, const QuantizeInt8AsymParams& p)
   quantise_elements(x, p.k, q, [&](F32x16 v) { return round_to_integer(v * f) + offset; });
 }
 
+template <class T>
+void quantise_row_asym_compressed_tensors(const T* x, int64_t row, const QuantizeInt8AsymParams& p) {
+  int8_t* q = p.q + row * p.k;
+  const float a = largest_magnitude(x, p.k);
+  const Range range = range_with_zero(x, p.k);
+  const float scale = round_to<T>(round_to<T>(range.high - range.low) / 255.0f);
+  const bool is_nan = a != a;
+  if (is_nan || scale == kInfinity) {
+    p.scale[row] = is_nan ? kNaN : kInfinity;
+    p.zero_point[row] = 0;
+    return zero_row(p.k, q);
+  }
+  // A scale of 0 makes it 127 or, where low is 0, NaN, which counts as 0.
+  const float shift = round_to<T>(-128.0f - round_to<T>(range.low / scale));
+  const float bounded = shift < 127.0f ? shift : shift == shift ? 127.0f : 0.0f;
+  p.scale[row] = scale == 0.0f ? kEpsilon<T> : scale;
+  p.zero_point[row] = static_cast<int32_t>(std::nearbyint(bounded));
+  quantise_elements(x, p.k, q, DividedCodes<T>(p.scale[row], p.zero_point[row]));
+}
+
 }  // namespace
 
 Status quantize_int8(const QuantizeInt8Params& p, const ThreadPool& pool) {
@@ -74,13 +94,21 @@ Status quantize_int8(const QuantizeInt8Params& p, const ThreadPool& pool) {
 }
 
 Status quantize_int8_asym(const QuantizeInt8AsymParams& p, const ThreadPool& pool) {
-  return for_rows(p, pool, [&](const auto* x, int64_t row) { quantise_row_asym(x, row, p); });
+  return for_rows(p, pool, [&](const auto* x, int64_t row) {
+    if (p.divides) return quantise_row_asym_compressed_tensors(x, row, p);
+    quantise_row_asym(x, row, p);
+  });
 }
 
 Status quantize_int8_static(const QuantizeInt8StaticParams& p, const ThreadPool& pool) {
   if (p.k == 0) return Status::kOk;  // however many rows
   const StaticCodes codes(p.scale, p.zero_point);
-  return for_rows(p, pool, [&](const auto* x, int64_t row) { quantise_elements(x, p.k, p.q + row * p.k, codes); });
+  return for_rows(p, pool, [&](const auto* x, int64_t row) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(x)>>;
+    int8_t* q = p.q + row * p.k;
+    if (!p.divides) return quantise_elements(x, p.k, q, codes);
+    quantise_elements(x, p.k, q, DividedCodes<T>(*p.scale, p.zero_point == nullptr ? 0 : *p.zero_point));
+  });
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

@@ -60,6 +60,20 @@ struct StaticCodes {
   }
 };
 
+// The same by the rule of compressed-tensors. quantize_int8_asym's rows, which are finite, end with it, too.
+template <class T>
+struct DividedCodes {
+  F32x16 scale, zero_point;
+
+  DividedCodes(float scale, int32_t zero_point)
+      : scale(set1(scale)), zero_point(set1(static_cast<float>(zero_point))) {}
+
+  F32x16 operator()(F32x16 x) const {
+    const F32x16 shifted = round_to<T>(round_to<T>(nan_to_zero(x) / scale) + zero_point);
+    return min(set1(256.0f), max(set1(-256.0f), shifted));
+  }
+};
+
 inline void zero_row(int64_t k, int8_t* q) {
   if (k > 0) std::memset(q, 0, static_cast<size_t>(k));  // an empty row may have no address
 }

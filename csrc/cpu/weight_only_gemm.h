@@ -8,7 +8,8 @@
 // its bits depend neither on the order, the tile, the ISA level nor on M; what follows is float32 in one fixed order:
 //     part = float(sum of v (q - z)) * sx;   total = fma(s, part, total);   at a slice's end y += total, total = 0
 // over blocks in ascending k, in 8 contiguous slices of the blocks; then y += bias and one rounding.
-// w = s q + o is s (q - 8) + (o + 8 s): the second term adds fma(o + 8 s, sum of sx v, total).
+// w = s q + o of 4-bit codes is s (q - 8) + (o + 8 s): the second term adds fma(o + 8 s, sum of sx v, total). 8-bit
+// codes are signed, so there it is o itself.
 //
 // Error of two digits: at most half of sx = a / 32767 for each x[k], a = max|x| of the block. float32 x, and rows in
 // which that could show in the output (massive activations: see needs_four_digits), take four digits and a power of two
@@ -73,6 +74,8 @@ struct Int4Codes {
   // What the dot products of the top and of the lower digits need subtracted per unit of the digit's sum.
   static constexpr int kTopBias = 8;
   static constexpr int kLowBias = 8;
+  // The constant beside those products where w = s q + o.
+  static F32x16 offset(F32x16 scale, F32x16 o) { return fma(scale, set1(8.0f), o); }
 };
 struct Int8Codes {
   static constexpr int kColumns = 4;
@@ -82,6 +85,7 @@ struct Int8Codes {
   static I32x16 dot_unsigned_x(I32x16 sum, B8x64 q, B8x64 x) { return dot(sum, x, q); }
   static constexpr int kTopBias = 128;  // flip_sign_bits turns q into q + 128
   static constexpr int kLowBias = 0;
+  static F32x16 offset(F32x16, F32x16 o) { return o; }
 };
 
 // --- activations -----------------------------------------------------------------------------------------------------
@@ -283,8 +287,11 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
         total[s][r] = fma(scale, value * set1(tile.scale[b.index * Rows + r]), total[s][r]);
       }
       if (with_offset) {
-        const F32x16 z = load(float_zeros + at);
-        const F32x16 offset = p.kind == WeightKind::kOffset ? fma(scale, set1(8.0f), z) : scale * (set1(8.0f) - z);
+        // Chosen for all codes, though only those of 4 bits have float zeros: without the choice GCC 12 copies 6 of 16
+        // sums in the loop above (8-bit codes, 4 rows, AVX-512).
+        const float* z = float_zeros + at;
+        const F32x16 offset =
+            p.kind == WeightKind::kOffset ? Codes::offset(scale, load(z)) : scale * (set1(8.0f) - load(z));
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
           total[s][r] = fma(offset, set1(tile.sum[b.index * Rows + r]), total[s][r]);
         }

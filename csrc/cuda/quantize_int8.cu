@@ -21,6 +21,44 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) quantize_kernel(const __grid
                          [&](int chunk, int64_t at, int64_t n, Vector& v) { held.get(chunk, at, n, v, read); });
 }
 
+// How a row is quantised, from its largest magnitude a and its range.
+template <class T>
+struct AsymQuantizer {
+  float scale;
+  float by;  // x is divided by it, or multiplied with it
+  int zero_point;
+  bool is_zero;
+
+  QOPS_DEVICE AsymQuantizer(bool divides, float a, float low, float top) {
+    const float nan = __uint_as_float(0x7fc00000u);
+    const float width = top - low;
+    if (divides) {
+      scale = round_to<T>(round_to<T>(width) / 255.0f);
+      is_zero = !is_finite(a) || !is_finite(scale);
+      // A scale of 0 makes it 127 or, where low is 0, NaN, which counts as 0.
+      const float shift = round_to<T>(-128.0f - round_to<T>(low / scale));
+      const float bounded = shift < 127.0f ? shift : shift == shift ? 127.0f : 0.0f;
+      zero_point = is_zero ? 0 : __float2int_rn(bounded);
+      by = scale = a != a ? nan : scale == 0.0f ? kEpsilon<T> : scale;
+      return;
+    }
+    scale = width / 255.0f;
+    by = 1.0f / scale;
+    const bool finite = is_finite(a) && is_finite(width);
+    is_zero = !finite || !is_finite(by);
+    // low / scale lies in -255 .. 0 once rounded, so the zero point needs no clamp.
+    zero_point = is_zero ? 0 : -128 - __float2int_rn(low / scale);
+    scale = !finite ? nan : is_zero ? 0.0f : scale;
+  }
+
+  QOPS_DEVICE int code(bool divides, float x) const {
+    if (is_zero) return 0;
+    if (divides) return divided_code<T>(x, by, zero_point);
+    const int q = __float2int_rn(x * by) + zero_point;
+    return q < -128 ? -128 : q > 127 ? 127 : q;
+  }
+};
+
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kBlock, 1) asym_kernel(const __grid_constant__ QuantizeInt8AsymParams p) {
   QOPS_SHARED(uint32_t, maxima, 3 * Shape::kWarps);
@@ -49,26 +87,17 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) asym_kernel(const __grid_con
   const float a = __uint_as_float(max_of_row<Shape>(most, maxima));
   const float top = __uint_as_float(max_of_row<Shape>(high, maxima + Shape::kWarps));
   const float low = -__uint_as_float(max_of_row<Shape>(negated_low, maxima + 2 * Shape::kWarps));
-  const float width = top - low;
-  const float scale = width / 255.0f;
-  const float factor = 1.0f / scale;
-  const bool finite = is_finite(a) && is_finite(width);
-  const bool is_zero = !finite || !is_finite(factor);
-  // low / scale lies in -255 .. 0 once rounded, so the zero point needs no clamp.
-  const int zero_point = is_zero ? 0 : -128 - __float2int_rn(low / scale);
+  const AsymQuantizer<T> quantizer(p.divides, a, low, top);
   if (thread_of_row<Shape>() == 0) {
-    p.scale[row] = !finite ? __uint_as_float(0x7fc00000u) : is_zero ? 0.0f : scale;
-    p.zero_point[row] = zero_point;
+    p.scale[row] = quantizer.scale;
+    p.zero_point[row] = quantizer.zero_point;
   }
   for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) {
     Vector v;
     held.get(chunk, at, n, v, read);
     int q[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const int code = is_zero ? 0 : __float2int_rn(v[i] * factor) + zero_point;
-      q[i] = code < -128 ? -128 : code > 127 ? 127 : code;
-    }
+    for (int i = 0; i < kVector; ++i) q[i] = quantizer.code(p.divides, v[i]);
     store_int8<Shape::kAligned>(p.q + row * p.k + at, n, q);
   });
 }
@@ -84,7 +113,9 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) static_kernel(const __grid_c
     load<Shape::kAligned>(x + at, n, v);
     int q[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) q[i] = quantizer.code(v[i]);
+    for (int i = 0; i < kVector; ++i) {
+      q[i] = p.divides ? divided_code<T>(v[i], *p.scale, quantizer.zero_point) : quantizer.code(v[i]);
+    }
     store_int8<Shape::kAligned>(p.q + row * p.k + at, n, q);
   });
 }

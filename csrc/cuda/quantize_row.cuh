@@ -68,6 +68,14 @@ struct StaticQuantizer {
   }
 };
 
+// The same by the rule of compressed-tensors. quantize_int8_asym's rows, which are finite, end with it, too.
+template <class T>
+QOPS_DEVICE int divided_code(float x, float scale, int zero_point) {
+  const float quotient = x == x ? x / scale : 0.0f;
+  const float shifted = round_to<T>(round_to<T>(quotient) + static_cast<float>(zero_point));
+  return __float2int_rn(shifted < -128.0f ? -128.0f : shifted > 127.0f ? 127.0f : shifted);
+}
+
 // Quantises the row whose vectors of a thread get(chunk, at, n, v) gives, twice the same. Behind the row's end a vector
 // may hold anything: a norm leaves NaN there where it multiplies zeros by an infinite factor.
 template <class T, class Shape, class Get>

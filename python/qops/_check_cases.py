@@ -31,7 +31,7 @@ from qops._numerics import (
 )
 from qops.ops._checks import INT4_KINDS
 from qops.ops.quantize_int8 import quantize_int8_static_ref
-from qops.weights import Int4Weight
+from qops.weights import Int4Weight, Int8Weight
 
 ROWS = (1, 3, 17, 65, 130)
 EPS = 1e-5
@@ -207,10 +207,8 @@ def int4_weight(run: Run, n: int, k: int, g: int, kind: str, scale_dtype: torch.
 
 def moved(run: Run, w: Any, mixed: bool = False) -> Any:
     """The weight on the device of the run."""
-    there: dict[str, Any] = {key: run.there(t) for key, t in w.canonical().items()}
-    if isinstance(w, Int4Weight):
-        there["kind"] = w.kind
-    moved = type(w).from_canonical(**there)
+    there = {key: run.there(t) for key, t in w.canonical().items()}
+    moved = type(w).from_canonical(**there, kind=w.kind)
     return moved.mix_gate_up() if mixed else moved
 
 
@@ -221,6 +219,22 @@ def int4_cases(run: Run) -> Iterator[tuple[Int4Weight, torch.dtype, int]]:
         order = "act-order" if act_order else ""
         run.begin(dtype, f"N = {n}, K = {k}, G = {g}", kind, f"scales {scale_dtype}", order)
         yield int4_weight(run, n, k, g, kind, scale_dtype, act_order), dtype, index
+
+
+def int8_cases(run: Run) -> Iterator[tuple[Int8Weight, torch.dtype, int]]:
+    for index, ((n, k, g), kind, dtype) in enumerate(itertools.product(WEIGHTS, Int8Weight.KINDS, FLOAT_DTYPES)):
+        scale_dtype, act_order = FLOAT_DTYPES[index // 2 % 3], index % 5 == 0
+        order = "act-order" if act_order else ""
+        run.begin(dtype, f"N = {n}, K = {k}, G = {g}", kind, f"scales {scale_dtype}", order)
+        groups = (n, k // g)
+        weight = Int8Weight.from_canonical(
+            run.integers(-128, 128, n, k, dtype=torch.int8),
+            run.scales(*groups, dtype=scale_dtype),
+            kind=kind,
+            zeros=run.random(*groups, dtype=torch.float32, outliers=False) if kind == "offset" else None,
+            perm=run.integers(0, 1 << 40, k, dtype=torch.int64).argsort() if act_order else None,
+        )
+        yield weight, dtype, index
 
 
 def _residual_last(*a: Tensor, product: Callable[..., Any], **more: Any) -> Any:

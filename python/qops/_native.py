@@ -122,8 +122,8 @@ def explain(op: str, *, device: torch.device | str, **problem: int | str | bool 
             ``silu_mul`` and ``silu_mul_int8``: ``rows, columns, dtype``; ``rotary`` and ``qk_norm_rotary``:
             ``tokens, q_heads, k_heads, d, pairs, dtype``.
             Besides, where there is one: ``kind=`` of the weight ("symmetric", "zero_point", "float_zero", "offset"),
-            ``epilogue=`` ("none", "silu_mul", "int8"), and whether there are ``perm``, ``zero_point``,
-            ``batch_invariant``, ``interleaved``.
+            ``epilogue=`` ("none", "silu_mul", "int8"), and whether there are ``perm``, ``zeros``,
+            ``zero_point``, ``batch_invariant``, ``interleaved``.
 
     Returns:
         The line.

@@ -242,27 +242,28 @@ def weight_only_bound(
 
     Returns:
         float64 ``[..., N]``: ``roundings * 2^-24 * (sum_k |x| |w| + |bias|)``, and on the CPU the error of fixed-point
-        activations. |w| is ``s * |q - z|``, with float zeros and offsets ``s * |q - 8| + |o'|``, as their products are
-        added apart.
+        activations. |w| is ``s * |q - z|``, with float zeros and offsets ``s * |q - 8| + |o'|``, of 8-bit codes
+        ``s * |q| + |o|``, as their products are added apart.
     """
     canonical = {key: tensor.cpu() for key, tensor in weight.canonical().items()}
     n, k, group_size = weight.out_features, weight.in_features, weight.group_size
     scales, zeros = canonical["scales"].double(), canonical.get("zeros")
     codes = canonical["qweight"]
-    if codes.dtype == torch.uint8:
+    is_int4 = codes.dtype == torch.uint8
+    if is_int4:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).view(n, k)
+    origin = 8 if is_int4 else 0
     codes = codes.double().view(n, -1, group_size)
-    kind = getattr(weight, "kind", "int8")
-    if kind == "zero_point":
+    if weight.kind == "zero_point":
         assert zeros is not None
         codes = codes - zeros.double()[..., None]
-    elif kind != "int8":
-        codes = codes - 8
+    else:
+        codes = codes - origin
     magnitude = (scales[..., None] * codes).abs()
-    if kind in ("float_zero", "offset"):
+    if weight.kind in ("float_zero", "offset"):
         assert zeros is not None
         wide = zeros.double()
-        offset = 8 * scales + wide if kind == "offset" else scales * (8 - wide)
+        offset = origin * scales + wide if weight.kind == "offset" else scales * (origin - wide)
         magnitude = magnitude + offset.abs()[..., None]
     magnitude = magnitude.view(n, k)
     fixed_point = 2.0**-31 if x.dtype == torch.float32 else 1.001 * 2.0**-16

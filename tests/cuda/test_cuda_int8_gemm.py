@@ -25,7 +25,7 @@ from tests.support.cuda import cuda_tools
 from tests.support.cuda.cuda_backend import POLICIES, Backend, gpu
 from tests.support.ops.contracts import mix_gate_up
 from tests.support.ops.int8_gemm_oracle import activations, by_contract, codes, make_weight
-from tests.support.ops.random_weights import assert_tensors_equal
+from tests.support.ops.random_weights import assert_tensors_equal, empty_like, random_int8
 from tests.support.properties.operators.int8_gemm import int8_gemm as int8_gemm_calls
 from tests.support.properties.property_calls import check_one
 from tests.support.properties.property_draws import HUGE, Sampler
@@ -186,6 +186,45 @@ def test_a_weight_lives_on_a_gpu(backend):
             inputs = (backend.on_device(t) for t in (q, scale))
             y = qops.int8_gemm(*inputs, there, zero_point=backend.on_device(zero_point))
         assert_bitwise(y.cpu(), by_contract(q, scale, here, zero_point=zero_point))
+
+
+@pytest.mark.parametrize("kind, act_order", tuple(itertools.product(qops.Int8Weight.KINDS, (False, True))))
+def test_weights_of_every_kind_come_back(backend, kind, act_order):
+    """Offsets stand as scales do, in the order of the rows. No kernel multiplies with them there."""
+    for seed, (n, k) in enumerate(((48, 80), (16, 16), (136, 208))):
+        tensors, here = random_int8(n, k, 16, kind, act_order=act_order, seed=seed)
+        dense, ids = here.dequantize(), torch.tensor([[n - 1, 0], [7, n // 2]])
+        with gpu(backend):
+            on_device = {key: backend.on_device(t) for key, t in tensors.items()}
+            there = qops.Int8Weight.from_canonical(**on_device, kind=kind)
+            assert_bitwise(there.packed.cpu(), packed_by_hand(tensors["qweight"]))
+            for name in ("scales", "zeros", "perm"):
+                if name in tensors:
+                    assert_bitwise(getattr(there, name).cpu(), getattr(here, name), name)
+            loaded = empty_like(there, backend.device)
+            loaded.load_state_dict(there.state_dict())
+            for other in (loaded, copy.deepcopy(there), pickle.loads(pickle.dumps(there))):
+                assert_tensors_equal(dict(other.named_buffers()), dict(there.named_buffers()))
+            mixed = [copy.deepcopy(there).mix_gate_up()] if n % 16 == 0 else []
+            for one in (there, *mixed, qops.Int8Weight.cat(there.split([8, n - 8]))):
+                assert_tensors_equal({key: t.cpu() for key, t in one.canonical().items()}, tensors)
+                assert_bitwise(one.dequantize().cpu(), dense)
+                assert_bitwise(one.rows(backend.on_device(ids)).cpu(), dense[ids])
+            if kind != "symmetric" or act_order:
+                q, scale = torch.ones(2, k, dtype=torch.int8), torch.ones(2)
+                with pytest.raises(ValueError, match=r"^qops\.int8_gemm: weight must (be symmetric|have act_order)"):
+                    qops.int8_gemm(backend.on_device(q), backend.on_device(scale), there)
+            assert_bitwise(there.unpack().pack().packed.cpu(), packed_by_hand(tensors["qweight"]))
+
+
+def test_a_move_to_another_type_of_device_changes_the_layout(each):
+    if each.device == "cpu":
+        pytest.skip("needs two types of device")
+    tensors, here = random_int8(48, 80, 16, "offset", act_order=True)
+    buffers = {key: t.clone() for key, t in here.named_buffers()}
+    there = here.to(each.device)
+    assert_bitwise(there.packed.cpu(), packed_by_hand(tensors["qweight"]))
+    assert_tensors_equal(dict(there.cpu().named_buffers()), buffers)
 
 
 def test_fake_tensors_have_the_layout_of_their_device():

@@ -347,6 +347,12 @@ def test_what_load_model_is_told_the_demo_is_told(tmp_path, tokenizer, capsys):
     assert "--tokenizer " in capsys.readouterr().err
 
 
+def test_a_tokenizer_of_another_library_is_refused(folder, capsys, monkeypatch):
+    monkeypatch.setattr("qops.models.load_tokenizer", lambda path: SimpleNamespace())
+    assert cli.main(["--model", str(folder), "--no-compare"]) == 1
+    assert "must be one of the tokenizers library, got SimpleNamespace" in capsys.readouterr().err
+
+
 def test_answer_only(folder, capsys):
     assert cli.main(["--model", str(folder), "--no-compare", "--max-new-tokens", "3"]) == 0
     captured = capsys.readouterr()

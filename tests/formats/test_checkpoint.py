@@ -15,7 +15,7 @@ import qops
 from qops.formats import Checkpoint, open_checkpoint
 from qops.formats.checkpoint import Facts, QuantizedFacts, Weight
 from qops.formats.folder import Folder
-from qops.formats.gguf import GGUFFile
+from qops.formats.gguf.file import GGUFFile
 from qops.models import dense_model
 from qops.models.load import build_model
 from qops.nn import Int4Linear, Int8Linear, QuantizedLinear
@@ -73,7 +73,10 @@ class Memory:
             return {}
         layer, own = int(module.split(".")[2]), module.endswith("v_proj")
         scale = 0.02 + 0.001 * layer + (0.003 if own and layer % 2 else 0)
-        return {"input_scale": torch.tensor([scale]), "input_zero_point": torch.tensor([layer], dtype=torch.int8)}
+        columns = self.tensors[f"{module}.weight"].shape[1]
+        found = {"input_scale": torch.tensor([scale]), "input_zero_point": torch.tensor([layer], dtype=torch.int8)}
+        found["pre_quant_scale"] = 1 + torch.arange(columns).half() / columns
+        return {key: found[key] for key in self.linear_class.static_input}
 
     def tensor(self, name: str) -> torch.Tensor:
         self.asked[name] += 1
@@ -132,7 +135,7 @@ def test_folders_keep_how_activations_are_quantised(linear, tmp_path):
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "qops.safetensors")
+    return safetensors.torch.load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_folders_without_a_usable_scale_are_refused(change, message, tmp_path):
     qops.save_model(w8a8_model(LINEARS["int8_static"]), tmp_path)
     tensors = saved_tensors(tmp_path)
     change(tensors, "model.layers.0.mlp.up_proj.input_scale")
-    safetensors.torch.save_file(tensors, tmp_path / "qops.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         qops.load_model(tmp_path)
 

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -21,6 +20,7 @@ from qops.formats.folders.pretrained import PretrainedFolder
 from qops.nn import Int4Linear
 from qops.testing import assert_bitwise
 from tests.support.formats import folders
+from tests.support.formats.checkpoints import checkpoint
 from tests.support.formats.folders import INDEX, SINGLE, Written, write_as
 from tests.support.models.families import FUSED, IDS
 
@@ -55,6 +55,37 @@ def test_a_model_of_each_format_has_the_logits_of_its_exact_weights(tmp_path, na
     model = load_model(written.write(tmp_path), torch.float32)
     assert model.qops_fusion.not_fused is None, model.qops_fusion
     assert_is(model, written.model, name)
+
+
+# strategy, dynamic, symmetric
+W8A8 = {
+    ("token", True, True): ("int8_compressed_tensors", set[str]()),
+    ("token", True, False): ("int8_asymmetric_compressed_tensors", set[str]()),
+    ("tensor", False, True): ("int8_static_compressed_tensors", {"input_scale"}),
+    ("tensor", False, False): ("int8_static_compressed_tensors", {"input_scale", "input_zero_point"}),
+}
+
+
+@pytest.mark.parametrize("how", W8A8)
+def test_activations_of_compressed_tensors_are_quantised_as_its_config_says(tmp_path, how):
+    inputs = {"num_bits": 8, "type": "int", **dict(zip(("strategy", "dynamic", "symmetric"), how, strict=True))}
+    written = write_as(*folders.compressed_tensors(bits=8, group_size=-1, packed=False, inputs=inputs))
+    path, (scheme, static) = written.write(tmp_path / "written"), W8A8[how]
+    name = "model.layers.0.self_attn.q_proj"
+    opened = open_checkpoint(path)
+    linear: Any = opened.linear(name)
+    assert linear.scheme == scheme and opened.activations(name).keys() == static
+    for key in static:
+        assert_bitwise(opened.activations(name)[key], written.tensors[f"{name}.{key}"])
+    model = load_model(path, torch.float16)
+    assert model.qops_fusion.not_fused is None and type(model.model.layers[0].mlp.down_proj) is linear
+    layer = model.model.layers[1].self_attn.qkv_proj.split()["v_proj"]
+    assert layer.activations().keys() == static
+    for key in static:
+        want = written.tensors[f"model.layers.1.self_attn.v_proj.{key}"]
+        assert_bitwise(layer.activations()[key], want.to(layer.activations()[key].dtype).view(()))
+    qops.save_model(model, tmp_path / "saved")
+    assert_bitwise(load_model(tmp_path / "saved")(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("family", FUSED)
@@ -466,16 +497,9 @@ REAL = {
 }
 
 
-def real(name: str) -> Path:
-    folder = os.environ.get("QOPS_TEST_CHECKPOINTS")
-    if not folder:
-        pytest.skip("QOPS_TEST_CHECKPOINTS names no folder of checkpoints")
-    return Path(folder) / name
-
-
 @pytest.mark.parametrize("name", REAL)
 def test_real_checkpoints_are_read_to_the_bit(name):
-    path = real(name)
+    path = checkpoint(name)
     wanted = load_file(path / "ref_dequant.safetensors")
     found = read_checkpoint(path / "checkpoint")
     assert len(wanted) == 14
@@ -486,7 +510,7 @@ def test_real_checkpoints_are_read_to_the_bit(name):
 
 @pytest.mark.parametrize("name", [name for name in REAL if REAL[name]])
 def test_real_checkpoints_have_the_logits_of_their_runtime(name):
-    path = real(name)
+    path = checkpoint(name)
     model = load_model(path / "checkpoint", torch.float16)
     logits = load_file(path / "ref_logits.safetensors")
     difference = (model(logits["input_ids"]).logits.float() - logits[REAL[name]].float()).abs().max()
@@ -496,13 +520,13 @@ def test_real_checkpoints_have_the_logits_of_their_runtime(name):
 
 def test_the_layers_of_a_real_w8a8_checkpoint_compute_what_their_runtime_does():
     """Its activations are equal as integers; its output is that of dequantised operands, in float16."""
-    path = real("ct_w8a8_int_dyn_token_sym")
-    checkpoint, record = open_checkpoint(path / "checkpoint"), load_file(path / "ref_layer_io.safetensors")
+    path = checkpoint("ct_w8a8_int_dyn_token_sym")
+    opened, record = open_checkpoint(path / "checkpoint"), load_file(path / "ref_layer_io.safetensors")
     modules = [name.removesuffix(".x_q") for name in record if name.endswith(".x_q")]
     assert len(modules) == 4
     for module in modules:
-        linear: Any = checkpoint.linear(module)
-        linear = linear(checkpoint.weight(module), **checkpoint.activations(module))
+        linear: Any = opened.linear(module)
+        linear = linear(opened.weight(module), **opened.activations(module))
         linear.weight.pack()
         x = record[f"{module}.x"]
         q, scale, _ = linear._quantized(x)
@@ -513,5 +537,5 @@ def test_the_layers_of_a_real_w8a8_checkpoint_compute_what_their_runtime_does():
 
 
 def test_a_tokenizer_stands_in_the_folder():
-    path = real("gptq_v1_sym_g128") / "checkpoint"
+    path = checkpoint("gptq_v1_sym_g128") / "checkpoint"
     assert load_tokenizer(path).decode(load_tokenizer(path)("def")["input_ids"]).endswith("def")

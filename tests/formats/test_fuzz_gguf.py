@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 
+import gguf
 import pytest
 
+from qops.formats.gguf.architectures import ARCHITECTURES
+from qops.formats.gguf.blocks import BLOCK_TYPES
 from tests.support import fuzz_gguf
 
 
@@ -18,6 +21,13 @@ def test_unchanged_files_load(containers, tmp_path):
     for container in containers:
         (tmp_path / "whole.gguf").write_bytes(container.write())
         assert fuzz_gguf.limited(tmp_path / "whole.gguf") == "model loads, tokenizer loads"
+
+
+def test_there_is_a_file_of_every_architecture_and_type(containers):
+    architectures = {dict(container.keys)[b"general.architecture"].content.decode() for container in containers}
+    assert architectures == set(ARCHITECTURES)
+    types = {gguf.GGMLQuantizationType(tensor.type).name for container in containers for tensor in container.tensors}
+    assert types == {*BLOCK_TYPES, "F32", "F16", "BF16"}
 
 
 def test_mutated_files_load_or_are_refused_by_name(containers, tmp_path):

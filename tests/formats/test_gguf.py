@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qops.formats.gguf import GGUFFile, load_tokenizer
-from qops.formats.gguf.file import unpermute_rows
+from qops.formats.gguf import load_tokenizer
+from qops.formats.gguf.file import GGUFFile, unpermute_rows
 from tests.support.models.gguf_blocks import TYPES
 from tests.support.models.gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
 
@@ -68,6 +68,24 @@ def test_dense_tensors_keep_their_dtype(tmp_path):
     dtypes = {"self_attn.v_proj": torch.float16, "self_attn.o_proj": torch.bfloat16, "mlp.up_proj": torch.float32}
     for name, dtype in dtypes.items():
         assert opened.weight(f"model.layers.0.{name}").dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"table": "F16"}, torch.float16),
+        ({"weights": "F16", "table": "F16"}, torch.float16),
+        ({"output": "BF16"}, torch.bfloat16),
+        ({"table": "BF16", "output": "F16"}, torch.float32),
+        ({"output": "F32"}, torch.float32),
+        ({"weights": "F16", "table": "F32"}, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_dtype_is_that_of_the_dense_matrices(tmp_path, kinds, dtype):
+    # Norms and biases are F32 in all of them.
+    assert GGUFFile(llama_file(bias=True, **kinds).write(tmp_path / "m.gguf")).dtype == dtype
 
 
 def test_config(tmp_path):
@@ -331,6 +349,32 @@ def test_tokenizer_with_chat_template(tmp_path):
     assert [TOKENS[i] for i in ids] == ["<s>", "abc", "a", "h", "</s>"]
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert special == (1, 2, 0)
+
+
+def test_tokenizers_of_architectures_that_transformers_does_not_know(tmp_path):
+    for architecture, same in (("gemma", "gemma2"), ("smollm3", "llama")):
+        found = []
+        for name in (architecture, same):
+            file = tokenizer_file()
+            file.architecture = name
+            (tmp_path / name).mkdir(exist_ok=True)
+            if same == "gemma2":
+                del file.metadata["tokenizer.ggml.merges"]
+                scores = [-float(index) for index in range(len(TOKENS))]
+                file.metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": scores}
+            found.append(load_tokenizer(file.write(tmp_path / name / "m.gguf")))
+            assert found[-1].name_or_path == str(tmp_path / name)
+        assert type(found[0]) is type(found[1])
+        assert found[0].backend_tokenizer.to_str() == found[1].backend_tokenizer.to_str()
+        assert found[0]("abcah")["input_ids"] == found[1]("abcah")["input_ids"]
+
+
+def test_an_absurd_number_of_layers_does_not_keep_a_tokenizer(tmp_path):
+    # Transformers would list the layers of its config.
+    file = tokenizer_file()
+    file.architecture = "qwen3"
+    file.metadata["qwen3.block_count"] = 2**32 - 1
+    assert load_tokenizer(file.write(tmp_path / "m.gguf")).eos_token_id == 2
 
 
 # The last ones pass what the tokenizers package takes for an id.

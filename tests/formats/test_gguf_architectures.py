@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qops.formats import read_checkpoint
 from qops.formats.gguf.architectures import ARCHITECTURES
 from qops.models import dense_model, load_model
 from qops.testing import assert_bitwise
 from tests.support.models.families import IDS, random_model
+from tests.support.models.gguf_blocks import TYPES
 from tests.support.models.gguf_writer import architecture_of, write_gguf
 
 EPS = {"rms_norm_eps": float(np.float32(1e-5))}
@@ -112,6 +114,21 @@ def written(case, path, kind="Q4_0"):
     return model, write_gguf(model, path, kind, *([change] if change else []))
 
 
+def assert_comes_back(theirs, path, weights):
+    """The model of the file has these weights, and the logits of theirs with them."""
+    ours = load_model(path, torch.float32)
+    assert type(theirs) in type(ours).__mro__
+    assert ours.qops_fusion.not_fused is None and ours.qops_fusion.own == {}, ours.qops_fusion
+    theirs.load_state_dict(weights, strict=False)
+    theirs.tie_weights()
+    dense = dense_model(ours, torch.float32).state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert_bitwise(dense[name], tensor, name)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=0)
+    return ours
+
+
 def told(config):
     return {key: value for key, value in config.to_dict().items() if key not in SILENT}
 
@@ -123,17 +140,44 @@ def test_every_architecture_has_a_case():
 @pytest.mark.parametrize("case", CASES)
 def test_models_come_back(case, tmp_path):
     theirs, weights = written(case, tmp_path / "m.gguf")
-    ours = load_model(tmp_path / "m.gguf", torch.float32)
-    assert type(theirs) in type(ours).__mro__
+    ours = assert_comes_back(theirs, tmp_path / "m.gguf", weights)
     assert told(ours.config) == told(theirs.config) | {"architectures": [type(theirs).__name__]}
-    assert ours.qops_fusion.not_fused is None and ours.qops_fusion.own == {}, ours.qops_fusion
-    theirs.load_state_dict(weights, strict=False)
-    theirs.tie_weights()
-    dense = dense_model(ours, torch.float32).state_dict()
-    for name, tensor in theirs.state_dict().items():
-        assert_bitwise(dense[name], tensor, name)
-    with torch.inference_mode():
-        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+def test_models_of_every_type_come_back(family, kind, tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "partial_rotary_factor": 1.0}
+    sizes |= {"query_pre_attn_scalar": 64, "head_dim": 64, "sliding_window_pattern": 6}
+    config = sizes | EPS
+    if family == "phi3":
+        del config["head_dim"], config["query_pre_attn_scalar"]
+    theirs = random_model(family, **config)
+    assert_comes_back(theirs, tmp_path / "m.gguf", write_gguf(theirs, tmp_path / "m.gguf", kind))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_of_an_odd_vocabulary_become_dense(kind, tied, tmp_path):
+    theirs = random_model("llama", vocab_size=73, tie_word_embeddings=tied, **EPS)
+    weights = write_gguf(theirs, tmp_path / "m.gguf", lambda name: "Q4_0" if name.startswith("blk") else kind)
+    ours = assert_comes_back(theirs, tmp_path / "m.gguf", weights)
+    assert type(ours.lm_head) is torch.nn.Linear and (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    read = read_checkpoint(tmp_path / "m.gguf")
+    assert_bitwise(read["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+
+
+def test_a_checkpoint_is_read_without_a_model(tmp_path):
+    _, weights = written("gemma3", tmp_path / "m.gguf")
+    read = read_checkpoint(tmp_path / "m.gguf")
+    names = {name if isinstance(value, torch.Tensor) else f"{name}.weight" for name, value in read.items()}
+    assert names == set(weights)
+    for name, value in read.items():
+        if isinstance(value, torch.Tensor):
+            assert_bitwise(value, weights[name], name)
+        else:
+            assert value.is_packed
+            assert_bitwise(value.dequantize(), weights[f"{name}.weight"], name)
 
 
 # Transformers' own reader takes much of a config for granted, which these sizes are made to fit.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import struct
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -15,6 +13,7 @@ from qops.formats.gguf import blocks as gguf_blocks
 from qops.formats.gguf.blocks import BLOCK_TYPES, dequantize, int4_weight, int8_weight
 from qops.testing import assert_bitwise
 from qops.weights import Int4Weight, Int8Weight
+from tests.support.formats.checkpoints import checkpoint
 from tests.support.models.gguf_blocks import HALVES, TYPES, dequantised, random_blocks, sizes
 
 
@@ -141,12 +140,9 @@ def test_other_types_are_refused(kind):
 
 
 def test_the_producers_fixture_is_exact():
-    folder = os.environ.get("QOPS_TEST_CHECKPOINTS")
-    if folder is None:
-        pytest.skip("QOPS_TEST_CHECKPOINTS names no folder of checkpoints")
     from safetensors.torch import load_file
 
-    fixture = Path(folder) / "gguf_q4_0_q4_1_q8_0"
+    fixture = checkpoint("gguf_q4_0_q4_1_q8_0")
     produced = load_file(fixture / "tensors.safetensors")
     stored = {t.name: t.data for t in gguf.GGUFReader(fixture / "tiny.gguf").tensors}
     for kind in ("Q4_0", "Q4_1", "Q8_0"):

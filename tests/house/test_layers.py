@@ -104,6 +104,10 @@ BAD_PYTHON = {
     "testing in an operator": ("python/qops/ops/rotary.py", "def f():\n    import qops.testing"),
     "testing in the package": ("python/qops/models/load.py", "from qops.testing import generator"),
     "testing by name": ("python/qops/models/load.py", "from qops import testing"),
+    "an integration in the package": (
+        "python/qops/models/load.py",
+        "def f():\n    import qops.integrations.transformers",
+    ),
     "the check's numerics in the package": ("python/qops/nn.py", "from qops._numerics import generator"),
     "the check's numerics in an operator": ("python/qops/ops/rotary.py", "from qops._numerics import generator"),
     "more than torch in the check": ("python/qops/_check_cases.py", "import numpy"),
@@ -121,6 +125,7 @@ GOOD_PYTHON = {
     "python/qops/ops/rms_norm.py": "def cases_of_rms_norm(run):\n    from qops._numerics import rms_norm_bound",
     "python/qops/nn.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
     "python/qops/formats/gguf/file.py": "import numpy",
+    "python/qops/integrations/vllm.py": "from qops.integrations import transformers",
     "python/qops/check.py": "from qops._numerics import generator",
     "bench/reporting/stats.py": "import numpy as np\nfrom bench.reporting.records import LIMIT",
     "bench/problems/rotary.py": "from bench.harness import compare\nfrom qops.testing import generator",

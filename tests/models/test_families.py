@@ -165,18 +165,23 @@ def test_folders_round_trip(family, scheme, tmp_path):
     assert [str(module) for module in loaded.model.layers] == [str(module) for module in model.model.layers]
 
 
-def test_offsets_are_stored_under_their_own_name(tmp_path):
-    model = quantize_model(random_model("llama"), qops.Int4(32))
+@pytest.mark.parametrize("scheme", (qops.Int4(32), qops.Int8WeightOnly(32)), ids=str)
+def test_offsets_are_stored_under_their_own_name(tmp_path, scheme):
+    model = quantize_model(random_model("llama"), scheme)
     linear = model.model.layers[0].mlp.down_proj
-    parts = linear.weight.canonical()
-    offsets = torch.randn(parts["scales"].shape)
-    linear.weight = qops.Int4Weight.from_canonical(parts["qweight"], parts["scales"], kind="offset", zeros=offsets)
+    offset = {"kind": "offset", "zeros": torch.randn(linear.weight.canonical()["scales"].shape)}
+    linear.weight = type(linear.weight).from_canonical(**linear.weight.canonical(), **offset)
     save_model(model, tmp_path)
     from safetensors import safe_open
 
-    with safe_open(tmp_path / "qops.safetensors", framework="pt") as file:
+    kinds = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["weights"]
+    scheme_name = type(linear).scheme
+    assert kinds["model.layers.0.mlp.down_proj"] == f"{scheme_name} offset"
+    assert kinds["model.layers.1.mlp.down_proj"] == f"{scheme_name} symmetric"
+
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         names = [name for name in file.keys() if name.startswith("model.layers.0.mlp.down_proj.weight.")]  # noqa: SIM118
-        assert sorted(name.rpartition(".")[2] for name in names) == ["offsets", "qweight", "scales"]
+        assert sorted(name.rpartition(".")[2] for name in names) == ["offsets", "scales"]
     assert_bitwise(load_model(tmp_path, torch.float32)(IDS).logits, model(IDS).logits)
 
 

@@ -18,7 +18,7 @@ from qops.testing import FLOAT_DTYPES, assert_bitwise, random_activations
 from tests.support.ops import quantize_oracles as oracles
 
 N, K = 48, 64
-SCALE, ZERO_POINT = torch.tensor([0.0312]), torch.tensor([-9], dtype=torch.int8)
+SCALE, ZERO_POINT = oracles.STATIC_SCALE, torch.tensor([-9], dtype=torch.int8)
 CLASSES = {scheme: linear for scheme, linear in LINEARS.items() if issubclass(linear, Int8Linear)}
 STATIC = {scheme: linear for scheme, linear in CLASSES.items() if linear.static_input}
 
@@ -27,8 +27,14 @@ def dense(n: int, seed: int, k: int = K) -> torch.Tensor:
     return random_activations(n, k, dtype=torch.float32, seed=seed, outliers=False) / k**0.5
 
 
+def factors(k: int = K) -> torch.Tensor:
+    """Of columns of the input."""
+    return (random_activations(1, k, dtype=torch.float32, seed=11, outliers=False)[0].abs() + 0.25).half()
+
+
 def linear_of(scheme: str, n: int = N, seed: int = 1, k: int = K, **changes: Any) -> Any:
-    static = {"input_scale": SCALE, "input_zero_point": ZERO_POINT} if scheme in STATIC else {}
+    every = {"input_scale": SCALE, "input_zero_point": ZERO_POINT, "pre_quant_scale": factors(k)}
+    static = {key: every[key] for key in CLASSES[scheme].static_input}
     return LINEARS[scheme](qops.Int8Weight.quantize(dense(n, seed, k)), dense(1, seed + 1, n)[0], **(static | changes))
 
 
@@ -38,8 +44,15 @@ def quantised(scheme: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return {
         "int8": lambda: (*qops.quantize_int8(x), None),
         "int8_asymmetric": lambda: qops.quantize_int8_asym(x),
+        "int8_asymmetric_compressed_tensors": lambda: qops.quantize_int8_asym(x, "compressed-tensors"),
         "int8_compressed_tensors": lambda: (*qops.quantize_int8(x, "compressed-tensors"), None),
         "int8_static": lambda: (qops.quantize_int8_static(x, scale, zero_point), scale, zero_point),
+        "int8_static_smoothed": lambda: quantised("int8_static", (x * factors()).to(x.dtype)),
+        "int8_static_compressed_tensors": lambda: (
+            qops.quantize_int8_static(x, scale, zero_point, "compressed-tensors"),
+            scale,
+            zero_point,
+        ),
         "int8_torchao": lambda: (*qops.quantize_int8(x, "torchao"), None),
     }[scheme]()
 
@@ -59,7 +72,7 @@ class Parent(MergingModule):
 @pytest.mark.parametrize("scheme", CLASSES)
 def test_each_quantises_by_its_rule(scheme, dtype):
     linear = linear_of(scheme)
-    x = oracles.near_ties(64, K, dtype, seed=3).view(2, 32, K)
+    x = torch.cat((oracles.near_ties(63, K, dtype, seed=3), oracles.static_inputs(dtype)[None, :K])).view(2, 32, K)
     residual = random_activations(64, N, dtype=dtype, seed=4).view(2, 32, N)
     q, scale, zero_point = quantised(scheme, x)
 
@@ -75,6 +88,38 @@ def test_each_quantises_by_its_rule(scheme, dtype):
             assert not torch.equal(linear_of(other)(x), linear(x)), f"the data would not show {other}"
 
 
+INPUTS = {
+    "int8_compressed_tensors": {"strategy": "token", "dynamic": True, "symmetric": True},
+    "int8_asymmetric_compressed_tensors": {"strategy": "token", "dynamic": True, "symmetric": False},
+    "int8_static_compressed_tensors": {"strategy": "tensor", "dynamic": False, "symmetric": False},
+}
+
+
+@pytest.mark.parametrize("scheme", INPUTS)
+def test_a_layer_computes_what_compressed_tensors_computes(scheme):
+    """Its own runtime, which multiplies dequantised operands: in float32 the two differ by the order of sums alone."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStatus
+    from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
+
+    ours = linear_of(scheme)
+    theirs = torch.nn.Linear(K, N)
+    weights = QuantizationArgs(num_bits=8, strategy="channel", symmetric=True)
+    inputs = QuantizationArgs(num_bits=8, **INPUTS[scheme])
+    settings = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    initialize_module_for_quantization(theirs, settings)
+    theirs.quantization_status = QuantizationStatus.COMPRESSED  # the weight is what its codes stand for
+    state = {"weight": ours.weight.dequantize(), "bias": ours.bias}
+    state |= {"input_scale": SCALE, "input_zero_point": ZERO_POINT} if ours.activations() else {}
+    theirs.load_state_dict(state, strict=False)
+    x = oracles.near_ties(64, K, torch.float32, seed=3).view(2, 32, K)
+    with torch.no_grad():
+        want = theirs(x)
+    assert (ours(x) - want).abs().max() < 1e-5 * want.abs().max()
+    others = [linear_of(other)(x) for other in INPUTS if other != scheme]
+    assert all((other - want).abs().max() > 1e-3 * want.abs().max() for other in others)
+
+
 @pytest.mark.parametrize("scheme", CLASSES)
 def test_rows_of_another_rule_are_refused(scheme):
     linear, x = linear_of(scheme), random_activations(3, K, dtype=torch.bfloat16, seed=3)
@@ -88,6 +133,20 @@ def test_rows_of_another_rule_are_refused(scheme):
             ValueError, match=rf'^{type(linear).__name__}: x must be {wanted}, got Int8Rows of rule "{rule}"$'
         ):
             linear(rows)
+
+
+@pytest.mark.parametrize("scheme", CLASSES)
+def test_weights_that_the_product_does_not_take_are_refused_by_the_name_of_the_class(scheme):
+    codes, name = torch.zeros(N, K, dtype=torch.int8), CLASSES[scheme].__name__
+    static = {"input_scale": SCALE} if scheme in STATIC else {}
+    for message, weight in {
+        "weight must have one scale per row, group_size = K = 64, got 32": {"scales": torch.ones(N, 2)},
+        "weight must be symmetric, got kind 'offset'": {"kind": "offset", "zeros": torch.ones(N, 1)},
+        "weight must have act_order = False, got True": {"perm": torch.arange(K).flip(0).int()},
+    }.items():
+        given: Any = {"scales": torch.ones(N, 1), **weight}
+        with pytest.raises(ValueError, match=f"^{name}: {message}$"):
+            CLASSES[scheme](qops.Int8Weight.from_canonical(codes, **given), **static)
 
 
 def test_rows_are_handed_over_where_they_can_be():
@@ -164,6 +223,8 @@ def test_merged_static_linears_have_the_state_of_their_parts(scheme):
 def test_no_cast_changes_how_the_input_is_quantised(scheme):
     linear = linear_of(scheme)
     want = {"input_scale": SCALE[0], "input_zero_point": ZERO_POINT[0].int()}
+    if "pre_quant_scale" in STATIC[scheme].static_input:
+        want["pre_quant_scale"] = factors()
     casts = (torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double, lambda m: m.type(torch.float16))
     copies = (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.around(m.weight, m.bias))
     for change in (*casts, *copies):

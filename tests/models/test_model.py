@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import qops
 from qops.models import dense_model, load_model, quantize_model, save_model
@@ -423,12 +423,14 @@ def test_state_dict_has_transformers_names_and_loads():
     assert_bitwise(other(ids).logits, expected)
 
 
-def test_act_order_of_down_goes_into_gate_and_up_at_load(tmp_path):
-    model = quantised()
+@pytest.mark.parametrize("scheme", (qops.Int4(32), qops.Int8WeightOnly(32)), ids=str)
+def test_act_order_of_down_goes_into_gate_and_up_at_load(tmp_path, scheme):
+    model = quantize_model(random_llama(), scheme)
     for index, layer in enumerate(model.model.layers):
-        tensors = layer.mlp.down_proj.weight.canonical()
+        weight = layer.mlp.down_proj.weight
         perm = torch.randperm(96, generator=torch.Generator().manual_seed(index))
-        layer.mlp.down_proj.weight = Int4Weight.from_canonical(**tensors, kind="symmetric", perm=perm)
+        more = {"kind": weight.kind, "perm": perm}
+        layer.mlp.down_proj.weight = type(weight).from_canonical(**weight.canonical(), **more)
     ids = random_ids(2, 5)
     save_model(model, tmp_path / "gathers")
     loaded = load_model(tmp_path / "gathers", torch.float32)
@@ -480,14 +482,8 @@ def test_folders_round_trip_quantised_models(tmp_path):
 def test_a_loaded_folder_saves_again_unchanged(tmp_path):
     save_model(quantised(), tmp_path / "a")
     save_model(load_model(tmp_path / "a", torch.float32), tmp_path / "b")
-    for name in ("qops.safetensors", "config.json"):
+    for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-
-
-def test_transformers_alone_refuses_a_saved_folder(tmp_path):
-    save_model(quantised(), tmp_path)
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def edit_config(folder, change):
@@ -500,36 +496,35 @@ def edit_config(folder, change):
 def edit_tensors(folder, change):
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(folder / "qops.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "qops.safetensors")
+    save_file(tensors, folder / "model.safetensors")
 
 
-QWEIGHT = "model.layers.1.mlp.up_proj.weight.qweight"
+QWEIGHT = "model.layers.1.mlp.up_proj.weight"
 SCALES = "model.layers.1.mlp.up_proj.weight.scales"
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "config.json: not a readable config"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json: not a readable config"),
-        (lambda f: (f / "qops.safetensors").unlink(), "qops.safetensors: not a readable safetensors file"),
-        (lambda f: (f / "qops.safetensors").write_bytes(b"12345678"), "not a readable safetensors file"),
-        (lambda f: edit_config(f, lambda c: c.pop("quantization_config")), "must be of a model saved by qops"),
+        (lambda f: (f / "config.json").unlink(), "config.json: not readable as JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "not a readable safetensors file"),
+        (lambda f: edit_config(f, lambda c: c.pop("quantization_config")), "the model is dense"),
         (
             lambda f: edit_config(f, lambda c: c.update(model_type="gemma")),
             "must be 'llama' .*, got 'gemma'",
         ),
-        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(format_version=9)), "must be 3, got 9"),
+        (lambda f: edit_config(f, lambda c: c["quantization_config"].update(format_version=9)), "must be 4, got 9"),
         (lambda f: edit_config(f, lambda c: c["quantization_config"].update(weights=3)), "weights must map names"),
         (
-            lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-15]: 4})),
+            lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-7]: 4})),
             "weights must map names to kinds",
         ),
-        (lambda f: edit_config(f, lambda c: c.update(quantization_config=[1])), "must be of a model saved by qops"),
+        (lambda f: edit_config(f, lambda c: c.update(quantization_config=[1])), "must be an object with a qu"),
         (
-            lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-15]: "int3"})),
+            lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({QWEIGHT[:-7]: "int3"})),
             "up_proj.weight has unknown kind 'int3'",
         ),
         (
@@ -544,19 +539,27 @@ SCALES = "model.layers.1.mlp.up_proj.weight.scales"
         ),
         (
             lambda f: edit_config(f, lambda c: c["quantization_config"]["weights"].update({"model.more": "int8"})),
-            r"tensor model\.more\.weight\.qweight is missing",
+            r"tensor model\.more\.weight must be codes of shape \[1, N, bytes\], got None",
         ),
         (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json: "),
         (
-            lambda f: edit_tensors(f, lambda t: t.update({f"{QWEIGHT[:-15]}.bias": t["model.norm.weight"].clone()})),
+            lambda f: edit_tensors(f, lambda t: t.update({f"{QWEIGHT[:-7]}.bias": t["model.norm.weight"].clone()})),
             "mlp.up_proj.bias has no place in LlamaForCausalLM",
         ),
         (lambda f: edit_config(f, lambda c: c.update(intermediate_size=64)), r"shape \[64, 64\], got \[96, 64\]"),
-        (lambda f: edit_tensors(f, lambda t: t.pop(QWEIGHT)), f"tensor {QWEIGHT} is missing"),
+        (lambda f: edit_tensors(f, lambda t: t.pop(QWEIGHT)), f"tensor {QWEIGHT} must be codes of shape .*got None"),
+        (lambda f: edit_tensors(f, lambda t: t.pop(SCALES)), f"tensor {SCALES} is missing"),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({QWEIGHT: t[QWEIGHT][0].clone()})),
+            r"up_proj\.weight must be codes of shape \[1, N, bytes\], got uint8 \[96, 32\]",
+        ),
         (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), "tensor model.norm.weight is missing"),
         (lambda f: edit_tensors(f, lambda t: t.update({SCALES: t[SCALES] * float("nan")})), "up_proj.weight: .*NaN"),
         (lambda f: edit_tensors(f, lambda t: t.update({QWEIGHT: t[QWEIGHT].float()})), "up_proj.weight: .*uint8"),
-        (lambda f: edit_tensors(f, lambda t: t.update({QWEIGHT: t[QWEIGHT][:40]})), "up_proj.weight: .*shape"),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({QWEIGHT: t[QWEIGHT][:, :40].clone()})),
+            "up_proj.weight: .*shape",
+        ),
     ],
 )
 def test_spoilt_folders_are_refused(tmp_path, spoil, message):
@@ -565,6 +568,13 @@ def test_spoilt_folders_are_refused(tmp_path, spoil, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_model(tmp_path)
     assert str(tmp_path) in str(caught.value) or "shape" in message or "no place" in message
+
+
+def test_a_folder_without_its_tensors_is_refused(tmp_path):
+    save_model(quantised(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load_model(tmp_path)
 
 
 def test_wrong_arguments(tmp_path):

@@ -56,6 +56,12 @@ def act_order_linear(n: int, seed: int, perm: torch.Tensor) -> Int4Linear:
     return Int4Linear(Int4Weight.from_canonical(**parts, kind="symmetric", perm=perm))
 
 
+def int8_act_order_linear(n: int, seed: int, perm: torch.Tensor, *, offset: bool = True) -> Int8WeightOnlyLinear:
+    parts = Int8Weight.quantize(dense(n, seed), 32, torch.float16).canonical()
+    more = {"kind": "offset", "zeros": torch.randn(parts["scales"].shape, generator=generator(seed))} if offset else {}
+    return Int8WeightOnlyLinear(Int8Weight.from_canonical(**parts, **more, perm=perm))
+
+
 def w8a8_linear(n: int, seed: int, k: int = K) -> Int8Linear:
     return Int8Linear(Int8Weight.quantize(dense(n, seed, k)), dense(1, seed + 1, n)[0])
 
@@ -238,6 +244,12 @@ MIXTURES = {
     "act-order, N = K": (lambda: [act_order_linear(32, n, PERM) for n in (1, 2)], True),
     "two act-orders": (lambda: [act_order_linear(24, 1, PERM), act_order_linear(8, 2, PERM.flip(0))], False),
     "act-order and not": (lambda: [act_order_linear(24, 1, PERM), int4_linear(8, 2, symmetric=True)], False),
+    "int8 with offsets, one act-order": (lambda: [int8_act_order_linear(n, n, PERM) for n in (24, 8)], True),
+    "int8 with two act-orders": (lambda: [int8_act_order_linear(24, 1, p) for p in (PERM, PERM.flip(0))], False),
+    "int8 with offsets and without": (
+        lambda: [int8_act_order_linear(24, 1, PERM, offset=offset) for offset in (True, False)],
+        False,
+    ),
     "kinds": (lambda: [int4_linear(24, 1), int4_linear(8, 2, symmetric=True)], False),
     "group sizes": (lambda: [int4_linear(24, 1), int4_linear(8, 2, group_size=16)], False),
     "bias and none": (lambda: [int4_linear(24, 1), int4_linear(8, 2, bias=True)], False),

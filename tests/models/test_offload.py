@@ -8,11 +8,12 @@ import transformers
 
 import qops
 from qops.models import dense_model, quantize_model, save_model
-from qops.nn import MLP, Int4Linear, Int8Embedding
+from qops.nn import MLP, Int4Linear, Int8Embedding, Int8WeightOnlyLinear
 from qops.testing import assert_bitwise
 from qops.weights import Int4Weight, Int8Weight
 from tests.support.models.architectures import TOKENS, outputs, tiny_model
 from tests.support.models.families import FUSED, IDS, PARTLY, random_model
+from tests.support.ops.random_weights import random_int8
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.hooks import remove_hook_from_submodules  # noqa: E402
@@ -91,6 +92,16 @@ def test_act_order_runs_offloaded(tmp_path):
     x = torch.randn(3, 64)
     want = mlp(x)
     holder = torch.nn.Sequential(mlp)
+    accelerate.disk_offload(holder, tmp_path, "cpu")
+    assert bytes_in_memory(holder) == 0
+    assert_bitwise(holder(x), want)
+
+
+def test_8_bit_offsets_in_act_order_run_offloaded(tmp_path):
+    _, weight = random_int8(64, 96, 32, "offset", act_order=True)
+    linear, x = Int8WeightOnlyLinear(weight), torch.randn(3, 96)
+    want = linear(x)
+    holder = torch.nn.Sequential(linear)
     accelerate.disk_offload(holder, tmp_path, "cpu")
     assert bytes_in_memory(holder) == 0
     assert_bitwise(holder(x), want)

@@ -135,43 +135,65 @@ def test_a_save_that_is_killed_between_files_leaves_no_config(tmp_path, monkeypa
 # save_pretrained -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [{}, {"state_dict": {}}, {"max_shard_size": "1KB"}, {"safe_serialization": True}])
 @pytest.mark.parametrize("fuse", [True, False])
-def test_save_pretrained_refuses_and_writes_nothing(tmp_path, fuse, given):
+def test_save_pretrained_writes_what_save_model_writes(tmp_path, fuse):
     model = quantize_model(tiny_model("LlamaForCausalLM"), "int4", fuse=fuse)
     save_model(model, tmp_path / "saved")
-    for converted in (model, copy.deepcopy(model), load_model(tmp_path / "saved")):
-        with pytest.raises(RuntimeError, match=r"LlamaForCausalLM\.save_pretrained: .* qops\.save_model"):
-            converted.save_pretrained(tmp_path / "out", **given)
-        with pytest.raises(RuntimeError, match=r"qops\.save_model"):
-            converted.push_to_hub("nobody/nothing")
-    assert not (tmp_path / "out").exists()
+    torch.save(model, tmp_path / "model.pt")
+    unpickled = torch.load(tmp_path / "model.pt", weights_only=False)
+    for converted in (model, copy.deepcopy(model), load_model(tmp_path / "saved"), unpickled):
+        converted.save_pretrained(tmp_path / "out", safe_serialization=True, token=None)
+        for path in (tmp_path / "saved").iterdir():
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_save_pretrained_refuses_where_a_part_is_converted(tmp_path):
-    model = tiny_model("LlavaForConditionalGeneration")
-    quantize_model(model.model.language_model, "int4")
-    with pytest.raises(RuntimeError, match=r"LlavaForConditionalGeneration\.save_pretrained"):
-        model.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("fuse", [True, False])
-def test_save_pretrained_refuses_in_a_process_that_only_unpickles(tmp_path, fuse):
-    torch.save(quantize_model(tiny_model("LlamaForCausalLM"), "int4", fuse=fuse), tmp_path / "model.pt")
+def test_save_pretrained_in_a_process_that_only_unpickles(tmp_path):
+    model = quantize_model(tiny_model("LlamaForCausalLM"), "int4")
+    torch.save(model, tmp_path / "model.pt")
     script = (
         "import sys, torch\nimport qops, transformers\n"
-        "model = torch.load(sys.argv[1], weights_only=False)\n"
-        "try:\n    model.save_pretrained(sys.argv[2])\nexcept RuntimeError as error:\n    print(error)"
+        "torch.load(sys.argv[1], weights_only=False).save_pretrained(sys.argv[2])"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "model.pt", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "qops.save_model" in ran.stdout
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model.pt", tmp_path / "out"], check=True)
+    assert_bitwise(load_model(tmp_path / "out")(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_save_pretrained_saves_models_of_which_a_part_is_converted(tmp_path):
+    model = tiny_model("LlavaForConditionalGeneration")
+    quantize_model(model.model.language_model, "int4")
+    model.save_pretrained(tmp_path / "out")
+    want = outputs(model, "LlavaForConditionalGeneration")
+    again = outputs(load_model(tmp_path / "out", torch.float32), "LlavaForConditionalGeneration")
+    torch.testing.assert_close(again, want)  # its layers are fused no more
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"state_dict": {}}, {"variant": "fp16"}, {"push_to_hub": True}, {"is_main_process": False}, {"repo_id": "a/b"}],
+)
+def test_save_pretrained_refuses_what_it_would_ignore(tmp_path, given):
+    model = quantize_model(tiny_model("LlamaForCausalLM"), "int4")
+    with pytest.raises(ValueError, match=rf"LlamaForCausalLM\.save_pretrained: {next(iter(given))} must be"):
+        model.save_pretrained(tmp_path / "out", **given)
+    with pytest.raises(RuntimeError, match=r"LlamaForCausalLM\.push_to_hub .* huggingface_hub\.upload_folder"):
+        model.push_to_hub("nobody/nothing")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["10KB", 10_000])
+def test_shards_are_no_larger_than_asked_for_and_replaced(tmp_path, size):
+    model = quantize_model(tiny_model("LlamaForCausalLM"), "int8")
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    shards = list(tmp_path.glob("model-*.safetensors"))
+    largest = max(tensor.nbytes for tensor in model.state_dict().values())
+    assert len(shards) > 3 and all(path.stat().st_size < 2 * max(10_000, largest) for path in shards)
+    assert_bitwise(load_model(tmp_path)(TOKENS).logits, model(TOKENS).logits)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    for wrong in ("many", "-5GB", 0, -1, True, 1.5, None):
+        with pytest.raises(ValueError, match=r"qops\.save_model: max_shard_size must be bytes, or a string"):
+            save_model(model, tmp_path / "other", max_shard_size=wrong)
+    assert not (tmp_path / "other").exists()
 
 
 def test_dense_models_and_dense_twins_save_as_ever(tmp_path):
@@ -245,7 +267,7 @@ def test_a_head_of_its_own_stays_one_where_the_config_says_tied(way, tmp_path):
         assert type(converted.get_input_embeddings()) is nn.Embedding
         assert_bitwise(converted.model.embed_tokens.weight, source.model.embed_tokens.weight)
     save_model(again, tmp_path / "again")
-    for name in ("qops.safetensors", "config.json"):
+    for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
     dense = dense_model(again, torch.float32)
     assert dense.lm_head.weight is not dense.model.embed_tokens.weight

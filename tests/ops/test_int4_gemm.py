@@ -67,7 +67,7 @@ def by_contract(x: torch.Tensor, w: qops.Int4Weight, bias=None) -> torch.Tensor:
     rows = x.reshape(-1, w.in_features)
     if "perm" in canonical:
         rows = rows[:, canonical["perm"].long()]
-    y = [gemm_row(row, codes, scales, zeros, w.kind, w.group_size, bias) for row in rows]
+    y = [gemm_row(row, codes, scales, zeros, w.kind, w.group_size, bias, 8) for row in rows]
     return torch.stack(y).to(x.dtype).view(*x.shape[:-1], w.out_features)
 
 

@@ -23,26 +23,40 @@ from tests.support.ops.weight_only_oracle import blocks_of, gemm_row
 SHAPES = ((8, 32, 32), (24, 96, 32), (16, 1032, 1032), (72, 576, 32), (40, 272, 272), (8, 8, 8), (32, 768, 256))
 
 
-def make_weight(n, k, group_size, seed, scale_dtype=torch.float16) -> qops.Int8Weight:
+FORMS = tuple(itertools.product(qops.Int8Weight.KINDS, (False, True)))
+
+
+def make_weight(
+    n, k, group_size, seed, scale_dtype=torch.float16, kind="symmetric", act_order=False
+) -> qops.Int8Weight:
     rng = generator(seed)
     q = torch.randint(-128, 128, (n, k), generator=rng, dtype=torch.int8)
     q[0], q[1] = -128, 127  # rows of extreme codes
-    return qops.Int8Weight.from_canonical(q, (torch.rand(n, k // group_size, generator=rng) * 1e-3).to(scale_dtype))
+    return qops.Int8Weight.from_canonical(
+        q,
+        (torch.rand(n, k // group_size, generator=rng) * 1e-3).to(scale_dtype),
+        kind=kind,
+        zeros=torch.randn(n, k // group_size, generator=rng) * 0.05 if kind == "offset" else None,
+        perm=torch.randperm(k, generator=rng) if act_order else None,
+    )
 
 
 def by_contract(x: torch.Tensor, w: qops.Int8Weight, bias=None) -> torch.Tensor:
     canonical = w.canonical()
     codes, scales = canonical["qweight"].long().numpy(), canonical["scales"].float().numpy()
-    y = [gemm_row(row, codes, scales, None, "int8", w.group_size, bias) for row in x]
+    zeros = canonical["zeros"].numpy() if "zeros" in canonical else None
+    rows = x[:, w.perm.long()] if w.act_order else x
+    y = [gemm_row(row, codes, scales, zeros, w.kind, w.group_size, bias, 0) for row in rows]
     return torch.stack(y).to(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("kind, act_order", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bits_follow_the_contract(shape, dtype):
+def test_bits_follow_the_contract(shape, kind, act_order, dtype):
     n, k, group_size = shape
     for seed, scale_dtype in enumerate(FLOAT_DTYPES):
-        w = make_weight(n, k, group_size, seed, scale_dtype)
+        w = make_weight(n, k, group_size, seed, scale_dtype, kind, act_order)
         x = random_activations(7, k, dtype=dtype, seed=seed)
         x[1] = 0
         x[2, k // 2] = 3000.0  # a massive activation: four digits
@@ -55,18 +69,20 @@ def test_bits_follow_the_contract(shape, dtype):
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("m", (1, 2, 3, 4, 5, 17))
 def test_accuracy_against_float64(m, dtype):
-    for seed, (n, k, group_size) in enumerate(SHAPES):
-        w = make_weight(n, k, group_size, seed)
+    for seed, ((n, k, group_size), (kind, act_order)) in enumerate(itertools.product(SHAPES, FORMS)):
+        w = make_weight(n, k, group_size, seed, torch.float16, kind, act_order)
         x = random_activations(m, k, dtype=dtype, seed=seed)
         ref = int8_weight_only_gemm_ref(x, w)
         assert_within(qops.int8_weight_only_gemm(x, w), ref, weight_only_bound(x, w), f"{n}x{k} g{group_size}")
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_componentwise_bound_with_planted_outliers(dtype):
+@pytest.mark.parametrize("kind", qops.Int8Weight.KINDS)
+def test_componentwise_bound_with_planted_outliers(kind, dtype):
+    """The fixed point errs by x alone, so that its bound has the sum of product and offset, not of their sizes."""
     for seed, outlier in enumerate((1.0, 30.0, 1e3, 3e4)):
         n, k, group_size = 64, 512, 256
-        w = make_weight(n, k, group_size, seed)
+        w = make_weight(n, k, group_size, seed, torch.float16, kind)
         x = random_activations(2, k, dtype=torch.float32, seed=seed, outliers=False).to(dtype)
         x[0, 77] = x[1, 300] = outlier
         exact = int8_weight_only_gemm_ref(x, w)
@@ -78,12 +94,17 @@ def test_componentwise_bound_with_planted_outliers(dtype):
             limit += block.amax(-1, keepdim=True) * weight[:, begin : begin + size].sum(-1)
         fixed = (2.0**-31 if dtype == torch.float32 else 1.001 * 2.0**-16) * limit
         rounding = exact.abs() * torch.finfo(dtype).eps / 2
-        magnitude = x.double().abs() @ weight.T
+        canonical = w.canonical()
+        magnitude = canonical["scales"].double().repeat_interleave(group_size, 1) * canonical["qweight"].double().abs()
+        if kind == "offset":
+            magnitude += canonical["zeros"].double().abs().repeat_interleave(group_size, 1)
+        magnitude = x.double().abs() @ magnitude.T
         assert bool((error <= fixed + rounding + 8 * 2.0**-24 * magnitude).all()), f"{outlier}"
 
 
-def test_rows_do_not_depend_on_batch_position_or_threads(threads):
-    w = make_weight(200, 576, 32, 0)
+@pytest.mark.parametrize("kind, act_order", FORMS)
+def test_rows_do_not_depend_on_batch_position_or_threads(kind, act_order, threads):
+    w = make_weight(200, 576, 32, 0, torch.float16, kind, act_order)
     x = random_activations(35, 576, dtype=torch.bfloat16, seed=0)
     x[5, 3] = 1e4
     threads(1)
@@ -96,8 +117,9 @@ def test_rows_do_not_depend_on_batch_position_or_threads(threads):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_special_values(dtype):
-    w = make_weight(16, 64, 32, 0)
+@pytest.mark.parametrize("kind, act_order", FORMS)
+def test_special_values(kind, act_order, dtype):
+    w = make_weight(16, 64, 32, 0, torch.float16, kind, act_order)
     x = random_activations(4, 64, dtype=dtype, seed=0, outliers=False)
     clean = qops.int8_weight_only_gemm(x, w)
     x[1, 3], x[2, 4] = float("nan"), -float("inf")
@@ -112,8 +134,10 @@ def test_empty(m, n, k):
     packed = torch.zeros(strips, 16 * k, dtype=torch.int8)
     scales = torch.zeros(strips, 0 if k == 0 else 1, 16)
     bias = torch.arange(float(n))
-    y = torch.ops.qops.int8_weight_only_gemm(torch.zeros(m, k), packed, scales, bias, n, k)
-    assert_bitwise(y, bias.expand(m, n).contiguous(), "bias alone")
+    perm = torch.arange(k, dtype=torch.int32)
+    for zeros, order in itertools.product((None, torch.ones_like(scales)), (None, perm)):
+        y = torch.ops.qops.int8_weight_only_gemm(torch.zeros(m, k), packed, scales, zeros, order, bias, n, k)
+        assert_bitwise(y, bias.expand(m, n).contiguous(), "bias alone")
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -131,7 +155,7 @@ def test_out(dtype):
 def test_out_must_not_overlap_an_input():
     args = arguments()
     args["scales"], args["bias"] = args["scales"].bfloat16(), args["bias"].bfloat16()
-    for name in ("x", "packed", "scales", "bias"):
+    for name in ("x", "packed", "scales", "zeros", "perm", "bias"):
         memory = torch.zeros(4096, dtype=torch.uint8)
         there = args[name].contiguous().view(-1).view(torch.uint8)
         inside = memory[1024 : 1024 + len(there)].view(args[name].dtype).view(args[name].shape)
@@ -145,11 +169,13 @@ def test_out_must_not_overlap_an_input():
 
 
 def arguments(device="cpu", **changes):
-    w = make_weight(24, 64, 32, 0)
+    w = make_weight(24, 64, 32, 0, torch.float16, "offset", act_order=True)
     values = {
         "x": torch.zeros(2, 64, dtype=torch.bfloat16),
         "packed": w.packed,
         "scales": w.scales,
+        "zeros": w.zeros,
+        "perm": w.perm,
         "bias": torch.zeros(24),
         "out_features": 24,
         "group_size": 32,
@@ -164,6 +190,15 @@ ERRORS = {
     "packed dtype": ({"packed": torch.zeros(2, 1024).byte()}, RuntimeError, "packed must have dtype int8, got uint8"),
     "packed width": ({"packed": torch.zeros(2, 1000, dtype=torch.int8)}, ValueError, "packed must hold .* got 1000"),
     "scales": ({"scales": torch.zeros(2, 1, 16)}, ValueError, r"scales must have shape .* = \[2, 2, 16\], got"),
+    "zeros dtype": (
+        {"zeros": torch.zeros(2, 2, 16).half()},
+        RuntimeError,
+        "zeros must have dtype float32, got float16",
+    ),
+    "zeros": ({"zeros": torch.zeros(2, 1, 16)}, ValueError, r"zeros must have .* = \[2, 2, 16\], got \[2, 1, 16\]"),
+    "zeros strides": ({"zeros": torch.zeros(2, 16, 2).mT}, ValueError, "zeros must be contiguous, got strides"),
+    "perm dtype": ({"perm": torch.arange(64)}, RuntimeError, "perm must have dtype int32, got int64"),
+    "perm": ({"perm": torch.arange(56).int()}, ValueError, r"perm must have shape \[K\] = \[64\], got \[56\]"),
     "out_features": ({"out_features": 20}, ValueError, "out_features must be a multiple of 8, got 20"),
     "group_size": ({"group_size": 40}, ValueError, "group_size must be K = 64 or a multiple of 16 .*, got 40"),
     "bias": ({"bias": torch.zeros(25)}, ValueError, r"bias must have shape \[N\] = \[24\], got \[25\]"),
@@ -179,6 +214,20 @@ def test_errors_are_the_same_with_fake_tensors(case):
             torch.ops.qops.int8_weight_only_gemm(**arguments(device, **changes))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("index", (-1, 64, 2**31 - 1, -(2**31)))
+def test_perm_out_of_range(index):
+    args = arguments()
+    args["perm"] = args["perm"].clone()
+    args["perm"][63] = index
+    out = torch.full((2, 24), 77, dtype=torch.bfloat16)
+    text = rf"^qops\.int8_weight_only_gemm: perm must hold indices in 0 \.\. 63, got {index}$"
+    with pytest.raises(ValueError, match=text):
+        torch.ops.qops.int8_weight_only_gemm(**args)
+    with pytest.raises(ValueError, match=text):
+        torch.ops.qops.int8_weight_only_gemm.out(**args, out=out)
+    assert (out == 77).all()
 
 
 OUT = torch.zeros(2, 24, dtype=torch.bfloat16)
@@ -214,19 +263,20 @@ def test_grad_is_refused():
 
 def test_opcheck():
     with torch.inference_mode(False), torch.no_grad():
-        w = make_weight(24, 64, 32, 0)
-        x = random_activations(2, 3, 64, dtype=torch.bfloat16, seed=0)
-        args = (x, w.packed, w.scales, torch.zeros(24), 24, 32)
-        torch.library.opcheck(torch.ops.qops.int8_weight_only_gemm.default, args)
-        out = {"out": torch.empty(2, 3, 24, dtype=torch.bfloat16)}
-        torch.library.opcheck(torch.ops.qops.int8_weight_only_gemm.out, args, out)
+        for kind, act_order in FORMS:
+            w = make_weight(24, 64, 32, 0, torch.float16, kind, act_order)
+            x = random_activations(2, 3, 64, dtype=torch.bfloat16, seed=0)
+            args = (x, w.packed, w.scales, w.zeros, w.perm, torch.zeros(24), 24, 32)
+            torch.library.opcheck(torch.ops.qops.int8_weight_only_gemm.default, args)
+            out = {"out": torch.empty(2, 3, 24, dtype=torch.bfloat16)}
+            torch.library.opcheck(torch.ops.qops.int8_weight_only_gemm.out, args, out)
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compile(backend):
     torch._dynamo.reset()
     torch.use_deterministic_algorithms(False)
-    w = make_weight(64, 64, 32, 0)
+    w = make_weight(64, 64, 32, 0, torch.float16, "offset", act_order=True)
 
     def two(x):
         y = qops.int8_weight_only_gemm(F.relu(qops.int8_weight_only_gemm(x, w)), w)
@@ -241,12 +291,21 @@ def test_compile(backend):
 
 
 def test_matches_int4_gemm_where_codes_agree():
-    """Both kernels on codes -8 .. 7: different operands and corrections, the same integers."""
+    """Both kernels on codes -8 .. 7: different operands and corrections, the same integers, the same constants."""
     q = torch.randint(-8, 8, (32, 128), generator=generator(0), dtype=torch.int8)
     scales = torch.rand(32, 4, generator=generator(1))
     nibbles = (q + 8).to(torch.uint8)
-    w4 = qops.Int4Weight.from_canonical(nibbles[:, ::2] | nibbles[:, 1::2] << 4, scales, kind="symmetric")
-    w8 = qops.Int8Weight.from_canonical(q, scales)
-    for dtype, m in itertools.product(FLOAT_DTYPES, (1, 6)):
-        x = random_activations(m, 128, dtype=dtype, seed=m)
-        assert_bitwise(qops.int8_weight_only_gemm(x, w8), qops.int4_gemm(x, w4), f"{dtype} M = {m}")
+    nibbles = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    perm = torch.randperm(128, generator=generator(2))
+    zeros = torch.randint(-64, 64, (32, 4), generator=generator(3)) / 8
+    scales = (scales * 64).ceil() / 64  # of few bits, so that o + 8 s is exact
+    for act_order, offset in itertools.product((False, True), (False, True)):
+        more = {"perm": perm} if act_order else {}
+        w4 = {"kind": "offset", "zeros": zeros - 8 * scales} if offset else {"kind": "symmetric"}
+        w8 = {"kind": "offset", "zeros": zeros} if offset else {}
+        w4 = qops.Int4Weight.from_canonical(nibbles, scales, **w4, **more, in_features=128)
+        w8 = qops.Int8Weight.from_canonical(q, scales, **w8, **more)
+        assert torch.equal(w4.dequantize(), w8.dequantize())
+        for dtype, m in itertools.product(FLOAT_DTYPES, (1, 6)):
+            x = random_activations(m, 128, dtype=dtype, seed=m)
+            assert_bitwise(qops.int8_weight_only_gemm(x, w8), qops.int4_gemm(x, w4), f"{dtype} M = {m}")

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +9,11 @@ import torch
 import qops
 from qops.ops.quantize_int8 import quantize_int8_asym_ref, quantize_int8_ref, quantize_int8_static_ref
 from qops.testing import FLOAT_DTYPES, Guarded, assert_bitwise, generator, random_activations, strided_rows
+from tests.support.formats.checkpoints import checkpoint
 from tests.support.ops import quantize_oracles as oracles
 
 RULES = ("127", "compressed-tensors", "torchao")
+ASYM_RULES, STATIC_RULES = ("255", "compressed-tensors"), ("torchao", "compressed-tensors")
 K_SIZES = (1, 2, 7, 15, 16, 17, 31, 33, 64, 576, 4097)
 NAN, INF = float("nan"), float("inf")
 HUGE_RANGE = torch.tensor([[3e38, -3e38, 1.0, 0.0], [3e38, 3e38, 1.0, 0.0]])
@@ -113,10 +113,7 @@ def test_bits_of_the_package(dtype, rule):
 
 
 def test_real_activations_of_a_checkpoint():
-    folder = os.environ.get("QOPS_TEST_CHECKPOINTS")
-    if not folder:
-        pytest.skip("QOPS_TEST_CHECKPOINTS names no folder of checkpoints")
-    path = Path(folder) / "ct_w8a8_int_dyn_token_sym" / "ref_layer_io.safetensors"
+    path = checkpoint("ct_w8a8_int_dyn_token_sym") / "ref_layer_io.safetensors"
     tensors = pytest.importorskip("safetensors.torch").load_file(str(path))
     layers = {name.removesuffix(".x_q") for name in tensors if name.endswith(".x_q")}
     assert len(layers) == 4
@@ -129,14 +126,17 @@ def test_real_activations_of_a_checkpoint():
 # --- asymmetric and static -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rule", ASYM_RULES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_asym_bits_follow_the_contract(dtype):
+def test_asym_bits_follow_the_contract(dtype, rule):
     for k in K_SIZES:
         x = rows_of(dtype, k, seed=k)
         for what, t in (("both signs", x), ("positive", x.abs()), ("negative", -x.abs())):
-            assert_same(qops.quantize_int8_asym(t), quantize_int8_asym_ref(t), f"K={k} {what}")
+            assert_same(qops.quantize_int8_asym(t, rule), quantize_int8_asym_ref(t, rule), f"K={k} {what}")
     for x in (HUGE_RANGE.to(dtype), BARELY.to(dtype), -BARELY.to(dtype), oracles.near_ties(64, 8, dtype, 0, steps=255)):
-        assert_same(qops.quantize_int8_asym(x), quantize_int8_asym_ref(x), "corners")
+        assert_same(qops.quantize_int8_asym(x, rule), quantize_int8_asym_ref(x, rule), "corners")
+    for what, x in package_rows(dtype):
+        assert_same(qops.quantize_int8_asym(x, rule), quantize_int8_asym_ref(x, rule), what)
 
 
 def test_asym_rounds_the_quotient_of_symmetric_rows():
@@ -168,6 +168,58 @@ def test_asym_bits_of_torchao():
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_frozen_asymmetric_and_static_results_of_compressed_tensors(dtype):
+    table = json.loads(oracles.TABLE.read_text())
+    case = next(case for case in table["cases"] if f"torch.{case['dtype']}" == str(dtype))
+    found = case["compressed-tensors asym"]
+    x, want = oracles.from_bits(found["x"], dtype), [torch.tensor(found["q"], dtype=torch.int8)]
+    want += [oracles.from_bits(found["scale"], torch.float32), torch.tensor(found["zero_point"], dtype=torch.int32)]
+    finite = want[1].isfinite()
+    for results in (qops.quantize_int8_asym(x, "compressed-tensors"), quantize_int8_asym_ref(x, "compressed-tensors")):
+        assert_bitwise(results[1], want[1])
+        assert_same([part[finite] for part in results], [part[finite] for part in want])
+    assert not torch.equal(qops.quantize_int8_asym(x)[0][finite], want[0][finite]), "the table would not show rule 255"
+    x, codes = oracles.static_inputs(dtype), torch.tensor(case["compressed-tensors static"], dtype=torch.int8)
+    known = oracles.STATIC_SCALE, oracles.STATIC_ZERO_POINT
+    assert_bitwise(qops.quantize_int8_static(x, *known, "compressed-tensors"), codes)
+    assert_bitwise(quantize_int8_static_ref(x, *known, "compressed-tensors"), codes)
+    assert not torch.equal(qops.quantize_int8_static(x, *known), codes), "the table would not show torchao's rule"
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_asym_bits_of_compressed_tensors(dtype):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    rows = [*package_rows(dtype), ("steps of 255", oracles.near_ties(2**12, 64, dtype, seed=1, steps=255))]
+    shifted = torch.randn(2048, 64, generator=generator(3)) + torch.linspace(-4, 4, 2048)[:, None]
+    rows += [("shifted", shifted.to(dtype))]
+    for what, x in rows:
+        for t in (x, x.abs(), -x.abs()):
+            got, want = qops.quantize_int8_asym(t, "compressed-tensors"), oracles.compressed_tensors_asym(t)
+            assert_bitwise(got[1], want[1], what)
+            finite = want[1].isfinite()
+            assert_same([part[finite] for part in got], [part[finite] for part in want], what)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_asym_rows_of_compressed_tensors_without_a_finite_scale(dtype):
+    most = torch.finfo(dtype).max
+    x = torch.tensor([[NAN, 1, -2], [INF, 1, -2], [1, -INF, INF], [INF, NAN, 1], [most, -most, 1]], dtype=dtype)
+    q, scale, zero_point = qops.quantize_int8_asym(x, "compressed-tensors")
+    assert not q.any() and not zero_point.any()
+    assert_bitwise(scale, torch.tensor([NAN, INF, INF, NAN, INF]))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_asym_rows_of_compressed_tensors_without_a_scale(dtype):
+    """Where the scale is 0 in the dtype, low / scale is a division by 0."""
+    tiny, eps = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(dtype).eps
+    x = torch.tensor([[0.0, -0.0, 0.0], [tiny, 2 * tiny, 0.0], [tiny, -tiny, 0.0], [-tiny, -2 * tiny, 0.0]]).to(dtype)
+    q, scale, zero_point = qops.quantize_int8_asym(x, "compressed-tensors")
+    assert scale.tolist() == [eps] * 4 and zero_point.tolist() == [0, 0, 127, 127]
+    assert q.tolist() == [[0] * 3, [0] * 3, [127] * 3, [127] * 3]
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_asym_is_within_a_step_and_keeps_zero(dtype):
     x = random_activations(64, 577, dtype=dtype, seed=0)
     x[:, ::5] = 0.0
@@ -180,8 +232,9 @@ def test_asym_is_within_a_step_and_keeps_zero(dtype):
     assert bool(((x.double() - back).abs() <= scale[:, None].double() * (1 + 2.0**-14)).all())
 
 
+@pytest.mark.parametrize("rule", STATIC_RULES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_static_bits_follow_the_contract(dtype):
+def test_static_bits_follow_the_contract(dtype, rule):
     for k in (1, 17, 576):
         x = rows_of(dtype, k, seed=k)
         for scale in (1.0, 0.037, 2.0**-126, 1e-42, 3e38):
@@ -190,23 +243,26 @@ def test_static_bits_follow_the_contract(dtype):
                     torch.tensor(scale),
                     None if zero_point is None else torch.tensor([zero_point], dtype=torch.int32),
                 )
-                got = qops.quantize_int8_static(x, s, z)
-                assert_bitwise(got, quantize_int8_static_ref(x, s, z), f"K={k} scale={scale} zero point={zero_point}")
+                got, want = qops.quantize_int8_static(x, s, z, rule), quantize_int8_static_ref(x, s, z, rule)
+                assert_bitwise(got, want, f"K={k} scale={scale} zero point={zero_point}")
 
 
-def test_static_special_values():
+@pytest.mark.parametrize("rule", STATIC_RULES)
+def test_static_special_values(rule):
     x = torch.tensor([NAN, INF, -INF, 1e38, -1e38, 0.5, 1.5, 2.5, -0.5, 0.0])
     want = [0, 127, -128, 127, -128, 0, 2, 2, 0, 0]
-    assert qops.quantize_int8_static(x, torch.tensor(1.0)).tolist() == want
-    want = [7, 127, -128, 127, -128, 7, 9, 9, 7, 7]
-    assert qops.quantize_int8_static(x, torch.ones(1), torch.tensor([7], dtype=torch.int32)).tolist() == want
+    assert qops.quantize_int8_static(x, torch.tensor(1.0), rule=rule).tolist() == want
+    # The zero point moves the ties of compressed-tensors: 7.5 is 8, 8.5 is 8.
+    want = [7, 127, -128, 127, -128, *((7, 9, 9, 7) if rule == "torchao" else (8, 8, 10, 6)), 7]
+    assert qops.quantize_int8_static(x, torch.ones(1), torch.tensor([7], dtype=torch.int32), rule).tolist() == want
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_static_repeats_asym(dtype):
     x = random_activations(9, 577, dtype=dtype, seed=0)
-    for row, q, scale, zero_point in zip(x, *qops.quantize_int8_asym(x), strict=True):
-        assert_bitwise(qops.quantize_int8_static(row, scale, zero_point), q)
+    for asym, static in zip(ASYM_RULES, STATIC_RULES, strict=True):
+        for row, q, scale, zero_point in zip(x, *qops.quantize_int8_asym(x, asym), strict=True):
+            assert_bitwise(qops.quantize_int8_static(row, scale, zero_point, static), q)
 
 
 def test_static_bits_of_torchao():
@@ -219,6 +275,18 @@ def test_static_bits_of_torchao():
         for z in (torch.zeros_like(zero_point), zero_point):
             want = quantize_affine(x, x.shape, scale.view(1, 1), z.view(1, 1), torch.int8, -128, 127)
             assert_bitwise(qops.quantize_int8_static(x, scale, z), want)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_static_bits_of_compressed_tensors(dtype):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    for what, x in package_rows(dtype):
+        x = x.nan_to_num(1.0, INF, -INF)
+        for scale in (oracles.STATIC_SCALE, torch.tensor([1.0]), torch.tensor([2.0**-14])):
+            for zero_point in (None, oracles.STATIC_ZERO_POINT, torch.tensor([127]), torch.tensor([-128])):
+                want = oracles.compressed_tensors_static(x, scale, zero_point)
+                z = None if zero_point is None else zero_point.int()
+                assert_bitwise(qops.quantize_int8_static(x, scale, z, "compressed-tensors"), want, what)
 
 
 @pytest.mark.parametrize("scale", (0.0, -1.0, NAN, INF, -0.0))
@@ -243,7 +311,9 @@ CALLS = {
     "compressed-tensors": lambda x, **out: qops.quantize_int8(x, "compressed-tensors", **out),
     "torchao": lambda x, **out: qops.quantize_int8(x, "torchao", **out),
     "asym": lambda x, **out: qops.quantize_int8_asym(x, **out),
+    "asym, ct": lambda x, **out: qops.quantize_int8_asym(x, "compressed-tensors", **out),
     "static": lambda x, **out: qops.quantize_int8_static(x, SCALE, ZERO_POINT, **out),
+    "static, ct": lambda x, **out: qops.quantize_int8_static(x, SCALE, ZERO_POINT, "compressed-tensors", **out),
 }
 
 
@@ -316,7 +386,11 @@ def test_empty(call):
 def test_an_empty_row_is_a_zero_row():
     for rule in RULES:
         assert_bitwise(qops.quantize_int8(torch.empty(3, 0), rule)[1], qops.quantize_int8(torch.zeros(3, 1), rule)[1])
-    assert [t.tolist() for t in qops.quantize_int8_asym(torch.empty(2, 0))] == [[[], []], [0.0, 0.0], [0, 0]]
+    for rule in ASYM_RULES:
+        empty, zeros = (qops.quantize_int8_asym(torch.zeros(2, k), rule) for k in (0, 1))
+        assert_same(empty[1:], zeros[1:])
+        assert zeros[0].tolist() == [[0], [0]] and zeros[2].tolist() == [0, 0]
+    assert qops.quantize_int8_asym(torch.empty(2, 0))[1].tolist() == [0.0, 0.0]
 
 
 def test_more_empty_rows_than_could_be_visited():

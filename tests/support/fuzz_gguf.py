@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,12 @@ from typing import Any
 import torch
 
 from qops.models import load_model, load_tokenizer
+from tests.support.models.families import random_model
+from tests.support.models.gguf_blocks import TYPES
 from tests.support.models.gguf_files import HEAD_DIM, VOCAB, LlamaFile, llama_file
+from tests.support.models.gguf_writer import write_gguf
+
+K_QUANTS = tuple(kind for kind in TYPES if kind.endswith("_K"))
 
 SECONDS = 10
 MEMORY_BYTES = 2 << 30
@@ -169,7 +174,41 @@ def bases(folder: Path) -> list[Container]:
     import numpy as np
 
     files[3].tensors["rope_freqs.weight"] = ("F32", np.linspace(1, 8, HEAD_DIM // 2, dtype=np.float32), 0)
-    return [_read(file.write(folder / "base.gguf").read_bytes()) for file in files]
+    path = folder / "base.gguf"
+    return [_read(file.write(path).read_bytes()) for file in files] + [_read(data) for data in _families(path)]
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+# Small enough for a forward of many, and for K-quants as wide as one of their blocks.
+SMALL = {"vocab_size": VOCAB, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+FAMILIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("smollm3", "Q5_0", {"no_rope_layer_interval": 4}),
+    ("qwen2", "Q5_1", {"use_sliding_window": False}),
+    ("qwen3", "F16", {"head_dim": 16}),
+    ("gemma", "Q8_0", {}),
+    ("gemma2", "Q5_1", {"query_pre_attn_scalar": 16}),
+    ("gemma3", "Q4_1", {"query_pre_attn_scalar": 16, "sliding_window_pattern": 6, "final_logit_softcapping": 9.0}),
+    (
+        "phi3",
+        "Q5_0",
+        {"partial_rotary_factor": 0.125, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
+    ),
+    *(("qwen3", kind, {"head_dim": 128, "hidden_size": 256, "intermediate_size": 256}) for kind in K_QUANTS),
+)
+
+
+def _families(path: Path) -> Iterator[bytes]:
+    """A file of every architecture, and of every block type that those before have not."""
+
+    def with_tokens(writer: Any) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(TOKENS)
+        writer.add_token_types([3, 3, 3, *[1] * (len(TOKENS) - 3)])
+        writer.add_token_scores([-float(index) for index in range(len(TOKENS))])
+
+    for family, kind, changes in FAMILIES:
+        write_gguf(random_model(family, **(SMALL | changes)), path, kind, with_tokens)
+        yield path.read_bytes()
 
 
 # --- mutations -------------------------------------------------------------------------------------------------------
@@ -188,7 +227,8 @@ def _absurd(rng: random.Random, depth: int = 0) -> Value:
     """Any value: numbers at the edges of their types, odd strings, arrays of arrays."""
     kind = rng.choice([*CODES, STRING, ARRAY] if depth < 3 else [*CODES, STRING])
     if kind == STRING:
-        return Value(kind, rng.choice((b"", b"llama", b"\xff\xfe", b"a" * 5000, b"{{", "é".encode(), b"\0", b"none")))
+        texts = (b"", b"llama", b"\xff\xfe", b"a" * 5000, b"{{", b"\xc3\xa9", b"\0", b"none", b"yarn")
+        return Value(kind, rng.choice(texts))
     if kind == ARRAY:
         items = [_absurd(rng, depth + 1) for _ in range(rng.choice((0, 1, 3, 70)))]
         return Value(kind, [item for item in items if item.type == items[0].type], items[0].type if items else 4)
@@ -223,16 +263,15 @@ def double_key(rng: random.Random, c: Container) -> None:
 
 
 def add_key(rng: random.Random, c: Container) -> None:
-    names = (b"general.alignment", b"llama.rope.scaling.type", b"llama.rope.scaling.factor", b"llama.expert_count")
-    names += (
-        b"llama.attention.key_length",
-        b"llama.rope.dimension_count",
-        b"llama.vocab_size",
-        b"",
-        b"\xff",
-        b"x" * 999,
-    )
-    names += (b"tokenizer.ggml.unknown_token_id", b"tokenizer.ggml.added_tokens", b"tokenizer.ggml.pre", b"split.count")
+    names = (b"general.alignment", b"", b"\xff", b"x" * 999, b"split.count", b"tokenizer.ggml.unknown_token_id")
+    names += (b"tokenizer.ggml.added_tokens", b"tokenizer.ggml.pre")
+    architecture = dict(c.keys).get(b"general.architecture")
+    if architecture is not None and isinstance(architecture.content, bytes):
+        own = (b"attention.key_length", b"attention.scale", b"attention.sliding_window", b"expert_count", b"vocab_size")
+        own += (b"attention.sliding_window_pattern", b"final_logit_softcapping", b"rope.dimension_count")
+        own += (b"rope.freq_base_swa", b"rope.scaling.attn_factor", b"rope.scaling.factor", b"rope.scaling.type")
+        own += (b"rope.scaling.original_context_length", b"rope.scaling.yarn_beta_fast")
+        names += tuple(architecture.content + b"." + name for name in own)
     c.keys.append((rng.choice(names), _absurd(rng)))
 
 
@@ -411,8 +450,8 @@ def outcome_of(path: Path) -> str:
     return ", ".join(found)
 
 
-def limited(path: Path) -> str:
-    """outcome_of, in bounded time."""
+def within_seconds(outcome_of: Callable[[Path], str], path: Path) -> str:
+    """What it says, in bounded time."""
 
     def stop(*_: object) -> None:
         raise TooSlow(f"more than {SECONDS} s")
@@ -424,6 +463,11 @@ def limited(path: Path) -> str:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def limited(path: Path) -> str:
+    """outcome_of, in bounded time."""
+    return within_seconds(outcome_of, path)
 
 
 def limit_memory() -> None:

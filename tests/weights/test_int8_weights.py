@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import qops
-from qops.nn import Int8Embedding, Int8Linear
+from qops.nn import MLP, Int8Embedding, Int8Linear, Int8WeightOnlyLinear, dense_linear
 from qops.testing import assert_bitwise, generator
 from qops.weights import Int8Weight
 from tests.support.ops.exact import fraction, round_to_float32
@@ -261,3 +261,14 @@ def test_integer_activations_need_a_symmetric_weight_in_order(kind, act_order, m
         q, scale = torch.ones(2, 32, dtype=torch.int8, device=device), torch.ones(2, device=device)
         with pytest.raises(ValueError, match=f"^qops.int8_gemm: {message}"):
             qops.int8_gemm(q, scale, weight)
+
+
+def test_down_in_act_order_has_gate_and_up_write_in_its_order():
+    """MLP gathers nothing: the rows of gate and up go into the order of down's columns."""
+    rng = generator(3)
+    down = Int8WeightOnlyLinear(random_int8(32, 48, 16, "offset", act_order=True)[1])
+    gate, up = (dense_linear(torch.randn(48, 32, generator=rng)) for _ in range(2))
+    mlp = MLP(copy.deepcopy(gate), copy.deepcopy(up), copy.deepcopy(down))
+    assert mlp.reordered and not mlp.down_proj.weight.act_order
+    x = torch.randn(5, 32, generator=rng)
+    assert torch.equal(mlp(x), down(qops.silu_mul(torch.cat((gate(x), up(x)), -1))))

@@ -277,9 +277,8 @@ def _load_tokenizer(path: Path) -> Any:
         reason = " ".join(str(error).removeprefix(f"{path}: ").split())
         raise DemoError(f"no tokenizer in {path}; --tokenizer says where it is: {reason}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise DemoError(
-            f"the tokenizer in {path} must be one of the tokenizers library, got {type(tokenizer).__name__}"
-        )
+        kind = type(tokenizer).__name__
+        raise DemoError(f"the tokenizer in {path} must be one of the tokenizers library, got {kind}")
     return tokenizer
 
 

@@ -150,14 +150,14 @@ class Checkpoint(Protocol):
         ...
 
     def activations(self, module: str) -> dict[str, torch.Tensor]:
-        """What the linear of a module quantises its input with besides its weight.
+        """What the linear of a module quantises or multiplies its input with besides its weight.
 
         Args:
             module: its name in Transformers' model; its weight is quantised.
 
         Returns:
             Keyword arguments for the class that :meth:`linear` names, those of its `static_input` that there are: {}
-            for all but static activations.
+            for all but static activations and smoothed ones.
         """
         ...
 

@@ -19,7 +19,14 @@ from torch import Tensor
 from qops.formats.folders.stored import Options, Stored, require_specs
 from qops.formats.folders.tensors import Spec
 from qops.formats.folders.words import int8_from_unsigned, order_of_groups, pairs, require_words, unpack
-from qops.nn import Int4Linear, Int8CompressedTensorsLinear, Int8WeightOnlyLinear, QuantizedLinear
+from qops.nn import (
+    Int4Linear,
+    Int8AsymmetricCompressedTensorsLinear,
+    Int8CompressedTensorsLinear,
+    Int8StaticCompressedTensorsLinear,
+    Int8WeightOnlyLinear,
+    QuantizedLinear,
+)
 from qops.weights import Int4Weight, Int8Weight
 from qops.weights.requirements import SCALE_DTYPES, require_dtype, require_matrix, require_scale_dtype, require_tensor
 
@@ -177,6 +184,9 @@ _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
 # strategy, dynamic, symmetric -> what multiplies as the producer's own runtime does.
 _LINEARS: dict[tuple[Any, Any, Any], type[QuantizedLinear]] = {
     ("token", True, True): Int8CompressedTensorsLinear,
+    ("token", True, False): Int8AsymmetricCompressedTensorsLinear,
+    ("tensor", False, True): Int8StaticCompressedTensorsLinear,
+    ("tensor", False, False): Int8StaticCompressedTensorsLinear,
 }
 _EMPTY = (None, {}, [], "dense")
 

@@ -147,29 +147,34 @@ def zero_points(name: str, qzeros: Tensor, bits: int, zero_add: str | None) -> T
     """The zero points that are stored along the rows of words, uint8 [A, B] -> [A, B * 32 / bits]."""
     if zero_add is not None and zero_add not in _ADDED:
         raise ValueError(f'{name}: zero_add must be "word", "nibble" or "none", got {zero_add!r}')
-    stored = unpack(qzeros, bits, 1)
+    stored, most = unpack(qzeros, bits, 1), (1 << bits) - 1
     if zero_add == "none":
         return stored
-    by_nibble = (stored + 1).bitwise_and_((1 << bits) - 1)
+    if stored.numel() == 0 or int(stored.max()) < most:  # no carry, however it is added
+        if zero_add is None:
+            _ask_where_version_2(name, stored, bits)
+        return stored + 1
+    by_nibble = (stored + 1).bitwise_and_(most)
     if zero_add == "nibble":
         return by_nibble
-    ones = sum(1 << shift for shift in range(0, 32, bits))
-    by_word = unpack(qzeros + ones, bits, 1)
-    if zero_add is None:
-        middle = 1 << (bits - 1)
-        if stored.numel() > 0 and bool((stored == middle).all()):
-            raise ValueError(
-                f"{name}: every stored zero point is {middle}: {middle + 1} if version 1 of the format wrote them "
-                f'(zero_add="word"), {middle}, as symmetric weights have, if version 2 did (zero_add="none")'
-            )
-        differ = int((by_word != by_nibble).sum())
-        if differ:
-            warnings.warn(
-                f'{name}: {differ} of {stored.numel()} zero points differ between zero_add="word", as GPTQModel reads '
-                'them, which is used, and zero_add="nibble", as AutoGPTQ does',
-                stacklevel=2,
-            )
+    by_word = unpack(qzeros + sum(1 << shift for shift in range(0, 32, bits)), bits, 1)
+    differ = int((by_word != by_nibble).sum())
+    if zero_add is None and differ:
+        warnings.warn(
+            f'{name}: {differ} of {stored.numel()} zero points differ between zero_add="word", as GPTQModel reads '
+            'them, which is used, and zero_add="nibble", as AutoGPTQ does',
+            stacklevel=2,
+        )
     return by_word
+
+
+def _ask_where_version_2(name: str, stored: Tensor, bits: int) -> None:
+    middle = 1 << (bits - 1)
+    if stored.numel() > 0 and bool((stored == middle).all()):
+        raise ValueError(
+            f"{name}: every stored zero point is {middle}: {middle + 1} if version 1 of the format wrote them "
+            f'(zero_add="word"), {middle}, as symmetric weights have, if version 2 did (zero_add="none")'
+        )
 
 
 # In folders ----------------------------------------------------------------------------------------------------------

@@ -12,13 +12,19 @@ here are the exact numbers: they have the same bits wherever `q - zero` is exact
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qops.formats.folders.config import linear_shapes
+from qops.formats.folders.stored import Options, Stored, require_specs
+from qops.formats.folders.tensors import Spec, TensorFiles
+from qops.nn import Int4Linear, Int8WeightOnlyLinear
 from qops.weights import Int4Weight, Int8Weight
-from qops.weights.requirements import require_dtype, require_matrix, require_shape
+from qops.weights.requirements import SCALE_DTYPES, require_dtype, require_matrix, require_shape
 from qops.weights.rounding import move_zeros_to_offsets, store_nibbles
 
 __all__ = ["int4_weight", "int8_weight"]
@@ -108,3 +114,73 @@ def _groups(
         if list(tensor.shape) != [rows, 1]:
             raise ValueError(f"{name}: {label} must have shape {[rows, 1]}, got {list(tensor.shape)}")
     return n, k, rows // n
+
+
+# In folders ----------------------------------------------------------------------------------------------------------
+
+_KEYS = ("W_q", "scale", "zero")
+# What says how the codes are stored: each has to be there, and to be this.
+_SAID = {"axis": 1, "quant_scale": 0, "quant_zero": 0, "view_as_float": 0}
+# The rest of what a layer stores of itself, read for nothing but the shape.
+_META = {
+    *("nbits", "group_size", "shape", "packing", "unpack_view_dtype", "compute_dtype", "offload_meta", "optimize"),
+    *("encoded_state_dict", "stores_quant_config", "channel_wise", "round_zero"),
+}
+
+
+class Hqq:
+    """HQQ's tensors in a folder (`qops.formats.folders.stored.Method`).
+
+    Args:
+        settings: the quantization config; nothing of it is needed.
+        options: of the user.
+        files: the folder's.
+
+    Raises:
+        ValueError: the folder's config is no model's.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], options: Options, files: TensorFiles):
+        options.refuse("HQQ")
+        self._shapes = linear_shapes(files.folder)
+
+    def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
+        if "W_q" not in specs:
+            return None
+        if module not in self._shapes:
+            raise ValueError("it is no linear of the model that config.json describes")
+        rows, columns = self._shapes[module]
+        codes = specs["W_q"]
+        if len(codes.shape) != 2 or 0 in codes.shape or columns % codes.shape[1]:
+            raise ValueError(f"W_q must have rows of a group size that divides K = {columns}, got {codes}")
+        groups = rows * columns // codes.shape[1]
+        per_byte = groups / codes.shape[0]
+        if per_byte not in (1, 2):
+            raise ValueError(f"W_q must have 1 or 2 codes in a byte, of {[rows, columns]}, got {codes}")
+        wanted: dict[str, Any] = {
+            "W_q": (codes.shape, torch.uint8),
+            "scale": ((groups, 1), SCALE_DTYPES),
+            "zero": ((groups, 1), SCALE_DTYPES),
+            "shape": ((2,), torch.int64),
+            **{key: ((), (torch.uint8, torch.int32, torch.int64)) for key in _SAID},
+        }
+        require_specs(specs, wanted)
+        int4 = per_byte == 2
+        weight: Any = int4_weight if int4 else int8_weight
+        return Stored(
+            linear=Int4Linear if int4 else Int8WeightOnlyLinear,
+            kind=f"HQQ {4 if int4 else 8} bit",
+            shape=(rows, columns),
+            group_size=codes.shape[1],
+            keys=(*wanted, *sorted(_META & specs.keys() - wanted.keys())),
+            build=partial(_build, weight, (rows, columns)),
+        )
+
+
+def _build(weight: Any, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Int4Weight | Int8Weight:
+    said = {key: int(tensors[key]) for key in _SAID}
+    if said != _SAID:
+        raise ValueError(f"it must have {_SAID}, got {said}")
+    if tensors["shape"].tolist() != list(shape):
+        raise ValueError(f"shape must be {list(shape)}, as in config.json, got {tensors['shape'].tolist()}")
+    return weight(*(tensors[key] for key in _KEYS), shape=shape, axis=1, pack=False)

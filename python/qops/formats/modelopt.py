@@ -6,17 +6,30 @@
     W8A8_SQ_PER_CHANNEL  the same, and `input_scale` float32 [] for the activations
 
 `w = code * weight_scale` everywhere. `pre_quant_scale` [K] multiplies activations, in their dtype, before the product
-(AWQ's and SmoothQuant's smoothing, where no norm stands before the linear that could have taken it). No weight of
-groups holds it: a factor for each column is not one for each group.
+(AWQ's and SmoothQuant's smoothing, where no norm before the linear took it). It is no part of the weight, since a
+factor for each column is not one for each group: linears hold it (:class:`qops.nn.Int4SmoothedLinear`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from qops.formats.folders.stored import Options, Stored, require_specs
+from qops.formats.folders.tensors import Spec
+from qops.nn import (
+    Int4Linear,
+    Int4SmoothedLinear,
+    Int8StaticLinear,
+    Int8StaticSmoothedLinear,
+    Int8WeightOnlyLinear,
+    QuantizedLinear,
+)
 from qops.weights import Int4Weight, Int8Weight
-from qops.weights.requirements import require_dtype, require_matrix, require_tensor
+from qops.weights.requirements import SCALE_DTYPES, require_dtype, require_matrix, require_tensor
 from qops.weights.rounding import store_nibbles
 
 __all__ = ["int4_weight", "int8_weight"]
@@ -72,3 +85,73 @@ def int8_weight(weight: Tensor, weight_scale: Tensor, *, pack: bool = True) -> I
             f"{name}: weight_scale must have shape [N] = [{weight.shape[0]}], got {list(weight_scale.shape)}"
         )
     return Int8Weight.from_canonical(weight, weight_scale.unsqueeze(1), pack=pack)
+
+
+# In folders ----------------------------------------------------------------------------------------------------------
+
+# Without and with pre_quant_scale.
+_LINEARS: dict[str, tuple[type[QuantizedLinear], type[QuantizedLinear] | None]] = {
+    "W4A16_AWQ": (Int4Linear, Int4SmoothedLinear),
+    "W8A16": (Int8WeightOnlyLinear, None),
+    "W8A8_SQ_PER_CHANNEL": (Int8StaticLinear, Int8StaticSmoothedLinear),
+}
+_NO_CACHE = (None, "NONE", "none")
+
+
+class ModelOpt:
+    """ModelOpt's tensors in a folder (`qops.formats.folders.stored.Method`).
+
+    Args:
+        settings: the quantization config, or `hf_quant_config.json`.
+        options: of the user.
+
+    Raises:
+        ValueError: another `quant_algo`; a quantised cache.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], options: Options):
+        options.refuse("ModelOpt")
+        found = settings.get("quantization", settings)
+        self._algorithm = found.get("quant_algo")
+        if self._algorithm not in _LINEARS:
+            raise ValueError(f"quant_algo must be one of {', '.join(_LINEARS)}, got {self._algorithm!r}")
+        for key in ("kv_cache_quant_algo", "kv_cache_scheme"):
+            if found.get(key) not in _NO_CACHE:
+                raise ValueError(f"{key} is not supported, got {found[key]!r}")
+
+    def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
+        if "weight_scale" not in specs:
+            return None
+        linear = _LINEARS[self._algorithm]["pre_quant_scale" in specs]
+        if linear is None:
+            raise ValueError(f"tensor pre_quant_scale is not supported where quant_algo is {self._algorithm}")
+        weight, scale = specs.get("weight"), specs["weight_scale"]
+        if weight is None or len(weight.shape) != 2:
+            raise ValueError(f"tensor weight must be a matrix, got {weight}")
+        rows, columns = weight.shape
+        wanted: dict[str, Any]
+        int4 = issubclass(linear, Int4Linear)
+        if int4:
+            rows, groups = 2 * rows, scale.shape[-1] if scale.shape else 0
+            wanted = {"weight": ((rows // 2, columns), torch.uint8), "weight_scale": ((rows, groups), torch.float32)}
+            if not groups or columns % groups:
+                raise ValueError(f"weight_scale must have shape [N, K/G] with K = {columns}, got {scale}")
+        else:
+            groups = 1
+            wanted = {"weight": ((rows, columns), torch.int8), "weight_scale": ((rows,), torch.float32)}
+        of_input: dict[str, Any] = {
+            "input_scale": ((), torch.float32),
+            "pre_quant_scale": ((columns,), SCALE_DTYPES),
+        }
+        inputs = {key: spec for key, spec in of_input.items() if key in linear.static_input}
+        require_specs(specs, wanted | inputs)
+        build: Any = int4_weight if int4 else int8_weight
+        return Stored(
+            linear=linear,
+            kind=f"ModelOpt {self._algorithm}",
+            shape=(rows, columns),
+            group_size=columns // groups,
+            keys=tuple(wanted),
+            build=lambda tensors: build(**tensors, pack=False),
+            input_keys=tuple(inputs),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from qops.weights.state import QuantizedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qops.formats.folder import Folder
+    from qops.formats.folders.pretrained import PretrainedFolder
 
 # What a folder needs to be read, and a conversation: not the pickles that lie beside it.
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
@@ -39,19 +43,43 @@ def open_checkpoint(
         ValueError: the checkpoint is malformed or of a kind that is not supported.
     """
     require_transformers("qops.formats.open_checkpoint")
-    options, path = Options(zero_add, symmetric), _local(path)
+    options, path = Options(zero_add, symmetric), local_path(path)
     if path.is_file():
-        from qops.formats.gguf import GGUFFile
+        from qops.formats.gguf.file import GGUFFile
 
         options.refuse("GGUF")
         return GGUFFile(path)
-    from qops.formats.folder import QUANT_METHOD, Folder
-    from qops.formats.folders.pretrained import PretrainedFolder, read_settings
+    from qops.formats.folders.pretrained import read_settings
 
-    if read_settings(path)["quant_method"] == QUANT_METHOD:
-        options.refuse("qops")
-        return Folder(path)
-    return PretrainedFolder(path, options)
+    return open_folder(path, read_settings(path), options)
+
+
+def open_folder(folder: Path, settings: Mapping[str, Any], options: Options) -> Folder | PretrainedFolder:
+    """The reader of a folder.
+
+    Args:
+        folder: with safetensors files.
+        settings: its quantization config: of a format, or of qops around another one, which it holds as ``source``, and
+            what its user has said of it.
+        options: what its user says now.
+
+    Raises:
+        FileNotFoundError: there are no safetensors files.
+        ValueError: the folder is malformed or of a kind that is not supported.
+    """
+    from qops.formats.folder import QUANT_METHOD, Folder
+    from qops.formats.folders.pretrained import PretrainedFolder
+
+    if settings["quant_method"] != QUANT_METHOD:
+        return PretrainedFolder(folder, options, settings)
+    said = {name: settings.get(name) if value is None else value for name, value in vars(options).items()}
+    if "source" not in settings:
+        Options(**said).refuse("qops")
+        return Folder(folder, settings)
+    unknown = sorted(settings.keys() - {"quant_method", "source", "prove", *vars(options)})
+    if unknown:
+        raise ValueError(f"{folder}: quantization_config must hold a source and options alone, got {unknown[0]}")
+    return PretrainedFolder(folder, Options(**said), settings["source"])
 
 
 def read_checkpoint(
@@ -74,7 +102,8 @@ def read_checkpoint(
     Returns:
         :class:`qops.Int4Weight` and :class:`qops.Int8Weight`, packed, by the names of their modules
         ("model.layers.0.mlp.down_proj"), and dense tensors in their stored dtype by their own names
-        ("model.norm.weight"), which are those of Transformers' model.
+        ("model.norm.weight"), which are those of Transformers' model; beside a weight what its input is quantised or
+        multiplied with ("<module>.input_scale", "<module>.pre_quant_scale").
 
     Raises:
         ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
@@ -88,6 +117,7 @@ def read_checkpoint(
         if module != name and checkpoint.linear(module) is not None:
             weight: Any = checkpoint.weight(module)
             found[module] = weight.to(device).pack()
+            found |= {f"{module}.{key}": tensor.to(device) for key, tensor in checkpoint.activations(module).items()}
         else:
             found[name] = checkpoint.tensor(name).to(device)
     return found
@@ -109,7 +139,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         ValueError: a GGUF file that is malformed or holds no tokenizer.
     """
     require_transformers("qops.formats.load_tokenizer")
-    path = _local(path)
+    path = local_path(path)
     if path.is_file():
         from qops.formats import gguf
 
@@ -119,7 +149,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
 
-def _local(path: str | os.PathLike[str]) -> Path:
+def local_path(path: str | os.PathLike[str]) -> Path:
     """The path itself, or the folder of a repository of the Hugging Face hub, which is fetched where it is not cached.
 
     Raises:

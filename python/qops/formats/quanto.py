@@ -12,13 +12,19 @@ exact numbers, rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qops.formats.folders.config import linear_shapes
+from qops.formats.folders.stored import Options, Stored, require_specs
+from qops.formats.folders.tensors import Spec, TensorFiles
+from qops.nn import Int4Linear, Int8WeightOnlyLinear
 from qops.weights import Int4Weight, Int8Weight
-from qops.weights.requirements import require_dtype, require_matrix, require_shape, require_tensor
+from qops.weights.requirements import SCALE_DTYPES, require_dtype, require_matrix, require_shape, require_tensor
 from qops.weights.rounding import store_nibbles
 
 __all__ = ["int4_weight", "int8_weight"]
@@ -104,3 +110,77 @@ def int8_weight(data: Tensor, scale: Tensor, *, pack: bool = True) -> Int8Weight
             f"got {list(scale.shape)}"
         )
     return Int8Weight.from_canonical(data, scale, pack=pack)
+
+
+# In folders ----------------------------------------------------------------------------------------------------------
+
+_INT4 = ("weight._data._data", "weight._scale", "weight._shift")
+_INT8 = ("weight._data", "weight._scale")
+# Of activations that are not quantised; they are ones.
+_UNUSED = ("input_scale", "output_scale")
+
+
+class Quanto:
+    """quanto's tensors in a folder (`qops.formats.folders.stored.Method`).
+
+    Args:
+        settings: `quanto_qmap.json`: the types of weights and activations, by module.
+        options: of the user.
+        files: the folder's.
+
+    Raises:
+        ValueError: the folder's config is no model's.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], options: Options, files: TensorFiles):
+        options.refuse("quanto")
+        self._types = {module: said for module, said in settings.items() if isinstance(said, dict)}
+        self._shapes = linear_shapes(files.folder)
+
+    def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
+        if not any(key.startswith("weight._") for key in specs):
+            return None
+        said = self._types.get(module, {})
+        if said.get("activations", "none") not in ("none", None):
+            raise ValueError(f"activations must be none in quanto_qmap.json, got {said['activations']!r}")
+        if said.get("weights") not in ("qint4", "qint8"):
+            raise ValueError(f"weights must be qint4 or qint8 in quanto_qmap.json, got {said.get('weights')!r}")
+        if module not in self._shapes:
+            raise ValueError("it is no linear of the model that config.json describes")
+        rows, columns = self._shapes[module]
+        wanted: dict[str, Any]
+        if said["weights"] == "qint8":
+            scale = specs.get("weight._scale")
+            one = scale is not None and scale.shape == ()
+            wanted = dict(
+                zip(_INT8, (((rows, columns), torch.int8), (() if one else (rows, 1), SCALE_DTYPES)), strict=True)
+            )
+            group_size = columns
+        else:
+            data = specs.get("weight._data._data")
+            if data is None or len(data.shape) != 2 or 0 in data.shape or columns % data.shape[1]:
+                raise ValueError(f"weight._data._data must have rows of a size that divides K = {columns}, got {data}")
+            group_size = data.shape[1]
+            groups = rows * columns // group_size
+            scales = ((groups, 1), SCALE_DTYPES)
+            shifts = ((groups, 1), (*SCALE_DTYPES, torch.int8))
+            wanted = dict(zip(_INT4, ((((groups + 1) // 2, group_size), torch.uint8), scales, shifts), strict=True))
+        wanted |= {key: ((), SCALE_DTYPES) for key in _UNUSED if key in specs}
+        require_specs(specs, wanted)
+        int4 = said["weights"] == "qint4"
+        return Stored(
+            linear=Int4Linear if int4 else Int8WeightOnlyLinear,
+            kind=f"quanto {said['weights']}",
+            shape=(rows, columns),
+            group_size=group_size,
+            keys=tuple(wanted),
+            build=partial(_build_int4, (rows, columns)) if int4 else _build_int8,
+        )
+
+
+def _build_int4(shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Int4Weight:
+    return int4_weight(*(tensors[key] for key in _INT4), shape=shape, pack=False)
+
+
+def _build_int8(tensors: Mapping[str, Tensor]) -> Int8Weight:
+    return int8_weight(*(tensors[key] for key in _INT8), pack=False)

@@ -11,14 +11,19 @@ Activations of an Int8Tensor with `act_quant_kwargs` are quantised per row by ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qops.formats.folders.stored import Options, Stored, require_specs
+from qops.formats.folders.tensors import Spec, TensorFiles
+from qops.nn import Int4Linear, Int8TorchaoLinear, Int8WeightOnlyLinear, QuantizedLinear
 from qops.weights import Int4Weight, Int8Weight
-from qops.weights.requirements import require_dtype, require_matrix
+from qops.weights.requirements import SCALE_DTYPES, require_dtype, require_matrix
 from qops.weights.rounding import store_nibbles
 
 __all__ = ["int4_weight", "int8_weight", "intx_weight", "weight"]
@@ -165,34 +170,113 @@ def weight(tensor: Tensor, *, pack: bool = True) -> Int4Weight | Int8Weight:
     """
     names = (*getattr(tensor, "tensor_data_names", ()), *getattr(tensor, "optional_tensor_data_names", ()))
     tensors = {key: getattr(tensor, key) for key in names if getattr(tensor, key) is not None}
-    attributes = {"target_dtype": str(getattr(tensor, "target_dtype", ""))}
-    return from_parts("qops.formats.torchao.weight", type(tensor).__name__, attributes, tensors, pack)
+    attributes = {"target_dtype": getattr(tensor, "target_dtype", None)}
+    return _from_parts("qops.formats.torchao.weight", type(tensor).__name__, attributes, tensors, pack)
 
 
-def from_parts(
+def _from_parts(
     name: str, subclass: str, attributes: Mapping[str, Any], tensors: Mapping[str, Tensor], pack: bool
 ) -> Int4Weight | Int8Weight:
-    """A weight from the name of a subclass, its attributes and its tensors, as torchao's safetensors files hold them.
+    return _constructor(name, subclass, attributes, tensors)(**tensors, pack=pack)
 
-    Args:
-        name: of the caller, for messages.
-        subclass: its `_type`.
-        attributes: its `_data`; of IntxUnpackedToInt8Tensor `target_dtype` is read.
-        tensors: by the names of attributes.
-        pack: as in :meth:`qops.Int8Weight.from_canonical`.
 
-    Returns:
-        What the function for the subclass returns, which tells the errors, too.
+def _constructor(name: str, subclass: str, attributes: Mapping[str, Any], tensors: Collection[str]) -> Any:
+    """The function for a subclass with such attributes and tensors.
+
+    Raises:
+        RuntimeError: there is none.
+        ValueError: it has tensors that a weight cannot hold.
     """
     constructors = {"Int8Tensor": int8_weight, "IntxUnpackedToInt8Tensor": intx_weight, "Int4Tensor": int4_weight}
     if subclass not in constructors:
         reason = f", {OTHERS[subclass]}" if subclass in OTHERS else ""
         raise RuntimeError(f"{name}: tensor must be one of {', '.join(constructors)}, got {subclass}{reason}")
-    if subclass == "IntxUnpackedToInt8Tensor" and not str(attributes["target_dtype"]).endswith("int4"):
-        raise RuntimeError(f"{name}: target_dtype must be int4, got {attributes['target_dtype']}")
+    if subclass == "IntxUnpackedToInt8Tensor":
+        said = attributes["target_dtype"]
+        bits = said["_data"] if isinstance(said, dict) else str(said).removeprefix("torch.")
+        if bits != "int4":
+            raise RuntimeError(f"{name}: target_dtype must be int4, got {bits}")
     for label in ("act_pre_scale", "act_quant_scale", "act_quant_zero_point"):
         if label in tensors:
-            raise ValueError(
-                f"{name}: {subclass} must have no {label}, which belongs to the activations, not the weight"
-            )
-    return constructors[subclass](**tensors, pack=pack)
+            raise ValueError(f"{name}: {subclass} must have no {label}: it changes activations, not the weight")
+    return constructors[subclass]
+
+
+# In folders ----------------------------------------------------------------------------------------------------------
+
+_PREFIX = "_weight_"
+_ROWS = {"_type": "PerRow", "_data": {"dim": -1}}
+
+
+class Torchao:
+    """The tensors of torchao's subclasses in a folder (`qops.formats.folders.stored.Method`).
+
+    What each is stands in the metadata of the safetensors files.
+
+    Args:
+        settings: the quantization config; nothing of it is needed.
+        options: of the user.
+        files: the folder's.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], options: Options, files: TensorFiles):
+        options.refuse("torchao")
+        self._metadata = files.metadata
+
+    def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
+        keys = {key.removeprefix(_PREFIX): key for key in specs if key.startswith(_PREFIX)}
+        if not keys:
+            return None
+        try:
+            said = json.loads(self._metadata[f"{module}.weight"])
+            subclass, attributes = said["_type"], said["_data"]
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the metadata of the file must tell the class of the weight: {error!r}") from error
+        _constructor("qops.formats.torchao", subclass, attributes, keys)
+        qdata, scale = specs.get("_weight_qdata"), specs.get("_weight_scale")
+        if qdata is None or scale is None or len(qdata.shape) != 2 or len(scale.shape) != 2 or 0 in scale.shape:
+            raise ValueError(f"_weight_qdata and _weight_scale must be matrices, got {qdata} and {scale}")
+        rows, columns = qdata.shape
+        groups, zeros = scale.shape[1], (torch.int8, *SCALE_DTYPES)
+        if subclass == "Int4Tensor":
+            columns, groups = 2 * columns, scale.shape[0]
+        shape = (groups, rows) if subclass == "Int4Tensor" else (1 if scale.shape == (1, 1) else rows, groups)
+        wanted: dict[str, Any] = {"_weight_qdata": (qdata.shape, torch.int8), "_weight_scale": (shape, SCALE_DTYPES)}
+        if subclass != "Int8Tensor" or "zero_point" in keys:
+            wanted["_weight_zero_point"] = (shape, zeros)
+        require_specs(specs, wanted)
+        if columns % groups:
+            raise ValueError(f"_weight_scale must have one scale for each group of K = {columns} columns, got {scale}")
+        linear = _linear(subclass, attributes)
+        if linear is Int8TorchaoLinear and groups != 1:
+            raise ValueError(f"weights with 8-bit activations must have one scale per row, got _weight_scale {scale}")
+        return Stored(
+            linear=linear,
+            kind=f"torchao {subclass} {linear.scheme}",
+            shape=(rows, columns),
+            group_size=columns // groups,
+            keys=tuple(wanted),
+            build=partial(_build, subclass, attributes),
+        )
+
+
+def _linear(subclass: str, attributes: Mapping[str, Any]) -> type[QuantizedLinear]:
+    """What multiplies, by what the attributes say of the activations."""
+    if subclass != "Int8Tensor":
+        said = attributes.get("activation_quantization")
+        if said is not None:
+            raise ValueError(f"activation_quantization must be null, got {said}")
+        return Int4Linear
+    said = attributes.get("act_quant_kwargs")
+    if said is None:
+        return Int8WeightOnlyLinear
+    how = said["_data"]
+    by_rows = how["granularity"] == _ROWS and not how.get("reduce_range")
+    if not by_rows or how["mapping_type"]["_data"] != "SYMMETRIC":
+        raise ValueError(f"act_quant_kwargs must say symmetric, by rows and with the whole range, got {how}")
+    return Int8TorchaoLinear
+
+
+def _build(subclass: str, attributes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Int4Weight | Int8Weight:
+    given = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+    return _from_parts("qops.formats.torchao", subclass, attributes, given, pack=False)

@@ -1,8 +1,9 @@
 """Whole language models of Transformers on qops operators: load, quantise, save, compare."""
 
 from qops.formats.open import load_tokenizer
-from qops.models.load import dense_model, load_model, save_model
+from qops.models.load import dense_model, load_model
 from qops.models.quantize import QuantizationReport, quantize_model
+from qops.models.save import save_model
 from qops.models.schemes import Int4, Int8, Int8WeightOnly
 from qops.models.smoothing import smoothing_scales
 

@@ -1,4 +1,4 @@
-"""Whole language models on qops operators: load, save, and the dense model to compare with."""
+"""Whole language models on qops operators: load, and the dense model to compare with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import os
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import nn
 
 from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
-from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, TENSORS_FILE, replace_files
 from qops.formats.folders.config import transformers_class
 from qops.formats.open import open_checkpoint
 from qops.models.replacement import (
@@ -27,7 +25,6 @@ from qops.models.replacement import (
     is_fused,
     is_linear,
     is_tied,
-    kind_of,
     name_of,
     packed,
     parameter_of,
@@ -41,7 +38,7 @@ from qops.models.replacement import (
 from qops.nn import MergedLinear, QuantizedLinear, dense_linear, frozen
 from qops.weights.state import QuantizedWeight
 
-__all__ = ["dense_model", "load_model", "save_model"]
+__all__ = ["dense_model", "load_model"]
 
 # Bytes from which on reading takes long enough to be watched.
 _LARGE = 10**9
@@ -61,14 +58,20 @@ def load_model(
 
     Quantised weights keep every stored code and scale. Dense weights, norms and biases are rounded once to `dtype`,
     which is also the dtype of the activations. No dense copy of a quantised weight is ever made, except of a 4-bit
-    embedding table, which is looked up densely.
+    embedding table, which is looked up densely, and of a weight in a GGUF file whose N is no multiple of 8 (the tables
+    of an odd vocabulary), which no kernel takes.
 
     Args:
         path: a folder with a quantised checkpoint in safetensors files: GPTQ (version 1 and 2, act-order, 4 and 8
-            bits), AWQ (gemm, gemv, gemv_fast), compressed-tensors (pack-quantized, int-quantized), or what
-            :func:`qops.save_model` wrote; a GGUF file; or the name of a repository on the Hugging Face hub that holds
-            such a folder.
-        dtype: float32, bfloat16 or float16; by default that of the checkpoint, and bfloat16 for a GGUF file.
+            bits), AWQ (gemm, gemv, gemv_fast), compressed-tensors (pack-quantized, int-quantized), HQQ (axis 1),
+            optimum-quanto (qint4, qint8), bitsandbytes (8 bits), torchao (Int8Tensor, int4), lmdeploy (smooth_quant),
+            ModelOpt (W4A16_AWQ, W8A16, W8A8_SQ_PER_CHANNEL), or what :func:`qops.save_model` wrote; a GGUF file of
+            Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, F32, F16 and BF16 tensors, of a llama (Mistral,
+            SmolLM2), smollm3, qwen2, qwen3, gemma, gemma2, gemma3 (its text model) or phi3; or the name of a
+            repository on the Hugging Face hub that holds such a folder.
+        dtype: float32, bfloat16 or float16; by default that of the checkpoint. Of a GGUF file it is that of the dense
+            matrices: float16 or bfloat16 where all have this type or that, float32 where one is F32 or where there are
+            both, and bfloat16 where there are none. Its vectors are F32 whatever the model was, and say nothing.
         device: where the model goes.
         prove: compare fused decoder layers with those of the installed Transformers first, one of each kind
             (:func:`qops.quantize_model` tells how). Where they differ the model keeps Transformers' layers, with qops
@@ -98,64 +101,7 @@ def load_model(
         return build_model(reader, dtype or checkpoint.dtype, device, prove)
 
 
-def save_model(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Writes a model so that :func:`qops.load_model` reads it back bit for bit.
-
-    The folder gets `config.json`, `generation_config.json` and `qops.safetensors`. The tokenizer is the caller's:
-    `tokenizer.save_pretrained(folder)` into the same folder.
-
-    Args:
-        model: made by :func:`qops.load_model` or :func:`qops.quantize_model`; it stays as it is.
-        folder: created where it is missing; its files are replaced.
-
-    Raises:
-        ImportError: Transformers >= 5.17 or safetensors is missing.
-        ValueError: the model has no qops parts; its class, or that of a part, is not one of Transformers' or torch's
-            own; its parameters are not those that its config describes.
-    """
-    from safetensors.torch import save_file
-
-    require_replaced(model, "qops.save_model")
-    if transformers_class(type(model).__name__) is not type(model):
-        raise ValueError(f"qops.save_model: model must be of a class of transformers, got {type(model)}")
-    tensors: dict[str, torch.Tensor] = {}
-    kinds: dict[str, str] = {}
-    held = list(entries(model))
-    twin = skeleton(type(model), model.config, model.dtype)
-    _require_restorable("qops.save_model", model, twin, {name for name, _, _ in held})
-    for name, value, owner in held:
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-            continue
-        module = name.removesuffix(".weight")
-        kinds[module] = kind_of(owner)
-        tensors |= {f"{name}.{value._state_key(key)}": tensor for key, tensor in value.canonical().items()}
-        if isinstance(owner, QuantizedLinear):
-            tensors |= {f"{module}.{key}": tensor for key, tensor in owner.activations().items()}
-    # Parts of a merged dense linear are views of one storage, which safetensors refuses.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    config = copy.deepcopy(model.config)
-    config.dtype = model.dtype
-    config.architectures = [type(model).__name__]
-    config.quantization_config = {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "fused": is_fused(model),
-        "weights": kinds,
-        "cast": _cast_buffers(model),
-    }
-    generation_config = getattr(model, "generation_config", None)
-
-    def write(into: Path) -> None:
-        config.save_pretrained(into)
-        if generation_config is not None:
-            generation_config.save_pretrained(into)
-        save_file(tensors, into / TENSORS_FILE)
-
-    replace_files(Path(folder), write)
-
-
-def _require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> None:
+def require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> None:
     """Raises where a model of this class and config would be another one: it is all that a twin, or a folder, has.
 
     Args:
@@ -177,20 +123,6 @@ def _require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> N
         )
 
 
-def _cast_buffers(model: nn.Module) -> dict[str, str]:
-    """The dtype of each buffer that is no part of the state and was cast with the model, as rotary frequencies are."""
-    return {
-        f"{name}.{key}".lstrip("."): str(buffer.dtype).removeprefix("torch.")
-        for name, module in model.named_modules()
-        for key, buffer in module._buffers.items()
-        if key in module._non_persistent_buffers_set
-        and buffer is not None
-        and buffer.dtype in (torch.bfloat16, torch.float16)
-        and buffer.numel() > 0
-        and not isinstance(module, QuantizedWeight)
-    }
-
-
 def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The plain Transformers model with the same weights, dequantised: what the qops model is compared with.
 
@@ -209,11 +141,8 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     require_replaced(model, "qops.models.dense_model")
     dense = skeleton(type(model), model.config, dtype)
     held = list(entries(model))
-    _require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
-    state = {
-        name: value.dequantize(dtype) if not isinstance(value, torch.Tensor) else _in_dtype(value, dtype)
-        for name, value, _ in held
-    }
+    require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
+    state = {name: _dense(value, owner, dtype) for name, value, owner in held}
     _tie_what_is_tied(dense, frozenset(state).__contains__)
     _assign(dense, state.pop)
     if is_fused(model):
@@ -223,6 +152,12 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     if (generation_config := getattr(model, "generation_config", None)) is not None:
         dense.generation_config = copy.deepcopy(generation_config)
     return freeze(dense)
+
+
+def _dense(value: Weight, owner: Any, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return _in_dtype(value, dtype)
+    return owner.dense_weight(dtype) if isinstance(owner, QuantizedLinear) else value.dequantize(dtype)
 
 
 # Progress ------------------------------------------------------------------------------------------------------------
@@ -265,9 +200,16 @@ class _Counted:
 # Building ------------------------------------------------------------------------------------------------------------
 
 
-def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool = True) -> Any:
-    """The model of a checkpoint. Weights are packed where the checkpoint has them; then all goes to ``device``."""
-    model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
+def build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool = True, model: Any = None
+) -> Any:
+    """The model of a checkpoint. Weights are packed where the checkpoint has them; then all goes to ``device``.
+
+    Args:
+        model: the :func:`skeleton` that is filled; by default one of the class and config that the checkpoint names.
+    """
+    if model is None:
+        model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
 
     def fetch(name: str, module: Any) -> Weight:
         weight = checkpoint.weight(name)

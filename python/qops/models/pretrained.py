@@ -7,6 +7,7 @@ of the process; models without qops parts do not notice.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -75,12 +76,33 @@ def _guarded(name: str, guard: Callable[..., Any]) -> None:
     setattr(PreTrainedModel, name, method)
 
 
-def _write_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+def _save_pretrained(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     # With adapters of PEFT on it only those are written.
+    if not is_replaced(model) or getattr(model, "_hf_peft_config_loaded", False):
+        return original(*args, **kwargs)
+    from qops.models.save import save_model
+
+    # What scripts of older releases say is what is done.
+    if kwargs.get("safe_serialization") is True:
+        del kwargs["safe_serialization"]
+    signature = inspect.signature(original)
+    given = signature.bind(*args, **kwargs).arguments
+    folder, max_shard_size = given.pop("save_directory"), given.pop("max_shard_size", "50GB")
+    given |= given.pop("kwargs", {})
+    for name, value in given.items():
+        default = signature.parameters[name].default if name in signature.parameters else None
+        if value != default:
+            raise ValueError(
+                f"{type(model).__name__}.save_pretrained: {name} must be {default} where qops quantised, got {value!r}"
+            )
+    return save_model(model, folder, max_shard_size=max_shard_size)
+
+
+def _push_to_hub(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     if is_replaced(model) and not getattr(model, "_hf_peft_config_loaded", False):
         raise RuntimeError(
-            f"{type(model).__name__}.{original.func.__name__}: from_pretrained does not read what qops quantised; "
-            "use qops.save_model, which qops.load_model reads back, or save qops.models.dense_model(model)"
+            f"{type(model).__name__}.push_to_hub does not write what qops quantised: save it with save_pretrained, and "
+            "send the folder with huggingface_hub.upload_folder"
         )
     return original(*args, **kwargs)
 
@@ -110,6 +132,6 @@ def _resize_token_embeddings(
     return original(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
 
-_guarded("save_pretrained", _write_pretrained)
-_guarded("push_to_hub", _write_pretrained)
+_guarded("save_pretrained", _save_pretrained)
+_guarded("push_to_hub", _push_to_hub)
 _guarded("resize_token_embeddings", _resize_token_embeddings)

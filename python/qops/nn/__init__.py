@@ -7,10 +7,12 @@ Every weight is a :class:`qops.Int4Weight` or :class:`qops.Int8Weight` submodule
 from qops.nn.activations import Int8Rows, frozen
 from qops.nn.linears import (
     Int4Linear,
+    Int8AsymmetricCompressedTensorsLinear,
     Int8AsymmetricLinear,
     Int8CompressedTensorsLinear,
     Int8Embedding,
     Int8Linear,
+    Int8StaticCompressedTensorsLinear,
     Int8StaticLinear,
     Int8TorchaoLinear,
     Int8WeightOnlyLinear,
@@ -19,16 +21,21 @@ from qops.nn.linears import (
 )
 from qops.nn.mlp import MLP, MergedLinear, MergingModule
 from qops.nn.norm import RMSNorm
+from qops.nn.smoothed import Int4SmoothedLinear, Int8StaticSmoothedLinear
 
 __all__ = [
     "MLP",
     "Int4Linear",
+    "Int4SmoothedLinear",
+    "Int8AsymmetricCompressedTensorsLinear",
     "Int8AsymmetricLinear",
     "Int8CompressedTensorsLinear",
     "Int8Embedding",
     "Int8Linear",
     "Int8Rows",
+    "Int8StaticCompressedTensorsLinear",
     "Int8StaticLinear",
+    "Int8StaticSmoothedLinear",
     "Int8TorchaoLinear",
     "Int8WeightOnlyLinear",
     "MergedLinear",

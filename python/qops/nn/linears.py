@@ -124,6 +124,17 @@ class QuantizedLinear(Offloadable):
         tensors = {key: self._buffers[key] for key in self.static_input}
         return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight of the dense linear that this one stands for.
+
+        Args:
+            dtype: of the result; the exact weights are rounded to float32, then to it.
+
+        Returns:
+            [N, K].
+        """
+        return self.weight.dequantize(dtype)
+
     def is_like(self, other: Any) -> bool:
         """Whether both can be one linear, their weights side by side: all is the same but N and the weights' numbers.
 
@@ -237,9 +248,9 @@ class Int8Linear(QuantizedLinear):
 
     def _require_weight(self, weight: Int8Weight) -> None:
         if weight.kind != "symmetric":
-            raise ValueError(f"Int8Linear: weight must be symmetric, got kind {weight.kind!r}")
+            raise ValueError(f"{type(self).__name__}: weight must be symmetric, got kind {weight.kind!r}")
         if weight.act_order:
-            raise ValueError("Int8Linear: weight must have act_order = False, got True")
+            raise ValueError(f"{type(self).__name__}: weight must have act_order = False, got True")
         if weight.group_size != weight.in_features:
             raise ValueError(
                 f"{type(self).__name__}: weight must have one scale per row, group_size = K = {weight.in_features}, "
@@ -346,10 +357,27 @@ class Int8AsymmetricLinear(Int8Linear):
     """
 
     scheme = "int8_asymmetric"
+    rule = "255"
     rows_rule = None
 
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return quantize_int8_asym(x)
+        return quantize_int8_asym(x, self.rule)
+
+
+class Int8AsymmetricCompressedTensorsLinear(Int8AsymmetricLinear):
+    """:class:`Int8AsymmetricLinear` for checkpoints of compressed-tensors whose activations are asymmetric and dynamic
+    per token: :func:`qops.quantize_int8_asym`, rule "compressed-tensors".
+
+    Args:
+        weight, bias, float32_output: as there.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+    """
+
+    scheme = "int8_asymmetric_compressed_tensors"
+    rule = "compressed-tensors"
 
 
 class Int8StaticLinear(Int8Linear):
@@ -368,6 +396,7 @@ class Int8StaticLinear(Int8Linear):
     """
 
     scheme = "int8_static"
+    rule = "torchao"
     rows_rule = None
     static_input = ("input_scale", "input_zero_point")
     input_scale: torch.Tensor
@@ -399,7 +428,7 @@ class Int8StaticLinear(Int8Linear):
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         scale, zero_point = self._buffers["input_scale"], self._buffers["input_zero_point"]
         assert scale is not None
-        return quantize_int8_static(x, scale, zero_point), scale, zero_point
+        return quantize_int8_static(x, scale, zero_point, self.rule), scale, zero_point
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Only moves act on the scale: a cast would change what the activations become."""
@@ -407,6 +436,23 @@ class Int8StaticLinear(Int8Linear):
         super()._apply(fn, recurse)
         self._buffers.update(kept)
         return self
+
+
+class Int8StaticCompressedTensorsLinear(Int8StaticLinear):
+    """:class:`Int8StaticLinear` for checkpoints of compressed-tensors whose activations are static per tensor:
+    :func:`qops.quantize_int8_static`, rule "compressed-tensors".
+
+    Args:
+        weight, bias, float32_output: as there.
+        input_scale, input_zero_point: as there.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+    """
+
+    scheme = "int8_static_compressed_tensors"
+    rule = "compressed-tensors"
 
 
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -482,8 +528,10 @@ LINEARS: dict[str, type[QuantizedLinear]] = {
         Int4Linear,
         Int8Linear,
         Int8AsymmetricLinear,
+        Int8AsymmetricCompressedTensorsLinear,
         Int8CompressedTensorsLinear,
         Int8StaticLinear,
+        Int8StaticCompressedTensorsLinear,
         Int8TorchaoLinear,
         Int8WeightOnlyLinear,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 # State shared by all rows of a linear: the same in every part. Everything else has N rows.
-SHARED_STATE = ("perm", "format_version", "input_scale", "input_zero_point")
+SHARED_STATE = ("perm", "format_version", "input_scale", "input_zero_point", "pre_quant_scale")
 
 
 def restore_names(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -175,6 +175,11 @@ class Checker:
         requirement = 'be "127", "compressed-tensors" or "torchao"'
         self.require(rule in ("127", "compressed-tensors", "torchao"), "rule", requirement, lambda: f'"{rule}"')
 
+    def one_of_two_rules(self, rule: str, other: str) -> None:
+        """Of the asymmetric and the static quantisers."""
+        rules = (other, "compressed-tensors")
+        self.require(rule in rules, "rule", 'be "{}" or "{}"'.format(*rules), lambda: f'"{rule}"')
+
 
 def fake(*ops: str) -> Callable[[F], F]:
     """Registers a function as the fake kernel of each overload of some operators.
@@ -293,7 +298,7 @@ def check_packed_weight(
 
 
 def check_zeros(check: Checker, kind: int, zeros: Tensor | None, scales: Tensor) -> None:
-    """The kind of an int4 weight, and the zeros that belong to it."""
+    """The kind of a weight, and the zeros that belong to it."""
     requirement = "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)"
     check.require(0 <= kind <= 3, "kind", requirement, lambda: str(kind))
     requirement = "be None for kind 0" if kind == 0 else "be given for this kind"
@@ -310,13 +315,16 @@ def check_weight_only(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     group_size: int,
+    kind: int,
     *,
     bits: int,
-) -> int:
-    """The arguments that int4_gemm and int8_weight_only_gemm share; returns K."""
+) -> None:
+    """The arguments that int4_gemm and int8_weight_only_gemm share."""
     check.float_dtype(x, "x")
     check.at_least_1d(x, "x")
     k = check_packed_weight(check, packed, scales, out_features, group_size, bits=bits)
@@ -327,7 +335,11 @@ def check_weight_only(
         check.shape(bias, "bias", "[N]", (out_features,))
         check.dense_last_dim(bias, "bias")
     check.rows(x, "x")
-    return k
+    check_zeros(check, kind, zeros, scales)
+    if perm is not None:
+        check.dtype(perm, "perm", torch.int32)
+        check.shape(perm, "perm", "[K]", (k,))
+        check.contiguous(perm, "perm")
 
 
 def check_rms_norm(check: Checker, x: Tensor, weight: Tensor, eps: float, weight_offset: float, rounding: str) -> None:

@@ -16,7 +16,6 @@ from qops.ops._checks import (
     Results,
     check_epilogue,
     check_weight_only,
-    check_zeros,
     derivatives_are_asked,
     fake,
     refuse_grad,
@@ -200,11 +199,6 @@ def _(
     out_zero_point: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Results:
-    k = check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=4)
-    check_zeros(check, kind, zeros, scales)
-    if perm is not None:
-        check.dtype(perm, "perm", torch.int32)
-        check.shape(perm, "perm", "[K]", (k,))
-        check.contiguous(perm, "perm")
+    check_weight_only(check, x, packed, scales, zeros, perm, bias, out_features, group_size, kind, bits=4)
     y = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
     return check.results(x, Result("out", out, *y))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
+from qops.ops._checks import INT4_KINDS as KINDS
 from qops.ops._checks import (
     Checker,
     Result,
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 def int8_weight_only_gemm(
     x: Tensor, weight: Int8Weight, bias: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
-    """Multiplies activations with an 8-bit weight: ``y[m, n] = R(sum_k x[m, k] * s * q[n, k] + bias[n])``.
+    """Multiplies activations with an 8-bit weight: ``y[m, n] = R(sum_k x[m, k] * w[n, k] + bias[n])``.
 
-    One scale ``s`` for each row and group of ``weight.group_size`` columns (32 for GGUF's Q8_0).
+    The exact weight is, by ``weight.kind``, ``w = s * q`` or ``s * q + o``, with one scale ``s`` and offset ``o`` for
+    each row and group of ``weight.group_size`` columns (32 for GGUF's Q8_0 and Q5_1).
 
     Args:
         x: float32, float16 or bfloat16 ``[..., K]``; any leading dimensions and strides, last dimension dense.
@@ -43,17 +44,18 @@ def int8_weight_only_gemm(
         ``y [..., N]``, contiguous, in the dtype of ``x``; ``out`` where it is given.
 
     Numerics:
-        As :func:`qops.int4_gemm`, with ``w = s * q``: exact integer products of fixed-point activations, float32 over
-        blocks in a fixed order, one rounding; the same error bounds, the same bits for every M, thread count and ISA
-        level.
+        As :func:`qops.int4_gemm` on a CPU: exact integer products of fixed-point activations with the codes, float32
+        over blocks in a fixed order, one rounding; the same error bounds, the same bits for every M, thread count and
+        ISA level. An offset adds ``o`` times the sum of a block's activations after that block's products.
 
     Raises:
-        ValueError: shapes or strides do not fit; the weight mixes gate and up; ``out`` overlaps an input.
+        ValueError: shapes or strides do not fit; the weight mixes gate and up; a ``perm`` index is out of range;
+            ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
             mode is on.
 
     Source:
-        The Q8_0 format of GGUF; per-channel int8 weights of compressed-tensors.
+        The Q8_0 and Q5_1 formats of GGUF; 8-bit GPTQ; per-channel int8 weights of compressed-tensors.
 
     Example:
         >>> w = qops.Int8Weight.quantize(torch.eye(16))
@@ -66,9 +68,18 @@ def int8_weight_only_gemm(
     weight._require_packed()
     if weight.mixed_gate_up:
         raise ValueError("qops.int8_weight_only_gemm: weight must have mixed_gate_up = False, got True")
-    if weight.kind != "symmetric" or weight.act_order:
-        raise RuntimeError(f"qops.int8_weight_only_gemm: weight must be symmetric and without a perm, got ({weight})")
-    args = (x, weight.packed, weight.scales, bias, weight.out_features, weight.group_size)
+    # Module.__getattr__ would take 0.6 us for each of them.
+    buffers = weight._buffers
+    args = (
+        x,
+        buffers["packed"],
+        buffers["scales"],
+        buffers["zeros"],
+        buffers["perm"],
+        bias,
+        weight.out_features,
+        weight.group_size,
+    )
     if out is None:
         return torch.ops.qops.int8_weight_only_gemm.default(*args)
     torch.ops.qops.int8_weight_only_gemm.out(*args, out=out)
@@ -82,17 +93,12 @@ def int8_weight_only_gemm_ref(x: Tensor, weight: Int8Weight, bias: Tensor | None
 
 
 def cases_of_int8_weight_only_gemm(run: Run) -> None:
-    from qops._check_cases import ROWS, WEIGHTS, moved
+    from qops._check_cases import ROWS, int8_cases, moved
     from qops._numerics import FLOAT_DTYPES, weight_only_bound
-    from qops.weights import Int8Weight
 
-    for index, ((n, k, g), dtype) in enumerate(itertools.product(WEIGHTS, FLOAT_DTYPES)):
-        scale_dtype = FLOAT_DTYPES[index // 2 % 3]
-        run.begin(dtype, f"N = {n}, K = {k}, G = {g}", f"scales {scale_dtype}")
-        codes, scales = run.integers(-128, 128, n, k, dtype=torch.int8), run.scales(n, k // g, dtype=scale_dtype)
-        w = Int8Weight.from_canonical(codes, scales)
-        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if index % 2 else None
-        x = run.random(ROWS[-1], k, dtype=dtype)
+    for w, dtype, index in int8_cases(run):
+        bias = run.random(w.out_features, dtype=FLOAT_DTYPES[index % 3], outliers=False) if index % 2 else None
+        x = run.random(ROWS[-1], w.in_features, dtype=dtype)
         (y,) = run.rows(partial(int8_weight_only_gemm, weight=moved(run, w), bias=run.there(bias)), x)
         run.within(y, int8_weight_only_gemm_ref(x, w, bias), weight_only_bound(x, w, bias, gpu=run.gpu))
 
@@ -103,10 +109,13 @@ def _(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     group_size: int,
     out: Tensor | None = None,
 ) -> Results:
-    check_weight_only(check, x, packed, scales, bias, out_features, group_size, bits=8)
+    kind = KINDS.index("symmetric" if zeros is None else "offset")
+    check_weight_only(check, x, packed, scales, zeros, perm, bias, out_features, group_size, kind, bits=8)
     return check.results(x, Result("out", out, "[..., N]", (*x.shape[:-1], out_features), x.dtype))

@@ -154,7 +154,8 @@ class WeightSpec(nn.Module):
                 raise ValueError(f"{name}: {key} must have shape {list(shape)}, got {list(tensor.shape)}")
             if tensor.is_meta:
                 continue
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            # The extremes tell, without a tensor of answers: NaN is among them.
+            if tensor.is_floating_point() and tensor.numel() > 0 and not torch.stack(tensor.aminmax()).isfinite().all():
                 raise ValueError(f"{name}: {key} must be finite, got NaN or infinity")
             if key == "zeros" and not tensor.is_floating_point() and (tensor > 16).any():
                 raise ValueError(f"{name}: zeros must be in 0 ... 16, got {int(tensor.max())}")

@@ -305,7 +305,9 @@ class QuantizedWeight(WeightSpec):
     def _packed_from(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device = tensors["qweight"].device
         if (order := self._row_order(device)) is not None:
-            tensors = {key: tensor if key == "perm" else tensor[order] for key, tensor in tensors.items()}
+            tensors = {
+                key: tensor if key == "perm" else tensor.index_select(0, order) for key, tensor in tensors.items()
+            }
         try:
             packed = {"packed": self._pack_codes(tensors["qweight"].contiguous())}
         except NotImplementedError as error:

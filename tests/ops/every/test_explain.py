@@ -79,7 +79,7 @@ def test_the_operators_are_the_public_ones():
         (
             "int8_weight_only_gemm",
             {"kind": "offset"},
-            "int8_weight_only_gemm takes m, n, k, group_size, dtype, got kind",
+            "int8_weight_only_gemm takes m, n, k, group_size, dtype, zeros, perm, got kind",
         ),
         ("rotary", {"pairs": 65}, "qops.rotary: pairs must be at most D / 2 = 64, got 65"),
     ],
@@ -125,6 +125,9 @@ def test_what_is_not_asked_for_is_not_said():
     line = explain("int4_gemm", batch_invariant=True, epilogue="silu_mul", kind="symmetric")
     assert " dtype=bfloat16 batch_invariant=True epilogue=silu_mul -> " in line
     assert explain("int4_gemm", batch_invariant=False, perm=False, epilogue="none") == explain("int4_gemm")
+    line = explain("int8_weight_only_gemm", zeros=True, perm=True)
+    assert " dtype=bfloat16 zeros=True perm=True -> " in line
+    assert line.replace(" zeros=True perm=True", "") == explain("int8_weight_only_gemm", zeros=False)
 
 
 def test_empty_calls_compute_nothing():

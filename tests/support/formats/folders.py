@@ -28,6 +28,7 @@ class Written:
         tensors: as in the files.
         shards: how many.
         files: further ones, by their names.
+        metadata: of the safetensors files.
     """
 
     model: Any
@@ -35,20 +36,22 @@ class Written:
     tensors: dict[str, Tensor]
     shards: int = 1
     files: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config))
         for name, content in self.files.items():
             (folder / name).write_text(json.dumps(content))
+        metadata = {"format": "pt"} | self.metadata
         if self.shards == 1:
-            save_file(self.tensors, folder / SINGLE, {"format": "pt"})
+            save_file(self.tensors, folder / SINGLE, metadata)
             return folder
         names, index = sorted(self.tensors), {}
         for shard in range(self.shards):
             file = f"model-{shard + 1:05}-of-{self.shards:05}.safetensors"
             part = {name: self.tensors[name] for name in names[shard :: self.shards]}
-            save_file(part, folder / file, {"format": "pt"})
+            save_file(part, folder / file, metadata)
             index |= dict.fromkeys(part, file)
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
         return folder

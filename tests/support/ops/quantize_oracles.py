@@ -33,6 +33,29 @@ def compressed_tensors(x: Tensor) -> tuple[Tensor, Tensor]:
     return q[0], scale[0, :, 0].float()
 
 
+def compressed_tensors_asym(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, scale and zero point of rows [T, K] by compressed-tensors, scale widened from the dtype of x."""
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.quant_args import QuantizationArgs
+    from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
+
+    args = QuantizationArgs(num_bits=8, type="int", strategy="token", dynamic=True, symmetric=False)
+    x = x[None]  # as above
+    scale, zero_point = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
+    q = quantize(x, scale, zero_point, args, dtype=torch.int8)
+    return q[0], scale[0, :, 0].float(), zero_point[0, :, 0].to(torch.int32)
+
+
+def compressed_tensors_static(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """q by compressed-tensors, whose scale has the dtype of x and whose zero point is an int8."""
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.quant_args import QuantizationArgs
+
+    args = QuantizationArgs(num_bits=8, type="int", strategy="tensor", symmetric=zero_point is None)
+    zero = None if zero_point is None else zero_point.to(torch.int8)
+    return quantize(x, scale.to(x.dtype), zero, args, dtype=torch.int8)
+
+
 def _torchao(x: Tensor, mapping: str) -> tuple[Tensor, Tensor, Tensor]:
     from torchao.quantization.granularity import PerRow
     from torchao.quantization.quant_primitives import MappingType
@@ -90,6 +113,16 @@ def inputs(dtype: torch.dtype) -> Tensor:
     return torch.cat((*rows, random.to(dtype), (torch.tensor(ties).view(-1, 8) / 4096).to(dtype)))
 
 
+# Of the static results in the table; every dtype holds the scale, and its multiples by halves of small odd numbers.
+STATIC_SCALE, STATIC_ZERO_POINT = torch.tensor([5 / 128]), torch.tensor([-7], dtype=torch.int32)
+
+
+def static_inputs(dtype: torch.dtype) -> Tensor:
+    """Ties, which an odd zero point moves, and values from one end of the range to the other."""
+    ties = (torch.arange(-16, 16) + 0.5) * STATIC_SCALE
+    return torch.cat((ties.double(), torch.arange(-32, 32).double() ** 3 / 6301)).to(dtype)
+
+
 def to_bits(t: Tensor) -> list[int] | list[list[int]]:
     return t.view(BITS[t.dtype]).tolist() if t.is_floating_point() else t.tolist()
 
@@ -106,6 +139,11 @@ def table() -> dict[str, object]:
         for rule, oracle in (("compressed-tensors", compressed_tensors), ("torchao", torchao)):
             q, scale = oracle(x)
             case[rule] = {"q": to_bits(q), "scale": to_bits(scale)}
+        rows = x[x.isfinite().all(-1)][::3]
+        parts = dict(zip(("q", "scale", "zero_point"), map(to_bits, compressed_tensors_asym(rows)), strict=True))
+        case["compressed-tensors asym"] = {"x": to_bits(rows), **parts}
+        codes = compressed_tensors_static(static_inputs(dtype), STATIC_SCALE, STATIC_ZERO_POINT)
+        case["compressed-tensors static"] = to_bits(codes)
         cases.append(case)
     x = torch.cat((near_ties(16, 8, torch.float32, seed=3, steps=255), inputs(torch.float32)[-8:].abs()))
     q, scale, zero_point = torchao_asym(x)

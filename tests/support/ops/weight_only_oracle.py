@@ -54,12 +54,13 @@ def split(v: np.ndarray, four: bool) -> list[np.ndarray]:
     return [v >> 24, (v >> 16) & 255, (v >> 8) & 255, v & 255] if four else [v >> 8, v & 255]
 
 
-def gemm_row(x: torch.Tensor, codes, scales, zeros, kind: str, group_size: int, bias) -> torch.Tensor:
+def gemm_row(x: torch.Tensor, codes, scales, zeros, kind: str, group_size: int, bias, origin: int) -> torch.Tensor:
     """One row of y before R(): float32 [N].
 
     Args:
-        x: [K], columns in packed order. codes: int64 [N, K], already minus 8 for kinds other than zero_point.
-        scales: float32 [N, groups]. zeros: [N, groups] or None. kind: "int8" or a kind of Int4Weight.
+        x: [K], columns in packed order. codes: int64 [N, K], of 4 bits already minus 8 for kinds other than
+        zero_point. scales: float32 [N, groups]. zeros: [N, groups] or None. kind: of the weight.
+        origin: 8 for codes of 4 bits, else 0.
     """
     values = x.float().numpy()
     blocks = blocks_of(len(values), group_size)
@@ -82,7 +83,7 @@ def gemm_row(x: torch.Tensor, codes, scales, zeros, kind: str, group_size: int, 
         total = fma(s, value * scale, total)
         if kind in ("float_zero", "offset"):
             z = zeros[:, group]
-            offset = fma(s, 8, z) if kind == "offset" else s * (np.float32(8) - z)
+            offset = s * (np.float32(origin) - z) if kind == "float_zero" else fma(s, origin, z) if origin else z
             total = fma(offset, np.float32(v.sum()) * scale, total)
         if index + 1 in ends:
             y, total = y + total, np.zeros_like(total)

@@ -113,14 +113,15 @@ def weight_ways(s: Sampler, call: Call) -> Ways:
 
 
 def weight_only_exact(
-    a: dict[str, Any], codes: Tensor, scales: Tensor, zeros: Tensor | None, kind: str, perm: Tensor | None
+    a: dict[str, Any], codes: Tensor, scales: Tensor, zeros: Tensor | None, kind: str, perm: Tensor | None, bits: int
 ) -> Tensor:
     x, n, k = a["x"], codes.shape[0], codes.shape[1]
     if n == 0:  # however many rows
         return torch.empty((*x.shape[:-1], 0), dtype=x.dtype)
     rows = x.resolve_neg().reshape(-1, k) if x.numel() > 0 else torch.zeros((torch.Size(x.shape[:-1]).numel(), k))
     y = torch.zeros((rows.shape[0], n), dtype=x.dtype)
-    numbers = codes.numpy().astype(np.int64) - (0 if kind in ("int8", "zero_point") else 8)
+    origin = 8 if bits == 4 else 0
+    numbers = codes.numpy().astype(np.int64) - (0 if kind == "zero_point" else origin)
     with np.errstate(all="ignore"):
         for index, row in enumerate(rows):
             row = row if perm is None else row[perm.long()]
@@ -131,7 +132,7 @@ def weight_only_exact(
                 y[index] = 0 if a["bias"] is None else a["bias"].to(x.dtype)
                 continue
             z = None if zeros is None else zeros.numpy()
-            total = gemm_row(row, numbers, scales.float().numpy(), z, kind, k // scales.shape[1], a["bias"])
+            total = gemm_row(row, numbers, scales.float().numpy(), z, kind, k // scales.shape[1], a["bias"], origin)
             y[index] = total.to(x.dtype)
     return y.view(*x.shape[:-1], n)
 
@@ -230,7 +231,8 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
         n = s.choice((16, 48, 0, 80))
     groups = s.choice([1, *(k // g for g in range(16, k, 16) if k % g == 0)]) if k > 0 else 0
     group_size = k // groups if groups else 0
-    kind = s.choice(KINDS) if bits == 4 else "int8"
+    weight_class = qops.Int4Weight if bits == 4 else qops.Int8Weight
+    kind = s.choice(weight_class.KINDS)
     exact = not s.one_in(6)
     rng = generator(s.integer(0, 2**20))
     low, high = (0, 16) if bits == 4 else (-128, 128)
@@ -241,13 +243,12 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
         zeros = torch.randint(17 if exact else 256, (n, groups), generator=rng).to(torch.uint8)
     elif kind in ("float_zero", "offset"):
         zeros = torch.randn((n, groups), generator=rng) * 4
-    if bits == 4 and s.one_in(3):
+    if s.one_in(3):
         perm = torch.randperm(k, generator=rng).int() if exact else torch.randint(max(k, 1), (k,), generator=rng).int()
     x = s.values((*leading, k), dtype)
     mixed = mix_gate_up if epilogue == "silu_mul" else lambda rows: rows
     arguments: dict[str, Any] = {"x": s.rows(x), "packed": packed(mixed(codes), bits), "scales": strips(mixed(scales))}
-    if bits == 4:
-        arguments |= {"zeros": None if zeros is None else strips(mixed(zeros)), "perm": perm}
+    arguments |= {"zeros": None if zeros is None else strips(mixed(zeros)), "perm": perm}
     arguments["bias"] = None if s.one_in(2) else s.contiguous(torch.randn(n, generator=rng).to(s.dtype()))
     arguments |= {"out_features": n, "group_size": group_size}
     if bits == 4:
@@ -261,7 +262,7 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
         return [((*leading, columns), INT8 if epilogue == "out_scale" else dtype)]
 
     def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
-        y = weight_only_exact(a, codes, scales, zeros, kind, perm)
+        y = weight_only_exact(a, codes, scales, zeros, kind, perm, bits)
         return (after_epilogue(a, y) if bits == 4 else y,)
 
     op = "int4_gemm" if bits == 4 else "int8_weight_only_gemm"
@@ -275,11 +276,11 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
         return {"out": call.arguments["out"]} if call.written else {}
 
     if exact and n > 0 and k > 0:
+        qweight = codes[:, 0::2] | codes[:, 1::2] << 4 if bits == 4 else codes
+        weight: Any = weight_class.from_canonical(qweight, scales, kind=kind, zeros=zeros, perm=perm)
+        if epilogue == "silu_mul":
+            weight.mix_gate_up()
         if bits == 4:
-            qweight = codes[:, 0::2] | codes[:, 1::2] << 4
-            weight: Any = qops.Int4Weight.from_canonical(qweight, scales, kind=kind, zeros=zeros, perm=perm)
-            if epilogue == "silu_mul":
-                weight.mix_gate_up()
 
             def public(a: dict[str, Any], weight: Any) -> object:
                 names = ("batch_invariant", "residual", "silu_mul", "out_scale", "out_zero_point")
@@ -287,7 +288,6 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
                 return qops.int4_gemm(a["x"], weight, a["bias"], **given, **out())
 
         else:
-            weight = qops.Int8Weight.from_canonical(codes, scales)
 
             def public(a: dict[str, Any], weight: Any) -> object:
                 return qops.int8_weight_only_gemm(a["x"], weight, a["bias"], **out())
@@ -304,8 +304,8 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
     dtypes: dict[str, tuple[torch.dtype, ...]] = {"x": FLOAT_DTYPES, "scales": FLOAT_DTYPES, "bias": FLOAT_DTYPES}
     dtypes |= {"packed": (codes,), "perm": (torch.int32,), "out": FLOAT_DTYPES}
     inner = [name for name in ("packed", "scales", "zeros", "perm") if a.get(name) is not None]
+    dtypes["zeros"] = (torch.uint8,) if a.get("kind") == 1 else (F32,)
     if bits == 4:
-        dtypes["zeros"] = (torch.uint8,) if a["kind"] == 1 else (F32,)
         dtypes |= {"residual": FLOAT_DTYPES, "out_scale": (F32,), "out_zero_point": (torch.int32,)}
         dtypes["out"] = FLOAT_DTYPES if a.get("out_scale") is None else (INT8,)
     extra = [name for name in ("residual", "out_scale", "out_zero_point") if a.get(name) is not None]
@@ -347,10 +347,10 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
         *size_ways(s, call, k, grouped=True),
         *s.requires_grad(call, "x", "bias", *floats),
         ("x", x_columns),
+        ("perm", bad_perm),
     ]
     if bits == 4:
         ways += [
-            ("perm", bad_perm),
             ("zeros scales", zeros_or_none),
             ("kind zeros", other_kind),
             *s.scalar(call, "kind", (-1, 4, *INT64[3:])),

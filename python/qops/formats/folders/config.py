@@ -62,3 +62,22 @@ def read_generation_config(folder: Path) -> Any:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(N, K) of each linear of a folder's model, by its name: what formats that store groups as rows do not say.
+
+    Raises:
+        ValueError: as :func:`read_config`; no model can be built of the config.
+    """
+    import torch
+    from torch import nn
+
+    config = read_config(folder)
+    try:
+        with torch.device("meta"):
+            model = transformers_class(config.architectures[0])(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {name: (module.out_features, module.in_features) for name, module in linears}

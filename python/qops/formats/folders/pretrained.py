@@ -17,18 +17,44 @@ from qops.formats.folders.config import read_config, read_generation_config
 from qops.formats.folders.stored import Method, Options, Stored
 from qops.formats.folders.tensors import TensorFiles, read_json, tensors_by_module
 from qops.formats.gptq import Gptq
+from qops.formats.hqq import Hqq
+from qops.formats.int8_rows import Bitsandbytes, SmoothQuant
+from qops.formats.modelopt import ModelOpt
+from qops.formats.quanto import Quanto
+from qops.formats.torchao import Torchao
 from qops.nn import QuantizedLinear
 from qops.weights.requirements import dtype_name
 
-METHODS: dict[str, Callable[[Mapping[str, Any], Options], Method]] = {
-    "gptq": Gptq,
-    "awq": Awq,
-    "compressed-tensors": CompressedTensors,
+
+def _by_settings(
+    method: Callable[[Mapping[str, Any], Options], Method],
+) -> Callable[[Mapping[str, Any], Options, TensorFiles], Method]:
+    """For a method that needs to know no more of a folder than its settings."""
+    return lambda settings, options, files: method(settings, options)
+
+
+METHODS: dict[str, Callable[[Mapping[str, Any], Options, TensorFiles], Method]] = {
+    "gptq": _by_settings(Gptq),
+    "awq": _by_settings(Awq),
+    "compressed-tensors": _by_settings(CompressedTensors),
+    "bitsandbytes": _by_settings(Bitsandbytes),
+    "smooth_quant": _by_settings(SmoothQuant),
+    "modelopt": _by_settings(ModelOpt),
+    "hqq": Hqq,
+    "quanto": Quanto,
+    "torchao": Torchao,
 }
 """The quantization methods whose folders are read, by the quant_method of the config."""
 
 # Where the settings stand that config.json does not have, and what method they are of where they do not say.
-_SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_SETTINGS_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+    "quanto_qmap.json": "quanto",
+}
+# hqq itself writes no settings at all.
+_HQQ_CODES = ".W_q"
 # Old folders hold frequencies that every model computes for itself.
 _COMPUTED = ".rotary_emb.inv_freq"
 
@@ -47,6 +73,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
             if (folder / name).is_file():
                 path, found = folder / name, {"quant_method": method} | read_json(folder / name)
                 break
+    if found is None and any(name.endswith(_HQQ_CODES) for name in TensorFiles(folder).specs):
+        return {"quant_method": "hqq"}
     if found is None:
         raise ValueError(
             f"{path}: quantization_config is missing: the model is dense. qops.quantize_model converts what "
@@ -66,9 +94,11 @@ class PretrainedFolder:
     Args:
         folder: with `config.json` and safetensors files.
         options: what its user says about it.
+        settings: its quantization config; default what the folder says.
 
     Attributes:
         folder: as given.
+        files: the names of its safetensors files.
         method: the quant_method.
         format: what it is.
         stored: each quantised weight by the name of its module.
@@ -85,9 +115,14 @@ class PretrainedFolder:
 
     fuses = True
 
-    def __init__(self, folder: Path, options: Options = Options()):  # noqa: B008 (immutable)
+    def __init__(
+        self,
+        folder: Path,
+        options: Options = Options(),  # noqa: B008 (immutable)
+        settings: Mapping[str, Any] | None = None,
+    ):
         self.folder = folder
-        settings = read_settings(folder)
+        settings = read_settings(folder) if settings is None else settings
         self.method: str = settings["quant_method"]
         if self.method not in METHODS:
             raise ValueError(
@@ -95,8 +130,9 @@ class PretrainedFolder:
             )
         self.format = f"folder of Transformers, quant_method {self.method}"
         self._files = TensorFiles(folder)
+        self.files = self._files.names
         try:
-            method = METHODS[self.method](settings, options)
+            method = METHODS[self.method](settings, options, self._files)
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{folder}: quantization_config: {error}") from error
         self.stored: dict[str, Stored] = {}
@@ -104,7 +140,7 @@ class PretrainedFolder:
         for module, specs in tensors_by_module(self._files.specs).items():
             try:
                 stored = method.stored(module, specs)
-            except (TypeError, AttributeError, KeyError, ValueError) as error:
+            except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{folder}: {module}: {error}") from error
             if stored is not None:
                 self.stored[module] = stored

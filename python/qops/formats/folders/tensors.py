@@ -81,6 +81,7 @@ class TensorFiles:
         folder: with `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
     Attributes:
+        names: of the files.
         specs: shape and dtype of each.
         metadata: what the files say about themselves.
 
@@ -93,6 +94,7 @@ class TensorFiles:
     def __init__(self, folder: Path):
         self.folder = folder
         self._files: dict[str, Any] = {}
+        self.names: set[str] = set()
         self.specs: dict[str, Spec] = {}
         self.metadata: dict[str, str] = {}
         if (folder / INDEX).is_file():
@@ -125,6 +127,7 @@ class TensorFiles:
             file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+        self.names.add(path.name)
         names = set(file.keys())
         if wanted is not None and names != wanted:
             missing, extra = sorted(wanted - names), sorted(names - wanted)
@@ -155,9 +158,13 @@ class TensorFiles:
 
 
 def tensors_by_module(specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
-    """The tensors of each module, by the last part of their names."""
+    """The tensors of each module, by the last part of their names; parts of `weight` are all one key."""
     modules: dict[str, dict[str, Spec]] = {}
     for name, spec in specs.items():
-        module, _, key = name.rpartition(".")
+        module, part, key = name.rpartition(".weight.")
+        if part:
+            key = f"weight.{key}"
+        else:
+            module, _, key = name.rpartition(".")
         modules.setdefault(module, {})[key] = spec
     return modules

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qops.weights import Int8Weight
 from qops.weights.requirements import require_dtype, require_matrix
@@ -28,11 +28,21 @@ def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
     Returns:
         uint8 [A * 32 / bits, B] or [A, B * 32 / bits].
     """
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    codes = (words.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1).to(torch.uint8)
     if dim == 0:
-        codes = codes.transpose(1, 2)
-    return codes.flatten(dim, dim + 1)
+        return unpack(words.T, bits, 1).T
+    # Bytes from the lowest bits on, on a little-endian machine: a quarter of what shifted words would move.
+    codes = words.contiguous().view(torch.uint8)
+    return codes if bits == 8 else torch.stack((codes & 15, codes >> 4), -1).flatten(1)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`unpack` along rows: uint8 [A, B] -> int32 [ceil(A * bits / 32), B], zeros at the end."""
+    in_word = 32 // bits
+    rows = nn.functional.pad(codes.int(), (0, 0, 0, -codes.shape[0] % in_word)).unflatten(0, (-1, in_word))
+    words = torch.zeros_like(rows[:, 0])
+    for index in range(in_word):
+        words |= rows[:, index] << (bits * index)
+    return words
 
 
 def pairs(codes: Tensor) -> Tensor:

@@ -6,14 +6,30 @@ That package trusts its input. Here a truncated or hostile file is a ValueError,
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qops.formats.gguf.blocks import BLOCK_TYPES
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+DENSE_TYPES = ("F32", "F16", "BF16")
+# Types of ik_llama.cpp, which the package does not know, by their numbers in the file.
+_OTHER_TYPES = {133: "Q6_0", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 141: "IQ6_K"}
+_OTHER_TYPES |= {144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS", 156: "IQ3_KS", 157: "IQ2_KL"}
+
 # Arrays that are longer hold a vocabulary, which nothing here reads.
 _LONGEST_ARRAY = 64
+
+
+class UnsupportedType(ValueError):
+    """Of a tensor in a file that is well formed."""
+
+
+def unsupported(tensor: str, kind: str, supported: Iterable[str] = (*BLOCK_TYPES, *DENSE_TYPES)) -> str:
+    return f"tensor {tensor} has type {kind}, supported are {', '.join(supported)}"
 
 
 def read_container(path: Path) -> GGUFReader:
@@ -55,6 +71,10 @@ def read_container(path: Path) -> GGUFReader:
             self._check_end(end)
             return end - orig_offs, [], [], [kinds.ARRAY, item]
 
+        def _build_fields(self, offs: int, count: int) -> int:
+            self.end_of_fields = super()._build_fields(offs, count)
+            return self.end_of_fields
+
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
             if self.byte_order != "I":
                 raise ValueError("byte order differs from this machine's")
@@ -63,6 +83,8 @@ def read_container(path: Path) -> GGUFReader:
                 # gguf adds in uint64, which would wrap into the file again.
                 if int(field.parts[-1][0]) > len(self.data):
                     raise ValueError(f"tensor {field.name}: offset {int(field.parts[-1][0])} is past the file's end")
+                if int(field.parts[-2][0]) in _OTHER_TYPES:
+                    raise UnsupportedType(unsupported(field.name, _OTHER_TYPES[int(field.parts[-2][0])]))
                 try:
                     super()._build_tensors(start_offs, [field])
                 except ValueError as error:
@@ -76,5 +98,7 @@ def read_container(path: Path) -> GGUFReader:
         return BoundedReader(path)
     except OSError:
         raise
+    except UnsupportedType as error:
+        raise ValueError(f"{path}: {error}") from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
         raise ValueError(f"{path}: not a readable GGUF file: {error}") from error

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from qops.formats.gguf.blocks import BLOCK_TYPES
-from qops.formats.gguf.container import read_container
+from qops.formats.gguf.container import DENSE_TYPES, read_container, unsupported
 
-DENSE_TYPES = ("F32", "F16", "BF16")
 _MAX_FLOAT = torch.finfo(torch.float32).max
 # Keys of an architecture that say nothing about what is computed.
 _TELL_NOTHING = frozenset(("tensor_data_layout", "rope.scaling.finetuned", "expert_used_count"))
@@ -127,7 +126,7 @@ class Contents:
             raise self.error(f"tensor {stored} must have shape {shape}, got {found}")
         supported = (*BLOCK_TYPES, *DENSE_TYPES) if len(shape) == 2 else DENSE_TYPES
         if self.kind(stored) not in supported:
-            raise self.error(f"tensor {stored} has type {self.kind(stored)}, supported are {', '.join(supported)}")
+            raise self.error(unsupported(stored, self.kind(stored), supported))
 
     def divisors(self, stored: str, length: int) -> list[float] | None:
         """Of frequencies; None where there is no such tensor."""

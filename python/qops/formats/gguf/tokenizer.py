@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qops.formats._transformers import require_transformers
 from qops.formats.gguf.container import read_container
@@ -23,16 +25,20 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         A Transformers tokenizer whose special tokens are those of the file.
 
     Raises:
-        ImportError: as :class:`GGUFFile`.
+        ImportError: the `gguf` package or a supported Transformers is missing.
         ValueError: the container is malformed, holds no tokenizer, or one whose special tokens are no tokens.
     """
     require_transformers("qops.formats.gguf")
     from transformers import AutoTokenizer
 
     path = Path(path)
-    fields = read_container(path).fields
+    reader = read_container(path)
+    fields = reader.fields
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / path.name).write_bytes(_tokenizer_alone(reader))
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+        tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path.parent)
     except Exception as error:  # whatever its conversion code stumbles over: the file is at fault, and named
         raise ValueError(f"{path}: Transformers finds no tokenizer in it: {error!r}") from error
     # Transformers 5.17 takes the begin-of-sequence token for the end-of-sequence token, so the file has the last word.
@@ -51,3 +57,24 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             raise ValueError(f"{path}: key {field.name} must be the id of a token, got {value}")
         setattr(tokenizer, f"{name}_token", token)
     return tokenizer
+
+
+# Architectures whose tokenizers Transformers does not know -> one whose models have the same kind.
+_SAME_KIND = {"gemma": "gemma2", "smollm3": "llama"}
+
+
+def _tokenizer_alone(reader: Any) -> bytes:
+    """A file of the architecture and the tokenizer's keys.
+
+    Of a whole file Transformers makes a config first, with a list of its layers: 2^32 where a hostile key says so.
+    """
+    architecture = str(reader.fields["general.architecture"].contents())
+    name = _SAME_KIND.get(architecture, architecture).encode()
+    key, string = b"general.architecture", 8
+    entries = [struct.pack(f"<Q{len(key)}sIQ{len(name)}s", len(key), key, string, len(name), name)]
+    fields = [field for field in reader.fields.values() if not field.name.startswith("GGUF.")]
+    ends = [*(field.offset for field in fields[1:]), reader.end_of_fields]
+    for field, end in zip(fields, ends, strict=True):
+        if field.name.startswith("tokenizer."):
+            entries.append(reader.data[field.offset : end].tobytes())
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)) + b"".join(entries)

@@ -55,7 +55,7 @@ def quantize_int8(s: Sampler) -> Call:
 
 
 def quantize_int8_asym(s: Sampler) -> Call:
-    leading, k, dtype = s.rows_of_any_number(), s.columns(), s.dtype()
+    leading, k, dtype, rule = s.rows_of_any_number(), s.columns(), s.dtype(), s.choice(("255", "compressed-tensors"))
 
     def results(leading: tuple[int, ...]) -> list[Result]:
         return [*int8_rows(leading, k), (leading, torch.int32)]
@@ -63,15 +63,15 @@ def quantize_int8_asym(s: Sampler) -> Call:
     call = Call(
         op="quantize_int8_asym",
         overload="default",
-        arguments={"x": s.rows(s.values((*leading, k), dtype))},
-        expected=lambda a: quantize_int8_asym_ref(a["x"]),
+        arguments={"x": s.rows(s.values((*leading, k), dtype)), "rule": rule},
+        expected=lambda a: quantize_int8_asym_ref(a["x"], a["rule"]),
         results=results(leading),
-        typed=lambda a: qops.quantize_int8_asym(a["x"]),
+        typed=lambda a: qops.quantize_int8_asym(a["x"], a["rule"]),
     )
     if s.one_in(2):
         call.overload = "out"
         give_outputs(s, call, "q", "scale", "zero_point")
-        call.typed = lambda a: qops.quantize_int8_asym(a["x"], out=(a["q"], a["scale"], a["zero_point"]))
+        call.typed = lambda a: qops.quantize_int8_asym(a["x"], a["rule"], out=(a["q"], a["scale"], a["zero_point"]))
 
     def ways() -> Ways:
         dtypes = {"x": FLOAT_DTYPES, "q": (INT8,), "scale": (F32,), "zero_point": (torch.int32,)}
@@ -79,6 +79,7 @@ def quantize_int8_asym(s: Sampler) -> Call:
             *s.tensor_faults(call, dtypes),
             *s.last_dim(call, "x"),
             *zero_dim(s, call, "x"),
+            *s.scalar(call, "rule", (*BAD_RULES, "torchao")),
             *output_ways(s, call, ["x"]),
             *s.requires_grad(call, "x"),
         ]
@@ -87,7 +88,12 @@ def quantize_int8_asym(s: Sampler) -> Call:
 
 
 def quantize_int8_static(s: Sampler) -> Call:
-    leading, k, dtype = s.rows_of_any_number(), s.columns(), s.dtype()
+    leading, k, dtype, rule = (
+        s.rows_of_any_number(),
+        s.columns(),
+        s.dtype(),
+        s.choice(("torchao", "compressed-tensors")),
+    )
     scale = torch.tensor(s.choice((1.0, 0.02, 1e-30, 3e38, 1e-45))).reshape((1,) * s.integer(0, 3))
     zero_point = None if s.one_in(3) else torch.tensor(s.integer(-128, 127), dtype=torch.int32)
 
@@ -97,15 +103,15 @@ def quantize_int8_static(s: Sampler) -> Call:
     call = Call(
         op="quantize_int8_static",
         overload="default",
-        arguments={"x": s.rows(s.values((*leading, k), dtype)), "scale": scale, "zero_point": zero_point},
-        expected=lambda a: (quantize_int8_static_ref(a["x"], a["scale"].view(()), a["zero_point"]),),
+        arguments={"x": s.rows(s.values((*leading, k), dtype)), "scale": scale, "zero_point": zero_point, "rule": rule},
+        expected=lambda a: (quantize_int8_static_ref(a["x"], a["scale"].view(()), a["zero_point"], a["rule"]),),
         results=results(leading),
-        typed=lambda a: qops.quantize_int8_static(a["x"], a["scale"], a["zero_point"]),
+        typed=lambda a: qops.quantize_int8_static(a["x"], a["scale"], a["zero_point"], a["rule"]),
     )
     if s.one_in(2):
         call.overload = "out"
         give_outputs(s, call, "q")
-        call.typed = lambda a: qops.quantize_int8_static(a["x"], a["scale"], a["zero_point"], out=a["q"])
+        call.typed = lambda a: qops.quantize_int8_static(a["x"], a["scale"], a["zero_point"], a["rule"], out=a["q"])
 
     def bad_value(name: str, values: Sequence[float], dtype: torch.dtype) -> Callable[[], Fault]:
         def replace() -> Fault:
@@ -120,6 +126,7 @@ def quantize_int8_static(s: Sampler) -> Call:
             *s.tensor_faults(call, dtypes, optional=["zero_point"]),
             *s.last_dim(call, "x"),
             *zero_dim(s, call, "x"),
+            *s.scalar(call, "rule", (*BAD_RULES, "127")),
             *output_ways(s, call, ["x"]),
             *s.requires_grad(call, "x", "scale"),
             ("scale", bad_value("scale", (0.0, -1.0, float("nan"), float("inf")), F32)),

@@ -1,0 +1,120 @@
+"""Linears that multiply each column of their input by a factor first: what smoothing (AWQ, SmoothQuant) leaves where no
+norm before a linear could take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qops.nn.linears import LINEARS, Int4Linear, Int8StaticLinear, QuantizedLinear
+from qops.weights.requirements import SCALE_DTYPES, dtype_name, moved, require_tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class _Smoothed(QuantizedLinear):
+    """Holds the factors, which no cast of the module changes."""
+
+    pre_quant_scale: torch.Tensor
+
+    def _hold(self, pre_quant_scale: torch.Tensor) -> None:
+        name = type(self).__name__
+        require_tensor(name, "pre_quant_scale", pre_quant_scale)
+        if pre_quant_scale.dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"{name}: pre_quant_scale must have dtype float16, bfloat16 or float32, "
+                f"got {dtype_name(pre_quant_scale.dtype)}"
+            )
+        if list(pre_quant_scale.shape) != [self.in_features]:
+            raise ValueError(
+                f"{name}: pre_quant_scale must have shape [K] = [{self.in_features}], got {list(pre_quant_scale.shape)}"
+            )
+        if not pre_quant_scale.is_meta and not bool(pre_quant_scale.isfinite().all()):
+            raise ValueError(f"{name}: pre_quant_scale must be finite, got NaN or infinity")
+        self.register_buffer("pre_quant_scale", pre_quant_scale.detach())
+
+    def _smooth(self, x: torch.Tensor) -> torch.Tensor:
+        scale: Any = self._buffers["pre_quant_scale"]
+        return (x * scale).to(x.dtype)
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        exact = self.weight.dequantize().double() * self._buffers["pre_quant_scale"]
+        return exact.float().to(dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        kept = moved(self.pre_quant_scale, fn)
+        super()._apply(fn, recurse)
+        self._buffers["pre_quant_scale"] = kept
+        return self
+
+
+class Int4SmoothedLinear(_Smoothed, Int4Linear):
+    """:class:`Int4Linear` of ``x * pre_quant_scale``, rounded to the dtype of x: ModelOpt's AWQ.
+
+    Args:
+        weight, bias, float32_output: as there.
+        pre_quant_scale: float16, bfloat16 or float32 [K], finite. Its dtype stays, whatever the module is cast to.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there; `pre_quant_scale` is of another dtype or shape, or not finite.
+    """
+
+    scheme = "int4_smoothed"
+    static_input = ("pre_quant_scale",)
+
+    def __init__(
+        self,
+        weight: Any,
+        bias: torch.Tensor | None = None,
+        *,
+        float32_output: bool = False,
+        pre_quant_scale: torch.Tensor,
+    ):
+        super().__init__(weight, bias, float32_output=float32_output)
+        self._hold(pre_quant_scale)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """See :class:`Int4Linear`."""
+        return super().forward(self._smooth(x), residual)
+
+
+class Int8StaticSmoothedLinear(_Smoothed, Int8StaticLinear):
+    """:class:`Int8StaticLinear` of ``x * pre_quant_scale``, rounded to the dtype of x: ModelOpt's SmoothQuant.
+
+    Args:
+        weight, bias, float32_output, input_scale, input_zero_point: as there.
+        pre_quant_scale: as of :class:`Int4SmoothedLinear`.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there; `pre_quant_scale` is of another dtype or shape, or not finite.
+    """
+
+    scheme = "int8_static_smoothed"
+    static_input = (*Int8StaticLinear.static_input, "pre_quant_scale")
+
+    def __init__(
+        self,
+        weight: Any,
+        bias: torch.Tensor | None = None,
+        *,
+        float32_output: bool = False,
+        input_scale: torch.Tensor,
+        input_zero_point: torch.Tensor | None = None,
+        pre_quant_scale: torch.Tensor,
+    ):
+        super().__init__(
+            weight, bias, float32_output=float32_output, input_scale=input_scale, input_zero_point=input_zero_point
+        )
+        self._hold(pre_quant_scale)
+
+    def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return super()._quantized(self._smooth(x))
+
+
+# This module is imported with the package, so that a folder with these schemes is always read.
+LINEARS.update({linear.scheme: linear for linear in (Int4SmoothedLinear, Int8StaticSmoothedLinear)})
