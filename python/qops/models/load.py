@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ from qops.weights.state import QuantizedWeight
 
 __all__ = ["dense_model", "load_model"]
 
+# Bytes from which on reading takes long enough to be watched.
+_LARGE = 10**9
+
 
 def load_model(
     path: str | os.PathLike[str],
@@ -48,6 +52,7 @@ def load_model(
     prove: bool = True,
     zero_add: str | None = None,
     symmetric: bool | None = None,
+    progress: bool | None = None,
 ) -> Any:
     """Loads a model whose linears, norms, rotary and SiLU-mul run on qops operators.
 
@@ -76,6 +81,7 @@ def load_model(
             version reads as noise, and nothing in its tensors shows it: try the other one.
             :func:`qops.formats.gptq.int4_weight` tells more.
         symmetric: of AWQ without qzeros alone: True says that all zero points are 8, as lmdeploy means it.
+        progress: show a progress bar on stderr; by default only on a terminal, of checkpoints from 1 GB on.
 
     Returns:
         A Transformers model (`LlamaForCausalLM` or whichever was saved) in eval mode, frozen; `generate` works as
@@ -91,7 +97,8 @@ def load_model(
     """
     require_transformers("qops.load_model")
     checkpoint = open_checkpoint(path, zero_add=zero_add, symmetric=symmetric)
-    return build_model(checkpoint, dtype or checkpoint.dtype, device, prove)
+    with _counted(checkpoint, progress) as reader:
+        return build_model(reader, dtype or checkpoint.dtype, device, prove)
 
 
 def require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> None:
@@ -151,6 +158,43 @@ def _dense(value: Weight, owner: Any, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return _in_dtype(value, dtype)
     return owner.dense_weight(dtype) if isinstance(owner, QuantizedLinear) else value.dequantize(dtype)
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _counted(checkpoint: Checkpoint, progress: bool | None) -> Iterator[Any]:
+    """The checkpoint itself, or one that moves a bar by the bytes that it is asked for; see `load_model`."""
+    if progress is False:
+        yield checkpoint
+        return
+    from tqdm import tqdm
+
+    total = sum(checkpoint.describe(name).size_bytes for name in checkpoint.names)
+    off = (None if total >= _LARGE else True) if progress is None else False  # None: off but on a terminal
+    with tqdm(desc="qops: reading", total=total, unit="B", unit_scale=True, leave=False, disable=off) as bar:
+        yield _Counted(checkpoint, bar)
+
+
+class _Counted:
+    """A :class:`qops.formats.Checkpoint` by another one, which it counts."""
+
+    def __init__(self, checkpoint: Checkpoint, bar: Any):
+        self._checkpoint, self._bar = checkpoint, bar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def weight(self, module: str) -> Weight:
+        found = self._checkpoint.weight(module)
+        self._bar.update(self._checkpoint.describe(f"{module}.weight").size_bytes)
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        found = self._checkpoint.tensor(name)
+        self._bar.update(self._checkpoint.describe(name).size_bytes)
+        return found
 
 
 # Building ------------------------------------------------------------------------------------------------------------
