@@ -175,6 +175,13 @@ def test_a_tensor_too_many_is_an_error(folder, name):
         from_pretrained(folder, ignore_mismatched_sizes=True)
 
 
+def test_a_config_that_does_not_fit_is_refused_before_anything_is_allocated(folder):
+    config = config_for(folder)
+    config.intermediate_size = 1 << 40
+    with pytest.raises(ValueError, match=rf"^{folder}: .* must have shape .*{1 << 40}"):
+        from_pretrained(folder, config=config)
+
+
 def test_settings_of_the_config_are_kept(folder):
     GenerationConfig(max_new_tokens=3, eos_token_id=7).save_pretrained(folder)
     model = from_pretrained(folder, attn_implementation="eager")
