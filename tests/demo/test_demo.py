@@ -14,6 +14,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,10 @@ from qops.demo import artefact, chat, cli, compare, console
 from qops.demo.console import DemoError, Progress
 from qops.models import dense_model, load_model
 from qops.models.replacement import is_replaced
+from tests.support.formats import folders
+from tests.support.formats.folders import write_as
 from tests.support.models.demo_models import byte_tokenizer, write_folder
+from tests.support.models.gguf_files import HIDDEN, llama_file
 
 # Terminal
 
@@ -291,6 +295,62 @@ def test_the_int8_scheme_answers_and_is_compared(folder, capsys, monkeypatch):
     assert 100 <= int(re.search(r"(\d+) of 128", agreeing).group(1)) <= 128
     difference = next(line for line in captured.out.splitlines() if line.startswith("max logit difference"))
     assert 1e-3 < float(difference.split()[3]) < 1
+
+
+W8A8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+CHECKPOINTS = {
+    "gptq act-order": folders.gptq(act_order=True),
+    "awq": folders.awq(),
+    "int8 weights": folders.compressed_tensors(bits=8, group_size=-1),
+    "W8A8": folders.compressed_tensors(bits=8, group_size=-1, packed=False, inputs=W8A8),
+}
+
+
+@pytest.mark.parametrize("name", [*CHECKPOINTS, "GGUF"])
+def test_checkpoints_of_base_models_answer_and_are_compared(tmp_path, tokenizer, capsys, monkeypatch, name):
+    """Without a chat template, and with a tokenizer that lies elsewhere."""
+    monkeypatch.setattr(compare, "DECODE_TOKENS", 3)
+    monkeypatch.setattr(compare, "PREFILL_TOKENS", 10)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    if name == "GGUF":
+        file = llama_file(weights="Q5_0")
+        table = np.random.default_rng(0).standard_normal((len(tokenizer), HIDDEN)).astype(np.float32)
+        file.tensors["token_embd.weight"] = ("Q8_0", table, 0)
+        path = file.write(tmp_path / "model.gguf")
+    else:
+        path = write_as(*CHECKPOINTS[name], vocab_size=len(tokenizer)).write(tmp_path / "model")
+    arguments = ["--model", str(path), "--rounds", "1", "--max-new-tokens", "4", "--prompt", "he"]
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("qops.demo: ") and error.count("\n") == 1 and "tokenizer" in error
+    assert cli.main([*arguments, "--tokenizer", str(tmp_path / "tokenizer")]) == 0
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err and ("\nW8A8: " in captured.out) == (name == "W8A8")
+    proven = next(line for line in captured.out.splitlines() if line.startswith("Proven: "))
+    agreeing = next(line for line in captured.out.splitlines() if line.startswith("same top-1"))
+    if name == "W8A8":
+        assert 100 <= int(re.search(r"(\d+) of 128", agreeing).group(1)) <= 128
+    else:
+        assert "64 greedy tokens equal" in proven and "128 of 128 (100.00 %)" in agreeing
+
+
+def test_what_load_model_is_told_the_demo_is_told(tmp_path, tokenizer, capsys):
+    written = write_as(*folders.awq(symmetric=True), vocab_size=len(tokenizer))
+    arguments = ["--model", str(written.write(tmp_path / "model")), "--no-compare", "--max-new-tokens", "2"]
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert cli.main(arguments) == 1 and "symmetric=True says so" in capsys.readouterr().err
+    assert cli.main([*arguments, "--symmetric"]) == 0
+    assert cli.main([*arguments, "--symmetric", "--zero-add", "word"]) == 1
+    assert "zero_add has no meaning for checkpoints of AWQ" in capsys.readouterr().err
+    assert cli.main([*arguments, "--tokenizer", str(tmp_path / "none")]) == 1
+    assert "--tokenizer " in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_library_is_refused(folder, capsys, monkeypatch):
+    monkeypatch.setattr("qops.models.load_tokenizer", lambda path: SimpleNamespace())
+    assert cli.main(["--model", str(folder), "--no-compare"]) == 1
+    assert "must be one of the tokenizers library, got SimpleNamespace" in capsys.readouterr().err
 
 
 def test_answer_only(folder, capsys):

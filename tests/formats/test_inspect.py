@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import qops
 import qops.nn.linears
@@ -21,9 +24,10 @@ from qops.formats.gguf.contents import Contents
 from qops.models.inspect import inspect_checkpoint
 from qops.models.quantize import weight_bytes
 from qops.nn import QuantizedLinear
+from qops.testing import assert_bitwise
 from tests.support.formats import folders
 from tests.support.formats.folders import write_as
-from tests.support.models.families import PARTLY, random_model
+from tests.support.models.families import IDS, PARTLY, random_model
 from tests.support.models.gguf_files import HIDDEN, llama_file
 
 STATIC = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True}
@@ -276,3 +280,37 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
     path = write("awq", tmp_path)
     with pytest.raises(RuntimeError, match=r"q_proj and 20 more linears: no int4_gemm on cuda: "):
         qops.load_model(path, device="cuda")
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_progress_ends_where_everything_is_read(tmp_path, monkeypatch, case):
+    path, moved = write(case, tmp_path), []
+    wanted = qops.load_model(path)
+    monkeypatch.setattr(tqdm, "update", lambda self, count: moved.append((count, self.total)))
+    model = qops.load_model(path, progress=True)
+    assert_bitwise(model(IDS).logits, wanted(IDS).logits)
+    counts, totals = zip(*moved, strict=True)
+    # What a model computes itself and static scales of inputs are not counted.
+    assert len(set(totals)) == 1 and sum(counts) == totals[0] > 0 and len(counts) > 10
+
+
+def test_progress_is_shown_of_large_checkpoints_on_terminals(tmp_path, monkeypatch):
+    path = write("awq", tmp_path)
+
+    def shown(large: int, stream: io.StringIO, **more: Any) -> str:
+        monkeypatch.setattr("qops.models.load._LARGE", large)
+        monkeypatch.setattr(sys, "stderr", stream)
+        qops.load_model(path, **more)
+        return stream.getvalue()
+
+    assert "qops: reading" in shown(1, Terminal())
+    assert "qops: reading" in shown(10**9, io.StringIO(), progress=True)
+    assert shown(1, io.StringIO()) == shown(10**9, Terminal()) == shown(1, Terminal(), progress=False) == ""

@@ -32,7 +32,7 @@ TIMING_DTYPE = "bf16"
 
 _LOGGER = logging.getLogger("qops.demo")
 _DESCRIPTION = (
-    "Let a real language model answer from its own 4-bit weights on qops operators, prove the answer with a dense "
+    "Let a real language model answer from its own quantised weights on qops operators, prove the answer with a dense "
     "float32 model of the same dequantised weights, then measure it against one. Without --model it fetches "
     "SmolLM2-135M-Instruct (93 MB, once)."
 )
@@ -70,7 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         type=Path,
         metavar="PATH",
-        help="a GGUF file or a model folder, instead of SmolLM2",
+        help="a GGUF file or a folder, of any kind that qops.load_model reads, instead of SmolLM2",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="where the tokenizer is (default: beside or in the model)"
+    )
+    parser.add_argument("--zero-add", choices=("word", "nibble", "none"), help="as load_model's zero_add, of GPTQ")
+    parser.add_argument(
+        "--symmetric", action="store_true", default=None, help="as load_model's symmetric, of AWQ without qzeros"
     )
     parser.add_argument(
         "--scheme",
@@ -143,18 +150,23 @@ def run(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
+    for option in ("model", "tokenizer"):
+        given = getattr(options, option)
+        if given is not None and not given.exists():
+            raise DemoError(f"--{option} {given}: no such file or folder")
     with _no_garbage_collection():
         if options.model is None:
             title, path = artefact.SMOLLM2.title, _prepared_folder(clock)
         else:
             title, path = options.model.name, options.model
-            if not path.exists():
-                raise DemoError(f"--model {path}: no such file or folder")
             _import_model_code()
             clock.lap("imports")
+        from qops.demo import proof
+
         answer_dtype = options.dtype or ANSWER_DTYPE
-        model, tokenizer = _load(path, DTYPES[answer_dtype])
+        model, tokenizer = _load(path, answer_dtype, options), _load_tokenizer(options.tokenizer or path)
         clock.lap("loading")
+        rounds_activations = proof.limits_of(model) is proof.INT8
         if options.scheme == "int8":
             model = _in_int8(model)
             clock.lap("quantising")
@@ -166,13 +178,15 @@ def run(options: argparse.Namespace) -> None:
             "W8A8: the decoder's linears in int8, one scale per output channel and one per token; the dense model it is"
         )
         print("compared with has the weights as stored.\n")
+    elif rounds_activations:
+        print("W8A8: activations are rounded to 8 bits, as the checkpoint says; those of the dense model are not.\n")
     prompt_ids = _answer(model, tokenizer, options, clock)
     if not options.no_compare:
         text_ids = _passage_ids(model, tokenizer)
         del model
         timing_dtype = options.dtype or TIMING_DTYPE
         half_top = _compare_speed(path, prompt_ids, text_ids, timing_dtype, options)
-        _compare_accuracy(path, text_ids, half_top, timing_dtype, options.scheme)
+        _compare_accuracy(path, text_ids, half_top, timing_dtype, options)
 
 
 class Stopwatch:
@@ -243,14 +257,29 @@ def _prepare(gguf: Path, folder: Path) -> None:
     load_tokenizer(gguf).save_pretrained(folder)
 
 
-def _load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    from qops.models import load_model, load_tokenizer
+def _load(path: Path, dtype: str, options: argparse.Namespace) -> Any:
+    from qops.models import load_model
 
     try:
-        return load_model(path, dtype=dtype), load_tokenizer(path)
+        return load_model(path, dtype=DTYPES[dtype], zero_add=options.zero_add, symmetric=options.symmetric)
     except (ValueError, RuntimeError, NotImplementedError, LookupError, OSError) as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise DemoError(f"cannot load {path}: {reason}") from error
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from qops.models import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(path)
+    # A folder without one raises this or that, by the class that the config makes it look for.
+    except (ValueError, LookupError, OSError, TypeError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).removeprefix(f"{path}: ").split())
+        raise DemoError(f"no tokenizer in {path}; --tokenizer says where it is: {reason}") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        kind = type(tokenizer).__name__
+        raise DemoError(f"the tokenizer in {path} must be one of the tokenizers library, got {kind}")
+    return tokenizer
 
 
 def _in_int8(model: Any) -> Any:
@@ -315,11 +344,11 @@ def _compare_speed(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Print the speed table. Returns the most likely ids of both models over the passage; None in float32."""
     from qops.demo import compare
-    from qops.models import dense_model, load_model
+    from qops.models import dense_model
 
     rounds = options.rounds
     note(f"\nTiming against a dense {dtype} model of the same weights, {rounds} interleaved rounds ...")
-    model = load_model(path, dtype=DTYPES[dtype])
+    model = _load(path, dtype, options)
     dense = dense_model(model, dtype=DTYPES[dtype])
     if options.scheme == "int8":
         model = _in_int8(model)
@@ -348,22 +377,26 @@ def _compare_speed(
 
 
 def _compare_accuracy(
-    path: Path, text_ids: list[int], half_top: tuple[torch.Tensor, torch.Tensor] | None, dtype: str, scheme: str
+    path: Path,
+    text_ids: list[int],
+    half_top: tuple[torch.Tensor, torch.Tensor] | None,
+    dtype: str,
+    options: argparse.Namespace,
 ) -> None:
     """Print the accuracy table. The float32 models are loaded here, one at a time."""
     from qops.demo import compare
-    from qops.models import dense_model, load_model
+    from qops.models import dense_model
 
     note(f"\nComparing logits over {len(text_ids):,} tokens ...")
 
     def ours() -> Any:
-        model = load_model(path, dtype=torch.float32)
-        return _in_int8(model) if scheme == "int8" else model
+        model = _load(path, "fp32", options)
+        return _in_int8(model) if options.scheme == "int8" else model
 
     result = compare.accuracy(
         text_ids,
         ours,
-        lambda: dense_model(load_model(path, dtype=torch.float32), dtype=torch.float32),
+        lambda: dense_model(_load(path, "fp32", options), dtype=torch.float32),
         half_top,
     )
     print(f"\nAccuracy: the first {result.tokens:,} tokens of {compare.PASSAGE_TITLE}, float32 activations")

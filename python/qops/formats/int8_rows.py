@@ -88,6 +88,9 @@ def from_lmdeploy(weight: Tensor, scale: Tensor, *, pack: bool = True) -> Int8We
 # In folders ----------------------------------------------------------------------------------------------------------
 
 
+_FACTS: dict[str, Any] = {"scale_dtype": torch.float32, "kinds": ("symmetric",), "act_order": False}
+
+
 class Bitsandbytes:
     """bitsandbytes' 8-bit tensors in a folder (`qops.formats.folders.stored.Method`).
 
@@ -129,6 +132,7 @@ class Bitsandbytes:
             group_size=columns,
             keys=tuple(wanted),
             build=_build_bitsandbytes,
+            **_FACTS,
         )
 
 
@@ -161,6 +165,7 @@ class SmoothQuant:
             group_size=columns,
             keys=tuple(wanted),
             build=lambda tensors: from_lmdeploy(**tensors, pack=False),
+            **_FACTS,
         )
 
 

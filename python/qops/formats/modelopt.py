@@ -154,4 +154,7 @@ class ModelOpt:
             keys=tuple(wanted),
             build=lambda tensors: build(**tensors, pack=False),
             input_keys=tuple(inputs),
+            scale_dtype=torch.float32,
+            kinds=("symmetric",),
+            act_order=False,
         )

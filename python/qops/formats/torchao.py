@@ -205,6 +205,7 @@ def _constructor(name: str, subclass: str, attributes: Mapping[str, Any], tensor
 # In folders ----------------------------------------------------------------------------------------------------------
 
 _PREFIX = "_weight_"
+_KINDS = {"Int8Tensor": "symmetric", "IntxUnpackedToInt8Tensor": "zero_point", "Int4Tensor": "offset"}
 _ROWS = {"_type": "PerRow", "_data": {"dim": -1}}
 
 
@@ -257,6 +258,9 @@ class Torchao:
             group_size=columns // groups,
             keys=tuple(wanted),
             build=partial(_build, subclass, attributes),
+            scale_dtype=scale.dtype,
+            kinds=(_KINDS[subclass],),
+            act_order=False,
         )
 
 

@@ -29,6 +29,7 @@ from qops.models.load import build_model
 from qops.models.quantize import weight_bytes
 from qops.models.replacement import input_table, is_linear, is_tied
 from qops.nn import Int4Linear, Int8Linear, MergedLinear, QuantizedLinear
+from qops.nn.smoothed import neutral_input
 from qops.weights.requirements import dtype_name
 from qops.weights.state import QuantizedWeight
 
@@ -268,7 +269,8 @@ class _Headers:
         there = {key: f"{module}.{key}" for key in linear.static_input if self.holds(f"{module}.{key}")}
         self._asked |= set(there.values())
         given = dict.fromkeys(there, torch.zeros((), dtype=torch.int8))
-        return given | ({"input_scale": torch.ones(())} if "input_scale" in linear.static_input else {})
+        columns = self._checkpoint.describe(f"{module}.weight").shape[1]
+        return given | neutral_input(linear, columns, "cpu")
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self._checkpoint.names:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
-from qops.formats.folders.config import transformers_class
+from qops.formats.folders.config import model_without_storage
 from qops.formats.open import open_checkpoint
 from qops.models.replacement import (
     FusionPlan,
@@ -39,6 +40,9 @@ from qops.weights.state import QuantizedWeight
 
 __all__ = ["dense_model", "load_model"]
 
+# Bytes from which on reading takes long enough to be watched.
+_LARGE = 10**9
+
 
 def load_model(
     path: str | os.PathLike[str],
@@ -48,6 +52,7 @@ def load_model(
     prove: bool = True,
     zero_add: str | None = None,
     symmetric: bool | None = None,
+    progress: bool | None = None,
 ) -> Any:
     """Loads a model whose linears, norms, rotary and SiLU-mul run on qops operators.
 
@@ -76,6 +81,7 @@ def load_model(
             version reads as noise, and nothing in its tensors shows it: try the other one.
             :func:`qops.formats.gptq.int4_weight` tells more.
         symmetric: of AWQ without qzeros alone: True says that all zero points are 8, as lmdeploy means it.
+        progress: show a progress bar on stderr; by default only on a terminal, of checkpoints from 1 GB on.
 
     Returns:
         A Transformers model (`LlamaForCausalLM` or whichever was saved) in eval mode, frozen; `generate` works as
@@ -91,7 +97,8 @@ def load_model(
     """
     require_transformers("qops.load_model")
     checkpoint = open_checkpoint(path, zero_add=zero_add, symmetric=symmetric)
-    return build_model(checkpoint, dtype or checkpoint.dtype, device, prove)
+    with _counted(checkpoint, progress) as reader:
+        return build_model(reader, dtype or checkpoint.dtype, device, prove)
 
 
 def require_restorable(caller: str, model: Any, twin: Any, held: set[str]) -> None:
@@ -153,6 +160,43 @@ def _dense(value: Weight, owner: Any, dtype: torch.dtype) -> torch.Tensor:
     return owner.dense_weight(dtype) if isinstance(owner, QuantizedLinear) else value.dequantize(dtype)
 
 
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _counted(checkpoint: Checkpoint, progress: bool | None) -> Iterator[Any]:
+    """The checkpoint itself, or one that moves a bar by the bytes that it is asked for; see `load_model`."""
+    if progress is False:
+        yield checkpoint
+        return
+    from tqdm import tqdm
+
+    total = sum(checkpoint.describe(name).size_bytes for name in checkpoint.names)
+    off = (None if total >= _LARGE else True) if progress is None else False  # None: off but on a terminal
+    with tqdm(desc="qops: reading", total=total, unit="B", unit_scale=True, leave=False, disable=off) as bar:
+        yield _Counted(checkpoint, bar)
+
+
+class _Counted:
+    """A :class:`qops.formats.Checkpoint` by another one, which it counts."""
+
+    def __init__(self, checkpoint: Checkpoint, bar: Any):
+        self._checkpoint, self._bar = checkpoint, bar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def weight(self, module: str) -> Weight:
+        found = self._checkpoint.weight(module)
+        self._bar.update(self._checkpoint.describe(f"{module}.weight").size_bytes)
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        found = self._checkpoint.tensor(name)
+        self._bar.update(self._checkpoint.describe(name).size_bytes)
+        return found
+
+
 # Building ------------------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +207,27 @@ def build_model(
 
     Args:
         model: the :func:`skeleton` that is filled; by default one of the class and config that the checkpoint names.
+
+    Raises:
+        ValueError: of everything that does not fit, with the path of the checkpoint.
     """
+    try:
+        return _build_model(checkpoint, dtype, device, prove, model)
+    except ValueError as error:
+        if str(checkpoint.path) in str(error):
+            raise
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+
+
+def _build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool, model: Any
+) -> Any:
     if model is None:
-        model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
+        found = model_without_storage(checkpoint.path, checkpoint.config, len(checkpoint.names))
+        _require_fit(checkpoint, found)
+        model = skeleton(type(found), checkpoint.config, dtype)
+    else:
+        _require_fit(checkpoint, model)
 
     def fetch(name: str, module: Any) -> Weight:
         weight = checkpoint.weight(name)
@@ -254,6 +316,18 @@ def build_model(
     if checkpoint.generation_config is not None:
         model.generation_config = checkpoint.generation_config
     return model
+
+
+def _require_fit(checkpoint: Checkpoint, model: Any) -> None:
+    """Raises where a parameter or buffer of a model is missing or has another shape, before any is read."""
+    ties = model.all_tied_weights_keys
+    for name, tensor in model.state_dict().items():
+        if not checkpoint.holds(name):
+            if checkpoint.holds(ties.get(name, name)):
+                continue
+            raise ValueError(f"tensor {name} is missing")
+        if (found := list(checkpoint.describe(name).shape)) != list(tensor.shape):
+            raise ValueError(f"{name} must have shape {list(tensor.shape)}, got {found}")
 
 
 def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:

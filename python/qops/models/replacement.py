@@ -15,6 +15,7 @@ from torch import nn
 from qops.formats._transformers import require_transformers
 from qops.nn import Int8Embedding, MergedLinear, MergingModule, QuantizedLinear, RMSNorm, frozen
 from qops.nn.hooks import forget_recording, is_watched
+from qops.nn.smoothed import neutral_input
 from qops.ops import rms_norm
 from qops.weights import Int8Weight
 from qops.weights.state import QuantizedWeight
@@ -157,7 +158,7 @@ def require_kernels(
     for (kind, logits), names in alike.items():
         weight: Any = kind.weight_class
         try:
-            static = {"input_scale": torch.ones((), device=device)} if kind.static_input else {}
+            static = neutral_input(kind, 16, device)
             weight = weight(16, 16, -1, scale_dtype=torch.float32, device=device)
             kind(weight, None, float32_output=logits, **static)(torch.zeros(1, 16, dtype=dtype, device=device))
         # What torch raises for a device that it was not built for is an AssertionError.

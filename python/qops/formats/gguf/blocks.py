@@ -23,6 +23,7 @@ Offsets are stored as -(dmin m), whose zeros have signs: w then has that of ggml
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -202,6 +203,7 @@ def int8_weight(blocks: Tensor, qtype: str, *, pack: bool = True) -> Int8Weight:
     return Int8Weight.from_canonical(**_canonical("qops.Int8Weight.from_gguf", blocks, qtype, bits=8), pack=pack)
 
 
+@functools.cache
 def facts(qtype: str) -> QuantizedFacts:
     """What every weight of a type has in common, by one of zeros."""
     block = BLOCK_TYPES[qtype]
