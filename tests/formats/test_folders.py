@@ -33,6 +33,7 @@ FORMATS = {
     "gptq 8 bits act-order": folders.gptq(bits=8, act_order=True, symmetric=True),
     "awq gemm": folders.awq(),
     "awq gemv": folders.awq("gemv"),
+    "awq gemv_fast": folders.awq("gemv_fast"),
     "compressed-tensors": folders.compressed_tensors(),
     "compressed-tensors asymmetric": folders.compressed_tensors(symmetric=False),
     "compressed-tensors channel": folders.compressed_tensors(group_size=-1),
@@ -50,7 +51,7 @@ def assert_is(loaded: Any, dense: Any, what: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_model_of_each_format_has_the_logits_of_its_exact_weights(tmp_path, name, shards):
-    written = write_as(*FORMATS[name])
+    written = write_as(*FORMATS[name], intermediate_size=128)  # gemv_fast takes multiples of 64
     written.shards = shards
     model = load_model(written.write(tmp_path), torch.float32)
     assert model.qops_fusion.not_fused is None, model.qops_fusion
