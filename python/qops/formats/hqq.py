@@ -172,6 +172,9 @@ class Hqq:
             kind=f"HQQ {4 if int4 else 8} bit",
             shape=(rows, columns),
             group_size=codes.shape[1],
+            scale_dtype=specs["scale"].dtype,
+            kinds=("float_zero" if int4 else "offset",),
+            act_order=False,
             keys=(*wanted, *sorted(_META & specs.keys() - wanted.keys())),
             build=partial(_build, weight, (rows, columns)),
         )

@@ -127,6 +127,9 @@ class Bitsandbytes:
             kind="LLM.int8()",
             shape=(rows, columns),
             group_size=columns,
+            scale_dtype=torch.float32,
+            kinds=("symmetric",),
+            act_order=False,
             keys=tuple(wanted),
             build=_build_bitsandbytes,
         )
@@ -159,6 +162,9 @@ class SmoothQuant:
             kind="smooth_quant int8",
             shape=(rows, columns),
             group_size=columns,
+            scale_dtype=torch.float32,
+            kinds=("symmetric",),
+            act_order=False,
             keys=tuple(wanted),
             build=lambda tensors: from_lmdeploy(**tensors, pack=False),
         )

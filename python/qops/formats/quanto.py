@@ -168,11 +168,17 @@ class Quanto:
         wanted |= {key: ((), SCALE_DTYPES) for key in _UNUSED if key in specs}
         require_specs(specs, wanted)
         int4 = said["weights"] == "qint4"
+        kind = "symmetric"
+        if int4:
+            kind = "zero_point" if specs["weight._shift"].dtype == torch.int8 else "offset"
         return Stored(
             linear=Int4Linear if int4 else Int8WeightOnlyLinear,
             kind=f"quanto {said['weights']}",
             shape=(rows, columns),
             group_size=group_size,
+            scale_dtype=specs["weight._scale"].dtype,
+            kinds=(kind,),
+            act_order=False,
             keys=tuple(wanted),
             build=partial(_build_int4, (rows, columns)) if int4 else _build_int8,
         )

@@ -205,6 +205,7 @@ def _constructor(name: str, subclass: str, attributes: Mapping[str, Any], tensor
 # In folders ----------------------------------------------------------------------------------------------------------
 
 _PREFIX = "_weight_"
+_KINDS = {"Int8Tensor": "symmetric", "IntxUnpackedToInt8Tensor": "zero_point", "Int4Tensor": "offset"}
 _ROWS = {"_type": "PerRow", "_data": {"dim": -1}}
 
 
@@ -255,6 +256,9 @@ class Torchao:
             kind=f"torchao {subclass} {linear.scheme}",
             shape=(rows, columns),
             group_size=columns // groups,
+            scale_dtype=scale.dtype,
+            kinds=(_KINDS[subclass],),
+            act_order=False,
             keys=tuple(wanted),
             build=partial(_build, subclass, attributes),
         )
