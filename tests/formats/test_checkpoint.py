@@ -34,7 +34,7 @@ class Memory:
         self.linear_class = linear
         self.config, self.dtype, self.fuses, self.generation_config = model.config, model.dtype, True, None
         self.config.architectures = [type(model).__name__]
-        self.format = "memory"
+        self.format, self.path = "memory", Path("memory")
         self.tensors = dict(model.state_dict())
         self.quantised = {
             name for name, module in model.named_modules() if type(module) is torch.nn.Linear and name != "lm_head"

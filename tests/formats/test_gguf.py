@@ -10,6 +10,7 @@ import torch
 
 from qops.formats.gguf import load_tokenizer
 from qops.formats.gguf.file import GGUFFile, unpermute_rows
+from qops.models import load_model
 from tests.support.models.gguf_blocks import TYPES
 from tests.support.models.gguf_files import HEAD_DIM, HEADS, HIDDEN, KEY_VALUE_HEADS, VOCAB, WIDE, llama_file, permute
 
@@ -99,6 +100,18 @@ def test_config(tmp_path):
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
     assert config.tie_word_embeddings and config.attention_bias and not config.mlp_bias
     assert config.hidden_act == "silu"
+
+
+@pytest.mark.parametrize(("eot", "ends"), [(None, 2), (2, 2), (5, [2, 5])])
+def test_the_end_of_a_turn_ends_an_answer(tmp_path, eot, ends):
+    file = llama_file()
+    if eot is not None:
+        file.metadata["tokenizer.ggml.eot_token_id"] = eot
+    assert GGUFFile(file.write(tmp_path / "m.gguf")).config.eos_token_id == ends
+    if eot == 5:
+        assert load_model(tmp_path / "m.gguf").generation_config.eos_token_id == ends
+        del file.metadata["tokenizer.ggml.eos_token_id"]
+        assert GGUFFile(file.write(tmp_path / "m.gguf")).config.eos_token_id == 5
 
 
 def test_config_defaults_and_untied_output(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qops.formats import read_checkpoint
 from qops.formats.gguf.architectures import ARCHITECTURES
+from qops.formats.gguf.file import GGUFFile
 from qops.models import dense_model, load_model
 from qops.testing import assert_bitwise
 from tests.support.models.families import IDS, random_model
@@ -142,6 +144,96 @@ def test_models_come_back(case, tmp_path):
     theirs, weights = written(case, tmp_path / "m.gguf")
     ours = assert_comes_back(theirs, tmp_path / "m.gguf", weights)
     assert told(ours.config) == told(theirs.config) | {"architectures": [type(theirs).__name__]}
+
+
+def rewritten(path, change, dropped=()):
+    """The file without some keys and tensors, and with what `change` adds."""
+    reader = gguf.GGUFReader(path)
+    tensors = [(t.name, t.data.copy(), t.tensor_type) for t in reader.tensors]
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for name, value in ((name, field) for name, field in reader.fields.items() if not name.startswith("GGUF.")):
+        if name not in dropped and name != "general.architecture":
+            writer.add_key_value(name, value.contents(), value.types[0], value.types[-1] if value.types[1:] else None)
+    for name, data, kind in tensors:
+        if name not in dropped:
+            writer.add_tensor(name, data, raw_dtype=kind)
+    change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def adds(key, value):
+    add = {int: "add_uint32", float: "add_float32", str: "add_string", list: "add_array", bool: "add_bool"}
+    return lambda writer: getattr(writer, add[type(value)])(key, value)
+
+
+@pytest.mark.parametrize(
+    ("case", "dropped", "change", "message"),
+    [
+        ("qwen2", (), adds("qwen2.attention.key_length", 8), r"key_length must be 16, the hidden size over the heads"),
+        ("qwen2", ("blk.1.attn_k.bias",), None, "tensor blk.1.attn_k.bias is missing"),
+        ("qwen2", (), adds("qwen2.attention.sliding_window", 9), "unknown keys: qwen2.attention.sliding_window"),
+        ("qwen2", ("qwen2.rope.freq_base",), None, "key qwen2.rope.freq_base is missing"),
+        ("qwen2, yarn", ("qwen2.rope.scaling.original_context_length",), None, "original_context_length is missing"),
+        ("qwen2, yarn", (), adds("qwen2.rope.scaling.yarn_ext_factor", 0.5), "unknown keys: .*yarn_ext_factor"),
+        ("qwen3", ("blk.2.attn_k_norm.weight",), None, "tensor blk.2.attn_k_norm.weight is missing"),
+        ("gemma2", ("gemma2.attn_logit_softcapping",), None, "key gemma2.attn_logit_softcapping is missing"),
+        ("gemma2", ("gemma2.attention.sliding_window",), None, "key gemma2.attention.sliding_window is missing"),
+        (
+            "gemma2",
+            (),
+            lambda w: w.add_tensor("output.weight", np.ones((72, 64), "f4")),
+            "unknown tensors: output.weig",
+        ),
+        ("gemma3", (), adds("gemma3.attention.sliding_window_pattern", [True] * 6), "must be one int, or 7 bools"),
+        ("gemma3", (), adds("gemma3.attention.sliding_window_pattern", [1] * 7), "must be one int, or 7 bools"),
+        ("gemma3", (), adds("gemma3.attention.sliding_window_pattern", "6"), "must be one int, got '6'"),
+        ("gemma3", ("gemma3.rope.freq_base",), None, "key gemma3.rope.freq_base is missing"),
+        ("phi3", ("phi3.attention.sliding_window",), None, "key phi3.attention.sliding_window is missing"),
+        ("phi3", ("phi3.rope.dimension_count",), adds("phi3.rope.dimension_count", 7), "must be even and at most .*16"),
+        (
+            "phi3",
+            ("phi3.rope.dimension_count",),
+            adds("phi3.rope.dimension_count", 18),
+            "must be even and at most .*16",
+        ),
+        ("phi3", (), adds("phi3.rope.scaling.type", "longrope"), "must be there together, .*'longrope' and neither"),
+        ("phi3, longrope", ("rope_factors_long.weight",), None, "must be there together, .*'none' and short"),
+        ("phi3, longrope", ("phi3.rope.scaling.attn_factor",), None, "key phi3.rope.scaling.attn_factor is missing"),
+        (
+            "phi3, longrope",
+            (),
+            adds("phi3.rope.scaling.type", "yarn"),
+            "must be there together, .*'yarn' and short, long",
+        ),
+        (
+            "llama 3.1",
+            (),
+            adds("llama.rope.scaling.type", "linear"),
+            "rope_freqs.weight together with .* not supported",
+        ),
+        ("smollm3", ("smollm3.rope.freq_base",), None, "key smollm3.rope.freq_base is missing"),
+        ("smollm3", ("blk.4.ffn_norm.weight",), None, "tensor blk.4.ffn_norm.weight is missing"),
+    ],
+)
+def test_what_does_not_fit_its_architecture_is_refused(case, dropped, change, message, tmp_path):
+    written(case, tmp_path / "m.gguf")
+    rewritten(tmp_path / "m.gguf", change or (lambda writer: None), dropped)
+    with pytest.raises(ValueError, match=rf"m\.gguf: .*{message}"):
+        GGUFFile(tmp_path / "m.gguf")
+
+
+def test_a_rewritten_file_is_the_same(tmp_path):
+    written("phi3, longrope", tmp_path / "m.gguf")
+    before = GGUFFile(tmp_path / "m.gguf").config.to_dict()
+    rewritten(tmp_path / "m.gguf", lambda writer: None)
+    assert GGUFFile(tmp_path / "m.gguf").config.to_dict() == before
+    # Another factor than the formula's is kept.
+    key = "phi3.rope.scaling.attn_factor"
+    rewritten(tmp_path / "m.gguf", adds(key, 1.5), (key,))
+    assert GGUFFile(tmp_path / "m.gguf").config.rope_parameters["attention_factor"] == 1.5
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from qops import load_model, quantize_int8
 from qops.formats import open_checkpoint, read_checkpoint
+from qops.formats.checkpoint import QuantizedFacts
+from qops.models.inspect import inspect_checkpoint
+from qops.models.replacement import require_kernels
 from qops.nn import (
     Int4Linear,
     Int4SmoothedLinear,
@@ -291,3 +294,39 @@ def test_tensors_of_one_linear_that_the_model_does_not_have(tmp_path):
         written.tensors[key.replace("down_proj", "side_proj")] = written.tensors[key].clone()
     with pytest.raises(ValueError, match=r"mlp\.side_proj: it is no linear of the model that config\.json describes"):
         load_model(written.write(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most [0-9]+ tensors, got 1000000000"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": 2**62}, "config.json: "),
+        ({"pad_token_id": 2**40}, "config.json: AssertionError: Padding_idx must be within"),
+        ({"architectures": ["torch"]}, "architectures must name a model class of transformers, got 'torch'"),
+        ({"architectures": None}, "architectures must name a model class"),
+    ],
+)
+@pytest.mark.parametrize("name", ["hqq 4 bits", "quanto qint4"])
+def test_configs_that_describe_no_model(tmp_path, name, changes, message):
+    written = FORMATS[name][0]()
+    written.config |= changes
+    path = written.write(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_checkpoint(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_folder_holds_is_told_without_reading_it(tmp_path, name):
+    make, kind = FORMATS[name]
+    path = make().write(tmp_path)
+    checkpoint, found = open_checkpoint(path), inspect_checkpoint(path)
+    weight, facts = checkpoint.weight(LAYER), checkpoint.describe(f"{LAYER}.weight")
+    assert facts.shape == (weight.out_features, weight.in_features)
+    assert facts.quantized == QuantizedFacts(weight.group_size, weight.scale_dtype, (weight.kind,), weight.act_order)
+    (part,) = (part for part in found.parts if f"{LAYER}.weight" in part.names or LAYER in part.names)
+    assert part.operator == kind.operator and found.not_fused is None
+    loaded = sum(tensor.nbytes for tensor in load_model(path).state_dict().values())
+    assert 0.98 * loaded < found.memory_bytes < 1.02 * loaded
+    require_kernels("load", {LAYER: kind}, "cpu", torch.float32, None)

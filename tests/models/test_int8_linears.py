@@ -33,9 +33,13 @@ def factors(k: int = K) -> torch.Tensor:
 
 
 def linear_of(scheme: str, n: int = N, seed: int = 1, k: int = K, **changes: Any) -> Any:
+    static = static_input(scheme, k) | changes
+    return LINEARS[scheme](qops.Int8Weight.quantize(dense(n, seed, k)), dense(1, seed + 1, n)[0], **static)
+
+
+def static_input(scheme: str, k: int = K) -> dict[str, torch.Tensor]:
     every = {"input_scale": SCALE, "input_zero_point": ZERO_POINT, "pre_quant_scale": factors(k)}
-    static = {key: every[key] for key in CLASSES[scheme].static_input}
-    return LINEARS[scheme](qops.Int8Weight.quantize(dense(n, seed, k)), dense(1, seed + 1, n)[0], **(static | changes))
+    return {key: every[key] for key in CLASSES[scheme].static_input}
 
 
 def quantised(scheme: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -138,7 +142,6 @@ def test_rows_of_another_rule_are_refused(scheme):
 @pytest.mark.parametrize("scheme", CLASSES)
 def test_weights_that_the_product_does_not_take_are_refused_by_the_name_of_the_class(scheme):
     codes, name = torch.zeros(N, K, dtype=torch.int8), CLASSES[scheme].__name__
-    static = {"input_scale": SCALE} if scheme in STATIC else {}
     for message, weight in {
         "weight must have one scale per row, group_size = K = 64, got 32": {"scales": torch.ones(N, 2)},
         "weight must be symmetric, got kind 'offset'": {"kind": "offset", "zeros": torch.ones(N, 1)},
@@ -146,7 +149,7 @@ def test_weights_that_the_product_does_not_take_are_refused_by_the_name_of_the_c
     }.items():
         given: Any = {"scales": torch.ones(N, 1), **weight}
         with pytest.raises(ValueError, match=f"^{name}: {message}$"):
-            CLASSES[scheme](qops.Int8Weight.from_canonical(codes, **given), **static)
+            CLASSES[scheme](qops.Int8Weight.from_canonical(codes, **given), **static_input(scheme))
 
 
 def test_rows_are_handed_over_where_they_can_be():

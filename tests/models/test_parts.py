@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import qops
 from qops import load_model, quantize_model, save_model
-from qops.formats import open_checkpoint
 from qops.formats.folder import Folder
 from qops.models import replacement
 from qops.models.decoder import Attention, DecoderLayer, known_parts
@@ -211,7 +211,7 @@ def test_each_tensor_of_a_checkpoint_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Folder, "tensor", spy)
     model = load_model(tmp_path)
     assert "relative error" in model.qops_fusion.proof
-    assert set(read) == set(open_checkpoint(tmp_path).names) and set(read.values()) == {1}
+    assert set(read) == set(load_file(tmp_path / "model.safetensors")) and set(read.values()) == {1}
 
 
 def test_each_linear_is_quantised_once(monkeypatch):

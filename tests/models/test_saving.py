@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -190,7 +191,8 @@ def test_shards_are_no_larger_than_asked_for_and_replaced(tmp_path, size):
     assert_bitwise(load_model(tmp_path)(TOKENS).logits, model(TOKENS).logits)
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
-    for wrong in ("many", "-5GB", 0, -1, True, 1.5, None):
+    wrongs: tuple[Any, ...] = ("many", "-5GB", 0, -1, True, 1.5, None)
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=r"qops\.save_model: max_shard_size must be bytes, or a string"):
             save_model(model, tmp_path / "other", max_shard_size=wrong)
     assert not (tmp_path / "other").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +68,11 @@ class Checkpoint(Protocol):
     @property
     def format(self) -> str:
         """What it is, in a few words."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
         ...
 
     @property

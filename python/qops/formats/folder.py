@@ -98,7 +98,7 @@ class Folder:
     format = "folder of qops.save_model"
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
-        self.folder = folder
+        self.path = folder
         self._check(settings)
         self.config: Any = read_config(folder)
         self.config.__dict__.pop("quantization_config", None)
@@ -120,7 +120,7 @@ class Folder:
         self.generation_config: Any = read_generation_config(folder)
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        path = self.folder / "config.json"
+        path = self.path / "config.json"
         if settings.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}, got {settings.get('format_version')}")
         if not isinstance(settings.get("fused"), bool):
@@ -143,7 +143,7 @@ class Folder:
             return None
         found = LINEARS.get(self._kinds[module].partition(" ")[0])
         if found is None:
-            raise ValueError(f"{self.folder}: {module}.weight has unknown kind '{self._kinds[module]}'")
+            raise ValueError(f"{self.path}: {module}.weight has unknown kind '{self._kinds[module]}'")
         return found
 
     def describe(self, name: str) -> Facts:
@@ -151,7 +151,7 @@ class Folder:
         linear = self.linear(module) if module != name else None
         specs = {key: spec for key, spec in self._tensors.specs.items() if name in (key, key.rpartition(".")[0])}
         if name not in specs:
-            raise ValueError(f"{self.folder}: tensor {name} is missing")
+            raise ValueError(f"{self.path}: tensor {name} is missing")
         size = sum(spec.size_bytes for spec in specs.values())
         if linear is None:
             return Facts(dtype_name(specs[name].dtype), specs[name].shape, size)
@@ -161,7 +161,7 @@ class Folder:
             columns *= linear.weight_class._CODES_PER_ELEMENT
             group_size = columns // scales.shape[1]
         except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-            raise ValueError(f"{self.folder}: {name}: must have codes and scales, got {specs}") from error
+            raise ValueError(f"{self.path}: {name}: must have codes and scales, got {specs}") from error
         kind = self._kinds[module].partition(" ")[2]
         quantized = QuantizedFacts(group_size, scales.dtype, (kind,), f"{name}.perm" in specs)
         return Facts(self._kinds[module], (rows, columns), size, quantized)
@@ -177,7 +177,7 @@ class Folder:
         try:
             return linear.weight_class._from_state(tensors, self._kinds[module].partition(" ")[2])
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{self.folder}: {prefix}: {error}") from error
+            raise ValueError(f"{self.path}: {prefix}: {error}") from error
 
     def activations(self, module: str) -> dict[str, torch.Tensor]:
         linear = self.linear(module)
@@ -194,12 +194,12 @@ class Folder:
         left = sorted(self._tensors.specs.keys() - self._read)
         if left:
             raise ValueError(
-                f"{self.folder}: every tensor must have a place in {type(model).__name__} as "
+                f"{self.path}: every tensor must have a place in {type(model).__name__} as "
                 f"config.json describes it, {len(left)} have none: {', '.join(left[:3])}"
             )
         for name, dtype in self._cast.items():
             module_name, _, key = name.rpartition(".")
             module = dict(model.named_modules()).get(module_name)
             if module is None or module._buffers.get(key) is None:
-                raise ValueError(f"{self.folder / 'config.json'}: cast names {name}, which is no buffer of the model")
+                raise ValueError(f"{self.path / 'config.json'}: cast names {name}, which is no buffer of the model")
             module._buffers[key] = module._buffers[key].to(getattr(torch, dtype))

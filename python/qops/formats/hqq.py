@@ -142,7 +142,7 @@ class Hqq:
 
     def __init__(self, settings: Mapping[str, Any], options: Options, files: TensorFiles):
         options.refuse("HQQ")
-        self._shapes = linear_shapes(files.folder)
+        self._shapes = linear_shapes(files.folder, len(files.specs))
 
     def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
         if "W_q" not in specs:
@@ -172,11 +172,11 @@ class Hqq:
             kind=f"HQQ {4 if int4 else 8} bit",
             shape=(rows, columns),
             group_size=codes.shape[1],
+            keys=(*wanted, *sorted(_META & specs.keys() - wanted.keys())),
+            build=partial(_build, weight, (rows, columns)),
             scale_dtype=specs["scale"].dtype,
             kinds=("float_zero" if int4 else "offset",),
             act_order=False,
-            keys=(*wanted, *sorted(_META & specs.keys() - wanted.keys())),
-            build=partial(_build, weight, (rows, columns)),
         )
 
 

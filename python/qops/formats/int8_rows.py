@@ -88,6 +88,9 @@ def from_lmdeploy(weight: Tensor, scale: Tensor, *, pack: bool = True) -> Int8We
 # In folders ----------------------------------------------------------------------------------------------------------
 
 
+_FACTS: dict[str, Any] = {"scale_dtype": torch.float32, "kinds": ("symmetric",), "act_order": False}
+
+
 class Bitsandbytes:
     """bitsandbytes' 8-bit tensors in a folder (`qops.formats.folders.stored.Method`).
 
@@ -127,11 +130,9 @@ class Bitsandbytes:
             kind="LLM.int8()",
             shape=(rows, columns),
             group_size=columns,
-            scale_dtype=torch.float32,
-            kinds=("symmetric",),
-            act_order=False,
             keys=tuple(wanted),
             build=_build_bitsandbytes,
+            **_FACTS,
         )
 
 
@@ -162,11 +163,9 @@ class SmoothQuant:
             kind="smooth_quant int8",
             shape=(rows, columns),
             group_size=columns,
-            scale_dtype=torch.float32,
-            kinds=("symmetric",),
-            act_order=False,
             keys=tuple(wanted),
             build=lambda tensors: from_lmdeploy(**tensors, pack=False),
+            **_FACTS,
         )
 
 

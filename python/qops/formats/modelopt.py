@@ -151,10 +151,10 @@ class ModelOpt:
             kind=f"ModelOpt {self._algorithm}",
             shape=(rows, columns),
             group_size=columns // groups,
-            scale_dtype=specs["weight_scale"].dtype,
-            kinds=("symmetric",),
-            act_order=False,
             keys=tuple(wanted),
             build=lambda tensors: build(**tensors, pack=False),
             input_keys=tuple(inputs),
+            scale_dtype=torch.float32,
+            kinds=("symmetric",),
+            act_order=False,
         )

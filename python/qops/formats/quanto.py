@@ -69,7 +69,7 @@ def int4_weight(data: Tensor, scale: Tensor, shift: Tensor, *, shape: Sequence[i
         )
     codes = torch.cat([data & 15, data >> 4])[:rows].view(n, k)
     groups = rows // n
-    kind = "offset" if shift.is_floating_point() else "zero_point"
+    kind = _kind(shift.dtype)
     if kind == "zero_point":
         if not ((shift >= 0) & (shift <= 15)).all():
             raise ValueError(f"{name}: shift must be 0 ... 15, got {int(shift.min())} ... {int(shift.max())}")
@@ -84,6 +84,10 @@ def int4_weight(data: Tensor, scale: Tensor, shift: Tensor, *, shape: Sequence[i
         in_features=k,
         pack=pack,
     )
+
+
+def _kind(shift: torch.dtype) -> str:
+    return "offset" if shift.is_floating_point else "zero_point"
 
 
 def int8_weight(data: Tensor, scale: Tensor, *, pack: bool = True) -> Int8Weight:
@@ -135,7 +139,7 @@ class Quanto:
     def __init__(self, settings: Mapping[str, Any], options: Options, files: TensorFiles):
         options.refuse("quanto")
         self._types = {module: said for module, said in settings.items() if isinstance(said, dict)}
-        self._shapes = linear_shapes(files.folder)
+        self._shapes = linear_shapes(files.folder, len(files.specs))
 
     def stored(self, module: str, specs: Mapping[str, Spec]) -> Stored | None:
         if not any(key.startswith("weight._") for key in specs):
@@ -168,19 +172,16 @@ class Quanto:
         wanted |= {key: ((), SCALE_DTYPES) for key in _UNUSED if key in specs}
         require_specs(specs, wanted)
         int4 = said["weights"] == "qint4"
-        kind = "symmetric"
-        if int4:
-            kind = "zero_point" if specs["weight._shift"].dtype == torch.int8 else "offset"
         return Stored(
             linear=Int4Linear if int4 else Int8WeightOnlyLinear,
             kind=f"quanto {said['weights']}",
             shape=(rows, columns),
             group_size=group_size,
-            scale_dtype=specs["weight._scale"].dtype,
-            kinds=(kind,),
-            act_order=False,
             keys=tuple(wanted),
             build=partial(_build_int4, (rows, columns)) if int4 else _build_int8,
+            scale_dtype=specs["weight._scale"].dtype,
+            kinds=(_kind(specs["weight._shift"].dtype) if int4 else "symmetric",),
+            act_order=False,
         )
 
 

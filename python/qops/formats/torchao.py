@@ -256,11 +256,11 @@ class Torchao:
             kind=f"torchao {subclass} {linear.scheme}",
             shape=(rows, columns),
             group_size=columns // groups,
+            keys=tuple(wanted),
+            build=partial(_build, subclass, attributes),
             scale_dtype=scale.dtype,
             kinds=(_KINDS[subclass],),
             act_order=False,
-            keys=tuple(wanted),
-            build=partial(_build, subclass, attributes),
         )
 
 

@@ -27,8 +27,9 @@ from qops.formats.folders.pretrained import require_places
 from qops.formats.open import open_checkpoint
 from qops.models.load import build_model
 from qops.models.quantize import weight_bytes
-from qops.models.replacement import input_table, is_linear, is_tied, ones_for
+from qops.models.replacement import input_table, is_linear, is_tied
 from qops.nn import Int4Linear, Int8Linear, MergedLinear, QuantizedLinear
+from qops.nn.smoothed import neutral_input
 from qops.weights.requirements import dtype_name
 from qops.weights.state import QuantizedWeight
 
@@ -270,7 +271,8 @@ class _Headers:
         there = {key: f"{module}.{key}" for key in linear.static_input if self.holds(f"{module}.{key}")}
         self._asked |= set(there.values())
         given = dict.fromkeys(there, torch.zeros((), dtype=torch.int8))
-        return given | ones_for(linear, self.describe(f"{module}.weight").shape[1])
+        columns = self._checkpoint.describe(f"{module}.weight").shape[1]
+        return given | neutral_input(linear, columns, "cpu")
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self._checkpoint.names:

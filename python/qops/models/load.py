@@ -14,7 +14,7 @@ from torch import nn
 
 from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
-from qops.formats.folders.config import transformers_class
+from qops.formats.folders.config import model_without_storage
 from qops.formats.open import open_checkpoint
 from qops.models.replacement import (
     FusionPlan,
@@ -207,9 +207,27 @@ def build_model(
 
     Args:
         model: the :func:`skeleton` that is filled; by default one of the class and config that the checkpoint names.
+
+    Raises:
+        ValueError: of everything that does not fit, with the path of the checkpoint.
     """
+    try:
+        return _build_model(checkpoint, dtype, device, prove, model)
+    except ValueError as error:
+        if str(checkpoint.path) in str(error):
+            raise
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+
+
+def _build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool, model: Any
+) -> Any:
     if model is None:
-        model = skeleton(transformers_class((checkpoint.config.architectures or [None])[0]), checkpoint.config, dtype)
+        found = model_without_storage(checkpoint.path, checkpoint.config, len(checkpoint.names))
+        _require_fit(checkpoint, found)
+        model = skeleton(type(found), checkpoint.config, dtype)
+    else:
+        _require_fit(checkpoint, model)
 
     def fetch(name: str, module: Any) -> Weight:
         weight = checkpoint.weight(name)
@@ -298,6 +316,18 @@ def build_model(
     if checkpoint.generation_config is not None:
         model.generation_config = checkpoint.generation_config
     return model
+
+
+def _require_fit(checkpoint: Checkpoint, model: Any) -> None:
+    """Raises where a parameter or buffer of a model is missing or has another shape, before any is read."""
+    ties = model.all_tied_weights_keys
+    for name, tensor in model.state_dict().items():
+        if not checkpoint.holds(name):
+            if checkpoint.holds(ties.get(name, name)):
+                continue
+            raise ValueError(f"tensor {name} is missing")
+        if (found := list(checkpoint.describe(name).shape)) != list(tensor.shape):
+            raise ValueError(f"{name} must have shape {list(tensor.shape)}, got {found}")
 
 
 def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 from qops.formats._transformers import require_transformers
 from qops.nn import Int8Embedding, MergedLinear, MergingModule, QuantizedLinear, RMSNorm, frozen
 from qops.nn.hooks import forget_recording, is_watched
+from qops.nn.smoothed import neutral_input
 from qops.ops import rms_norm
 from qops.weights import Int8Weight
 from qops.weights.state import QuantizedWeight
@@ -132,12 +133,6 @@ _HOOKS = (
 _OTHER_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
 
 
-def ones_for(linear: type[QuantizedLinear], columns: int) -> dict[str, torch.Tensor]:
-    """What a linear of a class needs besides its weight, as ones: by the names of its constructor."""
-    needed = {"input_scale": torch.ones(()), "pre_quant_scale": torch.ones(columns)}
-    return {key: needed[key] for key in linear.static_input if key in needed}
-
-
 def require_kernels(
     caller: str,
     linears: Mapping[str, type[QuantizedLinear]],
@@ -163,7 +158,7 @@ def require_kernels(
     for (kind, logits), names in alike.items():
         weight: Any = kind.weight_class
         try:
-            static = {key: tensor.to(device) for key, tensor in ones_for(kind, 16).items()}
+            static = neutral_input(kind, 16, device)
             weight = weight(16, 16, -1, scale_dtype=torch.float32, device=device)
             kind(weight, None, float32_output=logits, **static)(torch.zeros(1, 16, dtype=dtype, device=device))
         # What torch raises for a device that it was not built for is an AssertionError.

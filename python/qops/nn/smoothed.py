@@ -41,6 +41,14 @@ class _Smoothed(QuantizedLinear):
         return (x * scale).to(x.dtype)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight of the dense linear that this one stands for: its columns are multiplied by the factors.
+
+        Args:
+            dtype: of the result; the exact products are rounded to float32, then to it.
+
+        Returns:
+            [N, K].
+        """
         exact = self.weight.dequantize().double() * self._buffers["pre_quant_scale"]
         return exact.float().to(dtype)
 
@@ -78,7 +86,15 @@ class Int4SmoothedLinear(_Smoothed, Int4Linear):
         self._hold(pre_quant_scale)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`Int4Linear`."""
+        """See :class:`Int4Linear`.
+
+        Args:
+            x: [..., K], any strides.
+            residual: as there.
+
+        Returns:
+            As there.
+        """
         return super().forward(self._smooth(x), residual)
 
 
@@ -114,6 +130,21 @@ class Int8StaticSmoothedLinear(_Smoothed, Int8StaticLinear):
 
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return super()._quantized(self._smooth(x))
+
+
+def neutral_input(kind: type[QuantizedLinear], in_features: int, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """The tensors of `static_input` that a class needs, all ones: for a linear whose numbers are of no interest.
+
+    Args:
+        kind: of a linear.
+        in_features: K.
+        device: of the tensors.
+
+    Returns:
+        Keyword arguments for the class.
+    """
+    sizes = {"input_scale": (), "pre_quant_scale": (in_features,)}
+    return {key: torch.ones(size, device=device) for key, size in sizes.items() if key in kind.static_input}
 
 
 # This module is imported with the package, so that a folder with these schemes is always read.

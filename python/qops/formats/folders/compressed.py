@@ -23,7 +23,9 @@ _INPUTS: dict[str, dict[str, Any] | None] = {
     "int8_compressed_tensors": _TOKEN | {"symmetric": True},
     "int8_torchao": _TOKEN | {"symmetric": True},
     "int8_asymmetric": _TOKEN | {"symmetric": False},
+    "int8_asymmetric_compressed_tensors": _TOKEN | {"symmetric": False},
     "int8_static": _TENSOR,
+    "int8_static_compressed_tensors": _TENSOR,
 }
 
 
@@ -89,7 +91,7 @@ def _zero_points(weight: QuantizedWeight, parts: Mapping[str, Tensor]) -> Tensor
     # An offset is -scale * zero point where another format with zero points was read.
     scales, offsets = parts["scales"].double(), parts["zeros"].double()
     zeros = torch.where(scales == 0, 0, -offsets / scales).round()
-    if bool((zeros.abs() > 127).any()) or not torch.equal(-scales * zeros + 0.0, offsets + 0.0):
+    if bool(((zeros < -128) | (zeros > 127)).any()) or not torch.equal(-scales * zeros + 0.0, offsets + 0.0):
         raise ValueError(f"{said}, but where all offsets are -scale * integer")
     return (zeros + 128).to(torch.uint8)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,13 @@ def read_config(folder: Path) -> Any:
     Raises:
         ValueError: `config.json` is malformed, or names a class that is not.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / "config.json"
     try:
         config: Any = AutoConfig.from_pretrained(folder)
         model_class = transformers_class((config.architectures or [None])[0])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # it comes from outside, and every class of Transformers takes another offence at it
         raise ValueError(f"{path}: {error}") from error
     if not _takes(model_class, config):
         wanted = model_class.config_class.model_type
@@ -60,24 +60,47 @@ def read_generation_config(folder: Path) -> Any:
         return None
     try:
         return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # as above
         raise ValueError(f"{path}: {error}") from error
 
 
-def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """(N, K) of each linear of a folder's model, by its name: what formats that store groups as rows do not say.
+def model_without_storage(path: Path, config: Any, tensors: int) -> Any:
+    """The model that a config describes, on the meta device: whatever the config says, it takes no memory.
+
+    Args:
+        path: of the checkpoint.
+        config: whose class is one of Transformers'.
+        tensors: how many the checkpoint has.
 
     Raises:
-        ValueError: as :func:`read_config`; no model can be built of the config.
+        ValueError: it describes more layers than there are tensors, or no model that can be made.
     """
     import torch
-    from torch import nn
 
-    config = read_config(folder)
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(f"{path}: config has {layers} layers, the files {tensors} tensors")
+    model_class = transformers_class((config.architectures or [None])[0])
     try:
         with torch.device("meta"):
-            model = transformers_class(config.architectures[0])(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+            return model_class(copy.deepcopy(config))
+    except Exception as error:  # it comes from outside, and every class of Transformers takes another offence at it
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: no {model_class.__name__} can be made of its config: {said}") from error
+
+
+def linear_shapes(folder: Path, tensors: int) -> dict[str, tuple[int, int]]:
+    """(N, K) of each linear of a folder's model, by its name: what formats that store groups as rows do not say.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: how many it has.
+
+    Raises:
+        ValueError: as :func:`read_config` and :func:`model_without_storage`.
+    """
+    from torch import nn
+
+    model = model_without_storage(folder, read_config(folder), tensors)
     linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return {name: (module.out_features, module.in_features) for name, module in linears}

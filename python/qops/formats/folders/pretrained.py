@@ -97,7 +97,7 @@ class PretrainedFolder:
         settings: its quantization config; default what the folder says.
 
     Attributes:
-        folder: as given.
+        path: the folder.
         files: the names of its safetensors files.
         method: the quant_method.
         format: what it is.
@@ -121,7 +121,7 @@ class PretrainedFolder:
         options: Options = Options(),  # noqa: B008 (immutable)
         settings: Mapping[str, Any] | None = None,
     ):
-        self.folder = folder
+        self.path = folder
         settings = read_settings(folder) if settings is None else settings
         self.method: str = settings["quant_method"]
         if self.method not in METHODS:
@@ -153,7 +153,7 @@ class PretrainedFolder:
 
     @functools.cached_property
     def config(self) -> Any:
-        config = read_config(self.folder)
+        config = read_config(self.path)
         config.__dict__.pop("quantization_config", None)
         config.__dict__.pop("compression_config", None)
         return config
@@ -171,7 +171,7 @@ class PretrainedFolder:
 
     @functools.cached_property
     def generation_config(self) -> Any:
-        return read_generation_config(self.folder)
+        return read_generation_config(self.path)
 
     def holds(self, name: str) -> bool:
         return name in self.names
@@ -199,7 +199,7 @@ class PretrainedFolder:
         try:
             return stored.build(tensors)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{self.folder}: {module}: {error}") from error
+            raise ValueError(f"{self.path}: {module}: {error}") from error
 
     def activations(self, module: str) -> dict[str, torch.Tensor]:
         stored = self.stored[module]
@@ -207,7 +207,7 @@ class PretrainedFolder:
 
     def tensor(self, name: str) -> torch.Tensor:
         if name.removesuffix(".weight") in self.stored and name.endswith(".weight"):
-            raise ValueError(f"{self.folder}: {name} is quantised, and must be dense where it stands in the model")
+            raise ValueError(f"{self.path}: {name} is quantised, and must be dense where it stands in the model")
         return self._take(name)
 
     def _take(self, name: str) -> torch.Tensor:
@@ -215,7 +215,7 @@ class PretrainedFolder:
         return self._files.read(name)
 
     def finish(self, model: Any) -> None:
-        require_places(str(self.folder), self._files.specs.keys() - self._read, model)
+        require_places(str(self.path), self._files.specs.keys() - self._read, model)
 
 
 def require_places(where: str, left: Collection[str], model: Any) -> None:

@@ -3,17 +3,20 @@
 A block holds 32 consecutive elements of one row, or 256 (the K-quants), whose scales then are products of a number of
 the block and a small integer of the group: exact in float32, not in float16. d, m, dmin are float16.
 
-    type   bytes  elements  group  w                          weight
-    Q4_0      18        32     32  d (q - 8)                  Int4Weight, "symmetric"
-    Q4_1      20        32     32  d q + m                    Int4Weight, "offset"
-    Q5_0      22        32     32  d (q - 16)                 Int8Weight, "symmetric"
-    Q5_1      24        32     32  d q + m                    Int8Weight, "offset"
-    Q8_0      34        32     32  d q                        Int8Weight, "symmetric"
-    Q2_K      84       256     16  (d s) q - (dmin m)         Int4Weight, "offset"
-    Q3_K     110       256     16  (d (s - 32)) (q - 4)       Int4Weight, "symmetric"
-    Q4_K     144       256     32  (d s) q - (dmin m)         Int4Weight, "offset"
-    Q5_K     176       256     32  (d s) q - (dmin m)         Int8Weight, "offset"
-    Q6_K     210       256     16  (d s) (q - 32)             Int8Weight, "symmetric"
+    type   bytes  elements  group  w                     weight                   bits an element, and in the file
+    Q4_0      18        32     32  d (q - 8)             Int4Weight, "symmetric"   4.5   4.5
+    Q4_1      20        32     32  d q + m               Int4Weight, "offset"      5.5   5
+    Q5_0      22        32     32  d (q - 16)            Int8Weight, "symmetric"   8.5   5.5
+    Q5_1      24        32     32  d q + m               Int8Weight, "offset"      9.5   6
+    Q8_0      34        32     32  d q                   Int8Weight, "symmetric"   8.5   8.5
+    Q2_K      84       256     16  (d s) q - (dmin m)    Int4Weight, "offset"      8     2.63
+    Q3_K     110       256     16  (d (s - 32)) (q - 4)  Int4Weight, "symmetric"   6     3.44
+    Q4_K     144       256     32  (d s) q - (dmin m)    Int4Weight, "offset"      6     4.5
+    Q5_K     176       256     32  (d s) q - (dmin m)    Int8Weight, "offset"     10     5.5
+    Q6_K     210       256     16  (d s) (q - 32)        Int8Weight, "symmetric"  10     6.56
+
+At M = 1, where a product reads its weight once and little else, it reads so many bits: of Q4_K 1.33 times what is in
+the file, of Q6_K 1.52, of Q3_K 1.75, of Q5_K 1.82, of Q2_K 3.05 times.
 
 Offsets are stored as -(dmin m), whose zeros have signs: w then has that of ggml's zero, too.
 """

@@ -215,7 +215,7 @@ class GGUFFile:
             "rope_parameters": architecture.rope(contents, sizes, architecture.rope_base),
             "tie_word_embeddings": self._is_tied(),
             "bos_token_id": contents.token_id("bos", vocab_size),
-            "eos_token_id": contents.token_id("eos", vocab_size),
+            "eos_token_id": self._ends(vocab_size),
             "pad_token_id": contents.token_id("padding", vocab_size),
             "architectures": [f"{architecture.prefix}ForCausalLM"],
         }
@@ -225,6 +225,13 @@ class GGUFFile:
             arguments["attention_bias"] = self._has_bias("self_attn.q_proj")
             arguments["mlp_bias"] = self._has_bias("mlp.gate_proj")
         return getattr(transformers, architecture.config)(**arguments, **architecture.own(contents, sizes))
+
+    def _ends(self, vocab_size: int) -> int | list[int] | None:
+        """What ends a text; and what ends a turn, where that is another token, as llama.cpp takes it too."""
+        text, turn = (self._contents.token_id(token, vocab_size) for token in ("eos", "eot"))
+        if text is None or turn is None or text == turn:
+            return turn if text is None else text
+        return [text, turn]
 
     def _vocab_size(self) -> int:
         return self._contents.key(".vocab_size", int, self._contents.shape("token_embd.weight")[0])
