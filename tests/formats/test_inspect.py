@@ -130,7 +130,9 @@ def test_what_is_inspected_is_what_is_loaded(tmp_path, case, dtype):
         len(part.kinds) > 1 or part.act_order is None for part in found.parts if part.kinds
     )
     assert loaded <= found.memory_bytes <= 1.2 * loaded and (is_open or found.memory_bytes == loaded)
-    assert found.memory_bytes - 1000 < parts <= found.memory_bytes < found.peak_bytes
+    # Parts are parameters: what a model computes itself is none, nor the factors of inputs.
+    rest = 4000 if "ModelOpt" in case else 1000
+    assert found.memory_bytes - rest < parts <= found.memory_bytes < found.peak_bytes
 
 
 def test_nothing_is_read(tmp_path, monkeypatch):
