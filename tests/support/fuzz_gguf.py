@@ -180,7 +180,12 @@ def bases(folder: Path) -> list[Container]:
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
 # Small enough for a forward of many, and for K-quants as wide as one of their blocks.
-SMALL = {"vocab_size": VOCAB, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 FAMILIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("smollm3", "Q5_0", {"no_rope_layer_interval": 4}),
     ("qwen2", "Q5_1", {"use_sliding_window": False}),

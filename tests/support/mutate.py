@@ -61,7 +61,9 @@ SELECTIONS = (
     Selection("python/qops/ops/*.py", _tests("{stem}", "bad_input", "properties")),
     Selection("python/qops/models/proof.py", _tests("proof")),
     Selection("python/qops/models/*.py", _tests("model", "families", "smoothing", "saving", "hooks")),
-    Selection("python/qops/formats/*.py", _tests("gguf", "gguf_blocks", "gguf_architectures", "saving", "model")),
+    Selection("python/qops/formats/gguf/blocks.py", _tests("gguf_blocks", "gguf_real")),
+    Selection("python/qops/formats/gguf/*.py", _tests("gguf", "gguf_architectures")),
+    Selection("python/qops/formats/*.py", _tests("gguf", "saving", "model")),
     Selection("python/qops/nn/*.py", _tests("nn", "nn_inputs", "safetensors", "offload")),
     Selection("python/qops/*.py", _tests("{stem}")),
     Selection(
