@@ -25,7 +25,7 @@ from qops.models.inspect import inspect_checkpoint
 from qops.models.quantize import weight_bytes
 from qops.nn import QuantizedLinear
 from qops.testing import assert_bitwise
-from tests.support.formats import folders
+from tests.support.formats import folders, package_folders
 from tests.support.formats.folders import write_as
 from tests.support.models.families import IDS, PARTLY, random_model
 from tests.support.models.gguf_files import HIDDEN, llama_file
@@ -42,7 +42,22 @@ FOLDERS = {
     "compressed-tensors": folders.compressed_tensors(),
     "compressed-tensors asymmetric": folders.compressed_tensors(symmetric=False),
     "compressed-tensors 8 bits": folders.compressed_tensors(bits=8, group_size=-1),
+    "compressed-tensors static": folders.compressed_tensors(bits=8, group_size=-1, packed=False, inputs=STATIC),
     "compressed-tensors W8A8": folders.compressed_tensors(bits=8, group_size=-1, packed=False, inputs=DYNAMIC),
+}
+# Written without a package: whole folders.
+PACKAGES = {
+    "HQQ": lambda: package_folders.hqq(4),
+    "HQQ 8 bits": lambda: package_folders.hqq(8),
+    "quanto qint4": lambda: package_folders.quanto("qint4"),
+    "quanto qint8": lambda: package_folders.quanto("qint8"),
+    "bitsandbytes": package_folders.bitsandbytes,
+    "lmdeploy": package_folders.smooth_quant,
+    "ModelOpt AWQ": lambda: package_folders.modelopt("W4A16_AWQ", smoothed=True),
+    "ModelOpt SmoothQuant": lambda: package_folders.modelopt("W8A8_SQ_PER_CHANNEL", smoothed=True),
+    "torchao Int8Tensor": lambda: package_folders.torchao("Int8Tensor", dynamic=True),
+    "torchao Int4Tensor": lambda: package_folders.torchao("Int4Tensor"),
+    "torchao Intx": lambda: package_folders.torchao("IntxUnpackedToInt8Tensor"),
 }
 FILES = {
     "Q4_0, tied": {"weights": "Q4_0", "table": "Q4_1"},
@@ -50,7 +65,9 @@ FILES = {
     "Q5_0 and Q8_0": {"weights": "Q5_0", "overrides": {"blk.1.ffn_up": "Q8_0"}},
     "F16": {"weights": "Q4_0", "overrides": {"blk.0.attn_q": "F16"}, "table": "F16", "bias": True},
 }
-CASES = [*FOLDERS, *FILES, "saved"]
+# In which linears of one input differ in what is not read, and so are not merged.
+DIFFERENT = ("gptq symmetric act-order", "ModelOpt AWQ", "ModelOpt SmoothQuant")
+CASES = [*FOLDERS, *PACKAGES, *FILES, "saved"]
 
 
 def write(case: str, path: Path) -> Path:
@@ -58,6 +75,8 @@ def write(case: str, path: Path) -> Path:
         scheme = {"lm_head": "int8_weight_only", "*.down_proj": "int8", "*": qops.Int4(16, symmetric=False)}
         qops.save_model(qops.quantize_model(random_model("qwen2"), scheme), path)
         return path
+    if case in PACKAGES:
+        return PACKAGES[case]().write(path)
     if case in FILES:
         return llama_file(**FILES[case]).write(path / "model.gguf")
     return write_as(*FOLDERS[case]).write(path)
@@ -98,16 +117,22 @@ def test_what_is_inspected_is_what_is_loaded(tmp_path, case, dtype):
     products = {
         name: (product.operator, product.shape) for product in found.products if product.plans for name in product.names
     }
-    # Linears of one input have one order, or are not merged, and the orders have not been read.
-    assert "act-order" in case or products == {
-        name.removesuffix(".merged"): (part.operator, (part.out_features, part.in_features))
-        for name, part in linears.items()
-    }
+    if case in DIFFERENT:
+        assert "that differ in" in str(found)
+    else:
+        assert products == {
+            name.removesuffix(".merged"): (part.operator, (part.out_features, part.in_features))
+            for name, part in linears.items()
+        }
     # What its zero points or its order decide is counted at its largest.
     loaded, parts = weight_bytes(model), sum(part.memory_bytes for part in found.parts)
-    is_open = any(len(part.kinds) > 1 or part.act_order is None for part in found.parts if part.kinds)
+    is_open = case in DIFFERENT or any(
+        len(part.kinds) > 1 or part.act_order is None for part in found.parts if part.kinds
+    )
     assert loaded <= found.memory_bytes <= 1.2 * loaded and (is_open or found.memory_bytes == loaded)
-    assert found.memory_bytes - 1000 < parts <= found.memory_bytes < found.peak_bytes
+    # Parts are parameters: what a model computes itself is none, nor the factors of inputs.
+    rest = 4000 if "ModelOpt" in case else 1000
+    assert found.memory_bytes - rest < parts <= found.memory_bytes < found.peak_bytes
 
 
 def test_nothing_is_read(tmp_path, monkeypatch):

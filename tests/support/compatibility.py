@@ -186,13 +186,14 @@ ROWS = (
         _SAVED.format("torchao_dynamic"),
     ),
     Row(
-        "torchao Int4Tensor, Intx of 4 bits",
+        "torchao Intx of 4 bits",
         "int4_gemm",
-        _EVERY.format("torchao Int(4Tensor|xUnpacked)"),
-        _EACH.format("torchao Int(4Tensor|xUnpacked)"),
+        _EVERY.format("torchao IntxUnpacked"),
+        _EACH.format("torchao IntxUnpacked"),
         "torchao",
         r"test_package\[torchao_intx",
     ),
+    Row("torchao Int4Tensor", "int4_gemm", _EVERY.format("torchao Int4Tensor"), _EACH.format("torchao Int4Tensor")),
     Row(
         "lmdeploy smooth_quant",
         "int8_gemm",

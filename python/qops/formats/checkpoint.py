@@ -24,14 +24,14 @@ class QuantizedFacts:
 
     Attributes:
         group_size: columns of K that share a scale.
-        scale_dtype: None where it is not known.
+        scale_dtype: float16, bfloat16 or float32.
         kinds: those of its class that it may have. More than one where its numbers decide: zero points that are all 8
             make a symmetric weight.
         act_order: whether its columns are in another order than those of w; None where its numbers decide.
     """
 
     group_size: int
-    scale_dtype: torch.dtype | None
+    scale_dtype: torch.dtype
     kinds: tuple[str, ...]
     act_order: bool | None
 

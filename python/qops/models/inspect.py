@@ -68,6 +68,7 @@ class Part:
         group_size: None where it is dense, as of the following two.
         kinds: what the weight may be; which one of several its numbers decide.
         act_order: None also where its numbers decide.
+        static_input: the tensors besides that its input is quantised with.
         why_dense: why it becomes dense though it is stored quantised; None else.
         stored_bytes: of all.
         memory_bytes: of all, once loaded; at most, where the kind is open.
@@ -81,6 +82,7 @@ class Part:
     group_size: int | None
     kinds: tuple[str, ...]
     act_order: bool | None
+    static_input: tuple[str, ...]
     why_dense: str | None
     stored_bytes: int
     memory_bytes: int
@@ -165,9 +167,9 @@ class Inspection:
         if open_kinds:
             lines.append("Which of two kinds a weight has its zero points decide; the larger is counted.")
         if any(part.act_order is None and part.group_size is not None for part in self.parts):
-            lines.append(
-                "act-order ?: tensors that were not read decide it; linears of different orders are not merged."
-            )
+            lines.append("act-order ?: not read; linears of one input that differ in it are not merged.")
+        if static := dict.fromkeys(key for part in self.parts for key in part.static_input):
+            lines.append(f"{', '.join(static)}: not read; linears of one input that differ in them are not merged.")
         dense = [part for part in self.parts if part.why_dense is not None]
         lines += [f"dense: {_places(part.names)}: {part.why_dense}" for part in dense]
         lines += ["", _table((*_PRODUCT_COLUMNS, f"on this CPU, at level {build_info()['isa']}"), self._product_rows())]
@@ -292,7 +294,7 @@ def _without_numbers(linear: type[QuantizedLinear], fact: Facts, quantized: Quan
         rows,
         quantized.group_size,
         max(quantized.kinds, key=_ZERO_BYTES.__getitem__),
-        scale_dtype=quantized.scale_dtype or torch.float32,
+        scale_dtype=quantized.scale_dtype,
         device="meta",
     )
 
@@ -351,6 +353,7 @@ def _parts(
                 group_size=None if quantized is None else quantized.group_size,
                 kinds=() if quantized is None else quantized.kinds,
                 act_order=None if quantized is None else quantized.act_order,
+                static_input=() if quantized is None else linear(names[0].rpartition(".")[0]).static_input,
                 why_dense=fact.why_dense,
                 stored_bytes=sum(facts[name].size_bytes for name in names),
                 memory_bytes=sum(memory[name] for name in names),
@@ -411,8 +414,8 @@ def _problem(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Any]:
         return {"out_dtype": dtype, "epilogue": epilogue}
     problem: dict[str, Any] = {"group_size": linear.weight.group_size, "dtype": dtype}
     if isinstance(linear, Int4Linear):
-        problem |= {"kind": linear.weight.kind, "epilogue": epilogue}
-    return problem
+        return problem | {"kind": linear.weight.kind, "epilogue": epilogue}
+    return problem | {"zeros": linear.weight.kind != "symmetric"}
 
 
 def _why_not_on_cuda(operator: str, problem: Mapping[str, Any]) -> str | None:

@@ -42,27 +42,25 @@ class Stored:
         linear: what multiplies with it.
         kind: how it is stored, in the words of its format.
         shape: (N, K).
-        group_size: columns of K that share a scale.
+        group_size, scale_dtype, kinds, act_order: as of :class:`qops.formats.checkpoint.QuantizedFacts`.
         keys: the last parts of the names of its tensors.
         build: the weight, not packed yet, from those tensors.
         input_keys: the same of the tensors of `linear.static_input`.
-        scale_dtype, kinds, act_order: as of :class:`qops.formats.checkpoint.QuantizedFacts`; None says nothing.
     """
 
     linear: type[QuantizedLinear]
     kind: str
     shape: tuple[int, int]
     group_size: int
+    scale_dtype: torch.dtype
+    kinds: tuple[str, ...]
+    act_order: bool | None
     keys: tuple[str, ...]
     build: Callable[[Mapping[str, Tensor]], QuantizedWeight]
     input_keys: tuple[str, ...] = ()
-    scale_dtype: torch.dtype | None = None
-    kinds: tuple[str, ...] | None = None
-    act_order: bool | None = None
 
     def facts(self) -> QuantizedFacts:
-        kinds = self.linear.weight_class.KINDS if self.kinds is None else self.kinds
-        return QuantizedFacts(self.group_size, self.scale_dtype, kinds, self.act_order)
+        return QuantizedFacts(self.group_size, self.scale_dtype, self.kinds, self.act_order)
 
 
 class Method(Protocol):
