@@ -548,7 +548,7 @@ SCALES = "model.layers.1.mlp.up_proj.weight.scales"
         ),
         (lambda f: edit_config(f, lambda c: c.update(intermediate_size=64)), r"shape \[64, 64\], got \[96, 64\]"),
         (lambda f: edit_tensors(f, lambda t: t.pop(QWEIGHT)), f"tensor {QWEIGHT} must be codes of shape .*got None"),
-        (lambda f: edit_tensors(f, lambda t: t.pop(SCALES)), f"tensor {SCALES} is missing"),
+        (lambda f: edit_tensors(f, lambda t: t.pop(SCALES)), "up_proj.weight: must have codes and scales"),
         (
             lambda f: edit_tensors(f, lambda t: t.update({QWEIGHT: t[QWEIGHT][0].clone()})),
             r"up_proj\.weight must be codes of shape \[1, N, bytes\], got uint8 \[96, 32\]",
@@ -558,7 +558,7 @@ SCALES = "model.layers.1.mlp.up_proj.weight.scales"
         (lambda f: edit_tensors(f, lambda t: t.update({QWEIGHT: t[QWEIGHT].float()})), "up_proj.weight: .*uint8"),
         (
             lambda f: edit_tensors(f, lambda t: t.update({QWEIGHT: t[QWEIGHT][:, :40].clone()})),
-            "up_proj.weight: .*shape",
+            "up_proj.weight must have shape",
         ),
     ],
 )
