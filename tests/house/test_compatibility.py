@@ -30,5 +30,5 @@ def test_every_claim_has_tests():
     compatibility.shown(dict.fromkeys(names, "skipped"))
     with pytest.raises(ValueError, match="no test is named"):
         compatibility.shown({name: "skipped" for name in names if "test_gptq_of_8_bits" not in name})
-    with pytest.raises(ValueError, match="GPTQ, 8 bits: a test of .* failed"):
+    with pytest.raises(ValueError, match=r"GPTQ, 8 bits: a test of .* failed"):
         compatibility.shown({name: "failed" if "test_gptq_of_8_bits" in name else "skipped" for name in names})

@@ -1,7 +1,7 @@
 """The table of checkpoints in README.md, from results of tests: ``python -m tests.support.compatibility``
 
-Runs the tests of formats and integrations here, and writes what passed to ``tests/data/compatibility.json`` and, between
-its markers, to README.md. Tests that need a package or real checkpoints which are not here are skipped, and what they
+Runs the tests of formats and integrations here, and writes what passed to ``tests/data/compatibility.json`` and to
+README.md, between its markers. Tests that need a package or real checkpoints which are not here are skipped, and what they
 had shown before stays; one that fails ends it. ``--render`` runs nothing and writes the table of what is recorded.
 """
 

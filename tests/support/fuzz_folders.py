@@ -115,28 +115,31 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def _settings(files: Files) -> Any:
+def _settings_places(files: Files) -> list[tuple[Any, Any]]:
+    """Those of the quantization config, wherever it stands."""
     config = files.json["config.json"]
-    return config.get("quantization_config") or files.json.get("quanto_qmap.json") or config
+    settings = config.get("quantization_config") or files.json.get("quanto_qmap.json")
+    return _places(settings) if settings else _config_places(files)
+
+
+def _config_places(files: Files) -> list[tuple[Any, Any]]:
+    """All but what a model is to return, which is Transformers' own business in each forward."""
+    returned = ("output_", "return_dict", "use_return_dict")
+    return [place for place in _places(files.json["config.json"]) if not str(place[1]).startswith(returned)]
 
 
 def change_settings(rng: random.Random, files: Files) -> None:
-    places = _places(_settings(files))
+    places = _settings_places(files)
     if places:
         container, key = rng.choice(places)
         container[key] = absurd(rng)
 
 
 def drop_setting(rng: random.Random, files: Files) -> None:
-    places = _places(_settings(files))
+    places = _settings_places(files)
     if places:
         container, key = rng.choice(places)
         del container[key]
-
-
-def _config_places(files: Files) -> list[tuple[Any, Any]]:
-    """All but what a model is to return, which is Transformers' own business in each forward."""
-    return [place for place in _places(files.json["config.json"]) if not str(place[1]).startswith("output_")]
 
 
 def change_config(rng: random.Random, files: Files) -> None:
