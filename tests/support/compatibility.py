@@ -1,8 +1,8 @@
 """The table of checkpoints in README.md, from results of tests: ``python -m tests.support.compatibility``
 
 Runs the tests of formats and integrations here, and writes what passed to ``tests/data/compatibility.json`` and to
-README.md, between its markers. Tests that need a package or real checkpoints which are not here are skipped, and what they
-had shown before stays; one that fails ends it. ``--render`` runs nothing and writes the table of what is recorded.
+README.md, between its markers. Tests that need a package or real checkpoints which are not here are skipped, and what
+they had shown before stays; one that fails ends it. ``--render`` runs nothing and writes the table of what is recorded.
 """
 
 from __future__ import annotations
