@@ -116,7 +116,7 @@ def _gemm(
 
 def _columns(words: Tensor) -> Tensor:
     """Nibbles in the order of their columns: int32 [A, B] -> uint8 [A, 8 B]."""
-    nibbles = unpack(words, 4, 1).view(*words.shape, 8)
+    nibbles = unpack(words, 4).view(*words.shape, 8)
     return nibbles[..., list(_NIBBLE_OF_COLUMN)].flatten(1)
 
 
@@ -139,7 +139,7 @@ def _gemv(
                 f"{name}: qzeros must have shape [N, Z] with N = {rows} and 8 Z >= K/G = {groups}, "
                 f"got {list(qzeros.shape)}"
             )
-        zeros = unpack(qzeros, 4, 1)[:, :groups].contiguous()
+        zeros = unpack(qzeros, 4)[:, :groups].contiguous()
     return qweight.contiguous().view(torch.uint8), zeros, scales[:, :groups].contiguous()
 
 

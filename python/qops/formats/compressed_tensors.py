@@ -70,7 +70,7 @@ def int4_weight(
         # Eight codes of a row from the lowest bits on: four bytes of the canonical form, on a little-endian machine.
         codes = weight_packed.contiguous().view(torch.uint8)
     else:
-        codes = pairs(unpack(weight_packed, 4, 1)[:, perm.long()])
+        codes = pairs(unpack(weight_packed, 4)[:, perm.long()])
     zeros = _zero_points(name, weight_zero_point, weight_scale, 4)
     zeros = None if zeros is None or bool((zeros == 8).all()) else zeros
     return Int4Weight.from_canonical(
@@ -173,7 +173,7 @@ def _zero_points(name: str, packed: Tensor | None, scale: Tensor, bits: int) -> 
             f"{name}: weight_zero_point must have shape [N/{in_word}, K/G] where weight_scale has shape "
             f"{list(scale.shape)}, got {list(packed.shape)}"
         )
-    return unpack(packed, bits, 0)[: scale.shape[0]].contiguous()
+    return unpack(packed.T, bits)[:, : scale.shape[0]].T.contiguous()
 
 
 # In folders ----------------------------------------------------------------------------------------------------------

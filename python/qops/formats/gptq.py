@@ -68,11 +68,8 @@ def int4_weight(
     name = "qops.formats.gptq.int4_weight"
     zeros, columns = _checked(name, qweight, qzeros, scales, zero_add, 4)
     perm = None if g_idx is None else order_of_groups(name, g_idx, columns, scales.shape[0])
-    if perm is None:
-        # Eight codes of a row from the lowest bits on: four bytes of the canonical form, on a little-endian machine.
-        codes = qweight.T.contiguous().view(torch.uint8)
-    else:
-        codes = pairs(unpack(qweight, 4, 0)[perm.long()].T.contiguous())
+    # Eight codes of a row from the lowest bits on: four bytes of the canonical form, on a little-endian machine.
+    codes = qweight.T.contiguous().view(torch.uint8) if perm is None else pairs(unpack(qweight.T, 4)[:, perm.long()])
     zeros = zeros.T.contiguous()
     symmetric = bool((zeros == 8).all())
     return Int4Weight.from_canonical(
@@ -116,10 +113,8 @@ def int8_weight(
     name = "qops.formats.gptq.int8_weight"
     zeros, columns = _checked(name, qweight, qzeros, scales, zero_add, 8)
     perm = None if g_idx is None else order_of_groups(name, g_idx, columns, scales.shape[0])
-    if perm is None:
-        codes = qweight.T.contiguous().view(torch.uint8)
-    else:
-        codes = unpack(qweight, 8, 0)[perm.long()].T.contiguous()
+    codes = unpack(qweight.T, 8)
+    codes = codes if perm is None else codes[:, perm.long()]
     return int8_from_unsigned(name, codes, zeros.T.contiguous(), scales.T.contiguous(), perm, pack=pack)
 
 
@@ -147,7 +142,7 @@ def zero_points(name: str, qzeros: Tensor, bits: int, zero_add: str | None) -> T
     """The zero points that are stored along the rows of words, uint8 [A, B] -> [A, B * 32 / bits]."""
     if zero_add is not None and zero_add not in _ADDED:
         raise ValueError(f'{name}: zero_add must be "word", "nibble" or "none", got {zero_add!r}')
-    stored, most = unpack(qzeros, bits, 1), (1 << bits) - 1
+    stored, most = unpack(qzeros, bits), (1 << bits) - 1
     if zero_add == "none":
         return stored
     if stored.numel() == 0 or int(stored.max()) < most:  # no carry, however it is added
@@ -157,7 +152,7 @@ def zero_points(name: str, qzeros: Tensor, bits: int, zero_add: str | None) -> T
     by_nibble = (stored + 1).bitwise_and_(most)
     if zero_add == "nibble":
         return by_nibble
-    by_word = unpack(qzeros + sum(1 << shift for shift in range(0, 32, bits)), bits, 1)
+    by_word = unpack(qzeros + sum(1 << shift for shift in range(0, 32, bits)), bits)
     differ = int((by_word != by_nibble).sum())
     if zero_add is None and differ:
         warnings.warn(
@@ -261,7 +256,7 @@ class Gptq:
 
     def _build(self, weight: Any, middle: int, tensors: Mapping[str, Tensor]) -> Any:
         if self._labelled_2:
-            stored = unpack(tensors["qzeros"], middle.bit_length() // 4 * 4, 1)
+            stored = unpack(tensors["qzeros"], middle.bit_length() // 4 * 4)
             if bool((stored == middle - 1).all()):
                 raise ValueError(
                     f"every stored zero point is {middle - 1}, which version 1 of the format stores of a symmetric "

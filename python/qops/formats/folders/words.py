@@ -17,26 +17,23 @@ def require_words(name: str, label: str, words: Any) -> None:
     require_dtype(name, label, words, torch.int32)
 
 
-def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
-    """Codes, one in a byte.
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Codes, one in a byte, of which neighbours along a row share a word.
 
     Args:
         words: int32 [A, B].
         bits: 4 or 8, of a code.
-        dim: along which neighbours share a word.
 
     Returns:
-        uint8 [A * 32 / bits, B] or [A, B * 32 / bits].
+        uint8 [A, B * 32 / bits].
     """
-    if dim == 0:
-        return unpack(words.T, bits, 1).T
     # Bytes from the lowest bits on, on a little-endian machine: a quarter of what shifted words would move.
     codes = words.contiguous().view(torch.uint8)
     return codes if bits == 8 else torch.stack((codes & 15, codes >> 4), -1).flatten(1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """The inverse of :func:`unpack` along rows: uint8 [A, B] -> int32 [ceil(A * bits / 32), B], zeros at the end."""
+    """The inverse of :func:`unpack`, on columns: uint8 [A, B] -> int32 [ceil(A * bits / 32), B], zeros at the end."""
     in_word = 32 // bits
     rows = nn.functional.pad(codes.int(), (0, 0, 0, -codes.shape[0] % in_word)).unflatten(0, (-1, in_word))
     words = torch.zeros_like(rows[:, 0])
