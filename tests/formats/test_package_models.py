@@ -9,8 +9,7 @@ import torch
 
 from qops import load_model, quantize_int8
 from qops.nn import Int4SmoothedLinear, Int8Linear, Int8StaticLinear, Int8StaticSmoothedLinear, Int8TorchaoLinear
-from tests.support.models.families import IDS, random_model
-from tests.support.package_models import (
+from tests.support.formats.package_models import (
     SAVERS,
     bitsandbytes,
     lmdeploy,
@@ -19,6 +18,7 @@ from tests.support.package_models import (
     modelopt_static,
     torchao_dynamic,
 )
+from tests.support.models.families import IDS, random_model
 
 LAYER = "model.layers.1.mlp.down_proj"
 # By the layer: what is rounded to integers goes apart on its way through a model; and ModelOpt's export of AWQ gives

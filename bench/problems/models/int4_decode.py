@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from bench.problems.shared.draws import Random
 from bench.problems.shared.model import ROPE_THETA, ModelOperator, linears
 from bench.problems.shared.operator import EPS, Traffic, sizes_of
 from bench.problems.shared.provider import Axes, Formula, Provider, Result, dense
+from qops.formats.checkpoint import Facts, QuantizedFacts
 from qops.models.load import build_model, dense_model
 from qops.ops.rms_norm import rms_norm_ref
 from qops.ops.rotary import rotary_ref
@@ -200,14 +202,25 @@ class Weights:
             architectures=["LlamaForCausalLM"],
         )
         self.dtype, self.fuses, self.generation_config = p.dtype, True, None
+        self.format, self.path = "int4_decode", Path("int4_decode")
         self._weights: dict[str, Tensor | Int4Matrix] = {
             **{"model.embed_tokens": p.table, "model.norm": p.norm, "lm_head": p.head},
             **{f"model.layers.{i}.{part}": w for i, layer in enumerate(p.layers) for part, w in layer.linears.items()},
             **{f"model.layers.{i}.{part}": w for i, layer in enumerate(p.layers) for part, w in layer.norms.items()},
         }
 
+        self.names = frozenset(f"{module}.weight" for module in self._weights)
+
     def holds(self, name: str) -> bool:
-        return name.removesuffix(".weight") in self._weights
+        return name in self.names
+
+    def describe(self, name: str) -> Facts:
+        found = self._weights[name.removesuffix(".weight")]
+        if not isinstance(found, Int4Matrix):
+            return Facts("dense", tuple(found.shape), found.nbytes)
+        (rows, half), groups = found.qweight.shape, found.scales.shape[1]
+        quantized = QuantizedFacts(2 * half // groups, found.scales.dtype, ("symmetric",), act_order=False)
+        return Facts("int4", (rows, 2 * half), found.qweight.nbytes + found.scales.nbytes, quantized)
 
     def linear(self, module: str) -> type[qops.nn.Int4Linear] | None:
         return qops.nn.Int4Linear if isinstance(self._weights[module], Int4Matrix) else None
@@ -220,6 +233,9 @@ class Weights:
         if not isinstance(found, Int4Matrix):
             return found
         return qops.Int4Weight.from_canonical(*found, kind="symmetric", pack=False)
+
+    def activations(self, module: str) -> dict[str, Tensor]:
+        return {}
 
     def tensor(self, name: str) -> Tensor:
         raise ValueError(f"{name}: there are weights alone")

@@ -217,13 +217,17 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _prepared_folder(clock: Stopwatch) -> Path:
     """The cached model folder, made if need be. The cached files' digests are computed while transformers imports."""
+    from qops.formats.folder import FORMAT_VERSION
+
     cache = artefact.Cache()
     with ThreadPoolExecutor(max_workers=1) as pool:
-        is_valid = pool.submit(cache.prepared_is_valid, qops.__version__)
+        # Of another version of qops, or of folders, it is made again.
+        version = f"{qops.__version__}, folders {FORMAT_VERSION}"
+        is_valid = pool.submit(cache.prepared_is_valid, version)
         _import_model_code()
         clock.lap("imports")
         if not is_valid.result():
-            cache.ensure_prepared(_prepare, qops.__version__)
+            cache.ensure_prepared(_prepare, version)
             clock.lap("fetching and preparing the model")
     return cache.prepared
 
