@@ -253,6 +253,7 @@ def test_awq_without_zero_points_is_read_when_it_is_called_symmetric(tmp_path):
         (folders.gptq(), {"symmetric": True}, "symmetric has no meaning for checkpoints of GPTQ"),
         (folders.compressed_tensors(), {"zero_add": "none"}, "no meaning for checkpoints of compressed-tensors"),
         (folders.awq(), {"symmetric": True}, "tensor qzeros is there, and symmetric=True says that there is none"),
+        (folders.gptq(), {"zero_add": ""}, 'zero_add must be "word", "nibble" or "none", got \'\''),
         (folders.gptq(), {"zero_add": "both"}, 'zero_add must be "word", "nibble" or "none", got \'both\''),
     ],
 )
@@ -446,11 +447,71 @@ def test_files_that_are_none(tmp_path):
         load_model(path)
 
 
-def test_dtypes_that_nobody_multiplies(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2])
+def test_codes_without_a_scale_are_no_dense_weight(tmp_path, dtype):
     written = write_as(*folders.gptq())
-    written.tensors["model.norm.weight"] = written.tensors["model.norm.weight"].to(torch.float8_e5m2)
-    model = load_model(written.write(tmp_path), torch.float32)  # a norm may be stored so
-    assert_bitwise(model.model.norm.weight, written.tensors["model.norm.weight"].float())
+    written.tensors["model.norm.weight"] = written.tensors["model.norm.weight"].to(dtype)
+    with pytest.raises(
+        ValueError, match=r"tensor model\.norm\.weight must be of floating point where nothing scales it"
+    ):
+        load_model(written.write(tmp_path / "norm"))
+    written = write_as(*folders.compressed_tensors(bits=8, group_size=-1, packed=False))
+    del written.tensors[f"{_LAYER}.weight_scale"]
+    with pytest.raises(ValueError, match=r"down_proj\.weight must be of floating point .* got int8 \[64, 96\]"):
+        load_model(written.write(tmp_path / "linear"))
+
+
+def test_code_of_a_folder_is_not_run(tmp_path, monkeypatch):
+    written = write_as(*folders.gptq())
+    written.config |= {"model_type": "their_own", "auto_map": {"AutoConfig": "theirs.Config"}}
+    path = written.write(tmp_path)
+    (path / "theirs.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match=r"config\.json: .*trust_remote_code"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ["re:("]}, "missing \\), unterminated subpattern"),
+        ({"weights": {"actorder": "group"}}, "tensor weight_g_idx is missing, and actorder says"),
+    ],
+)
+def test_config_groups_that_cannot_be_followed(tmp_path, change, message):
+    written = write_as(*folders.compressed_tensors())
+    group = written.config["quantization_config"]["config_groups"]["group_0"]
+    group |= {key: group[key] | value if isinstance(value, dict) else value for key, value in change.items()}
+    path = written.write(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [["x"], {}, 5, None, {"quant_method": []}])
+def test_a_source_that_is_none(tmp_path, source):
+    written = write_as(*folders.gptq())
+    written.config["quantization_config"] = {"quant_method": "qops", "source": source}
+    with pytest.raises(ValueError, match="quantization_config must be an object with a quant_method"):
+        load_model(written.write(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "change"), [("input_scale", lambda t: t.repeat(3)), ("input_zero_point", torch.Tensor.float)]
+)
+def test_what_activations_are_quantised_with_is_looked_at_before(tmp_path, key, change):
+    inputs = {"dynamic": False, "strategy": "tensor", "symmetric": False, "num_bits": 8, "type": "int"}
+    written = write_as(*folders.compressed_tensors(bits=8, group_size=-1, packed=False, inputs=inputs))
+    written.tensors[f"{_LAYER}.{key}"] = change(written.tensors[f"{_LAYER}.{key}"])
+    with pytest.raises(ValueError, match=f"down_proj: tensor {key} must be"):
+        open_checkpoint(written.write(tmp_path))
+
+
+def test_a_mixture_of_experts_is_refused_by_name(tmp_path):
+    written = write_as(*folders.gptq())
+    written.config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 2}
+    with pytest.raises(ValueError, match=r"mixtures of experts are not supported: tensor .*experts.* is missing"):
+        load_model(written.write(tmp_path))
 
 
 # The hub -------------------------------------------------------------------------------------------------------------

@@ -166,3 +166,14 @@ def test_refused(case):
     function, tensor, error, said = REFUSED[case]
     with pytest.raises(error, match=rf"^qops\.formats\.pytorch\.int._weight: .*{said}"):
         function(tensor)
+
+
+def test_the_caller_s_default_dtype_is_not_the_scale_s():
+    tensor = torch.quantize_per_tensor(torch.randn(8, 16), 0.037, 0, torch.qint8)
+    wanted = tensor.dequantize()
+    torch.set_default_dtype(torch.float16)
+    try:
+        weight = pytorch.int8_weight(tensor)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(weight.dequantize(), wanted)

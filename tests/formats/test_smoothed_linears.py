@@ -113,3 +113,17 @@ def test_models_are_saved_and_made_dense_with_their_factors(tmp_path, algorithm)
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"up_proj\.pre_quant_scale is missing"):
         qops.load_model(tmp_path / "saved")
+
+
+def test_factors_follow_columns_that_are_stored_in_act_order():
+    """An MLP takes the order of down's columns from the rows of gate and up."""
+    random = torch.Generator().manual_seed(6)
+    perm = torch.randperm(K, generator=random).int()
+    dense = torch.randn(N, K, generator=random)
+    stored = qops.Int4Weight.quantize(dense, 32).canonical()
+    down = qops.Int4Weight.from_canonical(**stored, kind="symmetric", perm=perm)
+    gate, up = (Int4Linear(qops.Int4Weight.quantize(torch.randn(K, 32, generator=random), 32)) for _ in range(2))
+    linear = Int4SmoothedLinear(down, pre_quant_scale=factors())
+    x = torch.randn(3, 32, generator=random)
+    wanted = linear(qops.silu_mul(gate(x), up(x)))
+    assert torch.allclose(MLP(gate, up, linear)(x), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))

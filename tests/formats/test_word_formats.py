@@ -153,8 +153,27 @@ def test_gptq_tensors_that_do_not_fit(change, error, message):
 
 def test_gptq_of_8_bits_with_float32_scales_is_refused_where_no_offset_is_exact():
     codes, zeros, scales = numbers(8, 32, torch.float32)
-    with pytest.raises(ValueError, match="zeros must be 128 where scales are float32"):
+    with pytest.raises(ValueError, match=r"scale \* \(128 - zero\) must fit in float32"):
         gptq.int8_weight(**encoders.gptq(codes, zeros, scales, bits=8))
+    few = (scales * 2**14).round() / 2**14  # digits enough for the product
+    assert_holds(gptq.int8_weight(**encoders.gptq(codes, zeros, few, bits=8)), exact(codes, zeros, few))
+
+
+def test_groups_that_are_no_tensor():
+    codes, zeros, scales = numbers()
+    with pytest.raises(TypeError, match="g_idx must be a tensor, got list"):
+        Int4Weight.from_gptq(**(encoders.gptq(codes, zeros, scales) | {"g_idx": [0] * K}))
+    with pytest.raises(TypeError, match="weight_g_idx must be a tensor, got list"):
+        tensors: Any = encoders.compressed_tensors(codes, zeros, scales) | {"weight_g_idx": [0] * K}
+        Int4Weight.from_compressed_tensors(**tensors)
+
+
+def test_compressed_tensors_of_integers_have_the_shape_that_is_said():
+    codes, _, scales = numbers(8, K)
+    with pytest.raises(ValueError, match=r"weight_shape must be \[N, K\] = \[24, 128\], as weight .* got \[99, 99\]"):
+        Int8Weight.from_compressed_tensors(codes.view(torch.int8), scales, torch.tensor([99, 99]))
+    with pytest.raises(RuntimeError, match="weight must have dtype int32, got uint8"):
+        Int8Weight.from_compressed_tensors(codes, scales)
 
 
 # AWQ -----------------------------------------------------------------------------------------------------------------

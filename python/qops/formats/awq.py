@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qops.formats.folders.stored import Options, Stored, require_specs
 from qops.formats.folders.tensors import Spec
-from qops.formats.folders.words import pairs, require_words, unpack
+from qops.formats.folders.words import require_words, unpack
 from qops.nn import Int4Linear
 from qops.weights import Int4Weight
 from qops.weights.requirements import (
@@ -24,6 +24,7 @@ from qops.weights.requirements import (
     require_matrix,
     require_scale_dtype,
 )
+from qops.weights.rounding import store_nibbles
 
 __all__ = ["int4_weight"]
 
@@ -76,13 +77,15 @@ def int4_weight(
         raise ValueError(f"{name}: qzeros are {said}")
     require_matrix(name, "scales", scales)
     require_scale_dtype(name, scales.dtype)
+    if group_size is not None:
+        group_size = require_int(name, "group_size", group_size)
     if version == "gemm":
         codes, zeros, scales = _gemm(name, qweight, qzeros, scales, group_size)
     else:
         if group_size is None:
             raise ValueError(f"{name}: group_size must be given for version {version}, whose scales are padded")
         read = _gemv if version == "gemv" else _gemv_fast
-        codes, zeros, scales = read(name, qweight, qzeros, scales, require_int(name, "group_size", group_size))
+        codes, zeros, scales = read(name, qweight, qzeros, scales, group_size)
     return Int4Weight.from_canonical(
         codes,
         scales,
@@ -111,7 +114,7 @@ def _gemm(
         if list(qzeros.shape) != [groups, words]:
             raise ValueError(f"{name}: qzeros must have shape [K/G, N/8] = {[groups, words]}, got {list(qzeros.shape)}")
         zeros = _columns(qzeros).T.contiguous()
-    return pairs(_columns(qweight).T.contiguous()), zeros, scales.T.contiguous()
+    return store_nibbles(_columns(qweight).T.contiguous()), zeros, scales.T.contiguous()
 
 
 def _columns(words: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ def _gemv_fast(
     shifts = torch.arange(0, 16, 4, dtype=torch.int16, device=words.device)
     nibbles = (words >> shifts).bitwise_and_(15).to(torch.uint8).view(rows // 4, columns // 64, 4, 2, 4, 2, 4)
     codes = nibbles.permute(0, 2, 1, 3, 6, 4, 5).reshape(rows, columns)
-    return pairs(codes), zeros, scales
+    return store_nibbles(codes), zeros, scales
 
 
 def _unscaled(name: str, scaled: Tensor, scales: Tensor) -> Tensor:

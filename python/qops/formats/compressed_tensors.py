@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qops.formats.folders.stored import Options, Stored, require_specs
 from qops.formats.folders.tensors import Spec
-from qops.formats.folders.words import int8_from_unsigned, order_of_groups, pairs, require_words, unpack
+from qops.formats.folders.words import int8_from_unsigned, order_of_groups, require_words, unpack
 from qops.nn import (
     Int4Linear,
     Int8AsymmetricCompressedTensorsLinear,
@@ -29,6 +29,7 @@ from qops.nn import (
 )
 from qops.weights import Int4Weight, Int8Weight
 from qops.weights.requirements import SCALE_DTYPES, require_dtype, require_matrix, require_scale_dtype, require_tensor
+from qops.weights.rounding import store_nibbles
 
 __all__ = ["int4_weight", "int8_weight"]
 
@@ -64,13 +65,13 @@ def int4_weight(
         ``compressed_tensors.compressors.pack_quantized``.
     """
     name = "qops.formats.compressed_tensors.int4_weight"
-    columns = _checked(name, weight_packed, weight_scale, weight_shape, 4)
+    columns = _checked(name, "weight_packed", weight_packed, weight_scale, weight_shape, 4)
     perm = _perm(name, weight_g_idx, columns, weight_scale.shape[1])
     if perm is None:
         # Eight codes of a row from the lowest bits on: four bytes of the canonical form, on a little-endian machine.
         codes = weight_packed.contiguous().view(torch.uint8)
     else:
-        codes = pairs(unpack(weight_packed, 4)[:, perm.long()])
+        codes = store_nibbles(unpack(weight_packed, 4)[:, perm.long()])
     zeros = _zero_points(name, weight_zero_point, weight_scale, 4)
     zeros = None if zeros is None or bool((zeros == 8).all()) else zeros
     return Int4Weight.from_canonical(
@@ -107,7 +108,7 @@ def int8_weight(
         A weight of kind ``"symmetric"`` or, with zero points other than 0, ``"offset"``.
 
     Raises:
-        ValueError: shapes do not fit; zero points other than 0 with float32 scales.
+        ValueError: shapes do not fit; an offset, ``-scale * zero_point``, that no float32 holds.
         RuntimeError: dtypes.
         TypeError: something else than a tensor.
     """
@@ -116,9 +117,9 @@ def int8_weight(
     require_matrix(name, "weight", weight)
     if weight_scale.numel() == 1:
         weight_scale = weight_scale.reshape(1, 1).expand(weight.shape[0], 1).contiguous()
+    columns = _checked(name, "weight", weight, weight_scale, weight_shape, 8)
     if weight.dtype == torch.int8:
-        require_matrix(name, "weight_scale", weight_scale)
-        columns, codes = weight.shape[1], weight.contiguous().view(torch.uint8) ^ 128
+        codes = weight.contiguous().view(torch.uint8) ^ 128
         zeros = weight_zero_point
         if zeros is not None:
             require_tensor(name, "weight_zero_point", zeros)
@@ -130,7 +131,6 @@ def int8_weight(
                 )
             zeros = zeros.expand(weight_scale.shape).contiguous().view(torch.uint8) ^ 128
     else:
-        columns = _checked(name, weight, weight_scale, weight_shape, 8)
         codes = weight.contiguous().view(torch.uint8)
         zeros = _zero_points(name, weight_zero_point, weight_scale, 8)
     perm = _perm(name, weight_g_idx, columns, weight_scale.shape[1])
@@ -138,17 +138,18 @@ def int8_weight(
     return int8_from_unsigned(name, codes, zeros, weight_scale, perm, pack=pack)
 
 
-def _checked(name: str, packed: Any, scale: Any, shape: Any, bits: int) -> int:
+def _checked(name: str, label: str, codes: Any, scale: Any, shape: Any, bits: int) -> int:
     """K."""
-    require_words(name, "weight_packed", packed)
+    if bits == 4 or codes.dtype != torch.int8:
+        require_words(name, label, codes)
     require_matrix(name, "weight_scale", scale)
     require_scale_dtype(name, scale.dtype)
-    rows, columns = packed.shape[0], packed.shape[1] * 32 // bits
+    rows, columns = codes.shape[0], codes.shape[1] * 8 * codes.dtype.itemsize // bits
     if shape is not None:
         require_tensor(name, "weight_shape", shape)
         if shape.is_floating_point() or shape.tolist() != [rows, columns]:
             raise ValueError(
-                f"{name}: weight_shape must be [N, K] = {[rows, columns]}, as weight_packed {list(packed.shape)} "
+                f"{name}: weight_shape must be [N, K] = {[rows, columns]}, as {label} {list(codes.shape)} "
                 f"says, got {shape.tolist()}"
             )
     if scale.shape[0] != rows:
@@ -157,6 +158,8 @@ def _checked(name: str, packed: Any, scale: Any, shape: Any, bits: int) -> int:
 
 
 def _perm(name: str, g_idx: Tensor | None, columns: int, groups: int) -> Tensor | None:
+    if g_idx is not None:
+        require_tensor(name, "weight_g_idx", g_idx)
     # Where a group has not been given, its producer leaves -1.
     if g_idx is None or bool((g_idx == -1).all()):
         return None
@@ -178,7 +181,6 @@ def _zero_points(name: str, packed: Tensor | None, scale: Tensor, bits: int) -> 
 
 # In folders ----------------------------------------------------------------------------------------------------------
 
-_PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 _INTEGERS = ("weight", "weight_scale", "weight_zero_point")
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
 # strategy, dynamic, symmetric -> what multiplies as the producer's own runtime does.
@@ -272,6 +274,8 @@ class CompressedTensors:
         }
         if "weight_zero_point" in specs or not weights.get("symmetric", True):
             wanted["weight_zero_point"] = ((-(-rows // in_word), groups), torch.int32)
+        if "weight_g_idx" not in specs and weights.get("actorder") in ("group", True):
+            raise ValueError("tensor weight_g_idx is missing, and actorder says that columns are in act-order")
         if "weight_g_idx" in specs:
             wanted["weight_g_idx"] = ((columns,), (torch.int32, torch.int64))
         require_specs(specs, wanted)
@@ -322,8 +326,10 @@ class CompressedTensors:
         if linear is not Int8WeightOnlyLinear and groups != 1:
             raise ValueError(f"weights with 8-bit activations must have one scale per row, got weight_scale {scale}")
         inputs_there = [key for key in linear.static_input if key == "input_scale" or key in specs]
-        if inputs_there and "input_scale" not in specs:
-            raise ValueError("tensor input_scale is missing")
+        for key in inputs_there:
+            dtypes = SCALE_DTYPES if key == "input_scale" else (torch.int8, torch.int32, torch.int64)
+            shape = specs[key].shape if key in specs and specs[key].shape in ((), (1,), (1, 1)) else (1,)
+            require_specs(specs, {key: (shape, dtypes)})
         return Stored(
             linear=linear,
             kind=f"int-quantized {linear.scheme}",

@@ -21,17 +21,17 @@ from qops.formats.folders.tensors import Spec
 from qops.formats.folders.words import (
     int8_from_unsigned,
     order_of_groups,
-    pairs,
     require_words,
     unpack,
 )
 from qops.nn import Int4Linear, Int8WeightOnlyLinear
 from qops.weights import Int4Weight, Int8Weight
 from qops.weights.requirements import SCALE_DTYPES, require_matrix, require_scale_dtype
+from qops.weights.rounding import store_nibbles
 
 __all__ = ["int4_weight", "int8_weight"]
 
-_ADDED = {"word": True, "nibble": True, "none": False}
+_ADDED = ("word", "nibble", "none")
 
 
 def int4_weight(
@@ -69,7 +69,11 @@ def int4_weight(
     zeros, columns = _checked(name, qweight, qzeros, scales, zero_add, 4)
     perm = None if g_idx is None else order_of_groups(name, g_idx, columns, scales.shape[0])
     # Eight codes of a row from the lowest bits on: four bytes of the canonical form, on a little-endian machine.
-    codes = qweight.T.contiguous().view(torch.uint8) if perm is None else pairs(unpack(qweight.T, 4)[:, perm.long()])
+    codes = (
+        qweight.T.contiguous().view(torch.uint8)
+        if perm is None
+        else store_nibbles(unpack(qweight.T, 4)[:, perm.long()])
+    )
     zeros = zeros.T.contiguous()
     symmetric = bool((zeros == 8).all())
     return Int4Weight.from_canonical(
@@ -106,7 +110,7 @@ def int8_weight(
         A weight of kind ``"symmetric"`` where all zero points are 128, else ``"offset"``.
 
     Raises:
-        ValueError: as :func:`int4_weight`; zero points other than 128 with float32 scales.
+        ValueError: as :func:`int4_weight`; an offset, ``scale * (128 - zero)``, that no float32 holds.
         RuntimeError: dtypes.
         TypeError: something else than a tensor.
     """
@@ -138,10 +142,15 @@ def _checked(name: str, qweight: Any, qzeros: Any, scales: Any, zero_add: str | 
     return zero_points(name, qzeros, bits, zero_add), columns
 
 
+def require_zero_add(name: str, zero_add: object) -> None:
+    if not isinstance(zero_add, str) or zero_add not in _ADDED:
+        raise ValueError(f'{name}: zero_add must be "word", "nibble" or "none", got {zero_add!r}')
+
+
 def zero_points(name: str, qzeros: Tensor, bits: int, zero_add: str | None) -> Tensor:
     """The zero points that are stored along the rows of words, uint8 [A, B] -> [A, B * 32 / bits]."""
-    if zero_add is not None and zero_add not in _ADDED:
-        raise ValueError(f'{name}: zero_add must be "word", "nibble" or "none", got {zero_add!r}')
+    if zero_add is not None:
+        require_zero_add(name, zero_add)
     stored, most = unpack(qzeros, bits), (1 << bits) - 1
     if zero_add == "none":
         return stored
@@ -201,7 +210,9 @@ class Gptq:
         if isinstance(self._group_size, bool) or not isinstance(self._group_size, int):
             raise ValueError(f"group_size must be an integer, got {self._group_size!r}")
         self._act_order = bool(settings.get("desc_act", False))
-        self._zero_add = options.zero_add or _FORMATS[said]
+        if options.zero_add is not None:
+            require_zero_add("GPTQ", options.zero_add)
+        self._zero_add = _FORMATS[said] if options.zero_add is None else options.zero_add
         self._version = 2 if self._zero_add == "none" else 1
         self._labelled_2 = options.zero_add is None and said == "gptq_v2"
 

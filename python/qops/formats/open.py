@@ -68,7 +68,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any], options: Options) -> 
         ValueError: the folder is malformed or of a kind that is not supported.
     """
     from qops.formats.folder import QUANT_METHOD, Folder
-    from qops.formats.folders.pretrained import PretrainedFolder
+    from qops.formats.folders.pretrained import PretrainedFolder, require_settings
 
     if settings["quant_method"] != QUANT_METHOD:
         return PretrainedFolder(folder, options, settings)
@@ -79,7 +79,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any], options: Options) -> 
     unknown = sorted(settings.keys() - {"quant_method", "source", "prove", *vars(options)})
     if unknown:
         raise ValueError(f"{folder}: quantization_config must hold a source and options alone, got {unknown[0]}")
-    return PretrainedFolder(folder, Options(**said), settings["source"])
+    return PretrainedFolder(folder, Options(**said), require_settings(folder, settings["source"]))
 
 
 def read_checkpoint(
@@ -146,7 +146,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         return gguf.load_tokenizer(path)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -171,5 +171,5 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(said)
     try:
         return Path(snapshot_download(path, allow_patterns=list(_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(f"{said}, and no repository of that name: {error}") from error

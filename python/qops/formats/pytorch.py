@@ -106,8 +106,9 @@ def _qparams(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> tupl
         raise RuntimeError(f"{name}: tensor must be quantised to {wanted}, got dtype {dtype_name(tensor.dtype)}")
     n = tensor.shape[0]
     if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        scales, zeros = torch.tensor(tensor.q_scale()), torch.tensor(tensor.q_zero_point())
-        return scales.float().expand(n, 1), zeros.expand(n, 1)
+        # Not in torch's default dtype, which is the caller's.
+        scale = torch.tensor(tensor.q_scale(), dtype=torch.float32)
+        return scale.expand(n, 1), torch.tensor(tensor.q_zero_point()).expand(n, 1)
     if tensor.q_per_channel_axis() != 0:
         raise ValueError(f"{name}: tensor must be quantised by rows, axis 0, got axis {tensor.q_per_channel_axis()}")
     given = tensor.q_per_channel_scales().view(n, 1)

@@ -214,7 +214,9 @@ def inspect_checkpoint(
         model = build_model(headers, dtype, "meta", prove=False)
     modules = _modules(model)
     order = {name: index for index, name in enumerate(modules)}
-    names = sorted(checkpoint.names, key=lambda name: (order[name.rpartition(".")[0]], name))
+    # What is left over from older releases, and known as such, has no module.
+    placed = (name for name in checkpoint.names if name.rpartition(".")[0] in order)
+    names = sorted(placed, key=lambda name: (order[name.rpartition(".")[0]], name))
     facts = {name: checkpoint.describe(name) for name in names}
     stored = sorted({fact.stored_as for fact in facts.values() if fact.quantized is not None or fact.why_dense})
     config = {key: value for key in _FACTS if (value := getattr(model.config, key, None)) is not None}

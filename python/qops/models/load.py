@@ -320,14 +320,15 @@ def _build_model(
 
 def require_fit(checkpoint: Checkpoint, model: Any) -> None:
     """Raises where a parameter or buffer of a model is missing or has another shape, before any is read."""
-    ties = model.all_tied_weights_keys
-    for name, tensor in model.state_dict().items():
-        if not checkpoint.holds(name):
-            if checkpoint.holds(ties.get(name, name)):
-                continue
-            raise ValueError(f"tensor {name} is missing")
-        if (found := list(checkpoint.describe(name).shape)) != list(tensor.shape):
-            raise ValueError(f"{name} must have shape {list(tensor.shape)}, got {found}")
+    ties, wanted = model.all_tied_weights_keys, model.state_dict()
+    missing = [name for name in wanted if not checkpoint.holds(name) and not checkpoint.holds(ties.get(name, name))]
+    if missing:
+        experts = any(".experts." in name for name in missing)
+        said = "mixtures of experts are not supported: " if experts else ""
+        raise ValueError(f"{checkpoint.path}: {said}tensor {missing[0]} is missing")
+    for name, tensor in wanted.items():
+        if checkpoint.holds(name) and (found := list(checkpoint.describe(name).shape)) != list(tensor.shape):
+            raise ValueError(f"{checkpoint.path}: {name} must have shape {list(tensor.shape)}, got {found}")
 
 
 def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:

@@ -5,12 +5,12 @@ Every weight is a :class:`qops.Int4Weight` or :class:`qops.Int8Weight` submodule
 """
 
 from qops.nn.activations import Int8Rows, frozen
+from qops.nn.embedding import Int8Embedding
 from qops.nn.linears import (
     Int4Linear,
     Int8AsymmetricCompressedTensorsLinear,
     Int8AsymmetricLinear,
     Int8CompressedTensorsLinear,
-    Int8Embedding,
     Int8Linear,
     Int8StaticCompressedTensorsLinear,
     Int8StaticLinear,

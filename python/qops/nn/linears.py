@@ -1,4 +1,4 @@
-"""Quantised linears, and an embedding."""
+"""Quantised linears."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qops.ops import (
     quantize_int8_static,
 )
 from qops.weights import Int4Weight, Int8Weight
-from qops.weights.requirements import dtype_name, moved, require_tensor
+from qops.weights.requirements import SCALE_DTYPES, dtype_name, moved, require_tensor
 from qops.weights.state import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -115,6 +115,14 @@ class QuantizedLinear(Offloadable):
         static = {key: tensor.to(weight.device) for key, tensor in self.activations().items()}
         return type(self)(weight, bias, float32_output=self.float32_output, **static)
 
+    def in_stored_order(self) -> Self:
+        """A linear for an x whose columns come in the order in which the weight stores them.
+
+        Returns:
+            A linear of the same class, whose weight has no ``perm``.
+        """
+        return self.around(self.weight.in_stored_order(), self.bias)
+
     def activations(self) -> dict[str, torch.Tensor]:
         """What the input is quantised with besides the weight: the tensors of `static_input` that there are, by name.
 
@@ -123,6 +131,13 @@ class QuantizedLinear(Offloadable):
         """
         tensors = {key: self._buffers[key] for key in self.static_input}
         return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Only moves act on `static_input`: a cast would change what the activations become."""
+        kept = {key: moved(tensor, fn) for key, tensor in self.activations().items()}
+        super()._apply(fn, recurse)
+        self._buffers.update(kept)
+        return self
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight of the dense linear that this one stands for.
@@ -413,7 +428,7 @@ class Int8StaticLinear(Int8Linear):
     ):
         super().__init__(weight, bias, float32_output=float32_output)
         name = type(self).__name__
-        scale = _one_element(name, "input_scale", input_scale, _SCALE_DTYPES)
+        scale = _one_element(name, "input_scale", input_scale, SCALE_DTYPES)
         if not scale.is_meta and not 0 < scale.float().item() < math.inf:
             raise ValueError(f"{name}: input_scale must be positive and finite, got {scale.item()}")
         self.register_buffer("input_scale", scale.float())
@@ -429,13 +444,6 @@ class Int8StaticLinear(Int8Linear):
         scale, zero_point = self._buffers["input_scale"], self._buffers["input_zero_point"]
         assert scale is not None
         return quantize_int8_static(x, scale, zero_point, self.rule), scale, zero_point
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Only moves act on the scale: a cast would change what the activations become."""
-        kept = {key: moved(tensor, fn) for key, tensor in self.activations().items()}
-        super()._apply(fn, recurse)
-        self._buffers.update(kept)
-        return self
 
 
 class Int8StaticCompressedTensorsLinear(Int8StaticLinear):
@@ -455,7 +463,6 @@ class Int8StaticCompressedTensorsLinear(Int8StaticLinear):
     rule = "compressed-tensors"
 
 
-_SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ZERO_POINT_DTYPES = (torch.int32, torch.int8, torch.int64)
 
 
@@ -537,49 +544,6 @@ LINEARS: dict[str, type[QuantizedLinear]] = {
     )
 }
 """The quantised linears by their schemes."""
-
-
-class Int8Embedding(Offloadable):
-    """Rows of an int8 weight, dequantised when looked up.
-
-    The exact row is rounded once to the module's dtype, which follows `.to(dtype)`. A tied output linear holds the
-    very same :class:`qops.Int8Weight` object, so the table exists once.
-
-    Args:
-        weight: [vocabulary, hidden].
-        dtype: of the looked-up rows.
-
-    Raises:
-        TypeError: a weight of another class.
-    """
-
-    scheme = Int8WeightOnlyLinear.scheme
-    """Its rows are exact, as that linear's products are."""
-    dtype_marker: torch.Tensor
-
-    def __init__(self, weight: Int8Weight, dtype: torch.dtype = torch.bfloat16):
-        super().__init__()
-        if not isinstance(weight, Int8Weight):
-            raise TypeError(f"Int8Embedding: weight must be an Int8Weight, got {type(weight).__name__}")
-        self.num_embeddings = weight.out_features
-        self.embedding_dim = weight.in_features
-        self.weight = weight
-        # Weights never change dtype, so nothing else here could follow `.to(dtype)`.
-        self.register_buffer("dtype_marker", torch.empty(0, dtype=dtype), persistent=False)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """See :meth:`qops.Int8Weight.rows`.
-
-        Args:
-            ids: int32 or int64 [...].
-
-        Returns:
-            [..., hidden].
-        """
-        return self.weight.rows(ids, self.dtype_marker.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype_marker.dtype}"
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:

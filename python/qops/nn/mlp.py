@@ -159,7 +159,7 @@ class MLP(MergingModule):
             order = down_proj.weight.perm.long()
             rows = order if len(gate_up) > 1 else torch.cat((order, order + len(order)))
             gate_up = {name: _with_rows(linear, rows) for name, linear in gate_up.items()}
-            down_proj = down_proj.around(down_proj.weight.in_stored_order(), down_proj.bias)
+            down_proj = down_proj.in_stored_order()
         if len(gate_up) > 1:
             self.gate_up_proj = MergedLinear(gate_up)
             merged = self.gate_up_proj.merged

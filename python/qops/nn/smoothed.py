@@ -3,13 +3,12 @@ norm before a linear could take it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qops.nn.linears import LINEARS, Int4Linear, Int8StaticLinear, QuantizedLinear
-from qops.weights.requirements import SCALE_DTYPES, dtype_name, moved, require_tensor
+from qops.weights.requirements import SCALE_DTYPES, dtype_name, require_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,6 +35,11 @@ class _Smoothed(QuantizedLinear):
             raise ValueError(f"{name}: pre_quant_scale must be finite, got NaN or infinity")
         self.register_buffer("pre_quant_scale", pre_quant_scale.detach())
 
+    def in_stored_order(self) -> Self:
+        linear = super().in_stored_order()
+        linear.pre_quant_scale = self.pre_quant_scale[self.weight.perm.long()]
+        return linear
+
     def _smooth(self, x: torch.Tensor) -> torch.Tensor:
         scale: Any = self._buffers["pre_quant_scale"]
         return (x * scale).to(x.dtype)
@@ -51,12 +55,6 @@ class _Smoothed(QuantizedLinear):
         """
         exact = self.weight.dequantize().double() * self._buffers["pre_quant_scale"]
         return exact.float().to(dtype)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        kept = moved(self.pre_quant_scale, fn)
-        super()._apply(fn, recurse)
-        self._buffers["pre_quant_scale"] = kept
-        return self
 
 
 class Int4SmoothedLinear(_Smoothed, Int4Linear):
@@ -144,7 +142,11 @@ def neutral_input(kind: type[QuantizedLinear], in_features: int, device: torch.d
         Keyword arguments for the class.
     """
     sizes = {"input_scale": (), "pre_quant_scale": (in_features,)}
-    return {key: torch.ones(size, device=device) for key, size in sizes.items() if key in kind.static_input}
+    return {
+        key: torch.ones(size, dtype=torch.float32, device=device)
+        for key, size in sizes.items()
+        if key in kind.static_input
+    }
 
 
 # This module is imported with the package, so that a folder with these schemes is always read.

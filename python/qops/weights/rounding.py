@@ -87,6 +87,9 @@ def round_to_nearest(
 
 
 def store_nibbles(codes: Tensor) -> Tensor:
+    """Two 4-bit codes in a byte, the first in the low half: [N, K] -> uint8 [N, K/2]."""
+    if codes.shape[1] % 2:
+        raise ValueError(f"codes must have an even number of columns, got {list(codes.shape)}")
     codes = codes.to(torch.uint8)
     return codes[:, 0::2] | codes[:, 1::2] << 4
 

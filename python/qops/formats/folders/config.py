@@ -37,7 +37,7 @@ def read_config(folder: Path) -> Any:
 
     path = folder / "config.json"
     try:
-        config: Any = AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model_class = transformers_class((config.architectures or [None])[0])
     except Exception as error:  # it comes from outside, and every class of Transformers takes another offence at it
         raise ValueError(f"{path}: {error}") from error

@@ -23,7 +23,7 @@ from qops.formats.modelopt import ModelOpt
 from qops.formats.quanto import Quanto
 from qops.formats.torchao import Torchao
 from qops.nn import QuantizedLinear
-from qops.weights.requirements import dtype_name
+from qops.weights.requirements import SCALE_DTYPES, dtype_name
 
 
 def _by_settings(
@@ -55,6 +55,8 @@ _SETTINGS_FILES = {
 }
 # hqq itself writes no settings at all.
 _HQQ_CODES = ".W_q"
+# Integers without a scale beside them are codes that something is missing for.
+_DENSE_DTYPES = (*SCALE_DTYPES, torch.float64)
 # Old folders hold frequencies that every model computes for itself.
 _COMPUTED = ".rotary_emb.inv_freq"
 
@@ -80,6 +82,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
             f"{path}: quantization_config is missing: the model is dense. qops.quantize_model converts what "
             "Transformers' from_pretrained loads"
         )
+    return require_settings(path, found)
+
+
+def require_settings(path: Path, found: Any) -> dict[str, Any]:
+    """Raises unless it is an object that names a method."""
     if not isinstance(found, dict) or not isinstance(found.get("quant_method"), str):
         raise ValueError(f"{path}: quantization_config must be an object with a quant_method, got {found!r}")
     return found
@@ -140,13 +147,18 @@ class PretrainedFolder:
         for module, specs in tensors_by_module(self._files.specs).items():
             try:
                 stored = method.stored(module, specs)
-            except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
+            except (TypeError, AttributeError, KeyError, ValueError, RuntimeError, re.error) as error:
                 raise ValueError(f"{folder}: {module}: {error}") from error
             if stored is not None:
                 self.stored[module] = stored
                 consumed |= {f"{module}.{key}" for key in (*stored.keys, *stored.input_keys)}
         if not self.stored:
             raise ValueError(f"{folder}: must hold weights of {self.method}, as its config says, got dense tensors")
+        for name, spec in self._files.specs.items():
+            if name not in consumed and name.endswith((".weight", ".bias")) and spec.dtype not in _DENSE_DTYPES:
+                raise ValueError(
+                    f"{folder}: tensor {name} must be of floating point where nothing scales it, got {spec}"
+                )
         self._read: set[str] = set()
         self.names = frozenset({f"{module}.weight" for module in self.stored} | (self._files.specs.keys() - consumed))
         self._consumed = frozenset(consumed)

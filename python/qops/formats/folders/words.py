@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qops.weights import Int8Weight
-from qops.weights.requirements import require_dtype, require_matrix
+from qops.weights.requirements import require_dtype, require_matrix, require_tensor
 
 
 def require_words(name: str, label: str, words: Any) -> None:
@@ -42,11 +42,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return words
 
 
-def pairs(codes: Tensor) -> Tensor:
-    """Two 4-bit codes in a byte, the first in the low half: uint8 [N, K] -> [N, K/2]."""
-    return codes[:, 0::2] | codes[:, 1::2] << 4
-
-
 def order_of_groups(name: str, g_idx: Tensor, in_features: int, groups: int) -> Tensor | None:
     """Which column of w each stored column is, where columns are stored group by group.
 
@@ -61,6 +56,7 @@ def order_of_groups(name: str, g_idx: Tensor, in_features: int, groups: int) -> 
     Raises:
         ValueError: not K groups; one out of range; groups of different sizes.
     """
+    require_tensor(name, "g_idx", g_idx)
     if list(g_idx.shape) != [in_features] or g_idx.is_floating_point():
         raise ValueError(f"{name}: g_idx must be integers [K] = [{in_features}], got {g_idx.dtype} {list(g_idx.shape)}")
     if in_features == 0:
@@ -90,12 +86,14 @@ def int8_from_unsigned(
         perm: as in :meth:`Int8Weight.from_canonical`.
 
     Raises:
-        ValueError: zero points other than 128 with float32 scales: ``s * (128 - z)`` is no float32 then.
+        ValueError: an offset, ``s * (128 - z)``, that no float32 holds.
     """
     codes = (codes ^ 128).view(torch.int8)
     if zeros is None or bool((zeros == 128).all()):
         return Int8Weight.from_canonical(codes, scales, perm=perm, pack=pack)
-    if scales.dtype == torch.float32:
-        raise ValueError(f"{name}: zeros must be 128 where scales are float32, got {int(zeros.min())} and others")
-    offsets = scales.float() * (128 - zeros.float())
+    # What rounding.move_zeros_to_offsets does of any zeros; here every code moves alike, and needs no second look.
+    exact = scales.double() * (128 - zeros.double())
+    offsets = exact.float()
+    if bool(((offsets != exact) & exact.isfinite()).any()):
+        raise ValueError(f"{name}: scale * (128 - zero) must fit in float32, for the weight to be exact")
     return Int8Weight.from_canonical(codes, scales, kind="offset", zeros=offsets, perm=perm, pack=pack)

@@ -146,7 +146,7 @@ class GGUFFile:
         if self._architecture.permuted and ".attn_k." in stored:
             return unpermute_rows(rows, self._sizes.key_value_heads)
         if self._architecture.norms_plus_one and stored.endswith("_norm.weight"):
-            # Exact: 1 plus the difference is the stored number again.
+            # Of the sums that a converter makes of 16-bit norms, 1 plus the difference is the stored number again.
             return rows.float() - 1
         return rows
 

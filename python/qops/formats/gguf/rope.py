@@ -70,7 +70,7 @@ def _divided(contents: Contents, sizes: Sizes, divisors: list[float], theta: dic
         "original_max_position_embeddings": 8192,
         **theta,
     }
-    if torch.equal(llama3_divisors(llama3, sizes.head_dim), torch.tensor(divisors)):
+    if torch.equal(llama3_divisors(llama3, sizes.head_dim), torch.tensor(divisors, dtype=torch.float32)):
         return llama3
     return {
         "rope_type": "longrope",
