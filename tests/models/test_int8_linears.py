@@ -258,7 +258,7 @@ def test_the_stored_scale_has_any_float_dtype(scheme):
         ({"input_scale": torch.ones(2)}, r"input_scale must have 1 element, got shape \[2\]"),
         (
             {"input_scale": torch.ones(1, dtype=torch.int32)},
-            "input_scale must have dtype float32, float16 or bfloat16, got int32",
+            "input_scale must have dtype float16, bfloat16 or float32, got int32",
         ),
         ({"input_zero_point": torch.tensor(128)}, r"input_zero_point must lie in -128 \.\. 127, got 128"),
         (

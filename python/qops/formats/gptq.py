@@ -65,7 +65,12 @@ def int4_weight(
         RuntimeError: dtypes.
         TypeError: something else than a tensor.
     """
-    name = "qops.formats.gptq.int4_weight"
+    return _int4_weight("qops.formats.gptq.int4_weight", qweight, qzeros, scales, g_idx, zero_add, pack)
+
+
+def _int4_weight(
+    name: str, qweight: Any, qzeros: Any, scales: Any, g_idx: Any, zero_add: str | None, pack: bool
+) -> Int4Weight:
     zeros, columns = _checked(name, qweight, qzeros, scales, zero_add, 4)
     perm = None if g_idx is None else order_of_groups(name, g_idx, columns, scales.shape[0])
     # Eight codes of a row from the lowest bits on: four bytes of the canonical form, on a little-endian machine.
@@ -114,7 +119,12 @@ def int8_weight(
         RuntimeError: dtypes.
         TypeError: something else than a tensor.
     """
-    name = "qops.formats.gptq.int8_weight"
+    return _int8_weight("qops.formats.gptq.int8_weight", qweight, qzeros, scales, g_idx, zero_add, pack)
+
+
+def _int8_weight(
+    name: str, qweight: Any, qzeros: Any, scales: Any, g_idx: Any, zero_add: str | None, pack: bool
+) -> Int8Weight:
     zeros, columns = _checked(name, qweight, qzeros, scales, zero_add, 8)
     perm = None if g_idx is None else order_of_groups(name, g_idx, columns, scales.shape[0])
     codes = unpack(qweight.T, 8)
@@ -252,20 +262,20 @@ class Gptq:
         if columns % groups:
             raise ValueError(f"K must be a multiple of the number of groups, got {columns} and {groups}")
         int4 = bits == 4
-        weight: Any = int4_weight if int4 else int8_weight
+        weight: Any = _int4_weight if int4 else _int8_weight
         return Stored(
             linear=Int4Linear if int4 else Int8WeightOnlyLinear,
             kind=f"GPTQ version {self._version}, {bits:g} bit" + (", act-order" if self._act_order else ""),
             shape=(rows, columns),
             group_size=group_size,
             keys=(*_KEYS, "g_idx") if ordered else _KEYS,
-            build=partial(self._build, weight, 1 << (int(bits) - 1)),
+            build=partial(self._build, module, weight, 1 << (int(bits) - 1)),
             scale_dtype=scales.dtype,
             kinds=("symmetric", "zero_point" if int4 else "offset"),
             act_order=None if ordered else False,
         )
 
-    def _build(self, weight: Any, middle: int, tensors: Mapping[str, Tensor]) -> Any:
+    def _build(self, module: str, weight: Any, middle: int, tensors: Mapping[str, Tensor]) -> Any:
         if self._labelled_2:
             stored = unpack(tensors["qzeros"], middle.bit_length() // 4 * 4)
             if bool((stored == middle - 1).all()):
@@ -274,4 +284,5 @@ class Gptq:
                     f'weight (zero_add="word"); as version 2, which the config says, {middle - 1} it is '
                     '(zero_add="none")'
                 )
-        return weight(**tensors, zero_add=self._zero_add, pack=False)
+        # The name of the module, for the warning, which no path goes before.
+        return weight(module, *(tensors.get(key) for key in (*_KEYS, "g_idx")), self._zero_add, False)
