@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -93,7 +94,10 @@ def _inspect(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"qops inspect: {error}", file=sys.stderr)
         return 1
-    print(found.json() if args.json else found)
+    try:
+        print(found.json() if args.json else found, flush=True)
+    except BrokenPipeError:  # who reads has seen enough; what Python flushes when it ends goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import huggingface_hub
@@ -467,7 +468,7 @@ def test_code_of_a_folder_is_not_run(tmp_path, monkeypatch):
     path = written.write(tmp_path)
     (path / "theirs.py").write_text("raise SystemExit('ran')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(ValueError, match=r"config\.json: .*trust_remote_code"):
+    with pytest.raises(ValueError, match=r"config\.json: .*custom code"):
         load_model(path)
 
 
@@ -510,8 +511,65 @@ def test_what_activations_are_quantised_with_is_looked_at_before(tmp_path, key, 
 def test_a_mixture_of_experts_is_refused_by_name(tmp_path):
     written = write_as(*folders.gptq())
     written.config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 2}
-    with pytest.raises(ValueError, match=r"mixtures of experts are not supported: tensor .*experts.* is missing"):
+    with pytest.raises(ValueError, match=r"mixtures of experts are not supported: tensor .* is missing"):
         load_model(written.write(tmp_path))
+
+
+def test_a_folder_is_not_called_by_its_parts(tmp_path):
+    path = write_as(*folders.gptq()).write(tmp_path / "model")
+    for name in (SINGLE, "config.json"):
+        with pytest.raises(ValueError, match=f"{name}: a part of a checkpoint; its folder .*model is the whole"):
+            load_model(path / name)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"other: config\.json is missing$"):
+        load_model(tmp_path / "other")
+    (tmp_path / "other/m-Q4_K_M.gguf").touch()
+    with pytest.raises(
+        ValueError, match=r"config\.json is missing; m-Q4_K_M\.gguf is a file that can be loaded by its"
+    ):
+        load_model(tmp_path / "other")
+    with pytest.raises(OSError, match="model: no tokenizer that can be loaded: "):
+        load_tokenizer(path)
+
+
+# Where it is loaded --------------------------------------------------------------------------------------------------
+
+
+def test_several_threads_load_at_once(tmp_path):
+    """torch's hook on parameters, by which a model without storage is made, is one of all threads."""
+    written = write_as(*folders.gptq(symmetric=True))
+    path = written.write(tmp_path)
+    wanted = load_model(path)(IDS).logits
+    with ThreadPoolExecutor(6) as pool:
+        for model in pool.map(lambda _: load_model(path), range(24)):
+            assert model.qops_fusion.not_fused is None
+            assert_bitwise(model(IDS).logits, wanted)
+    assert not torch.nn.Linear(8, 8).weight.is_meta
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode()],
+    ids=["autocast", "meta", "inference_mode"],
+)
+def test_the_caller_s_contexts_change_nothing(tmp_path, context):
+    path = write_as(*folders.gptq()).write(tmp_path)
+    wanted = load_model(path)
+    with context:
+        model = load_model(path)
+    assert model.qops_fusion.not_fused is None
+    assert_bitwise(model(IDS).logits, wanted(IDS).logits)
+
+
+def test_numbers_that_float16_does_not_hold_are_refused(tmp_path):
+    written = write_as(*folders.gptq(), dtype=torch.bfloat16)
+    written.tensors["model.norm.weight"][3] = 1e5
+    path = written.write(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.norm.* must fit in float16, got 99840: dtype=torch\.bfloat16"):
+        load_model(path, torch.float16)
+    assert load_model(path).model.norm.weight[3] == 99840
+    with pytest.raises(ValueError, match=r"dtype must be torch\.float32, .* got 'float16'"):
+        load_model(path, "float16")  # type: ignore[arg-type]
 
 
 # The hub -------------------------------------------------------------------------------------------------------------

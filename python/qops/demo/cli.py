@@ -307,6 +307,11 @@ def _answer(model: Any, tokenizer: Any, options: argparse.Namespace, clock: Stop
     room = context - len(prompt_ids)
     if not prompt_ids or room < 1:
         raise DemoError(f"the prompt has {len(prompt_ids)} tokens; this model takes 1 ... {context - 1}")
+    if max(prompt_ids) >= model.config.vocab_size:
+        raise DemoError(
+            f"the tokenizer is another model's: it has made token {max(prompt_ids)}, and this model knows "
+            f"{model.config.vocab_size}"
+        )
     limit = min(options.max_new_tokens, room)
     answer: list[int] = []
     rows: list[torch.Tensor] = []

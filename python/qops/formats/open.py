@@ -44,6 +44,8 @@ def open_checkpoint(
     """
     require_transformers("qops.formats.open_checkpoint")
     options, path = Options(zero_add, symmetric), local_path(path)
+    if path.is_file() and path.suffix in (".safetensors", ".json", ".bin"):
+        raise ValueError(f"{path}: a part of a checkpoint; its folder {path.parent} is the whole")
     if path.is_file():
         from qops.formats.gguf.file import GGUFFile
 
@@ -146,7 +148,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         return gguf.load_tokenizer(path)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # Transformers raises what each kind of tokenizer is missing
+        raise OSError(f"{path}: no tokenizer that can be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

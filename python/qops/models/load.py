@@ -34,6 +34,7 @@ from qops.models.replacement import (
     require_kernels,
     require_replaced,
     tie,
+    without_autocast,
 )
 from qops.nn import MergedLinear, QuantizedLinear, dense_linear, frozen
 from qops.weights.state import QuantizedWeight
@@ -212,7 +213,9 @@ def build_model(
         ValueError: of everything that does not fit, with the path of the checkpoint.
     """
     try:
-        return _build_model(checkpoint, dtype, device, prove, model)
+        # Whatever the caller's contexts say of dtypes and devices.
+        with torch.device("cpu"), without_autocast():
+            return _build_model(checkpoint, dtype, device, prove, model)
     except ValueError as error:
         if str(checkpoint.path) in str(error):
             raise
@@ -232,7 +235,7 @@ def _build_model(
     def fetch(name: str, module: Any) -> Weight:
         weight = checkpoint.weight(name)
         if isinstance(weight, torch.Tensor):
-            weight = weight.to(dtype)
+            weight = _rounded(name, weight, dtype)
             found = list(weight.shape)
         else:
             found = [weight.out_features, weight.in_features]
@@ -310,7 +313,7 @@ def _build_model(
             if bias is not None:
                 output.bias = frozen(bias.to(dtype))
 
-    _assign(model, lambda name: _in_dtype(checkpoint.tensor(name), dtype))
+    _assign(model, lambda name: _rounded(name, checkpoint.tensor(name), dtype))
     model = freeze(packed(model)).to(device)
     checkpoint.finish(model)
     if checkpoint.generation_config is not None:
@@ -334,23 +337,29 @@ def require_fit(checkpoint: Checkpoint, model: Any) -> None:
 def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """The model with its parameters on the meta device, to be replaced or assigned, and its buffers real."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}")
     config = copy.deepcopy(config)
     config.dtype = dtype
-    thread = threading.get_ident()
-
-    def without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        # The hook is the process's; other threads may be building models of their own.
-        if threading.get_ident() != thread:
-            return None
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-
-    register: Any = nn.modules.module.register_module_parameter_registration_hook
-    hook = register(without_storage)
+    _building.skeleton = True
     try:
         return model_class(config)
     finally:
-        hook.remove()
+        _building.skeleton = False
+
+
+_building = threading.local()
+
+
+def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    if not getattr(_building, "skeleton", False):
+        return None
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+# Once, and for good: torch's hooks are those of the process, and one that comes or goes breaks the loop over them in
+# every other thread that is registering a parameter.
+_register: Any = nn.modules.module.register_module_parameter_registration_hook
+_register(_without_storage)
 
 
 def _tie_what_is_tied(model: Any, holds: Callable[[str], bool]) -> None:
@@ -367,6 +376,16 @@ def _share(model: Any) -> None:
         parameter, (module_name, _, key) = parameter_of(model, source), target.rpartition(".")
         if parameter is not None and parameter_of(model, target) is not None:
             setattr(model.get_submodule(module_name), key, parameter)
+
+
+def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In a dtype; raises where a finite number would become infinite."""
+    rounded = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and tensor.is_floating_point() and tensor.numel() > 0:
+        largest = tensor.abs().max()
+        if largest.isfinite() and largest > torch.finfo(dtype).max:
+            raise ValueError(f"{name} must fit in float16, got {largest.item():g}: dtype=torch.bfloat16 holds it")
+    return rounded
 
 
 def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qops import _layout
 from qops.models.decoder import Known, RotaryTables, cache_keyword, fuse
-from qops.models.replacement import Replace, freeze, packed
+from qops.models.replacement import Replace, freeze, packed, without_autocast
 from qops.nn import QuantizedLinear, RMSNorm, dense_linear, frozen
 
 VOCABULARY = 64
@@ -89,7 +89,8 @@ def prove_fusion(model: Any, linear: Replace, norm: Replace, kind: Callable[[str
             replaced[name] = made[full] = (linear if isinstance(module, nn.Linear) else norm)(full, module)
         layers.append(replaced)
     final = made["model.norm"] = norm("model.norm", model.model.norm)
-    done, not_fused = _compare(model, known, chosen, layers, final)
+    with without_autocast():
+        done, not_fused = _compare(model, known, chosen, layers, final)
     return Proof(done, not_fused, made)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -340,6 +341,16 @@ def replace_parts(
     forget_recording(decoder)
     decoder._output_capturing_hooks_installed = False
     return Fusion(None, proof, known.own)
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast, which reaches torch's products but none of ours, is off: no weight and no proof is in its dtypes."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def warn_not_fused(model: Any, reason: str) -> None:

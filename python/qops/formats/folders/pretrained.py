@@ -68,6 +68,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ValueError: the config is malformed; the folder says nothing.
     """
     path = folder / "config.json"
+    if not path.is_file():
+        found = sorted(file.name for file in folder.glob("*.gguf"))
+        hint = f"; {found[0]} is a file that can be loaded by its own path" if found else ""
+        raise ValueError(f"{folder}: config.json is missing{hint}")
     config = read_json(path)
     found: Any = config.get("quantization_config", config.get("compression_config"))
     if found is None:
