@@ -6,10 +6,8 @@ import copy
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +15,6 @@ from safetensors.torch import load_file
 import qops
 from qops import Int4Weight, Int8Weight, load_model
 from qops.formats import load_tokenizer, open_checkpoint, read_checkpoint
-from qops.formats.folders.pretrained import PretrainedFolder
 from qops.nn import Int4Linear
 from qops.testing import assert_bitwise
 from tests.support.formats import folders
@@ -530,79 +527,6 @@ def test_a_folder_is_not_called_by_its_parts(tmp_path):
         load_model(tmp_path / "other")
     with pytest.raises(OSError, match="model: no tokenizer that can be loaded: "):
         load_tokenizer(path)
-
-
-# Where it is loaded --------------------------------------------------------------------------------------------------
-
-
-def test_several_threads_load_at_once(tmp_path):
-    """torch's hook on parameters, by which a model without storage is made, is one of all threads."""
-    written = write_as(*folders.gptq(symmetric=True))
-    path = written.write(tmp_path)
-    wanted = load_model(path)(IDS).logits
-    with ThreadPoolExecutor(6) as pool:
-        for model in pool.map(lambda _: load_model(path), range(24)):
-            assert model.qops_fusion.not_fused is None
-            assert_bitwise(model(IDS).logits, wanted)
-    assert not torch.nn.Linear(8, 8).weight.is_meta
-
-
-@pytest.mark.parametrize(
-    "context",
-    [torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode()],
-    ids=["autocast", "meta", "inference_mode"],
-)
-def test_the_caller_s_contexts_change_nothing(tmp_path, context):
-    path = write_as(*folders.gptq()).write(tmp_path)
-    wanted = load_model(path)
-    with context:
-        model = load_model(path)
-    assert model.qops_fusion.not_fused is None
-    assert_bitwise(model(IDS).logits, wanted(IDS).logits)
-
-
-def test_numbers_that_float16_does_not_hold_are_refused(tmp_path):
-    written = write_as(*folders.gptq(), dtype=torch.bfloat16)
-    written.tensors["model.norm.weight"][3] = 1e5
-    path = written.write(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.norm.* must fit in float16, got 99840: dtype=torch\.bfloat16"):
-        load_model(path, torch.float16)
-    assert load_model(path).model.norm.weight[3] == 99840
-    with pytest.raises(ValueError, match=r"dtype must be torch\.float32, .* got 'float16'"):
-        load_model(path, "float16")  # type: ignore[arg-type]
-
-
-# The hub -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_repository_is_fetched_and_a_missing_folder_is_not_looked_for(tmp_path, monkeypatch):
-    written = write_as(*folders.gptq(symmetric=True))
-    path = written.write(tmp_path / "cached")
-    asked: list[Any] = []
-
-    def fetch(name: str, **kwargs: Any) -> str:
-        asked.append((name, kwargs))
-        return str(path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert isinstance(open_checkpoint("somebody/a-model"), PretrainedFolder)
-    ((name, kwargs),) = asked
-    assert name == "somebody/a-model" and "*.safetensors" in kwargs["allow_patterns"]
-    assert not any("bin" in pattern or pattern == "*" for pattern in kwargs["allow_patterns"])
-    for missing in (tmp_path / "gone", str(tmp_path / "gone"), "gone", "a/b/c", "../gone/model", "./gone"):
-        for opened in (open_checkpoint, load_model, load_tokenizer):
-            with pytest.raises(FileNotFoundError, match="no such GGUF file or model folder"):
-                opened(missing)
-    assert len(asked) == 1
-
-
-def test_a_repository_that_cannot_be_had(monkeypatch):
-    def fetch(name: str, **kwargs: Any) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(FileNotFoundError, match=r"nobody/nothing: no such .* and no repository of that name: offline"):
-        load_model("nobody/nothing")
 
 
 # Real ones -----------------------------------------------------------------------------------------------------------

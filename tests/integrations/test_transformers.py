@@ -103,7 +103,9 @@ def test_without_a_dtype_in_the_config_the_scales_do_not_decide(tmp_path):
 
 
 def test_another_dtype_is_refused(folder):
-    with pytest.raises(ValueError, match=r"dtype must be float32, bfloat16 or float16, got torch\.float64"):
+    with pytest.raises(
+        ValueError, match=r"must be torch\.float32, torch\.bfloat16 or torch\.float16, got torch\.float64"
+    ):
         from_pretrained(folder, dtype=torch.float64)
 
 

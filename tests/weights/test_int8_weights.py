@@ -136,6 +136,7 @@ def test_rows_refuse_ids_of_other_dtypes():
 
 @pytest.mark.parametrize("kind, act_order", FORMS)
 def test_rows_compile_into_one_graph(kind, act_order):
+    torch._dynamo.reset()
     with torch.inference_mode(False), torch.no_grad():
         weight = random_int8(40, 48, 16, kind, act_order=act_order)[1]
         compiled = torch.compile(weight.rows, fullgraph=True, backend="inductor")

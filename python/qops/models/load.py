@@ -381,7 +381,8 @@ def _share(model: Any) -> None:
 def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """In a dtype; raises where a finite number would become infinite."""
     rounded = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and tensor.is_floating_point() and tensor.numel() > 0:
+    narrowed = dtype == torch.float16 and tensor.is_floating_point() and tensor.dtype != dtype
+    if narrowed and tensor.numel() > 0 and not tensor.is_meta:
         largest = tensor.abs().max()
         if largest.isfinite() and largest > torch.finfo(dtype).max:
             raise ValueError(f"{name} must fit in float16, got {largest.item():g}: dtype=torch.bfloat16 holds it")

@@ -36,6 +36,11 @@ class _Smoothed(QuantizedLinear):
         self.register_buffer("pre_quant_scale", pre_quant_scale.detach())
 
     def in_stored_order(self) -> Self:
+        """As of every linear; the factors come in the order of the columns.
+
+        Returns:
+            A linear of the same class, whose weight has no ``perm``.
+        """
         linear = super().in_stored_order()
         linear.pre_quant_scale = self.pre_quant_scale[self.weight.perm.long()]
         return linear

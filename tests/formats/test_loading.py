@@ -1,4 +1,6 @@
-"""How long a large checkpoint takes to load, in terms of what nobody can save: reading its bytes, and copying them."""
+"""Where a checkpoint is loaded from, and amid what; and how long a large one takes, in terms of what nobody can save:
+reading its bytes, and copying them.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,98 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from qops import load_model
+from qops.formats import load_tokenizer, open_checkpoint
+from qops.formats.folders.pretrained import PretrainedFolder
+from qops.testing import assert_bitwise
+from tests.support.formats import folders
+from tests.support.formats.folders import write_as
+from tests.support.models.families import IDS
+
+# Where it is loaded --------------------------------------------------------------------------------------------------
+
+
+def test_several_threads_load_at_once(tmp_path):
+    """torch's hook on parameters, by which a model without storage is made, is one of all threads."""
+    written = write_as(*folders.gptq(symmetric=True))
+    path = written.write(tmp_path)
+    wanted = load_model(path)(IDS).logits
+    with ThreadPoolExecutor(6) as pool:
+        for model in pool.map(lambda _: load_model(path), range(24)):
+            assert model.qops_fusion.not_fused is None
+            assert_bitwise(model(IDS).logits, wanted)
+    assert not torch.nn.Linear(8, 8).weight.is_meta
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode()],
+    ids=["autocast", "meta", "inference_mode"],
+)
+def test_the_caller_s_contexts_change_nothing(tmp_path, context):
+    path = write_as(*folders.gptq()).write(tmp_path)
+    wanted = load_model(path)
+    with context:
+        model = load_model(path)
+    assert model.qops_fusion.not_fused is None
+    assert_bitwise(model(IDS).logits, wanted(IDS).logits)
+
+
+def test_numbers_that_float16_does_not_hold_are_refused(tmp_path):
+    written = write_as(*folders.gptq(), dtype=torch.bfloat16)
+    written.tensors["model.norm.weight"][3] = 1e5
+    path = written.write(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.norm.* must fit in float16, got 99840: dtype=torch\.bfloat16"):
+        load_model(path, torch.float16)
+    assert load_model(path).model.norm.weight[3] == 99840
+    with pytest.raises(ValueError, match=r"dtype must be torch\.float32, .* got 'float16'"):
+        load_model(path, "float16")  # type: ignore[arg-type]
+
+
+# The hub -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_repository_is_fetched_and_a_missing_folder_is_not_looked_for(tmp_path, monkeypatch):
+    written = write_as(*folders.gptq(symmetric=True))
+    path = written.write(tmp_path / "cached")
+    asked: list[Any] = []
+
+    def fetch(name: str, **kwargs: Any) -> str:
+        asked.append((name, kwargs))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert isinstance(open_checkpoint("somebody/a-model"), PretrainedFolder)
+    ((name, kwargs),) = asked
+    assert name == "somebody/a-model" and "*.safetensors" in kwargs["allow_patterns"]
+    assert not any("bin" in pattern or pattern == "*" for pattern in kwargs["allow_patterns"])
+    for missing in (tmp_path / "gone", str(tmp_path / "gone"), "gone", "a/b/c", "../gone/model", "./gone"):
+        for opened in (open_checkpoint, load_model, load_tokenizer):
+            with pytest.raises(FileNotFoundError, match="no such GGUF file or model folder"):
+                opened(missing)
+    assert len(asked) == 1
+
+
+def test_a_repository_that_cannot_be_had(monkeypatch):
+    def fetch(name: str, **kwargs: Any) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing: no such .* and no repository of that name: offline"):
+        load_model("nobody/nothing")
+
+
+# How long ---------------------------------------------------------------------------------------------------------
 
 HIDDEN, WIDE, KEY_VALUE, GROUP, LAYERS, VOCAB = 4096, 14336, 1024, 128, 32, 128256
 GIB = 1 << 30
