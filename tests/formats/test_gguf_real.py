@@ -117,7 +117,11 @@ GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window_pattern": 
         ("qwen3", {"head_dim": 64}),
         ("gemma", {"head_dim": 64}),
         ("gemma2", {"head_dim": 64, "query_pre_attn_scalar": 64, "num_hidden_layers": 26}),
-        ("gemma2", {"head_dim": 64, "query_pre_attn_scalar": 32, "num_hidden_layers": 46}),
+        # Of so many layers with larger weights, llama.cpp's own rounding grows to a tenth of the logits.
+        (
+            "gemma2",
+            {"head_dim": 64, "query_pre_attn_scalar": 32, "num_hidden_layers": 46, "initializer_range": 0.1},
+        ),
         ("gemma3", GEMMA | {"num_hidden_layers": 7}),
         ("gemma3", GEMMA | {"num_hidden_layers": 6, "rope_parameters": LINEAR}),
         ("phi3", {}),
@@ -138,7 +142,7 @@ def test_logits_are_those_of_llama_cpp(family, changes, tmp_path):
     with torch.inference_mode():
         ours = load_model(tmp_path / "m.gguf", torch.float32)(torch.tensor([ids])).logits[0]
     found = llama_quantize.logits_by_llama(tmp_path / "m.gguf", ids)
-    assert (found - ours).abs().max() < 0.02 * ours.abs().max()  # 0.013 at most where it was seen, of 46 layers
+    assert (found - ours).abs().max() < 0.02 * ours.abs().max()
 
 
 @needs_llama_quantize
