@@ -250,10 +250,8 @@ class Awq:
         first, second = qweight.shape
         per_row = {"gemm": (8 * second, first), "gemv": (first, 8 * second), "gemv_fast": (4 * first, second)}
         rows, columns = per_row[self._version]
-        group_size = columns if self._group_size == -1 else self._group_size
-        if group_size <= 0 or columns % group_size:
-            raise ValueError(f"group_size must divide K = {columns}, got {group_size}")
-        groups = columns // group_size
+        groups = _groups("AWQ", columns, self._group_size)
+        group_size = columns // groups
         # Scales and zero points of the other versions are padded to what a kernel of theirs liked.
         padded = {"gemv": (rows, max(groups, scales.shape[1])), "gemv_fast": (max(groups, scales.shape[0]), rows)}
         if self._version == "gemm":

@@ -269,15 +269,15 @@ class Gptq:
             shape=(rows, columns),
             group_size=group_size,
             keys=(*_KEYS, "g_idx") if ordered else _KEYS,
-            build=partial(self._build, module, weight, 1 << (int(bits) - 1)),
+            build=partial(self._build, module, weight, int(bits)),
             scale_dtype=scales.dtype,
             kinds=("symmetric", "zero_point" if int4 else "offset"),
             act_order=None if ordered else False,
         )
 
-    def _build(self, module: str, weight: Any, middle: int, tensors: Mapping[str, Tensor]) -> Any:
+    def _build(self, module: str, weight: Any, bits: int, tensors: Mapping[str, Tensor]) -> Any:
         if self._labelled_2:
-            stored = unpack(tensors["qzeros"], middle.bit_length() // 4 * 4)
+            stored, middle = unpack(tensors["qzeros"], bits), 1 << (bits - 1)
             if bool((stored == middle - 1).all()):
                 raise ValueError(
                     f"every stored zero point is {middle - 1}, which version 1 of the format stores of a symmetric "

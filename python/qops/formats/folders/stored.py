@@ -12,6 +12,7 @@ from torch import Tensor
 from qops.formats.checkpoint import QuantizedFacts
 from qops.formats.folders.tensors import Spec
 from qops.nn import QuantizedLinear
+from qops.weights.requirements import dtype_name
 from qops.weights.state import QuantizedWeight
 
 
@@ -95,5 +96,5 @@ def require_specs(specs: Mapping[str, Spec], shapes: Mapping[str, tuple[tuple[in
         if found is None:
             raise ValueError(f"tensor {key} is missing")
         if found.shape != shape or found.dtype not in dtypes:
-            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            wanted = " or ".join(map(dtype_name, dtypes))
             raise ValueError(f"tensor {key} must be {wanted} {list(shape)}, got {found}")
