@@ -12,7 +12,7 @@
 // codes are signed, so there it is o itself.
 //
 // Error of two digits: at most half of sx = a / 32767 for each x[k], a = max|x| of the block. float32 x, and rows in
-// which that could show in the output (massive activations: see needs_four_digits), take four digits and a power of two
+// which that could show in the output (massive activations: see FourDigits), take four digits and a power of two
 // for sx: half of sx <= 2^-31 a, and float32 values down to 2^-7 a are exact.
 //
 // Bytes and operations at M = 1: each 64 bytes of int4 codes (128 products) take 3 instructions to split nibbles and 4
@@ -132,28 +132,24 @@ inline void for_each_vector(const T* x, const int32_t* perm, int64_t begin, int6
 // The bits of |x|, whose integer order puts NaN above infinity.
 inline I32x16 abs_bits(F32x16 x) { return as_int(x) & set1(int32_t{0x7fffffff}); }
 
-// Whether two digits could show: the error bound 2^-16 sum_b n_b a_b against half of the output's own rounding of a row
-// of this size, 2^-p / 2 of sum |x| without each block's largest element; or a scale of two digits would be subnormal.
-// A function of the row alone.
-template <class T>
-inline bool needs_four_digits(const T* x, const int32_t* perm, const Blocks& blocks) {
-  if constexpr (std::is_same_v<T, float>) return true;
+// Whether two digits of a row could show: the error bound 2^-16 sum_b n_b a_b against half of the output's own rounding
+// of a row of this size, 2^-p / 2 of sum |x| without each block's largest element; or a scale of two digits would be
+// subnormal. A function of the row alone.
+struct FourDigits {
   double bound = 0, rest = 0;
-  for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
-    I32x16 largest = set1(int32_t{0});
-    F32x16 sum = set1(0.0f);
-    for_each_vector(x, perm, b.begin, b.size, [&](int64_t, int64_t, F32x16 v) {
-      largest = max(largest, abs_bits(v));
-      sum = sum + as_float(abs_bits(v));
-    });
-    const float most = bit_cast<float>(max_lanes(largest));
-    if (most > 0.0f && most < 0x1p-100f) return true;
-    bound += static_cast<double>(most) * static_cast<double>(b.size);
-    rest += static_cast<double>(sum_lanes(sum)) - static_cast<double>(most);
+  bool subnormal = false;
+
+  void add_block(float largest, float sum, int64_t size) {
+    subnormal |= largest > 0.0f && largest < 0x1p-100f;
+    bound += static_cast<double>(largest) * static_cast<double>(size);
+    rest += static_cast<double>(sum) - static_cast<double>(largest);
   }
-  constexpr double kHalfRounding = std::is_same_v<T, BFloat16> ? 0x1p-9 : 0x1p-12;
-  return bound * 0x1p-16 > kHalfRounding * rest;
-}
+  template <class T>
+  bool needed() const {
+    constexpr double kHalfRounding = std::is_same_v<T, BFloat16> ? 0x1p-9 : 0x1p-12;
+    return subnormal || bound * 0x1p-16 > kHalfRounding * rest;
+  }
+};
 
 // Scale of a block and the factors that turn x into v: v = rne(x * pre * inverse), x ~ v * scale.
 struct BlockScale {
@@ -171,27 +167,29 @@ inline BlockScale block_scale(float a, int digits) {
   return {bit_cast<float>(scale), pre, bit_cast<float>(static_cast<uint32_t>(127 - e - pre_exponent) << 23)};
 }
 
-// Writes row r of the tile.
-template <class Codes, class T>
-inline void write_digits(const WeightOnlyGemmParams& p, const T* row, const Blocks& blocks, const Tile& tile, int r) {
-  const int digits = tile.digits, rows = tile.rows;
-  // With zero points the kernel multiplies by z instead.
-  const bool zero_points = p.kind == WeightKind::kZeroPoint;
-  const int top_bias = zero_points ? 1 : Codes::kTopBias, low_bias = zero_points ? 1 : Codes::kLowBias;
+// A row of x as digits, in one pass. Each vector of them goes to out.digits(block, k, digit, bytes, lanes), with k from
+// the block's beginning, and what belongs to a block to out.end_block(block, sums of the digits, scale). Returns
+// whether the row needs four digits; two are then not enough.
+template <class T, class Out>
+inline bool write_digits(const T* row, const int32_t* perm, const Blocks& blocks, int digits, const Out& out) {
+  FourDigits four;
   for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
     float x[kMaxBlock];
     I32x16 largest = set1(int32_t{0});
-    for_each_vector(row, p.perm, b.begin, b.size, [&](int64_t k, int64_t lanes, F32x16 v) {
+    F32x16 sum = set1(0.0f);
+    for_each_vector(row, perm, b.begin, b.size, [&](int64_t k, int64_t lanes, F32x16 v) {
       store_n(x + k, v, lanes);
       largest = max(largest, abs_bits(v));
+      sum = sum + as_float(abs_bits(v));
     });
-    const BlockScale s = block_scale(bit_cast<float>(max_lanes(largest)), digits);
+    const float most = bit_cast<float>(max_lanes(largest));
+    four.add_block(most, sum_lanes(sum), b.size);
+    const BlockScale s = block_scale(most, digits);
     // A factor of 0 (block of zeros, NaN or infinity) times a non-finite x would be NaN: clear the bits instead.
     const I32x16 keep = set1(s.inverse == 0.0f ? int32_t{0} : int32_t{-1});
     I32x16 sums[4];
-    for (I32x16& sum : sums) sum = set1(int32_t{0});
-    uint8_t* out = tile.bytes + (b.begin / 4 * digits * rows + r) * 4;
-    for (int64_t k = 0; k < b.size; k += kLanes, out += 4 * digits * rows * 4) {
+    for (I32x16& digit_sum : sums) digit_sum = set1(int32_t{0});
+    for (int64_t k = 0; k < b.size; k += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, b.size - k);
       const F32x16 scaled = load_n(x + k, n) * set1(s.pre) * set1(s.inverse);
       const I32x16 v = to_int(as_float(as_int(scaled) & keep));
@@ -200,21 +198,50 @@ inline void write_digits(const WeightOnlyGemmParams& p, const T* row, const Bloc
                                (digits == 2 ? v : shift_right<16>(v)) & byte, shift_right<8>(v) & byte, v & byte};
       for (int d = 0; d < digits; ++d) {
         sums[d] = sums[d] + digit[d];
-        uint8_t low[kLanes];
-        store_bytes(low, digit[d]);
-        for (int64_t i = 0; i < n; i += 4) std::memcpy(out + (i / 4 * digits + d) * rows * 4, low + i, 4);
+        out.digits(b, k, d, digit[d], n);
       }
     }
-    int64_t value_sum = 0;
-    for (int d = 0; d < digits; ++d) {
-      const int32_t sum = sum_lanes(sums[d]);
-      value_sum = value_sum * 256 + sum;
-      tile.correction[(b.index * digits + d) * rows + r] = -sum * (d == 0 ? top_bias : low_bias);
-    }
-    tile.scale[b.index * rows + r] = s.scale;
-    tile.sum[b.index * rows + r] = static_cast<float>(value_sum) * s.scale;
+    int32_t digit_sums[4] = {};
+    for (int d = 0; d < digits; ++d) digit_sums[d] = sum_lanes(sums[d]);
+    out.end_block(b, digit_sums, s.scale);
   }
+  return digits == 2 && four.needed<T>();
 }
+
+// sx * (sum of v).
+inline float sum_of_values(const int32_t* digit_sums, int digits, float scale) {
+  int64_t sum = 0;
+  for (int d = 0; d < digits; ++d) sum = sum * 256 + digit_sums[d];
+  return static_cast<float>(sum) * scale;
+}
+
+// Row r of a tile.
+struct TileRow {
+  const Tile& tile;
+  int r, top_bias, low_bias;
+
+  // With zero points the kernel multiplies by z instead of the codes' biases.
+  template <class Codes>
+  static TileRow of(const WeightOnlyGemmParams& p, const Tile& tile, int r) {
+    const bool zero_points = p.kind == WeightKind::kZeroPoint;
+    return {tile, r, zero_points ? 1 : Codes::kTopBias, zero_points ? 1 : Codes::kLowBias};
+  }
+
+  void digits(const Block& b, int64_t k, int d, I32x16 values, int64_t n) const {
+    uint8_t* out = tile.bytes + (((b.begin + k) / 4 * tile.digits + d) * tile.rows + r) * 4;
+    uint8_t low[kLanes];
+    store_bytes(low, values);
+    for (int64_t i = 0; i < n; i += 4) std::memcpy(out + i * tile.digits * tile.rows, low + i, 4);
+  }
+  void end_block(const Block& b, const int32_t* sums, float scale) const {
+    for (int d = 0; d < tile.digits; ++d) {
+      const int32_t bias = d == 0 ? top_bias : low_bias;
+      tile.correction[(b.index * tile.digits + d) * tile.rows + r] = -sums[d] * bias;
+    }
+    tile.scale[b.index * tile.rows + r] = scale;
+    tile.sum[b.index * tile.rows + r] = sum_of_values(sums, tile.digits, scale);
+  }
+};
 
 // --- one tile of y ---------------------------------------------------------------------------------------------------
 
@@ -442,9 +469,12 @@ inline void tell_plan(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
   tell_tasks(pool, strips_of(p), strip_grain(p));
 }
 
+// y of the rows whose number of digits is not 0: for rows of 2 that is a guess, which their digits put right.
 template <class Codes, class T>
-inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
+inline Status multiply_rows(const WeightOnlyGemmParams& p, const ThreadPool& pool, const Blocks& blocks,
+                            uint8_t* digits_of_row) {
   const int64_t m = p.x_rows.count;
+<<<<<<< HEAD
   if (pool.listener != nullptr) [[unlikely]] {
     if (m > 0 && p.n > 0) tell_plan(p, pool);
     return Status::kOk;
@@ -466,12 +496,78 @@ inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& 
   tiles.take_memory(p, blocks, scratch);
   parallel_for(pool, tiles.count, 1 + row_grain / kMaxTileRows, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) write_tile<Codes, T>(p, blocks, tiles.of[t]);
+=======
+  const int64_t row_grain = 1 + (16 << 10) / (p.k + 1);
+
+  // Rows by number of digits, then in tiles; neither a row's digits nor its bits depend on the other rows.
+  const int64_t max_tiles = m / max_tile_rows(4) + 2;
+  Scratch index(Scratch::bytes<Tile>(max_tiles));
+  if (!index.ok()) return Status::kOutOfMemory;
+  Tile* tiles = index.take<Tile>(max_tiles);
+  int64_t tile_count = 0;
+  size_t tile_bytes = 0;
+  const auto close_tile = [&](Tile& tile) {
+    if (tile.rows == 0) return;
+    tile_bytes += Scratch::bytes<uint8_t>(p.k * tile.rows * tile.digits) +
+                  2 * Scratch::bytes<float>(blocks.count * tile.rows) +
+                  Scratch::bytes<int32_t>(blocks.count * tile.rows * tile.digits);
+    tiles[tile_count++] = tile;
+    tile.rows = 0;
+  };
+  for (const int digits : {2, 4}) {
+    Tile tile{};
+    tile.digits = digits;
+    for (int64_t row = 0; row < m; ++row) {
+      if (digits_of_row[row] != digits) continue;
+      tile.row[tile.rows++] = row;
+      if (tile.rows == max_tile_rows(digits)) close_tile(tile);
+    }
+    close_tile(tile);
+  }
+
+  Scratch scratch(tile_bytes);
+  if (!scratch.ok()) return Status::kOutOfMemory;
+  for (int64_t t = 0; t < tile_count; ++t) {
+    Tile& tile = tiles[t];
+    tile.bytes = scratch.take<uint8_t>(p.k * tile.rows * tile.digits);
+    tile.scale = scratch.take<float>(blocks.count * tile.rows);
+    tile.sum = scratch.take<float>(blocks.count * tile.rows);
+    tile.correction = scratch.take<int32_t>(blocks.count * tile.rows * tile.digits);
+  }
+  parallel_for(pool, tile_count, 1 + row_grain / kMaxTileRows, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const Tile& tile = tiles[t];
+      for (int r = 0; r < tile.rows; ++r) {
+        const T* row = static_cast<const T*>(p.x) + p.x_rows.offset(tile.row[r]);
+        const bool four = write_digits(row, p.perm, blocks, tile.digits, TileRow::of<Codes>(p, tile, r));
+        if (four) digits_of_row[tile.row[r]] = 4;
+      }
+    }
+  });
+  for (int64_t t = 0; t < tile_count; ++t) {
+    for (int r = 0; r < tiles[t].rows; ++r) {
+      // Rare: the tiles are cut again.
+      if (digits_of_row[tiles[t].row[r]] != tiles[t].digits)
+        return multiply_rows<Codes, T>(p, pool, blocks, digits_of_row);
+    }
+  }
+
+  // Four strips of weights stay in L2 while every tile of x passes over them.
+  constexpr int64_t kChunk = 4;
+  parallel_for(pool, strips_of(p), strip_grain(p), [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; strip += kChunk) {
+      for (int64_t t = 0; t < tile_count; ++t) {
+        gemm_rows<Codes, T>(p, blocks, tiles[t], strip, std::min(strip + kChunk, end));
+      }
+    }
+>>>>>>> 7a507c3
   });
   parallel_for(pool, strips_of(p), strip_grain(p),
                [&](int64_t begin, int64_t end) { gemm_tiles<Codes, T>(p, blocks, tiles, begin, end); });
   return Status::kOk;
 }
 
+<<<<<<< HEAD
 // The same product for a team of threads (cpu/team_product.h).
 template <class Codes, class T>
 struct WeightOnlyTeamProduct {
@@ -510,6 +606,22 @@ inline const TeamProduct& weight_only_team_product(DType dtype) {
     case DType::kBFloat16: return WeightOnlyTeamProduct<Codes, BFloat16>::kProduct;
     default: return WeightOnlyTeamProduct<Codes, float>::kProduct;
   }
+=======
+template <class Codes, class T>
+inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
+  const int64_t m = p.x_rows.count;
+  if (pool.listener != nullptr) [[unlikely]] {
+    if (m > 0 && p.n > 0) tell_plan(p, pool);
+    return Status::kOk;
+  }
+  if (p.perm != nullptr && !valid_permutation_range(p)) return Status::kIndexOutOfRange;
+  if (m == 0 || p.n == 0) return Status::kOk;
+  Scratch scratch(Scratch::bytes<uint8_t>(m));
+  if (!scratch.ok()) return Status::kOutOfMemory;
+  uint8_t* digits_of_row = scratch.take<uint8_t>(m);
+  std::memset(digits_of_row, std::is_same_v<T, float> ? 4 : 2, static_cast<size_t>(m));
+  return multiply_rows<Codes, T>(p, pool, Blocks(p.k, p.group_size), digits_of_row);
+>>>>>>> 7a507c3
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS
