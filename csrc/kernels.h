@@ -339,6 +339,32 @@ struct QkNormRotaryParams {
   RmsNormStyle style;
 };
 
+// y = softmax(scale * q k^T) v of the T newest tokens of each sequence, which are the last T of S rows. The last
+// dimension of each tensor is dense.
+struct DecodeAttentionParams {
+  const void* q;  // [B, T, Hq, D]
+  int64_t q_strides[3];
+  const void* k;  // [B, Hkv, S, D]; Hq is a multiple of Hkv
+  int64_t k_strides[3];
+  const void* v;
+  int64_t v_strides[3];
+  const bool* mask;  // [B, T, S] or null
+  int64_t mask_strides[3];
+  void* y;      // contiguous [B, T, Hq, D]
+  DType dtype;  // of q, k, v and y
+  int64_t batch;
+  int64_t t;  // at most kMaxDecodeTokens
+  int64_t q_heads;
+  int64_t kv_heads;
+  int64_t s;
+  int64_t d;
+  float scale;
+  float softcap;           // 0: none
+  int64_t window;          // 0: none
+  int64_t first_position;  // of row 0 of k and v
+};
+inline constexpr int kMaxDecodeTokens = 8;
+
 // y = R(R(silu(gate)) * up) or R(silu(gate) * up).
 struct SiluMulParams {
   const void* gate;
@@ -361,6 +387,7 @@ struct SiluMulInt8Params {
 // `Status name(const Params&, const ThreadPool&)`, compiled once per ISA level; cpu::name() calls the one chosen at
 // load. On a GPU it is `Status name(const Params&, const Queue&)`.
 #define QOPS_FOR_EACH_KERNEL(ANYWHERE, ON_CPU)             \
+  ON_CPU(decode_attention, DecodeAttentionParams)          \
   ANYWHERE(int4_dequantize, Int4DequantizeParams)          \
   ANYWHERE(int4_gemm, WeightOnlyGemmParams)                \
   ANYWHERE(int4_pack, WeightPackParams)                    \

@@ -3,6 +3,7 @@
 # Sources are found by the operator's name: csrc/cpu/<op>.cpp, and in its place csrc/cpu/<op>_amx.cpp at the level amx;
 # csrc/binding/<op>.cpp, where it does not share that of another operator; csrc/cuda/<op>*.cu.
 set(QOPS_OPERATORS
+  decode_attention
   int4_dequantize
   int4_gemm
   int8_gemm

@@ -6,6 +6,12 @@ namespace qops::binding {
 template <class Library>
 void define_schemas(Library& m) {
   m.def(
+      "decode_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask=None, int window=0, "
+      "float softcap=0.0, int first_position=0) -> Tensor");
+  m.def(
+      "decode_attention.out(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask=None, int window=0, "
+      "float softcap=0.0, int first_position=0, *, Tensor(a!) out) -> ()");
+  m.def(
       "int4_dequantize(Tensor packed, Tensor scales, Tensor? zeros, int out_features, int group_size, int kind, "
       "ScalarType dtype, bool mixed_gate_up=False) -> Tensor");
   // Four more arguments, even if none is given, take as long as a fifth of a small call: overloads of their own.

@@ -60,6 +60,20 @@ inline F32x16 swap_neighbours(F32x16 a) { return {_mm256_permute_ps(a.lo, 0xb1),
 inline F32x16 low_halves(F32x16 a, F32x16 b) { return {a.lo, b.lo}; }
 inline F32x16 high_halves(F32x16 a, F32x16 b) { return {a.hi, b.hi}; }
 
+template <int kOrder>
+inline __m256 every_second_lane(__m256 a, __m256 b) {
+  // shuffle works within 128-bit halves: [a b a b] is put right by the permutation.
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, kOrder)), 0xd8));
+}
+// Lanes 0, 2, 4, ... of a, then of b.
+inline F32x16 even_lanes(F32x16 a, F32x16 b) {
+  return {every_second_lane<0x88>(a.lo, a.hi), every_second_lane<0x88>(b.lo, b.hi)};
+}
+// Lanes 1, 3, 5, ... of a, then of b.
+inline F32x16 odd_lanes(F32x16 a, F32x16 b) {
+  return {every_second_lane<0xdd>(a.lo, a.hi), every_second_lane<0xdd>(b.lo, b.hi)};
+}
+
 inline I32x16 operator+(I32x16 a, I32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 inline I32x16 operator-(I32x16 a, I32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
 inline I32x16 operator*(I32x16 a, I32x16 b) { return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)}; }
@@ -247,6 +261,14 @@ inline int32_t max_lanes(I32x16 a) {
   const __m128i m4 = _mm_max_epi32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256(m8, 1));
   const __m128i m2 = _mm_max_epi32(m4, _mm_shuffle_epi32(m4, 0x4e));
   return _mm_cvtsi128_si32(_mm_max_epi32(m2, _mm_shuffle_epi32(m2, 0xb1)));
+}
+
+// Any of them where one is NaN.
+inline float max_lanes(F32x16 a) {
+  const __m256 m8 = _mm256_max_ps(a.lo, a.hi);
+  const __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));
+  const __m128 m2 = _mm_max_ps(m4, _mm_movehl_ps(m4, m4));
+  return _mm_cvtss_f32(_mm_max_ss(m2, _mm_movehdup_ps(m2)));
 }
 
 // ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).

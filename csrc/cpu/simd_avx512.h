@@ -45,6 +45,17 @@ inline F32x16 low_halves(F32x16 a, F32x16 b) { return {_mm512_shuffle_f32x4(a.v,
 // Lanes 8 .. 15 of both.
 inline F32x16 high_halves(F32x16 a, F32x16 b) { return {_mm512_shuffle_f32x4(a.v, b.v, 0xee)}; }
 
+// Lanes 0, 2, 4, ... of a, then of b.
+inline F32x16 even_lanes(F32x16 a, F32x16 b) {
+  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return {_mm512_permutex2var_ps(a.v, order, b.v)};
+}
+// Lanes 1, 3, 5, ... of a, then of b.
+inline F32x16 odd_lanes(F32x16 a, F32x16 b) {
+  const __m512i order = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return {_mm512_permutex2var_ps(a.v, order, b.v)};
+}
+
 inline I32x16 operator+(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I32x16 operator-(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline I32x16 operator*(I32x16 a, I32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
@@ -151,6 +162,9 @@ inline DotStrip load_dot_strip(const void* p) { return load_bytes(p); }
 inline int32_t sum_lanes(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
 
 inline int32_t max_lanes(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }
+
+// Any of them where one is NaN.
+inline float max_lanes(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
 
 // ((l0 + l8) + (l4 + l12)) + ...: halves added until one lane is left (strides 8, 4, 2, 1).
 inline float sum_lanes(F32x16 a) {

@@ -79,6 +79,15 @@ inline F32x16 high_halves(F32x16 a, F32x16 b) {
   return b;
 }
 
+// Lanes 0, 2, 4, ... of a, then of b.
+inline F32x16 even_lanes(const F32x16& a, const F32x16& b) {
+  return lanes<F32x16>([&](int i) { return i < 8 ? a.v[2 * i] : b.v[2 * i - 16]; });
+}
+// Lanes 1, 3, 5, ... of a, then of b.
+inline F32x16 odd_lanes(const F32x16& a, const F32x16& b) {
+  return lanes<F32x16>([&](int i) { return i < 8 ? a.v[2 * i + 1] : b.v[2 * i - 15]; });
+}
+
 // Integer lanes wrap, as vector instructions do; the detour through uint32 keeps that defined.
 inline I32x16 operator+(const I32x16& a, const I32x16& b) {
   return lanes<I32x16>([&](int i) { return static_cast<int32_t>(uint32_t(a.v[i]) + uint32_t(b.v[i])); });
@@ -249,6 +258,13 @@ inline int32_t sum_lanes(const I32x16& a) {
 inline int32_t max_lanes(const I32x16& a) {
   int32_t most = a.v[0];
   for (int32_t lane : a.v) most = lane > most ? lane : most;
+  return most;
+}
+
+// Any of them where one is NaN.
+inline float max_lanes(const F32x16& a) {
+  float most = a.v[0];
+  for (float lane : a.v) most = lane > most ? lane : most;
   return most;
 }
 

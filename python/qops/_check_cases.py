@@ -185,6 +185,26 @@ def turned(
     return q, k
 
 
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def caches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
+    """q, k, v and what else decode_attention takes: one to many chunks, groups of heads, tails of D."""
+    shapes = ((1, 9, 3, 64, 1), (ROWS[-1], 2, 1, 16, 3), (2, 4, 1, 80, 129), (1, 8, 8, 16, 300), (1, 7, 1, 7, 500))
+    forms: tuple[dict[str, Any], ...] = ({}, {"window": 5}, {"window": 130, "softcap": 2.0}, {"mask": None})
+    for index, (dtype, (batch, q_heads, kv_heads, d, s), form) in enumerate(
+        itertools.product(FLOAT_DTYPES, shapes, forms)
+    ):
+        tokens = min((1, 3, 8)[index % 3], s)
+        run.begin(dtype, f"B = {batch}, T = {tokens}, heads {q_heads} / {kv_heads}, D = {d}, S = {s}", *form)
+        q = run.random(batch, tokens, q_heads, d, dtype=dtype, outliers=False)
+        k, v = (run.random(batch, kv_heads, s, d, dtype=dtype, outliers=False) for _ in range(2))
+        how = dict(form)
+        if "mask" in form:
+            how["mask"] = run.integers(0, 3, batch, 1, tokens, s, dtype=torch.int64) > 0
+        yield q, k, v, how
+
+
 # Matrix products -----------------------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ else:
         ) from error
 
 
-WITHOUT_CUDA_KERNEL = ("int8_weight_only_gemm",)
+WITHOUT_CUDA_KERNEL = ("decode_attention", "int8_weight_only_gemm")
 """The operators that qops has no CUDA kernel of, in any build."""
 
 
@@ -120,7 +120,8 @@ def explain(op: str, *, device: torch.device | str, **problem: int | str | bool 
             ``m, n, k, group_size, dtype``; ``int8_gemm``: ``m, n, k, out_dtype``; ``int4_dequantize``:
             ``n, k, group_size, dtype``; the quantisers: ``rows, k, dtype``; the norms: ``rows, h, dtype``;
             ``silu_mul`` and ``silu_mul_int8``: ``rows, columns, dtype``; ``rotary`` and ``qk_norm_rotary``:
-            ``tokens, q_heads, k_heads, d, pairs, dtype``.
+            ``tokens, q_heads, k_heads, d, pairs, dtype``; ``decode_attention``:
+            ``batch, t, q_heads, kv_heads, s, d, dtype``.
             Besides, where there is one: ``kind=`` of the weight ("symmetric", "zero_point", "float_zero", "offset"),
             ``epilogue=`` ("none", "silu_mul", "int8"), and whether there are ``perm``, ``zeros``,
             ``zero_point``, ``batch_invariant``, ``interleaved``.

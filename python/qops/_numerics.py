@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qops.ops.decode_attention import attended, decode_attention_ref
 from qops.ops.int8_gemm import int8_gemm_ref
 from qops.ops.rms_norm import rms_norm_ref
 from qops.ops.rotary import rotary_ref
@@ -373,6 +374,56 @@ def rotary_bound(
     magnitude = x.double().abs()
     error = torch.zeros_like(magnitude) + error
     return 2 * UNIT * turned(magnitude + error) + turned(error)
+
+
+def decode_attention_bound(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    *,
+    mask: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Of :func:`qops.decode_attention`, all of whose numbers are finite.
+
+    Args:
+        q, k, v, scale, mask, window, softcap: of the operator.
+
+    Returns:
+        float64 ``[B, T, Hq, D]``. A weight p = exp(s - m) has the relative error e of its score and of exp, so that
+        ``|y' - y| <= sum(p e |v - y|) / (sum(p) - sum(p e))``; and the sums of p v and of p are rounded.
+    """
+    batch, tokens, q_heads, d = q.shape
+    group, s = q_heads // k.shape[1], k.shape[2]
+    factor: float = d**-0.5 if scale is None else scale
+    y = decode_attention_ref(q, k, v, factor, mask=mask, window=window, softcap=softcap)
+    allowed = attended(tokens, s, mask, window, batch)
+    bound = torch.zeros_like(y)
+    for b in range(batch):
+        for t in range(tokens):
+            rows = allowed[b, t]
+            if not rows.any():
+                continue
+            keys, values = (x[b, :, rows].double().repeat_interleave(group, dim=0) for x in (k, v))
+            heads, result = q[b, t].double()[:, None], y[b, t][:, None]
+            scores = factor * (heads @ keys.transpose(1, 2))
+            # The sum over D, 4 additions of lanes, scale and its own rounding.
+            error = (d / 16 + 7) * UNIT * abs(factor) * (heads.abs() @ keys.abs().transpose(1, 2))
+            if softcap:
+                scores, error = softcap * torch.tanh(scores / softcap), error + 8 * UNIT * softcap
+            behind = scores.amax(-1, keepdim=True) - scores
+            # Two differences, whose roundings add up to that of `behind`, and exp twice.
+            error = torch.expm1(error + UNIT * behind + 4 * UNIT)
+            p = torch.softmax(scores, dim=-1)
+            wrong = (p * error).sum(-1, keepdim=True)
+            off = (p * error) @ (values - result).abs() / (1 - wrong)
+            chunks = s / 128 + 2
+            rounded = (128 + chunks) * (p @ values.abs()) + (16 + chunks) * result.abs()
+            largest = values.abs().amax()
+            bound[b, t] = torch.where(wrong < 1, off + UNIT * rounded + 1e-37 * largest, 2 * largest)[:, 0]
+    return bound
 
 
 # Contracts in float32 operations of torch, bit for bit ----------------------------------------------------------------

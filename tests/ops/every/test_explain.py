@@ -17,6 +17,7 @@ OPS = [name for name in qops.ops.__all__ if hasattr(torch.ops.qops, name)]
 BF16 = torch.bfloat16
 # Of what operators are asked with; other sizes are 4096.
 SIZES = {"m": 40, "rows": 40, "tokens": 40, "q_heads": 32, "k_heads": 8, "d": 128, "pairs": 64, "group_size": 128}
+SIZES |= {"t": 4, "kv_heads": 8}
 
 
 def problem(op: str) -> dict[str, Any]:
@@ -82,6 +83,14 @@ def test_the_operators_are_the_public_ones():
             "int8_weight_only_gemm takes m, n, k, group_size, dtype, zeros, perm, got kind",
         ),
         ("rotary", {"pairs": 65}, "qops.rotary: pairs must be at most D / 2 = 64, got 65"),
+        ("decode_attention", {"t": 9}, "qops.decode_attention: t must be at most 8, got 9"),
+        ("decode_attention", {"s": 3}, "qops.decode_attention: s must be at least t = 4, got 3"),
+        ("decode_attention", {"q_heads": 12}, "decode_attention: q_heads must be a multiple of kv_heads = 8, got 12"),
+        (
+            "decode_attention",
+            {"d": 2**31, "q_heads": 2**31},
+            "qops.decode_attention: d must be so small that Hq D <= 2",
+        ),
     ],
 )
 def test_wrong_questions(op, changes, error):
@@ -117,6 +126,7 @@ def test_nothing_is_computed_or_allocated():
         ("rms_norm_int8", {"h": 2**31}),
         ("qk_norm_rotary", {"d": 2**31}),
         ("silu_mul", {"rows": 2**31}),
+        ("decode_attention", {"batch": 2**31, "s": 2**31}),
     ):
         assert facts(explain(op, **changes))
 
@@ -134,6 +144,7 @@ def test_empty_calls_compute_nothing():
     assert explain("int4_gemm", m=0).endswith(" -> nothing to compute")
     assert explain("int8_gemm", n=0).endswith(" -> nothing to compute")
     assert explain("rotary", d=0, pairs=0).endswith(" -> nothing to compute")
+    assert explain("decode_attention", d=0).endswith(" -> nothing to compute")
 
 
 def test_tiles_follow_the_shape_and_tasks_the_threads(threads):

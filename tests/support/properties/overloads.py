@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qops._native import WITHOUT_CUDA_KERNEL
 from tests.support.properties.property_calls import Call
 from tests.support.properties.property_draws import HUGE, Sampler, Sized, Strategy
 
@@ -64,7 +65,9 @@ def _valid_calls(name: str) -> Iterator[Call]:
 
 # On a GPU weights are packed in another way, which only their own tests know.
 ROW_OPS = sorted(
-    op for op in STRATEGIES if not {"packed", "qweight"} & set(tensor_arguments(overloads()[f"{op}.default"]))
+    op
+    for op in STRATEGIES
+    if op not in WITHOUT_CUDA_KERNEL and not {"packed", "qweight"} & set(tensor_arguments(overloads()[f"{op}.default"]))
 )
 
 
