@@ -365,6 +365,39 @@ struct DecodeAttentionParams {
 };
 inline constexpr int kMaxDecodeTokens = 8;
 
+// A linear inside a block of operators: x, y and residual are the block's.
+struct BlockLinear {
+  bool has_8_bits;
+  WeightOnlyGemmParams product;
+};
+
+// y = x + down(silu_mul(gate_up(rms_norm(x)))), or x + rms_norm(down(...)).
+struct MlpBlockParams {
+  RmsNormParams norm;   // of x; y is null
+  BlockLinear gate_up;  // with the epilogue kSiluMul a mixed weight
+  BlockLinear down;
+  RmsNormParams post_norm;  // of what down gives; null weight: none
+  void* y;                  // contiguous [rows, H]
+};
+
+// y = x + o(decode_attention(rotary(rms_norm(q)), rotary(rms_norm(k)), v)), q, k, v = qkv(rms_norm(x)), or x + rms_norm
+// of what o gives. The norms of q and k have the style of that of x.
+struct AttentionBlockParams {
+  RmsNormParams norm;  // of x [B * T, H]; y is null
+  BlockLinear qkv;
+  const void* q_norm;  // [D], stride 1; null: none
+  const void* k_norm;
+  DType q_norm_dtype;
+  DType k_norm_dtype;
+  RotaryParams rotary;              // tables and positions of the tokens of q.x_tokens; pairs = 0: none
+  DecodeAttentionParams attention;  // q and y are null
+  void* keys;                       // attention.k and attention.v, whose last T rows are written
+  void* values;
+  BlockLinear o;
+  RmsNormParams post_norm;
+  void* y;  // contiguous [rows, H]
+};
+
 // y = R(R(silu(gate)) * up) or R(silu(gate) * up).
 struct SiluMulParams {
   const void* gate;
@@ -387,6 +420,7 @@ struct SiluMulInt8Params {
 // `Status name(const Params&, const ThreadPool&)`, compiled once per ISA level; cpu::name() calls the one chosen at
 // load. On a GPU it is `Status name(const Params&, const Queue&)`.
 #define QOPS_FOR_EACH_KERNEL(ANYWHERE, ON_CPU)             \
+  ON_CPU(attention_block, AttentionBlockParams)            \
   ON_CPU(decode_attention, DecodeAttentionParams)          \
   ANYWHERE(int4_dequantize, Int4DequantizeParams)          \
   ANYWHERE(int4_gemm, WeightOnlyGemmParams)                \
@@ -396,6 +430,7 @@ struct SiluMulInt8Params {
   ANYWHERE(int8_pack, WeightPackParams)                    \
   ANYWHERE(int8_unpack, WeightPackParams)                  \
   ON_CPU(int8_weight_only_gemm, WeightOnlyGemmParams)      \
+  ON_CPU(mlp_block, MlpBlockParams)                        \
   ANYWHERE(qk_norm_rotary, QkNormRotaryParams)             \
   ANYWHERE(quantize_int8, QuantizeInt8Params)              \
   ANYWHERE(quantize_int8_asym, QuantizeInt8AsymParams)     \

@@ -4,6 +4,7 @@
 # csrc/binding/<op>.cpp, where it does not share that of another operator; csrc/cuda/<op>*.cu.
 set(QOPS_OPERATORS
   decode_attention
+  decoder_block
   int4_dequantize
   int4_gemm
   int8_gemm

@@ -2,7 +2,7 @@
 #include <tuple>
 #include <utility>
 
-#include "binding/device.h"
+#include "binding/rotary.h"
 
 namespace qops::binding {
 
@@ -61,26 +61,6 @@ void check_shapes(const Checker& check, const Tensor& q, const Tensor& k, const 
   check.same_shape(sin, "sin", cos, "cos");
 }
 
-// Positions of shape [T] serve every sequence.
-Rows checked_positions(const Checker& check, const Tensor& positions, const Tensor& q, int64_t tokens) {
-  check.device(positions, "positions", q);
-  check.index_dtype(positions, "positions");
-  const torch::headeronly::IntHeaderOnlyArrayRef leading(q.sizes().data(), static_cast<size_t>(q.dim() - 2));
-  const int64_t t = leading.back();
-  if (positions.sizes().equals(leading)) return check.rows(positions, "positions", 0);
-  if (positions.dim() != 1 || positions.size(0) != t) {
-    check.refuse("positions", "have shape [T] = [" + std::to_string(t) + "] or [..., T] = " + to_string(leading),
-                 to_string(positions.sizes()));
-  }
-  Rows rows;
-  rows.count = tokens;
-  rows.dims = 2;
-  rows.size[0] = t == 0 ? 0 : tokens / t;
-  rows.size[1] = t;
-  rows.stride[1] = positions.stride(0);
-  return rows;
-}
-
 RotaryHeads input(const Checker& check, const Tensor& x, const char* arg) {
   RotaryHeads heads{};
   heads.x = x.const_data_ptr();
@@ -114,25 +94,11 @@ RotaryParams checked(const Checker& check, const Tensor& q, const Tensor& k, con
 
   p.q = input(check, q, "q");
   p.k = input(check, k, "k");
-  p.cos = cos.const_data_ptr();
-  p.cos_row_stride = cos.stride(0);
-  p.cos_stride = cos.stride(1);
-  p.sin = sin.const_data_ptr();
-  p.sin_row_stride = sin.stride(0);
-  p.sin_stride = sin.stride(1);
-  p.table_rows = cos.size(0);
-  p.t = q.size(q.dim() - 3);
+  set_tables(cos, sin, p);
   p.d = q.size(q.dim() - 1);
   p.pairs = cos.size(1);
   p.interleaved = interleaved;
-  if (positions) {
-    p.position_rows = checked_positions(check, *positions, q, p.q.x_tokens.count);
-    p.positions_are_int64 = positions->scalar_type() == ScalarType::Long;
-    p.positions = positions->const_data_ptr();
-  } else if (p.table_rows < p.t) {
-    check.refuse("cos", "have at least T = " + std::to_string(p.t) + " rows without positions",
-                 std::to_string(p.table_rows));
-  }
+  take_positions(check, positions, Sizes(q.sizes().data(), static_cast<size_t>(q.dim() - 2)), q, p);
   return p;
 }
 
@@ -181,10 +147,7 @@ void run(const Checker& check, RotaryParams& p, device::Kernel<Params> kernel, c
   int64_t bad_position = 0;
   p.bad_position = &bad_position;
   const Status status = device::run(check, kernel, params, q);
-  if (status == Status::kIndexOutOfRange) {
-    check.refuse("positions", "lie in [0, " + std::to_string(p.table_rows) + "), the rows of cos",
-                 std::to_string(bad_position));
-  }
+  if (status == Status::kIndexOutOfRange) refuse_bad_position(check, p);
   check.ok(status);
 }
 

@@ -29,6 +29,20 @@ void define_schemas(Library& m) {
       "int4_gemm.fused_out(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
       "int out_features, int group_size, int kind, bool batch_invariant=False, Tensor? residual=None, "
       "bool silu_mul=False, Tensor? out_scale=None, Tensor? out_zero_point=None, *, Tensor(a!) out) -> ()");
+  m.def(
+      "attention_block(Tensor x, Tensor norm, Tensor? post_norm, float eps, float weight_offset, str rounding, "
+      "Tensor qkv, Tensor qkv_scales, Tensor? qkv_zeros, Tensor? qkv_perm, Tensor? qkv_bias, int qkv_kind, "
+      "Tensor? q_norm, Tensor? k_norm, Tensor? cos, Tensor? sin, Tensor? positions, Tensor(a!) keys, Tensor(b!) "
+      "values, "
+      "Tensor o, Tensor o_scales, Tensor? o_zeros, Tensor? o_perm, Tensor? o_bias, int o_kind, float scale, "
+      "Tensor? mask=None, int window=0, float softcap=0.0, int first_position=0) -> Tensor");
+  m.def(
+      "mlp_block(Tensor x, Tensor norm, Tensor? post_norm, float eps, float weight_offset, str rounding, "
+      "Tensor gate_up, Tensor gate_up_scales, Tensor? gate_up_zeros, Tensor? gate_up_perm, Tensor? gate_up_bias, int "
+      "gate_up_kind, "
+      "bool mixed_gate_up, "
+      "Tensor down, Tensor down_scales, Tensor? down_zeros, Tensor? down_perm, Tensor? down_bias, int down_kind) -> "
+      "Tensor");
   m.def("check_layout(Tensor packed, str layout) -> ()");
   m.def("int4_pack(Tensor qweight) -> Tensor");
   m.def("int4_unpack(Tensor packed, int out_features) -> Tensor");

@@ -7,6 +7,16 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
+// Asked before a product, which does not look.
+inline bool valid_permutation_range(const WeightOnlyGemmParams& p) {
+  bool valid = true;
+  for (int64_t j = 0; j < p.k; ++j) valid &= p.perm[j] >= 0 && p.perm[j] < p.k;
+  for (int64_t j = 0; !valid && j < p.k; ++j) {
+    if (p.perm[j] < 0 || p.perm[j] >= p.k) *p.bad_index = p.perm[j];
+  }
+  return valid;
+}
+
 struct TeamProduct {
   size_t (*bytes)(const WeightOnlyGemmParams& p);  // that prepare() takes, at most; a multiple of 64
   void (*prepare)(const WeightOnlyGemmParams& p, void* memory);

@@ -105,15 +105,6 @@ struct Tile {
   int32_t* correction = nullptr;  // [blocks][digits][rows]
 };
 
-inline bool valid_permutation_range(const WeightOnlyGemmParams& p) {
-  bool valid = true;
-  for (int64_t j = 0; j < p.k; ++j) valid &= p.perm[j] >= 0 && p.perm[j] < p.k;
-  for (int64_t j = 0; !valid && j < p.k; ++j) {
-    if (p.perm[j] < 0 || p.perm[j] >= p.k) *p.bad_index = p.perm[j];
-  }
-  return valid;
-}
-
 // Columns begin .. begin + n of a row of x, in packed order, as float32: f(k, lanes, vector of columns begin + k ...).
 template <class T, class F>
 inline void for_each_vector(const T* x, const int32_t* perm, int64_t begin, int64_t n, const F& f) {
@@ -387,11 +378,6 @@ inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const
 inline int64_t strips_of(const WeightOnlyGemmParams& p) { return (p.n + kStripRows - 1) / kStripRows; }
 inline int64_t strip_grain(const WeightOnlyGemmParams& p) { return 1 + (8 << 10) / (p.k * p.x_rows.count + 1); }
 
-template <class T>
-inline const T* row_of_x(const WeightOnlyGemmParams& p, int64_t row) {
-  return static_cast<const T*>(p.x) + p.x_rows.offset(row);
-}
-
 // The rows of x in tiles: neither a row's digits nor its bits depend on the other rows.
 struct Tiles {
   Tile* of;
@@ -411,6 +397,15 @@ struct Tiles {
       }
       close(tile);
     }
+  }
+
+  // Whether the rows have as many digits as their tiles.
+  bool fit(const uint8_t* digits_of_row) const {
+    bool fits = true;
+    for (const Tile* tile = of; tile < of + count; ++tile) {
+      for (int r = 0; r < tile->rows; ++r) fits &= digits_of_row[tile->row[r]] == tile->digits;
+    }
+    return fits;
   }
 
   static size_t bytes(const WeightOnlyGemmParams& p, const Blocks& blocks, int rows, int digits) {
@@ -438,14 +433,20 @@ struct Tiles {
   }
 };
 
-template <class T>
-inline uint8_t digits_of(const WeightOnlyGemmParams& p, const Blocks& blocks, int64_t row) {
-  return needs_four_digits(row_of_x<T>(p, row), p.perm, blocks) ? 4 : 2;
+// Two digits are a guess: where a row turns out to need four, digits_of_row says so afterwards.
+template <class Codes, class T>
+inline void write_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, uint8_t* digits_of_row) {
+  for (int r = 0; r < tile.rows; ++r) {
+    const int64_t row = tile.row[r];
+    const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+    if (write_digits(x, p.perm, blocks, tile.digits, TileRow::of<Codes>(p, tile, r))) digits_of_row[row] = 4;
+  }
 }
 
-template <class Codes, class T>
-inline void write_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile) {
-  for (int r = 0; r < tile.rows; ++r) write_digits<Codes>(p, row_of_x<T>(p, tile.row[r]), blocks, tile, r);
+// The number of digits that is tried first.
+template <class T>
+inline void guess_digits(uint8_t* digits_of_row, int64_t rows) {
+  std::memset(digits_of_row, std::is_same_v<T, float> ? 4 : 2, static_cast<size_t>(rows));
 }
 
 // y of some strips. Four of them stay in L2 while every tile of x passes over them.
@@ -469,12 +470,9 @@ inline void tell_plan(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
   tell_tasks(pool, strips_of(p), strip_grain(p));
 }
 
-// y of the rows whose number of digits is not 0: for rows of 2 that is a guess, which their digits put right.
 template <class Codes, class T>
-inline Status multiply_rows(const WeightOnlyGemmParams& p, const ThreadPool& pool, const Blocks& blocks,
-                            uint8_t* digits_of_row) {
+inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
   const int64_t m = p.x_rows.count;
-<<<<<<< HEAD
   if (pool.listener != nullptr) [[unlikely]] {
     if (m > 0 && p.n > 0) tell_plan(p, pool);
     return Status::kOk;
@@ -487,87 +485,23 @@ inline Status multiply_rows(const WeightOnlyGemmParams& p, const ThreadPool& poo
   Scratch index(Scratch::bytes<uint8_t>(m) + Scratch::bytes<Tile>(Tiles::most(m)));
   if (!index.ok()) return Status::kOutOfMemory;
   uint8_t* digits_of_row = index.take<uint8_t>(m);
-  parallel_for(pool, m, row_grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) digits_of_row[row] = digits_of<T>(p, blocks, row);
-  });
-  const Tiles tiles(index.take<Tile>(Tiles::most(m)), digits_of_row, m);
-  Scratch scratch(tiles.bytes(p, blocks));
-  if (!scratch.ok()) return Status::kOutOfMemory;
-  tiles.take_memory(p, blocks, scratch);
-  parallel_for(pool, tiles.count, 1 + row_grain / kMaxTileRows, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) write_tile<Codes, T>(p, blocks, tiles.of[t]);
-=======
-  const int64_t row_grain = 1 + (16 << 10) / (p.k + 1);
-
-  // Rows by number of digits, then in tiles; neither a row's digits nor its bits depend on the other rows.
-  const int64_t max_tiles = m / max_tile_rows(4) + 2;
-  Scratch index(Scratch::bytes<Tile>(max_tiles));
-  if (!index.ok()) return Status::kOutOfMemory;
-  Tile* tiles = index.take<Tile>(max_tiles);
-  int64_t tile_count = 0;
-  size_t tile_bytes = 0;
-  const auto close_tile = [&](Tile& tile) {
-    if (tile.rows == 0) return;
-    tile_bytes += Scratch::bytes<uint8_t>(p.k * tile.rows * tile.digits) +
-                  2 * Scratch::bytes<float>(blocks.count * tile.rows) +
-                  Scratch::bytes<int32_t>(blocks.count * tile.rows * tile.digits);
-    tiles[tile_count++] = tile;
-    tile.rows = 0;
-  };
-  for (const int digits : {2, 4}) {
-    Tile tile{};
-    tile.digits = digits;
-    for (int64_t row = 0; row < m; ++row) {
-      if (digits_of_row[row] != digits) continue;
-      tile.row[tile.rows++] = row;
-      if (tile.rows == max_tile_rows(digits)) close_tile(tile);
-    }
-    close_tile(tile);
+  Tile* memory = index.take<Tile>(Tiles::most(m));
+  guess_digits<T>(digits_of_row, m);
+  while (true) {
+    const Tiles tiles(memory, digits_of_row, m);
+    Scratch scratch(tiles.bytes(p, blocks));
+    if (!scratch.ok()) return Status::kOutOfMemory;
+    tiles.take_memory(p, blocks, scratch);
+    parallel_for(pool, tiles.count, 1 + row_grain / kMaxTileRows, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) write_tile<Codes, T>(p, blocks, tiles.of[t], digits_of_row);
+    });
+    if (!tiles.fit(digits_of_row)) continue;  // rare, and once: the tiles are cut again
+    parallel_for(pool, strips_of(p), strip_grain(p),
+                 [&](int64_t begin, int64_t end) { gemm_tiles<Codes, T>(p, blocks, tiles, begin, end); });
+    return Status::kOk;
   }
-
-  Scratch scratch(tile_bytes);
-  if (!scratch.ok()) return Status::kOutOfMemory;
-  for (int64_t t = 0; t < tile_count; ++t) {
-    Tile& tile = tiles[t];
-    tile.bytes = scratch.take<uint8_t>(p.k * tile.rows * tile.digits);
-    tile.scale = scratch.take<float>(blocks.count * tile.rows);
-    tile.sum = scratch.take<float>(blocks.count * tile.rows);
-    tile.correction = scratch.take<int32_t>(blocks.count * tile.rows * tile.digits);
-  }
-  parallel_for(pool, tile_count, 1 + row_grain / kMaxTileRows, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const Tile& tile = tiles[t];
-      for (int r = 0; r < tile.rows; ++r) {
-        const T* row = static_cast<const T*>(p.x) + p.x_rows.offset(tile.row[r]);
-        const bool four = write_digits(row, p.perm, blocks, tile.digits, TileRow::of<Codes>(p, tile, r));
-        if (four) digits_of_row[tile.row[r]] = 4;
-      }
-    }
-  });
-  for (int64_t t = 0; t < tile_count; ++t) {
-    for (int r = 0; r < tiles[t].rows; ++r) {
-      // Rare: the tiles are cut again.
-      if (digits_of_row[tiles[t].row[r]] != tiles[t].digits)
-        return multiply_rows<Codes, T>(p, pool, blocks, digits_of_row);
-    }
-  }
-
-  // Four strips of weights stay in L2 while every tile of x passes over them.
-  constexpr int64_t kChunk = 4;
-  parallel_for(pool, strips_of(p), strip_grain(p), [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; strip += kChunk) {
-      for (int64_t t = 0; t < tile_count; ++t) {
-        gemm_rows<Codes, T>(p, blocks, tiles[t], strip, std::min(strip + kChunk, end));
-      }
-    }
->>>>>>> 7a507c3
-  });
-  parallel_for(pool, strips_of(p), strip_grain(p),
-               [&](int64_t begin, int64_t end) { gemm_tiles<Codes, T>(p, blocks, tiles, begin, end); });
-  return Status::kOk;
 }
 
-<<<<<<< HEAD
 // The same product for a team of threads (cpu/team_product.h).
 template <class Codes, class T>
 struct WeightOnlyTeamProduct {
@@ -586,10 +520,14 @@ struct WeightOnlyTeamProduct {
     Pieces pieces(memory);
     Tiles* tiles = pieces.take<Tiles>(1);
     uint8_t* digits_of_row = pieces.take<uint8_t>(m);
-    for (int64_t row = 0; row < m; ++row) digits_of_row[row] = digits_of<T>(p, blocks, row);
-    *tiles = Tiles(pieces.take<Tile>(Tiles::most(m)), digits_of_row, m);
-    tiles->take_memory(p, blocks, pieces);
-    for (int64_t t = 0; t < tiles->count; ++t) write_tile<Codes, T>(p, blocks, tiles->of[t]);
+    Tile* first = pieces.take<Tile>(Tiles::most(m));
+    guess_digits<T>(digits_of_row, m);
+    do {
+      *tiles = Tiles(first, digits_of_row, m);
+      Pieces digits = pieces;
+      tiles->take_memory(p, blocks, digits);
+      for (int64_t t = 0; t < tiles->count; ++t) write_tile<Codes, T>(p, blocks, tiles->of[t], digits_of_row);
+    } while (!tiles->fit(digits_of_row));
   }
 
   static void multiply(const WeightOnlyGemmParams& p, const void* memory, int64_t begin, int64_t end) {
@@ -606,22 +544,6 @@ inline const TeamProduct& weight_only_team_product(DType dtype) {
     case DType::kBFloat16: return WeightOnlyTeamProduct<Codes, BFloat16>::kProduct;
     default: return WeightOnlyTeamProduct<Codes, float>::kProduct;
   }
-=======
-template <class Codes, class T>
-inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
-  const int64_t m = p.x_rows.count;
-  if (pool.listener != nullptr) [[unlikely]] {
-    if (m > 0 && p.n > 0) tell_plan(p, pool);
-    return Status::kOk;
-  }
-  if (p.perm != nullptr && !valid_permutation_range(p)) return Status::kIndexOutOfRange;
-  if (m == 0 || p.n == 0) return Status::kOk;
-  Scratch scratch(Scratch::bytes<uint8_t>(m));
-  if (!scratch.ok()) return Status::kOutOfMemory;
-  uint8_t* digits_of_row = scratch.take<uint8_t>(m);
-  std::memset(digits_of_row, std::is_same_v<T, float> ? 4 : 2, static_cast<size_t>(m));
-  return multiply_rows<Codes, T>(p, pool, Blocks(p.k, p.group_size), digits_of_row);
->>>>>>> 7a507c3
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

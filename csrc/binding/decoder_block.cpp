@@ -1,0 +1,331 @@
+// Of the CPU alone: there are no CUDA kernels.
+#include <limits>
+
+#include "binding/attention.h"
+#include "binding/device.h"
+#include "binding/rotary.h"
+#include "binding/weight_strips.h"
+
+#if !defined(QOPS_CUDA)
+
+namespace qops::binding {
+
+template <class Visitor>
+void describe_call(MlpBlockParams& p, Visitor& v) {
+  v.rows("rows", p.norm.x_rows);
+  v.size("h", p.norm.h, 8);
+  v.size("columns", p.down.product.k, 8);
+  v.dtype("dtype", p.norm.dtype);
+  v.flag("gate_up_has_8_bits", p.gate_up.has_8_bits);
+  v.flag("down_has_8_bits", p.down.has_8_bits);
+  v.when_asked([&](const Checker&) {
+    p.gate_up.product.n = 2 * p.down.product.k;
+    p.gate_up.product.k = p.down.product.n = p.norm.h;
+  });
+}
+
+template <class Visitor>
+void describe_call(AttentionBlockParams& p, Visitor& v) {
+  v.rows("rows", p.norm.x_rows);
+  v.size("h", p.norm.h, 8);
+  v.size("q_heads", p.attention.q_heads);
+  v.size("kv_heads", p.attention.kv_heads);
+  v.size("d", p.attention.d);
+  v.dtype("dtype", p.norm.dtype);
+  v.flag("qkv_has_8_bits", p.qkv.has_8_bits);
+  v.flag("o_has_8_bits", p.o.has_8_bits);
+  v.when_asked([&](const Checker&) {
+    p.qkv.product.n = (p.attention.q_heads + 2 * p.attention.kv_heads) * p.attention.d;
+    p.o.product.k = p.attention.q_heads * p.attention.d;
+    p.qkv.product.k = p.o.product.n = p.norm.h;
+  });
+}
+
+namespace {
+
+// The arguments of a linear, by their names.
+struct LinearNames {
+  const char *packed, *scales, *zeros, *perm, *bias, *kind;
+};
+#define QOPS_LINEAR_NAMES(name) {#name, #name "_scales", #name "_zeros", #name "_perm", #name "_bias", #name "_kind"}
+constexpr LinearNames kGateUp = QOPS_LINEAR_NAMES(gate_up), kDown = QOPS_LINEAR_NAMES(down);
+constexpr LinearNames kQkv = QOPS_LINEAR_NAMES(qkv), kO = QOPS_LINEAR_NAMES(o);
+#undef QOPS_LINEAR_NAMES
+
+struct LinearTensors {
+  const Tensor &packed, &scales;
+  const std::optional<Tensor>&zeros, &perm, &bias;
+  int64_t kind;
+};
+
+// Columns of a packed weight, by its own shape.
+int64_t columns_of(const Checker& check, const Tensor& packed, const char* arg) {
+  const ScalarType dtype = check.dtype_of(packed, arg);
+  if (dtype != ScalarType::Byte && dtype != ScalarType::Char) {
+    check.unsupported(std::string(arg) + " must have dtype uint8 or int8, got " + dtype_name(dtype));
+  }
+  if (packed.dim() != 2) check.refuse(arg, "have 2 dimensions", std::to_string(packed.dim()));
+  const int64_t elements = dtype == ScalarType::Byte ? 8 : 16;
+  if (packed.size(1) % (8 * elements) != 0) {
+    check.refuse(arg, "hold a multiple of 8 columns of " + std::to_string(elements) + " elements a strip",
+                 std::to_string(packed.size(1)));
+  }
+  return packed.size(1) / elements;
+}
+
+// A weight [N, K], where K is what columns_of() says. `bad_index` is where a wrong index of its perm goes.
+BlockLinear take_linear(const Checker& check, const LinearNames& names, const LinearTensors& t, const Tensor& x,
+                        DType dtype, int64_t n, int64_t k, int64_t* bad_index) {
+  BlockLinear linear{};
+  WeightOnlyGemmParams& p = linear.product;
+  check.device(t.packed, names.packed, x);
+  check.device(t.scales, names.scales, x);
+  const int64_t columns = columns_of(check, t.packed, names.packed);
+  linear.has_8_bits = t.packed.scalar_type() == ScalarType::Char;
+  p.dtype = dtype;
+  p.n = n;
+  p.k = k;
+  const std::string shape = "[N, K] = [" + std::to_string(n) + ", " + std::to_string(k) + "]";
+  if (t.packed.size(0) != strips_of(n) || columns != k) {
+    check.refuse(names.packed, "hold a weight " + shape,
+                 std::to_string(t.packed.size(0)) + " strips of " + std::to_string(columns) + " columns");
+  }
+  p.scale_dtype = check.float_dtype(t.scales, names.scales);
+  const bool has_groups = t.scales.dim() == 3 && t.scales.size(0) == strips_of(n) && t.scales.size(2) == kStripRows;
+  if (!has_groups) {
+    check.refuse(names.scales, "have shape [S, K / group_size, 16] with S = " + std::to_string(strips_of(n)),
+                 to_string(t.scales.sizes()));
+  }
+  const int64_t groups = t.scales.size(1);
+  p.group_size = groups == 0 ? k : k / groups;
+  const bool fits = groups == 0 ? k == 0 : k % groups == 0 && (groups == 1 || p.group_size % 16 == 0);
+  if (!fits) {
+    check.refuse(names.scales,
+                 "have one group, or groups of a multiple of 16 columns that divides K = " + std::to_string(k),
+                 std::to_string(groups) + " groups");
+  }
+  check.contiguous(t.packed, names.packed);
+  check.contiguous(t.scales, names.scales);
+  p.packed = t.packed.const_data_ptr();
+  p.scales = t.scales.const_data_ptr();
+  const bool is_kind = linear.has_8_bits ? t.kind == 0 || t.kind == 3 : t.kind >= 0 && t.kind <= 3;
+  if (!is_kind) {
+    check.refuse(names.kind,
+                 linear.has_8_bits ? "be 0 (symmetric) or 3 (offset) for a weight of 8 bits"
+                                   : "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)",
+                 std::to_string(t.kind));
+  }
+  p.kind = static_cast<WeightKind>(t.kind);
+  if (t.zeros.has_value() != (t.kind != 0)) {
+    check.refuse(names.zeros, t.kind == 0 ? "be None for kind 0" : "be given for this kind",
+                 t.zeros ? "a tensor" : "None");
+  }
+  if (t.zeros) {
+    check.device(*t.zeros, names.zeros, x);
+    check.dtype(*t.zeros, names.zeros, t.kind == 1 ? ScalarType::Byte : ScalarType::Float);
+    check.same_shape(*t.zeros, names.zeros, t.scales, names.scales);
+    check.contiguous(*t.zeros, names.zeros);
+    p.zeros = t.zeros->const_data_ptr();
+  }
+  if (t.perm) {
+    check.device(*t.perm, names.perm, x);
+    check.dtype(*t.perm, names.perm, ScalarType::Int);
+    check.shape(*t.perm, names.perm, "[K]", {k});
+    check.contiguous(*t.perm, names.perm);
+    p.perm = t.perm->const_data_ptr<int32_t>();
+  }
+  if (t.bias) {
+    check.device(*t.bias, names.bias, x);
+    p.bias_dtype = check.float_dtype(*t.bias, names.bias);
+    check.shape(*t.bias, names.bias, "[N]", {n});
+    check.dense_last_dim(*t.bias, names.bias);
+    p.bias = t.bias->const_data_ptr();
+  }
+  p.bad_index = bad_index;
+  return linear;
+}
+
+// What take_linear() calls bad: an index that an int32 cannot be.
+constexpr int64_t kNoIndex = std::numeric_limits<int64_t>::min();
+
+void refuse_bad_index(const Checker& check, const LinearNames& names, const BlockLinear& linear) {
+  const int64_t index = *linear.product.bad_index;
+  if (index == kNoIndex) return;
+  check.refuse(names.perm, "hold indices in 0 .. " + std::to_string(linear.product.k - 1), std::to_string(index));
+}
+
+void take_weight_of_norm(const Checker& check, const Tensor& weight, const char* arg, const Tensor& x,
+                         RmsNormParams& p) {
+  check.device(weight, arg, x);
+  p.weight_dtype = check.float_dtype(weight, arg);
+  check.shape(weight, arg, "[H]", {p.h});
+  check.dense_last_dim(weight, arg);
+  p.weight = weight.const_data_ptr();
+}
+
+// The norms of a block, on rows of x.
+void take_norms(const Checker& check, const Tensor& x, const Tensor& norm, const std::optional<Tensor>& post_norm,
+                double eps, double weight_offset, std::string_view rounding, RmsNormParams& first,
+                RmsNormParams& last) {
+  check.device(x, "x", x);
+  first.dtype = check.float_dtype(x, "x");
+  check.at_least_1d(x, "x");
+  first.h = x.size(x.dim() - 1);
+  if (first.h % 8 != 0) check.refuse("x", "have a last dimension H that is a multiple of 8", std::to_string(first.h));
+  check.dense_last_dim(x, "x");
+  first.x_rows = check.rows(x, "x");
+  first.x = x.const_data_ptr();
+  first.style = check.rms_norm_style(eps, weight_offset, rounding);
+  last = first;
+  take_weight_of_norm(check, norm, "norm", x, first);
+  if (post_norm) take_weight_of_norm(check, *post_norm, "post_norm", x, last);
+}
+
+constexpr Checker check_mlp("mlp_block");
+
+Tensor mlp_block(const Tensor& x, const Tensor& norm, const std::optional<Tensor>& post_norm, double eps,
+                 double weight_offset, std::string_view rounding, const Tensor& gate_up, const Tensor& gate_up_scales,
+                 const std::optional<Tensor>& gate_up_zeros, const std::optional<Tensor>& gate_up_perm,
+                 const std::optional<Tensor>& gate_up_bias, int64_t gate_up_kind, bool mixed_gate_up,
+                 const Tensor& down, const Tensor& down_scales, const std::optional<Tensor>& down_zeros,
+                 const std::optional<Tensor>& down_perm, const std::optional<Tensor>& down_bias, int64_t down_kind) {
+  const Checker& check = check_mlp;
+  MlpBlockParams p{};
+  take_norms(check, x, norm, post_norm, eps, weight_offset, rounding, p.norm, p.post_norm);
+  check.device(down, "down", x);
+  const int64_t h = p.norm.h, columns = columns_of(check, down, "down");
+  int64_t bad[2] = {kNoIndex, kNoIndex};
+  p.gate_up =
+      take_linear(check, kGateUp, {gate_up, gate_up_scales, gate_up_zeros, gate_up_perm, gate_up_bias, gate_up_kind}, x,
+                  p.norm.dtype, 2 * columns, h, &bad[0]);
+  if (mixed_gate_up) p.gate_up.product.epilogue = Epilogue::kSiluMul;
+  p.down = take_linear(check, kDown, {down, down_scales, down_zeros, down_perm, down_bias, down_kind}, x, p.norm.dtype,
+                       h, columns, &bad[1]);
+  Tensor y = check.contiguous_like(x);
+  p.y = y.mutable_data_ptr();
+  const Status status = device::run(check, &device::kernels::mlp_block, p, y);
+  if (status == Status::kIndexOutOfRange) {
+    refuse_bad_index(check, kGateUp, p.gate_up);
+    refuse_bad_index(check, kDown, p.down);
+  }
+  check.ok(status);
+  return y;
+}
+
+constexpr Checker check_attention("attention_block");
+
+void take_head_norm(const Checker& check, const std::optional<Tensor>& weight, const char* arg, const Tensor& x,
+                    int64_t d, const void*& data, DType& dtype) {
+  if (!weight) return;
+  check.device(*weight, arg, x);
+  dtype = check.float_dtype(*weight, arg);
+  check.shape(*weight, arg, "[D]", {d});
+  check.dense_last_dim(*weight, arg);
+  data = weight->const_data_ptr();
+}
+
+// keys and values, which are written: [B, Hkv, S, D] with the T new tokens last.
+void check_cache(const Checker& check, const Tensor& cache, const char* arg, const Tensor& x) {
+  check.device(cache, arg, x);
+  check.same_dtype(cache, arg, x, "x");
+  if (cache.dim() != 4) check.refuse(arg, "have 4 dimensions [B, Hkv, S, D]", std::to_string(cache.dim()));
+  check.dense_last_dim(cache, arg);
+  check.no_overlap_within(cache, arg);
+  check.no_overlap(cache, arg, x, "x");
+}
+
+void take_rotary(const Checker& check, const Tensor& x, const std::optional<Tensor>& cos,
+                 const std::optional<Tensor>& sin, const std::optional<Tensor>& positions, int64_t d,
+                 AttentionBlockParams& p) {
+  if (cos.has_value() != sin.has_value()) {
+    check.refuse("sin", cos ? "be given with cos" : "be None without cos", sin ? "a tensor" : "None");
+  }
+  p.rotary.q.x_tokens = p.norm.x_rows;
+  p.rotary.t = p.attention.t;
+  if (!cos) {
+    if (positions) check.refuse("positions", "be None without cos", "a tensor");
+    return;
+  }
+  check.device(*cos, "cos", x);
+  check.device(*sin, "sin", x);
+  p.rotary.table_dtype = check.float32_or_same_dtype(*cos, "cos", x, "x");
+  check.same_dtype(*sin, "sin", *cos, "cos");
+  if (cos->dim() != 2 || cos->size(1) > d / 2) {
+    check.refuse("cos", "have shape [positions, R / 2] with R <= D = " + std::to_string(d), to_string(cos->sizes()));
+  }
+  check.same_shape(*sin, "sin", *cos, "cos");
+  p.rotary.d = d;
+  p.rotary.pairs = cos->size(1);
+  set_tables(*cos, *sin, p.rotary);
+  take_positions(check, positions, Sizes(x.sizes().data(), 2), x, p.rotary);
+}
+
+Tensor attention_block(const Tensor& x, const Tensor& norm, const std::optional<Tensor>& post_norm, double eps,
+                       double weight_offset, std::string_view rounding, const Tensor& qkv, const Tensor& qkv_scales,
+                       const std::optional<Tensor>& qkv_zeros, const std::optional<Tensor>& qkv_perm,
+                       const std::optional<Tensor>& qkv_bias, int64_t qkv_kind, const std::optional<Tensor>& q_norm,
+                       const std::optional<Tensor>& k_norm, const std::optional<Tensor>& cos,
+                       const std::optional<Tensor>& sin, const std::optional<Tensor>& positions, const Tensor& keys,
+                       const Tensor& values, const Tensor& o, const Tensor& o_scales,
+                       const std::optional<Tensor>& o_zeros, const std::optional<Tensor>& o_perm,
+                       const std::optional<Tensor>& o_bias, int64_t o_kind, double scale,
+                       const std::optional<Tensor>& mask, int64_t window, double softcap, int64_t first_position) {
+  const Checker& check = check_attention;
+  AttentionBlockParams p{};
+  take_norms(check, x, norm, post_norm, eps, weight_offset, rounding, p.norm, p.post_norm);
+  if (x.dim() != 3) check.refuse("x", "have 3 dimensions [B, T, H]", std::to_string(x.dim()));
+  check_cache(check, keys, "keys", x);
+  check_cache(check, values, "values", x);
+  check.no_overlap(values, "values", keys, "keys");
+  check.device(o, "o", x);
+  const int64_t d = keys.size(3), kv_heads = keys.size(1), o_columns = columns_of(check, o, "o");
+  if (d == 0 || kv_heads == 0 || o_columns % d != 0 || o_columns == 0) {
+    check.refuse("keys",
+                 "have shape [B, Hkv, S, D] with a D that divides the columns of o = " + std::to_string(o_columns),
+                 to_string(keys.sizes()));
+  }
+  const int64_t q_heads = o_columns / d;
+  p.attention.batch = x.size(0);
+  p.attention.t = x.size(1);
+  p.attention.q_heads = q_heads;
+  p.attention.d = d;
+  p.attention.dtype = p.norm.dtype;
+  take_attention(check, x, {keys, values, "keys", "values"}, "x", "o", scale, mask, window, softcap, first_position,
+                 p.attention);
+  p.keys = keys.mutable_data_ptr();
+  p.values = values.mutable_data_ptr();
+  take_head_norm(check, q_norm, "q_norm", x, d, p.q_norm, p.q_norm_dtype);
+  take_head_norm(check, k_norm, "k_norm", x, d, p.k_norm, p.k_norm_dtype);
+  take_rotary(check, x, cos, sin, positions, d, p);
+  int64_t bad[2] = {kNoIndex, kNoIndex};
+  const int64_t h = p.norm.h;
+  p.qkv = take_linear(check, kQkv, {qkv, qkv_scales, qkv_zeros, qkv_perm, qkv_bias, qkv_kind}, x, p.norm.dtype,
+                      (q_heads + 2 * kv_heads) * d, h, &bad[0]);
+  p.o = take_linear(check, kO, {o, o_scales, o_zeros, o_perm, o_bias, o_kind}, x, p.norm.dtype, h, o_columns, &bad[1]);
+  Tensor y = check.contiguous_like(x);
+  p.y = y.mutable_data_ptr();
+  int64_t bad_position = 0;
+  p.rotary.bad_position = &bad_position;
+  const Status status = device::run(check, &device::kernels::attention_block, p, y);
+  if (status == Status::kIndexOutOfRange) {
+    refuse_bad_index(check, kQkv, p.qkv);
+    refuse_bad_index(check, kO, p.o);
+    refuse_bad_position(check, p.rotary);
+  }
+  check.ok(status);
+  return y;
+}
+
+}  // namespace
+
+QOPS_REGISTER(m) {
+  m.impl("attention_block", TORCH_BOX(&attention_block));
+  m.impl("mlp_block", TORCH_BOX(&mlp_block));
+}
+
+QOPS_EXPLAIN(attention_block, AttentionBlockParams, attention_block)
+QOPS_EXPLAIN(mlp_block, MlpBlockParams, mlp_block)
+
+}  // namespace qops::binding
+
+#endif

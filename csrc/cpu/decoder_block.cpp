@@ -1,0 +1,312 @@
+// attention_block and mlp_block: the two halves of a decoder layer for a few new tokens, each in one region of threads.
+//
+// Decoding a token is bound by reading weights, but a chain of operators pays for a call and a parallel region each: in
+// a model of 135 million parameters as much time as the reading takes. Here the threads of a team go through the
+// operators together and wait for each other where one needs what all have made, some 0.05 us a time.
+//
+// What is small every thread does for itself (norms and the digits of the products' rows, a microsecond or two), strips
+// of weights, heads and chunks of positions are cut among them. The arithmetic is that of the operators, from the same
+// functions, and each intermediate value is rounded to the dtype where the operator would store it: same bits.
+#include <algorithm>
+
+#include "cpu/attend.h"
+#include "cpu/gated_row.h"
+#include "cpu/norm_row.h"
+#include "cpu/rotate_head.h"
+#include "cpu/scratch.h"
+#include "cpu/team_product.h"
+
+namespace qops::cpu::QOPS_ISA_NS {
+namespace {
+
+// Below it a second thread costs more than it brings: some microseconds for its cache lines.
+constexpr int64_t kBytesOfOneThread = 128 << 10;
+
+int64_t weight_bytes(const BlockLinear& linear) {
+  return linear.product.n * linear.product.k / (linear.has_8_bits ? 1 : 2);
+}
+
+int most_threads(const ThreadPool& pool, const BlockLinear& first, const BlockLinear& second) {
+  return weight_bytes(first) + weight_bytes(second) < kBytesOfOneThread ? 1 : pool.threads;
+}
+
+void tell_plan(const ThreadPool& pool, const BlockLinear& first, const BlockLinear& second) {
+  pool.listener->tell("kernel", QOPS_ISA_NAME);
+  pool.listener->tell("threads", most_threads(pool, first, second));
+}
+
+// The part of n items of a member of a team. Strips are cut where four of them end: so many a tile has at M = 1.
+struct Part {
+  int64_t begin, end;
+
+  Part(const Team& team, int64_t n, int64_t unit = 1)
+      : begin(cut(n, unit, team.rank, team.size)), end(cut(n, unit, team.rank + 1, team.size)) {}
+
+ private:
+  static int64_t cut(int64_t n, int64_t unit, int64_t rank, int64_t size) {
+    return std::min(n, (n * rank / size + unit - 1) / unit * unit);
+  }
+};
+
+// One of the products of a block, of dense rows x [rows, K].
+class Product {
+ public:
+  Product(const BlockLinear& linear, int64_t rows)
+      : p_(linear.product),
+        functions_(linear.has_8_bits ? int8_weight_only_team_product(p_.dtype) : int4_team_product(p_.dtype)) {
+    p_.x_rows = Rows{rows, 1, {rows}, {p_.k}};
+  }
+
+  // What each thread needs for x.
+  size_t bytes() const { return functions_.bytes(p_); }
+
+  // y = R(x @ w.T + bias) of this thread's part, or with its epilogue.
+  void run(const Team& team, const void* x, void* y, void* memory) {
+    p_.x = x;
+    p_.y = y;
+    functions_.prepare(p_, memory);
+    const Part part(team, (p_.n + kStripRows - 1) / kStripRows, 4);
+    functions_.multiply(p_, memory, part.begin, part.end);
+  }
+
+ private:
+  WeightOnlyGemmParams p_;
+  const TeamProduct& functions_;
+};
+
+template <class T>
+void norm_row(const RmsNormParams& p, const T* z, T* y) {
+  with_dtype(p.weight_dtype, [&](auto* weight) {
+    normalise_row(z, static_cast<std::remove_pointer_t<decltype(weight)> const*>(p.weight), p.h, p.style, y);
+    return Status::kOk;
+  });
+}
+
+template <class T>
+const T* row_of_x(const RmsNormParams& p, int64_t row) {
+  return static_cast<const T*>(p.x) + p.x_rows.offset(row);
+}
+
+template <class T>
+void norm_rows(const RmsNormParams& p, T* y) {
+  for (int64_t row = 0; row < p.x_rows.count; ++row) norm_row(p, row_of_x<T>(p, row), y + row * p.h);
+}
+
+// How a block ends: its last product adds x, or gives rows [rows, H] that are normed first.
+template <class T>
+struct End {
+  const RmsNormParams& norm;       // of x
+  const RmsNormParams& post_norm;  // no weight: none
+  void* y;
+
+  bool norms() const { return post_norm.weight != nullptr; }
+
+  // Where the last product stores: y, or `rows`.
+  BlockLinear linear(BlockLinear last) const {
+    if (!norms()) {
+      last.product.residual = norm.x;
+      last.product.residual_rows = norm.x_rows;
+    }
+    return last;
+  }
+
+  void finish(const Team& team, const T* rows, T* normed) const {
+    if (!norms()) return;
+    team.wait();
+    const Part part(team, norm.x_rows.count);
+    for (int64_t row = part.begin; row < part.end; ++row) {
+      norm_row(post_norm, rows + row * norm.h, normed);
+      add_row(row_of_x<T>(norm, row), normed, static_cast<T*>(y) + row * norm.h, norm.h);
+    }
+  }
+};
+
+// silu_mul of what a weight that does not mix gate and up gives.
+template <class T>
+void gate_rows(const Team& team, int64_t rows, int64_t columns, const T* gate_up, T* y) {
+  const int64_t vectors = (columns + kLanes - 1) / kLanes;
+  const Part part(team, rows * vectors);
+  for (int64_t i = part.begin; i < part.end; ++i) {
+    const int64_t row = i / vectors, column = i % vectors * kLanes, n = std::min<int64_t>(kLanes, columns - column);
+    const T* gate = gate_up + row * 2 * columns + column;
+    store_n(y + row * columns + column, gated<T, true>(load_n(gate, n), load_n(gate + columns, n)), n);
+  }
+}
+
+template <class T>
+Status run_mlp(const MlpBlockParams& p, const ThreadPool& pool) {
+  const int64_t rows = p.norm.x_rows.count, h = p.norm.h, columns = p.down.product.k;
+  const End<T> end{p.norm, p.post_norm, p.y};
+  const BlockLinear last = end.linear(p.down);
+  const int most = most_threads(pool, p.gate_up, p.down);
+  const size_t normed_bytes = Pieces::bytes<T>(rows * h);
+  const size_t own_bytes = normed_bytes + std::max(Product(p.gate_up, rows).bytes(), Product(last, rows).bytes());
+  const bool apart = p.gate_up.product.epilogue != Epilogue::kSiluMul;
+  Scratch shared(3 * Pieces::bytes<T>(rows * columns) + normed_bytes + static_cast<size_t>(most) * own_bytes);
+  if (!shared.ok()) return Status::kOutOfMemory;
+  T* gated = shared.take<T>(rows * columns);
+  T* gate_up = apart ? shared.take<T>(2 * rows * columns) : gated;
+  T* given = end.norms() ? shared.take<T>(rows * h) : static_cast<T*>(p.y);
+  char* own = shared.take<char>(0);
+  with_team(pool, most, [&](const Team& team) {
+    Pieces pieces(own + static_cast<size_t>(team.rank) * own_bytes);
+    T* normed = pieces.take<T>(rows * h);
+    void* digits = pieces.take<char>(0);
+    norm_rows(p.norm, normed);
+    Product(p.gate_up, rows).run(team, normed, gate_up, digits);
+    team.wait();
+    if (apart) {
+      gate_rows(team, rows, columns, gate_up, gated);
+      team.wait();
+    }
+    Product(last, rows).run(team, gated, given, digits);
+    end.finish(team, given, normed);
+  });
+  return Status::kOk;
+}
+
+// Heads of q, k and v side by side, [rows, heads, D].
+template <class T>
+struct Heads {
+  const AttentionBlockParams& p;
+  T* qkv;
+  int64_t q, kv, d;
+
+  int64_t all() const { return q + 2 * kv; }
+  T* at(int64_t row, int64_t head) const { return qkv + (row * all() + head) * d; }
+  // Where the cache holds a key/value head of a new token.
+  T* cached(void* cache, const int64_t (&strides)[3], int64_t row, int64_t head) const {
+    const DecodeAttentionParams& a = p.attention;
+    const int64_t batch = row / a.t, position = a.s - a.t + row % a.t;
+    return static_cast<T*>(cache) + batch * strides[0] + head * strides[1] + position * strides[2];
+  }
+};
+
+// Norms and rotates a head of q in its place and a head of k on its way to the cache, where a head of v goes as it is.
+template <class T>
+void place_head(const Heads<T>& heads, int64_t row, int64_t head, const Angles& angles) {
+  const AttentionBlockParams& p = heads.p;
+  T* x = heads.at(row, head);
+  if (head >= heads.q + heads.kv) {
+    T* to = heads.cached(p.values, p.attention.v_strides, row, head - heads.q - heads.kv);
+    std::memcpy(to, x, static_cast<size_t>(heads.d) * sizeof(T));
+    return;
+  }
+  const bool is_q = head < heads.q;
+  const void* weight = is_q ? p.q_norm : p.k_norm;
+  if (weight != nullptr) {
+    with_dtype(is_q ? p.q_norm_dtype : p.k_norm_dtype, [&](auto* element) {
+      normalise_row(x, static_cast<std::remove_pointer_t<decltype(element)> const*>(weight), heads.d, p.norm.style, x);
+      return Status::kOk;
+    });
+  }
+  const int64_t pairs = p.rotary.pairs;
+  if (pairs > 0) rotate_halves(x, 1, x, 1, pairs, pairs, angles);
+  if (is_q) return;
+  T* to = heads.cached(p.keys, p.attention.k_strides, row, head - heads.q);
+  std::memcpy(to, x, static_cast<size_t>(heads.d) * sizeof(T));
+}
+
+template <class T>
+void place_heads(const Team& team, const Heads<T>& heads, const Angles& angles) {
+  const RotaryParams& rotary = heads.p.rotary;
+  const Part part(team, heads.p.norm.x_rows.count * heads.all());
+  int64_t angles_of = -1;
+  for (int64_t i = part.begin; i < part.end; ++i) {
+    const int64_t row = i / heads.all();
+    if (rotary.pairs > 0 && row != angles_of) {
+      const int64_t position = position_of(rotary, row);
+      with_dtype(rotary.table_dtype, [&](auto* element) {
+        load_angles<std::remove_pointer_t<decltype(element)>>(rotary, position, 0, rotary.pairs, angles);
+        return Status::kOk;
+      });
+      angles_of = row;
+    }
+    place_head(heads, row, i % heads.all(), angles);
+  }
+}
+
+template <class T>
+Status run_attention(const AttentionBlockParams& p, const ThreadPool& pool) {
+  const int64_t rows = p.norm.x_rows.count, h = p.norm.h;
+  DecodeAttentionParams attention = p.attention;
+  const int64_t attended_columns = attention.q_heads * attention.d;
+  const AttentionPlan plan = plan_attention(attention);
+  const End<T> end{p.norm, p.post_norm, p.y};
+  const BlockLinear last = end.linear(p.o);
+  const int most = most_threads(pool, p.qkv, p.o);
+
+  const int64_t qkv_columns = p.qkv.product.n, angle_floats = (p.rotary.pairs + kLanes - 1) / kLanes * kLanes;
+  const int64_t row_columns = std::max(h, attended_columns);
+  const size_t digit_bytes = std::max(Product(p.qkv, rows).bytes(), Product(last, rows).bytes());
+  const size_t own_bytes = Pieces::bytes<T>(rows * row_columns) + 2 * Pieces::bytes<float>(angle_floats) + digit_bytes;
+  Scratch shared(Pieces::bytes<T>(rows * qkv_columns) + Pieces::bytes<T>(rows * attended_columns) +
+                 Pieces::bytes<T>(rows * h) + plan.scratch_bytes() + 64 + static_cast<size_t>(most) * own_bytes);
+  if (!shared.ok()) return Status::kOutOfMemory;
+  const Heads<T> heads{p, shared.take<T>(rows * qkv_columns), attention.q_heads, attention.kv_heads, attention.d};
+  T* attended = shared.take<T>(rows * attended_columns);
+  T* given = end.norms() ? shared.take<T>(rows * h) : static_cast<T*>(p.y);
+  float* partial = shared.take<float>(static_cast<int64_t>(plan.scratch_bytes() / sizeof(float)));
+  char* own = shared.take<char>(0);
+  attention.q = heads.qkv;
+  attention.q_strides[0] = attention.t * qkv_columns;
+  attention.q_strides[1] = qkv_columns;
+  attention.q_strides[2] = attention.d;
+  attention.y = attended;
+
+  with_team(pool, most, [&](const Team& team) {
+    Pieces pieces(own + static_cast<size_t>(team.rank) * own_bytes);
+    T* normed = pieces.take<T>(rows * row_columns);
+    const Angles angles{pieces.take<float>(angle_floats), pieces.take<float>(angle_floats)};
+    void* digits = pieces.take<char>(0);
+    norm_rows(p.norm, normed);
+    Product(p.qkv, rows).run(team, normed, heads.qkv, digits);
+    team.wait();
+    place_heads(team, heads, angles);
+    team.wait();
+    const Part items(team, plan.items);
+    for (int64_t item = items.begin; item < items.end; ++item) attend_chunk<T>(attention, plan, item, partial);
+    team.wait();
+    const Part combined(team, rows * attention.q_heads);
+    for (int64_t row = combined.begin; row < combined.end; ++row) combine_row<T>(attention, plan, row, partial);
+    team.wait();
+    Product(last, rows).run(team, attended, given, digits);
+    end.finish(team, given, normed);
+  });
+  return Status::kOk;
+}
+
+bool has_rows(const RmsNormParams& norm) { return norm.x_rows.count > 0 && norm.h > 0; }
+
+bool has_valid_perm(const BlockLinear& linear) {
+  return linear.product.perm == nullptr || valid_permutation_range(linear.product);
+}
+
+}  // namespace
+
+Status mlp_block(const MlpBlockParams& p, const ThreadPool& pool) {
+  if (!has_rows(p.norm)) return Status::kOk;
+  if (pool.listener != nullptr) [[unlikely]] {
+    tell_plan(pool, p.gate_up, p.down);
+    return Status::kOk;
+  }
+  if (!has_valid_perm(p.gate_up) || !has_valid_perm(p.down)) return Status::kIndexOutOfRange;
+  return with_dtype(p.norm.dtype,
+                    [&](auto* element) { return run_mlp<std::remove_pointer_t<decltype(element)>>(p, pool); });
+}
+
+Status attention_block(const AttentionBlockParams& p, const ThreadPool& pool) {
+  if (!has_rows(p.norm)) return Status::kOk;
+  if (pool.listener != nullptr) [[unlikely]] {
+    tell_plan(pool, p.qkv, p.o);
+    return Status::kOk;
+  }
+  if (!has_valid_perm(p.qkv) || !has_valid_perm(p.o)) return Status::kIndexOutOfRange;
+  if (p.rotary.pairs > 0) {
+    if (const Status status = check_positions(p.rotary, pool); status != Status::kOk) return status;
+  }
+  return with_dtype(p.norm.dtype,
+                    [&](auto* element) { return run_attention<std::remove_pointer_t<decltype(element)>>(p, pool); });
+}
+
+}  // namespace qops::cpu::QOPS_ISA_NS
