@@ -348,7 +348,7 @@ struct DecodeAttentionParams {
   int64_t k_strides[3];
   const void* v;
   int64_t v_strides[3];
-  const bool* mask;  // [B, T, S] or null
+  const bool* mask;  // [B, T, S] or null: causal
   int64_t mask_strides[3];
   void* y;      // contiguous [B, T, Hq, D]
   DType dtype;  // of q, k, v and y
@@ -360,7 +360,7 @@ struct DecodeAttentionParams {
   int64_t d;
   float scale;
   float softcap;           // 0: none
-  int64_t window;          // 0: none
+  int64_t window;          // 0: none; without a mask
   int64_t first_position;  // of row 0 of k and v
 };
 inline constexpr int kMaxDecodeTokens = 8;

@@ -82,6 +82,7 @@ inline void take_attention(const Checker& check, const Tensor& x, const Cache& c
   if (mask) take_mask(check, *mask, x, p);
   p.scale = finite(check, scale, "scale", true);
   not_negative(check, window, "window");
+  if (mask && window > 0) check.refuse("window", "be 0 with a mask", std::to_string(window));
   p.window = window;
   p.softcap = finite(check, softcap, "softcap", false);
   not_negative(check, first_position, "first_position");

@@ -90,7 +90,8 @@ struct Chunk {
 inline Chunk positions_of(const DecodeAttentionParams& p, int64_t batch, int64_t row) {
   Chunk chunk;
   for (int64_t t = 0; t < p.t; ++t) {
-    const int64_t last = p.s - p.t + t;
+    // A mask alone says who attends to what: a tree of drafted tokens is not causal in the order of its rows.
+    const int64_t last = p.mask == nullptr ? p.s - p.t + t : p.s - 1;
     const int64_t first = p.window > 0 ? std::max(last + 1 - p.window, int64_t{0}) : 0;
     const int begin = static_cast<int>(std::clamp(first - row, int64_t{0}, int64_t{kChunk}));
     const int end = static_cast<int>(std::clamp(last + 1 - row, int64_t{0}, int64_t{kChunk}));

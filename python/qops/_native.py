@@ -39,7 +39,7 @@ else:
         ) from error
 
 
-WITHOUT_CUDA_KERNEL = ("decode_attention", "int8_weight_only_gemm")
+WITHOUT_CUDA_KERNEL = ("attention_block", "decode_attention", "int8_weight_only_gemm", "mlp_block")
 """The operators that qops has no CUDA kernel of, in any build."""
 
 

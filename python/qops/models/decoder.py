@@ -36,12 +36,13 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qops.models.blocks import Halves, decodes, first_position, may_step
 from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm
 from qops.nn.hooks import is_watched, newest_hook
 from qops.nn.linears import into_stream
 from qops.nn.mlp import rows_rule
 from qops.nn.offload import Offloadable
-from qops.ops import qk_norm_rotary_, rotary, rotary_
+from qops.ops import decode_attention, qk_norm_rotary_, rotary, rotary_
 from qops.weights.requirements import moved
 
 # A module for each name below a layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
@@ -94,7 +95,7 @@ _LAYER_KEYWORDS = frozenset(("hidden_states", "attention_mask", "position_ids", 
 _ATTENTION_KEYWORDS = frozenset(("hidden_states", "attention_mask", "position_embeddings"))
 # Transformers 5.24 renamed the cache. No aliases: before, `cache` was a paged one on its way to the attention function.
 _CACHE_KEYWORDS = ("cache", "past_key_values")
-# Keywords that scaled dot product attention of one token does not read.
+# Keywords that scaled dot product attention does not read.
 _NOT_READ_BY_SDPA = frozenset(("position_ids", "use_cache", "output_hidden_states"))
 
 
@@ -224,6 +225,7 @@ class Shared(NamedTuple):
         positions: [B, T], the row of each token; None where row t belongs to token t of every sequence.
         attention: name of the attention implementation.
         is_sdpa: whether that is Transformers' own scaled dot product attention, and not one registered in its place.
+        decodes: whether it is, and the few tokens are those of a decoding step on a CPU, which `decode_attention` takes.
     """
 
     cos: torch.Tensor
@@ -231,6 +233,7 @@ class Shared(NamedTuple):
     positions: torch.Tensor | None
     attention: str
     is_sdpa: bool
+    decodes: bool
 
 
 class RotaryTables(nn.Module):
@@ -261,7 +264,7 @@ class RotaryTables(nn.Module):
             positions = torch.arange(position_ids.numel(), device=x.device).view(position_ids.shape)
         attention = self.config._attn_implementation
         is_sdpa = attention == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
-        return Shared(cos, sin, positions, attention, is_sdpa)
+        return Shared(cos, sin, positions, attention, is_sdpa, is_sdpa and may_step(x))
 
 
 def _architecture_of(module: Any) -> Architecture:
@@ -292,6 +295,7 @@ class Attention(MergingModule):
     num_key_value_groups: int
     scaling: float
     attention_dropout: float
+    is_causal: bool = True
 
     def __init__(self, original: Any, part: Part):
         nn.Module.__init__(self)
@@ -341,14 +345,20 @@ class Attention(MergingModule):
                 key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
             else:
                 key, value = cache.update(key, value, self.layer_idx)
-        if (
-            tokens == 1
-            and shared.is_sdpa
-            and not self.training
-            and (attention_mask is None or attention_mask.shape[1] == 1)
-            and self.extras.get("softcap") is None
-            and _NOT_READ_BY_SDPA.issuperset(kwargs)
-        ):
+        is_plain = shared.is_sdpa and not self.training and _NOT_READ_BY_SDPA.issuperset(kwargs)
+        is_plain = is_plain and self.extras.get("softcap") is None
+        if is_plain and shared.decodes and decodes(query, key, attention_mask, self.is_causal):
+            output = decode_attention(
+                query,
+                key,
+                value,
+                self.scaling,
+                mask=attention_mask,
+                window=None if attention_mask is not None else self.extras.get("sliding_window"),
+                first_position=first_position(cache, self.layer_idx, key),
+            )
+            return into_stream(self.o_proj, output.view(batch, tokens, -1), residual), None
+        if is_plain and tokens == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
             # The query heads of one key/value head take the place of tokens, so keys and values are never expanded:
             # 12 us against 42 us (expanded) and 17 us (enable_gqa) at 9/3 heads, 64 positions, bf16, 2 cores.
             packed = query.reshape(batch, self.key_value_heads, self.num_key_value_groups, self.head_dim)
@@ -458,6 +468,9 @@ class DecoderLayer(Offloadable):
             if name.endswith("layernorm"):
                 setattr(self, name, part(name))
         self.before_mlp = "pre_feedforward_layernorm" if self.sandwich else "post_attention_layernorm"
+        self.cache_keyword = cache_keyword(type(original))
+        self.step_keywords = _NOT_READ_BY_SDPA | {"position_embeddings", "attention_mask", self.cache_keyword}
+        self.halves: Halves | None = None
         self._look_for_hooks()
         self._be_hooked()
 
@@ -468,21 +481,45 @@ class DecoderLayer(Offloadable):
             self._look_for_hooks()
             if self.watched:
                 return self._one_after_the_other(hidden_states, kwargs)
+        shared = kwargs.get("position_embeddings")
+        halves = self._known_halves() if not getattr(self,"blocks_off",False) and isinstance(shared, Shared) and shared.decodes and not self.training else None
+        attended = None
+        if halves is not None and halves.attention is not None and self.step_keywords.issuperset(kwargs):
+            cache = kwargs.get(self.cache_keyword)
+            attended = halves.attention.step(hidden_states, shared, kwargs.get("attention_mask"), cache)
+        if attended is None:
+            attended = self._attention_half(hidden_states, kwargs)
+        if halves is not None and halves.mlp is not None:
+            return halves.mlp.step(attended[1] + attended[0] if isinstance(attended, tuple) else attended)
+        return self._mlp_half(attended)
+
+    def _known_halves(self) -> Halves:
+        """What block operators compute of this layer, looked for anew where something has been replaced."""
+        halves = self.halves
+        if halves is None or any(half is not None and not half.hold() for half in (halves.attention, halves.mlp)):
+            halves = self.halves = Halves(self)
+        return halves
+
+    def _attention_half(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """The sum with hidden_states, or (delta, hidden_states) of it."""
         x = self.input_layernorm(hidden_states)
         if self.sandwich:
-            attended, _ = self.self_attn(x, **kwargs)
-            x, residual = self.pre_feedforward_layernorm.add(self.post_attention_layernorm(attended), hidden_states)
-            return residual + self.post_feedforward_layernorm(self.mlp(x))
+            return self.post_attention_layernorm(self.self_attn(x, **kwargs)[0]), hidden_states
         if isinstance(self.self_attn, Attention):
-            attended, _ = self.self_attn(x, residual=hidden_states, **kwargs)
-        else:
-            attended = self.self_attn(x, **kwargs)[0], hidden_states
-        if isinstance(attended, tuple):
-            x, residual = self.post_attention_layernorm.add(*attended)
-        else:
-            x, residual = self.post_attention_layernorm(attended), attended
+            return self.self_attn(x, residual=hidden_states, **kwargs)[0]
+        return self.self_attn(x, **kwargs)[0], hidden_states
+
+    def _mlp_half(self, attended: Any) -> torch.Tensor:
+        norm = getattr(self, self.before_mlp)
+        x, residual = norm.add(*attended) if isinstance(attended, tuple) else (norm(attended), attended)
+        if self.sandwich:
+            return residual + self.post_feedforward_layernorm(self.mlp(x))
         output = self.mlp(x, residual) if isinstance(self.mlp, MLP) else (self.mlp(x), residual)
         return output[1] + output[0] if isinstance(output, tuple) else output
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies look for what they have themselves."""
+        return {**self.__dict__, "halves": None}
 
     def _one_after_the_other(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)

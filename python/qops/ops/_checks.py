@@ -16,6 +16,7 @@ from qops._layout import STRIP_ROWS, column_step, stored_columns, strips_of
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT4_KINDS = ("symmetric", "zero_point", "float_zero", "offset")
 MAX_ROW_DIMS = 4
+MAX_DECODE_TOKENS = 8
 MAX_FLOAT = torch.finfo(torch.float32).max
 _OPTIONAL_TENSOR = torch.OptionalType(torch.TensorType.get())
 F = TypeVar("F", bound="Callable[..., Results]")
@@ -384,13 +385,120 @@ def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
         requirement = f"have at least T = {t} rows without positions"
         check.require(cos.shape[0] >= t, "cos", requirement, lambda: str(cos.shape[0]))
     else:
-        check.index_dtype(positions, "positions")
-        leading = list(q.shape[:-2])
-        requirement = f"have shape [T] = [{t}] or [..., T] = {leading}"
-        fits = list(positions.shape) in ([t], leading)
-        check.require(fits, "positions", requirement, lambda: str(list(positions.shape)))
-        check.rows(positions, "positions", 0)
+        check_positions(check, positions, q.shape[:-2])
     return (check.new_empty(q, q.shape), check.new_empty(k, k.shape)) if check.gives else None
+
+
+def check_attention(
+    check: Checker,
+    tokens: tuple[int, ...],
+    args: tuple[str, str],
+    cache: Mapping[str, Tensor],
+    scale: float,
+    mask: Tensor | None,
+    window: int,
+    softcap: float,
+    first_position: int,
+) -> None:
+    """Attention of new tokens, B T Hq D of them, over a cache [B, Hkv, S, D] of keys and values by their names.
+
+    ``args``: what T and what Hq are read from.
+    """
+    (k_arg, k), (v_arg, v) = cache.items()
+    batch, t, q_heads, d = tokens
+    kv_heads, s = k.shape[1:3]
+    check.require(t <= MAX_DECODE_TOKENS, args[0], "have at most 8 tokens T", lambda: str(t))
+    requirement = f"have shape [B, Hkv, S, D] with B = {batch}, D = {d}"
+    check.require(k.shape[0] == batch and k.shape[3] == d, k_arg, requirement, lambda: _shape(k.shape))
+    fits = q_heads == 0 if kv_heads == 0 else q_heads % kv_heads == 0
+    check.require(fits, args[1], f"have a multiple of Hkv = {kv_heads} heads", lambda: str(q_heads))
+    check.require(s >= t, k_arg, f"have at least T = {t} rows", lambda: str(s))
+    check.same_shape(v, v_arg, k, k_arg)
+    check.dense_last_dim(k, k_arg)
+    check.dense_last_dim(v, v_arg)
+    if mask is not None:
+        check.dtype(mask, "mask", torch.bool)
+        check.require(mask.dim() == 4, "mask", "have 4 dimensions [B or 1, 1, T or 1, S]", lambda: str(mask.dim()))
+        sizes = mask.shape
+        fits = (sizes[0] == batch or sizes[0] == 1) and sizes[1] == 1 and (sizes[2] == t or sizes[2] == 1)
+        requirement = f"have shape [B or 1, 1, T or 1, S] = [{batch} or 1, 1, {t} or 1, {s}]"
+        check.require(fits and sizes[3] == s, "mask", requirement, lambda: _shape(sizes))
+    check.require(abs(scale) <= MAX_FLOAT, "scale", "be a finite float32", lambda: f"{scale:g}")
+    check.require(0 <= window <= 2**62, "window", "lie in 0 .. 2^62", lambda: str(window))
+    check.require(mask is None or window == 0, "window", "be 0 with a mask", lambda: str(window))
+    requirement = "be a float32 that is finite and not negative"
+    check.require(0 <= softcap <= MAX_FLOAT, "softcap", requirement, lambda: f"{softcap:g}")
+    check.require(0 <= first_position <= 2**62, "first_position", "lie in 0 .. 2^62", lambda: str(first_position))
+
+
+def check_positions(check: Checker, positions: Tensor, leading: Sequence[int]) -> None:
+    """Of tokens ``[..., T]``."""
+    t = leading[-1]
+    check.index_dtype(positions, "positions")
+    requirement = f"have shape [T] = [{t}] or [..., T] = {_shape(leading)}"
+    fits = list(positions.shape) in ([t], list(leading))
+    check.require(fits, "positions", requirement, lambda: _shape(positions.shape))
+    check.rows(positions, "positions", 0)
+
+
+def columns_of(check: Checker, packed: Tensor, arg: str) -> int:
+    """K of a packed weight of 4 or 8 bits, by its own shape."""
+    check.supported(packed.dtype in (torch.uint8, torch.int8), arg, "have dtype uint8 or int8", _name(packed.dtype))
+    check.require(packed.dim() == 2, arg, "have 2 dimensions", lambda: str(packed.dim()))
+    elements = 8 if packed.dtype == torch.uint8 else 16
+    requirement = f"hold a multiple of 8 columns of {elements} elements a strip"
+    check.require(packed.shape[1] % (8 * elements) == 0, arg, requirement, lambda: str(packed.shape[1]))
+    return packed.shape[1] // elements
+
+
+def check_block_linear(
+    check: Checker,
+    arg: str,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    kind: int,
+    n: int,
+    k: int,
+) -> None:
+    """A linear [N, K] of a block of operators; ``arg`` is the first part of the names of its arguments."""
+    columns, strips = columns_of(check, packed, arg), strips_of(n)
+    actual = f"{packed.shape[0]} strips of {columns} columns"
+    fits = packed.shape[0] == strips and columns == k
+    check.require(fits, arg, f"hold a weight [N, K] = [{n}, {k}]", lambda: actual)
+    check.float_dtype(scales, f"{arg}_scales")
+    fits = scales.dim() == 3 and scales.shape[0] == strips and scales.shape[2] == STRIP_ROWS
+    requirement = f"have shape [S, K / group_size, 16] with S = {strips}"
+    check.require(fits, f"{arg}_scales", requirement, lambda: _shape(scales.shape))
+    groups = scales.shape[1]
+    fits = k == 0 if groups == 0 else k % groups == 0 and (groups == 1 or (k // groups) % 16 == 0)
+    requirement = f"have one group, or groups of a multiple of 16 columns that divides K = {k}"
+    check.require(fits, f"{arg}_scales", requirement, lambda: f"{groups} groups")
+    check.contiguous(packed, arg)
+    check.contiguous(scales, f"{arg}_scales")
+    if packed.dtype == torch.int8:
+        requirement = "be 0 (symmetric) or 3 (offset) for a weight of 8 bits"
+        check.require(kind in (0, 3), f"{arg}_kind", requirement, lambda: str(kind))
+    else:
+        requirement = "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)"
+        check.require(0 <= kind <= 3, f"{arg}_kind", requirement, lambda: str(kind))
+    requirement = "be None for kind 0" if kind == 0 else "be given for this kind"
+    actual_zeros = "None" if zeros is None else "a tensor"
+    check.require((zeros is None) == (kind == 0), f"{arg}_zeros", requirement, lambda: actual_zeros)
+    if zeros is not None:
+        check.dtype(zeros, f"{arg}_zeros", torch.uint8 if kind == 1 else torch.float32)
+        check.same_shape(zeros, f"{arg}_zeros", scales, f"{arg}_scales")
+        check.contiguous(zeros, f"{arg}_zeros")
+    if perm is not None:
+        check.dtype(perm, f"{arg}_perm", torch.int32)
+        check.shape(perm, f"{arg}_perm", "[K]", (k,))
+        check.contiguous(perm, f"{arg}_perm")
+    if bias is not None:
+        check.float_dtype(bias, f"{arg}_bias")
+        check.shape(bias, f"{arg}_bias", "[N]", (n,))
+        check.dense_last_dim(bias, f"{arg}_bias")
 
 
 def check_silu_mul(

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import MAX_FLOAT, Checker, Result, Results, derivatives_are_asked, fake, refuse_grad
+from qops.ops._checks import Checker, Result, Results, check_attention, derivatives_are_asked, fake, refuse_grad
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
-
-MAX_TOKENS = 8
 
 
 def decode_attention(
@@ -28,10 +26,10 @@ def decode_attention(
     first_position: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of at most 8 new tokens, whose keys and values are the last rows of the cache.
+    """Attention of at most 8 new tokens, whose keys and values are the last rows of the cache.
 
-    Of T new tokens and S rows, token t attends to rows 0 ... S - T + t; with a window to the last ``window`` of these
-    alone, and with a mask to those alone where it is True. Query head h reads key/value head ``h // (Hq / Hkv)``.
+    Of T new tokens and S rows, token t attends to rows 0 ... S - T + t, with a window to the last ``window`` of these
+    alone; with a mask, instead, to the rows where that is True. Query head h reads key/value head ``h // (Hq / Hkv)``.
 
     Args:
         q: float32, float16 or bfloat16 ``[B, T, Hq, D]`` with T <= 8; any strides, last dimension dense.
@@ -40,7 +38,7 @@ def decode_attention(
         v: same dtype and shape as ``k``.
         scale: of ``q k``; default ``1 / sqrt(D)``.
         mask: bool ``[B or 1, 1, T or 1, S]``, True where a token attends; any strides.
-        window: how many positions a token attends to at most, its own included; None or 0: all.
+        window: how many positions a token attends to at most, its own included; None or 0: all. Without a mask.
         softcap: c > 0 makes of a score s ``c * tanh(s / c)``; None or 0: as it is.
         first_position: of row 0 of ``k`` and ``v``, where a sliding cache has dropped what came before.
         out: the tensor to write to, contiguous, sharing no memory with the inputs; default: a new one.
@@ -98,10 +96,10 @@ def decode_attention(
 
 def attended(t: int, s: int, mask: Tensor | None = None, window: int | None = None, batch: int = 1) -> Tensor:
     """Which rows the tokens of :func:`decode_attention` attend to: bool ``[B, T, S]``."""
+    if mask is not None:
+        return mask[:, 0].cpu().expand(batch, t, s)
     behind = torch.arange(s - t, s)[:, None] - torch.arange(s)
-    allowed = (behind >= 0) & ((behind < window) if window else torch.ones((), dtype=torch.bool))
-    allowed = allowed.expand(batch, t, s)
-    return allowed if mask is None else allowed & mask[:, 0].cpu()
+    return ((behind >= 0) & ((behind < window) if window else torch.ones((), dtype=torch.bool))).expand(batch, t, s)
 
 
 def decode_attention_ref(
@@ -176,26 +174,6 @@ def _(
     check.same_dtype(v, "v", q, "q")
     check.require(q.dim() == 4, "q", "have 4 dimensions [B, T, Hq, D]", lambda: str(q.dim()))
     check.require(k.dim() == 4, "k", "have 4 dimensions [B, Hkv, S, D]", lambda: str(k.dim()))
-    (batch, t, q_heads, d), (kv_heads, s) = q.shape, k.shape[1:3]
-    check.require(t <= MAX_TOKENS, "q", "have at most 8 tokens T", lambda: str(t))
-    requirement = f"have shape [B, Hkv, S, D] with B = {batch}, D = {d}"
-    check.require(k.shape[0] == batch and k.shape[3] == d, "k", requirement, lambda: str(list(k.shape)))
-    fits = q_heads == 0 if kv_heads == 0 else q_heads % kv_heads == 0
-    check.require(fits, "q", f"have a multiple of Hkv = {kv_heads} heads", lambda: str(q_heads))
-    check.require(s >= t, "k", f"have at least T = {t} rows", lambda: str(s))
-    check.same_shape(v, "v", k, "k")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check.dense_last_dim(tensor, name)
-    if mask is not None:
-        check.dtype(mask, "mask", torch.bool)
-        check.require(mask.dim() == 4, "mask", "have 4 dimensions [B or 1, 1, T or 1, S]", lambda: str(mask.dim()))
-        sizes = mask.shape
-        fits = (sizes[0] == batch or sizes[0] == 1) and sizes[1] == 1 and (sizes[2] == t or sizes[2] == 1)
-        requirement = f"have shape [B or 1, 1, T or 1, S] = [{batch} or 1, 1, {t} or 1, {s}]"
-        check.require(fits and sizes[3] == s, "mask", requirement, lambda: str(list(sizes)))
-    check.require(abs(scale) <= MAX_FLOAT, "scale", "be a finite float32", lambda: f"{scale:g}")
-    check.require(0 <= window <= 2**62, "window", "lie in 0 .. 2^62", lambda: str(window))
-    requirement = "be a float32 that is finite and not negative"
-    check.require(0 <= softcap <= MAX_FLOAT, "softcap", requirement, lambda: f"{softcap:g}")
-    check.require(0 <= first_position <= 2**62, "first_position", "lie in 0 .. 2^62", lambda: str(first_position))
+    check.dense_last_dim(q, "q")
+    check_attention(check, tuple(q.shape), ("q", "q"), {"k": k, "v": v}, scale, mask, window, softcap, first_position)
     return check.results(q, Result("out", out, "[B, T, Hq, D]", q.shape, q.dtype))

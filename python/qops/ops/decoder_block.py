@@ -1,0 +1,359 @@
+"""attention_block and mlp_block: the halves of a decoder layer for a few new tokens, each as one operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qops import _native as _native
+from qops.ops._checks import INT4_KINDS as KINDS
+from qops.ops._checks import (
+    Checker,
+    Results,
+    check_attention,
+    check_block_linear,
+    check_positions,
+    columns_of,
+    derivatives_are_asked,
+    fake,
+    refuse_grad,
+)
+
+if TYPE_CHECKING:
+    from qops._check_cases import Run
+    from qops.weights import Int4Weight, Int8Weight
+
+    Weight = Int4Weight | Int8Weight
+    Linear = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]
+
+
+def linear_arguments(op: str, arg: str, weight: Weight, bias: Tensor | None) -> Linear:
+    """A weight and its bias as the operators take them: packed, scales, zeros, perm, bias, kind."""
+    name = type(weight).__name__
+    if name not in ("Int4Weight", "Int8Weight"):
+        raise TypeError(f"qops.{op}: {arg} must be a qops.Int4Weight or a qops.Int8Weight, got {name}")
+    weight._require_packed()
+    buffers = weight._buffers
+    packed, scales = buffers["packed"], buffers["scales"]
+    assert packed is not None
+    assert scales is not None
+    return packed, scales, buffers["zeros"], buffers["perm"], bias, KINDS.index(weight.kind)
+
+
+def mlp_block(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    gate_up: Weight,
+    down: Weight,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    post_norm: Tensor | None = None,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+) -> Tensor:
+    """The MLP of a decoder layer with its norm and residual: ``x + down(silu(gate) * up)``.
+
+    For the few tokens of a decoding step on a CPU: one call and one parallel region instead of three or more.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., H]``; any leading dimensions and strides, last dimension dense.
+        norm: ``[H]``, of the :func:`qops.rms_norm` before gate and up.
+        eps: of the norms.
+        gate_up: :class:`qops.Int4Weight` or :class:`qops.Int8Weight` ``[2 I, H]``, packed, gate above up; mixed
+            (``mix_gate_up()``) or not.
+        down: the same ``[H, I]``.
+        gate_up_bias: float32, float16 or bfloat16 ``[2 I]``, added in float32.
+        down_bias: the same ``[H]``.
+        post_norm: ``[H]``, of a norm of what ``down`` gives, before the residual is added (Gemma 2 and 3).
+        weight_offset, rounding: of the norms, as in :func:`qops.rms_norm`.
+
+    Returns:
+        A new tensor of the shape and dtype of ``x``, contiguous.
+
+    Numerics:
+        Bit for bit the chain of operators that it stands for: ``rms_norm``, :func:`qops.int4_gemm` (of 8 bits
+        :func:`qops.int8_weight_only_gemm`), ``silu_mul`` (rounding "hf"), the second product, ``rms_norm`` with
+        ``post_norm``, and the sum with ``x``, each rounded to the dtype of ``x``. The same bits for every number of
+        rows, thread count and ISA level.
+
+    Raises:
+        ValueError: shapes or strides do not fit; an index of a weight's ``perm`` is out of range.
+        RuntimeError: a dtype or device without a kernel; a weight is not packed; an input requires grad while grad mode
+            is on.
+
+    Source:
+        The layers of Llama, Mistral, Qwen, Phi-3, SmolLM and Gemma in Hugging Face Transformers.
+
+    Example:
+        >>> gate_up, down = (qops.Int4Weight.quantize(torch.eye(n, k), 16) for n, k in ((64, 32), (32, 32)))
+        >>> qops.mlp_block(torch.ones(1, 32), torch.ones(32), 1e-6, gate_up, down).shape
+        torch.Size([1, 32])
+    """
+    if derivatives_are_asked():
+        refuse_grad(
+            "mlp_block", x=x, norm=norm, gate_up_bias=gate_up_bias, down_bias=down_bias, post_norm=post_norm
+        )
+    return torch.ops.qops.mlp_block.default(
+        x,
+        norm,
+        post_norm,
+        eps,
+        weight_offset,
+        rounding,
+        *linear_arguments("mlp_block", "gate_up", gate_up, gate_up_bias),
+        gate_up.mixed_gate_up,
+        *linear_arguments("mlp_block", "down", down, down_bias),
+    )
+
+
+def attention_block(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    qkv: Weight,
+    o: Weight,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    qkv_bias: Tensor | None = None,
+    o_bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    post_norm: Tensor | None = None,
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    first_position: int = 0,
+) -> Tensor:
+    """The attention of a decoder layer with its norm, cache and residual, for up to 8 new tokens of each sequence.
+
+    ``q, k, v = qkv(rms_norm(x))``; q and k are normed by head and rotated where asked; k and v become the last T rows of
+    ``keys`` and ``values``; then ``x + o(decode_attention(q, keys, values))``. On a CPU: one call and one parallel region
+    instead of five or more.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[B, T, H]``, T at most 8; any strides, last dimension dense.
+        norm: ``[H]``, of the :func:`qops.rms_norm` before q, k and v.
+        eps: of the norms.
+        qkv: :class:`qops.Int4Weight` or :class:`qops.Int8Weight` ``[(Hq + 2 Hkv) D, H]``, packed: q above k above v.
+        o: the same ``[H, Hq D]``.
+        keys, values: ``[B, Hkv, S, D]`` in the dtype of ``x``, a view into a larger cache, say; last dimension dense.
+            Rows 0 ... S - T - 1 are read, the last T are written.
+        cos, sin: ``[rows, R / 2]``, R at most D, float32 or in the dtype of ``x``, as in :func:`qops.rotary`; None: q and
+            k are not rotated.
+        positions: int32 or int64 ``[T]`` or ``[B, T]``, rows of ``cos``; None: token t has row t.
+        qkv_bias, o_bias: float32, float16 or bfloat16, added in float32.
+        q_norm, k_norm: ``[D]``, of norms over each head; None: none.
+        post_norm: ``[H]``, of a norm of what ``o`` gives, before the residual is added (Gemma 2 and 3).
+        weight_offset, rounding: of the norms, as in :func:`qops.rms_norm`.
+        scale, mask, window, softcap, first_position: as in :func:`qops.decode_attention`.
+
+    Returns:
+        A new tensor of the shape and dtype of ``x``, contiguous.
+
+    Numerics:
+        Bit for bit the chain of operators that it stands for: ``rms_norm``, :func:`qops.int4_gemm` (of 8 bits
+        :func:`qops.int8_weight_only_gemm`), ``rotary`` or ``qk_norm_rotary``, :func:`qops.decode_attention`, the second
+        product, ``rms_norm`` with ``post_norm``, and the sum with ``x``, each rounded to the dtype of ``x``. The same
+        bits for every number of tokens and sequences, thread count and ISA level.
+
+    Raises:
+        ValueError: shapes or strides do not fit; memory that is written overlaps another argument; a position or an
+            index of a weight's ``perm`` is out of range.
+        RuntimeError: a dtype or device without a kernel; a weight is not packed; an input requires grad while grad mode
+            is on.
+
+    Source:
+        The layers of Llama, Mistral, Qwen, Phi-3, SmolLM and Gemma in Hugging Face Transformers.
+
+    Example:
+        >>> qkv, o = (qops.Int4Weight.quantize(torch.eye(n, k), 16) for n, k in ((96, 32), (32, 32)))
+        >>> keys, values = torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16)
+        >>> qops.attention_block(torch.ones(1, 1, 32), torch.ones(32), 1e-6, qkv, o, keys, values).shape
+        torch.Size([1, 1, 32])
+        >>> keys[0, 0].count_nonzero(-1)
+        tensor([ 0,  0,  0,  0, 16])
+    """
+    if derivatives_are_asked():
+        refuse_grad(
+            "attention_block",
+            x=x,
+            norm=norm,
+            keys=keys,
+            values=values,
+            cos=cos,
+            sin=sin,
+            qkv_bias=qkv_bias,
+            o_bias=o_bias,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            post_norm=post_norm,
+        )
+    return torch.ops.qops.attention_block.default(
+        x,
+        norm,
+        post_norm,
+        eps,
+        weight_offset,
+        rounding,
+        *linear_arguments("attention_block", "qkv", qkv, qkv_bias),
+        q_norm,
+        k_norm,
+        cos,
+        sin,
+        positions,
+        keys,
+        values,
+        *linear_arguments("attention_block", "o", o, o_bias),
+        keys.shape[-1] ** -0.5 if scale is None else scale,
+        mask,
+        0 if window is None else window,
+        0.0 if softcap is None else softcap,
+        first_position,
+    )
+
+
+def _check_norms(
+    check: Checker,
+    x: Tensor,
+    norm: Tensor,
+    post_norm: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    rounding: str,
+) -> None:
+    check.float_dtype(x, "x")
+    check.at_least_1d(x, "x")
+    h = x.shape[-1]
+    check.require(h % 8 == 0, "x", "have a last dimension H that is a multiple of 8", lambda: str(h))
+    check.dense_last_dim(x, "x")
+    check.rows(x, "x")
+    check.rms_norm_style(eps, weight_offset, rounding)
+    for arg, weight in (("norm", norm), ("post_norm", post_norm)):
+        if weight is not None:
+            check.float_dtype(weight, arg)
+            check.shape(weight, arg, "[H]", (h,))
+            check.dense_last_dim(weight, arg)
+
+
+@fake("mlp_block")
+def _(
+    check: Checker,
+    x: Tensor,
+    norm: Tensor,
+    post_norm: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    rounding: str,
+    gate_up: Tensor,
+    gate_up_scales: Tensor,
+    gate_up_zeros: Tensor | None,
+    gate_up_perm: Tensor | None,
+    gate_up_bias: Tensor | None,
+    gate_up_kind: int,
+    mixed_gate_up: bool,
+    down: Tensor,
+    down_scales: Tensor,
+    down_zeros: Tensor | None,
+    down_perm: Tensor | None,
+    down_bias: Tensor | None,
+    down_kind: int,
+) -> Results:
+    _check_norms(check, x, norm, post_norm, eps, weight_offset, rounding)
+    h, columns = x.shape[-1], columns_of(check, down, "down")
+    check_block_linear(
+        check, "gate_up", gate_up, gate_up_scales, gate_up_zeros, gate_up_perm, gate_up_bias, gate_up_kind, 2 * columns, h
+    )
+    check_block_linear(check, "down", down, down_scales, down_zeros, down_perm, down_bias, down_kind, h, columns)
+    return check.new_empty(x, x.shape)
+
+
+@fake("attention_block")
+def _(
+    check: Checker,
+    x: Tensor,
+    norm: Tensor,
+    post_norm: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    rounding: str,
+    qkv: Tensor,
+    qkv_scales: Tensor,
+    qkv_zeros: Tensor | None,
+    qkv_perm: Tensor | None,
+    qkv_bias: Tensor | None,
+    qkv_kind: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    o: Tensor,
+    o_scales: Tensor,
+    o_zeros: Tensor | None,
+    o_perm: Tensor | None,
+    o_bias: Tensor | None,
+    o_kind: int,
+    scale: float,
+    mask: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    first_position: int = 0,
+) -> Results:
+    _check_norms(check, x, norm, post_norm, eps, weight_offset, rounding)
+    check.require(x.dim() == 3, "x", "have 3 dimensions [B, T, H]", lambda: str(x.dim()))
+    for arg, cache in (("keys", keys), ("values", values)):
+        check.same_dtype(cache, arg, x, "x")
+        check.require(cache.dim() == 4, arg, "have 4 dimensions [B, Hkv, S, D]", lambda cache=cache: str(cache.dim()))
+        check.dense_last_dim(cache, arg)
+    (batch, t, h), (kv_heads, d), columns = x.shape, (keys.shape[1], keys.shape[3]), columns_of(check, o, "o")
+    requirement = f"have shape [B, Hkv, S, D] with a D that divides the columns of o = {columns}"
+    fits = d > 0 and kv_heads > 0 and columns > 0 and columns % d == 0
+    check.require(fits, "keys", requirement, lambda: str(list(keys.shape)))
+    q_heads = columns // d
+    tokens = (batch, t, q_heads, d)
+    cache = {"keys": keys, "values": values}
+    check_attention(check, tokens, ("x", "o"), cache, scale, mask, window, softcap, first_position)
+    for arg, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is not None:
+            check.float_dtype(weight, arg)
+            check.shape(weight, arg, "[D]", (d,))
+            check.dense_last_dim(weight, arg)
+    _check_rotary(check, x, cos, sin, positions, d)
+    n = (q_heads + 2 * kv_heads) * d
+    check_block_linear(check, "qkv", qkv, qkv_scales, qkv_zeros, qkv_perm, qkv_bias, qkv_kind, n, h)
+    check_block_linear(check, "o", o, o_scales, o_zeros, o_perm, o_bias, o_kind, h, columns)
+    return check.new_empty(x, x.shape)
+
+
+def _check_rotary(
+    check: Checker, x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, d: int
+) -> None:
+    requirement = "be None without cos" if cos is None else "be given with cos"
+    check.require((cos is None) == (sin is None), "sin", requirement, lambda: "None" if sin is None else "a tensor")
+    if cos is None or sin is None:
+        check.require(positions is None, "positions", "be None without cos", lambda: "a tensor")
+        return
+    check.float32_or_same_dtype(cos, "cos", x, "x")
+    check.same_dtype(sin, "sin", cos, "cos")
+    fits = cos.dim() == 2 and cos.shape[1] <= d // 2
+    requirement = f"have shape [positions, R / 2] with R <= D = {d}"
+    check.require(fits, "cos", requirement, lambda: str(list(cos.shape)))
+    check.same_shape(sin, "sin", cos, "cos")
+    t = x.shape[1]
+    if positions is None:
+        check.require(cos.shape[0] >= t, "cos", f"have at least T = {t} rows without positions", lambda: str(cos.shape[0]))
+    else:
+        check_positions(check, positions, x.shape[:2])
