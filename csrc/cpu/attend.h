@@ -83,6 +83,7 @@ inline F32x16 soft_cap(F32x16 s, float softcap) {
 // The positions of one chunk, and who attends to them.
 struct Chunk {
   int begin = kChunk, end = 0;  // attended by anyone
+  uint8_t anywhere = 0, everywhere = 0xff;  // bit t: token t attends to one of these, to each
   uint8_t tokens[kChunk] = {};  // bit t: token t attends
 };
 
@@ -107,6 +108,10 @@ inline Chunk positions_of(const DecodeAttentionParams& p, int64_t batch, int64_t
   }
   while (chunk.begin < chunk.end && chunk.tokens[chunk.begin] == 0) ++chunk.begin;
   while (chunk.begin < chunk.end && chunk.tokens[chunk.end - 1] == 0) --chunk.end;
+  for (int i = chunk.begin; i < chunk.end; ++i) {
+    chunk.anywhere |= chunk.tokens[i];
+    chunk.everywhere &= chunk.tokens[i];
+  }
   return chunk;
 }
 
@@ -115,12 +120,13 @@ template <class T, int R>
 inline void score_16(const DecodeAttentionParams& p, const float* q, int64_t width, const T* keys, int64_t stride,
                      int first, int last, float (*scores)[kChunk]) {
   alignas(64) float lanes[R][kLanes][kLanes];
+  const bool is_whole = first == 0 && last == kLanes - 1;
   for (int i = 0; i < kLanes; i += kBlockPositions) {
     const T* key[kBlockPositions];
     F32x16 sums[kBlockPositions][R];
     QOPS_UNROLL
     for (int j = 0; j < kBlockPositions; ++j) {
-      key[j] = keys + std::clamp(i + j, first, last) * stride;
+      key[j] = keys + (is_whole ? i + j : std::clamp(i + j, first, last)) * stride;
       QOPS_UNROLL
       for (int r = 0; r < R; ++r) sums[j][r] = set1(0.0f);
     }
@@ -143,6 +149,7 @@ inline void score_16(const DecodeAttentionParams& p, const float* q, int64_t wid
   }
   for (int r = 0; r < R; ++r) {
     F32x16 halves[2];
+    QOPS_UNROLL
     for (int half = 0; half < 2; ++half) {
       F32x16 v[8];
       QOPS_UNROLL
@@ -160,13 +167,10 @@ inline void exponentiate(const Chunk& chunk, int64_t t, float* scores, float* m,
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const int begin = chunk.begin / kLanes * kLanes, end = (chunk.end + kLanes - 1) / kLanes * kLanes;
   const uint8_t bit = static_cast<uint8_t>(1u << t);
-  bool attends = false;
-  for (int i = begin; i < end; ++i) {
-    if (chunk.tokens[i] & bit) {
-      attends = true;
-    } else {
-      scores[i] = -kInfinity;
-    }
+  std::fill(scores + begin, scores + chunk.begin, -kInfinity);
+  std::fill(scores + chunk.end, scores + end, -kInfinity);
+  if ((chunk.everywhere & bit) == 0) {
+    for (int i = chunk.begin; i < chunk.end; ++i) scores[i] = chunk.tokens[i] & bit ? scores[i] : -kInfinity;
   }
   // Finite, so that a chunk whose scores are all -infinity has weights of 0; -infinity marks one without positions.
   F32x16 most = set1(-std::numeric_limits<float>::max());
@@ -179,7 +183,7 @@ inline void exponentiate(const Chunk& chunk, int64_t t, float* scores, float* m,
     sum = sum + weight;
   }
   *l = sum_lanes(sum);
-  if (!attends) *m = -kInfinity;
+  if ((chunk.anywhere & bit) == 0) *m = -kInfinity;
 }
 
 // o [R, width] += weights of the positions begin .. end - 1 times their rows of v.

@@ -283,11 +283,13 @@ inline float sum_lanes(F32x16 a) {
 inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
   const auto eight = [](const F32x16* w) {  // 4 vectors = 8 groups -> 8 sums
     __m256 s4[4];                           // s4[i]: groups 2i, 2i+1, four lanes each
+    QOPS_UNROLL
     for (int i = 0; i < 4; ++i) {
       s4[i] =
           _mm256_add_ps(_mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x20), _mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x31));
     }
     __m256 s2[2];
+    QOPS_UNROLL
     for (int i = 0; i < 2; ++i) {
       const __m256 a = s4[2 * i], b = s4[2 * i + 1];
       s2[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));

@@ -177,11 +177,13 @@ inline float sum_lanes(F32x16 a) {
 // Lane g of the result is the sum of the g-th group of 8 consecutive lanes of v[0..8), added at strides 4, 2, 1.
 inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
   __m512 s4[4];  // s4[i]: groups 4i .. 4i+3, four lanes each
+  QOPS_UNROLL
   for (int i = 0; i < 4; ++i) {
     const __m512 a = v[2 * i].v, b = v[2 * i + 1].v;
     s4[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   }
   __m512 s2[2];
+  QOPS_UNROLL
   for (int i = 0; i < 2; ++i) {
     const __m512 a = s4[2 * i], b = s4[2 * i + 1];
     s2[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
