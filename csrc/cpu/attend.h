@@ -82,9 +82,9 @@ inline F32x16 soft_cap(F32x16 s, float softcap) {
 
 // The positions of one chunk, and who attends to them.
 struct Chunk {
-  int begin = kChunk, end = 0;  // attended by anyone
+  int begin = kChunk, end = 0;              // attended by anyone
   uint8_t anywhere = 0, everywhere = 0xff;  // bit t: token t attends to one of these, to each
-  uint8_t tokens[kChunk] = {};  // bit t: token t attends
+  uint8_t tokens[kChunk] = {};              // bit t: token t attends
 };
 
 // row: of k and v, of the chunk's position 0; negative where the cache begins later.
@@ -97,7 +97,9 @@ inline Chunk positions_of(const DecodeAttentionParams& p, int64_t batch, int64_t
     const int end = static_cast<int>(std::clamp(last + 1 - row, int64_t{0}, int64_t{kChunk}));
     if (begin >= end) continue;
     const uint8_t bit = static_cast<uint8_t>(1u << t);
-    if (p.mask == nullptr) {
+    if (p.mask == nullptr && t == 0) {
+      std::memset(chunk.tokens + begin, bit, static_cast<size_t>(end - begin));
+    } else if (p.mask == nullptr) {
       for (int i = begin; i < end; ++i) chunk.tokens[i] |= bit;
     } else {
       const bool* mask = p.mask + batch * p.mask_strides[0] + t * p.mask_strides[1];
@@ -108,6 +110,10 @@ inline Chunk positions_of(const DecodeAttentionParams& p, int64_t batch, int64_t
   }
   while (chunk.begin < chunk.end && chunk.tokens[chunk.begin] == 0) ++chunk.begin;
   while (chunk.begin < chunk.end && chunk.tokens[chunk.end - 1] == 0) --chunk.end;
+  if (p.mask == nullptr && p.t == 1) {
+    chunk.anywhere = 1;
+    return chunk;
+  }
   for (int i = chunk.begin; i < chunk.end; ++i) {
     chunk.anywhere |= chunk.tokens[i];
     chunk.everywhere &= chunk.tokens[i];
