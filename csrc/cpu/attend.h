@@ -18,7 +18,7 @@
 //   2. l of a chunk adds exp(s - m) in 16 lanes, position i in lane i mod 16, then lanes at strides 8, 4, 2, 1;
 //   3. o of a chunk adds by fma, positions ascending;
 //   4. chunks are added by fma, ascending.
-// A masked position's score is -infinity, whose exp is 0: exact in the sum of l. Its row of v is left out.
+// A masked position's score is -infinity, whose weight is 0: exact in the sum of l. Its row of v is left out.
 #pragma once
 
 #include <algorithm>
@@ -78,6 +78,13 @@ inline F32x16 soft_cap(F32x16 s, float softcap) {
   const F32x16 x = min(set1(20.0f), max(set1(-20.0f), s / cap));
   const F32x16 e = exp_poly(set1(-2.0f) * x);
   return cap * ((one - e) / (one + e));
+}
+
+// exp(x), and 0 for x below -87, among which are all masked positions: subnormal results, of no weight beside others,
+// take a CPU 150 cycles each (a last vector of positions, 9 rows: 2.2 us on a Xeon, of 4.5).
+inline F32x16 weight_of(F32x16 x) {
+  const F32x16 least = set1(-87.0f);
+  return zero_below(exp_poly(max(least, x)), x, least);
 }
 
 // The positions of one chunk, and who attends to them.
@@ -184,7 +191,7 @@ inline void exponentiate(const Chunk& chunk, int64_t t, float* scores, float* m,
   *m = max_lanes(most);
   F32x16 sum = set1(0.0f);
   for (int i = begin; i < end; i += kLanes) {
-    const F32x16 weight = exp_poly(load(scores + i) - set1(*m));
+    const F32x16 weight = weight_of(load(scores + i) - set1(*m));
     store(scores + i, weight);
     sum = sum + weight;
   }
@@ -317,17 +324,27 @@ inline void combine_row(const DecodeAttentionParams& p, const AttentionPlan& pla
   float most = -kInfinity;
   for (int64_t c = 0; c < plan.chunks; ++c) most = std::max(most, m[c * plan.item_floats]);
   T* y = static_cast<T*>(p.y) + index * p.d;
-  for (int64_t d = 0; d < p.d; d += kLanes) {
-    F32x16 sum = set1(0.0f), weights = set1(0.0f);
+  const auto combine = [&](int64_t d, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    F32x16 sums[kVectors], total = set1(0.0f);
+    QOPS_UNROLL
+    for (int i = 0; i < kVectors; ++i) sums[i] = total;
     for (int64_t c = 0; c < plan.chunks; ++c) {
       const int64_t at = c * plan.item_floats;
       if (m[at] == -kInfinity) continue;
-      const F32x16 weight = exp_poly(set1(m[at] - most));
-      weights = fma(weight, set1(l[at]), weights);
-      sum = fma(weight, load(o + at + d), sum);
+      const F32x16 weight = weight_of(set1(m[at] - most));
+      total = fma(weight, set1(l[at]), total);
+      QOPS_UNROLL
+      for (int i = 0; i < kVectors; ++i) sums[i] = fma(weight, load(o + at + d + i * kLanes), sums[i]);
     }
-    store_n(y + d, most == -kInfinity ? sum : sum / weights, p.d - d);
-  }
+    QOPS_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      store_n(y + d + i * kLanes, most == -kInfinity ? sums[i] : sums[i] / total, p.d - d - i * kLanes);
+    }
+  };
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= p.d; d += 4 * kLanes) combine(d, std::integral_constant<int, 4>{});
+  for (; d < p.d; d += kLanes) combine(d, std::integral_constant<int, 1>{});
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

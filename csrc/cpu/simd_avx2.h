@@ -37,6 +37,11 @@ inline F32x16 nan_to_zero(F32x16 a) {
   return {_mm256_and_ps(a.lo, _mm256_cmp_ps(a.lo, a.lo, _CMP_ORD_Q)),
           _mm256_and_ps(a.hi, _mm256_cmp_ps(a.hi, a.hi, _CMP_ORD_Q))};
 }
+// 0 where x < bound, elsewhere a.
+inline F32x16 zero_below(F32x16 a, F32x16 x, F32x16 bound) {
+  return {_mm256_and_ps(a.lo, _mm256_cmp_ps(x.lo, bound.lo, _CMP_NLT_UQ)),
+          _mm256_and_ps(a.hi, _mm256_cmp_ps(x.hi, bound.hi, _CMP_NLT_UQ))};
+}
 // To nearest even, as a float.
 inline F32x16 round_to_integer(F32x16 a) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
