@@ -14,6 +14,9 @@
 
 #include "kernels.h"
 
+// Loops over small constant counts must unroll, or the register arrays inside them become memory.
+#define QOPS_UNROLL _Pragma("GCC unroll 8")
+
 // The level's name as a text.
 #define QOPS_TEXT_OF(name) #name
 #define QOPS_TEXT(name) QOPS_TEXT_OF(name)
@@ -65,9 +68,6 @@ inline Status with_dtype(DType dtype, const F& f) {
 namespace qops::cpu::QOPS_ISA_NS {
 
 inline constexpr int kLanes = 16;
-
-// Loops over small constant counts must unroll, or the register arrays inside them become memory.
-#define QOPS_UNROLL _Pragma("GCC unroll 8")
 
 // set1 for templates over a vector type: the second argument names the type.
 inline F32x16 broadcast(float x, const F32x16&) { return set1(x); }

@@ -37,6 +37,11 @@ inline F32x16 nan_to_zero(F32x16 a) {
   return {_mm256_and_ps(a.lo, _mm256_cmp_ps(a.lo, a.lo, _CMP_ORD_Q)),
           _mm256_and_ps(a.hi, _mm256_cmp_ps(a.hi, a.hi, _CMP_ORD_Q))};
 }
+// 0 where x < bound, elsewhere a.
+inline F32x16 zero_below(F32x16 a, F32x16 x, F32x16 bound) {
+  return {_mm256_and_ps(a.lo, _mm256_cmp_ps(x.lo, bound.lo, _CMP_NLT_UQ)),
+          _mm256_and_ps(a.hi, _mm256_cmp_ps(x.hi, bound.hi, _CMP_NLT_UQ))};
+}
 // To nearest even, as a float.
 inline F32x16 round_to_integer(F32x16 a) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -283,11 +288,13 @@ inline float sum_lanes(F32x16 a) {
 inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
   const auto eight = [](const F32x16* w) {  // 4 vectors = 8 groups -> 8 sums
     __m256 s4[4];                           // s4[i]: groups 2i, 2i+1, four lanes each
+    QOPS_UNROLL
     for (int i = 0; i < 4; ++i) {
       s4[i] =
           _mm256_add_ps(_mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x20), _mm256_permute2f128_ps(w[i].lo, w[i].hi, 0x31));
     }
     __m256 s2[2];
+    QOPS_UNROLL
     for (int i = 0; i < 2; ++i) {
       const __m256 a = s4[2 * i], b = s4[2 * i + 1];
       s2[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));

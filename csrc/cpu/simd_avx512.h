@@ -32,6 +32,10 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F32x16 nan_to_zero(F32x16 a) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v)}; }
+// 0 where x < bound, elsewhere a.
+inline F32x16 zero_below(F32x16 a, F32x16 x, F32x16 bound) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_NLT_UQ), a.v)};
+}
 // To nearest even, as a float.
 inline F32x16 round_to_integer(F32x16 a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -177,11 +181,13 @@ inline float sum_lanes(F32x16 a) {
 // Lane g of the result is the sum of the g-th group of 8 consecutive lanes of v[0..8), added at strides 4, 2, 1.
 inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
   __m512 s4[4];  // s4[i]: groups 4i .. 4i+3, four lanes each
+  QOPS_UNROLL
   for (int i = 0; i < 4; ++i) {
     const __m512 a = v[2 * i].v, b = v[2 * i + 1].v;
     s4[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   }
   __m512 s2[2];
+  QOPS_UNROLL
   for (int i = 0; i < 2; ++i) {
     const __m512 a = s4[2 * i], b = s4[2 * i + 1];
     s2[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));

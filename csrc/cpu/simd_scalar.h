@@ -57,6 +57,10 @@ inline F32x16 max(const F32x16& a, const F32x16& b) {
 inline F32x16 nan_to_zero(const F32x16& a) {
   return lanes<F32x16>([&](int i) { return std::isnan(a.v[i]) ? 0.0f : a.v[i]; });
 }
+// 0 where x < bound, elsewhere a.
+inline F32x16 zero_below(const F32x16& a, const F32x16& x, const F32x16& bound) {
+  return lanes<F32x16>([&](int i) { return x.v[i] < bound.v[i] ? 0.0f : a.v[i]; });
+}
 // To nearest even, as a float.
 inline F32x16 round_to_integer(const F32x16& a) {
   return lanes<F32x16>([&](int i) { return std::nearbyintf(a.v[i]); });

@@ -422,7 +422,7 @@ def decode_attention_bound(
             chunks = s / 128 + 2
             rounded = (128 + chunks) * (p @ values.abs()) + (16 + chunks) * result.abs()
             largest = values.abs().amax()
-            bound[b, t] = torch.where(wrong < 1, off + UNIT * rounded + 1e-37 * largest, 2 * largest)[:, 0]
+            bound[b, t] = torch.where(wrong < 1, off + UNIT * rounded + s * 4e-38 * largest, 2 * largest)[:, 0]
     return bound
 
 

@@ -55,13 +55,13 @@ def decode_attention(
         * ``s = scale * sum_d q[d] k[d]`` by fma in 16 lanes, d in lane d mod 16, ascending; then lanes at strides 4, 2,
           1 in each half, then the halves. The softcap is ``c * ((1 - e) / (1 + e))``, ``e = exp(-2 x)``, with
           ``x = s / c`` at most 20 in magnitude.
-        * In a chunk ``m`` is the largest s (not below -3.4028e38), ``p = exp(s - m)``, l the sum of p in 16 lanes,
+        * In a chunk ``m`` is the largest s (not below -3.4028e38), ``p = w(s - m)``, l the sum of p in 16 lanes,
           position i in lane i mod 16, ascending, then lanes at strides 8, 4, 2, 1; ``o[d]`` adds ``p v[d]`` by fma,
           positions ascending.
-        * With M the largest m, ``L`` adds ``exp(m - M) l`` and ``O[d]`` adds ``exp(m - M) o[d]`` by fma, chunks
+        * With M the largest m, ``L`` adds ``w(m - M) l`` and ``O[d]`` adds ``w(m - M) o[d]`` by fma, chunks
           ascending. ``y = R(O / L)``.
 
-        exp is the polynomial of :func:`qops.silu_mul`, within 0.91 ulp; it is 0 below -103.98. The error before R() is
+        w is exp, by the polynomial of :func:`qops.silu_mul` within 0.91 ulp, and 0 below -87. The error before R() is
         that of the scores times their weights and some 2^-18 of the largest ``|v|`` at scores of common size. Sums
         beyond float32 are infinite; scores of infinity and NaN give NaN, as in float64. A token has the same bits in
         every batch, alone and with others, in a cache of any strides that holds the positions it attends to, for every

@@ -53,7 +53,7 @@ def _row(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, sca
     for chunk in np.unique(positions // 128):
         here = positions // 128 == chunk
         m = np.fmax(np.fmax.reduce(s[here]), LEAST)
-        p = exp_exact(s[here] - m)
+        p = _weight(s[here] - m)
         lanes, o = np.zeros(16, F32), np.zeros(len(q), F32)
         for position, weight, value in zip(positions[here], p, v[here], strict=True):
             lanes[position % 16] += weight
@@ -62,9 +62,13 @@ def _row(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, sca
     most = np.fmax.reduce([m for m, _, _ in chunks])
     total, sums = F32(0), np.zeros(len(q), F32)
     for m, part, o in chunks:
-        weight = exp_exact(np.asarray(m - most))
+        weight = _weight(np.asarray(m - most))
         total, sums = fma(weight, part, total), fma(weight, o, sums)
     return sums / total
+
+
+def _weight(x: np.ndarray) -> np.ndarray:
+    return np.where(x < -87, F32(0), exp_exact(x))
 
 
 def _dot(q: np.ndarray, k: np.ndarray) -> np.ndarray:
