@@ -257,6 +257,11 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
     for (int r = 0; r < Rows; ++r) total[s][r] = y[s][r] = set1(0.0f);
   }
   const uint8_t* x = tile.bytes;
+  // A strip is too short for the hardware to find its streams: what the next strips hold is fetched meanwhile.
+  constexpr bool kStreams = Rows * Digits <= 4;
+  const int64_t ahead = Strips * strip_bytes;
+  const int64_t scale_size = p.scale_dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t zero_size = p.zeros == nullptr ? 0 : p.kind == WeightKind::kZeroPoint ? 1 : 4;
   int64_t slice = 1;
   for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
     const int64_t scales_at = strip * strip_scales + b.group * kStripRows;
@@ -277,7 +282,10 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
     }
     for (int64_t n = b.size / Codes::kColumns; n > 0; --n, w += 64) {
       B8x64 codes[Strips];
-      QOPS_UNROLL for (int s = 0; s < Strips; ++s) codes[s] = load_bytes(w + s * strip_bytes);
+      QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+        codes[s] = load_bytes(w + s * strip_bytes);
+        if constexpr (kStreams) __builtin_prefetch(w + s * strip_bytes + ahead, 0, 3);
+      }
       QOPS_UNROLL for (int step = 0; step < Codes::kSteps; ++step, x += 4 * Digits * Rows) {
         B8x64 q[Strips];
         QOPS_UNROLL for (int s = 0; s < Strips; ++s) q[s] = Codes::step(codes[s], step);
@@ -295,6 +303,12 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
     QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
       const int64_t at = scales_at + s * strip_scales;
       const F32x16 scale = load_as_float(p.scales, p.scale_dtype, at, kLanes);
+      if constexpr (kStreams) {
+        __builtin_prefetch(static_cast<const char*>(p.scales) + (at + Strips * strip_scales) * scale_size, 0, 3);
+        if (zero_size != 0) {
+          __builtin_prefetch(static_cast<const char*>(p.zeros) + (at + Strips * strip_scales) * zero_size, 0, 3);
+        }
+      }
       QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
         F32x16 value;
         if constexpr (Digits == 2) {
