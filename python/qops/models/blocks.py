@@ -21,9 +21,9 @@ from qops.nn import MLP, Int4Linear, Int8WeightOnlyLinear, MergedLinear, RMSNorm
 from qops.ops._checks import INT4_KINDS, MAX_DECODE_TOKENS
 
 # Positions that a cache gets room for at a time, at least; half of what it holds, if that is more.
-_ROOM = 256
-# Where a cache's layer keeps what _Grown is.
-_GROWN = "_qops_grown"
+_POSITIONS = 256
+# Where a layer of a cache keeps its Room.
+_ROOM = "_qops_room"
 
 
 class _Unknown(Exception):
@@ -37,8 +37,10 @@ class Places:
     """
 
     def __init__(self) -> None:
-        self.arguments: list[tuple[dict[str, Any], str]] = []
         self.settled: list[tuple[dict[str, Any], str, Any]] = []
+        self.constants: list[Any] = []  # with a None for what is looked up
+        self.tensors: list[tuple[int, dict[str, Any], str]] = []
+        self.weights: list[tuple[int, dict[str, Any]]] = []
 
     def settle(self, owner: dict[str, Any], name: str) -> Any:
         """What stands there, and has to."""
@@ -54,48 +56,56 @@ class Places:
         return True
 
     def add(self, owner: dict[str, Any], name: str) -> None:
-        self.arguments.append((owner, name))
+        self.tensors.append((len(self.constants), owner, name))
+        self.constants.append(None)
 
-    def add_value(self, value: Any) -> None:
-        self.arguments.append(({"value": value}, "value"))
-
-    def values(self) -> list[Any]:
-        """The arguments, now."""
-        return [owner.get(name) for owner, name in self.arguments]
+    def values(self) -> list[Any] | None:
+        """The arguments, now; None where a weight is not packed."""
+        values = self.constants.copy()
+        for index, owner, name in self.tensors:
+            values[index] = owner[name]
+        for index, weight in self.weights:
+            buffers = weight["_buffers"]
+            values[index] = buffers.get("packed")
+            values[index + 1] = buffers.get("scales")
+            values[index + 2] = buffers["zeros"]
+            values[index + 3] = buffers["perm"]
+            if values[index] is None:
+                return None
+        return values
 
     def add_norm(self, norm: Any) -> Style:
         """The weight of a norm that gives dense rows."""
         if type(norm) is not RMSNorm or self.settle(norm.__dict__, "int8") is not None:
             raise _Unknown
         own = norm.__dict__
-        self.add(self.settle(own, "_parameters"), "weight")
+        self.add(own["_parameters"], "weight")
         return Style(*(self.settle(own, name) for name in Style._fields))
 
     def add_linear(self, linear: Any) -> None:
         """packed, scales, zeros, perm, bias, kind."""
         if type(linear) is MergedLinear:
-            linear = self.settle(self.settle(linear.__dict__, "_modules"), "merged")
+            linear = self.settle(linear.__dict__["_modules"], "merged")
         if type(linear) not in (Int4Linear, Int8WeightOnlyLinear) or self.settle(linear.__dict__, "float32_output"):
             raise _Unknown
         own = linear.__dict__
-        weight = self.settle(self.settle(own, "_modules"), "weight")
-        buffers = self.settle(weight.__dict__, "_buffers")
-        if not weight.is_packed or buffers["packed"].device.type != "cpu":
+        weight = self.settle(own["_modules"], "weight")
+        if not weight.is_packed or weight.device.type != "cpu":
             raise _Unknown
-        for name in ("packed", "scales", "zeros", "perm"):
-            self.add(buffers, name)
-        self.add(self.settle(own, "_parameters"), "bias")
-        self.add_value(INT4_KINDS.index(self.settle(weight.__dict__, "kind")))
+        self.weights.append((len(self.constants), weight.__dict__))
+        self.constants += [None] * 4
+        self.add(own["_parameters"], "bias")
+        self.constants.append(INT4_KINDS.index(self.settle(weight.__dict__, "kind")))
 
     def add_norms(self, modules: dict[str, Any], first: str, last: str | None) -> Style:
         """The norms before and, where there is one, after a half, and what they share."""
         style = self.add_norm(self.settle(modules, first))
         if last is None:
-            self.add_value(None)
+            self.constants.append(None)
         elif self.add_norm(self.settle(modules, last)) != style:
             raise _Unknown
         for value in style:
-            self.add_value(value)
+            self.constants.append(value)
         return style
 
 
@@ -119,6 +129,11 @@ class Halves:
         self.attention = _known(AttentionHalf, layer, "input_layernorm", after[0])
         self.mlp = _known(MlpHalf, layer, layer.before_mlp, after[1])
 
+    def hold(self) -> bool:
+        """Whether what was found stands."""
+        attention, mlp = self.attention, self.mlp
+        return (attention is None or attention.hold()) and (mlp is None or mlp.hold())
+
 
 def _known(half: type[Any], layer: Any, first: str, last: str | None) -> Any:
     try:
@@ -132,18 +147,20 @@ class MlpHalf(Places):
 
     def __init__(self, layer: Any, first: str, last: str | None) -> None:
         super().__init__()
-        modules = self.settle(layer.__dict__, "_modules")
+        modules = layer.__dict__["_modules"]
         mlp = self.settle(modules, "mlp")
         if type(mlp) is not MLP or self.settle(mlp.__dict__, "act") is not None:
             raise _Unknown
         self.add_norms(modules, first, last)
-        parts = self.settle(mlp.__dict__, "_modules")
+        parts = mlp.__dict__["_modules"]
         self.add_linear(self.settle(parts, "gate_up_proj"))
-        self.add_value(self.settle(mlp.__dict__, "activates_in_gemm"))
+        self.constants.append(self.settle(mlp.__dict__, "activates_in_gemm"))
         self.add_linear(self.settle(parts, "down_proj"))
 
-    def step(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.qops.mlp_block.default(x, *self.values())
+    def step(self, x: torch.Tensor) -> torch.Tensor | None:
+        """x after this half; None where the chain has to do it."""
+        values = self.values()
+        return None if values is None else torch.ops.qops.mlp_block.default(x, *values)
 
 
 class AttentionHalf(Places):
@@ -153,38 +170,40 @@ class AttentionHalf(Places):
         from qops.models.decoder import Attention
 
         super().__init__()
-        modules = self.settle(layer.__dict__, "_modules")
+        modules = layer.__dict__["_modules"]
         attention = self.settle(modules, "self_attn")
         if not isinstance(attention, Attention):
             raise _Unknown
         own = attention.__dict__
         style = self.add_norms(modules, first, last)
-        parts = self.settle(own, "_modules")
+        parts = own["_modules"]
         self.add_linear(self.settle(parts, "qkv_proj"))
         for name in ("q_norm", "k_norm"):
             if name not in parts:
-                self.add_value(None)
+                self.constants.append(None)
             elif self.add_norm(self.settle(parts, name)) != style:
                 raise _Unknown
-        self.tables = len(self.arguments)
+        self.tables = len(self.constants)
         self.add_linear(self.settle(parts, "o_proj"))
-        self.add_value(float(self.settle(own, "scaling")))
+        self.constants.append(float(self.settle(own, "scaling")))
         self.rotates = self.settle(own, "rotates")
         self.layer_idx = self.settle(own, "layer_idx")
         self.head_dim = self.settle(own, "head_dim")
         self.kv_heads = self.settle(own, "key_value_heads")
         self.is_causal = attention.is_causal
-        extras = self.settle(own, "extras")
+        extras = own["extras"]
         self.window = self.settle(extras, "sliding_window") or 0
         if self.settle(extras, "softcap") is not None:  # which Transformers' SDPA does not apply
             raise _Unknown
 
     def step(self, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> torch.Tensor | None:
         """x after this half, with its keys and values in the cache; None where the chain has to do it."""
-        room = room_for(cache, self.layer_idx, x, self.kv_heads, self.head_dim)
+        layer, values = layer_of(cache, self.layer_idx), self.values()
+        if layer is None or values is None:
+            return None
+        room = room_for(layer, x, self.kv_heads, self.head_dim)
         if room is None or not decodes(x, room.keys, mask, self.is_causal):
             return None
-        values = self.values()
         tables = (shared.cos, shared.sin, shared.positions) if self.rotates else (None, None, None)
         window = self.window if mask is None else 0
         y = torch.ops.qops.attention_block.default(
@@ -199,7 +218,7 @@ class AttentionHalf(Places):
             0.0,
             room.first_position,
         )
-        room.take()
+        room.take(layer, x.shape[1])
         return y
 
 
@@ -228,74 +247,69 @@ def decodes(x: torch.Tensor, keys: torch.Tensor, mask: Any, is_causal: bool) -> 
 # The cache -----------------------------------------------------------------------------------------------------------
 
 
-class _Grown(NamedTuple):
-    """Keys and values [B, Hkv, room, D] of a layer of a cache, and the views of them that it had at last.
+class Room:
+    """Keys and values [B, Hkv, room, D] of a layer of a cache, of which it shows rows begin ... end - 1.
 
-    Whoever else has made views of its own, or copies, is noticed by that: rows behind the last views are free.
+    Whoever else has made views of its own, or copies, is noticed by the views that the layer had at last: where it has
+    them still, the rows behind are free.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    last_keys: torch.Tensor
-    begin: int
-    end: int
+    __slots__ = ("all_keys", "all_values", "begin", "end", "first_position", "keys", "last_keys", "size", "values")
 
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
+        self.all_keys, self.all_values, self.begin, self.end = keys, values, 0, end
+        self.size = keys.shape[2]
+        self.last_keys: torch.Tensor | None = None
+        self.keys = self.values = keys  # until open() makes views
+        self.first_position = 0
 
-class Room:
-    """Views of a cache's layer that have room for new tokens, which are theirs after :meth:`take`."""
-
-    __slots__ = ("begin", "end", "first_position", "grown_keys", "grown_values", "keys", "layer", "tokens", "values")
-
-    def __init__(
-        self, layer: Any, keys: torch.Tensor, values: torch.Tensor, begin: int, end: int, tokens: int, first: int
-    ) -> None:
-        self.layer, self.grown_keys, self.grown_values = layer, keys, values
-        self.begin, self.end, self.tokens, self.first_position = begin, end, tokens, first
-        self.keys, self.values = keys.narrow(2, begin, end - begin), values.narrow(2, begin, end - begin)
-
-    def take(self) -> None:
-        layer, begin, keys, values = self.layer, self.begin, self.keys, self.values
+    def open(self, layer: Any, tokens: int) -> Room:
+        """Makes views with room for new tokens, which are the layer's after :meth:`take`."""
+        rows = self.end + tokens - self.begin
+        self.keys = self.all_keys.narrow(2, self.begin, rows)
+        self.values = self.all_values.narrow(2, self.begin, rows)
         if type(layer) is DynamicSlidingWindowLayer:
-            layer.cumulative_length += self.tokens
-            dropped = max(0, self.end - begin - (layer.sliding_window - 1))
+            self.first_position = layer.cumulative_length - (rows - tokens)
+        return self
+
+    def take(self, layer: Any, tokens: int) -> None:
+        """The new tokens are there."""
+        self.end += tokens
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.cumulative_length += tokens
+            dropped = self.end - self.begin - (layer.sliding_window - 1)
             if dropped > 0:
-                begin += dropped
-                keys = self.grown_keys.narrow(2, begin, self.end - begin)
-                values = self.grown_values.narrow(2, begin, self.end - begin)
-        layer.keys, layer.values = keys, values
-        layer.__dict__[_GROWN] = _Grown(self.grown_keys, self.grown_values, keys, begin, self.end)
+                self.begin += dropped
+                self.keys = self.keys.narrow(2, dropped, self.end - self.begin)
+                self.values = self.values.narrow(2, dropped, self.end - self.begin)
+        layer.keys, layer.values, self.last_keys = self.keys, self.values, self.keys
+        layer.__dict__[_ROOM] = self
 
 
-def room_for(cache: Any, index: int, x: torch.Tensor, kv_heads: int, head_dim: int) -> Room | None:
-    """Room in a layer of a cache for the tokens of x [B, T, H]; None where it is not one that is known to grow."""
+def layer_of(cache: Any, index: int) -> Any:
+    """A layer of a cache of which it is known how it grows, with keys and values; None of another."""
     if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    kind = type(layer)
-    if kind is DynamicLayer:
-        first = 0
-    elif kind is DynamicSlidingWindowLayer and not layer.record_past:
-        first = layer.cumulative_length
-    else:
-        return None
-    held = layer.keys
-    if not layer.is_initialized or held is None or held.dim() != 4:
-        return None
-    batch, tokens = x.shape[0], x.shape[1]
+    known = type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and not layer.record_past)
+    return layer if known and layer.is_initialized and layer.keys is not None and layer.keys.dim() == 4 else None
+
+
+def room_for(layer: Any, x: torch.Tensor, kv_heads: int, head_dim: int) -> Room | None:
+    """Room in a layer of a cache for the tokens of x [B, T, H]; None where what it holds does not fit to them."""
+    tokens, held = x.shape[1], layer.keys
+    room = layer.__dict__.get(_ROOM)
+    if room is not None and room.last_keys is held and room.end + tokens <= room.size:
+        return room.open(layer, tokens)
     rows = held.shape[2]
-    if kind is DynamicSlidingWindowLayer:
-        first -= rows
-    grown = layer.__dict__.get(_GROWN)
-    if grown is not None and grown.last_keys is held and grown.end + tokens <= grown.keys.shape[2]:
-        return Room(layer, grown.keys, grown.values, grown.begin, grown.end + tokens, tokens, first)
-    shape = (batch, kv_heads, rows, head_dim)
-    same = held.shape == shape and layer.values.shape == shape and held.dtype == layer.values.dtype == x.dtype
-    if not same or held.device != x.device:
+    shape = (x.shape[0], kv_heads, rows, head_dim)
+    fits = held.shape == shape and layer.values.shape == shape and held.dtype == layer.values.dtype == x.dtype
+    if not fits or held.device != x.device:
         return None
-    room = (batch, kv_heads, rows + tokens + max(_ROOM, rows // 2), head_dim)
-    keys, values = x.new_empty(room), x.new_empty(room)
-    keys[:, :, :rows], values[:, :, :rows] = held, layer.values
-    return Room(layer, keys, values, 0, rows + tokens, tokens, first)
+    sizes = (x.shape[0], kv_heads, rows + tokens + max(_POSITIONS, rows // 2), head_dim)
+    room = Room(x.new_empty(sizes), x.new_empty(sizes), rows)
+    room.all_keys[:, :, :rows], room.all_values[:, :, :rows] = held, layer.values
+    return room.open(layer, tokens)
 
 
 def first_position(cache: Any, index: int, keys: torch.Tensor) -> int:

@@ -482,7 +482,7 @@ class DecoderLayer(Offloadable):
             if self.watched:
                 return self._one_after_the_other(hidden_states, kwargs)
         shared = kwargs.get("position_embeddings")
-        halves = self._known_halves() if not getattr(self,"blocks_off",False) and isinstance(shared, Shared) and shared.decodes and not self.training else None
+        halves = self._known_halves() if isinstance(shared, Shared) and shared.decodes and not self.training else None
         attended = None
         if halves is not None and halves.attention is not None and self.step_keywords.issuperset(kwargs):
             cache = kwargs.get(self.cache_keyword)
@@ -490,14 +490,16 @@ class DecoderLayer(Offloadable):
         if attended is None:
             attended = self._attention_half(hidden_states, kwargs)
         if halves is not None and halves.mlp is not None:
-            return halves.mlp.step(attended[1] + attended[0] if isinstance(attended, tuple) else attended)
+            x = attended[1] + attended[0] if isinstance(attended, tuple) else attended
+            if (output := halves.mlp.step(x)) is not None:
+                return output
         return self._mlp_half(attended)
 
     def _known_halves(self) -> Halves:
         """What block operators compute of this layer, looked for anew where something has been replaced."""
         halves = self.halves
-        if halves is None or any(half is not None and not half.hold() for half in (halves.attention, halves.mlp)):
-            halves = self.halves = Halves(self)
+        if halves is None or not halves.hold():
+            halves = self.__dict__["halves"] = Halves(self)
         return halves
 
     def _attention_half(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> Any:
