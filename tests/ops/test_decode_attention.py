@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from qops.testing import (
     generator,
     random_activations,
 )
-from tests.support.ops.attention_oracle import decode_attention_exact
+from tests.support.ops.attention_oracle import decode_attention_exact, tanh_exact
 
 HEADS = {1: (2, 2), 3: (9, 3), 4: (4, 1), 8: (16, 2), 7: (7, 1)}
 ROWS = (1, 2, 127, 128, 129, 300, 1000)
@@ -70,11 +71,27 @@ def test_error_of_common_scores(dtype):
 def test_large_scores(dtype):
     for size, softcap, scale in itertools.product((30.0, 1000.0), (None, 50.0, 3.0), (None, -1.0)):
         q, k, v = inputs(1, 3, (6, 2), 260, 80, dtype, size=size)
-        check(q, k, v, f"{size} {softcap}", softcap=softcap, scale=scale)
+        y = check(q, k, v, f"{size} {softcap}", softcap=softcap, scale=scale)
+        assert_bitwise(y, exact(q, k, v, scale, softcap=softcap), f"{size} {softcap}")
     rising = torch.arange(300.0).view(1, 1, 300, 1).repeat(1, 1, 1, 16).to(dtype)
     q, v = torch.ones(1, 1, 1, 16, dtype=dtype), inputs(1, 1, (1, 1), 300, 16, dtype)[2]
     assert_bitwise(check(q, rising, v, scale=10.0), v[:, None, :, 299], "the last one alone")
     assert_bitwise(check(-q, rising, v, scale=10.0), v[:, None, :, 0], "the first one alone")
+
+
+def test_tanh_of_the_softcap():
+    """The contract's, whose bits the operator has, within 6 * 2^-24."""
+    x = np.linspace(-22, 22, 2_000_001).astype(np.float32)
+    x = np.concatenate((x, np.float32(2) ** np.arange(-149, 128, dtype=np.float32)))
+    assert np.abs(tanh_exact(x) - np.tanh(x.astype(np.float64))).max() <= 6 * 2.0**-24
+
+
+def test_weights_below_exp_of_minus_87_are_none():
+    """Their values take no part; masked ones are among them."""
+    q, k = torch.ones(1, 1, 1, 1), torch.tensor([0.0, -86.5, -87.5, -300.0]).view(1, 1, 4, 1)
+    v = torch.tensor([0.0, 1e30, 3e38, 3e38]).view(1, 1, 4, 1)
+    y = qops.decode_attention(q, k.flip(2), v.flip(2), 1.0)
+    assert abs(y.item() / (1e30 * math.exp(-86.5)) - 1) < 1e-6
 
 
 FORMS = (
