@@ -231,8 +231,28 @@ void check_cache(const Checker& check, const Tensor& cache, const char* arg, con
   if (cache.dim() != 4) check.refuse(arg, "have 4 dimensions [B, Hkv, S, D]", std::to_string(cache.dim()));
   check.dense_last_dim(cache, arg);
   check.no_overlap_within(cache, arg);
-  check.no_overlap(cache, arg, x, "x");
 }
+
+// keys and values, which are written, share no memory with what is read.
+struct Written {
+  const Checker& check;
+  const Tensor &keys, &values;
+
+  void apart_from(const Tensor& t, const char* arg) const {
+    check.no_overlap(keys, "keys", t, arg);
+    check.no_overlap(values, "values", t, arg);
+  }
+  void apart_from(const std::optional<Tensor>& t, const char* arg) const {
+    if (t) apart_from(*t, arg);
+  }
+  void apart_from(const LinearTensors& t, const LinearNames& names) const {
+    apart_from(t.packed, names.packed);
+    apart_from(t.scales, names.scales);
+    apart_from(t.zeros, names.zeros);
+    apart_from(t.perm, names.perm);
+    apart_from(t.bias, names.bias);
+  }
+};
 
 void take_rotary(const Checker& check, const Tensor& x, const std::optional<Tensor>& cos,
                  const std::optional<Tensor>& sin, const std::optional<Tensor>& positions, int64_t d,
@@ -276,7 +296,6 @@ Tensor attention_block(const Tensor& x, const Tensor& norm, const std::optional<
   if (x.dim() != 3) check.refuse("x", "have 3 dimensions [B, T, H]", std::to_string(x.dim()));
   check_cache(check, keys, "keys", x);
   check_cache(check, values, "values", x);
-  check.no_overlap(values, "values", keys, "keys");
   check.device(o, "o", x);
   const int64_t d = keys.size(3), kv_heads = keys.size(1), o_columns = columns_of(check, o, "o");
   if (d == 0 || kv_heads == 0 || o_columns % d != 0 || o_columns == 0) {
@@ -299,9 +318,23 @@ Tensor attention_block(const Tensor& x, const Tensor& norm, const std::optional<
   take_rotary(check, x, cos, sin, positions, d, p);
   int64_t bad[2] = {kNoIndex, kNoIndex};
   const int64_t h = p.norm.h;
-  p.qkv = take_linear(check, kQkv, {qkv, qkv_scales, qkv_zeros, qkv_perm, qkv_bias, qkv_kind}, x, p.norm.dtype,
-                      (q_heads + 2 * kv_heads) * d, h, &bad[0]);
-  p.o = take_linear(check, kO, {o, o_scales, o_zeros, o_perm, o_bias, o_kind}, x, p.norm.dtype, h, o_columns, &bad[1]);
+  const LinearTensors qkv_tensors{qkv, qkv_scales, qkv_zeros, qkv_perm, qkv_bias, qkv_kind};
+  const LinearTensors o_tensors{o, o_scales, o_zeros, o_perm, o_bias, o_kind};
+  p.qkv = take_linear(check, kQkv, qkv_tensors, x, p.norm.dtype, (q_heads + 2 * kv_heads) * d, h, &bad[0]);
+  p.o = take_linear(check, kO, o_tensors, x, p.norm.dtype, h, o_columns, &bad[1]);
+  check.no_overlap(values, "values", keys, "keys");
+  const Written written{check, keys, values};
+  written.apart_from(qkv_tensors, kQkv);
+  written.apart_from(o_tensors, kO);
+  written.apart_from(x, "x");
+  written.apart_from(norm, "norm");
+  written.apart_from(post_norm, "post_norm");
+  written.apart_from(q_norm, "q_norm");
+  written.apart_from(k_norm, "k_norm");
+  written.apart_from(cos, "cos");
+  written.apart_from(sin, "sin");
+  written.apart_from(positions, "positions");
+  written.apart_from(mask, "mask");
   Tensor y = check.contiguous_like(x);
   p.y = y.mutable_data_ptr();
   int64_t bad_position = 0;

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from qops.testing import (
     generator,
     random_activations,
 )
-from tests.support.ops.attention_oracle import decode_attention_exact
+from tests.support.ops.attention_oracle import decode_attention_exact, tanh_exact
 
 HEADS = {1: (2, 2), 3: (9, 3), 4: (4, 1), 8: (16, 2), 7: (7, 1)}
 ROWS = (1, 2, 127, 128, 129, 300, 1000)
@@ -70,11 +71,27 @@ def test_error_of_common_scores(dtype):
 def test_large_scores(dtype):
     for size, softcap, scale in itertools.product((30.0, 1000.0), (None, 50.0, 3.0), (None, -1.0)):
         q, k, v = inputs(1, 3, (6, 2), 260, 80, dtype, size=size)
-        check(q, k, v, f"{size} {softcap}", softcap=softcap, scale=scale)
+        y = check(q, k, v, f"{size} {softcap}", softcap=softcap, scale=scale)
+        assert_bitwise(y, exact(q, k, v, scale, softcap=softcap), f"{size} {softcap}")
     rising = torch.arange(300.0).view(1, 1, 300, 1).repeat(1, 1, 1, 16).to(dtype)
     q, v = torch.ones(1, 1, 1, 16, dtype=dtype), inputs(1, 1, (1, 1), 300, 16, dtype)[2]
     assert_bitwise(check(q, rising, v, scale=10.0), v[:, None, :, 299], "the last one alone")
     assert_bitwise(check(-q, rising, v, scale=10.0), v[:, None, :, 0], "the first one alone")
+
+
+def test_tanh_of_the_softcap():
+    """The contract's, whose bits the operator has, within 6 * 2^-24."""
+    x = np.linspace(-22, 22, 2_000_001).astype(np.float32)
+    x = np.concatenate((x, np.float32(2) ** np.arange(-149, 128, dtype=np.float32)))
+    assert np.abs(tanh_exact(x) - np.tanh(x.astype(np.float64))).max() <= 6 * 2.0**-24
+
+
+def test_weights_below_exp_of_minus_87_are_none():
+    """Their values take no part; masked ones are among them."""
+    q, k = torch.ones(1, 1, 1, 1), torch.tensor([0.0, -86.5, -87.5, -300.0]).view(1, 1, 4, 1)
+    v = torch.tensor([0.0, 1e30, 3e38, 3e38]).view(1, 1, 4, 1)
+    y = qops.decode_attention(q, k.flip(2), v.flip(2), 1.0)
+    assert abs(y.item() / (1e30 * math.exp(-86.5)) - 1) < 1e-6
 
 
 FORMS = (
@@ -94,7 +111,8 @@ FORMS = (
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_bits_follow_the_contract(form, dtype):
     cases = zip((1, 2, 5, 8), ((9, 3), (4, 4), (8, 1), (14, 2)), (64, 7, 80, 16), (1, 129, 300, 141), strict=True)
-    for (t, heads, d, s), first, masked in itertools.product(cases, (0, 1, 5000), (False, True)):
+    masks = (False,) if "window" in form else (False, True)
+    for (t, heads, d, s), first, masked in itertools.product(cases, (0, 1, 5000), masks):
         q, k, v = inputs(2, t, heads, s, d, dtype, seed=s)
         how = {**form, "first_position": first}
         if masked:
@@ -169,11 +187,35 @@ def test_masks():
         y = check(q, k, v, name, mask=mask)
         full = mask.expand(b, 1, t, s)
         assert_bitwise(y, exact(q, k, v, mask=full), name)
+
+
+def test_a_mask_decides_alone():
+    """Also about rows behind a token: those of drafted trees are not in the order of their positions."""
+    t, s = 4, 140
+    q, k, v = inputs(2, t, s=s)
     assert_bitwise(
-        qops.decode_attention(q, k, v, mask=torch.ones(1, 1, 1, s, dtype=torch.bool)),
-        qops.decode_attention(q, k, v),
-        "all True",
+        qops.decode_attention(q, k, v, mask=attended(t, s)[:, None]), qops.decode_attention(q, k, v), "the causal one"
     )
+    assert_bitwise(
+        qops.decode_attention(q, k, v, mask=attended(t, s, window=9)[:, None]),
+        qops.decode_attention(q, k, v, window=9),
+        "that of a window",
+    )
+    everything = qops.decode_attention(q, k, v, mask=torch.ones(1, 1, 1, s, dtype=torch.bool))
+    for token in range(t):
+        one = slice(token, token + 1)
+        assert_bitwise(everything[:, one], qops.decode_attention(q[:, one], k, v), f"token {token} attends to all")
+    # Two branches: rows 0 and 2 of the new ones, rows 1 and 3, each attending to its own and to what was before.
+    branches = torch.zeros(1, 1, t, s, dtype=torch.bool)
+    branches[..., : s - t] = True
+    for token, attends_to in enumerate(((0,), (1,), (2, 0), (3, 1))):
+        for row in attends_to:
+            branches[..., token, s - t + row] = True
+    y = check(q, k, v, mask=branches)
+    for leaf, path in ((2, (0, 2)), (3, (1, 3))):
+        rows = [*range(s - t), *(s - t + row for row in path)]
+        alone = q[:, leaf : leaf + 1], k[:, :, rows], v[:, :, rows]
+        assert_within(y[:, leaf : leaf + 1], decode_attention_ref(*alone), decode_attention_bound(*alone))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -181,9 +223,8 @@ def test_rows_that_attend_to_nothing_are_zero(dtype):
     q, k, v = inputs(2, 3, s=150, dtype=dtype)
     mask = torch.ones(2, 1, 3, 150, dtype=torch.bool)
     mask[0, :, 1] = False
-    mask[1, :, 2, 148:] = False
-    y = check(q, k, v, mask=mask, window=2)
-    assert bool((y[0, 1] == 0).all()) and bool((y[1, 2] == 0).all())
+    y = check(q, k, v, mask=mask)
+    assert bool((y[0, 1] == 0).all())
     assert bool((y[0, 0] != 0).any()) and bool((y[1, 1] != 0).any())
     nothing = qops.decode_attention(q, k * NAN, v * NAN, mask=torch.zeros_like(mask))
     assert_bitwise(nothing, torch.zeros_like(q), "nothing at all")
@@ -343,6 +384,7 @@ ERRORS = {
     "mask rows": ((Q, K, K), {"mask": MASK[..., :1]}, ValueError, r"mask must have shape .*, got \[2, 1, 3, 1\]"),
     "scale": ((Q, K, K, NAN), {}, ValueError, r"scale must be a finite float32, got nan"),
     "large scale": ((Q, K, K, 1e39), {}, ValueError, r"scale must be a finite float32, got 1e\+39"),
+    "window and mask": ((Q, K, K), {"mask": MASK, "window": 5}, ValueError, r"window must be 0 with a mask, got 5"),
     "window": ((Q, K, K), {"window": -1}, ValueError, r"window must lie in 0 \.\. 2\^62, got -1"),
     "softcap": (
         (Q, K, K),
@@ -401,7 +443,8 @@ def test_opcheck(dtype):
         q, k, v = inputs(2, 3, (4, 2), 20, 16, dtype)
         mask = torch.ones(1, 1, 3, 20, dtype=torch.bool)
         torch.library.opcheck(torch.ops.qops.decode_attention.default, (q, k, v, 0.25))
-        torch.library.opcheck(torch.ops.qops.decode_attention.default, (q, k, v, 0.25, mask, 4, 2.0, 5))
+        torch.library.opcheck(torch.ops.qops.decode_attention.default, (q, k, v, 0.25, mask, 0, 2.0, 5))
+        torch.library.opcheck(torch.ops.qops.decode_attention.default, (q, k, v, 0.25, None, 4, 2.0, 5))
         torch.library.opcheck(torch.ops.qops.decode_attention.out, (q, k, v, 0.25), {"out": torch.empty_like(q)})
 
 

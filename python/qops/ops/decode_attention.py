@@ -148,8 +148,8 @@ def cases_of_decode_attention(run: Run) -> None:
         run.within(y, decode_attention_ref(q, k, v, **how), decode_attention_bound(q, k, v, **how))
         tokens, rows = q.shape[1], k.shape[2]
         for t in range(tokens):
-            end = rows - tokens + t + 1
-            alone = there | ({"mask": there["mask"][:, :, t : t + 1, :end]} if "mask" in there else {})
+            end = rows if "mask" in there else rows - tokens + t + 1
+            alone = there | ({"mask": there["mask"][:, :, t : t + 1]} if "mask" in there else {})
             got = decode_attention(
                 *(run.there(x) for x in (q[:, t : t + 1], k[:, :, :end], v[:, :, :end])), **alone, first_position=first
             )

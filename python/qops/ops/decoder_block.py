@@ -29,11 +29,16 @@ if TYPE_CHECKING:
     Linear = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]
 
 
-def linear_arguments(op: str, arg: str, weight: Weight, bias: Tensor | None) -> Linear:
+_WEIGHTS = frozenset(("Int4Weight", "Int8Weight"))
+
+
+def linear_arguments(op: str, arg: str, weight: Weight, bias: Tensor | None, *, may_be_mixed: bool = False) -> Linear:
     """A weight and its bias as the operators take them: packed, scales, zeros, perm, bias, kind."""
-    name = type(weight).__name__
-    if name not in ("Int4Weight", "Int8Weight"):
-        raise TypeError(f"qops.{op}: {arg} must be a qops.Int4Weight or a qops.Int8Weight, got {name}")
+    if _WEIGHTS.isdisjoint(base.__name__ for base in type(weight).__mro__):  # qops.weights imports the operators
+        actual = type(weight).__name__
+        raise TypeError(f"qops.{op}: {arg} must be a qops.Int4Weight or a qops.Int8Weight, got {actual}")
+    if weight.mixed_gate_up and not may_be_mixed:
+        raise ValueError(f"qops.{op}: {arg} must have mixed_gate_up = False, got True")
     weight._require_packed()
     buffers = weight._buffers
     packed, scales = buffers["packed"], buffers["scales"]
@@ -81,7 +86,8 @@ def mlp_block(
         rows, thread count and ISA level.
 
     Raises:
-        ValueError: shapes or strides do not fit; an index of a weight's ``perm`` is out of range.
+        ValueError: shapes or strides do not fit; ``down`` is mixed; an index of a weight's ``perm`` is out of range.
+        TypeError: ``gate_up`` or ``down`` is no weight.
         RuntimeError: a dtype or device without a kernel; a weight is not packed; an input requires grad while grad mode
             is on.
 
@@ -94,9 +100,7 @@ def mlp_block(
         torch.Size([1, 32])
     """
     if derivatives_are_asked():
-        refuse_grad(
-            "mlp_block", x=x, norm=norm, gate_up_bias=gate_up_bias, down_bias=down_bias, post_norm=post_norm
-        )
+        refuse_grad("mlp_block", x=x, norm=norm, gate_up_bias=gate_up_bias, down_bias=down_bias, post_norm=post_norm)
     return torch.ops.qops.mlp_block.default(
         x,
         norm,
@@ -104,7 +108,7 @@ def mlp_block(
         eps,
         weight_offset,
         rounding,
-        *linear_arguments("mlp_block", "gate_up", gate_up, gate_up_bias),
+        *linear_arguments("mlp_block", "gate_up", gate_up, gate_up_bias, may_be_mixed=True),
         gate_up.mixed_gate_up,
         *linear_arguments("mlp_block", "down", down, down_bias),
     )
@@ -137,9 +141,9 @@ def attention_block(
 ) -> Tensor:
     """The attention of a decoder layer with its norm, cache and residual, for up to 8 new tokens of each sequence.
 
-    ``q, k, v = qkv(rms_norm(x))``; q and k are normed by head and rotated where asked; k and v become the last T rows of
-    ``keys`` and ``values``; then ``x + o(decode_attention(q, keys, values))``. On a CPU: one call and one parallel region
-    instead of five or more.
+    ``q, k, v = qkv(rms_norm(x))``; q and k are normed by head and rotated where asked; k and v become the last T rows
+    of ``keys`` and ``values``; then ``x + o(decode_attention(q, keys, values))``. On a CPU: one call and one parallel
+    region instead of five or more.
 
     Args:
         x: float32, float16 or bfloat16 ``[B, T, H]``, T at most 8; any strides, last dimension dense.
@@ -149,8 +153,8 @@ def attention_block(
         o: the same ``[H, Hq D]``.
         keys, values: ``[B, Hkv, S, D]`` in the dtype of ``x``, a view into a larger cache, say; last dimension dense.
             Rows 0 ... S - T - 1 are read, the last T are written.
-        cos, sin: ``[rows, R / 2]``, R at most D, float32 or in the dtype of ``x``, as in :func:`qops.rotary`; None: q and
-            k are not rotated.
+        cos, sin: ``[rows, R / 2]``, R at most D, float32 or in the dtype of ``x``, as in :func:`qops.rotary`; None: q
+            and k are not rotated.
         positions: int32 or int64 ``[T]`` or ``[B, T]``, rows of ``cos``; None: token t has row t.
         qkv_bias, o_bias: float32, float16 or bfloat16, added in float32.
         q_norm, k_norm: ``[D]``, of norms over each head; None: none.
@@ -168,8 +172,9 @@ def attention_block(
         bits for every number of tokens and sequences, thread count and ISA level.
 
     Raises:
-        ValueError: shapes or strides do not fit; memory that is written overlaps another argument; a position or an
-            index of a weight's ``perm`` is out of range.
+        ValueError: shapes or strides do not fit; a weight is mixed; memory that is written overlaps another argument; a
+            position or an index of a weight's ``perm`` is out of range.
+        TypeError: ``qkv`` or ``o`` is no weight.
         RuntimeError: a dtype or device without a kernel; a weight is not packed; an input requires grad while grad mode
             is on.
 
@@ -215,12 +220,16 @@ def attention_block(
         keys,
         values,
         *linear_arguments("attention_block", "o", o, o_bias),
-        keys.shape[-1] ** -0.5 if scale is None else scale,
+        _default_scale(keys) if scale is None else scale,
         mask,
         0 if window is None else window,
         0.0 if softcap is None else softcap,
         first_position,
     )
+
+
+def _default_scale(keys: Tensor) -> float:
+    return 1.0 if keys.shape[-1] == 0 else keys.shape[-1] ** -0.5
 
 
 def _check_norms(
@@ -271,9 +280,8 @@ def _(
 ) -> Results:
     _check_norms(check, x, norm, post_norm, eps, weight_offset, rounding)
     h, columns = x.shape[-1], columns_of(check, down, "down")
-    check_block_linear(
-        check, "gate_up", gate_up, gate_up_scales, gate_up_zeros, gate_up_perm, gate_up_bias, gate_up_kind, 2 * columns, h
-    )
+    first = (gate_up, gate_up_scales, gate_up_zeros, gate_up_perm, gate_up_bias, gate_up_kind)
+    check_block_linear(check, "gate_up", *first, 2 * columns, h)
     check_block_linear(check, "down", down, down_scales, down_zeros, down_perm, down_bias, down_kind, h, columns)
     return check.new_empty(x, x.shape)
 
@@ -354,6 +362,7 @@ def _check_rotary(
     check.same_shape(sin, "sin", cos, "cos")
     t = x.shape[1]
     if positions is None:
-        check.require(cos.shape[0] >= t, "cos", f"have at least T = {t} rows without positions", lambda: str(cos.shape[0]))
+        requirement = f"have at least T = {t} rows without positions"
+        check.require(cos.shape[0] >= t, "cos", requirement, lambda: str(cos.shape[0]))
     else:
         check_positions(check, positions, x.shape[:2])

@@ -42,13 +42,16 @@ def decode_attention_exact(
     return y
 
 
+def tanh_exact(x: np.ndarray) -> np.ndarray:
+    x = np.where(x < -20, F32(-20), np.where(x > 20, F32(20), x))
+    e = exp_exact(F32(-2) * x)
+    return (F32(1) - e) / (F32(1) + e)
+
+
 def _row(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, scale: F32, softcap: F32) -> np.ndarray:
     s = scale * _dot(q, k)
     if softcap > 0:
-        x = s / softcap
-        x = np.where(x < -20, F32(-20), np.where(x > 20, F32(20), x))
-        e = exp_exact(F32(-2) * x)
-        s = softcap * ((F32(1) - e) / (F32(1) + e))
+        s = softcap * tanh_exact(s / softcap)
     chunks = []
     for chunk in np.unique(positions // 128):
         here = positions // 128 == chunk

@@ -31,7 +31,10 @@ def decode_attention(s: Sampler) -> Call:
         sizes = (s.choice((batch, 1)), 1, s.choice((t, 1)), rows)
         mask = s.strided(torch.rand(sizes, generator=generator(s.integer(0, 2**20))) < 0.7)
     arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "scale": s.choice((0.25, 1.0, -0.5, 0.0, 3e38)), "mask": mask}
-    arguments |= {"window": s.choice((0, 1, 3, 130, 2**62)), "softcap": s.choice((0.0, 2.0, 50.0, 1e-30))}
+    arguments |= {
+        "window": s.choice((0, 1, 3, 130, 2**62)) if mask is None else 0,
+        "softcap": s.choice((0.0, 2.0, 50.0, 1e-30)),
+    }
     arguments["first_position"] = s.choice((0, 1, 127, 1000, 2**61))
     shape = tuple(q.shape)
 
@@ -51,14 +54,14 @@ def decode_attention(s: Sampler) -> Call:
 
 def ways_of(s: Sampler, call: Call) -> Ways:
     a = call.arguments
-    dtype = a["q"].dtype
+    dtype, t, kv_heads = a["q"].dtype, a["q"].shape[1], a["k"].shape[1]
 
     def replaced(name: str, value: Callable[[], Tensor | None], *blamed: str, kinds: Any = (ValueError,)) -> Any:
         def replace() -> Fault | None:
-            t = value()
-            if t is None:
+            other = value()
+            if other is None:
                 return None
-            a[name] = t
+            a[name] = other
             return Fault((name, *blamed), kinds)
 
         return (" ".join((name, *blamed)), replace)
@@ -67,12 +70,10 @@ def ways_of(s: Sampler, call: Call) -> Ways:
         return a["q"].new_zeros((a["q"].shape[0], 9, *a["q"].shape[2:]))
 
     def odd_heads() -> Tensor | None:
-        heads = a["k"].shape[1]
-        sizes = (*a["q"].shape[:2], heads + 1, a["q"].shape[3])
-        return None if heads == 1 else a["q"].new_zeros(sizes)
+        sizes = (*a["q"].shape[:2], kv_heads + 1, a["q"].shape[3])
+        return None if kv_heads == 1 else a["q"].new_zeros(sizes)
 
     def few_rows() -> Tensor | None:
-        t = a["q"].shape[1]
         return None if t == 0 else a["k"][:, :, : t - 1].clone()
 
     def other_float(name: str) -> Callable[[], Tensor]:
@@ -105,6 +106,7 @@ def ways_of(s: Sampler, call: Call) -> Ways:
     if a["mask"] is not None:
         wrong = (lambda m: m[0], lambda m: m.expand(m.shape[0], 2, *m.shape[2:]), lambda m: torch.cat((m, m, m), 3))
         ways += [replaced("mask", lambda: s.choice(wrong)(a["mask"]) if a["mask"].numel() else None)]
+        ways += s.scalar(call, "window", (1, 2**62))
     return [*ways, *output_ways(s, call, floats)] if call.written else ways
 
 
