@@ -55,8 +55,9 @@ inline Status with_dtype(DType dtype, const F& f) {
 }  // namespace qops::cpu::QOPS_ISA_NS
 
 #if defined(QOPS_ISA_AMX)
-#include "cpu/simd_amx.h"
 #include "cpu/simd_avx512.h"
+// After the vectors, on which it stands.
+#include "cpu/simd_amx.h"
 #elif defined(QOPS_ISA_AVX512)
 #include "cpu/simd_avx512.h"
 #elif defined(QOPS_ISA_AVX2)

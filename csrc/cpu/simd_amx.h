@@ -56,6 +56,16 @@ inline void dot_tiles() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kX), "i"(kW));
 }
 
+// As above with unsigned x.
+template <int kSum, int kX, int kW>
+inline void dot_tiles_unsigned_x() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kX), "i"(kW));
+}
+
+// Codes of a weight on their way into a tile.
+inline B8x64 subtract_bytes(B8x64 a, B8x64 b) { return {_mm512_sub_epi8(a.v, b.v)}; }
+inline void store(uint8_t* p, B8x64 a) { _mm512_storeu_si512(p, a.v); }
+
 inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

@@ -167,6 +167,12 @@ def test_amx_multiplies_many_rows():
     calls = [asked.format(m=m, z=z) for m, z in ((5, False), (6, False), (11, True), (12, True))]
     lines = in_new_process(f"print({', '.join(calls)}, sep='\\n')", QOPS_ISA="amx").stdout.splitlines()
     assert [facts(line)["kernel"] for line in lines] == ["avx512", "amx", "avx512", "amx"]
+    asked = 'qops.explain("{op}", m={m}, n=64, k=64, group_size=32, dtype=torch.{dtype}, device="cpu")'
+    for op in ("int4_gemm", "int8_weight_only_gemm"):
+        problems = ((11, "float16"), (12, "float16"), (99, "float32"))
+        weight_only = [asked.format(op=op, m=m, dtype=dtype) for m, dtype in problems]
+        lines = in_new_process(f"print({', '.join(weight_only)}, sep='\\n')", QOPS_ISA="amx").stdout.splitlines()
+        assert [facts(line)["kernel"] for line in lines] == ["avx512", "amx", "avx512"]
     (line,) = in_new_process(f"print({calls[1]})", QOPS_ISA="scalar").stdout.splitlines()
     assert " isa=scalar " in line and facts(line)["kernel"] == "scalar"
 

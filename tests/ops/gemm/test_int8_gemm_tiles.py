@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import mmap
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import torch
 import qops
 from qops.testing import assert_bitwise
 from tests.support.ops.int8_gemm_oracle import activations, by_contract, make_weight
+from tests.support.ops.walls import before_a_wall
 
 
 @pytest.mark.parametrize("n", (8, 16, 24, 32, 40, 48, 64, 72, 104))
@@ -39,18 +38,6 @@ def test_many_rows_of_many_columns(shape, threads):
         for count in (1, 2, 3):
             threads(count)
             assert_bitwise(qops.int8_gemm(q, scale, w, zero_point=z), want, f"{count} threads")
-
-
-def before_a_wall(t: torch.Tensor) -> torch.Tensor:
-    """A copy that ends where a page without access begins: a read behind it ends the process."""
-    page = mmap.PAGESIZE
-    size = (t.nbytes + page - 1) // page * page
-    memory = mmap.mmap(-1, size + page)
-    wall = ctypes.c_char.from_buffer(memory, size)
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(ctypes.addressof(wall)), ctypes.c_size_t(page), 0) == 0
-    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes).view(t.shape)
-    return copy.copy_(t)
 
 
 def test_nothing_behind_the_operands_is_read():
