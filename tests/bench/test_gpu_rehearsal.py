@@ -14,6 +14,7 @@ import pytest
 from bench import problems
 from bench.problems.shared.cases import EMULATED
 from qops import _native
+from qops._native import WITHOUT_CUDA_KERNEL
 from tests.support.cuda import cuda_tools
 
 pytestmark = pytest.mark.slow
@@ -100,11 +101,11 @@ def test_the_benchmarks_of_a_gpu(tmp_path):
     assert code == 0 and "times of an emulator, no speeds" in text, text
     assert set(found) == set(problems.OPS)
     for op, names in found.items():
-        assert "limit" in names and len(names) >= 3 - (op == "int8_weight_only_gemm"), (op, names)
-        assert ("qops" in names) == (op != "int8_weight_only_gemm")
+        assert "limit" in names and len(names) >= 3 - (op in WITHOUT_CUDA_KERNEL), (op, names)
+        assert ("qops" in names) == (op not in WITHOUT_CUDA_KERNEL)
         has_weight = problems.OPERATORS[op].weight_bytes(problems.cases(op, EMULATED)[0].axes) > 0
         assert any(name.startswith("cublas") for name in names) == has_weight
-    assert "1 skipped" in text  # int8_weight_only_gemm, which has no CUDA kernel
+    assert f"{len(WITHOUT_CUDA_KERNEL)} skipped" in text
 
 
 def test_a_fault_costs_a_benchmark(tmp_path):

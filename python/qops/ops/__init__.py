@@ -1,6 +1,6 @@
 import qops.ops.weight_pack  # noqa: F401  (registers the fake kernels of the packing ops)
 from qops.ops.int4_dequantize import int4_dequantize
-from qops.ops.int4_gemm import int4_gemm
+from qops.ops.int4_gemm import int4_gemm, int4_int8_gemm
 from qops.ops.int8_gemm import int8_gemm
 from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm
 from qops.ops.qk_norm_rotary import qk_norm_rotary, qk_norm_rotary_
@@ -16,6 +16,7 @@ __all__ = [
     "add_rms_norm_int8",
     "int4_dequantize",
     "int4_gemm",
+    "int4_int8_gemm",
     "int8_gemm",
     "int8_weight_only_gemm",
     "qk_norm_rotary",
