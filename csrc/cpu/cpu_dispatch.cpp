@@ -38,10 +38,11 @@ bool has_amx() {
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// The kernels of AVX-512 but for int8_gemm.
+// The kernels of AVX-512 but for these.
 const KernelTable* amx_kernels() {
   static const KernelTable table = [] {
     KernelTable kernels = avx512::kKernels;
+    kernels.int4_int8_gemm = &amx::int4_int8_gemm;
     kernels.int8_gemm = &amx::int8_gemm;
     return kernels;
   }();

@@ -12,6 +12,11 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
 template <class Params>
 [[gnu::noinline]] F32x16 bias_of_strip(const Params& p, int64_t strip) {
   if (p.epilogue == Epilogue::kSiluMul) {

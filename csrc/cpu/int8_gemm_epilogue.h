@@ -8,11 +8,6 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
 // What belongs to the columns of up to kMaxStrips strips, read once for all rows that pass over them.
 template <int kMaxStrips>
 struct Columns {

@@ -69,6 +69,8 @@ inline constexpr int kLanes = 16;
 // Loops over small constant counts must unroll, or the register arrays inside them become memory.
 #define QOPS_UNROLL _Pragma("GCC unroll 8")
 
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
 // set1 for templates over a vector type: the second argument names the type.
 inline F32x16 broadcast(float x, const F32x16&) { return set1(x); }
 

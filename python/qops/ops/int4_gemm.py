@@ -212,10 +212,10 @@ def int4_int8_gemm(
         where it is given.
 
     Numerics:
-        The integers ``code - 8`` (``code - z`` with integer zeros) are multiplied with q, and the sum of a group is an
-        exact int32. K is cut into 8 slices of whole units of ``lcm(64, G)`` columns: of U units, the last of which may
-        be shorter, slice i has those from ``U * i // 8`` to ``U * (i + 1) // 8``, perhaps none. With G = K there is one
-        unit. In a slice, ``total`` begins at 0, and for each group in ascending k
+        The integers ``code - 8`` (``code - z`` with integer zeros, 0 ... 16) are multiplied with q, and the sum of a
+        group is an exact int32. K is cut into 8 slices of whole units of ``lcm(64, G)`` columns: of U units, the last
+        of which may be shorter, slice i has those from ``U * i // 8`` to ``U * (i + 1) // 8``, perhaps none. With G = K
+        there is one unit. In a slice, ``total`` begins at 0, and for each group in ascending k
         ``total = fma(s, float(sum), total)``, then with float zeros or offsets
         ``total = fma(o', float(sum of the group's q), total)``, where ``o' = s * (8 - zf)`` or ``fma(s, 8, o)``. The
         totals of the slices are added left to right, and ``y = R(fma(scale[m], total, bias[n]))``, without a bias

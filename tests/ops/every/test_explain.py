@@ -159,6 +159,10 @@ def test_amx_multiplies_many_rows():
     calls = [asked.format(m=m, z=z) for m, z in ((5, False), (6, False), (11, True), (12, True))]
     lines = in_new_process(f"print({', '.join(calls)}, sep='\\n')", QOPS_ISA="amx").stdout.splitlines()
     assert [facts(line)["kernel"] for line in lines] == ["avx512", "amx", "avx512", "amx"]
+    asked = 'qops.explain("int4_int8_gemm", m={m}, n=64, k=64, group_size=32, out_dtype=torch.float32, device="cpu")'
+    calls_of_4_bits = [asked.format(m=m) for m in (8, 9)]
+    lines = in_new_process(f"print({', '.join(calls_of_4_bits)}, sep='\\n')", QOPS_ISA="amx").stdout.splitlines()
+    assert [facts(line)["kernel"] for line in lines] == ["avx512", "amx"]
     (line,) = in_new_process(f"print({calls[1]})", QOPS_ISA="scalar").stdout.splitlines()
     assert " isa=scalar " in line and facts(line)["kernel"] == "scalar"
 

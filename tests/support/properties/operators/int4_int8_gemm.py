@@ -44,7 +44,7 @@ def int4_int8_gemm(s: Sampler) -> Call:
     scales = scales_of(s, (n, groups), s.dtype(), exact=exact)
     zeros, perm = None, None
     if kind == "zero_point":
-        zeros = torch.randint(17 if exact else 256, (n, groups), generator=rng).to(torch.uint8)
+        zeros = torch.randint(17, (n, groups), generator=rng).to(torch.uint8)
     elif kind != "symmetric":
         zeros = torch.randn((n, groups), generator=rng) * 4
     if s.one_in(3):
