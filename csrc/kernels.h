@@ -260,6 +260,12 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   void* scratch;         // of int4_gemm_scratch_bytes() bytes on a GPU
 };
 
+// int4_gemm of quantised rows: x is int8 with a scale a row, dtype that of residual and y alone.
+struct Int4Int8GemmParams : WeightOnlyGemmParams {
+  const float* x_scale;
+  Rows x_scale_rows;  // strides of 0: one scale for all rows
+};
+
 // The weights of an int4 GEMM as numbers, columns in the order in which they are stored.
 struct Int4DequantizeParams {
   const void* packed;
@@ -424,6 +430,7 @@ struct SiluMulInt8Params {
   ON_CPU(decode_attention, DecodeAttentionParams)          \
   ANYWHERE(int4_dequantize, Int4DequantizeParams)          \
   ANYWHERE(int4_gemm, WeightOnlyGemmParams)                \
+  ON_CPU(int4_int8_gemm, Int4Int8GemmParams)               \
   ANYWHERE(int4_pack, WeightPackParams)                    \
   ANYWHERE(int4_unpack, WeightPackParams)                  \
   ANYWHERE(int8_gemm, Int8GemmParams)                      \

@@ -7,6 +7,7 @@ set(QOPS_OPERATORS
   decoder_block
   int4_dequantize
   int4_gemm
+  int4_int8_gemm
   int8_gemm
   int8_weight_only_gemm
   qk_norm_rotary

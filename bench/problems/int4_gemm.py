@@ -1,7 +1,9 @@
-"""int4_gemm against dense products, for the weights that decoding reads."""
+"""int4_gemm, exact and with int8 activations, against dense products, for the weights that decoding reads."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +14,7 @@ from bench.problems.shared.cases import Selection, chosen
 from bench.problems.shared.draws import Random
 from bench.problems.shared.gemm import WeightOnly, WeightOnlyGemm
 from bench.problems.shared.operator import sizes_of
-from bench.problems.shared.provider import Axes
+from bench.problems.shared.provider import Axes, Result
 
 ZERO_BYTES = {"symmetric": 0, "zero_point": 1, "offset": 4}
 
@@ -82,4 +84,22 @@ class Int4GemmOperator(WeightOnlyGemm):
         return n * k // 2 + n * (k // group) * (size + ZERO_BYTES[str(axes["kind"])])
 
 
-OPERATORS = (Int4GemmOperator("int4_gemm"),)
+class Int4Int8GemmOperator(Int4GemmOperator):
+    """Of the same x: each call quantises it."""
+
+    unit = "int8"
+    accuracy = "int8 activations per token"
+
+    def weights(self, k: int, selection: Selection) -> list[dict[str, int | str]]:
+        """Groups of 32 as well: there the float32 steps weigh most."""
+        weights = super().weights(k, selection)
+        return [*weights, *({**weight, "G": 32} for weight in weights if weight["kind"] == "symmetric")]
+
+    def ours(self, problem: Int4Gemm) -> Callable[[], Result]:
+        return functools.partial(qops.int4_gemm, *problem.arguments(), activation="int8")
+
+    def unsupported(self, device: str, axes: Axes) -> str | None:
+        return "it has no CUDA kernel" if device == "cuda" else None
+
+
+OPERATORS = (Int4GemmOperator("int4_gemm"), Int4Int8GemmOperator("int4_int8_gemm"))

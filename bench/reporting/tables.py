@@ -117,10 +117,10 @@ def by_operator(cases: Iterable[Case]) -> dict[str, list[Case]]:
     return found
 
 
-def coarser(peer: Row) -> bool:
-    """Whether the peer buys its time with accuracy: it rounds activations to 8 bits, which we do where that is asked
-    for alone."""
-    return "int8 activations" in peer.accuracy
+def coarser(case: Case, peer: Row) -> bool:
+    """Whether the peer buys its time with accuracy: it rounds activations to 8 bits, which we do not in this case."""
+    own = case.rows[OURS].accuracy if OURS in case.rows else ""
+    return "int8 activations" in peer.accuracy and "int8 activations" not in own
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def standing(case: Case, *, same_accuracy: bool = False) -> Standing | None:
     """Against the fastest peer, round by round; None where we or all peers have no time."""
     if not case.timed(OURS):
         return None
-    peers = [Standing(case, p) for p in case.peers() if not (same_accuracy and coarser(p))]
+    peers = [Standing(case, p) for p in case.peers() if not (same_accuracy and coarser(case, p))]
     return min(peers, key=lambda s: median(s.factors), default=None)
 
 
@@ -426,7 +426,7 @@ def summary_rows(cases: Sequence[Case]) -> Iterator[tuple[str, ...]]:
             axis = rows_axis(members[0].axes)[0]
             present = sorted({rows_axis(s.case.axes)[1] for s in best})
             shares = [share for s in best if (share := share_of_limit(s.case, OURS)) is not None]
-            coarse = [s for s in standings(members) if coarser(s.peer)]
+            coarse = [s for s in standings(members) if coarser(s.case, s.peer)]
             yield (
                 f"`{op}`",
                 f"{axis} {present[0]}" + (f" - {present[-1]}" if len(present) > 1 else ""),

@@ -75,7 +75,7 @@ def fastest(goal: Goal, case: Case) -> Row | None:
         return None
     if not goal.rows[0] <= rows_axis(case.axes)[1] <= goal.rows[1] or case.axes.get("cache") == "hot":
         return None
-    return next((row for row in case.peers() if goal.against(row) and not coarser(row)), None)
+    return next((row for row in case.peers() if goal.against(row) and not coarser(case, row)), None)
 
 
 def _line(goal: Goal, cases: Sequence[Case]) -> tuple[str, ...] | None:

@@ -44,22 +44,6 @@ DType y_dtype(ScalarType dtype, const char* subject) {
   }
 }
 
-// One value for each row of q, or one for all.
-Rows per_row(const Tensor& t, const char* arg, const Tensor& q, int64_t rows) {
-  if (t.dim() == 0) {
-    Rows same;
-    same.count = rows;
-    same.dims = 1;
-    same.size[0] = rows;
-    return same;
-  }
-  const torch::headeronly::IntHeaderOnlyArrayRef leading(q.sizes().data(), static_cast<size_t>(q.dim() - 1));
-  if (!t.sizes().equals(leading)) {
-    check.refuse(arg, "have shape [...] = " + to_string(leading) + " or []", to_string(t.sizes()));
-  }
-  return check.rows(t, arg, 0);
-}
-
 // Everything but the output; called before anything is allocated.
 Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point,
                        const Tensor& packed, const Tensor& w_scale, const std::optional<Tensor>& bias,
@@ -100,10 +84,10 @@ Int8GemmParams checked(const Tensor& q, const Tensor& scale, const std::optional
   check_alignment(check, packed, "packed");
   check.dense_last_dim(q, "q");
   p.q_rows = check.rows(q, "q");
-  p.scale_rows = per_row(scale, "scale", q, p.q_rows.count);
+  p.scale_rows = per_row(check, scale, "scale", q, p.q_rows.count);
   p.scale = scale.const_data_ptr<float>();
   if (zero_point) {
-    p.zero_point_rows = per_row(*zero_point, "zero_point", q, p.q_rows.count);
+    p.zero_point_rows = per_row(check, *zero_point, "zero_point", q, p.q_rows.count);
     p.zero_point = zero_point->const_data_ptr<int32_t>();
   }
   if (bias) {

@@ -1,5 +1,5 @@
-// What the ops that emit int8 share: per token, q [..., K] and scale [...] as outputs, new or given by the caller; with
-// one scale for all, that scale.
+// Per token, q [..., K] and scale [...]: as outputs, new or given by the caller, and as arguments; with one scale for
+// all, that scale.
 #pragma once
 
 #include <cmath>
@@ -29,6 +29,22 @@ inline void check_int8_rows(const Checker& check, const Tensor& q, const Tensor&
 
 inline Int8Output int8_output(const Tensor& q, const Tensor& scale, QuantizeRule rule) {
   return {q.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>(), rule};
+}
+
+// As arguments: one value for each row of q, or one for all.
+inline Rows per_row(const Checker& check, const Tensor& t, const char* arg, const Tensor& q, int64_t rows) {
+  if (t.dim() == 0) {
+    Rows same;
+    same.count = rows;
+    same.dims = 1;
+    same.size[0] = rows;
+    return same;
+  }
+  const torch::headeronly::IntHeaderOnlyArrayRef leading(q.sizes().data(), static_cast<size_t>(q.dim() - 1));
+  if (!t.sizes().equals(leading)) {
+    check.refuse(arg, "have shape [...] = " + to_string(leading) + " or []", to_string(t.sizes()));
+  }
+  return check.rows(t, arg, 0);
 }
 
 struct StaticScale {

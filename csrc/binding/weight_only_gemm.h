@@ -1,4 +1,4 @@
-// The arguments that int4_gemm and int8_weight_only_gemm share.
+// The arguments that int4_gemm and int8_weight_only_gemm share, and int4_int8_gemm where they are not x.
 #pragma once
 
 #include "binding/gemm_epilogue.h"
@@ -73,8 +73,8 @@ inline void check_output(const Checker& check, const Tensor& out, const Tensor& 
   if (perm) check.no_overlap(out, "out", *perm, "perm");
 }
 
-inline void run_product(const Checker& check, device::Kernel<WeightOnlyGemmParams> kernel, WeightOnlyGemmParams& p,
-                        const Tensor& y) {
+template <class Params>
+void run_product(const Checker& check, device::Kernel<Params> kernel, Params& p, const Tensor& y) {
   int64_t bad_index = 0;
   p.bad_index = &bad_index;
   const Status status = device::run(check, kernel, p, y);

@@ -43,6 +43,7 @@ const KernelTable* amx_kernels() {
   static const KernelTable table = [] {
     KernelTable kernels = avx512::kKernels;
     kernels.int4_gemm = &amx::int4_gemm;
+    kernels.int4_int8_gemm = &amx::int4_int8_gemm;
     kernels.int8_gemm = &amx::int8_gemm;
     kernels.int8_weight_only_gemm = &amx::int8_weight_only_gemm;
     return kernels;

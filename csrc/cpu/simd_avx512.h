@@ -137,6 +137,8 @@ inline B8x64 broadcast_4_bytes(const void* p) {
   std::memcpy(&word, p, sizeof(word));
   return {_mm512_set1_epi32(word)};
 }
+inline void store_bytes(uint8_t* p, B8x64 b) { _mm512_storeu_si512(p, b.v); }
+inline B8x64 operator-(B8x64 a, B8x64 b) { return {_mm512_sub_epi8(a.v, b.v)}; }
 inline B8x64 low_nibbles(B8x64 b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(0x0f))}; }
 inline B8x64 high_nibbles(B8x64 b) { return {_mm512_and_si512(_mm512_srli_epi32(b.v, 4), _mm512_set1_epi8(0x0f))}; }
 inline B8x64 flip_sign_bits(B8x64 b) { return {_mm512_xor_si512(b.v, _mm512_set1_epi8(int8_t{-128}))}; }

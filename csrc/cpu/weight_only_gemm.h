@@ -284,7 +284,7 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
       B8x64 codes[Strips];
       QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
         codes[s] = load_bytes(w + s * strip_bytes);
-        if constexpr (kStreams) __builtin_prefetch(w + s * strip_bytes + ahead, 0, 3);
+        if constexpr (kStreams) prefetch(w + s * strip_bytes + ahead);
       }
       QOPS_UNROLL for (int step = 0; step < Codes::kSteps; ++step, x += 4 * Digits * Rows) {
         B8x64 q[Strips];
@@ -304,9 +304,9 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
       const int64_t at = scales_at + s * strip_scales;
       const F32x16 scale = load_as_float(p.scales, p.scale_dtype, at, kLanes);
       if constexpr (kStreams) {
-        __builtin_prefetch(static_cast<const char*>(p.scales) + (at + Strips * strip_scales) * scale_size, 0, 3);
+        prefetch(static_cast<const char*>(p.scales) + (at + Strips * strip_scales) * scale_size);
         if (zero_size != 0) {
-          __builtin_prefetch(static_cast<const char*>(p.zeros) + (at + Strips * strip_scales) * zero_size, 0, 3);
+          prefetch(static_cast<const char*>(p.zeros) + (at + Strips * strip_scales) * zero_size);
         }
       }
       QOPS_UNROLL for (int r = 0; r < Rows; ++r) {

@@ -39,7 +39,7 @@ else:
         ) from error
 
 
-WITHOUT_CUDA_KERNEL = ("attention_block", "decode_attention", "int8_weight_only_gemm", "mlp_block")
+WITHOUT_CUDA_KERNEL = ("attention_block", "decode_attention", "int4_int8_gemm", "int8_weight_only_gemm", "mlp_block")
 """The operators that qops has no CUDA kernel of, in any build."""
 
 
@@ -117,9 +117,10 @@ def explain(op: str, *, device: torch.device | str, **problem: int | str | bool 
         op: name of the operator, such as ``"int4_gemm"``.
         device: where it would run: ``"cpu"``, or a GPU of this machine.
         **problem: what the plan depends on. ``int4_gemm`` and ``int8_weight_only_gemm``:
-            ``m, n, k, group_size, dtype``; ``int8_gemm``: ``m, n, k, out_dtype``; ``int4_dequantize``:
-            ``n, k, group_size, dtype``; the quantisers: ``rows, k, dtype``; the norms: ``rows, h, dtype``;
-            ``silu_mul`` and ``silu_mul_int8``: ``rows, columns, dtype``; ``rotary`` and ``qk_norm_rotary``:
+            ``m, n, k, group_size, dtype``; ``int4_int8_gemm``: ``m, n, k, group_size, out_dtype``; ``int8_gemm``:
+            ``m, n, k, out_dtype``; ``int4_dequantize``: ``n, k, group_size, dtype``; the quantisers:
+            ``rows, k, dtype``; the norms: ``rows, h, dtype``; ``silu_mul`` and ``silu_mul_int8``:
+            ``rows, columns, dtype``; ``rotary`` and ``qk_norm_rotary``:
             ``tokens, q_heads, k_heads, d, pairs, dtype``; ``decode_attention``:
             ``batch, t, q_heads, kv_heads, s, d, dtype``.
             Besides, where there is one: ``kind=`` of the weight ("symmetric", "zero_point", "float_zero", "offset"),

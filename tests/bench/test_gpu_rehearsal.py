@@ -13,7 +13,7 @@ import pytest
 
 from bench import problems
 from bench.problems.shared.cases import EMULATED
-from qops import _native
+from qops._native import WITHOUT_CUDA_KERNEL
 from tests.support.cuda import cuda_tools
 
 pytestmark = pytest.mark.slow
@@ -100,11 +100,11 @@ def test_the_benchmarks_of_a_gpu(tmp_path):
     assert code == 0 and "times of an emulator, no speeds" in text, text
     assert set(found) == set(problems.OPS)
     for op, names in found.items():
-        assert "limit" in names and len(names) >= 3 - (op in _native.WITHOUT_CUDA_KERNEL), (op, names)
-        assert ("qops" in names) == (op not in _native.WITHOUT_CUDA_KERNEL)
+        assert "limit" in names and len(names) >= 3 - (op in WITHOUT_CUDA_KERNEL), (op, names)
+        assert ("qops" in names) == (op not in WITHOUT_CUDA_KERNEL)
         has_weight = problems.OPERATORS[op].weight_bytes(problems.cases(op, EMULATED)[0].axes) > 0
         assert any(name.startswith("cublas") for name in names) == has_weight
-    assert f"{len(_native.WITHOUT_CUDA_KERNEL)} skipped" in text
+    assert f"{len(WITHOUT_CUDA_KERNEL)} skipped" in text
 
 
 def test_a_fault_costs_a_benchmark(tmp_path):

@@ -204,7 +204,7 @@ def test_contract(op):
     function = getattr(qops, op)
     assert op in qops.__all__
     assert_none({op: rules.contract_violations(function)})
-    assert function.__module__ == f"qops.ops.{rules.stem_of(op)}"
+    assert function.__module__ == f"qops.ops.{rules.stem_of(op, 'python/qops/ops')}"
 
 
 def test_docstring_rule():

@@ -124,8 +124,13 @@ PROVIDERS = [
             REQUIRES,
             unsupported=_weight_only_unsupported,
         )
-        for op, build in (("int4_gemm", int4_gemm), ("int8_weight_only_gemm", int8_weight_only_gemm))
+        for op, build in (
+            ("int4_gemm", int4_gemm),
+            ("int4_int8_gemm", int4_gemm),
+            ("int8_weight_only_gemm", int8_weight_only_gemm),
+        )
         for level, accuracy in ((0, "exact weights, fp32 sums"), (4, "int8 activations per group"))
+        if level == 4 or op != "int4_int8_gemm"
     ),
     Provider(
         "onnxruntime DynamicQuantizeMatMul",

@@ -81,9 +81,14 @@ PROVIDERS = [
         REQUIRES,
         unsupported=unsupported(),
     )
-    for op, build in (("int4_gemm", int4_gemm), ("int8_weight_only_gemm", int8_weight_only_gemm))
+    for op, build in (
+        ("int4_gemm", int4_gemm),
+        ("int4_int8_gemm", int4_gemm),
+        ("int8_weight_only_gemm", int8_weight_only_gemm),
+    )
     for name, hint, accuracy in (
         ("bf16", "bf16", "bf16 weights, fp16 scales"),
         ("dynamic quant", "f32", "int8 activations per group, fp16 scales"),
     )
+    if hint == "f32" or op != "int4_int8_gemm"
 ]

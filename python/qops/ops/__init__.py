@@ -2,7 +2,7 @@ import qops.ops.weight_pack  # noqa: F401  (registers the fake kernels of the pa
 from qops.ops.decode_attention import decode_attention
 from qops.ops.decoder_block import attention_block, mlp_block
 from qops.ops.int4_dequantize import int4_dequantize
-from qops.ops.int4_gemm import int4_gemm
+from qops.ops.int4_gemm import int4_gemm, int4_int8_gemm
 from qops.ops.int8_gemm import int8_gemm
 from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm
 from qops.ops.qk_norm_rotary import qk_norm_rotary, qk_norm_rotary_
@@ -20,6 +20,7 @@ __all__ = [
     "decode_attention",
     "int4_dequantize",
     "int4_gemm",
+    "int4_int8_gemm",
     "int8_gemm",
     "int8_weight_only_gemm",
     "mlp_block",

@@ -311,6 +311,14 @@ def check_zeros(check: Checker, kind: int, zeros: Tensor | None, scales: Tensor)
         check.contiguous(zeros, "zeros")
 
 
+def check_perm(check: Checker, perm: Tensor | None, k: int) -> None:
+    """The order in which columns are stored."""
+    if perm is not None:
+        check.dtype(perm, "perm", torch.int32)
+        check.shape(perm, "perm", "[K]", (k,))
+        check.contiguous(perm, "perm")
+
+
 def check_weight_only(
     check: Checker,
     x: Tensor,
@@ -337,10 +345,7 @@ def check_weight_only(
         check.dense_last_dim(bias, "bias")
     check.rows(x, "x")
     check_zeros(check, kind, zeros, scales)
-    if perm is not None:
-        check.dtype(perm, "perm", torch.int32)
-        check.shape(perm, "perm", "[K]", (k,))
-        check.contiguous(perm, "perm")
+    check_perm(check, perm, k)
 
 
 def check_rms_norm(check: Checker, x: Tensor, weight: Tensor, eps: float, weight_offset: float, rounding: str) -> None:

@@ -1,21 +1,27 @@
-"""int4_gemm: matrix product with group-quantised 4-bit weights (W4A16)."""
+"""int4_gemm: matrix product with group-quantised 4-bit weights (W4A16), and int4_int8_gemm: of 8-bit rows (W4A8)."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qops import _native as _native
+from qops._layout import group_count
+from qops.ops._checks import FLOAT_DTYPES as OUT_DTYPES
 from qops.ops._checks import INT4_KINDS as KINDS
 from qops.ops._checks import (
     Checker,
     Result,
     Results,
     check_epilogue,
+    check_packed_weight,
+    check_perm,
     check_weight_only,
+    check_zeros,
     derivatives_are_asked,
     fake,
     refuse_grad,
@@ -26,6 +32,10 @@ from qops.ops._checks import (
 if TYPE_CHECKING:
     from qops._check_cases import Run
     from qops.weights import Int4Weight
+
+# Of int4_int8_gemm: sums of 16 * 128 a product stay in int32, and the sum of a group's q is exact in float32.
+MAX_K = 1048575
+MAX_GROUP = 131071
 
 
 def int4_gemm(
@@ -38,6 +48,8 @@ def int4_gemm(
     out_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     batch_invariant: bool = False,
+    activation: str | None = None,
+    rule: str = "127",
     out: Tensor | None = None,
 ) -> Tensor:
     """Multiplies activations with a 4-bit weight: ``y[m, n] = R(sum_k x[m, k] * w[n, k] + bias[n])``.
@@ -61,6 +73,8 @@ def int4_gemm(
         out_zero_point: int32, one element in -128 ... 127; default 0.
         batch_invariant: one canonical order of summation for every M. That is so but for bfloat16 and many rows on some
             GPUs (see below).
+        activation: ``"int8"`` rounds the rows of x to 8 bits (W4A8): faster, and another contract.
+        rule: of :func:`qops.quantize_int8`, with ``activation="int8"``.
         out: the tensor to write to, contiguous, sharing no memory with the inputs, but it may be ``residual`` itself;
             default: a new one.
 
@@ -91,9 +105,12 @@ def int4_gemm(
         into float32 sums. (float16 cannot hold every weight.)
         ``residual``, ``silu_mul`` and ``out_scale`` give, bit for bit, what the separate operators give: y is rounded
         to the dtype of ``x`` before each of them.
+        With ``activation="int8"`` the result is, bit for bit, that of :func:`qops.int4_int8_gemm` for
+        ``q, scale = qops.quantize_int8(x, rule)`` and the dtype of ``x``, whose contract holds instead of all this.
 
     Raises:
-        ValueError: shapes or strides do not fit; ``silu_mul`` does not fit the weight; arguments that exclude each
+        ValueError: ``activation`` is neither None nor ``"int8"``; a ``rule`` without it; shapes or strides do not fit;
+            ``silu_mul`` does not fit the weight; arguments that exclude each
             other; a ``perm`` index is out of range, ``out_scale`` not positive and finite, or ``out_zero_point``
             outside -128 ... 127 (on a GPU nobody looks at the three); ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
@@ -110,6 +127,11 @@ def int4_gemm(
     """
     if derivatives_are_asked():
         refuse_grad("int4_gemm", x=x, bias=bias, residual=residual, out_scale=out_scale, out=out)
+    if activation is not None or rule != "127":
+        _require_int8(activation, rule)
+        q, scale = torch.ops.qops.quantize_int8.default(x, rule)
+        more = {"residual": residual, "silu_mul": silu_mul, "out_scale": out_scale, "out_zero_point": out_zero_point}
+        return int4_int8_gemm(q, scale, weight, bias, out_dtype=x.dtype, out=out, **more)
     require_weight("int4_gemm", weight, "Int4Weight")
     weight._require_packed()
     if silu_mul != weight.mixed_gate_up:
@@ -141,6 +163,125 @@ def int4_gemm(
     return out
 
 
+def _require_int8(activation: str | None, rule: str) -> None:
+    if activation is None:
+        raise ValueError(f'qops.int4_gemm: rule must be "127" without activation="int8", got "{rule}"')
+    if activation != "int8":
+        raise ValueError(f'qops.int4_gemm: activation must be None or "int8", got {activation!r}')
+
+
+def int4_int8_gemm(
+    q: Tensor,
+    scale: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Multiplies 8-bit rows with a 4-bit weight: ``y[m, n] = R(scale[m] * sum_k q[m, k] * w[n, k] + bias[n])``.
+
+    The exact weight is that of :func:`qops.int4_gemm`, and q and scale are what :func:`qops.quantize_int8`,
+    :func:`qops.rms_norm_int8` and :func:`qops.silu_mul_int8` give.
+
+    At most one of ``residual``, ``silu_mul`` and ``out_scale`` asks for more, which is done while y is in registers:
+
+        residual:   R(y + residual)
+        silu_mul:   qops.silu_mul(y), for a weight of gate above up
+        out_scale:  qops.quantize_int8_static(y, out_scale, out_zero_point)
+
+    Args:
+        q: int8 ``[..., K]``; any leading dimensions and strides, last dimension dense. K is at most 1048575.
+        scale: float32 ``[...]``, one per token, any strides; or ``[]``, one for all.
+        weight: an :class:`qops.Int4Weight` ``[N, K]``, packed, of groups of at most 131071 columns.
+        bias: float32, float16 or bfloat16 ``[N]``.
+        residual: ``[..., N]`` in ``out_dtype``; any strides, last dimension dense.
+        silu_mul: True exactly where ``weight.mixed_gate_up`` is (:meth:`qops.Int4Weight.mix_gate_up`).
+        out_scale: float32, one element, positive and finite.
+        out_zero_point: int32, one element in -128 ... 127; default 0.
+        out_dtype: of y: bfloat16, float16 or float32.
+        out: the tensor to write to, contiguous, sharing no memory with the inputs, but it may be ``residual`` itself;
+            its dtype takes the place of ``out_dtype``, but with ``out_scale``. Default: a new one.
+
+    Returns:
+        ``y [..., N]``, contiguous, in ``out_dtype``; with ``silu_mul`` ``[..., N/2]``, with ``out_scale`` int8; ``out``
+        where it is given.
+
+    Numerics:
+        The integers ``code - 8`` (``code - z`` with integer zeros, 0 ... 16) are multiplied with q, and the sum of a
+        group is an exact int32. K is cut into 8 slices of whole units of ``lcm(64, G)`` columns: of U units, the last
+        of which may be shorter, slice i has those from ``U * i // 8`` to ``U * (i + 1) // 8``, perhaps none. With G = K
+        there is one unit. In a slice, ``total`` begins at 0, and for each group in ascending k
+        ``total = fma(s, float(sum), total)``, then with float zeros or offsets
+        ``total = fma(o', float(sum of the group's q), total)``, where ``o' = s * (8 - zf)`` or ``fma(s, 8, o)``. The
+        totals of the slices are added left to right, and ``y = R(fma(scale[m], total, bias[n]))``, without a bias
+        ``y = R(scale[m] * total)``. Each step is rounded once to float32; R() is one rounding to nearest even to
+        ``out_dtype``. The same bits for every M, position, thread count and ISA level. A NaN scale makes its row NaN.
+        ``residual``, ``silu_mul`` and ``out_scale`` give, bit for bit, what the separate operators give: y is rounded
+        to ``out_dtype`` before each of them.
+
+    Raises:
+        ValueError: shapes or strides do not fit; K or the groups are larger than their bounds; ``silu_mul`` does not
+            fit the weight; arguments that exclude each other; a ``perm`` index is out of range, ``out_scale`` not
+            positive and finite, or ``out_zero_point`` outside -128 ... 127; ``out`` overlaps an input.
+        RuntimeError: a dtype or device without a kernel (there is none for GPUs yet); the weight is not packed; an
+            input requires grad while grad mode is on.
+
+    Source:
+        W4A8 as in ONNX Runtime, OpenVINO and ggml, which round x by group; one scale a token and the order of the sums
+        are this library's own.
+
+    Example:
+        >>> w = qops.Int4Weight.quantize(torch.eye(16), group_size=16)
+        >>> q, scale = qops.quantize_int8(torch.arange(16.0)[None])
+        >>> qops.int4_int8_gemm(q, scale, w).shape
+        torch.Size([1, 16])
+    """
+    if derivatives_are_asked():
+        refuse_grad("int4_int8_gemm", scale=scale, bias=bias, residual=residual, out_scale=out_scale, out=out)
+    require_weight("int4_int8_gemm", weight, "Int4Weight")
+    _check_out_dtype(out_dtype, "out_dtype must be")
+    weight._require_packed()
+    if silu_mul != weight.mixed_gate_up:
+        refuse_mixed("int4_int8_gemm", silu_mul)
+    buffers = weight._buffers
+    args = (
+        q,
+        scale,
+        buffers["packed"],
+        buffers["scales"],
+        buffers["zeros"],
+        buffers["perm"],
+        bias,
+        weight.out_features,
+        weight.group_size,
+        KINDS.index(weight.kind),
+    )
+    op = torch.ops.qops.int4_int8_gemm
+    if silu_mul or residual is not None or out_scale is not None or out_zero_point is not None:
+        if out is None:
+            return op.fused(*args, out_dtype, residual, silu_mul, out_scale, out_zero_point)
+        if out_scale is None:
+            out_dtype = out.dtype
+            _check_out_dtype(out_dtype, "out must have dtype")
+        op.fused_out(*args, out_dtype, residual, silu_mul, out_scale, out_zero_point, out=out)
+    else:
+        if out is None:
+            return op.default(*args, out_dtype)
+        op.out(*args, out=out)
+    return out
+
+
+def _check_out_dtype(out_dtype: torch.dtype, subject: str) -> None:
+    if out_dtype not in OUT_DTYPES:
+        actual = str(out_dtype).removeprefix("torch.")
+        raise RuntimeError(f"qops.int4_int8_gemm: {subject} float32, float16 or bfloat16, got {actual}")
+
+
 def int4_gemm_ref(
     x: Tensor,
     weight: Int4Weight,
@@ -156,6 +297,50 @@ def int4_gemm_ref(
         gate, up = y.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     return y if residual is None else y + residual.double()
+
+
+def int4_int8_gemm_ref(q: Tensor, scale: Tensor, weight: Int4Weight, bias: Tensor | None = None, **more: Any) -> Tensor:
+    """The formula of :func:`int4_int8_gemm` in float64, nothing rounded; float64."""
+    return int4_gemm_ref(q.double() * scale.double().unsqueeze(-1), weight, bias, **more)
+
+
+def int4_int8_gemm_exact(
+    q: Tensor, scale: Tensor, weight: Int4Weight, bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """The contract of :func:`int4_int8_gemm`: integers in int64, float32 steps one by one."""
+    from qops.weights.rounding import add_rounding_to_odd
+
+    def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        # float64 holds the product, and a sum that was rounded to odd is rounded once.
+        product, c = a.double() * b.double(), c.double()
+        total = product + c
+        return torch.where(total.isfinite(), add_rounding_to_odd(product, c), total).float()
+
+    tensors = {name: tensor.cpu() for name, tensor in weight.canonical().items()}
+    n, k, g = weight.out_features, weight.in_features, weight.group_size
+    rows = q.reshape(-1, k).long()
+    rows = rows[:, tensors["perm"].long()] if "perm" in tensors else rows
+    codes = torch.stack((tensors["qweight"] & 15, tensors["qweight"] >> 4), dim=-1).view(n, k).long()
+    scales, zeros = tensors["scales"].float(), tensors.get("zeros")
+    groups = group_count(k, g)
+    units = -(-k // math.lcm(64, g)) if groups else 0
+    per_unit = math.lcm(64, g) // g if groups else 1
+    y = torch.zeros(len(rows), n)
+    for i in range(8):
+        total = torch.zeros_like(y)
+        for group in range(units * i // 8 * per_unit, min(units * (i + 1) // 8 * per_unit, groups)):
+            columns, s = slice(group * g, (group + 1) * g), scales[:, group]
+            zero = zeros[:, group, None].long() if zeros is not None and weight.kind == "zero_point" else 8
+            w = codes[:, columns] - zero
+            total = fma(s, (rows[:, columns] @ w.T).float(), total)
+            if zeros is not None and weight.kind != "zero_point":
+                z, eight = zeros[:, group], torch.tensor(8.0)
+                offset = s * (eight - z) if weight.kind == "float_zero" else fma(s, eight, z)
+                total = fma(offset, rows[:, columns].sum(-1, keepdim=True).float(), total)
+        y = y + total
+    x_scale = scale.reshape(-1, 1)
+    y = x_scale * y if bias is None else fma(x_scale, y, bias.float())
+    return y.to(out_dtype).view(*q.shape[:-1], n)
 
 
 def cases_of_int4_gemm(run: Run) -> None:
@@ -180,6 +365,21 @@ def cases_of_int4_gemm(run: Run) -> None:
         epilogues(run, product, mixed, y, x)
 
 
+def cases_of_int4_int8_gemm(run: Run) -> None:
+    from qops._check_cases import ROWS, epilogues, int4_cases, moved
+    from qops._numerics import FLOAT_DTYPES
+
+    for w, dtype, index in int4_cases(run):
+        n, k = w.out_features, w.in_features
+        q, scale = run.integers(-128, 128, ROWS[-1], k, dtype=torch.int8), run.scales(ROWS[-1])
+        bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if index % 2 else None
+        product = partial(int4_int8_gemm, weight=moved(run, w), bias=run.there(bias), out_dtype=dtype)
+        (y,) = run.rows(product, q, scale)
+        run.same(y, int4_int8_gemm_exact(q, scale, w, bias, dtype), "the contract's operations")
+        mixed = partial(product, weight=moved(run, w, mixed=True)) if n % 16 == 0 else None
+        epilogues(run, product, mixed, y, q, scale)
+
+
 @fake("int4_gemm")
 def _(
     check: Checker,
@@ -202,3 +402,48 @@ def _(
     check_weight_only(check, x, packed, scales, zeros, perm, bias, out_features, group_size, kind, bits=4)
     y = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
     return check.results(x, Result("out", out, *y))
+
+
+@fake("int4_int8_gemm")
+def _(
+    check: Checker,
+    q: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    kind: int,
+    out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Results:
+    subject = "out_dtype must be"
+    if out_dtype is None:  # `.out` has none
+        assert out is not None
+        out_dtype, subject = out.dtype, "out must have dtype"
+    check.dtype(q, "q", torch.int8)
+    check.dtype(scale, "scale", torch.float32)
+    _check_out_dtype(out_dtype, subject)
+    check.at_least_1d(q, "q")
+    k = check_packed_weight(check, packed, scales, out_features, group_size, bits=4)
+    check.require(q.shape[-1] == k, "q", f"have last dimension K = {k}", lambda: str(q.shape[-1]))
+    check.require(k <= MAX_K, "q", f"have at most {MAX_K} columns", lambda: str(k))
+    check.require(group_size <= MAX_GROUP, "group_size", f"be at most {MAX_GROUP}", lambda: str(group_size))
+    check.dense_last_dim(q, "q")
+    check.rows(q, "q")
+    check.per_row(scale, "scale", q)
+    if bias is not None:
+        check.float_dtype(bias, "bias")
+        check.shape(bias, "bias", "[N]", (out_features,))
+        check.dense_last_dim(bias, "bias")
+    check_zeros(check, kind, zeros, scales)
+    check_perm(check, perm, k)
+    y = check_epilogue(check, q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)
+    return check.results(q, Result("out", out, *y))

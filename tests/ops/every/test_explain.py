@@ -77,6 +77,8 @@ def test_the_operators_are_the_public_ones():
         ("int8_gemm", {"epilogue": "silu_mul", "n": 24}, "qops.int8_gemm: n must be a multiple of 16, for gate and up"),
         ("int8_gemm", {"epilogue": "int8", "out_dtype": torch.int32}, "epilogue must be none where out_dtype is int32"),
         ("int8_gemm", {"k": 131072}, "qops.int8_gemm: q must have at most 131071 columns, got 131072"),
+        ("int4_int8_gemm", {"group_size": 131072, "k": 131072}, "group_size must be at most 131071, got 131072"),
+        ("int4_int8_gemm", {"k": 2**20}, "qops.int4_int8_gemm: k must have at most 1048575 columns, got 1048576"),
         (
             "int8_weight_only_gemm",
             {"kind": "offset"},
@@ -100,7 +102,7 @@ def test_wrong_questions(op, changes, error):
 
 
 def test_what_has_no_kernel():
-    for op, dtype in (("rms_norm", "dtype"), ("int4_gemm", "dtype")):
+    for op, dtype in (("rms_norm", "dtype"), ("int4_gemm", "dtype"), ("int4_int8_gemm", "out_dtype")):
         with pytest.raises(RuntimeError, match=f"qops.{op}: "):
             explain(op, **{dtype: torch.int32})
 
@@ -143,6 +145,7 @@ def test_what_is_not_asked_for_is_not_said():
 def test_empty_calls_compute_nothing():
     assert explain("int4_gemm", m=0).endswith(" -> nothing to compute")
     assert explain("int8_gemm", n=0).endswith(" -> nothing to compute")
+    assert explain("int4_int8_gemm", m=0).endswith(" -> nothing to compute")
     assert explain("rotary", d=0, pairs=0).endswith(" -> nothing to compute")
     assert explain("decode_attention", d=0).endswith(" -> nothing to compute")
 
@@ -173,6 +176,10 @@ def test_amx_multiplies_many_rows():
         weight_only = [asked.format(op=op, m=m, dtype=dtype) for m, dtype in problems]
         lines = in_new_process(f"print({', '.join(weight_only)}, sep='\\n')", QOPS_ISA="amx").stdout.splitlines()
         assert [facts(line)["kernel"] for line in lines] == ["avx512", "amx", "avx512"]
+    asked = 'qops.explain("int4_int8_gemm", m={m}, n=64, k=64, group_size=32, out_dtype=torch.float32, device="cpu")'
+    calls_of_4_bits = [asked.format(m=m) for m in (8, 9)]
+    lines = in_new_process(f"print({', '.join(calls_of_4_bits)}, sep='\\n')", QOPS_ISA="amx").stdout.splitlines()
+    assert [facts(line)["kernel"] for line in lines] == ["avx512", "amx"]
     (line,) = in_new_process(f"print({calls[1]})", QOPS_ISA="scalar").stdout.splitlines()
     assert " isa=scalar " in line and facts(line)["kernel"] == "scalar"
 

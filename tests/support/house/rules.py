@@ -33,8 +33,10 @@ FILES_OF = {
     "int8_unpack": "weight_pack",
 }
 # One layer's file for several of those: an operator and its form that emits int8 take the same arguments, as does
-# rotary with and without norms.
+# rotary with and without norms; int4_gemm and its form that takes int8 share a weight.
 LAYER_FILES_OF = {
+    ("bench", "int4_int8_gemm"): "int4_gemm",
+    ("python/qops/ops", "int4_int8_gemm"): "int4_gemm",
     ("csrc/binding", "qk_norm_rotary"): "rotary",
     ("csrc/binding", "rms_norm_int8"): "rms_norm",
     ("csrc/binding", "silu_mul_int8"): "silu_mul",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -59,6 +60,49 @@ def int8_gemm_exact(
         s = scale.float()[..., None].numpy()
         y = s * t if bias is None else fma(s, t, bias.float().numpy())
     return torch.from_numpy(np.ascontiguousarray(y)).to(out_dtype)
+
+
+def int4_int8_gemm_exact(
+    q: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    kind: str,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The contract of int4_int8_gemm. codes: 0 .. 15 [N, K]; scales, zeros: [N, groups]."""
+    n, k = codes.shape
+    m = math.prod(q.shape[:-1])
+    x = q.resolve_neg().reshape(m, k).numpy().astype(np.int64)
+    x = x if perm is None else x[:, perm.numpy()]
+    s = scales.float().numpy()
+    groups = scales.shape[1]
+    g = k // groups if groups else 1
+    columns = math.lcm(64, g)  # of a unit: the groups of slice i end where a unit does
+    units = -(-k // columns)
+    ends = [min(k, units * (i + 1) // 8 * columns) for i in range(8)]
+    y = np.zeros((m, n), np.float32)
+    with np.errstate(all="ignore"):
+        for begin, end in itertools.pairwise((0, *ends)):
+            total = np.zeros_like(y)
+            for at in range(begin, end, g):
+                group = at // g
+                w = codes[:, at : at + g].numpy().astype(np.int64)
+                z = None if zeros is None else zeros[:, group].numpy()
+                w = w - (z.astype(np.int64)[:, None] if z is not None and kind == "zero_point" else 8)
+                sums = x[:, at : at + g] @ w.T
+                assert np.abs(sums).max(initial=0) < 2**31
+                total = fma(s[:, group], sums.astype(np.float32), total)
+                if z is not None and kind != "zero_point":
+                    offset = fma(s[:, group], 8, z) if kind == "offset" else s[:, group] * (np.float32(8) - z)
+                    total = fma(offset, x[:, at : at + g].sum(1, keepdims=True).astype(np.float32), total)
+            y = y + total
+        rows = scale.expand(q.shape[:-1]).resolve_neg().reshape(m, 1).numpy()
+        y = rows * y if bias is None else fma(rows, y, bias.float().numpy())
+    return torch.from_numpy(np.ascontiguousarray(y)).to(out_dtype).view(*q.shape[:-1], n)
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:

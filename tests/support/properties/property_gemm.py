@@ -214,7 +214,9 @@ def epilogue_ways(s: Sampler, call: Call, x: str = "x") -> Ways:
         shape = (2, 2, 2, 2, 2)
         a[x] = torch.ones((*shape, a[x].shape[-1]), dtype=a[x].dtype)
         if x == "q":
-            a["scale"], a["zero_point"] = torch.ones(()), None
+            a["scale"] = torch.ones(())
+        if "zero_point" in a:
+            a["zero_point"] = None
         a["residual"] = s.unmergeable(torch.ones((*shape, a["residual"].shape[-1]), dtype=a["residual"].dtype), 5)
         return Fault(("residual",), (ValueError,))
 
