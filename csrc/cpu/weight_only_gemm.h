@@ -484,25 +484,15 @@ inline void tell_plan(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
   tell_tasks(pool, strips_of(p), strip_grain(p));
 }
 
+// y of the rows whose number of digits is not 0.
 template <class Codes, class T>
-inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
-  const int64_t m = p.x_rows.count;
-  if (pool.listener != nullptr) [[unlikely]] {
-    if (m > 0 && p.n > 0) tell_plan(p, pool);
-    return Status::kOk;
-  }
-  if (p.perm != nullptr && !valid_permutation_range(p)) return Status::kIndexOutOfRange;
-  if (m == 0 || p.n == 0) return Status::kOk;
-  const Blocks blocks(p.k, p.group_size);
-  const int64_t row_grain = 1 + (16 << 10) / (p.k + 1);
-
-  Scratch index(Scratch::bytes<uint8_t>(m) + Scratch::bytes<Tile>(Tiles::most(m)));
+inline Status multiply_rows(const WeightOnlyGemmParams& p, const ThreadPool& pool, const Blocks& blocks,
+                            uint8_t* digits_of_row) {
+  const int64_t m = p.x_rows.count, row_grain = 1 + (16 << 10) / (p.k + 1);
+  Scratch index(Scratch::bytes<Tile>(Tiles::most(m)));
   if (!index.ok()) return Status::kOutOfMemory;
-  uint8_t* digits_of_row = index.take<uint8_t>(m);
-  Tile* memory = index.take<Tile>(Tiles::most(m));
-  guess_digits<T>(digits_of_row, m);
   while (true) {
-    const Tiles tiles(memory, digits_of_row, m);
+    const Tiles tiles(index.take<Tile>(0), digits_of_row, m);
     Scratch scratch(tiles.bytes(p, blocks));
     if (!scratch.ok()) return Status::kOutOfMemory;
     tiles.take_memory(p, blocks, scratch);
@@ -514,6 +504,22 @@ inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& 
                  [&](int64_t begin, int64_t end) { gemm_tiles<Codes, T>(p, blocks, tiles, begin, end); });
     return Status::kOk;
   }
+}
+
+template <class Codes, class T>
+inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
+  const int64_t m = p.x_rows.count;
+  if (pool.listener != nullptr) [[unlikely]] {
+    if (m > 0 && p.n > 0) tell_plan(p, pool);
+    return Status::kOk;
+  }
+  if (p.perm != nullptr && !valid_permutation_range(p)) return Status::kIndexOutOfRange;
+  if (m == 0 || p.n == 0) return Status::kOk;
+  Scratch scratch(Scratch::bytes<uint8_t>(m));
+  if (!scratch.ok()) return Status::kOutOfMemory;
+  uint8_t* digits_of_row = scratch.take<uint8_t>(m);
+  guess_digits<T>(digits_of_row, m);
+  return multiply_rows<Codes, T>(p, pool, Blocks(p.k, p.group_size), digits_of_row);
 }
 
 // The same product for a team of threads (cpu/team_product.h).

@@ -13,6 +13,7 @@ import pytest
 
 from bench import problems
 from bench.problems.shared.cases import EMULATED
+from qops import _native
 from qops._native import WITHOUT_CUDA_KERNEL
 from tests.support.cuda import cuda_tools
 

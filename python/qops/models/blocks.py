@@ -1,11 +1,13 @@
 """Decoding steps of a fused layer by the block operators: two calls a layer instead of eight or more.
 
-A chain of operators pays for a call and a parallel region each; at a few tokens that is more time than small models need
-to read their weights. Where everything in a half of a layer is known, it is one operator: :func:`qops.attention_block`,
-which also appends to the cache, and :func:`qops.mlp_block`. Their bits are those of the chain.
+A chain of operators pays for a call and a parallel region each; at a few tokens that is more time than small models
+need to read their weights. Where everything in a half of a layer is known, it is one operator:
+:func:`qops.attention_block`, which also appends to the cache, and :func:`qops.mlp_block`. Their bits are those of the
+chain.
 
-Which modules a half has is found once and then watched: what somebody replaces is noticed at the next step. The cache is Transformers' own: a layer of it whose keys and values were made here stand at the beginning of larger
-tensors, which take the next token without a copy.
+Which modules a half has is found once and then watched: what somebody replaces is noticed at the next step. The cache
+is Transformers' own: keys and values of a layer of it become the beginning of larger tensors, which take the next token
+without a copy.
 
 This module imports Transformers.
 """

@@ -225,7 +225,7 @@ class Shared(NamedTuple):
         positions: [B, T], the row of each token; None where row t belongs to token t of every sequence.
         attention: name of the attention implementation.
         is_sdpa: whether that is Transformers' own scaled dot product attention, and not one registered in its place.
-        decodes: whether it is, and the few tokens are those of a decoding step on a CPU, which `decode_attention` takes.
+        decodes: whether it is, and the tokens are the few of a decoding step on a CPU, which `decode_attention` takes.
     """
 
     cos: torch.Tensor
