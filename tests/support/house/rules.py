@@ -22,6 +22,8 @@ CONTRACT_SECTIONS = ("Args", "Returns", "Numerics", "Raises", "Source", "Example
 FILES_OF = {
     "add_rms_norm": "rms_norm",
     "add_rms_norm_int8": "rms_norm_int8",
+    "attention_block": "decoder_block",
+    "mlp_block": "decoder_block",
     "quantize_int8_asym": "quantize_int8",
     "quantize_int8_static": "quantize_int8",
     "qk_norm_rotary_": "qk_norm_rotary",
