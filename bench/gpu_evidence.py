@@ -64,8 +64,15 @@ REHEARSED_TESTS = "not gpu and begin_anywhere"
 SANITIZED_TESTS = "gpu and (begin_anywhere or behind_a_row or heads or every_group_size or every_small_number)"
 # The others' names begin with the type of a weight.
 ROW_OPS = "!int*"
-# The first two have stages of their own, the last two no CUDA kernel.
-NOT_OF_PEERS = ("!int8_layer", "!int4_decode", "!int8_weight_only_gemm", "!decode_attention")
+# The first two have stages of their own, the others no CUDA kernel.
+NOT_OF_PEERS = (
+    "!int8_layer",
+    "!int4_decode",
+    "!int8_weight_only_gemm",
+    "!attention_block",
+    "!decode_attention",
+    "!mlp_block",
+)
 LAYERS = "llama3-8b qkv,llama3-8b o,llama3-8b gate_up,llama3-8b down"
 PROFILED = [(op, rows) for op in ("int4_gemm", "int8_gemm") for rows in (1, 64, 4096)] + [("qk_norm_rotary", 4096)]
 

@@ -71,7 +71,7 @@ def mlp_block(
         norm: ``[H]``, of the :func:`qops.rms_norm` before gate and up.
         eps: of the norms.
         gate_up: :class:`qops.Int4Weight` or :class:`qops.Int8Weight` ``[2 I, H]``, packed, gate above up; mixed
-            (``mix_gate_up()``) or not.
+            (:meth:`qops.Int4Weight.mix_gate_up`) or not.
         down: the same ``[H, I]``.
         gate_up_bias: float32, float16 or bfloat16 ``[2 I]``, added in float32.
         down_bias: the same ``[H]``.
@@ -304,8 +304,8 @@ def cases_of_attention_block(run: Run) -> None:
                 .view(batch, t, -1, d)
                 .split((q_heads, kv_heads, kv_heads), 2)
             )
-            at = (*tables, positions)
-            q, k = qk_norm_rotary(q, k, *heads, *tables, positions=positions, **style) if normed else rotary(q, k, *at)
+            at = {"cos": tables[0], "sin": tables[1], "positions": positions}
+            q, k = qk_norm_rotary(q, k, *heads, **at, **style) if normed else rotary(q, k, **at)
             for cache, new in zip(kept, (k, v), strict=True):
                 cache[:, :, past : past + t] = new.transpose(1, 2)
             run.same((keys, values), tuple(kept), "the cache")

@@ -35,8 +35,9 @@ FILES_OF = {
     "int8_unpack": "weight_pack",
 }
 # One layer's file for several of those: an operator and its form that emits int8 take the same arguments, as does
-# rotary with and without norms.
+# rotary with and without norms. A benchmark's file has the name of an operator.
 LAYER_FILES_OF = {
+    ("bench", "decoder_block"): "attention_block",
     ("csrc/binding", "qk_norm_rotary"): "rotary",
     ("csrc/binding", "rms_norm_int8"): "rms_norm",
     ("csrc/binding", "silu_mul_int8"): "silu_mul",
