@@ -184,7 +184,7 @@ def attention_block(
         The layers of Llama, Mistral, Qwen, Phi-3, SmolLM and Gemma in Hugging Face Transformers.
 
     Example:
-        >>> qkv, o = (qops.Int4Weight.quantize(torch.eye(n, k), 16) for n, k in ((96, 32), (32, 32)))
+        >>> qkv, o = (qops.Int4Weight.quantize(torch.ones(n, k), 16) for n, k in ((96, 32), (32, 32)))
         >>> keys, values = torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16)
         >>> qops.attention_block(torch.ones(1, 1, 32), torch.ones(32), 1e-6, qkv, o, keys, values).shape
         torch.Size([1, 1, 32])
