@@ -62,10 +62,11 @@ GPU_TESTS = "gpu and not compile"
 REHEARSED_TESTS = "not gpu and begin_anywhere"
 # A few minutes under a sanitizer: every kernel, aligned and not, with and without values past the row's end.
 SANITIZED_TESTS = "gpu and (begin_anywhere or behind_a_row or heads or every_group_size or every_small_number)"
+WITHOUT_KERNEL = ("!int4_int8_gemm", "!int8_weight_only_gemm", "!attention_block", "!decode_attention", "!mlp_block")
 # The others' names begin with the type of a weight.
-ROW_OPS = "!int*"
-# The first two have stages of their own, the others have no CUDA kernel.
-NOT_OF_PEERS = ("!int8_layer", "!int4_decode", "!decode_attention", "!int4_int8_gemm", "!int8_weight_only_gemm")
+ROW_OPS = ("!int*", *WITHOUT_KERNEL[2:])
+# Models have stages of their own.
+NOT_OF_PEERS = ("!int8_layer", "!int4_decode", *WITHOUT_KERNEL)
 LAYERS = "llama3-8b qkv,llama3-8b o,llama3-8b gate_up,llama3-8b down"
 PROFILED = [(op, rows) for op in ("int4_gemm", "int8_gemm") for rows in (1, 64, 4096)] + [("qk_norm_rotary", 4096)]
 
@@ -245,7 +246,7 @@ STAGES: dict[str, Stage] = {
     "gemms": Stage(
         bench("gemms", ("int4_gemm", "int8_gemm"), "--layers", LAYERS, *ROWS, providers="qops,cublas*"), 165
     ),
-    "rows": Stage(bench("rows", (ROW_OPS,), "--rows", "1,4096", providers=EAGER), 60),
+    "rows": Stage(bench("rows", ROW_OPS, "--rows", "1,4096", providers=EAGER), 60),
     "decode": Stage(bench("decode", ("int4_decode",)), 75),
     "memcheck": Stage(sanitize("memcheck"), 90),
     "chain": Stage(bench("chain", ("int8_layer",)), 45),

@@ -171,7 +171,9 @@ void take_norms(const Checker& check, const Tensor& x, const Tensor& norm, const
   first.dtype = check.float_dtype(x, "x");
   check.at_least_1d(x, "x");
   first.h = x.size(x.dim() - 1);
-  if (first.h % 8 != 0) check.refuse("x", "have a last dimension H that is a multiple of 8", std::to_string(first.h));
+  if (first.h == 0 || first.h % 8 != 0) {
+    check.refuse("x", "have a last dimension H that is a positive multiple of 8", std::to_string(first.h));
+  }
   check.dense_last_dim(x, "x");
   first.x_rows = check.rows(x, "x");
   first.x = x.const_data_ptr();

@@ -205,6 +205,23 @@ def caches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
         yield q, k, v, how
 
 
+# Blocks --------------------------------------------------------------------------------------------------------------
+
+
+def blocks(run: Run) -> Iterator[tuple[torch.dtype, dict[str, Any], Callable[..., Any]]]:
+    """dtype, how the norms round, and what draws a weight [N, K] of each width and kind of this case."""
+    widths = ((4, "symmetric"), (4, "zero_point"), (4, "float_zero"), (4, "offset"), (8, "symmetric"), (8, "offset"))
+    for index, ((bits, kind), dtype) in enumerate(itertools.product(widths, FLOAT_DTYPES)):
+        rounding, offset = STYLES[index % 2]
+        run.begin(dtype, f"{bits} bits", kind, rounding)
+
+        def weight(n: int, k: int, bits: int = bits, kind: str = kind, act_order: bool = index % 5 == 0) -> Any:
+            make = int4_weight if bits == 4 else int8_weight
+            return make(run, n, k, 16, kind, torch.float16, act_order)
+
+        yield dtype, {"eps": EPS, "rounding": rounding, "weight_offset": offset}, weight
+
+
 # Matrix products -----------------------------------------------------------------------------------------------------
 
 
@@ -241,20 +258,23 @@ def int4_cases(run: Run) -> Iterator[tuple[Int4Weight, torch.dtype, int]]:
         yield int4_weight(run, n, k, g, kind, scale_dtype, act_order), dtype, index
 
 
+def int8_weight(run: Run, n: int, k: int, g: int, kind: str, scale_dtype: torch.dtype, act_order: bool) -> Int8Weight:
+    groups = (n, k // g)
+    return Int8Weight.from_canonical(
+        run.integers(-128, 128, n, k, dtype=torch.int8),
+        run.scales(*groups, dtype=scale_dtype),
+        kind=kind,
+        zeros=run.random(*groups, dtype=torch.float32, outliers=False) if kind == "offset" else None,
+        perm=run.integers(0, 1 << 40, k, dtype=torch.int64).argsort() if act_order else None,
+    )
+
+
 def int8_cases(run: Run) -> Iterator[tuple[Int8Weight, torch.dtype, int]]:
     for index, ((n, k, g), kind, dtype) in enumerate(itertools.product(WEIGHTS, Int8Weight.KINDS, FLOAT_DTYPES)):
         scale_dtype, act_order = FLOAT_DTYPES[index // 2 % 3], index % 5 == 0
         order = "act-order" if act_order else ""
         run.begin(dtype, f"N = {n}, K = {k}, G = {g}", kind, f"scales {scale_dtype}", order)
-        groups = (n, k // g)
-        weight = Int8Weight.from_canonical(
-            run.integers(-128, 128, n, k, dtype=torch.int8),
-            run.scales(*groups, dtype=scale_dtype),
-            kind=kind,
-            zeros=run.random(*groups, dtype=torch.float32, outliers=False) if kind == "offset" else None,
-            perm=run.integers(0, 1 << 40, k, dtype=torch.int64).argsort() if act_order else None,
-        )
-        yield weight, dtype, index
+        yield int8_weight(run, n, k, g, kind, scale_dtype, act_order), dtype, index
 
 
 def _residual_last(*a: Tensor, product: Callable[..., Any], **more: Any) -> Any:

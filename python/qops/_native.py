@@ -122,10 +122,11 @@ def explain(op: str, *, device: torch.device | str, **problem: int | str | bool 
             ``rows, k, dtype``; the norms: ``rows, h, dtype``; ``silu_mul`` and ``silu_mul_int8``:
             ``rows, columns, dtype``; ``rotary`` and ``qk_norm_rotary``:
             ``tokens, q_heads, k_heads, d, pairs, dtype``; ``decode_attention``:
-            ``batch, t, q_heads, kv_heads, s, d, dtype``.
+            ``batch, t, q_heads, kv_heads, s, d, dtype``; ``attention_block``:
+            ``rows, h, q_heads, kv_heads, d, dtype``; ``mlp_block``: ``rows, h, columns, dtype``.
             Besides, where there is one: ``kind=`` of the weight ("symmetric", "zero_point", "float_zero", "offset"),
             ``epilogue=`` ("none", "silu_mul", "int8"), and whether there are ``perm``, ``zeros``,
-            ``zero_point``, ``batch_invariant``, ``interleaved``.
+            ``zero_point``, ``batch_invariant``, ``interleaved``, weights ``*_has_8_bits``.
 
     Returns:
         The line.

@@ -94,7 +94,9 @@ def test_a_file_has_the_operator_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "invented" / "wrong.py").write_text(text.format(["right"]))
     with pytest.raises(ValueError, match=r"invented\.wrong: OPERATORS must hold the operator of that name"):
         list(problems.found(package))
-    with pytest.raises(ValueError, match="no operator 'int5_gemm'; there are decode_attention, int4_dequantize"):
+    with pytest.raises(
+        ValueError, match="no operator 'int5_gemm'; there are attention_block, mlp_block, decode_attention"
+    ):
         problems.make("int5_gemm", AXES)
 
 
@@ -124,9 +126,9 @@ def test_bytes_are_those_of_the_tensors(op):
     assert problems.bytes_and_flops(op, axes)[0] == read + written
     layer = 2 * (5 * 96 * 32 + 96 * 96 + 3 * 96 * 48)  # k, v; q, o; gate, up, down
     gemm = 2 * 96 * 256 if {"M", "N"} <= {*problems.OPERATORS[op].axes.split()} else 0
-    assert problems.OPERATORS[op].weight_bytes(axes, 16) == {"int8_layer": layer, "int4_decode": 2 * layer}.get(
-        op, gemm
-    )
+    attention, mlp = 2 * (5 * 96 * 32 + 96 * 96), 2 * 3 * 96 * 48
+    models = {"int8_layer": layer, "int4_decode": 2 * layer, "attention_block": attention, "mlp_block": mlp}
+    assert problems.OPERATORS[op].weight_bytes(axes, 16) == models.get(op, gemm)
 
 
 def test_a_large_reference_is_sampled_at_the_edges():

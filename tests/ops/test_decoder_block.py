@@ -344,7 +344,8 @@ MASK = torch.ones(2, 1, 3, 7, dtype=torch.bool)
 ERRORS = [
     (mlp, {"x": X.double()}, RuntimeError, "x must have dtype float32, float16 or bfloat16, got float64"),
     (mlp, {"x": torch.ones(())}, ValueError, "x must have at least 1 dimension"),
-    (mlp, {"x": X[..., :60]}, ValueError, "x must have a last dimension H that is a multiple of 8, got 60"),
+    (mlp, {"x": X[..., :60]}, ValueError, "x must have a last dimension H that is a positive multiple of 8, got 60"),
+    (mlp, {"x": X[..., :0]}, ValueError, "x must have a last dimension H that is a positive multiple of 8, got 0"),
     (mlp, {"x": X.mT.contiguous().mT}, ValueError, "x must have stride 1 in its last dimension, got 3"),
     (mlp, {"x": torch.ones(2, 56)}, ValueError, r"norm must have shape \[H\] = \[56\], got \[64\]"),
     (mlp, {"norm": torch.ones(64).int()}, RuntimeError, "norm must have dtype .*, got int32"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -68,7 +70,7 @@ def mlp_block(
         norm: ``[H]``, of the :func:`qops.rms_norm` before gate and up.
         eps: of the norms.
         gate_up: :class:`qops.Int4Weight` or :class:`qops.Int8Weight` ``[2 I, H]``, packed, gate above up; mixed
-            (``mix_gate_up()``) or not.
+            (:meth:`qops.Int4Weight.mix_gate_up`) or not.
         down: the same ``[H, I]``.
         gate_up_bias: float32, float16 or bfloat16 ``[2 I]``, added in float32.
         down_bias: the same ``[H]``.
@@ -181,7 +183,7 @@ def attention_block(
         The layers of Llama, Mistral, Qwen, Phi-3, SmolLM and Gemma in Hugging Face Transformers.
 
     Example:
-        >>> qkv, o = (qops.Int4Weight.quantize(torch.eye(n, k), 16) for n, k in ((96, 32), (32, 32)))
+        >>> qkv, o = (qops.Int4Weight.quantize(torch.ones(n, k), 16) for n, k in ((96, 32), (32, 32)))
         >>> keys, values = torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16)
         >>> qops.attention_block(torch.ones(1, 1, 32), torch.ones(32), 1e-6, qkv, o, keys, values).shape
         torch.Size([1, 1, 32])
@@ -227,6 +229,91 @@ def attention_block(
     )
 
 
+def _product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    from qops.ops import int4_gemm, int8_weight_only_gemm
+
+    product: Any = int4_gemm if type(weight).__name__ == "Int4Weight" else int8_weight_only_gemm
+    return product(x, weight, bias)
+
+
+def cases_of_mlp_block(run: Run) -> None:
+    from qops._check_cases import blocks, moved
+    from qops.ops import rms_norm, silu_mul
+
+    h, columns = 80, 48
+    for dtype, style, weight in blocks(run):
+        gate_up, down = (moved(run, weight(*shape)) for shape in ((2 * columns, h), (h, columns)))
+        norm, post_norm = (run.there(run.random(h, dtype=dtype, outliers=False)) for _ in range(2))
+        biases = [run.there(run.random(n, dtype=torch.float32, outliers=False)) for n in (2 * columns, h)]
+        x = run.random(130, h, dtype=dtype)
+
+        def chain(x: Tensor, post_norm: Tensor | None, weights: Any, biases: Any, norm: Tensor, style: Any) -> Tensor:
+            y = silu_mul(_product(rms_norm(x, norm, **style), weights[0], biases[0]))
+            y = _product(y, weights[1], biases[1])
+            return x + (y if post_norm is None else rms_norm(y, post_norm, **style))
+
+        named = {"gate_up_bias": biases[0], "down_bias": biases[1], **style}
+        for last in (None, post_norm):
+            plain = partial(mlp_block, norm=norm, gate_up=gate_up, down=down, post_norm=last, **named)
+            y = run.rows(plain, x, out=False)[0]
+            run.same(y, chain(run.there(x), last, (gate_up, down), biases, norm, style), "the chain of operators")
+        mixed = moved(run, gate_up, mixed=True)
+        run.same(plain(run.there(x), gate_up=mixed), y, "gate and up mixed")
+
+
+def cases_of_attention_block(run: Run) -> None:
+    from qops._check_cases import blocks, moved
+    from qops.ops import decode_attention, qk_norm_rotary, rms_norm, rotary
+
+    (q_heads, kv_heads, d), h = (6, 2, 24), 80
+    for index, (dtype, style, weight) in enumerate(blocks(run)):
+        batch, t, past = ((1, 1, 300), (3, 2, 5), (2, 8, 130))[index % 3]
+        qkv, o = (moved(run, weight(*shape)) for shape in (((q_heads + 2 * kv_heads) * d, h), (h, q_heads * d)))
+        norm, post_norm = (run.there(run.random(h, dtype=dtype, outliers=False)) for _ in range(2))
+        heads = [run.there(run.random(d, dtype=dtype, outliers=False)) for _ in range(2)]
+        x = run.there(run.random(batch, t, h, dtype=dtype))
+        angles = torch.arange(past + t)[:, None] / 1e4 ** (torch.arange(0, d, 2) / d)
+        tables = [run.there(table) for table in (angles.cos(), angles.sin())]
+        positions = run.there(run.integers(0, past + t, batch, t, dtype=torch.int64))
+        held = [run.there(run.random(batch, kv_heads, past, d, dtype=dtype, outliers=False)) for _ in range(2)]
+        mask = run.there(run.integers(0, 3, batch, 1, t, past + t, dtype=torch.int64) > 0)
+        forms = ({}, {"window": 7, "softcap": 5.0, "first_position": 100}, {"mask": mask})
+        for normed, how in itertools.product((False, True), forms):
+            keys, values = (torch.nn.functional.pad(cache, (0, 0, 0, t + 3), value=7) for cache in held)
+            kept = [keys.clone(), values.clone()]
+            y = attention_block(
+                x,
+                norm,
+                qkv=qkv,
+                o=o,
+                keys=keys[:, :, : past + t],
+                values=values[:, :, : past + t],
+                cos=tables[0],
+                sin=tables[1],
+                positions=positions,
+                q_norm=heads[0] if normed else None,
+                k_norm=heads[1] if normed else None,
+                post_norm=post_norm if normed else None,
+                **style,
+                **how,
+            )
+            run.keep(y, keys, values)
+            q, k, v = (
+                _product(rms_norm(x, norm, **style), qkv, None)
+                .view(batch, t, -1, d)
+                .split((q_heads, kv_heads, kv_heads), 2)
+            )
+            at = {"cos": tables[0], "sin": tables[1], "positions": positions}
+            q, k = qk_norm_rotary(q, k, *heads, **at, **style) if normed else rotary(q, k, **at)
+            for cache, new in zip(kept, (k, v), strict=True):
+                cache[:, :, past : past + t] = new.transpose(1, 2)
+            run.same((keys, values), tuple(kept), "the cache")
+            attended = decode_attention(q, *(cache[:, :, : past + t] for cache in kept), **how)
+            want = _product(attended.view(batch, t, -1), o, None)
+            want = x + (rms_norm(want, post_norm, **style) if normed else want)
+            run.same(y, want, "the chain of operators")
+
+
 def _default_scale(keys: Tensor) -> float:
     return 1.0 if keys.shape[-1] == 0 else keys.shape[-1] ** -0.5
 
@@ -243,7 +330,8 @@ def _check_norms(
     check.float_dtype(x, "x")
     check.at_least_1d(x, "x")
     h = x.shape[-1]
-    check.require(h % 8 == 0, "x", "have a last dimension H that is a multiple of 8", lambda: str(h))
+    fits = h > 0 and h % 8 == 0
+    check.require(fits, "x", "have a last dimension H that is a positive multiple of 8", lambda: str(h))
     check.dense_last_dim(x, "x")
     check.rows(x, "x")
     check.rms_norm_style(eps, weight_offset, rounding)

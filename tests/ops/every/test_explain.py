@@ -14,6 +14,8 @@ import torch
 import qops
 
 OPS = [name for name in qops.ops.__all__ if hasattr(torch.ops.qops, name)]
+# A team of threads goes through their parts.
+BLOCKS = ("attention_block", "mlp_block")
 BF16 = torch.bfloat16
 # Of what operators are asked with; other sizes are 4096.
 SIZES = {"m": 40, "rows": 40, "tokens": 40, "q_heads": 32, "k_heads": 8, "d": 128, "pairs": 64, "group_size": 128}
@@ -48,7 +50,8 @@ def test_every_operator_can_be_asked(op):
     line = explain(op)
     assert line.startswith(f"qops.{op} isa={qops.build_info()['isa']} ") and "\n" not in line
     said = facts(line)
-    assert int(said["tasks"]) > 0 and int(said["grain"]) > 0
+    if op not in BLOCKS:
+        assert int(said["tasks"]) > 0 and int(said["grain"]) > 0
     assert 1 <= int(said["threads"]) <= torch.get_num_threads()
 
 
@@ -148,6 +151,16 @@ def test_empty_calls_compute_nothing():
     assert explain("int4_int8_gemm", m=0).endswith(" -> nothing to compute")
     assert explain("rotary", d=0, pairs=0).endswith(" -> nothing to compute")
     assert explain("decode_attention", d=0).endswith(" -> nothing to compute")
+    for op in BLOCKS:
+        assert explain(op, rows=0).endswith(" -> nothing to compute")
+
+
+def test_small_blocks_run_on_one_thread(threads):
+    threads(2)
+    small = {"h": 64, "rows": 1}
+    for op, sizes in (("mlp_block", {"columns": 128}), ("attention_block", {"q_heads": 2, "kv_heads": 1, "d": 32})):
+        assert facts(explain(op, **small, **sizes))["threads"] == "1"
+        assert facts(explain(op))["threads"] == "2"
 
 
 def test_tiles_follow_the_shape_and_tasks_the_threads(threads):

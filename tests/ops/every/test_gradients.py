@@ -107,7 +107,7 @@ def typed_calls(op: str) -> Iterator[tuple[Call, str]]:
     seen: set[str] = set()
     for call in valid_calls(f"{op}.default", 40):
         for argument, tensor in call.tensors():
-            if call.typed is None or argument in (*seen, *WEIGHTS) or not tensor.is_floating_point():
+            if call.typed is None or argument in seen or argument.endswith(WEIGHTS) or not tensor.is_floating_point():
                 continue
             seen.add(argument)
             yield call, argument

@@ -22,6 +22,8 @@ CONTRACT_SECTIONS = ("Args", "Returns", "Numerics", "Raises", "Source", "Example
 FILES_OF = {
     "add_rms_norm": "rms_norm",
     "add_rms_norm_int8": "rms_norm_int8",
+    "attention_block": "decoder_block",
+    "mlp_block": "decoder_block",
     "quantize_int8_asym": "quantize_int8",
     "quantize_int8_static": "quantize_int8",
     "qk_norm_rotary_": "qk_norm_rotary",
@@ -33,8 +35,10 @@ FILES_OF = {
     "int8_unpack": "weight_pack",
 }
 # One layer's file for several of those: an operator and its form that emits int8 take the same arguments, as does
-# rotary with and without norms; int4_gemm and its form that takes int8 share a weight.
+# rotary with and without norms; int4_gemm and its form that takes int8 share a weight. A benchmark's file has the name
+# of an operator.
 LAYER_FILES_OF = {
+    ("bench", "decoder_block"): "attention_block",
     ("bench", "int4_int8_gemm"): "int4_gemm",
     ("python/qops/ops", "int4_int8_gemm"): "int4_gemm",
     ("csrc/binding", "qk_norm_rotary"): "rotary",

@@ -54,7 +54,7 @@ def attention_chain(a: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     columns = a["o"].shape[1] // (8 if a["o"].dtype == torch.uint8 else 16)
     q_heads = columns // d
     y = linear(a, "qkv", (q_heads + 2 * kv_heads) * d, norm(a, "norm", x))
-    q, k, v = y.view(batch, t, -1, d).split([q_heads, kv_heads, kv_heads], 2)
+    q, k, v = y.view(batch, t, q_heads + 2 * kv_heads, d).split([q_heads, kv_heads, kv_heads], 2)
     style = (a["eps"], a["weight_offset"], a["rounding"])
     q, k = (z if a[name] is None else OPS.rms_norm(z, a[name], *style) for z, name in ((q, "q_norm"), (k, "k_norm")))
     if a["cos"] is not None:

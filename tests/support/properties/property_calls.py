@@ -49,8 +49,8 @@ class Call:
     op: as messages name it.
     overload: of ``torch.ops.qops.<op>``.
     arguments: by the names of the schema, outputs that the caller gives included.
-    expected: the results (or what is written) from the arguments; called only where the call is valid.
-    results: their shapes and dtypes.
+    expected: the results, then what is written, from the arguments; called only where the call is valid.
+    results: shapes and dtypes of what is returned; of what is written, where the operator returns nothing.
     written: names of the arguments that the operator writes.
     replaces: (written, read) that may be one tensor.
     typed: makes the call through the public function; None where the arguments cannot be put into it.
@@ -153,19 +153,30 @@ def check_one(
         _restore(call, before)
 
 
+def _returns(call: Call) -> bool:
+    operator = getattr(getattr(torch.ops.qops, call.op), call.overload)
+    return len(operator._schema.returns) > 0
+
+
 def _results(call: Call, returned: object, typed: bool) -> list[Tensor]:
-    if call.written:
+    """What is returned, then what is written."""
+    written = [call.arguments[name] for name in call.written]
+    if call.written and not _returns(call):
         assert returned is None or typed, f"{call.op} returned {returned}"
-        return [call.arguments[name] for name in call.written]
+        return written
     if returned is None:
-        return []
-    return list(returned) if isinstance(returned, tuple) else [returned]  # pyright: ignore[reportReturnType]
+        return written
+    given: Any = returned
+    return [*(given if isinstance(given, tuple) else (given,)), *written]
 
 
 def _check_metadata(call: Call, how: str, got: list[Tensor]) -> None:
-    assert len(got) == len(call.results), f"{how}: {len(got)} results\n{call}"
+    results = [*call.results]
+    if call.written and _returns(call):
+        results += [(tuple(t.shape), t.dtype) for name, t in call.tensors() if name in call.written]
+    assert len(got) == len(results), f"{how}: {len(got)} results\n{call}"
     device = next(t for _, t in call.tensors()).device
-    for actual, (shape, dtype) in zip(got, call.results, strict=True):
+    for actual, (shape, dtype) in zip(got, results, strict=True):
         found = (tuple(actual.shape), actual.dtype, actual.device)
         assert found == (shape, dtype, device), f"{how}: got {found}, expected {shape} {dtype} {device}\n{call}"
         assert call.written or actual.is_contiguous(), f"{how}: strides {actual.stride()}\n{call}"
@@ -202,7 +213,7 @@ def _check_fake(call: Call, operator: Any) -> None:
         _check_error(call, "fake", error, faults)
         return
     assert not faults, f"fake: an invalid call returned\n{call}"
-    if call.written:
+    if call.written and not _returns(call):
         assert returned is None
         return
     _check_metadata(call, "fake", _results(call, returned, typed=False))
