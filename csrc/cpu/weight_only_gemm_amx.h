@@ -35,7 +35,7 @@ inline constexpr int kPassTiles = 8;  // of 64 columns
 inline constexpr int64_t kDigitBytes = 1 << 20;
 inline constexpr int64_t kMinRowTiles = 4;
 // How far ahead of the strips' codes that are unpacked others are fetched into L2.
-inline constexpr int64_t kFetchBytes = 8 << 10;
+inline constexpr int64_t kTileFetchBytes = 8 << 10;
 
 inline constexpr int kTileValues = kTileRows * kStripRows;
 #define QOPS_UNROLL_ROWS _Pragma("GCC unroll 16")
@@ -376,7 +376,7 @@ inline bool multiply(const WeightOnlyGemmParams& p, const Blocks& blocks, const 
       const int64_t lines = ceil_div(of.size() * bytes, 64 * row_tiles.size() * of.size() * pass.blocks);
       multiply_pass<kSteps, kOffset>(tiles, row_tiles, of.size(), pass, work,
                                      {packed + begin * strip_bytes, packed + strips.end * strip_bytes, strip_bytes,
-                                      from + kFetchBytes, bytes, of.size(), lines});
+                                      from + kTileFetchBytes, bytes, of.size(), lines});
       starts_slice = pass.ends_slice;
     }
     finish_chunk<T>(p, rows, digits_of_row, of, work.y);
