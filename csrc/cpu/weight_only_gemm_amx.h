@@ -7,16 +7,16 @@
 // are stored, and the float32 chain of the block before runs on vectors between the products of this one. Its 16 rows
 // of totals stay in registers over the blocks of a pass.
 //
-// Operations, measured on a 2-core Xeon at 3.4 GHz: the four products take 64 cycles of port 5 with the sums' two
-// stores behind them, the chain 5 x 16 vector operations, which find port 5 free in a quarter of that time. In L1, with
-// digits and codes that are not zero, a block takes 36 ns against 33 of its products alone; at 4096 x 4096 and M = 256
-// it takes 60, and 80 with all else: x from L2, 4 KiB a block for two strips (10), unpacking (8), y (7), the digits
-// (5).
+// Operations, measured on a 2-core Xeon at 3.4 GHz: the four products take 64 cycles, during which vectors have one
+// port of two, and the chain is 5 x 16 vector operations. Alone in L1, with digits and codes that are not zero (TMUL is
+// slower then), a block takes 36 ns, 33 of them the products. At 4096 x 4096 and M = 256 a block takes 80: 50 here,
+// where 14 are not understood, x from L2 10 (4 KiB for two strips), unpacking 8, y 7, the digits 5. Blocks of 32
+// columns half fill their tiles, and take 50 each.
 //
-// What was tried and lost: two strips at a time, which loads fewer tiles but has no registers for their totals (9 %,
-// and twice that with the totals in L2); a first sum of 1.5 x 2^23 in each accumulator, which saves a vector operation
-// and costs loads of tiles (20 %); prefetching x into L1; more rows at a time than L2 holds (16 %); four strips of half
-// as many blocks (nothing).
+// What was tried and lost: two strips at a time, which loads fewer tiles but has no registers for their totals (9 % in
+// L1, 12 % of a call); a first sum of 1.5 x 2^23 in each accumulator, which saves a vector operation and costs loads of
+// tiles (20 %); prefetching x into L1; more rows at a time than L2 holds (16 %); four strips of half as many blocks
+// (nothing).
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,7 @@ inline constexpr int kPassTiles = 8;  // of 64 columns
 inline constexpr int64_t kDigitBytes = 1 << 20;
 inline constexpr int64_t kMinRowTiles = 4;
 // How far ahead of the strips' codes that are unpacked others are fetched into L2.
-inline constexpr int64_t kFetchBytes = 8 << 10;
+inline constexpr int64_t kTileFetchBytes = 8 << 10;
 
 inline constexpr int kTileValues = kTileRows * kStripRows;
 #define QOPS_UNROLL_ROWS _Pragma("GCC unroll 16")
@@ -376,7 +376,7 @@ inline bool multiply(const WeightOnlyGemmParams& p, const Blocks& blocks, const 
       const int64_t lines = ceil_div(of.size() * bytes, 64 * row_tiles.size() * of.size() * pass.blocks);
       multiply_pass<kSteps, kOffset>(tiles, row_tiles, of.size(), pass, work,
                                      {packed + begin * strip_bytes, packed + strips.end * strip_bytes, strip_bytes,
-                                      from + kFetchBytes, bytes, of.size(), lines});
+                                      from + kTileFetchBytes, bytes, of.size(), lines});
       starts_slice = pass.ends_slice;
     }
     finish_chunk<T>(p, rows, digits_of_row, of, work.y);
