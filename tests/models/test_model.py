@@ -150,17 +150,27 @@ def test_every_part_runs_on_qops_operators(tmp_path):
             return func(*args, **(kwargs or {}))
 
     model = load_model(llama_file().write(tmp_path / "m.gguf"))
-    with Count() as count:
-        model(random_ids(1, 5))
-    ours = {name: calls for name, calls in count.calls.items() if name.startswith("qops::")}
-    assert ours == {
+    cache = DynamicCache(config=model.config)
+
+    def ours(tokens):
+        with Count() as count:
+            model(random_ids(1, tokens), **{cache_keyword(type(model)): cache}, use_cache=True)
+        assert not {"aten::mm", "aten::addmm", "aten::silu", "aten::rsqrt"} & {n.split(".")[0] for n in count.calls}
+        return {name: calls for name, calls in count.calls.items() if name.startswith("qops::")}
+
+    assert ours(9) == {
         "qops::rms_norm": 5,
         "qops::int4_gemm": 2,  # q, k and v
         "qops::int4_gemm.fused": 6,  # o and down, which add the residual; gate and up, which end in SiLU-mul
         "qops::rotary_": 2,
         "qops::int8_weight_only_gemm": 1,
     }
-    assert not {"aten::mm", "aten::addmm", "aten::silu", "aten::rsqrt"} & {n.split(".")[0] for n in count.calls}
+    assert ours(1) == {
+        "qops::attention_block": 2,
+        "qops::mlp_block": 2,
+        "qops::rms_norm": 1,
+        "qops::int8_weight_only_gemm": 1,
+    }
 
 
 # Quantising ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from transformers import LlamaForSequenceClassification
 
 import qops.models.proof
 from qops import load_model, quantize_model, save_model
+from qops.models.blocks import AttentionHalf, MlpHalf
 from qops.models.decoder import (
     ARCHITECTURES,
     Attention,
@@ -117,12 +118,17 @@ def without_cache(kwargs, x):
     kwargs.update(dict.fromkeys(kwargs.keys() & {"cache", "past_key_values"}))
 
 
-def no_mask(tokens):
-    def change(kwargs, x):
-        if (x.shape[1] == 1) == (tokens == "one"):
-            kwargs["attention_mask"] = None
+def no_mask(kwargs, x):
+    kwargs["attention_mask"] = None
 
-    return attention_gets(change)
+
+def without_mask_in_a_step(step):
+    return lambda self, x, shared, mask, cache: step(self, x, shared, None, cache)
+
+
+def scaled_in_a_step(step):
+    """Of a half by its block operator."""
+    return lambda self, x, *rest: None if (y := step(self, x, *rest)) is None else 1.01 * y
 
 
 def tables(change):
@@ -199,8 +205,10 @@ def fails(self, *args, **kwargs):
 
 
 FAULTS = {
-    "attention_mask, prompt": ("llama", no_mask("many")),
-    "attention_mask, one token": ("llama", no_mask("one")),
+    "attention_mask, prompt": ("llama", attention_gets(no_mask)),
+    "attention_mask, one token": ("llama", method(AttentionHalf, "step", without_mask_in_a_step)),
+    "attention, one token": ("llama", method(AttentionHalf, "step", scaled_in_a_step)),
+    "MLP, one token": ("llama", method(MlpHalf, "step", scaled_in_a_step)),
     "cache": ("llama", attention_gets(without_cache)),
     "cache of another layer": ("llama", built(lambda layer: setattr(layer.self_attn, "layer_idx", 0))),
     "position_ids": ("llama", without("position_ids")),

@@ -24,7 +24,8 @@ from qops.models.replacement import Replace, freeze, packed, without_autocast
 from qops.nn import QuantizedLinear, RMSNorm, dense_linear, frozen
 
 VOCABULARY = 64
-PROMPT = 8
+# More than the tokens of a decoding step, for which a CPU has other operators.
+PROMPT = 12
 STEPS = 2
 PADDING = 3
 WINDOW = 4
@@ -70,7 +71,7 @@ class Proof(NamedTuple):
 def prove_fusion(model: Any, linear: Replace, norm: Replace, kind: Callable[[str], str], known: Known) -> Proof:
     """Runs fused layers against Transformers' own; `model` stays as it is.
 
-    Two sequences, one of them padded on the left, and one alone without mask and positions: a prompt of 8 tokens, then
+    Two sequences, one of them padded on the left, and one alone without mask and positions: a prompt of 12 tokens, then
     two of one token with the cache. Sliding windows are 4 wide. Once more with an attention function that computes
     nothing, which has to get the same keywords from both, one that nobody knows among them. What is not fused is the
     same on both sides: for its weights stand random numbers, and for an MLP something smaller.
