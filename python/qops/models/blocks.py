@@ -151,10 +151,13 @@ class MlpHalf(Places):
         super().__init__()
         modules = layer.__dict__["_modules"]
         mlp = self.settle(modules, "mlp")
-        if type(mlp) is not MLP or self.settle(mlp.__dict__, "act") is not None:
+        if type(mlp) is not MLP:
+            raise _Unknown
+        parts = mlp.__dict__["_modules"]
+        # A function stands in the one, a module in the other.
+        if self.settle(mlp.__dict__, "act") is not None or self.settle(parts, "act") is not None:
             raise _Unknown
         self.add_norms(modules, first, last)
-        parts = mlp.__dict__["_modules"]
         self.add_linear(self.settle(parts, "gate_up_proj"))
         self.constants.append(self.settle(mlp.__dict__, "activates_in_gemm"))
         self.add_linear(self.settle(parts, "down_proj"))
@@ -271,7 +274,8 @@ class Room:
         self.keys = self.all_keys.narrow(2, self.begin, rows)
         self.values = self.all_values.narrow(2, self.begin, rows)
         if type(layer) is DynamicSlidingWindowLayer:
-            self.first_position = layer.cumulative_length - (rows - tokens)
+            # A cache that Transformers has reset holds rows of zeros, and counts from 0.
+            self.first_position = max(0, layer.cumulative_length - (rows - tokens))
         return self
 
     def take(self, layer: Any, tokens: int) -> None:
