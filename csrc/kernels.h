@@ -58,11 +58,28 @@ struct PlanListener {
   QOPS_ALWAYS_INLINE void tell(const char* name, const char* text) { hear(this, name, text, 0); }
 };
 
+// Threads that all run while the body of ThreadPool::run_team() does, so that they may wait for each other. Who of them
+// does what must not show in the results.
+struct Team {
+  int rank;
+  int size;
+  void* meeting;
+  void (*meet)(void* meeting);
+
+  // Returns when all have called it; what they wrote before is there for all.
+  QOPS_ALWAYS_INLINE void wait() const {
+    if (size > 1) meet(meeting);
+  }
+};
+
 // The caller's thread pool. run() calls body(arg, begin, end) over disjoint ranges that cover [0, n), each of at least
-// `grain` items where n allows, and returns when all are done. The body must not throw.
+// `grain` items where n allows, and returns when all are done. run_team() calls body(arg, team) in each of the 1 to
+// `most` threads that came. The body must not throw.
 struct ThreadPool {
   using Body = void (*)(void* arg, int64_t begin, int64_t end);
+  using TeamBody = void (*)(void* arg, const Team& team);
   void (*run)(int64_t n, int64_t grain, Body body, void* arg);
+  void (*run_team)(int most, TeamBody body, void* arg);
   int threads;
   PlanListener* listener;  // null: the kernel works
 
@@ -86,6 +103,16 @@ QOPS_ALWAYS_INLINE void parallel_for(const ThreadPool& pool, int64_t n, int64_t 
   }
   pool.run(
       n, grain, [](void* arg, int64_t begin, int64_t end) { (*static_cast<const F*>(arg))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// f(team) in each thread of a team of at most `most`.
+template <class F>
+QOPS_ALWAYS_INLINE void with_team(const ThreadPool& pool, int most, const F& f) {
+  if (most <= 1 || pool.threads <= 1) return f(Team{0, 1, nullptr, nullptr});
+  pool.run_team(
+      most < pool.threads ? most : pool.threads,
+      [](void* arg, const Team& team) { (*static_cast<const F*>(arg))(team); },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 

@@ -9,7 +9,9 @@
 #include "binding/checks.h"
 #include "binding/plan.h"
 
-#if defined(QOPS_CUDA)
+#if !defined(QOPS_CUDA)
+#include "binding/thread_pool.h"
+#else
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -50,17 +52,6 @@ template <class Params>
 using Kernel = Status (*)(const Params&, const ThreadPool&);
 #endif
 
-#if !defined(QOPS_CUDA)
-// torch's intra-op threads.
-inline ThreadPool thread_pool() {
-  return {[](int64_t n, int64_t grain, ThreadPool::Body body, void* arg) {
-            torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(arg, begin, end); });
-          },
-          static_cast<int>(torch::stable::get_num_threads()), nullptr};
-}
-
-#endif
-
 // The plan of a call, and whether the kernel could tell it. Cold, as is all that asks for it: it is not to be inlined
 // between the calls of every day.
 template <class Params>
@@ -72,6 +63,7 @@ template <class Params>
   PlanLine line(op);
   line.add("isa", cpu::isa_level());
   ThreadPool where = thread_pool();
+  where.threads = static_cast<int>(torch::stable::get_num_threads());  // whatever keeps this machine busy just now
   where.listener = &line;
 #endif
   describe_call(params, line);

@@ -6,15 +6,11 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
-// Cut into 64-byte aligned pieces.
-class Scratch {
+// Cuts memory into pieces that are aligned to 64 bytes.
+class Pieces {
  public:
-  explicit Scratch(size_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes + 1)))) {}
-  ~Scratch() { std::free(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+  explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
 
-  bool ok() const { return memory_ != nullptr; }
   template <class T>
   T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(memory_ + used_);
@@ -26,11 +22,23 @@ class Scratch {
     return round_up(static_cast<size_t>(count) * sizeof(T));
   }
 
- private:
+ protected:
   static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
   char* memory_;
+
+ private:
   size_t used_ = 0;
+};
+
+class Scratch : public Pieces {
+ public:
+  explicit Scratch(size_t bytes) : Pieces(std::aligned_alloc(64, round_up(bytes + 1))) {}
+  ~Scratch() { std::free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  bool ok() const { return memory_ != nullptr; }
 };
 
 }  // namespace qops::cpu::QOPS_ISA_NS

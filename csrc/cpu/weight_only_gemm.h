@@ -24,6 +24,7 @@
 #include "cpu/gemm_epilogue.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
+#include "cpu/team_product.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
 
@@ -359,6 +360,79 @@ inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const
 inline int64_t strips_of(const WeightOnlyGemmParams& p) { return (p.n + kStripRows - 1) / kStripRows; }
 inline int64_t strip_grain(const WeightOnlyGemmParams& p) { return 1 + (8 << 10) / (p.k * p.x_rows.count + 1); }
 
+template <class T>
+inline const T* row_of_x(const WeightOnlyGemmParams& p, int64_t row) {
+  return static_cast<const T*>(p.x) + p.x_rows.offset(row);
+}
+
+// The rows of x in tiles: neither a row's digits nor its bits depend on the other rows.
+struct Tiles {
+  Tile* of;
+  int64_t count = 0;
+
+  static int64_t most(int64_t rows) { return rows / max_tile_rows(4) + 2; }
+
+  // Rows of as many digits share tiles.
+  Tiles(Tile* memory, const uint8_t* digits_of_row, int64_t rows) : of(memory) {
+    for (const int digits : {2, 4}) {
+      Tile tile{};
+      tile.digits = digits;
+      for (int64_t row = 0; row < rows; ++row) {
+        if (digits_of_row[row] != digits) continue;
+        tile.row[tile.rows++] = row;
+        if (tile.rows == max_tile_rows(digits)) close(tile);
+      }
+      close(tile);
+    }
+  }
+
+  static size_t bytes(const WeightOnlyGemmParams& p, const Blocks& blocks, int rows, int digits) {
+    return Pieces::bytes<uint8_t>(p.k * rows * digits) + 2 * Pieces::bytes<float>(blocks.count * rows) +
+           Pieces::bytes<int32_t>(blocks.count * rows * digits);
+  }
+  size_t bytes(const WeightOnlyGemmParams& p, const Blocks& blocks) const {
+    size_t sum = 0;
+    for (int64_t t = 0; t < count; ++t) sum += bytes(p, blocks, of[t].rows, of[t].digits);
+    return sum;
+  }
+  void take_memory(const WeightOnlyGemmParams& p, const Blocks& blocks, Pieces& memory) const {
+    for (Tile* tile = of; tile < of + count; ++tile) {
+      tile->bytes = memory.take<uint8_t>(p.k * tile->rows * tile->digits);
+      tile->scale = memory.take<float>(blocks.count * tile->rows);
+      tile->sum = memory.take<float>(blocks.count * tile->rows);
+      tile->correction = memory.take<int32_t>(blocks.count * tile->rows * tile->digits);
+    }
+  }
+
+ private:
+  void close(Tile& tile) {
+    if (tile.rows > 0) of[count++] = tile;
+    tile.rows = 0;
+  }
+};
+
+template <class T>
+inline uint8_t digits_of(const WeightOnlyGemmParams& p, const Blocks& blocks, int64_t row) {
+  return needs_four_digits(row_of_x<T>(p, row), p.perm, blocks) ? 4 : 2;
+}
+
+template <class Codes, class T>
+inline void write_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile) {
+  for (int r = 0; r < tile.rows; ++r) write_digits<Codes>(p, row_of_x<T>(p, tile.row[r]), blocks, tile, r);
+}
+
+// y of some strips. Four of them stay in L2 while every tile of x passes over them.
+template <class Codes, class T>
+inline void gemm_tiles(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tiles& tiles, int64_t begin,
+                       int64_t end) {
+  constexpr int64_t kChunk = 4;
+  for (int64_t strip = begin; strip < end; strip += kChunk) {
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      gemm_rows<Codes, T>(p, blocks, tiles.of[t], strip, std::min(strip + kChunk, end));
+    }
+  }
+}
+
 // Of rows that two digits hold; the others are in tiles of half as many rows.
 inline void tell_plan(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
   const int64_t rows = std::min<int64_t>(p.x_rows.count, max_tile_rows(2));
@@ -378,66 +452,64 @@ inline Status weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& 
   if (p.perm != nullptr && !valid_permutation_range(p)) return Status::kIndexOutOfRange;
   if (m == 0 || p.n == 0) return Status::kOk;
   const Blocks blocks(p.k, p.group_size);
-  const auto row_of_x = [&](int64_t row) { return static_cast<const T*>(p.x) + p.x_rows.offset(row); };
   const int64_t row_grain = 1 + (16 << 10) / (p.k + 1);
 
-  // Rows by number of digits, then in tiles; neither a row's digits nor its bits depend on the other rows.
-  const int64_t max_tiles = m / max_tile_rows(4) + 2;
-  Scratch index(Scratch::bytes<uint8_t>(m) + Scratch::bytes<Tile>(max_tiles));
+  Scratch index(Scratch::bytes<uint8_t>(m) + Scratch::bytes<Tile>(Tiles::most(m)));
   if (!index.ok()) return Status::kOutOfMemory;
   uint8_t* digits_of_row = index.take<uint8_t>(m);
   parallel_for(pool, m, row_grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      digits_of_row[row] = needs_four_digits(row_of_x(row), p.perm, blocks) ? 4 : 2;
-    }
+    for (int64_t row = begin; row < end; ++row) digits_of_row[row] = digits_of<T>(p, blocks, row);
   });
-  Tile* tiles = index.take<Tile>(max_tiles);
-  int64_t tile_count = 0;
-  size_t tile_bytes = 0;
-  const auto close_tile = [&](Tile& tile) {
-    if (tile.rows == 0) return;
-    tile_bytes += Scratch::bytes<uint8_t>(p.k * tile.rows * tile.digits) +
-                  2 * Scratch::bytes<float>(blocks.count * tile.rows) +
-                  Scratch::bytes<int32_t>(blocks.count * tile.rows * tile.digits);
-    tiles[tile_count++] = tile;
-    tile.rows = 0;
-  };
-  for (const int digits : {2, 4}) {
-    Tile tile{};
-    tile.digits = digits;
-    for (int64_t row = 0; row < m; ++row) {
-      if (digits_of_row[row] != digits) continue;
-      tile.row[tile.rows++] = row;
-      if (tile.rows == max_tile_rows(digits)) close_tile(tile);
-    }
-    close_tile(tile);
-  }
-
-  Scratch scratch(tile_bytes);
+  const Tiles tiles(index.take<Tile>(Tiles::most(m)), digits_of_row, m);
+  Scratch scratch(tiles.bytes(p, blocks));
   if (!scratch.ok()) return Status::kOutOfMemory;
-  for (int64_t t = 0; t < tile_count; ++t) {
-    Tile& tile = tiles[t];
-    tile.bytes = scratch.take<uint8_t>(p.k * tile.rows * tile.digits);
-    tile.scale = scratch.take<float>(blocks.count * tile.rows);
-    tile.sum = scratch.take<float>(blocks.count * tile.rows);
-    tile.correction = scratch.take<int32_t>(blocks.count * tile.rows * tile.digits);
-  }
-  parallel_for(pool, tile_count, 1 + row_grain / kMaxTileRows, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int r = 0; r < tiles[t].rows; ++r) write_digits<Codes>(p, row_of_x(tiles[t].row[r]), blocks, tiles[t], r);
-    }
+  tiles.take_memory(p, blocks, scratch);
+  parallel_for(pool, tiles.count, 1 + row_grain / kMaxTileRows, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) write_tile<Codes, T>(p, blocks, tiles.of[t]);
   });
-
-  // Four strips of weights stay in L2 while every tile of x passes over them.
-  constexpr int64_t kChunk = 4;
-  parallel_for(pool, strips_of(p), strip_grain(p), [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; strip += kChunk) {
-      for (int64_t t = 0; t < tile_count; ++t) {
-        gemm_rows<Codes, T>(p, blocks, tiles[t], strip, std::min(strip + kChunk, end));
-      }
-    }
-  });
+  parallel_for(pool, strips_of(p), strip_grain(p),
+               [&](int64_t begin, int64_t end) { gemm_tiles<Codes, T>(p, blocks, tiles, begin, end); });
   return Status::kOk;
+}
+
+// The same product for a team of threads (cpu/team_product.h).
+template <class Codes, class T>
+struct WeightOnlyTeamProduct {
+  static constexpr size_t kMostDigits = 4;
+
+  static size_t bytes(const WeightOnlyGemmParams& p) {
+    const int64_t m = p.x_rows.count;
+    const size_t of_row = Tiles::bytes(p, Blocks(p.k, p.group_size), 1, kMostDigits);
+    return Pieces::bytes<uint8_t>(m) + Pieces::bytes<Tiles>(1) + Pieces::bytes<Tile>(Tiles::most(m)) +
+           static_cast<size_t>(m) * of_row;
+  }
+
+  static void prepare(const WeightOnlyGemmParams& p, void* memory) {
+    const int64_t m = p.x_rows.count;
+    const Blocks blocks(p.k, p.group_size);
+    Pieces pieces(memory);
+    Tiles* tiles = pieces.take<Tiles>(1);
+    uint8_t* digits_of_row = pieces.take<uint8_t>(m);
+    for (int64_t row = 0; row < m; ++row) digits_of_row[row] = digits_of<T>(p, blocks, row);
+    *tiles = Tiles(pieces.take<Tile>(Tiles::most(m)), digits_of_row, m);
+    tiles->take_memory(p, blocks, pieces);
+    for (int64_t t = 0; t < tiles->count; ++t) write_tile<Codes, T>(p, blocks, tiles->of[t]);
+  }
+
+  static void multiply(const WeightOnlyGemmParams& p, const void* memory, int64_t begin, int64_t end) {
+    gemm_tiles<Codes, T>(p, Blocks(p.k, p.group_size), *static_cast<const Tiles*>(memory), begin, end);
+  }
+
+  static constexpr TeamProduct kProduct{&bytes, &prepare, &multiply};
+};
+
+template <class Codes>
+inline const TeamProduct& weight_only_team_product(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16: return WeightOnlyTeamProduct<Codes, Half>::kProduct;
+    case DType::kBFloat16: return WeightOnlyTeamProduct<Codes, BFloat16>::kProduct;
+    default: return WeightOnlyTeamProduct<Codes, float>::kProduct;
+  }
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

@@ -172,8 +172,13 @@ LAYERS = (
             _STD,
             r"<cuda_runtime_api\.h>",
             r"<torch/csrc/(stable|inductor/aoti_torch/c)/\w+\.h>",
-            r'"binding/(checks|plan)\.h"',
+            r'"binding/(checks|plan|thread_pool)\.h"',
         ),
+        {},
+    ),
+    Layer(
+        r"csrc/binding/team\.h",  # threads that wait for each other
+        (_STD, r"<immintrin\.h>", r"<sched\.h>", r'"kernels\.h"'),
         {},
     ),
     Layer(
