@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from qops import ops
 from qops._native import build_info, explain
-from qops.models import Int4, Int8, Int8WeightOnly, load_model, quantize_model, save_model
+from qops.models import W4A8, Int4, Int8, Int8WeightOnly, load_model, quantize_model, save_model
 from qops.ops import *  # noqa: F403
 from qops.weights import Int4Weight, Int8Weight
 
@@ -20,6 +20,7 @@ except PackageNotFoundError:  # the tree is on sys.path without being installed
 logging.getLogger("qops").addHandler(logging.NullHandler())
 
 __all__ = [
+    "W4A8",
     "Int4",
     "Int4Weight",
     "Int8",

@@ -283,18 +283,19 @@ def test_a_model_folder_answers_and_is_compared(folder, capsys, monkeypatch, dty
     assert "Traceback" not in captured.err
 
 
-def test_the_int8_scheme_answers_and_is_compared(folder, capsys, monkeypatch):
+@pytest.mark.parametrize(("scheme", "name", "least", "most"), [("int8", "W8A8", 100, 1), ("w4a8", "W4A8", 64, 8)])
+def test_rounding_schemes_answer_and_are_compared(folder, capsys, monkeypatch, scheme, name, least, most):
     monkeypatch.setattr(compare, "DECODE_TOKENS", 3)
     monkeypatch.setattr(compare, "PREFILL_TOKENS", 10)
     arguments = ["--model", str(folder), "--rounds", "1", "--max-new-tokens", "4", "--prompt", "he"]
-    assert cli.main([*arguments, "--scheme", "int8"]) == 0
+    assert cli.main([*arguments, "--scheme", scheme]) == 0
     captured = capsys.readouterr()
-    assert "W8A8" in captured.out and "quantising" in captured.out
-    # Rounding to 8 bits shows, and breaks nothing.
+    assert f"{name}: the decoder's linears in" in captured.out and "quantising" in captured.out
+    # Rounding shows, and breaks nothing.
     agreeing = next(line for line in captured.out.splitlines() if line.startswith("same top-1"))
-    assert 100 <= int(re.search(r"(\d+) of 128", agreeing).group(1)) <= 128
+    assert least <= int(re.search(r"(\d+) of 128", agreeing).group(1)) <= 128
     difference = next(line for line in captured.out.splitlines() if line.startswith("max logit difference"))
-    assert 1e-3 < float(difference.split()[3]) < 1
+    assert 1e-3 < float(difference.split()[3]) < most
 
 
 W8A8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}

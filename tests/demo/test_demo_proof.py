@@ -30,6 +30,7 @@ WAYS = {
     "float16": ["--dtype", "fp16"],
     "int8": ["--scheme", "int8"],
     "int8 in bfloat16": ["--scheme", "int8", "--dtype", "bf16"],
+    "w4a8 in bfloat16": ["--scheme", "w4a8", "--dtype", "bf16"],
     "drawn": ["--temperature", "1"],
 }
 

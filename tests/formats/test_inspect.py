@@ -72,7 +72,12 @@ CASES = [*FOLDERS, *PACKAGES, *FILES, "saved"]
 
 def write(case: str, path: Path) -> Path:
     if case == "saved":
-        scheme = {"lm_head": "int8_weight_only", "*.down_proj": "int8", "*": qops.Int4(16, symmetric=False)}
+        scheme = {
+            "lm_head": "int8_weight_only",
+            "*.down_proj": "int8",
+            "*.o_proj": "w4a8",
+            "*": qops.Int4(16, symmetric=False),
+        }
         qops.save_model(qops.quantize_model(random_model("qwen2"), scheme), path)
         return path
     if case in PACKAGES:

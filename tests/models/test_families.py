@@ -379,7 +379,10 @@ def test_group_sizes_follow_the_linears(columns, size):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scheme": "int3"}, "scheme must be one of 'int4', 'int8', 'int8_weight_only', a scheme such .*, got 'int3'"),
+        (
+            {"scheme": "int3"},
+            "scheme must be one of 'int4', 'w4a8', 'int8', 'int8_weight_only', a scheme such .*, got 'int3'",
+        ),
         ({"scheme": qops.Int4}, "scheme must be one of .*, got <class"),
         ({"scheme": {"*": qops.Int8(), "q_proj": 8}}, r"scheme\['q_proj'\] must be one of .*, got 8"),
         ({"scheme": {"*.gate": "int8", "*": "int4"}}, r"scheme must name linears of the model, '\*\.gate' names none"),

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qops
 from qops.nn import (
     MLP,
+    Int4Int8Linear,
     Int4Linear,
     Int8Embedding,
     Int8Linear,
@@ -111,6 +112,29 @@ def test_float32_output_of_8_bit_activations():
     assert_bitwise(wide(Int8Rows(q, scale, x.dtype, "127")), want)
     assert_bitwise(linear(x), want.bfloat16())
     assert not torch.equal(want, want.bfloat16().float())
+
+
+def test_int4_weights_of_8_bit_activations():
+    linear = int4_linear(24, 1, bias=True)
+    ours = Int4Int8Linear(linear.weight, linear.bias)
+    x = random_activations(3, 2, K, dtype=torch.bfloat16, seed=2)
+    residual = random_activations(3, 2, 24, dtype=torch.bfloat16, seed=3)
+    rows = Int8Rows(*qops.quantize_int8(x), x.dtype, "127")
+    want = qops.int4_gemm(x, linear.weight, linear.bias, activation="int8")
+    assert_bitwise(ours(x), want)
+    assert_bitwise(ours(rows), want)
+    assert_bitwise(ours(x.transpose(0, 1)), want.transpose(0, 1).contiguous())
+    assert_bitwise(ours(rows, residual), want + residual)
+    wide = Int4Int8Linear(linear.weight, linear.bias, float32_output=True)
+    assert_bitwise(
+        wide(x), qops.int4_int8_gemm(rows.q, rows.scale, linear.weight, linear.bias, out_dtype=torch.float32)
+    )
+    with pytest.raises(
+        ValueError, match=r'Int4Int8Linear: x must be dense or Int8Rows of rule "127", got .* "torchao"'
+    ):
+        ours(rows._replace(rule="torchao"))
+    assert MergedLinear({"a": ours, "b": linear}).merged is None
+    assert type(MergedLinear({"a": ours, "b": Int4Int8Linear(linear.weight, linear.bias)}).merged) is Int4Int8Linear
 
 
 @pytest.mark.parametrize("make", [int4_linear, int8_linear, w8a8_linear])

@@ -10,6 +10,7 @@ from torch import nn
 import qops
 from qops.nn import (
     MLP,
+    Int4Int8Linear,
     Int4Linear,
     Int8Linear,
     Int8Rows,
@@ -33,6 +34,11 @@ def int4(n: int = N, k: int = K, seed: int = 1) -> Int4Linear:
     return Int4Linear(qops.Int4Weight.quantize(dense(n, k, seed), 16), dense(1, n, seed + 1)[0])
 
 
+def int4_int8(n: int = N, k: int = K, seed: int = 1) -> Int4Int8Linear:
+    linear = int4(n, k, seed)
+    return Int4Int8Linear(linear.weight, linear.bias)
+
+
 def int8(n: int = N, k: int = K, seed: int = 1) -> Int8Linear:
     return Int8Linear(qops.Int8Weight.quantize(dense(n, k, seed)), dense(1, n, seed + 1)[0])
 
@@ -43,6 +49,7 @@ def weight_only(n: int = N, k: int = K, seed: int = 1) -> Int8WeightOnlyLinear:
 
 MODULES = {
     "Int4Linear": int4,
+    "Int4Int8Linear": int4_int8,
     "Int8Linear": int8,
     "Int8WeightOnlyLinear": weight_only,
     "RMSNorm": lambda: RMSNorm(dense(1, K, 1)[0], 1e-6),
@@ -86,7 +93,9 @@ def test_modules_take_any_strides(name, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["Int4Linear", "Int8Linear", "MLP", "MLP int8", "RMSNorm", "RMSNorm int8"])
+@pytest.mark.parametrize(
+    "name", ["Int4Linear", "Int4Int8Linear", "Int8Linear", "MLP", "MLP int8", "RMSNorm", "RMSNorm int8"]
+)
 def test_residuals_have_any_strides(name, layout):
     module = MODULES[name]()
     columns = K if "RMSNorm" in name else N

@@ -10,7 +10,7 @@ import torch
 import qops
 from qops import quantize_model
 from qops.models.schemes import NAMED, matches
-from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, QuantizedLinear
+from qops.nn import Int4Int8Linear, Int4Linear, Int8Linear, Int8WeightOnlyLinear, QuantizedLinear
 from qops.nn.linears import LINEARS
 from qops.testing import assert_bitwise
 from tests.support.models.families import IDS, random_model
@@ -35,6 +35,7 @@ def test_a_name_stands_for_the_default_settings(name):
 def test_schemes_are_equal_by_their_settings():
     assert qops.Int4() == qops.Int4(None, True) != qops.Int4(64) and len({qops.Int8(), qops.Int8()}) == 1
     assert str(qops.Int4(64, symmetric=False)) == "int4(group_size=64, symmetric=False)"
+    assert qops.W4A8(64) == qops.W4A8(64) != qops.Int4(64) and str(qops.W4A8(64)) == "w4a8(group_size=64)"
     assert repr(qops.Int8WeightOnly(32)) == "Int8WeightOnly(group_size=32)" and str(qops.Int8()) == "int8"
 
 
@@ -44,6 +45,8 @@ def test_schemes_are_equal_by_their_settings():
         (lambda: qops.Int4("64"), "qops.Int4: group_size must be an integer, got '64'"),
         (lambda: qops.Int4(True), "qops.Int4: group_size must be an integer, got True"),
         (lambda: qops.Int4(symmetric=0), "qops.Int4: symmetric must be True or False, got 0"),
+        (lambda: qops.W4A8("64"), "qops.W4A8: group_size must be an integer, got '64'"),
+        (lambda: qops.W4A8(symmetric=0), "qops.W4A8: symmetric must be True or False, got 0"),
         (lambda: qops.Int8WeightOnly(32.0), r"qops.Int8WeightOnly: group_size must be an integer, got 32\.0"),
     ],
 )
@@ -81,6 +84,28 @@ def test_weight_only_models_are_accurate_and_come_back(tmp_path):
     loaded = qops.load_model(tmp_path)
     assert {type(linear) for linear in linears(loaded).values()} == {Int8WeightOnlyLinear}
     assert_bitwise(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("architecture", ("llama", "qwen3"))
+@pytest.mark.parametrize("scheme", (qops.W4A8(), qops.W4A8(16, symmetric=False)), ids=str)
+def test_models_with_int8_activations_are_fused_and_come_back(tmp_path, architecture, scheme):
+    """Norms hand 8-bit rows over; the weights are those of int4."""
+    model = quantize_model(random_model(architecture), scheme)
+    assert model.qops_fusion.not_fused is None
+    layer = model.model.layers[0]
+    assert layer.input_layernorm.int8 == layer.post_attention_layernorm.int8 == "127"
+    assert type(layer.mlp.gate_up_proj.merged) is type(layer.mlp.down_proj) is Int4Int8Linear
+    alone = quantize_model(random_model(architecture), scheme, fuse=False)
+    weights = quantize_model(random_model(architecture), qops.Int4(scheme.group_size, scheme.symmetric), fuse=False)
+    for name, linear in linears(weights).items():
+        assert_bitwise(alone.get_submodule(name).weight.dequantize(), linear.weight.dequantize(), name)
+    assert (model(IDS).logits - alone(IDS).logits).norm() < 2e-2 * alone(IDS).logits.norm()
+    qops.save_model(model, tmp_path)
+    loaded = qops.load_model(tmp_path)
+    assert {type(linear) for linear in linears(loaded).values()} == {Int4Int8Linear}
+    assert_bitwise(loaded(IDS).logits, model(IDS).logits)
+    with pytest.raises(ValueError, match="compressed-tensors has no scheme for an Int4Int8Linear"):
+        qops.save_model(alone, tmp_path / "other", format="compressed-tensors")
 
 
 # Mappings ------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,11 @@ from qops.demo.console import DemoError, note
 from qops.formats._transformers import require_transformers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SCHEMES = ("stored", "int8")
+SCHEMES = ("stored", "int8", "w4a8")
+_ROUNDED = {
+    "int8": "W8A8: the decoder's linears in int8, one scale per output channel and one per token",
+    "w4a8": "W4A8: the decoder's linears in 4 bits, one scale per group, and activations in int8, one scale per token",
+}
 # A greedy answer should follow the weights, not the rounding: the two best first tokens of SmolLM2's answer to the
 # default prompt have the logits 25.33 and 25.24, which bf16, with steps of 0.125 there, cannot tell apart.
 ANSWER_DTYPE = "fp32"
@@ -84,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=SCHEMES,
         default=SCHEMES[0],
         help="stored: the weights as the file has them (default); int8: the decoder's linears rounded to 8 bits per "
-        "output channel and run with 8-bit activations (W8A8)",
+        "output channel and run with 8-bit activations (W8A8); w4a8: to 4 bits per group, with such activations",
     )
     parser.add_argument("--no-compare", action="store_true", help="answer and prove it; do not measure")
     parser.add_argument(
@@ -167,17 +171,15 @@ def run(options: argparse.Namespace) -> None:
         model, tokenizer = _load(path, answer_dtype, options), _load_tokenizer(options.tokenizer or path)
         clock.lap("loading")
         rounds_activations = proof.limits_of(model) is proof.INT8
-        if options.scheme == "int8":
-            model = _in_int8(model)
+        if options.scheme in _ROUNDED:
+            model = _rounded(model, options.scheme)
             clock.lap("quantising")
 
     isa = qops.build_info()["isa"]
     print(f"{title}, qops {qops.__version__}, {answer_dtype}, {isa}, {torch.get_num_threads()} threads\n")
-    if options.scheme == "int8":
-        print(
-            "W8A8: the decoder's linears in int8, one scale per output channel and one per token; the dense model it is"
-        )
-        print("compared with has the weights as stored.\n")
+    if options.scheme in _ROUNDED:
+        print(f"{_ROUNDED[options.scheme]};")
+        print("the dense model it is compared with has the weights as stored.\n")
     elif rounds_activations:
         print("W8A8: activations are rounded to 8 bits, as the checkpoint says; those of the dense model are not.\n")
     prompt_ids = _answer(model, tokenizer, options, clock)
@@ -286,11 +288,11 @@ def _load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _in_int8(model: Any) -> Any:
-    """The same model with its decoder's linears in W8A8; the table of the embedding and the output layer stays."""
+def _rounded(model: Any, scheme: str) -> Any:
+    """The same model with its decoder's linears in a scheme; the table of the embedding and the output layer stays."""
     from qops.models import dense_model, quantize_model
 
-    quantised = quantize_model(dense_model(model, model.dtype), "int8")
+    quantised = quantize_model(dense_model(model, model.dtype), scheme)
     quantised.set_input_embeddings(model.get_input_embeddings())
     quantised.set_output_embeddings(model.get_output_embeddings())
     return quantised
@@ -359,8 +361,8 @@ def _compare_speed(
     note(f"\nTiming against a dense {dtype} model of the same weights, {rounds} interleaved rounds ...")
     model = _load(path, dtype, options)
     dense = dense_model(model, dtype=DTYPES[dtype])
-    if options.scheme == "int8":
-        model = _in_int8(model)
+    if options.scheme in _ROUNDED:
+        model = _rounded(model, options.scheme)
     context = model.config.max_position_embeddings
     prefill_ids = text_ids[: min(compare.PREFILL_TOKENS, context - 1)]
     decode_tokens = min(compare.DECODE_TOKENS, context - len(prompt_ids))
@@ -400,7 +402,7 @@ def _compare_accuracy(
 
     def ours() -> Any:
         model = _load(path, "fp32", options)
-        return _in_int8(model) if options.scheme == "int8" else model
+        return _rounded(model, options.scheme) if options.scheme in _ROUNDED else model
 
     result = compare.accuracy(
         text_ids,

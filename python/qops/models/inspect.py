@@ -414,7 +414,8 @@ def _problem(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Any]:
     epilogue = "silu_mul" if linear.weight.mixed_gate_up else "none"
     if isinstance(linear, Int8Linear):
         return {"out_dtype": dtype, "epilogue": epilogue}
-    problem: dict[str, Any] = {"group_size": linear.weight.group_size, "dtype": dtype}
+    what = "out_dtype" if linear.quantizes_input else "dtype"
+    problem: dict[str, Any] = {"group_size": linear.weight.group_size, what: dtype}
     if isinstance(linear, Int4Linear):
         return problem | {"kind": linear.weight.kind, "epilogue": epilogue}
     return problem | {"zeros": linear.weight.kind != "symmetric"}

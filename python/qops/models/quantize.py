@@ -66,6 +66,7 @@ def quantize_model(
     Schemes, each with a name for its default settings:
 
     * :class:`qops.Int4`, `"int4"` (W4A16): 4-bit weights in groups, :func:`qops.int4_gemm`.
+    * :class:`qops.W4A8`, `"w4a8"`: the same weights, activations quantised per token, :func:`qops.int4_int8_gemm`.
     * :class:`qops.Int8`, `"int8"` (W8A8): 8-bit weights with one scale per output channel, activations quantised per
       token, :func:`qops.int8_gemm`.
     * :class:`qops.Int8WeightOnly`, `"int8_weight_only"` (W8A16): 8-bit weights, dense activations,
@@ -76,10 +77,10 @@ def quantize_model(
 
     Llama (SmolLM, SmolLM2), Mistral, Phi-3, Qwen 2, 2.5 and 3, SmolLM3, Gemma 1, 2 and 3 get fused decoder layers: q, k
     and v as one GEMM, gate and up with SiLU-mul as another, the residual addition inside a GEMM (of Gemma 2 and 3
-    inside a norm), norms of q and k and rotary in place and, with "int8", norms that emit 8-bit activations. Attention,
-    MLP and residual additions are fused each where it is known: Mixtral and Qwen3-MoE keep their own MLP, Granite its
-    own additions, OLMo 2 all but its MLP. In other models, and in parts that are not fused, the linears and RMSNorms
-    are replaced one by one. What became of every part stands in `model.quantization_report`,
+    inside a norm), norms of q and k and rotary in place and, with "int8" and "w4a8", norms that emit 8-bit activations.
+    Attention, MLP and residual additions are fused each where it is known: Mixtral and Qwen3-MoE keep their own MLP,
+    Granite its own additions, OLMo 2 all but its MLP. In other models, and in parts that are not fused, the linears and
+    RMSNorms are replaced one by one. What became of every part stands in `model.quantization_report`,
     a :class:`qops.models.QuantizationReport`.
 
     Transformers calls its layers in other ways from release to release, so before anything is replaced fused layers are

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from qops.nn import Int4Linear, Int8Linear, Int8WeightOnlyLinear, QuantizedLinear
+from qops.nn import Int4Int8Linear, Int4Linear, Int8Linear, Int8WeightOnlyLinear, QuantizedLinear
 from qops.weights.requirements import require_int
 
-__all__ = ["Int4", "Int8", "Int8WeightOnly", "Scheme"]
+__all__ = ["W4A8", "Int4", "Int8", "Int8WeightOnly", "Scheme"]
 
 
 class Scheme:
@@ -51,15 +51,16 @@ class Int4(Scheme):
         TypeError: something else than an integer or a boolean.
     """
 
-    linear = Int4Linear
+    linear: ClassVar[type[Int4Linear]] = Int4Linear
     group_size: int | None = None
     symmetric: bool = True
 
     def __post_init__(self) -> None:
+        name = f"qops.{type(self).__name__}"
         if self.group_size is not None:
-            require_int("qops.Int4", "group_size", self.group_size)
+            require_int(name, "group_size", self.group_size)
         if not isinstance(self.symmetric, bool):
-            raise TypeError(f"qops.Int4: symmetric must be True or False, got {self.symmetric!r}")
+            raise TypeError(f"{name}: symmetric must be True or False, got {self.symmetric!r}")
 
     def _group_size(self, in_features: int) -> int:
         if self.group_size is not None:
@@ -68,7 +69,22 @@ class Int4(Scheme):
 
     def _quantize(self, linear: nn.Linear, *, float32_output: bool = False) -> Int4Linear:
         group_size = self._group_size(linear.in_features)
-        return Int4Linear.from_linear(linear, group_size, self.symmetric, float32_output=float32_output)
+        return self.linear.from_linear(linear, group_size, self.symmetric, float32_output=float32_output)
+
+
+@dataclass(frozen=True)
+class W4A8(Int4):
+    """4-bit weights in groups, activations quantised per token (W4A8): :class:`qops.nn.Int4Int8Linear`. On a CPU alone.
+
+    Args:
+        group_size: as of :class:`qops.Int4`.
+        symmetric: as there.
+
+    Raises:
+        TypeError: as there.
+    """
+
+    linear = Int4Int8Linear
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ class Int8WeightOnly(Scheme):
         return Int8WeightOnlyLinear.from_linear(linear, self.group_size, float32_output=float32_output)
 
 
-NAMED: dict[str, Scheme] = {scheme.linear.scheme: scheme for scheme in (Int4(), Int8(), Int8WeightOnly())}
+NAMED: dict[str, Scheme] = {scheme.linear.scheme: scheme for scheme in (Int4(), W4A8(), Int8(), Int8WeightOnly())}
 """The schemes that have a name: with their default settings."""
 
 Asked = str | Scheme | Mapping[str, str | Scheme | None]

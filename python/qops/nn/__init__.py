@@ -6,6 +6,7 @@ Every weight is a :class:`qops.Int4Weight` or :class:`qops.Int8Weight` submodule
 
 from qops.nn.activations import Int8Rows, frozen
 from qops.nn.embedding import Int8Embedding
+from qops.nn.int4_int8 import Int4Int8Linear
 from qops.nn.linears import (
     Int4Linear,
     Int8AsymmetricCompressedTensorsLinear,
@@ -25,6 +26,7 @@ from qops.nn.smoothed import Int4SmoothedLinear, Int8StaticSmoothedLinear
 
 __all__ = [
     "MLP",
+    "Int4Int8Linear",
     "Int4Linear",
     "Int4SmoothedLinear",
     "Int8AsymmetricCompressedTensorsLinear",

@@ -200,7 +200,7 @@ class Int4Linear(QuantizedLinear):
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, group_size: int = 128, symmetric: bool = True, *, float32_output: bool = False
-    ) -> Int4Linear:
+    ) -> Self:
         """Quantises a dense linear by round-to-nearest; the scales take the weight's dtype.
 
         Args:
@@ -234,7 +234,29 @@ class Int4Linear(QuantizedLinear):
         return int4_gemm(x, weight, bias, residual=residual, silu_mul=weight.mixed_gate_up)
 
 
-class Int8Linear(QuantizedLinear):
+class Int8Input(QuantizedLinear):
+    """What the linears share that quantise their input to 8 bits, unless it comes as :class:`Int8Rows`."""
+
+    rule: ClassVar[str] = "127"
+    """Of the quantiser."""
+    rows_rule = rule
+    quantizes_input = True
+
+    def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(q, scale, zero_point), as :func:`qops.int8_gemm` takes them."""
+        return *quantize_int8(x, self.rule), None
+
+    def _in_int8(self, x: torch.Tensor | Int8Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The same of an input of either kind, with dense rows."""
+        if not isinstance(x, Int8Rows):
+            return self._quantized(x if x.is_contiguous() else with_dense_rows(x))
+        if x.rule != self.rows_rule:
+            wanted = "dense" if self.rows_rule is None else f'dense or Int8Rows of rule "{self.rows_rule}"'
+            raise ValueError(f'{type(self).__name__}: x must be {wanted}, got Int8Rows of rule "{x.rule}"')
+        return x.q if x.q.is_contiguous() else with_dense_rows(x.q), x.scale, None
+
+
+class Int8Linear(Int8Input):
     """y = x @ w.T + bias with an int8 weight and int8 activations (W8A8): :func:`qops.int8_gemm` as a module.
 
     Activations are quantised per token (:func:`qops.quantize_int8`, rule "127") unless they come as :class:`Int8Rows`.
@@ -252,13 +274,9 @@ class Int8Linear(QuantizedLinear):
 
     scheme = "int8"
     operator = "int8_gemm"
-    rule: ClassVar[str] = "127"
-    """Of the quantiser."""
-    rows_rule = rule
     weight_class = Int8Weight
     adds_residual = True
     applies_silu_mul = True
-    quantizes_input = True
     weight: Int8Weight
 
     def _require_weight(self, weight: Int8Weight) -> None:
@@ -288,10 +306,6 @@ class Int8Linear(QuantizedLinear):
         weight = Int8Weight.quantize(linear.weight.detach())
         return cls(weight, linear.bias, float32_output=float32_output, **static_input)
 
-    def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(q, scale, zero_point), as :func:`qops.int8_gemm` takes them."""
-        return *quantize_int8(x, self.rule), None
-
     def forward(self, x: torch.Tensor | Int8Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """See :func:`qops.int8_gemm`.
 
@@ -306,13 +320,7 @@ class Int8Linear(QuantizedLinear):
         Raises:
             ValueError: 8-bit rows of another rule.
         """
-        if isinstance(x, Int8Rows):
-            if x.rule != self.rows_rule:
-                wanted = "dense" if self.rows_rule is None else f'dense or Int8Rows of rule "{self.rows_rule}"'
-                raise ValueError(f'{type(self).__name__}: x must be {wanted}, got Int8Rows of rule "{x.rule}"')
-            q, scale, zero_point = x.q if x.q.is_contiguous() else with_dense_rows(x.q), x.scale, None
-        else:
-            q, scale, zero_point = self._quantized(x if x.is_contiguous() else with_dense_rows(x))
+        q, scale, zero_point = self._in_int8(x)
         if residual is not None and not residual.is_contiguous():
             residual = with_dense_rows(residual)
         weight, bias = self._operands()
