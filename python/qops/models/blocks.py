@@ -38,11 +38,20 @@ class Places:
     Tensors are looked up in each call, so that none is kept alive and none is stale.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layer: Any, first: str, last: str | None) -> None:
         self.settled: list[tuple[dict[str, Any], str, Any]] = []
         self.constants: list[Any] = []  # with a None for what is looked up
         self.tensors: list[tuple[int, dict[str, Any], str]] = []
         self.weights: list[tuple[int, dict[str, Any]]] = []
+        try:
+            self.look(layer, first, last)
+            self.is_known = True
+        except _Unknown:
+            self.is_known = False
+
+    def look(self, layer: Any, first: str, last: str | None) -> None:
+        """Finds them, between norms of these names; :class:`_Unknown` at what no block operator computes."""
+        raise NotImplementedError
 
     def settle(self, owner: dict[str, Any], name: str) -> Any:
         """What stands there, and has to."""
@@ -92,6 +101,7 @@ class Places:
             raise _Unknown
         own = linear.__dict__
         weight = self.settle(own["_modules"], "weight")
+        self.settle(weight.__dict__, "_layout")  # another one where it is packed or unpacked
         if not weight.is_packed or weight.device.type != "cpu":
             raise _Unknown
         self.weights.append((len(self.constants), weight.__dict__))
@@ -128,27 +138,20 @@ class Halves:
 
     def __init__(self, layer: Any) -> None:
         after = ("post_attention_layernorm", "post_feedforward_layernorm") if layer.sandwich else (None, None)
-        self.attention = _known(AttentionHalf, layer, "input_layernorm", after[0])
-        self.mlp = _known(MlpHalf, layer, layer.before_mlp, after[1])
+        # What is not known may come to be, where what was in the way goes.
+        self.all = AttentionHalf(layer, "input_layernorm", after[0]), MlpHalf(layer, layer.before_mlp, after[1])
+        self.attention, self.mlp = (half if half.is_known else None for half in self.all)
 
     def hold(self) -> bool:
         """Whether what was found stands."""
-        attention, mlp = self.attention, self.mlp
-        return (attention is None or attention.hold()) and (mlp is None or mlp.hold())
-
-
-def _known(half: type[Any], layer: Any, first: str, last: str | None) -> Any:
-    try:
-        return half(layer, first, last)
-    except _Unknown:
-        return None
+        attention, mlp = self.all
+        return attention.hold() and mlp.hold()
 
 
 class MlpHalf(Places):
     """norm, gate and up, SiLU-mul, down, residual."""
 
-    def __init__(self, layer: Any, first: str, last: str | None) -> None:
-        super().__init__()
+    def look(self, layer: Any, first: str, last: str | None) -> None:
         modules = layer.__dict__["_modules"]
         mlp = self.settle(modules, "mlp")
         if type(mlp) is not MLP:
@@ -171,10 +174,9 @@ class MlpHalf(Places):
 class AttentionHalf(Places):
     """norm, q k v, their norms and rotation, the cache, attention, o, residual."""
 
-    def __init__(self, layer: Any, first: str, last: str | None) -> None:
+    def look(self, layer: Any, first: str, last: str | None) -> None:
         from qops.models.decoder import Attention
 
-        super().__init__()
         modules = layer.__dict__["_modules"]
         attention = self.settle(modules, "self_attn")
         if not isinstance(attention, Attention):
