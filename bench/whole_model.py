@@ -73,15 +73,15 @@ def dense_logits(path: Path) -> dict[str, np.ndarray]:
 
 
 def serve(connection: Connection, name: str, modules: Sequence[str], path: Path, threads: int) -> None:
-    """Answers ("logits", phase) and ("seconds", phase), and sends what it raises."""
+    """Answers ("logits", phase) and ("seconds", phase), and sends what it raises; None ends it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # the peers print what they load
     try:
         with torch.inference_mode():
             runner = next(runner for runner in runners(modules) if runner.name == name)
             model = runner.open(path, threads)
             connection.send(None)
-            while True:
-                what, phase = connection.recv()
+            while (request := connection.recv()) is not None:
+                what, phase = request
                 if what == "seconds":
                     connection.send(seconds(runner, model, phase))
                 else:
@@ -133,6 +133,10 @@ class Process:
         return answer
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._signal(signal.SIGCONT)
+            self._connection.send(None)
+        self._process.join(10)
         self._process.kill()
         self._process.join()
 
