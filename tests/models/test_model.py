@@ -4,6 +4,7 @@ import copy
 import importlib.metadata
 import json
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -118,11 +119,8 @@ def test_gguf_weights_stay_quantised_and_the_table_exists_once(tmp_path):
     assert len(weights) == 2 * 4 + 1
     assert all(weight.is_packed for weight in weights)
     # Nothing dense is left but norms.
-    assert {name.rsplit(".", 2)[-2] for name, _ in model.named_parameters()} == {
-        "input_layernorm",
-        "post_attention_layernorm",
-        "norm",
-    }
+    norms = {"input_layernorm", "post_attention_layernorm", "norm"}
+    assert {name.rsplit(".", 2)[-2] for name, _ in model.named_parameters()} == norms
     assert not any(parameter.is_meta for parameter in (*model.parameters(), *model.buffers()))
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert model.dtype == torch.bfloat16
@@ -140,23 +138,21 @@ def test_every_part_runs_on_qops_operators(tmp_path):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.calls: dict[str, int] = {}
+        calls: Counter[str] = Counter()
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func.name()
-            self.calls[name] = self.calls.get(name, 0) + 1
+            self.calls[func.name()] += 1
             return func(*args, **(kwargs or {}))
 
     model = load_model(llama_file().write(tmp_path / "m.gguf"))
-    cache = DynamicCache(config=model.config)
+    more = {cache_keyword(type(model)): DynamicCache(config=model.config), "use_cache": True}
 
     def ours(tokens):
-        with Count() as count:
-            model(random_ids(1, tokens), **{cache_keyword(type(model)): cache}, use_cache=True)
-        assert not {"aten::mm", "aten::addmm", "aten::silu", "aten::rsqrt"} & {n.split(".")[0] for n in count.calls}
-        return {name: calls for name, calls in count.calls.items() if name.startswith("qops::")}
+        Count.calls.clear()
+        with Count():
+            model(random_ids(1, tokens), **more)
+        assert not {"aten::mm", "aten::addmm", "aten::silu", "aten::rsqrt"} & {n.split(".")[0] for n in Count.calls}
+        return {name: calls for name, calls in Count.calls.items() if name.startswith("qops::")}
 
     assert ours(9) == {
         "qops::rms_norm": 5,
@@ -165,12 +161,8 @@ def test_every_part_runs_on_qops_operators(tmp_path):
         "qops::rotary_": 2,
         "qops::int8_weight_only_gemm": 1,
     }
-    assert ours(1) == {
-        "qops::attention_block": 2,
-        "qops::mlp_block": 2,
-        "qops::rms_norm": 1,
-        "qops::int8_weight_only_gemm": 1,
-    }
+    head = {"qops::rms_norm": 1, "qops::int8_weight_only_gemm": 1}
+    assert ours(1) == {"qops::attention_block": 2, "qops::mlp_block": 2} | head
 
 
 # Quantising ----------------------------------------------------------------------------------------------------------

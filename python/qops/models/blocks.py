@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from qops import _layout
 from qops.nn import MLP, Int4Linear, Int8WeightOnlyLinear, MergedLinear, RMSNorm
 from qops.ops._checks import INT4_KINDS, MAX_DECODE_TOKENS
 
@@ -234,6 +235,7 @@ def may_step(x: torch.Tensor) -> bool:
     return (
         x.dim() == 3
         and x.device.type == "cpu"
+        and not _layout.has_gpu_layout(x.device)
         and not torch.compiler.is_compiling()
         and 1 <= x.shape[1] <= MAX_DECODE_TOKENS
         and not torch.is_autocast_enabled("cpu")

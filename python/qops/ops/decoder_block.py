@@ -24,6 +24,7 @@ from qops.ops._checks import (
 )
 
 if TYPE_CHECKING:
+    from qops._check_cases import Run
     from qops.weights import Int4Weight, Int8Weight
 
     Weight = Int4Weight | Int8Weight
