@@ -278,7 +278,7 @@ def cases_of_attention_block(run: Run) -> None:
         positions = run.there(run.integers(0, past + t, batch, t, dtype=torch.int64))
         held = [run.there(run.random(batch, kv_heads, past, d, dtype=dtype, outliers=False)) for _ in range(2)]
         mask = run.there(run.integers(0, 3, batch, 1, t, past + t, dtype=torch.int64) > 0)
-        forms = ({}, {"window": 7, "softcap": 5.0, "first_position": 100}, {"mask": mask})
+        forms: tuple[dict[str, Any], ...] = ({}, {"window": 7, "softcap": 5.0, "first_position": 100}, {"mask": mask})
         for normed, how in itertools.product((False, True), forms):
             keys, values = (torch.nn.functional.pad(cache, (0, 0, 0, t + 3), value=7) for cache in held)
             kept = [keys.clone(), values.clone()]
