@@ -138,7 +138,7 @@ def test_every_part_runs_on_qops_operators(tmp_path):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
-        calls: Counter[str] = Counter()
+        calls = Counter[str]()
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             self.calls[func.name()] += 1

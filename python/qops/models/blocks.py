@@ -140,8 +140,11 @@ class Halves:
     def __init__(self, layer: Any) -> None:
         after = ("post_attention_layernorm", "post_feedforward_layernorm") if layer.sandwich else (None, None)
         # What is not known may come to be, where what was in the way goes.
-        self.all = AttentionHalf(layer, "input_layernorm", after[0]), MlpHalf(layer, layer.before_mlp, after[1])
-        self.attention, self.mlp = (half if half.is_known else None for half in self.all)
+        attention = AttentionHalf(layer, "input_layernorm", after[0])
+        mlp = MlpHalf(layer, layer.before_mlp, after[1])
+        self.all = attention, mlp
+        self.attention = attention if attention.is_known else None
+        self.mlp = mlp if mlp.is_known else None
 
     def hold(self) -> bool:
         """Whether what was found stands."""
@@ -293,14 +296,14 @@ class Room:
                 self.keys = self.keys.narrow(2, dropped, self.end - self.begin)
                 self.values = self.values.narrow(2, dropped, self.end - self.begin)
         layer.keys, layer.values, self.last_keys = self.keys, self.values, self.keys
-        layer.__dict__[_ROOM] = self
+        setattr(layer, _ROOM, self)
 
 
 def layer_of(cache: Any, index: int) -> Any:
     """A layer of a cache of which it is known how it grows, with keys and values; None of another."""
     if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
         return None
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     known = type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and not layer.record_past)
     return layer if known and layer.is_initialized and layer.keys is not None and layer.keys.dim() == 4 else None
 

@@ -468,7 +468,7 @@ class DecoderLayer(Offloadable):
             if name.endswith("layernorm"):
                 setattr(self, name, part(name))
         self.before_mlp = "pre_feedforward_layernorm" if self.sandwich else "post_attention_layernorm"
-        self.cache_keyword = cache_keyword(type(original))
+        self.cache_keyword = cache_keyword(type(original)) or ""
         self.step_keywords = _NOT_READ_BY_SDPA | {"position_embeddings", "attention_mask", self.cache_keyword}
         self.halves: Halves | None = None
         self._look_for_hooks()

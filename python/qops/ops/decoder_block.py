@@ -309,7 +309,7 @@ def cases_of_attention_block(run: Run) -> None:
             for cache, new in zip(kept, (k, v), strict=True):
                 cache[:, :, past : past + t] = new.transpose(1, 2)
             run.same((keys, values), tuple(kept), "the cache")
-            attended = decode_attention(q, *(cache[:, :, : past + t] for cache in kept), **how)
+            attended = decode_attention(q, kept[0][:, :, : past + t], kept[1][:, :, : past + t], **how)
             want = _product(attended.view(batch, t, -1), o, None)
             want = x + (rms_norm(want, post_norm, **style) if normed else want)
             run.same(y, want, "the chain of operators")
