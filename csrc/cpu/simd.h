@@ -109,7 +109,7 @@ inline void store_n(T* p, V v, int64_t n) {
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
-// Whether rows of results are worth stream(), and aligned for it. A copy of 16 MiB past a cache of 2 MiB took 0.75x of
+// Whether rows of results are worth stream(), and aligned for it. A copy of 16 MiB past a cache of 2 MiB took 0.77x of
 // the time on Sapphire Rapids (2 threads); what fits into the cache is read from there by whoever comes next.
 inline constexpr int64_t kStreamedBytes = 8 << 20;
 template <class T>

@@ -205,10 +205,6 @@ inline B8x64 load_bytes(const void* p) {
   const __m256i* q = static_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
 }
-inline void stream_bytes(void* p, B8x64 b) {
-  _mm256_stream_si256(static_cast<__m256i*>(p), b.lo);
-  _mm256_stream_si256(static_cast<__m256i*>(p) + 1, b.hi);
-}
 inline B8x64 broadcast_4_bytes(const void* p) {
   int32_t word;
   std::memcpy(&word, p, sizeof(word));

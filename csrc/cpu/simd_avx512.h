@@ -149,7 +149,6 @@ inline void store_saturated(int8_t* p, I32x16 a) {
 }
 
 inline B8x64 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
-inline void stream_bytes(void* p, B8x64 b) { _mm512_stream_si512(static_cast<__m512i*>(p), b.v); }
 inline B8x64 broadcast_4_bytes(const void* p) {
   int32_t word;
   std::memcpy(&word, p, sizeof(word));

@@ -225,7 +225,6 @@ inline void store_saturated(int8_t* p, const I32x16& a) {
 }
 
 inline B8x64 load_bytes(const void* p) { return load_as<B8x64>(p); }
-inline void stream_bytes(void* p, const B8x64& b) { std::memcpy(p, b.v, sizeof(b.v)); }
 inline B8x64 broadcast_4_bytes(const void* p) {
   B8x64 b;
   for (int i = 0; i < 16; ++i) std::memcpy(b.v + 4 * i, p, 4);
