@@ -237,8 +237,10 @@ struct TileRow {
   }
   void end_block(const Block& b, const int32_t* sums, float scale) const {
     for (int d = 0; d < tile.digits; ++d) {
-      const int32_t bias = d == 0 ? top_bias : low_bias;
-      tile.correction[(b.index * tile.digits + d) * tile.rows + r] = -sums[d] * bias;
+      const uint32_t bias = static_cast<uint32_t>(d == 0 ? top_bias : low_bias);
+      // Of a row that turns out to need four digits the two may be anything; they are written again.
+      const uint32_t correction = 0u - static_cast<uint32_t>(sums[d]) * bias;
+      tile.correction[(b.index * tile.digits + d) * tile.rows + r] = static_cast<int32_t>(correction);
     }
     tile.scale[b.index * tile.rows + r] = scale;
     tile.sum[b.index * tile.rows + r] = sum_of_values(sums, tile.digits, scale);
