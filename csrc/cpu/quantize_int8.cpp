@@ -1,6 +1,7 @@
 // quantize_int8, quantize_int8_asym and quantize_int8_static: rows of floats to int8.
 //
 // Bound by memory: a row is read once from DRAM and a second time from L1.
+// Lost: rows copied from L1 past the caches, 0.96x (2,048 rows of 4,096 bfloat16, 2 threads, Sapphire Rapids).
 #include "cpu/quantize_row.h"
 
 namespace qops::cpu::QOPS_ISA_NS {

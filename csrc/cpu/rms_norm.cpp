@@ -1,6 +1,8 @@
 // rms_norm and add_rms_norm: y = z * rstd * w over rows [H], z = x or R(x + residual).
 //
 // Bound by memory: a row is read once from DRAM and a second time from L1. The order of the sum: cpu/norm_row.h.
+// Lost: the sum of squares taken while x + residual is stored, in place 0.78x (2,048 rows of 4,096 bfloat16, 2 threads,
+// Sapphire Rapids). There a row from L2 takes 1.1 us of a thread, and one from further away 1.9.
 #include "cpu/norm_row.h"
 
 namespace qops::cpu::QOPS_ISA_NS {

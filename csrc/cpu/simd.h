@@ -109,6 +109,25 @@ inline void store_n(T* p, V v, int64_t n) {
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
+// Whether rows of results are worth stream(), and aligned for it. A copy of 16 MiB past a cache of 2 MiB took 0.77x of
+// the time on Sapphire Rapids (2 threads); what fits into the cache is read from there by whoever comes next.
+inline constexpr int64_t kStreamedBytes = 8 << 20;
+template <class T>
+inline bool worth_streaming(const T* y, int64_t rows, int64_t columns) {
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(T));
+  if (row_bytes == 0 || row_bytes % 64 != 0 || reinterpret_cast<uintptr_t>(y) % 64 != 0) return false;
+  return rows >= kStreamedBytes / row_bytes;
+}
+
+template <bool kStream, class T>
+inline void store_or_stream(T* p, F32x16 v) {
+  if constexpr (kStream) {
+    stream(p, v);
+  } else {
+    store(p, v);
+  }
+}
+
 inline void store_saturated_n(int8_t* p, I32x16 v, int64_t n) {
   if (n >= kLanes) return store_saturated(p, v);
   int8_t buffer[kLanes];

@@ -94,6 +94,23 @@ inline I32x16 shift_right(I32x16 a) {  // arithmetic
   return {_mm256_srai_epi32(a.lo, kBits), _mm256_srai_epi32(a.hi, kBits)};
 }
 
+// The 8 codes of word a, then of b, as int4 weights are packed (weight_pack.cpp); above its 4 bits a lane holds others.
+inline I32x16 spread_codes(uint32_t a, uint32_t b) {
+  const __m256i shifts = _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28);
+  const auto spread = [&](uint32_t word) {
+    return _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int32_t>(word)), shifts);
+  };
+  return {spread(a), spread(b)};
+}
+// Lane i is the lane of `table` that the low 4 bits of code i name.
+inline F32x16 look_up(F32x16 table, I32x16 codes) {
+  const auto half = [&](__m256i code) {  // bit 3 chooses between the halves, as the sign of a lane
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.lo, code), _mm256_permutevar8x32_ps(table.hi, code),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+  };
+  return {half(codes.lo), half(codes.hi)};
+}
+
 inline F32x16 to_float(I32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 // Round to nearest even; the value must fit int32.
 inline I32x16 to_int(F32x16 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
@@ -156,6 +173,17 @@ inline void store(int32_t* p, I32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
 }
+
+// store() past the caches; p is aligned to the bytes of a vector. What lies in a line need not be written at once.
+inline void stream(float* p, F32x16 a) {
+  _mm256_stream_ps(p, a.lo);
+  _mm256_stream_ps(p + 8, a.hi);
+}
+inline void stream_u16(void* p, U16x16 a) { _mm256_stream_si256(static_cast<__m256i*>(p), a.v); }
+inline void stream(Half* p, F32x16 a) { stream_u16(p, narrow_half(a)); }
+inline void stream(BFloat16* p, F32x16 a) { stream_u16(p, narrow_bfloat16(a)); }
+// After the last stream() of a thread, before others may read what it wrote.
+inline void end_stream() { _mm_sfence(); }
 
 // The low byte of each lane.
 inline void store_bytes(uint8_t* p, I32x16 a) {

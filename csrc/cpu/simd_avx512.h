@@ -75,6 +75,15 @@ inline I32x16 shift_right(I32x16 a) {  // arithmetic
   return {_mm512_srai_epi32(a.v, kBits)};
 }
 
+// The 8 codes of word a, then of b, as int4 weights are packed (weight_pack.cpp); above its 4 bits a lane holds others.
+inline I32x16 spread_codes(uint32_t a, uint32_t b) {
+  const __m512i words =
+      _mm512_mask_set1_epi32(_mm512_set1_epi32(static_cast<int32_t>(a)), 0xff00, static_cast<int32_t>(b));
+  return {_mm512_srlv_epi32(words, _mm512_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28, 0, 8, 16, 24, 4, 12, 20, 28))};
+}
+// Lane i is the lane of `table` that the low 4 bits of code i name.
+inline F32x16 look_up(F32x16 table, I32x16 codes) { return {_mm512_permutexvar_ps(codes.v, table.v)}; }
+
 inline F32x16 to_float(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // Round to nearest even; the value must fit int32.
 inline I32x16 to_int(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -120,6 +129,14 @@ inline void store_u16(void* p, U16x16 a) { _mm256_storeu_si256(static_cast<__m25
 inline void store(Half* p, F32x16 a) { store_u16(p, narrow_half(a)); }
 inline void store(BFloat16* p, F32x16 a) { store_u16(p, narrow_bfloat16(a)); }
 inline void store(int32_t* p, I32x16 a) { _mm512_storeu_si512(p, a.v); }
+
+// store() past the caches; p is aligned to the bytes of a vector. What lies in a line need not be written at once.
+inline void stream(float* p, F32x16 a) { _mm512_stream_ps(p, a.v); }
+inline void stream_u16(void* p, U16x16 a) { _mm256_stream_si256(static_cast<__m256i*>(p), a.v); }
+inline void stream(Half* p, F32x16 a) { stream_u16(p, narrow_half(a)); }
+inline void stream(BFloat16* p, F32x16 a) { stream_u16(p, narrow_bfloat16(a)); }
+// After the last stream() of a thread, before others may read what it wrote.
+inline void end_stream() { _mm_sfence(); }
 
 // The low byte of each lane.
 inline void store_bytes(uint8_t* p, I32x16 a) {

@@ -118,6 +118,16 @@ inline I32x16 shift_right(const I32x16& a) {  // arithmetic
   return lanes<I32x16>([&](int i) { return a.v[i] >> kBits; });
 }
 
+// The 8 codes of word a, then of b, as int4 weights are packed (weight_pack.cpp); above its 4 bits a lane holds others.
+inline I32x16 spread_codes(uint32_t a, uint32_t b) {
+  constexpr int kShift[8] = {0, 8, 16, 24, 4, 12, 20, 28};
+  return lanes<I32x16>([&](int i) { return static_cast<int32_t>((i < 8 ? a : b) >> kShift[i % 8]); });
+}
+// Lane i is the lane of `table` that the low 4 bits of code i name.
+inline F32x16 look_up(const F32x16& table, const I32x16& codes) {
+  return lanes<F32x16>([&](int i) { return table.v[codes.v[i] & 15]; });
+}
+
 inline F32x16 to_float(const I32x16& a) {
   return lanes<F32x16>([&](int i) { return static_cast<float>(a.v[i]); });
 }
@@ -196,6 +206,13 @@ inline void store(BFloat16* p, const F32x16& a) {
   std::memcpy(p, &b, sizeof(b));
 }
 inline void store(int32_t* p, const I32x16& a) { std::memcpy(p, &a, sizeof(a)); }
+
+// At the other levels past the caches.
+template <class T>
+inline void stream(T* p, const F32x16& a) {
+  store(p, a);
+}
+inline void end_stream() {}
 
 // The low byte of each lane.
 inline void store_bytes(uint8_t* p, const I32x16& a) {

@@ -28,8 +28,7 @@ GGUF_MIXES = {
     "dense F16": {"weights": "F16", "table": "F16"},
     "mixed types and biases": {
         "overrides": {"blk.0.attn_v": "Q8_0", "blk.0.ffn_up": "F32", "blk.1.attn_k": "Q4_0", "blk.1.ffn_down": "BF16"},
-        "output": "F32",
-        "bias": True,
+        **{"output": "F32", "bias": True},
     },
 }
 
@@ -137,22 +136,22 @@ def test_tied_dense_tables_stay_tied(tmp_path):
 def test_every_part_runs_on_qops_operators(tmp_path):
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Count(TorchDispatchMode):
-        calls = Counter[str]()
+    calls = Counter[str]()
 
+    class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.calls[func.name()] += 1
+            calls[func.name()] += 1
             return func(*args, **(kwargs or {}))
 
     model = load_model(llama_file().write(tmp_path / "m.gguf"))
     more = {cache_keyword(type(model)): DynamicCache(config=model.config), "use_cache": True}
 
     def ours(tokens):
-        Count.calls.clear()
+        calls.clear()
         with Count():
             model(random_ids(1, tokens), **more)
-        assert not {"aten::mm", "aten::addmm", "aten::silu", "aten::rsqrt"} & {n.split(".")[0] for n in Count.calls}
-        return {name: calls for name, calls in Count.calls.items() if name.startswith("qops::")}
+        assert not {"aten::mm", "aten::addmm", "aten::silu", "aten::rsqrt"} & {n.split(".")[0] for n in calls}
+        return {name: count for name, count in calls.items() if name.startswith("qops::")}
 
     assert ours(9) == {
         "qops::rms_norm": 5,
