@@ -13,6 +13,7 @@ import weakref
 import pytest
 import torch
 import transformers
+from packaging.version import parse
 from transformers import DynamicCache, GenerationConfig
 
 from qops import quantize_model
@@ -20,22 +21,18 @@ from qops.models import blocks, decoder
 from qops.testing import assert_bitwise
 from tests.support.models.families import VOCAB, random_model
 
-SCHEMES = (("int4", torch.bfloat16), ("int8_weight_only", torch.float32))
 FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "phi3", "smollm3", "qwen2")
-RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
+MODELS = [(family, "int4", torch.bfloat16) for family in FAMILIES]
+MODELS += [(family, "int8_weight_only", torch.float32) for family in ("llama", "mistral")]
 IDS = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=SCHEMES, ids=lambda scheme: scheme[0])
-def scheme(request):
-    return request.param
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def model(request, scheme):
+@pytest.fixture(scope="module", params=MODELS, ids=lambda of: f"{of[0]}-{of[1]}")
+def model(request):
+    family, scheme, dtype = request.param
     with torch.inference_mode(False), torch.no_grad():
-        found = quantize_model(random_model(request.param, dtype=scheme[1]), scheme[0])
-    found.family = request.param
+        found = quantize_model(random_model(family, dtype=dtype), scheme)
+    found.family = family
     return found
 
 
@@ -147,8 +144,9 @@ def test_drafted_tokens(model):
     assistant = quantize_model(random_model(model.family, seed=1, dtype=model.dtype))
     all_slide = model.family in ("mistral", "phi3")
     ways = [{"prompt_lookup_num_tokens": 4}, {"assistant_model": assistant}, {"assistant_model": model}]
-    if RELEASE < (5, 22) and any(layer.is_sliding for layer in begun(model)[0].layers):
-        del ways[1:]  # which Transformers' own layers cannot then
+    slides = any(layer.is_sliding for layer in DynamicCache(config=model.config).layers)
+    if slides and parse(transformers.__version__) < parse("5.22"):
+        ways = ways[:1]  # Transformers' own assisted decoding fails on sliding caches there
     for how in ways:
         check(lambda how=how: generate(model, IDS[:1, :9], output_logits=False, **how), attention=not all_slide)
 
@@ -283,6 +281,17 @@ def test_crop(model):
         cache, results = begun(model, 6, 14)
         cache.crop(-5)
         return results + steps(model, cache, range(20, 26))
+
+    check(run, model=model)
+
+
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_keys_or_values_that_somebody_has_changed(model, which):
+    def run():
+        cache, results = begun(model)
+        for layer in cache.layers:
+            setattr(layer, which, 0.5 * getattr(layer, which))
+        return results + steps(model, cache, range(20, 24))
 
     check(run, model=model)
 

@@ -266,12 +266,12 @@ class Room:
     them still, the rows behind are free.
     """
 
-    __slots__ = ("all_keys", "all_values", "begin", "end", "first_position", "keys", "last_keys", "size", "values")
+    __slots__ = ("all_keys", "all_values", "begin", "end", "first_position", "keys", "last", "size", "values")
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
         self.all_keys, self.all_values, self.begin, self.end = keys, values, 0, end
         self.size = keys.shape[2]
-        self.last_keys: torch.Tensor | None = None
+        self.last: tuple[Any, Any] = (None, None)
         self.keys = self.values = keys  # until open() makes views
         self.first_position = 0
 
@@ -295,7 +295,7 @@ class Room:
                 self.begin += dropped
                 self.keys = self.keys.narrow(2, dropped, self.end - self.begin)
                 self.values = self.values.narrow(2, dropped, self.end - self.begin)
-        layer.keys, layer.values, self.last_keys = self.keys, self.values, self.keys
+        layer.keys, layer.values = self.last = self.keys, self.values
         setattr(layer, _ROOM, self)
 
 
@@ -312,7 +312,7 @@ def room_for(layer: Any, x: torch.Tensor, kv_heads: int, head_dim: int) -> Room 
     """Room in a layer of a cache for the tokens of x [B, T, H]; None where what it holds does not fit to them."""
     tokens, held = x.shape[1], layer.keys
     room = layer.__dict__.get(_ROOM)
-    if room is not None and room.last_keys is held and room.end + tokens <= room.size:
+    if room is not None and room.last[0] is held and room.last[1] is layer.values and room.end + tokens <= room.size:
         return room.open(layer, tokens)
     rows = held.shape[2]
     shape = (x.shape[0], kv_heads, rows, head_dim)
