@@ -185,10 +185,12 @@ inline void exponentiate(const Chunk& chunk, int64_t t, float* scores, float* m,
   if ((chunk.everywhere & bit) == 0) {
     for (int i = chunk.begin; i < chunk.end; ++i) scores[i] = chunk.tokens[i] & bit ? scores[i] : -kInfinity;
   }
-  // Finite, so that a chunk whose scores are all -infinity has weights of 0; -infinity marks one without positions.
-  F32x16 most = set1(-std::numeric_limits<float>::max());
+  F32x16 most = set1(-kInfinity);
   for (int i = begin; i < end; i += kLanes) most = max(most, load(scores + i));
+  // Finite, so that a chunk whose scores are all -infinity has weights of 0; -infinity marks one without positions. A
+  // NaN in a lane may have hidden others, but then all of the row is NaN.
   *m = max_lanes(most);
+  if (!(*m >= -std::numeric_limits<float>::max())) *m = -std::numeric_limits<float>::max();
   F32x16 sum = set1(0.0f);
   for (int i = begin; i < end; i += kLanes) {
     const F32x16 weight = weight_of(load(scores + i) - set1(*m));

@@ -245,6 +245,11 @@ def test_nan_and_infinity_as_in_float64():
         assert torch.equal(y.isinf(), ref.isinf()), (which, bad, position)
         assert torch.equal(y.sign().nan_to_num(), ref.sign().nan_to_num()) or y.isfinite().all()
         assert_bitwise(y, exact(*tensors), f"{which} {bad} {position}")
+    # A vector of NaN, then one of NaN and of masked positions.
+    q, k, v = inputs(1, 1, (2, 1), 19, 16, torch.float32)
+    q[0, 0, 1, 3] = NAN
+    y = qops.decode_attention(q, k, v)
+    assert bool(y[0, 0, 1].isnan().all()) and bool(y[0, 0, 0].isfinite().all())
     # Scores of -infinity alone: in one chunk these weigh nothing, in all they are NaN.
     q, k, v = (x.clone() for x in inputs(1, 1, (1, 1), 260, 16, torch.float32))
     q[:] = 1
