@@ -25,7 +25,7 @@ from qops.nn import QuantizedLinear, RMSNorm, dense_linear, frozen
 
 VOCABULARY = 64
 # More than the tokens of a decoding step, for which a CPU has other operators.
-PROMPT = 12
+PROMPT = 9
 STEPS = 2
 PADDING = 3
 WINDOW = 4
@@ -71,7 +71,7 @@ class Proof(NamedTuple):
 def prove_fusion(model: Any, linear: Replace, norm: Replace, kind: Callable[[str], str], known: Known) -> Proof:
     """Runs fused layers against Transformers' own; `model` stays as it is.
 
-    Two sequences, one of them padded on the left, and one alone without mask and positions: a prompt of 12 tokens, then
+    Two sequences, one of them padded on the left, and one alone without mask and positions: a prompt of 9 tokens, then
     two of one token with the cache. Sliding windows are 4 wide. Once more with an attention function that computes
     nothing, which has to get the same keywords from both, one that nobody knows among them. What is not fused is the
     same on both sides: for its weights stand random numbers, and for an MLP something smaller.
