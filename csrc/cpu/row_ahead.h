@@ -8,6 +8,13 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
+// The lines of some elements side by side.
+template <class T>
+QOPS_ALWAYS_INLINE void fetch(const T* x, int elements) {
+  constexpr int kLine = 64 / sizeof(T);
+  for (int i = 0; i < elements; i += kLine) prefetch(x + i);
+}
+
 // Fetches the line of an element of a row.
 template <class T>
 struct RowAhead {
