@@ -198,9 +198,13 @@ struct WeightPackParams {
 enum class WeightKind : int32_t {
   kSymmetric = 0,  // s (q - 8)
   kZeroPoint = 1,  // s (q - z), z a uint8 in 0 .. 16
-  kFloatZero = 2,  // s (q - zf), zf float32
-  kOffset = 3,     // s q + o, o float32
+  kFloatZero = 2,  // s (q - zf)
+  kOffset = 3,     // s q + o
 };
+
+QOPS_ALWAYS_INLINE constexpr bool has_float_zeros(WeightKind kind) {
+  return kind == WeightKind::kFloatZero || kind == WeightKind::kOffset;
+}
 
 // The weight of gate and up [N = 2 I, K] is I rows of gate above I rows of up. Packed for kSiluMul it is mixed: rows
 // 0 .. 7 of a strip are gate, 8 .. 15 the same rows of up. (In a fragment of mma.m16n8k16 both then lie in one lane,
@@ -244,11 +248,12 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   const int32_t* perm;  // [K] or null: column j of the packed weight multiplies x[perm[j]]
   const void* packed;
   const void* scales;
-  const void* zeros;  // uint8 for kZeroPoint, float32 for kFloatZero and kOffset (with 8 bits the one), else null
+  const void* zeros;  // uint8 for kZeroPoint, zero_dtype for kFloatZero and kOffset (with 8 bits the one), else null
   const void* bias;   // [N] or null; of a mixed weight in canonical order
   void* y;            // contiguous [rows, N], or [rows, N / 2] for kSiluMul
   DType dtype;        // of x, residual and y (but int8 for kInt8)
   DType scale_dtype;
+  DType zero_dtype;  // of zeros that are floats; on a GPU kFloat32
   DType bias_dtype;
   WeightKind kind;
   int64_t n;
@@ -274,6 +279,7 @@ struct Int4DequantizeParams {
   void* w;            // contiguous [N, K]
   DType dtype;        // of w
   DType scale_dtype;
+  DType zero_dtype;
   WeightKind kind;
   bool is_mixed;  // see unmixed_row(); w is canonical
   int64_t n;

@@ -122,7 +122,7 @@ BlockLinear take_linear(const Checker& check, const LinearNames& names, const Li
   }
   if (t.zeros) {
     check.device(*t.zeros, names.zeros, x);
-    check.dtype(*t.zeros, names.zeros, t.kind == 1 ? ScalarType::Byte : ScalarType::Float);
+    p.zero_dtype = zero_dtype(check, *t.zeros, names.zeros, p.kind);
     check.same_shape(*t.zeros, names.zeros, t.scales, names.scales);
     check.contiguous(*t.zeros, names.zeros);
     p.zeros = t.zeros->const_data_ptr();

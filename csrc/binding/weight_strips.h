@@ -82,6 +82,13 @@ void take_weight(const Checker& check, const Tensor& packed, ScalarType packed_d
   p.scales = scales.const_data_ptr();
 }
 
+// GPU kernels read float32 alone: Python widens what it packs for them.
+inline DType zero_dtype(const Checker& check, const Tensor& zeros, const char* arg, WeightKind kind) {
+  if (has_float_zeros(kind) && !kGpuLayout) return check.float_dtype(zeros, arg);
+  check.dtype(zeros, arg, kind == WeightKind::kZeroPoint ? ScalarType::Byte : ScalarType::Float);
+  return DType::kFloat32;
+}
+
 // kind, and the zeros that belong to it.
 template <class Params>
 void take_zeros(const Checker& check, int64_t kind, const std::optional<Tensor>& zeros, const Tensor& scales,
@@ -95,7 +102,7 @@ void take_zeros(const Checker& check, int64_t kind, const std::optional<Tensor>&
   }
   if (!zeros) return;
   check.device(*zeros, "zeros", scales);
-  check.dtype(*zeros, "zeros", kind == 1 ? ScalarType::Byte : ScalarType::Float);
+  p.zero_dtype = zero_dtype(check, *zeros, "zeros", p.kind);
   check.same_shape(*zeros, "zeros", scales, "scales");
   check.contiguous(*zeros, "zeros");
   p.zeros = zeros->const_data_ptr();

@@ -21,7 +21,7 @@ struct Tables {
     if (p.kind == WeightKind::kZeroPoint) {
       zero = to_float(load(static_cast<const uint8_t*>(p.zeros) + index));
     } else if (p.kind != WeightKind::kSymmetric) {
-      zero = load(static_cast<const float*>(p.zeros) + index);
+      zero = load_as_float(p.zeros, p.zero_dtype, index, kStripRows);
     }
     store(zeros, zero);
   }

@@ -263,8 +263,7 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
   const int64_t strip_scales = blocks.groups * kStripRows;
   const char* w = static_cast<const char*>(p.packed) + strip * strip_bytes;
   const uint8_t* zero_points = static_cast<const uint8_t*>(p.zeros);
-  const float* float_zeros = static_cast<const float*>(p.zeros);
-  const bool with_offset = p.kind == WeightKind::kFloatZero || p.kind == WeightKind::kOffset;
+  const bool with_offset = has_float_zeros(p.kind);
   F32x16 total[Strips][Rows], y[Strips][Rows];
   for (int s = 0; s < Strips; ++s) {
     for (int r = 0; r < Rows; ++r) total[s][r] = y[s][r] = set1(0.0f);
@@ -272,7 +271,7 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
   const uint8_t* x = tile.bytes;
   const int64_t ahead = Strips * strip_bytes <= kShortStrips ? Strips * strip_bytes : kFetchBytes / Strips;
   const int64_t scale_size = p.scale_dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t zero_size = p.zeros == nullptr ? 0 : p.kind == WeightKind::kZeroPoint ? 1 : 4;
+  const int64_t zero_size = p.zeros == nullptr ? 0 : !with_offset ? 1 : p.zero_dtype == DType::kFloat32 ? 4 : 2;
   int64_t slice = 1;
   for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
     const int64_t scales_at = strip * strip_scales + b.group * kStripRows;
@@ -334,9 +333,8 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
       if (with_offset) {
         // Chosen for all codes, though only those of 4 bits have float zeros: without the choice GCC 12 copies 6 of 16
         // sums in the loop above (8-bit codes, 4 rows, AVX-512).
-        const float* z = float_zeros + at;
-        const F32x16 offset =
-            p.kind == WeightKind::kOffset ? Codes::offset(scale, load(z)) : scale * (set1(8.0f) - load(z));
+        const F32x16 z = load_as_float(p.zeros, p.zero_dtype, at, kLanes);
+        const F32x16 offset = p.kind == WeightKind::kOffset ? Codes::offset(scale, z) : scale * (set1(8.0f) - z);
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
           total[s][r] = fma(offset, set1(tile.sum[b.index * Rows + r]), total[s][r]);
         }

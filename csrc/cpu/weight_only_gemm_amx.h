@@ -215,7 +215,7 @@ template <class Codes>
 inline void unpack(const WeightOnlyGemmParams& p, const Blocks& blocks, const Pass& pass, int64_t steps, Range strips,
                    const Workspace& work) {
   const int64_t strip_bytes = p.k / Codes::kColumns * 64;
-  const bool with_offset = p.kind == WeightKind::kFloatZero || p.kind == WeightKind::kOffset;
+  const bool with_offset = has_float_zeros(p.kind);
   const I32x16 all_bytes = set1(int32_t{0x01010101});
   for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
     Block b = pass.first;
@@ -225,7 +225,7 @@ inline void unpack(const WeightOnlyGemmParams& p, const Blocks& blocks, const Pa
       const F32x16 scale = load_as_float(p.scales, p.scale_dtype, scales_at, kLanes);
       store(work.scale + at * kStripRows, scale);
       if (with_offset) {
-        const F32x16 z = load(static_cast<const float*>(p.zeros) + scales_at);
+        const F32x16 z = load_as_float(p.zeros, p.zero_dtype, scales_at, kLanes);
         store(work.offset + at * kStripRows,
               p.kind == WeightKind::kOffset ? Codes::offset(scale, z) : scale * (set1(8.0f) - z));
       }
@@ -429,7 +429,7 @@ inline Status tiled_weight_only_gemm(const WeightOnlyGemmParams& p, const Thread
   tiles.sum = scratch.take<float>(scales);
   uint8_t* digits_of_row = scratch.take<uint8_t>(m);
 
-  const bool with_offset = p.kind == WeightKind::kFloatZero || p.kind == WeightKind::kOffset;
+  const bool with_offset = has_float_zeros(p.kind);
   std::atomic<bool> out_of_memory = false;
   for (int64_t first = 0; first < m; first += cut.rows) {
     const int64_t rows = std::min(cut.rows, m - first), row_tiles = ceil_div(rows, kTileRows);

@@ -55,9 +55,6 @@ constexpr bool is_fine(int64_t k, int64_t group_size) {
   return group_size != k && group_size % int4::kBlockColumns != 0;
 }
 
-// Whether w = s (q - 8) + o with an o of its own.
-constexpr bool has_offset(WeightKind kind) { return kind == WeightKind::kFloatZero || kind == WeightKind::kOffset; }
-
 // --- the plan --------------------------------------------------------------------------------------------------------
 
 inline constexpr int kDecodeTokens = 16;    // rows of x up to which there is a decode kernel
@@ -236,7 +233,7 @@ struct GemmShape {
 // memory.
 constexpr GemmPlan plan_int4_gemm(const GemmShape& shape) {
   const auto [m, n, k, group_size, kind, may_round, gpu] = shape;
-  const bool fine = is_fine(k, group_size), offset = has_offset(kind);
+  const bool fine = is_fine(k, group_size), offset = has_float_zeros(kind);
   GemmPlan best{};
   // Of equal plans the one with more blocks: it has more bytes under way.
   const auto consider = [&](const GemmPlan& p) {

@@ -54,7 +54,7 @@ Status int4_gemm_tiled(const Int4Job& job, const Queue& queue);
 template <class F>
 Status with_int4_kernel(const WeightOnlyGemmParams& p, const F& run) {
   const auto with_type = [&](auto element) {
-    const bool offset = has_offset(p.kind);
+    const bool offset = has_float_zeros(p.kind);
     if (is_fine(p.k, p.group_size)) {
       return offset ? run(element, std::true_type{}, std::true_type{})
                     : run(element, std::true_type{}, std::false_type{});

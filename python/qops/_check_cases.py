@@ -231,7 +231,7 @@ def int4_weight(run: Run, n: int, k: int, g: int, kind: str, scale_dtype: torch.
         "symmetric": lambda: None,
         "zero_point": lambda: run.integers(0, 17, *groups, dtype=torch.uint8),
         "float_zero": lambda: run.integers(0, 1 << 20, *groups, dtype=torch.int32) * (15 / 2**20),
-        "offset": lambda: run.random(*groups, dtype=torch.float32, outliers=False) * 0.1,
+        "offset": lambda: (run.random(*groups, dtype=torch.float32, outliers=False) * 0.1).to(scale_dtype),
     }[kind]()
     return Int4Weight.from_canonical(
         run.integers(0, 256, n, k // 2, dtype=torch.uint8),
@@ -264,7 +264,7 @@ def int8_weight(run: Run, n: int, k: int, g: int, kind: str, scale_dtype: torch.
         run.integers(-128, 128, n, k, dtype=torch.int8),
         run.scales(*groups, dtype=scale_dtype),
         kind=kind,
-        zeros=run.random(*groups, dtype=torch.float32, outliers=False) if kind == "offset" else None,
+        zeros=run.random(*groups, dtype=scale_dtype, outliers=False) if kind == "offset" else None,
         perm=run.integers(0, 1 << 40, k, dtype=torch.int64).argsort() if act_order else None,
     )
 

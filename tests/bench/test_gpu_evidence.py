@@ -20,6 +20,7 @@ from bench.gpu_evidence import Stage
 from bench.timing import evidence as steps
 from bench.timing import once
 from bench.timing.evidence import Evidence
+from qops._native import WITHOUT_CUDA_KERNEL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def seen(tmp_path: Path, kind: str = "emulated") -> Evidence:
     device = "a GPU" if kind == "cuda" else ""
     return Evidence(tmp_path, kind, device, "a source", deadline=time.monotonic() + 60)
+
+
+def test_what_has_no_kernel_for_a_gpu_is_left_out():
+    assert set(gpu_evidence.WITHOUT_KERNEL) == {f"!{op}" for op in WITHOUT_CUDA_KERNEL}
+    assert set(gpu_evidence.ROW_OPS) == {"!int*", *(op for op in gpu_evidence.WITHOUT_KERNEL if "!int" not in op)}
 
 
 @pytest.fixture

@@ -96,7 +96,8 @@ def test_each_device_refuses_the_layout_of_the_other(backend):
 def test_dequantize_gives_the_bits_of_the_cpu(each, kind, dtype):
     for seed, (n, k) in enumerate(DEQUANTIZED):
         for group_size in group_sizes(k)[:4]:
-            options = {"scale_dtype": SCALE_DTYPES[seed % 3], "act_order": seed % 2 == 1, "seed": seed}
+            dtypes = {"scale_dtype": SCALE_DTYPES[seed % 3], "zero_dtype": SCALE_DTYPES[seed % 2 * 2]}
+            options = {**dtypes, "act_order": seed % 2 == 1, "seed": seed}
             tensors, here = random_int4(n, k, group_size, kind, **options)
             want = qops.int4_dequantize(here, dtype)
             with gpu(each):
@@ -111,13 +112,15 @@ def test_dequantize_gives_the_bits_of_the_cpu(each, kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_buffers_of_a_gpu(backend, kind):
-    tensors, _ = random_int4(24, 80, 16, kind, act_order=True)
+    """Float zeros of any dtype are float32 there, which its kernels read."""
+    tensors, _ = random_int4(24, 80, 16, kind, act_order=True, zero_dtype=torch.float16)
     with gpu(backend):
         weight = made_there(backend, tensors, kind)
     assert_bitwise(weight.packed.cpu(), packed_for_gpu(nibbles(tensors["qweight"])))
     for name in tensors.keys() & {"scales", "zeros"}:
         strips = getattr(weight, name).cpu()
-        assert strips.shape == (2, 5, 16) and strips.is_contiguous() and strips.dtype == tensors[name].dtype
+        widened = torch.float32 if name == "zeros" and kind != "zero_point" else tensors[name].dtype
+        assert strips.shape == (2, 5, 16) and strips.is_contiguous() and strips.dtype == widened
         for row, group in itertools.product(range(32), range(5)):
             place = 2 * (row % 8) + row % 16 // 8
             assert strips[row // 16, group, place] == (tensors[name][row, group] if row < 24 else 0)
@@ -128,7 +131,8 @@ def test_buffers_of_a_gpu(backend, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_comes_back_in_every_way(backend, kind, gate_up):
     for seed, (n, k) in enumerate(((48, 80), (16, 8), (32, 192), (1040, 136))):
-        tensors, here = random_int4(n, k, group_sizes(k)[-1], kind, act_order=seed % 2 == 0, seed=seed)
+        options = {"act_order": seed % 2 == 0, "zero_dtype": SCALE_DTYPES[seed % 3]}
+        tensors, here = random_int4(n, k, group_sizes(k)[-1], kind, **options, seed=seed)
         want, rows = here.dequantize(), {key: t for key, t in tensors.items() if key != "perm"}
         with gpu(backend):
             weight = made_there(backend, tensors, kind)
@@ -152,11 +156,23 @@ def test_a_weight_comes_back_in_every_way(backend, kind, gate_up):
 def test_a_move_to_another_type_of_device_changes_the_layout(each):
     if each.device == "cpu":
         pytest.skip("needs two types of device")
-    tensors, here = random_int4(48, 80, 16, "offset", act_order=True)
+    tensors, here = random_int4(48, 80, 16, "offset", act_order=True, zero_dtype=torch.float16)
     buffers = {key: t.clone() for key, t in here.named_buffers()}
     there = here.to(each.device)
     assert_bitwise(there.packed.cpu(), packed_for_gpu(nibbles(tensors["qweight"])))
     assert_tensors_equal(dict(there.cpu().named_buffers()), buffers)
+
+
+def test_kernels_refuse_narrow_zeros(backend):
+    tensors, _ = random_int4(16, 64, 16, "offset", zero_dtype=torch.float16)
+    with gpu(backend):
+        w = made_there(backend, tensors, "offset")
+    weight = (w.packed, w.scales, w.zeros.half())
+    x = backend.on_device(torch.zeros(1, 64, dtype=torch.float16))
+    with pytest.raises(RuntimeError, match=r"int4_gemm: zeros must have dtype float32, got float16"):
+        backend.ops.int4_gemm(x, *weight, None, None, 16, 16, 3)
+    with pytest.raises(RuntimeError, match=r"int4_dequantize: zeros must have dtype float32, got float16"):
+        backend.ops.int4_dequantize(*weight, 16, 16, 3, torch.float16)
 
 
 def test_fake_tensors_have_the_layout_of_their_device():
@@ -170,6 +186,12 @@ def test_fake_tensors_have_the_layout_of_their_device():
             assert w.shape == (24, 72)
             y = torch.ops.qops.int4_gemm(w, packed, scales, None, None, None, 24, 72, 0)
             assert y.shape == (24, 24) and y.dtype == torch.bfloat16
+            narrow = scales.half()
+            if device == "cpu":
+                assert torch.ops.qops.int4_gemm(w, packed, scales, narrow, None, None, 24, 72, 3).shape == (24, 24)
+            else:
+                with pytest.raises(RuntimeError, match=r"zeros must have dtype float32, got float16"):
+                    torch.ops.qops.int4_gemm(w, packed, scales, narrow, None, None, 24, 72, 3)
             with pytest.raises(ValueError, match=r"x must have last dimension K = 72, got 80"):
                 torch.ops.qops.int4_gemm(torch.empty(1, 80, device=device), packed, scales, None, None, None, 24, 72, 0)
 

@@ -181,10 +181,12 @@ def test_all_tensors_have_to_be_on_one_gpu(runtime, name):
     operator = getattr(getattr(torch.ops.qops_emu, op), overload)
     seen = 0
     calls = [call.arguments for call in valid_calls(name, 60)]
-    if op.startswith(("int4", "int8")):  # packed as on a GPU, and float16 or bfloat16
+    if op.startswith(("int4", "int8")):  # packed as on a GPU, float16 or bfloat16, zeros not
         block = 64 * (8 if op.startswith("int4") else 16)
         calls = [given for given in calls if "packed" not in given or given["packed"].shape[-1] % block == 0]
         calls = [given for given in calls if op != "int4_gemm" or given["x"].dtype != torch.float32]
+        zeros = (None, torch.uint8, torch.float32)
+        calls = [given for given in calls if getattr(given.get("zeros"), "dtype", None) in zeros]
     for call in calls[:3]:
         arguments = {arg: t.clone() if isinstance(t, torch.Tensor) else t for arg, t in call.items()}
         tensors = {arg: t for arg, t in arguments.items() if isinstance(t, torch.Tensor)}

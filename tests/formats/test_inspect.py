@@ -103,6 +103,7 @@ def test_what_is_described_is_what_is_read(tmp_path, case):
         found = fact.quantized
         assert found is not None and fact.stored_as == checkpoint.kind(module), name
         assert (found.group_size, found.scale_dtype) == (weight.group_size, weight.scale_dtype), name
+        assert found.zero_dtype == weight.zero_dtype, name
         assert weight.kind in found.kinds and set(found.kinds) <= set(weight.KINDS), name
         assert found.act_order in (weight.act_order, None), name
     files = [path] if path.is_file() else path.glob("*.safetensors")

@@ -327,7 +327,9 @@ def test_what_a_folder_holds_is_told_without_reading_it(tmp_path, name):
     checkpoint, found = open_checkpoint(path), inspect_checkpoint(path)
     weight, facts = checkpoint.weight(LAYER), checkpoint.describe(f"{LAYER}.weight")
     assert facts.shape == (weight.out_features, weight.in_features)
-    assert facts.quantized == QuantizedFacts(weight.group_size, weight.scale_dtype, (weight.kind,), weight.act_order)
+    assert facts.quantized == QuantizedFacts(
+        weight.group_size, weight.scale_dtype, (weight.kind,), weight.act_order, weight.zero_dtype
+    )
     (part,) = (part for part in found.parts if f"{LAYER}.weight" in part.names or LAYER in part.names)
     assert part.operator == kind.operator and found.not_fused is None
     loaded = sum(tensor.nbytes for tensor in load_model(path).state_dict().values())

@@ -37,14 +37,15 @@ SHAPES = (
 
 
 def make_weight(n, k, group_size, kind, seed, scale_dtype=torch.float16, act_order=False) -> qops.Int4Weight:
+    zero_dtype = FLOAT_DTYPES[seed % 3]
     rng = generator(seed)
     groups = (n, k // group_size)
     scales = (torch.rand(groups, generator=rng) * 0.02 + 1e-3).to(scale_dtype)
     zeros = {
         "symmetric": None,
         "zero_point": torch.randint(0, 17, groups, generator=rng, dtype=torch.uint8),
-        "float_zero": torch.rand(groups, generator=rng) * 15,
-        "offset": torch.randn(groups, generator=rng) * 0.1,
+        "float_zero": (torch.rand(groups, generator=rng) * 15).to(zero_dtype),
+        "offset": (torch.randn(groups, generator=rng) * 0.1).to(zero_dtype),
     }[kind]
     return qops.Int4Weight.from_canonical(
         torch.randint(0, 256, (n, k // 2), generator=rng, dtype=torch.uint8),
@@ -63,12 +64,30 @@ def by_contract(x: torch.Tensor, w: qops.Int4Weight, bias=None) -> torch.Tensor:
     if w.kind != "zero_point":
         codes = codes - 8
     scales = canonical["scales"].float().numpy()
-    zeros = canonical["zeros"].numpy() if "zeros" in canonical else None
+    zeros = canonical["zeros"].float().numpy() if "zeros" in canonical else None
     rows = x.reshape(-1, w.in_features)
     if "perm" in canonical:
         rows = rows[:, canonical["perm"].long()]
     y = [gemm_row(row, codes, scales, zeros, w.kind, w.group_size, bias, 8) for row in rows]
     return torch.stack(y).to(x.dtype).view(*x.shape[:-1], w.out_features)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ("float_zero", "offset"))
+@pytest.mark.parametrize("seed", (1, 2))
+def test_narrow_zeros_give_the_bits_of_the_same_numbers_in_float32(seed, kind, dtype):
+    for n, k, group_size in ((40, 1056, 32), (72, 288, 144), (80, 768, 256)):
+        w = make_weight(n, k, group_size, kind, seed)
+        assert w.zeros.dtype == FLOAT_DTYPES[seed] != torch.float32
+        canonical = w.canonical()
+        wide = qops.Int4Weight.from_canonical(**{**canonical, "zeros": canonical["zeros"].float()}, kind=kind)
+        assert_bitwise(w.dequantize(), wide.dequantize())
+        assert_bitwise(qops.int4_dequantize(w, dtype), qops.int4_dequantize(wide, dtype))
+        for m in (1, 3, 8, 40):
+            x = random_activations(m, k, dtype=dtype, seed=m)
+            assert_bitwise(qops.int4_gemm(x, w), qops.int4_gemm(x, wide), f"{w} {m}")
+            q, scale = qops.quantize_int8(x)
+            assert_bitwise(qops.int4_int8_gemm(q, scale, w), qops.int4_int8_gemm(q, scale, wide), f"{w} {m}")
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -314,7 +333,7 @@ ERRORS = {
     "kind": ({"kind": 4}, ValueError, r"kind must be 0 \(symmetric\), .*, got 4"),
     "zeros missing": ({"zeros": None}, ValueError, "zeros must be given for this kind, got None"),
     "zeros extra": ({"kind": 0}, ValueError, "zeros must be None for kind 0, got a tensor"),
-    "zeros dtype": ({"kind": 2}, RuntimeError, "zeros must have dtype float32, got uint8"),
+    "zeros dtype": ({"kind": 2}, RuntimeError, "zeros must have dtype float32, float16 or bfloat16, got uint8"),
     "perm": (
         {"perm": torch.zeros(63, dtype=torch.int32)},
         ValueError,

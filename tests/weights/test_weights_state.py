@@ -20,6 +20,7 @@ from qops.testing import assert_bitwise, generator
 from qops.weights import Int4Weight, Int8Weight
 from tests.support.ops.random_weights import (
     KINDS,
+    SCALE_DTYPES,
     assert_tensors_equal,
     buffers,
     empty_like,
@@ -102,6 +103,37 @@ def test_load_refuses(change, message, strict):
     with pytest.raises(RuntimeError, match=message):
         nn.ModuleDict({"w": weight}).load_state_dict({f"w.{k}": t for k, t in state.items()}, strict=strict)
     assert_tensors_equal(weight.canonical(), tensors)  # a refused state changes nothing
+
+
+@pytest.mark.parametrize("make", [random_int4, random_int8])
+def test_a_state_brings_the_dtype_of_its_offsets(make):
+    """Folders hold float16 ones of GGUF files, and older folders the same numbers in float32."""
+    for here, there in itertools.product(SCALE_DTYPES, SCALE_DTYPES):
+        tensors, weight = make(24, 64, 16, "offset", zero_dtype=there)
+        _, loaded = make(24, 64, 16, "offset", zero_dtype=here, seed=1)
+        loaded.load_state_dict(weight.state_dict())
+        assert loaded.zero_dtype == there
+        assert_tensors_equal(loaded.canonical(), tensors)
+        assert_bitwise(loaded.zeros, weight.zeros)
+        refused = {**weight.state_dict(), "scales": torch.ones(24, 2)}
+        _, kept = make(24, 64, 16, "offset", zero_dtype=here, seed=1)
+        with pytest.raises(RuntimeError, match="scales must have"):
+            kept.load_state_dict(refused)
+        assert kept.zero_dtype == kept.zeros.dtype == here
+        assert kept.is_like(weight) == (here == there)
+        if here != there:
+            with pytest.raises(ValueError, match="weights must be alike"):
+                type(weight).cat([weight, kept])
+
+
+def test_a_pickle_without_a_dtype_of_offsets_loads():
+    """Those of versions that widened them."""
+    _, weight = random_int4(24, 64, 16, "offset")
+    state = weight.__getstate__()
+    del state["zero_dtype"]
+    old = qops.Int4Weight.__new__(qops.Int4Weight)
+    old.__setstate__(state)
+    assert_tensors_equal(old.canonical(), weight.canonical())
 
 
 def test_float_zeros_are_not_loaded_as_offsets():

@@ -28,12 +28,14 @@ class QuantizedFacts:
         kinds: those of its class that it may have. More than one where its numbers decide: zero points that are all 8
             make a symmetric weight.
         act_order: whether its columns are in another order than those of w; None where its numbers decide.
+        zero_dtype: of float zeros and offsets.
     """
 
     group_size: int
     scale_dtype: torch.dtype
     kinds: tuple[str, ...]
     act_order: bool | None
+    zero_dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,9 @@ class Folder:
         except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
             raise ValueError(f"{self.path}: {name}: must have codes and scales, got {specs}") from error
         kind = self._kinds[module].partition(" ")[2]
-        quantized = QuantizedFacts(group_size, scales.dtype, (kind,), f"{name}.perm" in specs)
+        zeros = specs.get(f"{name}.offsets" if kind == "offset" else f"{name}.zeros")
+        zero_dtype = torch.float32 if zeros is None or kind == "zero_point" else zeros.dtype
+        quantized = QuantizedFacts(group_size, scales.dtype, (kind,), f"{name}.perm" in specs, zero_dtype)
         return Facts(self._kinds[module], (rows, columns), size, quantized)
 
     def weight(self, module: str) -> Weight:

@@ -177,6 +177,7 @@ class Hqq:
             scale_dtype=specs["scale"].dtype,
             kinds=("float_zero" if int4 else "offset",),
             act_order=False,
+            zero_dtype=specs["zero"].dtype if int4 else torch.float32,
         )
 
 

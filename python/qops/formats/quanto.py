@@ -172,6 +172,7 @@ class Quanto:
         wanted |= {key: ((), SCALE_DTYPES) for key in _UNUSED if key in specs}
         require_specs(specs, wanted)
         int4 = said["weights"] == "qint4"
+        kind = _kind(specs["weight._shift"].dtype) if int4 else "symmetric"
         return Stored(
             linear=Int4Linear if int4 else Int8WeightOnlyLinear,
             kind=f"quanto {said['weights']}",
@@ -180,8 +181,9 @@ class Quanto:
             keys=tuple(wanted),
             build=partial(_build_int4, (rows, columns)) if int4 else _build_int8,
             scale_dtype=specs["weight._scale"].dtype,
-            kinds=(_kind(specs["weight._shift"].dtype) if int4 else "symmetric",),
+            kinds=(kind,),
             act_order=False,
+            zero_dtype=specs["weight._shift"].dtype if kind == "offset" else torch.float32,
         )
 
 

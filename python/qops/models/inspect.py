@@ -34,8 +34,8 @@ from qops.weights.requirements import dtype_name
 from qops.weights.state import QuantizedWeight
 
 PREFILL_ROWS = 512
-# Of a group, the bytes that zeros of a kind take.
-_ZERO_BYTES = {"symmetric": 0, "zero_point": 1, "float_zero": 4, "offset": 4}
+# The kinds by the bytes that zeros take.
+_KINDS = ("symmetric", "zero_point", "float_zero", "offset")
 _PART_COLUMNS = (
     *("part", "count", "shape", "stored as", "becomes", "operator"),
     *("G", "kind", "act-order", "stored", "memory"),
@@ -295,8 +295,9 @@ def _without_numbers(linear: type[QuantizedLinear], fact: Facts, quantized: Quan
         columns,
         rows,
         quantized.group_size,
-        max(quantized.kinds, key=_ZERO_BYTES.__getitem__),
+        max(quantized.kinds, key=_KINDS.index),
         scale_dtype=quantized.scale_dtype,
+        zero_dtype=quantized.zero_dtype,
         device="meta",
     )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from qops import _layout
 from qops._layout import STRIP_ROWS, column_step, stored_columns, strips_of
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -298,6 +299,13 @@ def check_packed_weight(
     return k
 
 
+def check_zero_dtype(check: Checker, zeros: Tensor, arg: str, kind: int) -> None:
+    if kind > 1 and not _layout.has_gpu_layout(zeros.device):
+        check.float_dtype(zeros, arg)
+    else:
+        check.dtype(zeros, arg, torch.uint8 if kind == 1 else torch.float32)
+
+
 def check_zeros(check: Checker, kind: int, zeros: Tensor | None, scales: Tensor) -> None:
     """The kind of a weight, and the zeros that belong to it."""
     requirement = "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)"
@@ -306,7 +314,7 @@ def check_zeros(check: Checker, kind: int, zeros: Tensor | None, scales: Tensor)
     actual = "None" if zeros is None else "a tensor"
     check.require((zeros is None) == (kind == 0), "zeros", requirement, lambda: actual)
     if zeros is not None:
-        check.dtype(zeros, "zeros", torch.uint8 if kind == 1 else torch.float32)
+        check_zero_dtype(check, zeros, "zeros", kind)
         check.same_shape(zeros, "zeros", scales, "scales")
         check.contiguous(zeros, "zeros")
 
@@ -493,7 +501,7 @@ def check_block_linear(
     actual_zeros = "None" if zeros is None else "a tensor"
     check.require((zeros is None) == (kind == 0), f"{arg}_zeros", requirement, lambda: actual_zeros)
     if zeros is not None:
-        check.dtype(zeros, f"{arg}_zeros", torch.uint8 if kind == 1 else torch.float32)
+        check_zero_dtype(check, zeros, f"{arg}_zeros", kind)
         check.same_shape(zeros, f"{arg}_zeros", scales, f"{arg}_scales")
         check.contiguous(zeros, f"{arg}_zeros")
     if perm is not None:

@@ -334,7 +334,7 @@ def int4_int8_gemm_exact(
             w = codes[:, columns] - zero
             total = fma(s, (rows[:, columns] @ w.T).float(), total)
             if zeros is not None and weight.kind != "zero_point":
-                z, eight = zeros[:, group], torch.tensor(8.0)
+                z, eight = zeros[:, group].float(), torch.tensor(8.0)
                 offset = s * (eight - z) if weight.kind == "float_zero" else fma(s, eight, z)
                 total = fma(offset, rows[:, columns].sum(-1, keepdim=True).float(), total)
         y = y + total

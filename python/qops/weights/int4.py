@@ -32,16 +32,17 @@ class Int4Weight(QuantizedWeight):
 
     * ``"symmetric"``:  ``w = s * (q - 8)``
     * ``"zero_point"``: ``w = s * (q - z)``, z in 0 ... 16
-    * ``"float_zero"``: ``w = s * (q - z)``, z float32
-    * ``"offset"``:     ``w = s * q + o``, o float32
+    * ``"float_zero"``: ``w = s * (q - z)``, z a float
+    * ``"offset"``:     ``w = s * q + o``, o a float
 
     Canonical tensors: ``qweight`` uint8 ``[N, K/2]`` (even k in the low nibble), ``scales [N, K/G]``, ``zeros
-    [N, K/G]`` (uint8 zero points, float32 zeros or offsets; none when symmetric), ``perm`` int32 ``[K]`` (act-order
+    [N, K/G]`` (uint8 zero points, float zeros or offsets; none when symmetric), ``perm`` int32 ``[K]`` (act-order
     only: stored column j is column ``perm[j]`` of w, so each product gathers x first: on a GPU 4 K bytes of indices and
     a copy of x more, M * K elements read and written. In a :class:`qops.nn.MLP` the linears before do it when loaded).
     Packed tensors, with S = ceil(N / 16) strips: ``packed`` uint8 ``[S, 8 K]``, ``scales`` and ``zeros [S, K/G, 16]``,
     ``perm``. Rows past N fill the last strip with code 8 and scale 0. On a GPU ``packed`` has room for K rounded up to
-    a multiple of 64, and rows r and r + 8 of a strip have their scales, and zeros, side by side.
+    a multiple of 64, rows r and r + 8 of a strip have their scales, and zeros, side by side, and float zeros are
+    float32. Float zeros and offsets are float16, bfloat16 or float32, as the weight was given them.
 
     The constructor makes a weight of zeros to load a state into; weights come from :meth:`quantize`,
     :meth:`from_canonical` and the readers of checkpoint formats.
@@ -54,11 +55,12 @@ class Int4Weight(QuantizedWeight):
         scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
         act_order: whether there is a ``perm``.
         mixed_gate_up: whether the strips mix gate and up, as :meth:`mix_gate_up` says.
+        zero_dtype: the dtype of float zeros and offsets until a state is loaded, which may have another one.
         device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
 
     Raises:
         ValueError: sizes, group size or kind do not fit.
-        RuntimeError: a scale dtype that no kernel reads.
+        RuntimeError: a dtype of scales or zeros that no kernel reads.
     """
 
     KINDS = INT4_KINDS
@@ -76,9 +78,10 @@ class Int4Weight(QuantizedWeight):
         scale_dtype: torch.dtype,
         act_order: bool = False,
         mixed_gate_up: bool = False,
+        zero_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, mixed_gate_up)
+        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, mixed_gate_up, zero_dtype)
         self._hold_placeholder(device)
 
     @classmethod
@@ -163,7 +166,7 @@ class Int4Weight(QuantizedWeight):
             qweight: uint8 ``[N, K/2]``, even k in the low nibble; with ``perm``, columns in stored order.
             scales: float16, bfloat16 or float32 ``[N, K/G]``.
             kind: one of ``KINDS``.
-            zeros: ``[N, K/G]``, uint8 0 ... 16 for ``"zero_point"``; float32, or float16 or bfloat16 (widened), for
+            zeros: ``[N, K/G]``, uint8 0 ... 16 for ``"zero_point"``; float16, bfloat16 or float32 for
                 ``"float_zero"`` and ``"offset"``; None for ``"symmetric"``.
             perm: int32 or int64 ``[K]``, a permutation of 0 ... K-1; stored column j is column ``perm[j]`` of w.
             in_features: K, which says that ``qweight`` holds two codes in a byte.

@@ -31,13 +31,14 @@ class Int8Weight(QuantizedWeight):
     The exact weight of a code q in -128 ... 127 is, by ``kind``:
 
     * ``"symmetric"``:  ``w = s * q``
-    * ``"offset"``:     ``w = s * q + o``, o float32
+    * ``"offset"``:     ``w = s * q + o``, o a float
 
     Unsigned codes with zero points, s * (q - z) with q in 0 ... 255, are of kind ``"offset"`` with codes q - 128 where
     float32 holds s * (128 - z), as it does with float16 and bfloat16 scales.
 
-    Canonical tensors: ``qweight`` int8 ``[N, K]``, ``scales [N, K/G]``, ``zeros`` float32 ``[N, K/G]`` (the offsets;
-    none when symmetric), ``perm`` int32 ``[K]`` (act-order only: stored column j is column ``perm[j]`` of w).
+    Canonical tensors: ``qweight`` int8 ``[N, K]``, ``scales [N, K/G]``, ``zeros [N, K/G]`` (the offsets, float16,
+    bfloat16 or float32; none when symmetric), ``perm`` int32 ``[K]`` (act-order only: stored column j is column
+    ``perm[j]`` of w).
     Packed tensors, with S = ceil(N / 16) strips: ``packed`` int8 ``[S, 16 K]``, ``scales`` and ``zeros [S, K/G, 16]``,
     ``perm``. Rows past N fill the last strip with zeros. On a GPU ``packed`` has room for K rounded up to a multiple of
     64; ``scales`` and ``zeros`` are as on a CPU.
@@ -54,11 +55,12 @@ class Int8Weight(QuantizedWeight):
         scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
         act_order: whether there is a ``perm``.
         mixed_gate_up: whether the strips mix gate and up, as :meth:`mix_gate_up` says.
+        zero_dtype: the dtype of float zeros and offsets until a state is loaded, which may have another one.
         device: where the buffers live; on ``"meta"`` a state loads with ``assign=True``.
 
     Raises:
         ValueError: sizes, group size or kind do not fit.
-        RuntimeError: a scale dtype that no kernel reads.
+        RuntimeError: a dtype of scales or zeros that no kernel reads.
     """
 
     KINDS = ("symmetric", "offset")
@@ -76,9 +78,10 @@ class Int8Weight(QuantizedWeight):
         scale_dtype: torch.dtype,
         act_order: bool = False,
         mixed_gate_up: bool = False,
+        zero_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, mixed_gate_up)
+        self._configure(in_features, out_features, group_size, scale_dtype, kind, act_order, mixed_gate_up, zero_dtype)
         self._hold_placeholder(device)
 
     @classmethod
@@ -142,7 +145,7 @@ class Int8Weight(QuantizedWeight):
             scales: float16, bfloat16 or float32 ``[N, K/G]``; or ``[]``, one for the whole weight, which each row then
                 repeats.
             kind: one of ``KINDS``.
-            zeros: float32, or float16 or bfloat16 (widened), ``[N, K/G]``, the offsets; None for ``"symmetric"``.
+            zeros: float16, bfloat16 or float32 ``[N, K/G]``, the offsets; None for ``"symmetric"``.
             perm: int32 or int64 ``[K]``, a permutation of 0 ... K-1; stored column j is column ``perm[j]`` of w.
             pack: False leaves the weight canonical; it may then share memory with the arguments.
 

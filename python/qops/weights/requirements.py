@@ -77,9 +77,9 @@ def require_tensor(name: str, label: str, tensor: object) -> None:
         raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
 
 
-def require_scale_dtype(name: str, dtype: object) -> None:
+def require_scale_dtype(name: str, dtype: object, label: str = "scales") -> None:
     if dtype not in SCALE_DTYPES:
-        raise RuntimeError(f"{name}: scales must have dtype float16, bfloat16 or float32, got {dtype_name(dtype)}")
+        raise RuntimeError(f"{name}: {label} must have dtype float16, bfloat16 or float32, got {dtype_name(dtype)}")
 
 
 def require_dtype(name: str, label: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from qops._layout import group_count
 from qops.weights.requirements import (
-    SCALE_DTYPES,
     require_dtype,
     require_int,
     require_multiples_of_8,
@@ -19,6 +18,8 @@ from qops.weights.requirements import (
     require_tensor,
     resolve_group_size,
 )
+
+FLOAT_ZERO_KINDS = ("float_zero", "offset")
 
 
 class WeightSpec(nn.Module):
@@ -37,6 +38,8 @@ class WeightSpec(nn.Module):
     """G, the columns that share a scale: K where there is one group per row."""
     scale_dtype: torch.dtype
     """float16, bfloat16 or float32."""
+    zero_dtype: torch.dtype = torch.float32
+    """The same, of float zeros and offsets; float32 where the weight has none."""
     kind: str = "symmetric"
     """One of ``KINDS``."""
     act_order: bool = False
@@ -53,6 +56,7 @@ class WeightSpec(nn.Module):
         kind: str = "symmetric",
         act_order: bool = False,
         mixed_gate_up: bool = False,
+        zero_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Everything but the buffers."""
         super().__init__()
@@ -61,6 +65,7 @@ class WeightSpec(nn.Module):
         out_features = require_int(name, "out_features", out_features)
         require_multiples_of_8(name, out_features, in_features)
         require_scale_dtype(name, scale_dtype)
+        require_scale_dtype(name, zero_dtype, "zeros")
         if mixed_gate_up:
             self._require_gate_up(out_features)
         self._require_kind(kind)
@@ -68,6 +73,7 @@ class WeightSpec(nn.Module):
         self.out_features = out_features
         self.group_size = resolve_group_size(name, in_features, group_size)
         self.scale_dtype = scale_dtype
+        self.zero_dtype = zero_dtype if kind in FLOAT_ZERO_KINDS else torch.float32
         self.kind = kind
         self.act_order = act_order
         self.mixed_gate_up = mixed_gate_up
@@ -78,13 +84,14 @@ class WeightSpec(nn.Module):
 
     def _config_of_rows(self) -> dict[str, Any]:
         """The same for a weight of some rows of this one."""
-        return {
+        config = {
             "in_features": self.in_features,
             "group_size": self.group_size,
             "scale_dtype": self.scale_dtype,
             "kind": self.kind,
             "act_order": self.act_order,
         }
+        return {**config, "zero_dtype": self.zero_dtype} if self.kind in FLOAT_ZERO_KINDS else config
 
     def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of every canonical tensor."""
@@ -96,7 +103,7 @@ class WeightSpec(nn.Module):
             "scales": (per_group, self.scale_dtype),
         }
         if self.kind != "symmetric":
-            spec["zeros"] = (per_group, torch.uint8 if self.kind == "zero_point" else torch.float32)
+            spec["zeros"] = (per_group, torch.uint8 if self.kind == "zero_point" else self.zero_dtype)
         if self.act_order:
             spec["perm"] = ((k,), torch.int32)
         return spec
@@ -133,8 +140,7 @@ class WeightSpec(nn.Module):
             raise ValueError(f"{name}: kind {kind!r} {'needs' if zeros is None else 'takes no'} zeros")
         if zeros is not None:
             require_tensor(name, "zeros", zeros)
-            widen = kind != "zero_point" and zeros.dtype in SCALE_DTYPES
-            tensors["zeros"] = zeros.detach().float() if widen else zeros.detach()
+            tensors["zeros"] = zeros.detach()
         if perm is not None:
             require_tensor(name, "perm", perm)
             perm = perm.detach()
@@ -143,13 +149,16 @@ class WeightSpec(nn.Module):
         return tensors
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises unless these are canonical tensors of this weight."""
+        """Raises unless these are canonical tensors of this weight; float zeros may have another dtype."""
         name, device = self._name(), tensors["qweight"].device
         for key, (shape, dtype) in self._canonical_spec().items():
             tensor = tensors[key]
             if tensor.device != device:
                 raise RuntimeError(f"{name}: {key} must be on {device} like qweight, got {tensor.device}")
-            require_dtype(name, key, tensor, dtype)
+            if key == "zeros" and self.kind in FLOAT_ZERO_KINDS:
+                require_scale_dtype(name, tensor.dtype, key)
+            else:
+                require_dtype(name, key, tensor, dtype)
             if tensor.shape != shape:
                 raise ValueError(f"{name}: {key} must have shape {list(shape)}, got {list(tensor.shape)}")
             if tensor.is_meta:

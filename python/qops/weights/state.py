@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qops import _layout
 from qops._layout import STRIP_ROWS, chunk_rows, into_strips, layout_of, out_of_strips, strips_of
 from qops.weights.requirements import (
     dtype_name,
     moved,
     require_int,
 )
-from qops.weights.spec import WeightSpec
+from qops.weights.spec import FLOAT_ZERO_KINDS, WeightSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -315,6 +316,8 @@ class QuantizedWeight(WeightSpec):
         for key in ("scales", "zeros"):
             if key in tensors:
                 packed[key] = into_strips(tensors[key], self._pairs_rows(device))
+        if _layout.has_gpu_layout(device) and self.kind in FLOAT_ZERO_KINDS:
+            packed["zeros"] = packed["zeros"].float()  # what its kernels read
         if "perm" in tensors:
             packed["perm"] = tensors["perm"].clone()
         return packed
@@ -334,6 +337,8 @@ class QuantizedWeight(WeightSpec):
                 paired = self._pairs_rows(self.device)
                 packed = "packed" in tensors
                 rows[key] = out_of_strips(whole[strips], stop - start, paired) if packed else whole[start:stop]
+        if self.kind in FLOAT_ZERO_KINDS:
+            rows["zeros"] = rows["zeros"].to(self.zero_dtype)
         return rows
 
     @classmethod
@@ -373,9 +378,15 @@ class QuantizedWeight(WeightSpec):
         """Where all classmethods end: checks canonical tensors and holds them."""
         weight = cls.__new__(cls)
         weight._configure(out_features=tensors["qweight"].shape[0], **config)
-        weight._check(tensors)
-        weight._hold(weight._packed_from(tensors) if pack else {key: t.contiguous() for key, t in tensors.items()})
+        weight._take(tensors, pack)
         return weight
+
+    def _take(self, tensors: Mapping[str, Tensor], pack: bool) -> None:
+        """Checks canonical tensors and holds them, float zeros in the dtype in which they come."""
+        self._check(tensors)
+        if self.kind in FLOAT_ZERO_KINDS:
+            self.zero_dtype = tensors["zeros"].dtype
+        self._hold(self._packed_from(tensors) if pack else {key: t.contiguous() for key, t in tensors.items()})
 
     def _hold_placeholder(self, device: torch.device | str | None) -> None:
         """Holds packed zeros, for load_state_dict to replace."""
@@ -439,8 +450,7 @@ class QuantizedWeight(WeightSpec):
                 if self.device.type == "meta":
                     raise RuntimeError(f"{self._name()}: a weight on the meta device loads with assign=True only")
                 tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
-            self._check(tensors)
-            self._hold(self._packed_from(tensors))
+            self._take(tensors, pack=True)
         except (RuntimeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'weight'}: {error}")
 

@@ -38,7 +38,8 @@ def block_weight(
     if kind == "zero_point":
         tensors["zeros"] = torch.randint(17, shape, dtype=torch.uint8, generator=rng)
     elif kind != "symmetric":
-        tensors["zeros"] = torch.randn(shape, generator=rng) * (4 if kind == "float_zero" else size)
+        zeros = torch.randn(shape, generator=rng) * (4 if kind == "float_zero" else size)
+        tensors["zeros"] = zeros.to(scales)
     if act_order:
         tensors["perm"] = torch.randperm(k, generator=rng).int()
     weight = (Int4Weight if bits == 4 else Int8Weight).from_canonical(**tensors, kind=kind)

@@ -91,7 +91,7 @@ def int4_int8_gemm_exact(
             for at in range(begin, end, g):
                 group = at // g
                 w = codes[:, at : at + g].numpy().astype(np.int64)
-                z = None if zeros is None else zeros[:, group].numpy()
+                z = None if zeros is None else zeros[:, group].float().numpy()
                 w = w - (z.astype(np.int64)[:, None] if z is not None and kind == "zero_point" else 8)
                 sums = x[:, at : at + g] @ w.T
                 assert np.abs(sums).max(initial=0) < 2**31

@@ -20,7 +20,9 @@ def group_sizes(k: int) -> list[int]:
     return [-1, *(g for g in range(16, k, 16) if k % g == 0)]
 
 
-def random_int4(n, k, group_size, kind, *, scale_dtype=torch.float16, act_order=False, seed=0, pack=True):
+def random_int4(
+    n, k, group_size, kind, *, scale_dtype=torch.float16, zero_dtype=torch.float32, act_order=False, seed=0, pack=True
+):
     """Canonical tensors and the weight made of them; negative and zero scales, every code and zero point occur."""
     rng = generator(seed)
     groups = 1 if group_size in (-1, k) else k // group_size
@@ -32,13 +34,24 @@ def random_int4(n, k, group_size, kind, *, scale_dtype=torch.float16, act_order=
     if kind == "zero_point":
         tensors["zeros"] = torch.randint(17, (n, groups), dtype=torch.uint8, generator=rng)
     elif kind != "symmetric":
-        tensors["zeros"] = 4 * torch.randn(n, groups, generator=rng)
+        tensors["zeros"] = (4 * torch.randn(n, groups, generator=rng)).to(zero_dtype)
     if act_order:
         tensors["perm"] = torch.randperm(k, generator=rng).int()
     return tensors, Int4Weight.from_canonical(**tensors, kind=kind, pack=pack)
 
 
-def random_int8(n, k, group_size, kind="symmetric", *, scale_dtype=torch.float16, act_order=False, seed=0, pack=True):
+def random_int8(
+    n,
+    k,
+    group_size,
+    kind="symmetric",
+    *,
+    scale_dtype=torch.float16,
+    zero_dtype=torch.float32,
+    act_order=False,
+    seed=0,
+    pack=True,
+):
     """The same of 8-bit weights."""
     rng = generator(seed)
     groups = 1 if group_size in (-1, k) else k // group_size
@@ -47,7 +60,7 @@ def random_int8(n, k, group_size, kind="symmetric", *, scale_dtype=torch.float16
         "scales": torch.randn(n, groups, generator=rng).to(scale_dtype),
     }
     if kind == "offset":
-        tensors["zeros"] = 64 * torch.randn(n, groups, generator=rng)
+        tensors["zeros"] = (64 * torch.randn(n, groups, generator=rng)).to(zero_dtype)
     if act_order:
         tensors["perm"] = torch.randperm(k, generator=rng).int()
     return tensors, Int8Weight.from_canonical(**tensors, kind=kind, pack=pack)
@@ -55,11 +68,13 @@ def random_int8(n, k, group_size, kind="symmetric", *, scale_dtype=torch.float16
 
 def some_weights() -> list[tuple[dict[str, Tensor], Int4Weight | Int8Weight]]:
     int4 = [
-        random_int4(24, 80, 16, kind, scale_dtype=dtype, act_order=act_order)
-        for kind, dtype, act_order in itertools.product(KINDS, SCALE_DTYPES, (False, True))
+        random_int4(24, 80, 16, kind, scale_dtype=dtype, zero_dtype=zeros, act_order=act_order)
+        for (kind, dtype, act_order), zeros in zip(
+            itertools.product(KINDS, SCALE_DTYPES, (False, True)), itertools.cycle((*SCALE_DTYPES, torch.float16))
+        )
     ]
     int8 = [
-        random_int8(24, 80, group_size, kind, scale_dtype=dtype, act_order=act_order)
+        random_int8(24, 80, group_size, kind, scale_dtype=dtype, zero_dtype=dtype, act_order=act_order)
         for (group_size, kind), (dtype, act_order) in itertools.product(
             itertools.product((-1, 16), Int8Weight.KINDS), ((torch.float16, False), (torch.float32, True))
         )

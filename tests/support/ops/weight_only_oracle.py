@@ -67,7 +67,7 @@ def gemm_row(x: torch.Tensor, codes, scales, zeros, kind: str, group_size: int, 
 
     Args:
         x: [K], columns in packed order. codes: int64 [N, K], of 4 bits already minus 8 for kinds other than
-        zero_point. scales: float32 [N, groups]. zeros: [N, groups] or None. kind: of the weight.
+        zero_point. scales: float32 [N, groups]. zeros: [N, groups] of any dtype, or None. kind: of the weight.
         origin: 8 for codes of 4 bits, else 0.
     """
     values = x.float().numpy()
@@ -90,7 +90,7 @@ def gemm_row(x: torch.Tensor, codes, scales, zeros, kind: str, group_size: int, 
         s = scales[:, group]
         total = fma(s, value * scale, total)
         if kind in ("float_zero", "offset"):
-            z = zeros[:, group]
+            z = zeros[:, group].astype(np.float32)
             offset = s * (np.float32(origin) - z) if kind == "float_zero" else fma(s, origin, z) if origin else z
             total = fma(offset, np.float32(v.sum()) * scale, total)
         if index + 1 in ends:

@@ -131,7 +131,7 @@ def weight_only_exact(
             if k == 0:
                 y[index] = 0 if a["bias"] is None else a["bias"].to(x.dtype)
                 continue
-            z = None if zeros is None else zeros.numpy()
+            z = None if zeros is None else zeros.float().numpy()
             total = gemm_row(row, numbers, scales.float().numpy(), z, kind, k // scales.shape[1], a["bias"], origin)
             y[index] = total.to(x.dtype)
     return y.view(*x.shape[:-1], n)
@@ -244,7 +244,7 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
     if kind == "zero_point":
         zeros = torch.randint(17 if exact else 256, (n, groups), generator=rng).to(torch.uint8)
     elif kind in ("float_zero", "offset"):
-        zeros = torch.randn((n, groups), generator=rng) * 4
+        zeros = (torch.randn((n, groups), generator=rng) * 4).to(s.dtype())
     if s.one_in(3):
         perm = torch.randperm(k, generator=rng).int() if exact else torch.randint(max(k, 1), (k,), generator=rng).int()
     x = s.values((*leading, k), dtype)
@@ -306,7 +306,7 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
     dtypes: dict[str, tuple[torch.dtype, ...]] = {"x": FLOAT_DTYPES, "scales": FLOAT_DTYPES, "bias": FLOAT_DTYPES}
     dtypes |= {"packed": (codes,), "perm": (torch.int32,), "out": FLOAT_DTYPES}
     inner = [name for name in ("packed", "scales", "zeros", "perm") if a.get(name) is not None]
-    dtypes["zeros"] = (torch.uint8,) if a.get("kind") == 1 else (F32,)
+    dtypes["zeros"] = (torch.uint8,) if a.get("kind") == 1 else FLOAT_DTYPES
     if bits == 4:
         dtypes |= {"residual": FLOAT_DTYPES, "out_scale": (F32,), "out_zero_point": (torch.int32,)}
         dtypes["out"] = FLOAT_DTYPES if a.get("out_scale") is None else (INT8,)

@@ -43,7 +43,8 @@ class Stored:
         linear: what multiplies with it.
         kind: how it is stored, in the words of its format.
         shape: (N, K).
-        group_size, scale_dtype, kinds, act_order: as of :class:`qops.formats.checkpoint.QuantizedFacts`.
+        group_size, scale_dtype, kinds, act_order, zero_dtype: as of
+            :class:`qops.formats.checkpoint.QuantizedFacts`.
         keys: the last parts of the names of its tensors.
         build: the weight, not packed yet, from those tensors.
         input_keys: the same of the tensors of `linear.static_input`.
@@ -59,9 +60,10 @@ class Stored:
     keys: tuple[str, ...]
     build: Callable[[Mapping[str, Tensor]], QuantizedWeight]
     input_keys: tuple[str, ...] = ()
+    zero_dtype: torch.dtype = torch.float32
 
     def facts(self) -> QuantizedFacts:
-        return QuantizedFacts(self.group_size, self.scale_dtype, self.kinds, self.act_order)
+        return QuantizedFacts(self.group_size, self.scale_dtype, self.kinds, self.act_order, self.zero_dtype)
 
 
 class Method(Protocol):

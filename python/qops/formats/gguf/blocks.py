@@ -5,9 +5,9 @@ the block and a small integer of the group: exact in float32, not in float16. d,
 
     type   bytes  elements  group  w                     weight                   bits an element, and in the file
     Q4_0      18        32     32  d (q - 8)             Int4Weight, "symmetric"   4.5   4.5
-    Q4_1      20        32     32  d q + m               Int4Weight, "offset"      5.5   5
+    Q4_1      20        32     32  d q + m               Int4Weight, "offset"      5     5
     Q5_0      22        32     32  d (q - 16)            Int8Weight, "symmetric"   8.5   5.5
-    Q5_1      24        32     32  d q + m               Int8Weight, "offset"      9.5   6
+    Q5_1      24        32     32  d q + m               Int8Weight, "offset"      9     6
     Q8_0      34        32     32  d q                   Int8Weight, "symmetric"   8.5   8.5
     Q2_K      84       256     16  (d s) q - (dmin m)    Int4Weight, "offset"      8     2.63
     Q3_K     110       256     16  (d (s - 32)) (q - 4)  Int4Weight, "symmetric"   6     3.44
@@ -166,8 +166,8 @@ def int4_weight(blocks: Tensor, qtype: str, *, pack: bool = True) -> Int4Weight:
         pack: as in :meth:`qops.Int4Weight.from_canonical`.
 
     Returns:
-        Of kind ``"symmetric"`` (Q4_0, Q3_K) or ``"offset"``, in groups of 32, and of 16 for Q2_K and Q3_K. Scales are
-        float16, and float32 for K-quants.
+        Of kind ``"symmetric"`` (Q4_0, Q3_K) or ``"offset"``, in groups of 32, and of 16 for Q2_K and Q3_K. Scales and
+        offsets are float16, and float32 for K-quants.
 
     Raises:
         ValueError: another type, or blocks that do not fill rows of it; N is no multiple of 8; NaN or infinity in a
@@ -189,8 +189,8 @@ def int8_weight(blocks: Tensor, qtype: str, *, pack: bool = True) -> Int8Weight:
         pack: as in :meth:`qops.Int8Weight.from_canonical`.
 
     Returns:
-        Of kind ``"symmetric"``, and ``"offset"`` for Q5_1 and Q5_K, in groups of 32, and of 16 for Q6_K. Scales are
-        float16, and float32 for K-quants.
+        Of kind ``"symmetric"``, and ``"offset"`` for Q5_1 and Q5_K, in groups of 32, and of 16 for Q6_K. Scales and
+        offsets are float16, and float32 for K-quants.
 
     Raises:
         ValueError: another type, or blocks that do not fill rows of it; N is no multiple of 8; NaN or infinity in a
@@ -209,7 +209,7 @@ def facts(qtype: str) -> QuantizedFacts:
     block = BLOCK_TYPES[qtype]
     zeros = torch.zeros(8, block.bytes, dtype=torch.uint8)
     weight = (int4_weight if block.bits == 4 else int8_weight)(zeros, qtype, pack=False)
-    return QuantizedFacts(weight.group_size, weight.scale_dtype, (weight.kind,), weight.act_order)
+    return QuantizedFacts(weight.group_size, weight.scale_dtype, (weight.kind,), weight.act_order, weight.zero_dtype)
 
 
 def dequantize(blocks: Tensor, qtype: str) -> Tensor:
@@ -231,7 +231,7 @@ def dequantize(blocks: Tensor, qtype: str) -> Tensor:
 
 
 def _canonical(name: str, blocks: Tensor, qtype: str, bits: int) -> dict[str, Any]:
-    """The arguments of `from_canonical`. Offsets in float16 are widened there, to float32 that hold them."""
+    """The arguments of `from_canonical`."""
     types = [key for key, value in BLOCK_TYPES.items() if value.bits == bits]
     if qtype not in types:
         raise ValueError(f"{name}: qtype must be one of {', '.join(types)}, got {qtype!r}")

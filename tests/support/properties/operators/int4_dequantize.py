@@ -23,7 +23,7 @@ from tests.support.properties.property_gemm import (
     untyped,
     weight_ways,
 )
-from tests.support.properties.property_rows import F32, INT8, Ways, finish
+from tests.support.properties.property_rows import INT8, Ways, finish
 
 
 def int4_dequantize(s: Sampler) -> Call:
@@ -37,7 +37,7 @@ def int4_dequantize(s: Sampler) -> Call:
     if kind == "zero_point":
         zeros = torch.randint(17 if exact else 256, (n, groups), generator=rng).to(torch.uint8)
     elif kind != "symmetric":
-        zeros = torch.randn((n, groups), generator=rng) * 4
+        zeros = (torch.randn((n, groups), generator=rng) * 4).to(s.dtype())
     mixed = mix_gate_up if mixed_gate_up else lambda rows: rows
     arguments: dict[str, Any] = {
         "packed": s.contiguous(packed(mixed(codes), 4)),
@@ -66,7 +66,8 @@ def int4_dequantize(s: Sampler) -> Call:
 def int4_dequantize_ways(s: Sampler, call: Call, k: int) -> Ways:
     a = call.arguments
     inner = [name for name in ("packed", "scales", "zeros") if a[name] is not None]
-    dtypes = {"packed": (torch.uint8,), "scales": FLOAT_DTYPES, "zeros": (torch.uint8,) if a["kind"] == 1 else (F32,)}
+    zeros = (torch.uint8,) if a["kind"] == 1 else FLOAT_DTYPES
+    dtypes = {"packed": (torch.uint8,), "scales": FLOAT_DTYPES, "zeros": zeros}
 
     def zeros_or_none() -> Fault:
         a["zeros"] = torch.zeros(a["scales"].shape, dtype=torch.uint8) if a["zeros"] is None else None

@@ -46,7 +46,7 @@ def int4_int8_gemm(s: Sampler) -> Call:
     if kind == "zero_point":
         zeros = torch.randint(17, (n, groups), generator=rng).to(torch.uint8)
     elif kind != "symmetric":
-        zeros = torch.randn((n, groups), generator=rng) * 4
+        zeros = (torch.randn((n, groups), generator=rng) * 4).to(s.dtype())
     if s.one_in(3):
         perm = torch.randperm(k, generator=rng).int() if exact else torch.randint(max(k, 1), (k,), generator=rng).int()
     out_dtype = s.dtype()
@@ -97,7 +97,8 @@ def int4_int8_gemm(s: Sampler) -> Call:
 def int4_int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
     a = call.arguments
     dtypes = {"q": (INT8,), "scale": (F32,), "packed": (torch.uint8,), "scales": FLOAT_DTYPES, "bias": FLOAT_DTYPES}
-    dtypes |= {"zeros": (torch.uint8,) if a["kind"] == 1 else (F32,), "perm": (torch.int32,), "residual": FLOAT_DTYPES}
+    dtypes |= {"zeros": (torch.uint8,) if a["kind"] == 1 else FLOAT_DTYPES}
+    dtypes |= {"perm": (torch.int32,), "residual": FLOAT_DTYPES}
     dtypes |= {"out_scale": (F32,), "out_zero_point": (torch.int32,)}
     dtypes["out"] = FLOAT_DTYPES if a.get("out_scale") is None else (INT8,)
     inner = [name for name in ("packed", "scales", "zeros", "perm") if a[name] is not None]
