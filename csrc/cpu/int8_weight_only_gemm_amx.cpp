@@ -5,7 +5,7 @@
 namespace qops::cpu::QOPS_ISA_NS {
 
 Status int8_weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
-  if (!takes_tiles(p)) return avx512::int8_weight_only_gemm(p, pool);
+  if (!takes_tiles<Int8Codes>(p)) return avx512::int8_weight_only_gemm(p, pool);
   return p.dtype == DType::kBFloat16 ? tiled_weight_only_gemm<Int8Codes, BFloat16>(p, pool)
                                      : tiled_weight_only_gemm<Int8Codes, Half>(p, pool);
 }

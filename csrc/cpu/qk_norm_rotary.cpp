@@ -51,6 +51,51 @@ void norm_and_rotate(const RotaryParams& p, const RmsNormStyle& style, const Rot
   }
 }
 
+// As norm_and_rotate() of dense heads, in two passes over the token's heads: the chain of one head's sum, division and
+// root is long, those of several run side by side.
+template <bool kStream, bool kRoundBeforeWeight, class T>
+void norm_and_rotate_dense(const RotaryParams& p, const RmsNormStyle& style, const RotaryHeads& heads,
+                           const float* weight, int64_t token, int64_t next, const Angles& angles) {
+  constexpr int64_t kHeads = 16;
+  const int64_t x_begin = heads.x_tokens.offset(token), after = heads.x_tokens.offset(next);
+  const int64_t y_begin = heads.y_tokens.offset(token);
+  const F32x16 offset = set1(style.weight_offset);
+  for (int64_t first = 0; first < heads.heads; first += kHeads) {
+    const int64_t n = std::min(kHeads, heads.heads - first);
+    const T* x = static_cast<const T*>(heads.x) + x_begin + first * heads.x_head_stride;
+    const T* ahead = static_cast<const T*>(heads.x) + after + first * heads.x_head_stride;
+    T* y = static_cast<T*>(heads.y) + y_begin + first * heads.y_head_stride;
+    float rstd[kHeads] = {};
+    for (int64_t head = 0; head < n; ++head) {
+      rstd[head] = sum_of_squares(x + head * heads.x_head_stride, p.d, RowAhead<T>{ahead + head * heads.x_head_stride});
+    }
+    const F32x16 mean = load(rstd) / set1(static_cast<float>(p.d));
+    store(rstd, set1(1.0f) / sqrt(mean + set1(style.eps)));
+    for (int64_t head = 0; head < n; ++head) {
+      const F32x16 factor = set1(rstd[head]);
+      const auto finish = [&](F32x16 v, F32x16 w) {
+        const F32x16 normed = v * factor;
+        return round_in_pair<T>(kRoundBeforeWeight ? round_in_pair<T>(normed) * w : normed * (w + offset));
+      };
+      const RowAhead<T> lines{ahead + head * heads.x_head_stride};
+      rotate_whole_halves<kStream>(x + head * heads.x_head_stride, y + head * heads.y_head_stride, p.pairs, angles,
+                                   [&](const T* from, int64_t i) {
+                                     fetch_half(lines, p.d / 2 + i / 2, kPair);
+                                     const F32x32 v = load_pair(from + i);
+                                     return F32x32{finish(v.a, load(weight + i)),
+                                                   finish(v.b, load(weight + i + kLanes))};
+                                   });
+    }
+  }
+}
+
+template <bool kRoundBeforeWeight, class T>
+void norm_and_rotate_dense(const RotaryParams& p, const RmsNormStyle& style, const RotaryHeads& heads,
+                           const float* weight, bool streams, int64_t token, int64_t next, const Angles& angles) {
+  streams ? norm_and_rotate_dense<true, kRoundBeforeWeight, T>(p, style, heads, weight, token, next, angles)
+          : norm_and_rotate_dense<false, kRoundBeforeWeight, T>(p, style, heads, weight, token, next, angles);
+}
+
 template <class T, class A>
 Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
   const RotaryParams& p = params.rotary;
@@ -67,12 +112,36 @@ Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
   float* k_weight = weights.take<float>(weight_floats);
   widen_weight(params.q_weight, params.q_weight_dtype, p.d, q_weight);
   widen_weight(params.k_weight, params.k_weight_dtype, p.d, k_weight);
+  const bool is_dense = rotates_whole_halves(p) && 2 * p.pairs == p.d;
+  const bool streams_q = is_dense && streams_heads<T>(p, p.q), streams_k = is_dense && streams_heads<T>(p, p.k);
+  if (is_dense) {
+    order_as_pairs<T>(q_weight, p.d);
+    order_as_pairs<T>(k_weight, p.d);
+  }
   // A buffer holds the token's angles and one head.
   const int64_t floats = 2 * angle_floats + p.d;
   return for_rows_with_buffer<float>(pool, tokens, grain, floats, [&](int64_t token, float* buffer) {
     const Angles angles{buffer, buffer + angle_floats};
     T* normed = reinterpret_cast<T*>(buffer + 2 * angle_floats);
     load_all_angles<A>(p, token, angles);
+    if (is_dense) {
+      order_as_pairs<T>(angles.cos, p.pairs);
+      order_as_pairs<T>(angles.sin, p.pairs);
+      const int64_t next = token + 1 < tokens ? token + 1 : token;
+      const auto both = [&](const auto& heads) {
+        heads(p.q, q_weight, streams_q);
+        heads(p.k, k_weight, streams_k);
+      };
+      params.style.round_before_weight
+          ? both([&](const RotaryHeads& heads, const float* weight, bool streams) {
+              norm_and_rotate_dense<true, T>(p, params.style, heads, weight, streams, token, next, angles);
+            })
+          : both([&](const RotaryHeads& heads, const float* weight, bool streams) {
+              norm_and_rotate_dense<false, T>(p, params.style, heads, weight, streams, token, next, angles);
+            });
+      if (streams_q || streams_k) end_stream();
+      return;
+    }
     norm_and_rotate<T>(p, params.style, p.q, q_weight, token, angles, normed);
     norm_and_rotate<T>(p, params.style, p.k, k_weight, token, angles, normed);
   });

@@ -5,7 +5,8 @@
 
 #include <limits>
 
-#include "cpu/simd.h"
+#include "cpu/row_ahead.h"
+#include "cpu/simd_pair.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
 
@@ -28,22 +29,34 @@ inline float round_to(float x) {
 }
 
 // max |x|, NaN if any element is: as integers, the magnitudes of floats have the order of their values, NaN above all.
-template <class T>
-inline float largest_magnitude(const T* x, int64_t k) {
+template <class T, class Ahead = NothingAhead>
+inline float largest_magnitude(const T* x, int64_t k, const Ahead& ahead = {}) {
+  constexpr int64_t kPairs = 8;
   const I32x16 magnitude = set1(0x7fffffff);
   I32x16 most = set1(0);
   int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) most = max(most, as_int(load(x + i)) & magnitude);
-  if (i < k) most = max(most, as_int(load_n(x + i, k - i)) & magnitude);
+  for (; i + kPairs * kPair <= k; i += kPairs * kPair) {
+    fetch_half(ahead, i / 2, kPairs * kPair);
+    if constexpr (kAlternates<T>) {
+      most = max(most, largest_magnitudes(x + i, kPairs));
+    } else {
+      for (int64_t j = i; j < i + kPairs * kPair; j += kLanes) most = max(most, as_int(load(x + j)) & magnitude);
+    }
+  }
+  for (; i < k; i += kLanes) most = max(most, as_int(load_n(x + i, k - i)) & magnitude);
   return bit_cast<float>(max_lanes(most));
 }
 
-// q = rne(f(x)), clamped to -128 .. 127. f(x) must fit int32.
-template <class T, class F>
-inline void quantise_elements(const T* x, int64_t k, int8_t* q, const F& f) {
+// q = rne(f(x)), clamped to -128 .. 127. f(x) must fit int16.
+template <bool kStream, class T, class F, class Ahead = NothingAhead>
+inline void quantise_elements(const T* x, int64_t k, int8_t* q, const F& f, const Ahead& ahead = {}) {
   int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) store_saturated(q + i, to_int(f(load(x + i))));
-  if (i < k) store_saturated_n(q + i, to_int(f(load_n(x + i, k - i))), k - i);
+  for (; i + kPair <= k; i += kPair) {
+    fetch_half(ahead, k / 2 + i / 2, kPair);
+    const F32x32 v = load_pair(x + i);
+    store_saturated_pair<kStream, T>(q + i, to_int(f(v.a)), to_int(f(v.b)));
+  }
+  for (; i < k; i += kLanes) store_saturated_n(q + i, to_int(f(load_n(x + i, k - i))), k - i);
 }
 
 // x to the codes of quantize_int8_static, before they are rounded and clamped.
@@ -69,7 +82,7 @@ struct DividedCodes {
       : scale(set1(scale)), zero_point(set1(static_cast<float>(zero_point))) {}
 
   F32x16 operator()(F32x16 x) const {
-    const F32x16 shifted = round_to<T>(round_to<T>(nan_to_zero(x) / scale) + zero_point);
+    const F32x16 shifted = round_in_pair<T>(round_in_pair<T>(nan_to_zero(x) / scale) + zero_point);
     return min(set1(256.0f), max(set1(-256.0f), shifted));
   }
 };
@@ -78,9 +91,9 @@ inline void zero_row(int64_t k, int8_t* q) {
   if (k > 0) std::memset(q, 0, static_cast<size_t>(k));  // an empty row may have no address
 }
 
-template <class T>
-inline void quantise_row_127(const T* x, int64_t k, int8_t* q, float* scale) {
-  const float a = largest_magnitude(x, k);
+template <bool kStream, class T, class Ahead>
+inline void quantise_row_127(const T* x, int64_t k, int8_t* q, float* scale, const Ahead& ahead) {
+  const float a = largest_magnitude(x, k, ahead);
   const float factor = 127.0f / a;
   if (!(a < kInfinity) || factor == kInfinity) {
     *scale = a < kInfinity ? 0.0f : kNaN;
@@ -88,35 +101,35 @@ inline void quantise_row_127(const T* x, int64_t k, int8_t* q, float* scale) {
   }
   *scale = a / 127.0f;
   const F32x16 f = set1(factor);
-  quantise_elements(x, k, q, [&](F32x16 v) { return v * f; });
+  quantise_elements<kStream>(x, k, q, [&](F32x16 v) { return v * f; }, ahead);
 }
 
-template <class T>
-inline void quantise_row_compressed_tensors(const T* x, int64_t k, int8_t* q, float* scale) {
-  const float rounded = round_to<T>(largest_magnitude(x, k) / 127.5f);
+template <bool kStream, class T, class Ahead>
+inline void quantise_row_compressed_tensors(const T* x, int64_t k, int8_t* q, float* scale, const Ahead& ahead) {
+  const float rounded = round_to<T>(largest_magnitude(x, k, ahead) / 127.5f);
   *scale = rounded == 0.0f ? kEpsilon<T> : rounded;
   if (!(rounded < kInfinity)) return zero_row(k, q);
   const F32x16 s = set1(*scale);
-  quantise_elements(x, k, q, [&](F32x16 v) { return round_to<T>(v / s); });
+  quantise_elements<kStream>(x, k, q, [&](F32x16 v) { return round_in_pair<T>(v / s); }, ahead);
 }
 
-template <class T>
-inline void quantise_row_torchao(const T* x, int64_t k, int8_t* q, float* scale) {
-  const float rounded = round_to<T>(largest_magnitude(x, k) / 127.5f);
+template <bool kStream, class T, class Ahead>
+inline void quantise_row_torchao(const T* x, int64_t k, int8_t* q, float* scale, const Ahead& ahead) {
+  const float rounded = round_to<T>(largest_magnitude(x, k, ahead) / 127.5f);
   *scale = rounded < kEpsilon<float> ? kEpsilon<float> : rounded;
   if (!(rounded < kInfinity)) return zero_row(k, q);
   const F32x16 f = set1(1.0f / *scale);
-  quantise_elements(x, k, q, [&](F32x16 v) { return v * f; });
+  quantise_elements<kStream>(x, k, q, [&](F32x16 v) { return v * f; }, ahead);
 }
 
-template <class T>
-inline void quantise_row(const T* x, int64_t k, const Int8Output& out, int64_t row) {
+template <bool kStream = false, class T, class Ahead = NothingAhead>
+inline void quantise_row(const T* x, int64_t k, const Int8Output& out, int64_t row, const Ahead& ahead = {}) {
   int8_t* q = out.q + row * k;
   float* scale = out.scale + row;
   switch (out.rule) {
-    case QuantizeRule::k127: return quantise_row_127(x, k, q, scale);
-    case QuantizeRule::kCompressedTensors: return quantise_row_compressed_tensors(x, k, q, scale);
-    case QuantizeRule::kTorchao: return quantise_row_torchao(x, k, q, scale);
+    case QuantizeRule::k127: return quantise_row_127<kStream>(x, k, q, scale, ahead);
+    case QuantizeRule::kCompressedTensors: return quantise_row_compressed_tensors<kStream>(x, k, q, scale, ahead);
+    case QuantizeRule::kTorchao: return quantise_row_torchao<kStream>(x, k, q, scale, ahead);
   }
 }
 

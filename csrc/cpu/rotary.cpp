@@ -23,6 +23,22 @@ void rotate_heads(const RotaryParams& p, const RotaryHeads& heads, int64_t token
   }
 }
 
+template <bool kStream, class T>
+void rotate_dense_heads(const RotaryParams& p, const RotaryHeads& heads, int64_t token, int64_t next,
+                        const Angles& angles) {
+  const T* x = static_cast<const T*>(heads.x) + heads.x_tokens.offset(token);
+  const T* after = static_cast<const T*>(heads.x) + heads.x_tokens.offset(next);
+  T* y = static_cast<T*>(heads.y) + heads.y_tokens.offset(token);
+  for (int64_t head = 0; head < heads.heads; ++head) {
+    const RowAhead<T> ahead{after + head * heads.x_head_stride};
+    rotate_whole_halves<kStream>(x + head * heads.x_head_stride, y + head * heads.y_head_stride, p.pairs, angles,
+                                 [&](const T* from, int64_t i) {
+                                   ahead(i);
+                                   return load_pair(from + i);
+                                 });
+  }
+}
+
 // Elements R .. D - 1 of every head.
 template <class T>
 void copy_unrotated(const RotaryParams& p, const RotaryHeads& heads, int64_t token) {
@@ -39,13 +55,25 @@ template <class T, class W>
 void run(const RotaryParams& p, const ThreadPool& pool) {
   // 16 K elements are about 4 us of work, some four times what waking a thread costs.
   const int64_t grain = 1 + (16 << 10) / ((p.q.heads + p.k.heads) * p.d + 1);
+  const bool is_dense = rotates_whole_halves(p);
+  const bool streams_q = is_dense && streams_heads<T>(p, p.q), streams_k = is_dense && streams_heads<T>(p, p.k);
   parallel_for(pool, p.q.x_tokens.count, grain, [&](int64_t begin, int64_t end) {
     // All angles of a head of up to 256 elements, which is rotated at a time.
     float cos[2 * kBlockPairs], sin[2 * kBlockPairs];
     const Angles angles{cos, sin};
     for (int64_t token = begin; token < end; ++token) {
       const int64_t position = position_of(p, token);
-      for (int64_t first = 0; first < p.pairs; first += kBlockPairs) {
+      if (is_dense) {
+        load_angles<W>(p, position, 0, p.pairs, angles);
+        order_as_pairs<T>(cos, p.pairs);
+        order_as_pairs<T>(sin, p.pairs);
+        const int64_t next = token + 1 < end ? token + 1 : token;
+        streams_q ? rotate_dense_heads<true, T>(p, p.q, token, next, angles)
+                  : rotate_dense_heads<false, T>(p, p.q, token, next, angles);
+        streams_k ? rotate_dense_heads<true, T>(p, p.k, token, next, angles)
+                  : rotate_dense_heads<false, T>(p, p.k, token, next, angles);
+      }
+      for (int64_t first = 0; first < p.pairs && !is_dense; first += kBlockPairs) {
         const int64_t pairs = p.pairs - first < kBlockPairs ? p.pairs - first : kBlockPairs;
         load_angles<W>(p, position, first, pairs, angles);
         rotate_heads<T>(p, p.q, token, first, pairs, angles);
@@ -54,6 +82,7 @@ void run(const RotaryParams& p, const ThreadPool& pool) {
       copy_unrotated<T>(p, p.q, token);
       copy_unrotated<T>(p, p.k, token);
     }
+    if (streams_q || streams_k) end_stream();
   });
 }
 

@@ -7,7 +7,8 @@
 // and serve all its heads of q and k.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/row_ahead.h"
+#include "cpu/simd_pair.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
 
@@ -103,6 +104,43 @@ inline void rotate_halves(const T* x, int64_t x_stride, T* y, int64_t y_stride, 
     store_strided(y + i * y_stride, x1 * cos - x2 * sin, y_stride, pairs - i);
     store_strided(y + (half + i) * y_stride, x2 * cos + x1 * sin, y_stride, pairs - i);
   }
+}
+
+// Whether rotate_whole_halves() does the heads: what lies side by side, in whole pairs of vectors.
+inline bool rotates_whole_halves(const RotaryParams& p) {
+  const auto is_dense = [](const RotaryHeads& heads) {
+    return heads.heads == 0 || (heads.x_stride == 1 && heads.y_stride == 1);
+  };
+  return !p.interleaved && p.pairs <= kBlockPairs && p.pairs % kPair == 0 && is_dense(p.q) && is_dense(p.k);
+}
+
+// Numbers side by side to the order in which pairs of T are loaded.
+template <class T>
+inline void order_as_pairs(float* values, int64_t n) {
+  for (int64_t i = 0; i < n; i += kPair) {
+    const F32x32 v = load_pair_as<T>(values + i);
+    store(values + i, v.a);
+    store(values + i + kLanes, v.b);
+  }
+}
+
+// As rotate_halves() of read(x, i), with cos and sin in the order of pairs. y may be x.
+template <bool kStream, class T, class Read>
+inline void rotate_whole_halves(const T* x, T* y, int64_t half, const Angles& angles, const Read& read) {
+  for (int64_t i = 0; i < half; i += kPair) {
+    const F32x32 x1 = read(x, i), x2 = read(x, half + i);
+    const F32x16 c0 = load(angles.cos + i), c1 = load(angles.cos + i + kLanes);
+    const F32x16 s0 = load(angles.sin + i), s1 = load(angles.sin + i + kLanes);
+    store_pair<kStream>(y + i, {x1.a * c0 - x2.a * s0, x1.b * c1 - x2.b * s1});
+    store_pair<kStream>(y + half + i, {x2.a * c0 + x1.a * s0, x2.b * c1 + x1.b * s1});
+  }
+}
+
+// Whether the rotated heads, which are then dense, are worth streaming. In place they are in the cache.
+template <class T>
+inline bool streams_heads(const RotaryParams& p, const RotaryHeads& heads) {
+  return heads.y != heads.x && 2 * p.pairs == p.d &&
+         worth_streaming(static_cast<const T*>(heads.y), heads.y_tokens.count, heads.heads * p.d);
 }
 
 // Pairs (2i, 2i + 1), y may be x. x1 * cos + x2 * -sin is x1 * cos - x2 * sin, bit for bit.

@@ -11,9 +11,13 @@ Status silu_mul_int8(const SiluMulInt8Params& p, const ThreadPool& pool) {
     const int64_t columns = p.gated.columns;
     // 8 K elements are about 4 us of work, some four times what waking a thread costs.
     const int64_t grain = 1 + (8 << 10) / (columns + 1);
-    return for_rows_with_buffer<T>(pool, p.gated.gate_rows.count, grain, columns, [&](int64_t row, T* y) {
-      gated_row(p.gated, row, y);
-      quantise_row(y, columns, p.out, row);
+    const int64_t rows = p.gated.gate_rows.count;
+    const bool streams = kAlternates<T> && worth_streaming(p.out.q, rows, columns);
+    return for_rows_with_buffer<T>(pool, rows, grain, columns, [&](int64_t row, T* y) {
+      gated_row(p.gated, row, row + 1 < rows ? row + 1 : row, y);
+      if (!streams) return quantise_row(y, columns, p.out, row);
+      quantise_row<true>(y, columns, p.out, row);
+      end_stream();
     });
   });
 }

@@ -27,6 +27,7 @@ inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm256_add_ps(a.lo, b.lo),
 inline F32x16 operator-(F32x16 a, F32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 inline F32x16 operator/(F32x16 a, F32x16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline F32x16 sqrt(F32x16 a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
@@ -349,6 +350,82 @@ inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
     return _mm256_permutevar8x32_ps(s1, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   };
   return {eight(v), eight(v + 4)};
+}
+
+// 32 bfloat16: the even ones and the odd ones.
+inline void load_alternate(const BFloat16* p, F32x16& even, F32x16& odd) {
+  const __m256i* words = reinterpret_cast<const __m256i*>(p);
+  const __m256i lo = _mm256_loadu_si256(words), hi = _mm256_loadu_si256(words + 1), high = _mm256_set1_epi32(-0x10000);
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(lo, high)), _mm256_castsi256_ps(_mm256_and_si256(hi, high))};
+}
+// NaN becomes the default one.
+inline F32x16 quiet(F32x16 a) {
+  const auto of = [](__m256 x) {
+    const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+    return _mm256_blendv_ps(x, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  };
+  return {of(a.lo), of(a.hi)};
+}
+// The high half of each lane rounded to bfloat16, whatever the low half then holds.
+inline __m256i round_high_half(__m256 a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+// R() of bfloat16. NaN is taken for a number, and stays NaN where its low half is 0, as in all that bfloat16 elements,
+// quiet() ones and invalid operations make.
+inline F32x16 round_of_words(F32x16 a) {
+  const __m256i high = _mm256_set1_epi32(-0x10000);
+  return {_mm256_castsi256_ps(_mm256_and_si256(round_high_half(a.lo), high)),
+          _mm256_castsi256_ps(_mm256_and_si256(round_high_half(a.hi), high))};
+}
+// Of NaN as round_of_words().
+template <bool kStream>
+inline void store_alternate(BFloat16* p, F32x16 even, F32x16 odd) {
+  const auto of = [](__m256i* to, __m256 e, __m256 o) {
+    const __m256i words = _mm256_blend_epi16(_mm256_srli_epi32(round_high_half(e), 16), round_high_half(o), 0xaa);
+    kStream ? _mm256_stream_si256(to, words) : _mm256_storeu_si256(to, words);
+  };
+  of(reinterpret_cast<__m256i*>(p), even.lo, odd.lo);
+  of(reinterpret_cast<__m256i*>(p) + 1, even.hi, odd.hi);
+}
+// Their largest is the largest magnitude of 32 * pairs bfloat16.
+inline I32x16 largest_magnitudes(const BFloat16* p, int64_t pairs) {
+  __m256i most = _mm256_setzero_si256();
+  const __m256i* words = reinterpret_cast<const __m256i*>(p);
+  for (int64_t i = 0; i < 2 * pairs; ++i) {
+    most = _mm256_max_epu16(most, _mm256_and_si256(_mm256_loadu_si256(words + i), _mm256_set1_epi16(0x7fff)));
+  }
+  const __m256i odd = _mm256_and_si256(most, _mm256_set1_epi32(-0x10000));
+  return {_mm256_slli_epi32(most, 16), odd};
+}
+// Each lane clamped to -128 .. 127, even and odd ones in turn. The lanes must fit int16.
+template <bool kStream>
+inline void store_saturated_alternate(int8_t* p, I32x16 even, I32x16 odd) {
+  const __m256i lo = _mm256_blend_epi16(even.lo, _mm256_slli_epi32(odd.lo, 16), 0xaa);
+  const __m256i hi = _mm256_blend_epi16(even.hi, _mm256_slli_epi32(odd.hi, 16), 0xaa);
+  const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(lo, hi), 0xd8);
+  __m256i* to = reinterpret_cast<__m256i*>(p);
+  kStream ? _mm256_stream_si256(to, bytes) : _mm256_storeu_si256(to, bytes);
+}
+// As sum_groups_of_8() of 128 elements, of which even[i] and odd[i] hold 32.
+inline F32x16 sum_alternate_groups_of_8(const F32x16 even[4], const F32x16 odd[4]) {
+  const auto add = [](__m256 a, __m256 b, __m256 c, __m256 d) {  // the 4 lanes of each group
+    const __m256 ab = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+    const __m256 cd = _mm256_add_ps(_mm256_shuffle_ps(c, d, 0x44), _mm256_shuffle_ps(c, d, 0xee));
+    return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x88), _mm256_shuffle_ps(ab, cd, 0xdd));
+  };
+  const __m256 lo = _mm256_add_ps(add(even[0].lo, even[1].lo, even[2].lo, even[3].lo),
+                                  add(odd[0].lo, odd[1].lo, odd[2].lo, odd[3].lo));
+  const __m256 hi = _mm256_add_ps(add(even[0].hi, even[1].hi, even[2].hi, even[3].hi),
+                                  add(odd[0].hi, odd[1].hi, odd[2].hi, odd[3].hi));
+  // Lane 4l + j of lo holds group 4j + l, of hi group 4j + 2 + l.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256d a = _mm256_castps_pd(_mm256_permutevar8x32_ps(lo, order));  // groups 0 1 4 5 8 9 12 13
+  const __m256d b = _mm256_castps_pd(_mm256_permutevar8x32_ps(hi, order));  // groups 2 3 6 7 10 11 14 15
+  const __m256 ends = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), middles = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+  return {_mm256_permute2f128_ps(ends, middles, 0x20), _mm256_permute2f128_ps(ends, middles, 0x31)};
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

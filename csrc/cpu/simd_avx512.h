@@ -27,6 +27,7 @@ inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; 
 inline F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32x16 operator/(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // b where either is NaN.
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -219,6 +220,76 @@ inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
     s2[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
   }
   const __m512 s1 = _mm512_add_ps(_mm512_shuffle_ps(s2[0], s2[1], 0x88), _mm512_shuffle_ps(s2[0], s2[1], 0xdd));
+  // Lane 4l + j of s1 holds group 4j + l.
+  return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), s1)};
+}
+
+// 32 bfloat16: the even ones and the odd ones.
+inline void load_alternate(const BFloat16* p, F32x16& even, F32x16& odd) {
+  const __m512i words = _mm512_loadu_si512(p);
+  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  odd.v = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x10000)));
+}
+// NaN becomes the default one.
+inline F32x16 quiet(F32x16 a) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return {_mm512_mask_mov_ps(a.v, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)))};
+}
+// The high half of each lane rounded to bfloat16, whatever the low half then holds.
+inline __m512i round_high_half(F32x16 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+}
+// R() of bfloat16. NaN is taken for a number, and stays NaN where its low half is 0, as in all that bfloat16 elements,
+// quiet() ones and invalid operations make.
+inline F32x16 round_of_words(F32x16 a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(round_high_half(a), _mm512_set1_epi32(-0x10000)))};
+}
+// Of NaN as round_of_words().
+template <bool kStream>
+inline void store_alternate(BFloat16* p, F32x16 even, F32x16 odd) {
+  const __m512i low = _mm512_srli_epi32(round_high_half(even), 16);
+  const __m512i words = _mm512_mask_blend_epi16(0xaaaaaaaa, low, round_high_half(odd));
+  if constexpr (kStream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), words);
+  } else {
+    _mm512_storeu_si512(p, words);
+  }
+}
+// Their largest is the largest magnitude of 32 * pairs bfloat16.
+inline I32x16 largest_magnitudes(const BFloat16* p, int64_t pairs) {
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < pairs; ++i) {
+    most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(p + 32 * i), _mm512_set1_epi16(0x7fff)));
+  }
+  const __m512i odd = _mm512_and_si512(most, _mm512_set1_epi32(-0x10000));
+  return {_mm512_max_epi32(_mm512_slli_epi32(most, 16), odd)};
+}
+// Each lane clamped to -128 .. 127, even and odd ones in turn. The lanes must fit int16.
+template <bool kStream>
+inline void store_saturated_alternate(int8_t* p, I32x16 even, I32x16 odd) {
+  const __m256i bytes =
+      _mm512_cvtsepi16_epi8(_mm512_mask_blend_epi16(0xaaaaaaaa, even.v, _mm512_slli_epi32(odd.v, 16)));
+  if constexpr (kStream) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bytes);
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+  }
+}
+// As sum_groups_of_8() of 128 elements, of which even[i] and odd[i] hold 32.
+inline F32x16 sum_alternate_groups_of_8(const F32x16 even[4], const F32x16 odd[4]) {
+  const auto add = [](const F32x16* v) {  // the 4 lanes of each group
+    __m512 s2[2];
+    QOPS_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const __m512 a = v[2 * i].v, b = v[2 * i + 1].v;
+      s2[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    return _mm512_add_ps(_mm512_shuffle_ps(s2[0], s2[1], 0x88), _mm512_shuffle_ps(s2[0], s2[1], 0xdd));
+  };
+  const __m512 s1 = _mm512_add_ps(add(even), add(odd));
   // Lane 4l + j of s1 holds group 4j + l.
   return {_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), s1)};
 }

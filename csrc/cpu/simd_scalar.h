@@ -44,6 +44,9 @@ inline F32x16 operator*(const F32x16& a, const F32x16& b) {
 inline F32x16 operator/(const F32x16& a, const F32x16& b) {
   return lanes<F32x16>([&](int i) { return a.v[i] / b.v[i]; });
 }
+inline F32x16 sqrt(const F32x16& a) {
+  return lanes<F32x16>([&](int i) { return std::sqrt(a.v[i]); });
+}
 inline F32x16 fma(const F32x16& a, const F32x16& b, const F32x16& c) {
   return lanes<F32x16>([&](int i) { return std::fmaf(a.v[i], b.v[i], c.v[i]); });
 }
@@ -309,6 +312,45 @@ inline F32x16 sum_groups_of_8(const F32x16 v[8]) {
   return lanes<F32x16>([&](int g) {
     const float* p = v[g / 2].v + 8 * (g % 2);
     return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
+  });
+}
+
+// 32 bfloat16: the even ones and the odd ones.
+inline void load_alternate(const BFloat16* p, F32x16& even, F32x16& odd) {
+  const F32x16 first = load(p), second = load(p + 16);
+  even = even_lanes(first, second);
+  odd = odd_lanes(first, second);
+}
+// At the other levels NaN becomes the default one, and round_of_words() and store_alternate() take NaN for a number.
+inline F32x16 quiet(const F32x16& a) { return a; }
+inline F32x16 round_of_words(const F32x16& a) { return round_bfloat16(a); }
+template <bool kStream>
+inline void store_alternate(BFloat16* p, const F32x16& even, const F32x16& odd) {
+  const U16x16 e = narrow_bfloat16(even), o = narrow_bfloat16(odd);
+  for (int i = 0; i < 32; ++i) p[i].bits = i % 2 == 0 ? e.v[i / 2] : o.v[i / 2];
+}
+// Their largest is the largest magnitude of 32 * pairs bfloat16.
+inline I32x16 largest_magnitudes(const BFloat16* p, int64_t pairs) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < 32 * pairs; ++i) {
+    const uint32_t magnitude = p[i].bits & 0x7fffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  return set1(static_cast<int32_t>(most << 16));
+}
+// Each lane clamped to -128 .. 127, even and odd ones in turn. The lanes must fit int16.
+template <bool kStream>
+inline void store_saturated_alternate(int8_t* p, const I32x16& even, const I32x16& odd) {
+  int8_t e[16], o[16];
+  store_saturated(e, even);
+  store_saturated(o, odd);
+  for (int i = 0; i < 32; ++i) p[i] = i % 2 == 0 ? e[i / 2] : o[i / 2];
+}
+// As sum_groups_of_8() of 128 elements, of which even[i] and odd[i] hold 32.
+inline F32x16 sum_alternate_groups_of_8(const F32x16 even[4], const F32x16 odd[4]) {
+  return lanes<F32x16>([&](int g) {
+    const float *e = even[g / 4].v + 4 * (g % 4), *o = odd[g / 4].v + 4 * (g % 4);
+    return ((e[0] + e[2]) + (e[1] + e[3])) + ((o[0] + o[2]) + (o[1] + o[3]));
   });
 }
 

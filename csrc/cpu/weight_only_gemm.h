@@ -17,6 +17,10 @@
 //
 // Bytes and operations at M = 1: each 64 bytes of int4 codes (128 products) take 3 instructions to split nibbles and 4
 // dot products, some 4 cycles, against about 7 cycles to read them from DRAM at 37 GB/s and 4 GHz.
+//
+// Several rows are bound by operations: 64 bytes of two strips and 4 rows take 32 dot products and 6 instructions to
+// split nibbles, 19 cycles, and with the float32 chain 28. On a 2-core Xeon with two threads M = 4 so takes 0.27 ms,
+// 1.6 times M = 1 (4096 x 4096, groups of 128), wherever codes are fetched to and how far ahead.
 #pragma once
 
 #include <algorithm>

@@ -3,20 +3,23 @@
 //
 // Idea. The digits of 16 rows lie in tiles (RowTiles), zeros where rows or columns end. The codes of a few blocks of
 // two strips are unpacked to signed bytes in L1, centred (q - 8 or q - z), so that sums start at zero; all rows pass
-// over them. For one strip, 16 rows and a block of 128 columns four products give a tile of sums of each digit; they
-// are stored, and the float32 chain of the block before runs on vectors between the products of this one. Its 16 rows
-// of totals stay in registers over the blocks of a pass.
+// over them. For one strip, 16 rows and a block of 128 columns four products give a tile of sums of each digit. They
+// are stored while the products of the next block run, which have tiles of their own, and the float32 chain runs on
+// vectors between the products of the one after that. Its 16 rows of totals stay in registers over the blocks of a
+// pass.
 //
-// Operations, measured on a 2-core Xeon at 3.4 GHz: the four products take 64 cycles, during which vectors have one
-// port of two, and the chain is 5 x 16 vector operations. Alone in L1, with digits and codes that are not zero (TMUL is
-// slower then), a block takes 36 ns, 33 of them the products. At 4096 x 4096 and M = 256 a block takes 80: 50 here,
-// where 14 are not understood, x from L2 10 (4 KiB for two strips), unpacking 8, y 7, the digits 5. Blocks of 32
-// columns half fill their tiles, and take 50 each.
+// Operations, measured on a 2-core Xeon, whose two cores do not share the unit: the four products take 64 cycles, 25 to
+// 29 ns (2.2 to 2.6 GHz while tiles are busy), as many as dense bfloat16 needs. Beside them floating-point vectors have
+// one port of two, integers both: 64 of the former cost nothing, 80 take 82 cycles. The digits' sums are therefore put
+// together as integers. All of it, 4 products, 6 loads and 2 stores of tiles and 80 vector operations, issues in 83
+// cycles; in L1 a block takes 95 (43 ns; 48 where tiles are stored at once). At 4096 x 4096 and M = 256 it takes 84: x
+// from L2 12, y 8, storing it 5, unpacking 4, the digits 5. Blocks of 32 columns half fill their tiles and take 55
+// each, 34 of them in L1: four times as many operations for the chain bound them.
 //
 // What was tried and lost: two strips at a time, which loads fewer tiles but has no registers for their totals (9 % in
-// L1, 12 % of a call); a first sum of 1.5 x 2^23 in each accumulator, which saves a vector operation and costs loads of
-// tiles (20 %); prefetching x into L1; more rows at a time than L2 holds (16 %); four strips of half as many blocks
-// (nothing).
+// L1, 12 % of a call; with totals in memory and stores of tiles a block later nothing); a first sum of 1.5 x 2^23 in
+// each accumulator, which saves a vector operation and costs loads of tiles (20 %); prefetching x into L1 (16 %); more
+// rows at a time than L2 holds (16 %); four strips of half as many blocks (nothing).
 #pragma once
 
 #include <algorithm>
@@ -26,8 +29,12 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
-// Fewer rows are faster without tiles, which take as long for one row as for 16.
-inline constexpr int64_t kMinTileRows = 12;
+// Fewer rows are faster without tiles, which take as long for one row as for 16: 0.56 ms at M = 8 where vectors take
+// 0.64 (4-bit codes, 4096 x 4096, two threads). With 8 bits that is from 10 rows on, with half-filled tiles from 12.
+template <class Codes>
+inline int64_t min_tile_rows(const WeightOnlyGemmParams& p) {
+  return p.group_size <= kTileRowBytes ? 12 : std::is_same_v<Codes, Int4Codes> ? 8 : 10;
+}
 // Strips and blocks that are unpacked at a time: with the x that passes over them they fill L1.
 inline constexpr int kChunkStrips = 2;
 inline constexpr int kPassTiles = 8;  // of 64 columns
@@ -90,60 +97,52 @@ struct Finish {
   const float* x_sum;
   const float* scale;
   const float* offset;
+  int64_t at;     // where totals and y of its rows and strip begin
+  int64_t block;  // of the pass
 };
 
-// The sums of one block, and between its products the chain of another one.
-template <int kSteps, bool kOffset, bool kMultiply, bool kFinish>
-QOPS_ALWAYS_INLINE void multiply_block(const uint8_t* x, const uint8_t* w, int32_t* sums, const Finish& f,
+template <bool kOffset, int kFirst, int kCount>
+QOPS_ALWAYS_INLINE void finish_rows(const Finish& f, F32x16 (&total)[kTileRows]) {
+  const F32x16 scale = load(f.scale);
+  QOPS_UNROLL_ROWS for (int r = kFirst; r < kFirst + kCount; ++r) {
+    const I32x16 sum = shift_left<8>(load(f.sums + r * kStripRows)) + load(f.sums + kTileValues + r * kStripRows);
+    total[r] = fma(scale, to_float(sum) * set1(f.x_scale[r]), total[r]);
+  }
+  if constexpr (kOffset) {
+    const F32x16 offset = load(f.offset);
+    QOPS_UNROLL_ROWS for (int r = kFirst; r < kFirst + kCount; ++r) {
+      total[r] = fma(offset, set1(f.x_sum[r]), total[r]);
+    }
+  }
+}
+
+// The products of one block in the tiles of kParity; beside them the sums of the block before go to memory, and the
+// chain of the one before that runs.
+template <int kSteps, bool kOffset, int kParity, bool kFinish>
+QOPS_ALWAYS_INLINE void multiply_block(const uint8_t* x, const uint8_t* w, int32_t* sums_before, const Finish& f,
                                        F32x16 (&total)[kTileRows]) {
-  const auto finish = [&](int product) __attribute__((always_inline)) {
-    if constexpr (kFinish) {
-      constexpr int kRows = kTileRows / (2 * kSteps);
-      const F32x16 scale = load(f.scale);
-      QOPS_UNROLL for (int r = product * kRows; r < (product + 1) * kRows; ++r) {
-        // Exact up to the one rounding, like the sum of integers: both digits' sums are below 2^24.
-        const F32x16 value = fma(to_float(load(f.sums + r * kStripRows)), set1(256.0f),
-                                 to_float(load(f.sums + kTileValues + r * kStripRows)));
-        total[r] = fma(scale, value * set1(f.x_scale[r]), total[r]);
-      }
-      if constexpr (kOffset) {
-        const F32x16 offset = load(f.offset);
-        QOPS_UNROLL for (int r = product * kRows; r < (product + 1) * kRows; ++r) {
-          total[r] = fma(offset, set1(f.x_sum[r]), total[r]);
-        }
-      }
-    }
-  };
-  if constexpr (kMultiply) {
-    zero_tile<0>();
-    load_tile<4>(x, kTileRowBytes);
-    load_tile<6>(w, kTileRowBytes);
-    dot_tiles<0, 4, 6>();
-  }
-  finish(0);
+  constexpr int kHigh = 2 * kParity, kLow = kHigh + 1, kHighBefore = 2 - kHigh, kLowBefore = kHighBefore + 1;
+  constexpr int kRows = kTileRows / (2 * kSteps);
+  zero_tile<kHigh>();
+  load_tile<4>(x, kTileRowBytes);
+  load_tile<6>(w, kTileRowBytes);
+  dot_tiles<kHigh, 4, 6>();
+  store_tile<kHighBefore>(sums_before, kTileRowBytes);
+  if constexpr (kFinish) finish_rows<kOffset, 0, kRows>(f, total);
+  zero_tile<kLow>();
+  load_tile<5>(x + kTileBytes, kTileRowBytes);
+  dot_tiles_unsigned_x<kLow, 5, 6>();
+  if constexpr (kFinish && kSteps == 2) finish_rows<kOffset, kRows, kRows>(f, total);
+  store_tile<kLowBefore>(sums_before + kTileValues, kTileRowBytes);
   if constexpr (kSteps == 2) {
-    if constexpr (kMultiply) {
-      load_tile<5>(x + 2 * kTileBytes, kTileRowBytes);
-      load_tile<7>(w + kTileBytes, kTileRowBytes);
-      dot_tiles<0, 5, 7>();
-    }
-    finish(1);
+    load_tile<4>(x + 2 * kTileBytes, kTileRowBytes);
+    load_tile<7>(w + kTileBytes, kTileRowBytes);
+    dot_tiles<kHigh, 4, 7>();
+    if constexpr (kFinish) finish_rows<kOffset, 2 * kRows, kRows>(f, total);
+    load_tile<5>(x + 3 * kTileBytes, kTileRowBytes);
+    dot_tiles_unsigned_x<kLow, 5, 7>();
   }
-  if constexpr (kMultiply) {
-    store_tile<0>(sums, kTileRowBytes);
-    zero_tile<1>();
-    load_tile<4>(x + kTileBytes, kTileRowBytes);
-    dot_tiles_unsigned_x<1, 4, 6>();
-  }
-  finish(kSteps);
-  if constexpr (kSteps == 2) {
-    if constexpr (kMultiply) {
-      load_tile<5>(x + 3 * kTileBytes, kTileRowBytes);
-      dot_tiles_unsigned_x<1, 5, 7>();
-    }
-    finish(3);
-  }
-  if constexpr (kMultiply) store_tile<1>(sums + kTileValues, kTileRowBytes);
+  if constexpr (kFinish) finish_rows<kOffset, kTileRows - kRows, kRows>(f, total);
 }
 
 // Bytes that are fetched into L2 while others are multiplied: those of each strip of a chunk from `offset` on. Where
@@ -244,53 +243,71 @@ inline void unpack(const WeightOnlyGemmParams& p, const Blocks& blocks, const Pa
   }
 }
 
+QOPS_ALWAYS_INLINE void begin_totals(const Pass& pass, const Workspace& work, const Finish& f,
+                                     F32x16 (&total)[kTileRows]) {
+  if (f.block != 0) return;
+  if (pass.starts_slice) {
+    QOPS_UNROLL_ROWS for (int r = 0; r < kTileRows; ++r) total[r] = set1(0.0f);
+  } else {
+    const float* from = work.total + f.at;
+    QOPS_UNROLL_ROWS for (int r = 0; r < kTileRows; ++r) total[r] = load(from + r * kStripRows);
+  }
+}
+
+QOPS_ALWAYS_INLINE void end_totals(const Pass& pass, const Workspace& work, const Finish& f,
+                                   F32x16 (&total)[kTileRows]) {
+  if (pass.ends[f.block]) {
+    float* y = work.y + f.at;
+    QOPS_UNROLL_ROWS for (int r = 0; r < kTileRows; ++r) {
+      store(y + r * kStripRows, load(y + r * kStripRows) + total[r]);
+      total[r] = set1(0.0f);
+    }
+  } else if (f.block + 1 == pass.blocks) {
+    float* to = work.total + f.at;
+    QOPS_UNROLL_ROWS for (int r = 0; r < kTileRows; ++r) store(to + r * kStripRows, total[r]);
+  }
+}
+
 // All rows over what is unpacked.
 template <int kSteps, bool kOffset>
 [[gnu::noinline]] void multiply_pass(const RowTiles& tiles, Range row_tiles, int64_t strips, const Pass& pass,
                                      const Workspace& work, Ahead ahead) {
   F32x16 total[kTileRows];
-  const auto add_to = [&](float* y) __attribute__((always_inline)) {
-    QOPS_UNROLL_ROWS for (int r = 0; r < kTileRows; ++r) {
-      store(y + r * kStripRows, load(y + r * kStripRows) + total[r]);
-      total[r] = set1(0.0f);
-    }
-  };
-  const auto save = [&](float* totals) __attribute__((always_inline)) {
-    QOPS_UNROLL_ROWS for (int r = 0; r < kTileRows; ++r) store(totals + r * kStripRows, total[r]);
-  };
   QOPS_UNROLL_ROWS for (int r = 0; r < kTileRows; ++r) total[r] = set1(0.0f);
-  Finish before{};
-  int64_t at_before = 0, sums = 0;
-  bool has_before = false;
+  Finish before{}, second{};  // of the block before, whose sums are in tiles, and of the one before that
+  int64_t done = 0;
   for (int64_t t = row_tiles.begin; t < row_tiles.end; ++t) {
+    const uint8_t* first_x = tiles.block(t, pass.first.index);
+    const int64_t scales_at = tiles.scale_at(t, pass.first.index);
     for (int64_t s = 0; s < strips; ++s) {
-      const int64_t at = ((t - row_tiles.begin) * kChunkStrips + s) * kTileValues;
-      const uint8_t* x = tiles.block(t, pass.first.index);
+      const uint8_t* x = first_x;
       const uint8_t* w = work.codes + s * kPassTiles * kTileBytes;
-      Finish now{nullptr, tiles.scale + tiles.scale_at(t, pass.first.index),
-                 tiles.sum + tiles.scale_at(t, pass.first.index), work.scale + s * kPassTiles * kStripRows,
-                 work.offset + s * kPassTiles * kStripRows};
-      for (int64_t b = 0; b < pass.blocks; ++b) {
-        now.sums = work.sums[sums];
-        if (has_before) {
-          multiply_block<kSteps, kOffset, true, true>(x, w, work.sums[sums], before, total);
-          if (pass.ends[b == 0 ? pass.blocks - 1 : b - 1]) add_to(work.y + at_before);
+      const int64_t scales = s * kPassTiles * kStripRows;
+      Finish now{nullptr,
+                 tiles.scale + scales_at,
+                 tiles.sum + scales_at,
+                 work.scale + scales,
+                 work.offset + scales,
+                 ((t - row_tiles.begin) * kChunkStrips + s) * kTileValues,
+                 0};
+      for (; now.block < pass.blocks; ++now.block, ++done) {
+        now.sums = work.sums[done % 2];
+        int32_t* sums_before = work.sums[1 - done % 2];
+        if (done < 2) {
+          done == 0 ? multiply_block<kSteps, kOffset, 0, false>(x, w, sums_before, second, total)
+                    : multiply_block<kSteps, kOffset, 1, false>(x, w, sums_before, second, total);
         } else {
-          multiply_block<kSteps, kOffset, true, false>(x, w, work.sums[sums], before, total);
+          begin_totals(pass, work, second, total);
+          if (done % 2 == 0) {
+            multiply_block<kSteps, kOffset, 0, true>(x, w, sums_before, second, total);
+          } else {
+            multiply_block<kSteps, kOffset, 1, true>(x, w, sums_before, second, total);
+          }
+          end_totals(pass, work, second, total);
         }
         ahead.fetch();
-        if (b == 0) {
-          if (has_before && !pass.ends_slice) save(work.total + at_before);
-          if (!pass.starts_slice) {
-            QOPS_UNROLL_ROWS for (int r = 0; r < kTileRows; ++r) total[r] = load(work.total + at + r * kStripRows);
-          } else if (!pass.ends_slice) {
-            QOPS_UNROLL_ROWS for (int r = 0; r < kTileRows; ++r) total[r] = set1(0.0f);
-          }
-        }
-        has_before = true;
+        second = before;
         before = now;
-        at_before = at;
-        sums ^= 1;
         x += kSteps * 2 * kTileBytes;
         w += kSteps * kTileBytes;
         now.x_scale += kTileRows;
@@ -300,8 +317,20 @@ template <int kSteps, bool kOffset>
       }
     }
   }
-  multiply_block<kSteps, kOffset, false, true>(nullptr, nullptr, nullptr, before, total);
-  pass.ends_slice ? add_to(work.y + at_before) : save(work.total + at_before);
+  if (done % 2 == 1) {
+    store_tile<0>(work.sums[0], kTileRowBytes);
+    store_tile<1>(work.sums[0] + kTileValues, kTileRowBytes);
+  } else {
+    store_tile<2>(work.sums[1], kTileRowBytes);
+    store_tile<3>(work.sums[1] + kTileValues, kTileRowBytes);
+  }
+  for (const bool is_last : {false, true}) {
+    if (!is_last && done == 1) continue;
+    const Finish& f = is_last ? before : second;
+    begin_totals(pass, work, f, total);
+    finish_rows<kOffset, 0, kTileRows>(f, total);
+    end_totals(pass, work, f, total);
+  }
 }
 
 // What becomes of the sums of some rows and strips: [16 rows][strip] tiles.
@@ -475,9 +504,10 @@ inline Status tiled_weight_only_gemm(const WeightOnlyGemmParams& p, const Thread
 }
 
 // Whether this call is one for tiles. Rows of float32 need four digits.
+template <class Codes>
 inline bool takes_tiles(const WeightOnlyGemmParams& p) {
   const bool half = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
-  return half && p.x_rows.count >= kMinTileRows && p.n > 0 && p.k > 0;
+  return half && p.x_rows.count >= min_tile_rows<Codes>(p) && p.n > 0 && p.k > 0;
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

@@ -114,6 +114,25 @@ def test_special_values(dtype):
         assert (y[4] > 0).all()
 
 
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
+@pytest.mark.parametrize("weight_dtype", FLOAT_DTYPES, ids=str)
+def test_products_of_every_kind(weight_dtype, rounding):
+    """Subnormal, infinite and NaN weights, whose NaNs have every payload, in every lane of two vectors."""
+    rng = torch.Generator().manual_seed(11)
+    x = random_activations(40, 96, dtype=torch.bfloat16, seed=11)
+    x[::3] *= 1e-30
+    x[1::7, ::5] = -0.0
+    int_dtype = torch.int32 if weight_dtype == torch.float32 else torch.int16
+    info = torch.iinfo(int_dtype)
+    weight = torch.randint(info.min, info.max + 1, (96,), generator=rng).to(int_dtype)
+    weight[[0, 1, 17, 34]] = torch.tensor([info.max, -1, info.max, -1], dtype=int_dtype)
+    weight[5:9] = torch.tensor([1, info.min + 1, 77, info.min], dtype=int_dtype)
+    weight = weight.view(weight_dtype)
+    assert weight[:2].isnan().all()
+    y = qops.rms_norm(x, weight, 1e-12, rounding=rounding)
+    assert_bitwise(y, rms_norm_exact(x, weight, 1e-12, rounding=rounding), "any weight")
+
+
 def test_empty():
     assert qops.rms_norm(torch.empty(0, 64), torch.ones(64), EPS).shape == (0, 64)
     assert qops.rms_norm(torch.empty(3, 0), torch.ones(0), EPS).shape == (3, 0)
