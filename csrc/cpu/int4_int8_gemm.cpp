@@ -80,21 +80,32 @@ void multiply_tile(const Params& p, const Slices& slices, const Tile& tile, int6
                                                              : set1(int32_t{8});
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) sum[s][r] = zero * set1(-x_sums[r]);
       }
-      for (int64_t n = p.group_size / 8; n > 0; --n, w += 64) {
-        B8x64 codes[Strips];
+      for (int64_t left = p.group_size / 8; left > 0;) {
+        const int64_t now = std::min<int64_t>(left, kShortDots / 2);
+        left -= now;
+        ShortSums part[Strips][Rows];
         QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
-          prefetch(w + s * strip_bytes + kFetchBytes);
-          codes[s] = load_bytes(w + s * strip_bytes);
+          QOPS_UNROLL for (int r = 0; r < Rows; ++r) part[s][r] = begin_short(sum[s][r]);
         }
-        QOPS_UNROLL for (int half = 0; half < 2; ++half, x += 4 * Rows) {
-          B8x64 q[Strips];
+        for (int64_t n = now; n > 0; --n, w += 64) {
+          B8x64 codes[Strips];
           QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
-            q[s] = half == 0 ? low_nibbles(codes[s]) : high_nibbles(codes[s]);
+            prefetch(w + s * strip_bytes + kFetchBytes);
+            codes[s] = load_bytes(w + s * strip_bytes);
           }
-          QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
-            const B8x64 values = broadcast_4_bytes(x + 4 * r);
-            QOPS_UNROLL for (int s = 0; s < Strips; ++s) sum[s][r] = dot_short(sum[s][r], q[s], values);
+          QOPS_UNROLL for (int half = 0; half < 2; ++half, x += 4 * Rows) {
+            B8x64 q[Strips];
+            QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+              q[s] = half == 0 ? low_nibbles(codes[s]) : high_nibbles(codes[s]);
+            }
+            QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+              const B8x64 values = broadcast_4_bytes(x + 4 * r);
+              QOPS_UNROLL for (int s = 0; s < Strips; ++s) part[s][r] = dot_nibbles(part[s][r], q[s], values);
+            }
           }
+        }
+        QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+          QOPS_UNROLL for (int r = 0; r < Rows; ++r) sum[s][r] = end_short(sum[s][r], part[s][r]);
         }
       }
       QOPS_UNROLL for (int s = 0; s < Strips; ++s) {

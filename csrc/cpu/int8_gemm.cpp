@@ -29,6 +29,10 @@ constexpr int kTileStrips = kVectorRegisters >= 32 ? 4 : 1;
 constexpr int kWideRows = 2;
 constexpr int kWideStrips = 2 * kTileStrips;
 
+// How far ahead of its tile's strips weights are fetched, all together: the hardware alone reads 83 % of what memory
+// gives at M = 1 and 75 % at M = 4, with this 91 and 87 (4096 x 4096, a 2-core Xeon, one thread).
+constexpr int64_t kFetchBytes = 4 << 10;
+
 // Rows of x are packed and multiplied at most so many at a time, which bounds the scratch.
 constexpr int64_t kMaxRows = 1024;
 // Strips that one thread takes at a time stay in its L2 while every tile of x passes over them.
@@ -73,7 +77,10 @@ void tile(const uint8_t* const* x, int64_t plane_bytes, const char* w, int64_t s
   }
   for (int64_t at = 0; 16 * at < strip_bytes; at += 4, w += 64) {
     DotStrip columns[Strips];
-    QOPS_UNROLL for (int s = 0; s < Strips; ++s) columns[s] = load_dot_strip(w + s * strip_bytes);
+    QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+      columns[s] = load_dot_strip(w + s * strip_bytes);
+      prefetch(w + s * strip_bytes + kFetchBytes / Strips);
+    }
     QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
       const DotRow values = load_dot_row(row[r] + at, plane_bytes);
       QOPS_UNROLL for (int s = 0; s < Strips; ++s) sum[r][s] = dot(sum[r][s], values, columns[s]);

@@ -1,20 +1,23 @@
-// int8_gemm on AMX tiles. The sums are exact, so their bits are those of int8_gemm.cpp, which keeps the calls of few
-// rows; the float32 chain is shared.
+// int8_gemm on AMX tiles. The sums are exact, so their bits are those of int8_gemm.cpp, which keeps the calls of one
+// row; the float32 chain is shared.
 //
 // Idea. A strip of the packed weight is a row of tiles as tdpbssd reads them: 64 of K are 16 rows of 64 bytes. x is
 // copied into tiles, 32 rows side by side and padded with zeros: rows that lie 4 KiB apart would share one set of L1,
 // and neither the rows nor the columns left over need code of their own. Where K ends inside a tile, the tile of w runs
 // on into the next strip, which meets the zeros of x; the last strip's is copied. Two tiles of x and two of w give four
-// of sums: four loads for four products, and all eight tiles are in use.
+// of sums: four loads for four products. Up to 16 rows are one tile of just so many, which meets four strips. sum_k w,
+// which zero points need, is added up by vectors between the products of the first rows that meet a strip.
 //
 // Bytes and operations, measured on a 2-core Xeon with 2 MiB of L2: a product takes 17 cycles (16384 multiply-adds), 20
 // with its load from L1, 30 to 45 where both x and w stream from L2 (K > 1024): L2 then bounds the call. DRAM gives a
-// core 14 GB/s, 1 KiB of w in 285 cycles, so weights bound it up to M of 100 or so.
+// core 14 to 18 GB/s, 1 KiB of w in 200 to 285 cycles, so weights bound it up to M of 100 or so: 90 to 96 % of what can
+// be read at M = 2 to 8, 85 to 92 % at 16 (4096 x 4096 and 14336, one and two threads).
 //
 // What was tried and lost: tiles of x from rows 4 KiB apart (31 cycles a product; 26 from rows 4160 bytes apart);
-// prefetching tiles into L1, as the bandwidth of L2 is what lacks; y written 64 bytes of a row at a time (10 % at
-// N = 49152).
+// prefetching tiles into L1, where L2 is what lacks; y written 64 bytes of a row at a time (10 % at N = 49152). Of
+// fetching w ahead: into L2 instead of L1 (8 %), 4 KiB of each strip (5 %), two strips at once (9 %).
 #include <algorithm>
+#include <utility>
 
 #include "cpu/int8_gemm_epilogue.h"
 #include "cpu/kernel_table.h"
@@ -24,13 +27,16 @@
 namespace qops::cpu::QOPS_ISA_NS {
 namespace {
 
-// Fewer rows are faster without tiles, which take no less time for 6 rows than for 16. With zero points the tiles read
-// w twice, the second time for sum_k w.
-constexpr int64_t kMinRows = 6;
-constexpr int64_t kMinRowsWithZeroPoints = 12;
+// One row is read as fast without tiles, or faster.
+constexpr int64_t kMinRows = 2;
 // Rows and strips of the four tiles of sums.
 constexpr int kBlockRows = 2 * kTileRows;
 constexpr int kBlockStrips = 2;
+// Few rows have sums for more, each a stream from memory.
+constexpr int kMaxBlockStrips = 4;
+// Tiles of sums come first, then those of x, then those of w.
+constexpr int kSumTiles = 4;
+constexpr int kFewRowTiles = 5;  // that have as many rows as x where it has 16 or fewer
 // Rows of x are packed and multiplied at most so many bytes at a time: half of L2.
 constexpr int64_t kPackedBytes = 1 << 20;
 // Strips that all rows pass over before the next ones: a row of y is written 128 to 256 bytes at a time.
@@ -39,28 +45,36 @@ constexpr int64_t kChunkBytes = 256 << 10;
 // Where at least so many blocks of rows pass over a chunk, there is time to fetch the next one into L2 meanwhile. With
 // fewer, memory bounds the call, and fetching ahead only disturbs the hardware's streams (15 % at M = 64).
 constexpr int64_t kFetchingBlocks = 4;
+// How far ahead of the tiles of a strip the first rows that meet it fetch it.
+constexpr int64_t kFetchBytes = kTileBytes;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// x in tiles: [block of 32 rows][64 columns][16 rows of the block][row][column].
+// x in tiles: [block of 32 rows][64 columns][16 rows of the block][row][column]. Of 16 rows and fewer in all, tiles
+// hold no others.
 struct PackedRows {
-  uint8_t* bytes;
+  uint8_t* bytes = nullptr;
   int64_t steps;  // of 64 columns
+  int64_t step_bytes;
 
-  int64_t block_bytes() const { return steps * 2 * kTileBytes; }
+  explicit PackedRows(const Int8GemmParams& p)
+      : steps(ceil_div(p.k, kTileRowBytes)), step_bytes(std::min<int64_t>(p.q_rows.count, kTileRows) * kTileRowBytes) {
+    if (p.q_rows.count > kTileRows) step_bytes = 2 * kTileBytes;
+  }
+  int64_t block_bytes() const { return steps * step_bytes; }
   uint8_t* tile(int64_t row) const {
     return bytes + row / kBlockRows * block_bytes() + row % kBlockRows / kTileRows * kTileBytes;
   }
 };
 
 // The rows from `row` on that share a tile.
-void pack_tile(const Int8GemmParams& p, int64_t row, uint8_t* tile) {
+void pack_tile(const Int8GemmParams& p, int64_t row, uint8_t* tile, int64_t step_bytes) {
   const int64_t rows = std::min<int64_t>(kTileRows, p.q_rows.count - row);
   const int8_t* values[kTileRows];
   for (int64_t r = 0; r < rows; ++r) values[r] = static_cast<const int8_t*>(p.q) + p.q_rows.offset(row + r);
-  for (int64_t column = 0; column < p.k; column += kTileRowBytes, tile += 2 * kTileBytes) {
+  for (int64_t column = 0; column < p.k; column += kTileRowBytes, tile += step_bytes) {
     const int64_t left = p.k - column;
-    if (rows < kTileRows || left < kTileRowBytes) std::memset(tile, 0, kTileBytes);
+    if (rows < kTileRows || left < kTileRowBytes) std::memset(tile, 0, std::min<size_t>(kTileBytes, step_bytes));
     for (int64_t r = 0; r < rows; ++r) {
       if (left >= kTileRowBytes) {
         std::memcpy(tile + r * kTileRowBytes, values[r] + column, kTileRowBytes);
@@ -82,70 +96,98 @@ struct Ahead {
   }
 };
 
-// One or two strips of w: the first byte of each, and its tile of the last step.
+// Some strips of w: the first byte of each, and its tile of the last step.
 struct Strips {
-  const char* first[kBlockStrips];
-  const char* last[kBlockStrips];
+  const char* first[kMaxBlockStrips];
+  const char* last[kMaxBlockStrips];
+  int64_t bytes;
 };
 
 constexpr int kSumsPerRow = kMaxChunk * kStripRows;
 using Sums = int32_t[kBlockRows][kSumsPerRow];
 
-// Sums of one or two tiles of rows with one or two strips, to the columns of `sums` from `column` on.
-template <int kRowTiles, int kStrips>
-void multiply_block(const uint8_t* x, const Strips& w, int64_t steps, Ahead& ahead, Sums& sums, int64_t column) {
-  zero_tile<0>();
-  if constexpr (kStrips == 2) zero_tile<1>();
-  if constexpr (kRowTiles == 2) zero_tile<2>();
-  if constexpr (kRowTiles == 2 && kStrips == 2) zero_tile<3>();
+// The first rows that meet a strip fetch it, and add its columns up where zero points need that.
+enum class Meeting { kLater, kFirst, kFirstWithSums };
+
+// f(std::integral_constant<int, 0>()) ... f(std::integral_constant<int, kCount - 1>()).
+template <int kCount, class F>
+QOPS_ALWAYS_INLINE void each(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, kCount>());
+}
+
+// Sums of one or two tiles of rows with some strips, to the columns of `sums` from `column` on; w_sum: sum_k w.
+template <int kRowTiles, int kStrips, Meeting kMeeting>
+void multiply_block(const uint8_t* x, const PackedRows& packed, const Strips& w, Ahead& ahead, Sums& sums,
+                    int64_t column, int32_t* w_sum) {
+  constexpr int kX = kSumTiles, kW = kX + kRowTiles, kWTiles = 8 - kW;
+  each<kRowTiles * kStrips>([&](auto tile) { zero_tile<tile>(); });
   Ahead now = ahead;  // in registers
-  const auto step = [&](const char* w0, const char* w1) {
-    load_tile<4>(x, kTileRowBytes);
-    load_tile<6>(w0, kTileRowBytes);
-    dot_tiles<0, 4, 6>();
-    if constexpr (kStrips == 2) {
-      load_tile<7>(w1, kTileRowBytes);
-      dot_tiles<1, 4, 7>();
-    }
-    if constexpr (kRowTiles == 2) {
-      load_tile<5>(x + kTileBytes, kTileRowBytes);
-      dot_tiles<2, 5, 6>();
-      if constexpr (kStrips == 2) dot_tiles<3, 5, 7>();
-    }
-    x += 2 * kTileBytes;
+  const B8x64 ones = bit_cast<B8x64>(set1(int32_t{0x01010101}));
+  I32x16 columns[kStrips][2];
+  QOPS_UNROLL for (int s = 0; s < kStrips; ++s) columns[s][0] = columns[s][1] = set1(int32_t{0});
+  const auto step = [&](const char* const* strips, int64_t at, int64_t fetch,
+                        int lines) __attribute__((always_inline)) {
+    each<kRowTiles>([&](auto r) { load_tile<kX + r>(x + r * kTileBytes, kTileRowBytes); });
+    each<kStrips>([&](auto s) __attribute__((always_inline)) {
+      const char* tile = strips[s] + at;
+      load_tile<kW + s % kWTiles>(tile, kTileRowBytes);
+      each<kRowTiles>([&](auto r) { dot_tiles<r * kStrips + s, kX + r, kW + s % kWTiles>(); });
+      if constexpr (kMeeting != Meeting::kLater) {
+        QOPS_UNROLL for (int line = s; line < kTileRows; line += kStrips) {
+          QOPS_UNROLL for (int t = 0; t < kStrips; ++t) prefetch(strips[t] + at + fetch + line * kTileRowBytes);
+        }
+      }
+      if constexpr (kMeeting == Meeting::kFirstWithSums) {
+        for (int line = 0; line < lines; line += 2) {  // K is a multiple of 8
+          columns[s][0] = dot(columns[s][0], ones, load_bytes(tile + line * kTileRowBytes));
+          columns[s][1] = dot(columns[s][1], ones, load_bytes(tile + (line + 1) * kTileRowBytes));
+        }
+      }
+    });
+    x += packed.step_bytes;
     now.fetch();
   };
-  for (int64_t at = 0; at < (steps - 1) * kTileBytes; at += kTileBytes) step(w.first[0] + at, w.first[1] + at);
-  step(w.last[0], w.last[1]);
+  const int64_t last = (packed.steps - 1) * kTileBytes;
+  int64_t at = 0;
+  for (; at < last - kFetchBytes; at += kTileBytes) step(w.first, at, kFetchBytes, kTileRows);
+  // Beyond the strips are the next ones.
+  const int64_t next = kFetchBytes + (kStrips - 1) * w.bytes;
+  for (; at < last; at += kTileBytes) step(w.first, at, next, kTileRows);
+  step(w.last, 0, next, static_cast<int>((w.bytes - last) / kTileRowBytes));
   ahead = now;
-  constexpr int64_t kRowBytes = sizeof(sums[0]);
-  store_tile<0>(sums[0] + column, kRowBytes);
-  if constexpr (kStrips == 2) store_tile<1>(sums[0] + column + kStripRows, kRowBytes);
-  if constexpr (kRowTiles == 2) store_tile<2>(sums[kTileRows] + column, kRowBytes);
-  if constexpr (kRowTiles == 2 && kStrips == 2) store_tile<3>(sums[kTileRows] + column + kStripRows, kRowBytes);
-}
-
-void multiply_block(int64_t rows, int64_t strips, const uint8_t* x, const Strips& w, int64_t steps, Ahead& ahead,
-                    Sums& sums, int64_t column) {
-  const bool two = strips == 2;
-  if (rows > kTileRows) {
-    two ? multiply_block<2, 2>(x, w, steps, ahead, sums, column)
-        : multiply_block<2, 1>(x, w, steps, ahead, sums, column);
-  } else {
-    two ? multiply_block<1, 2>(x, w, steps, ahead, sums, column)
-        : multiply_block<1, 1>(x, w, steps, ahead, sums, column);
+  each<kRowTiles * kStrips>([&](auto tile) {
+    store_tile<tile>(sums[tile / kStrips * kTileRows] + column + tile % kStrips * kStripRows, sizeof(sums[0]));
+  });
+  if constexpr (kMeeting == Meeting::kFirstWithSums) {
+    QOPS_UNROLL for (int s = 0; s < kStrips; ++s) store(w_sum + s * kStripRows, columns[s][0] + columns[s][1]);
   }
 }
 
-// sum_k w of the 16 columns of a strip.
-void sum_strip(const char* w, int64_t strip_bytes, int32_t* sums) {
-  const B8x64 ones = bit_cast<B8x64>(set1(int32_t{0x01010101}));
-  I32x16 even = set1(int32_t{0}), odd = set1(int32_t{0});
-  for (int64_t at = 0; at < strip_bytes; at += 128) {  // K is a multiple of 8
-    even = dot(even, ones, load_bytes(w + at));
-    odd = dot(odd, ones, load_bytes(w + at + 64));
-  }
-  store(sums, even + odd);
+void multiply_block(int64_t rows, int64_t strips, Meeting meeting, const uint8_t* x, const PackedRows& packed,
+                    const Strips& w, Ahead& ahead, Sums& sums, int64_t column, int32_t* w_sum) {
+  const auto run = [&](auto row_tiles, auto count) {
+    const auto with = [&](auto how) {
+      multiply_block<row_tiles, count, how>(x, packed, w, ahead, sums, column, w_sum);
+    };
+    switch (meeting) {
+      case Meeting::kLater: return with(std::integral_constant<Meeting, Meeting::kLater>());
+      case Meeting::kFirst: return with(std::integral_constant<Meeting, Meeting::kFirst>());
+      case Meeting::kFirstWithSums: return with(std::integral_constant<Meeting, Meeting::kFirstWithSums>());
+    }
+  };
+  const auto run_few = [&](auto count) {
+    rows > kTileRows ? run(std::integral_constant<int, 2>(), count) : run(std::integral_constant<int, 1>(), count);
+  };
+  if (strips == 4) return run(std::integral_constant<int, 1>(), std::integral_constant<int, 4>());
+  strips == 2 ? run_few(std::integral_constant<int, 2>()) : run_few(std::integral_constant<int, 1>());
+}
+
+// How many of `left` strips a block of rows takes at once.
+int64_t strips_at_once(int64_t rows, int64_t left) {
+  if (rows <= kTileRows && left >= kMaxBlockStrips) return kMaxBlockStrips;
+  return std::min<int64_t>(kBlockStrips, left);
 }
 
 // y of some rows and strips. `packed` holds the rows from first_row on; rows.begin starts a block of them.
@@ -165,31 +207,30 @@ void multiply(const Int8GemmParams& p, const PackedRows& packed, int64_t first_r
   alignas(64) Sums sums;
   const int64_t blocks = ceil_div(rows.size(), kBlockRows);
   const int64_t fitting = kChunkBytes / strip_bytes / kBlockStrips * kBlockStrips;
-  const int64_t chunk = std::clamp<int64_t>(fitting, kBlockStrips, kMaxChunk);
+  // One block passes over them once, wherever they lie.
+  const int64_t chunk = blocks == 1 ? kMaxChunk : std::clamp<int64_t>(fitting, kBlockStrips, kMaxChunk);
   for (int64_t begin = strips.begin; begin < strips.end; begin += chunk) {
     const Range of{begin, std::min(begin + chunk, strips.end)};
     Columns<kMaxChunk> columns(p, of);
-    if (p.zero_point != nullptr) {
-      for (int64_t strip = of.begin; strip < of.end; ++strip) {
-        sum_strip(weights + strip * strip_bytes, strip_bytes, columns.w_sum + columns.offset(strip));
-      }
-    }
     const int64_t next = blocks < kFetchingBlocks ? of.end : std::min(of.end + chunk, strips.end);
     const int64_t steps = blocks * ceil_div(of.size(), kBlockStrips) * packed.steps;
     Ahead ahead{weights + of.end * strip_bytes, weights + next * strip_bytes,
                 ceil_div((next - of.end) * strip_bytes, steps * 64) * 64};
     for (int64_t row = rows.begin; row < rows.end; row += kBlockRows) {
       const int64_t row_end = std::min(row + kBlockRows, rows.end);
-      for (int64_t strip = of.begin; strip < of.end; strip += kBlockStrips) {
-        const int64_t count = std::min<int64_t>(kBlockStrips, of.end - strip);
-        Strips w;
-        for (int64_t s = 0; s < kBlockStrips; ++s) {
-          const int64_t read = strip + std::min(s, count - 1);
-          w.first[s] = weights + read * strip_bytes;
-          w.last[s] = has_end && read == end_strip ? end_of_w : w.first[s] + last_step;
+      const Meeting meeting = row != rows.begin         ? Meeting::kLater
+                              : p.zero_point == nullptr ? Meeting::kFirst
+                                                        : Meeting::kFirstWithSums;
+      for (int64_t strip = of.begin, count = 0; strip < of.end; strip += count) {
+        count = strips_at_once(row_end - row, of.end - strip);
+        Strips w{{}, {}, strip_bytes};
+        for (int64_t s = 0; s < count; ++s) {
+          w.first[s] = weights + (strip + s) * strip_bytes;
+          w.last[s] = has_end && strip + s == end_strip ? end_of_w : w.first[s] + last_step;
         }
-        multiply_block(row_end - row, count, packed.tile(row - first_row), w, packed.steps, ahead, sums,
-                       columns.offset(strip));
+        const int64_t column = columns.offset(strip);
+        multiply_block(row_end - row, count, meeting, packed.tile(row - first_row), packed, w, ahead, sums, column,
+                       columns.w_sum + column);
       }
       finish_rows<T>(p, {row, row_end}, of, sums[0], kSumsPerRow, 0, p.zero_point != nullptr, columns);
     }
@@ -213,7 +254,7 @@ struct Cut {
 };
 
 void tell_plan(const Int8GemmParams& p, const ThreadPool& pool) {
-  const int64_t most = max_blocks_of({nullptr, ceil_div(p.k, kTileRowBytes)}) * kBlockRows;
+  const int64_t most = max_blocks_of(PackedRows(p)) * kBlockRows;
   const int64_t rows = std::min(most, p.q_rows.count);
   const Cut cut(p, rows, pool.threads);
   pool.listener->tell("kernel", QOPS_ISA_NAME);
@@ -226,7 +267,7 @@ void tell_plan(const Int8GemmParams& p, const ThreadPool& pool) {
 
 template <class T>
 Status run(const Int8GemmParams& p, const ThreadPool& pool) {
-  PackedRows packed{nullptr, ceil_div(p.k, kTileRowBytes)};
+  PackedRows packed(p);
   const int64_t m = p.q_rows.count;
   const int64_t max_blocks = max_blocks_of(packed);
   const int64_t scratch_bytes = std::min(max_blocks, ceil_div(m, kBlockRows)) * packed.block_bytes();
@@ -239,12 +280,12 @@ Status run(const Int8GemmParams& p, const ThreadPool& pool) {
     const int64_t rows = std::min(max_blocks * kBlockRows, m - first_row);
     parallel_for(pool, ceil_div(rows, kTileRows), 1 + (16 << 10) / p.k, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin * kTileRows; row < end * kTileRows; row += kTileRows) {
-        pack_tile(p, first_row + row, packed.tile(row));
+        pack_tile(p, first_row + row, packed.tile(row), packed.step_bytes);
       }
     });
     const Cut cut(p, rows, pool.threads);
     parallel_for(pool, cut.pairs * cut.parts, cut.grain, [&](int64_t begin, int64_t end) {
-      const TileScope tiles;
+      const TileScope tiles(kFewRowTiles, static_cast<int>(std::min<int64_t>(m, kTileRows)));
       while (begin < end) {
         const int64_t part = begin / cut.pairs, pair = begin % cut.pairs;
         const int64_t size = std::min(cut.pairs - pair, end - begin);
@@ -261,8 +302,7 @@ Status run(const Int8GemmParams& p, const ThreadPool& pool) {
 }  // namespace
 
 Status int8_gemm(const Int8GemmParams& p, const ThreadPool& pool) {
-  const int64_t min_rows = p.zero_point == nullptr ? kMinRows : kMinRowsWithZeroPoints;
-  if (p.q_rows.count < min_rows || p.n == 0 || p.k == 0) return avx512::int8_gemm(p, pool);
+  if (p.q_rows.count < kMinRows || p.n == 0 || p.k == 0) return avx512::int8_gemm(p, pool);
   if (pool.listener != nullptr) [[unlikely]] {
     tell_plan(p, pool);
     return Status::kOk;

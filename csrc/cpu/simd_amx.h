@@ -13,11 +13,12 @@ inline constexpr int kTileRows = 16;
 inline constexpr int kTileRowBytes = 64;
 inline constexpr int kTileBytes = kTileRows * kTileRowBytes;
 
-// This thread's eight tiles, all of that size, from here to the end of the scope. What the tiles held before is lost.
-// Other libraries configure tiles for themselves, so none of ours outlive a task.
+// This thread's eight tiles, of that size but for the first `few`, which have `rows` rows, from here to the end of the
+// scope. What the tiles held before is lost. Other libraries configure tiles for themselves, so none of ours outlive a
+// task.
 class TileScope {
  public:
-  TileScope() {
+  explicit TileScope(int few = 0, int rows = kTileRows) {
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -26,7 +27,7 @@ class TileScope {
     static_assert(sizeof(config) == 64);
     for (int tile = 0; tile < 8; ++tile) {
       config.row_bytes[tile] = kTileRowBytes;
-      config.rows[tile] = kTileRows;
+      config.rows[tile] = static_cast<uint8_t>(tile < few ? rows : kTileRows);
     }
     asm volatile("ldtilecfg %0" : : "m"(config));
   }

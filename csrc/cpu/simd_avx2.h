@@ -244,6 +244,23 @@ inline I32x16 dot_short(I32x16 sum, B8x64 u, B8x64 s) {
   return {half(sum.lo, u.lo, s.lo), half(sum.hi, u.hi, s.hi)};
 }
 
+// Of some dot products that are added to a sum, their own sum while it fits 16 bits: of codes of 0 .. 15, 8 times
+// 2 * 15 * 128. One instruction less for each than in 32 bits.
+inline constexpr int kShortDots = 8;
+struct ShortSums {
+  __m256i lo, hi;
+};
+inline ShortSums begin_short(I32x16 /*sum*/) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline ShortSums dot_nibbles(ShortSums sum, B8x64 u, B8x64 s) {
+  return {_mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(u.lo, s.lo)),
+          _mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(u.hi, s.hi))};
+}
+inline I32x16 end_short(I32x16 sum, ShortSums part) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(part.lo, ones)),
+          _mm256_add_epi32(sum.hi, _mm256_madd_epi16(part.hi, ones))};
+}
+
 // Dot products of a row of x with a strip of w, 4 columns in each lane, both signed; exact modulo 2^32. The row lies in
 // kDotPlanes planes, as write_dot_row() makes them of 64 values at a time: columns 0 2 4 ... and 1 3 5 ... as int16, so
 // that x is widened once a call and w once a tile, not both at every product.

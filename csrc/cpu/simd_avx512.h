@@ -170,6 +170,13 @@ inline I32x16 dot(I32x16 sum, B8x64 u, B8x64 s) {
 // As dot(), for callers whose u0 s0 + u1 s1 fits int16 (4-bit codes): the AVX2 level has a shorter way for it.
 inline I32x16 dot_short(I32x16 sum, B8x64 u, B8x64 s) { return dot(sum, u, s); }
 
+// Of some dot products that are added to a sum, that sum; on the AVX2 level their own, in 16 bits.
+inline constexpr int kShortDots = 1 << 20;
+using ShortSums = I32x16;
+inline ShortSums begin_short(I32x16 sum) { return sum; }
+inline ShortSums dot_nibbles(ShortSums sum, B8x64 u, B8x64 s) { return dot(sum, u, s); }
+inline I32x16 end_short(I32x16 /*sum*/, ShortSums part) { return part; }
+
 // Dot products of a row of x with a strip of w, 4 columns in each lane, both signed; exact modulo 2^32. The row lies in
 // kDotPlanes planes, as write_dot_row() makes them of 64 values at a time. vpdpbusd wants one unsigned operand, so the
 // products are those of x + kDotOffset.

@@ -260,6 +260,13 @@ inline I32x16 dot(const I32x16& sum, const B8x64& u, const B8x64& s) {
 // As dot(), for callers whose u0 s0 + u1 s1 fits int16 (4-bit codes): the AVX2 level has a shorter way for it.
 inline I32x16 dot_short(const I32x16& sum, const B8x64& u, const B8x64& s) { return dot(sum, u, s); }
 
+// Of some dot products that are added to a sum, that sum; on the AVX2 level their own, in 16 bits.
+inline constexpr int kShortDots = 1 << 20;
+using ShortSums = I32x16;
+inline ShortSums begin_short(const I32x16& sum) { return sum; }
+inline ShortSums dot_nibbles(const ShortSums& sum, const B8x64& u, const B8x64& s) { return dot(sum, u, s); }
+inline I32x16 end_short(const I32x16& /*sum*/, const ShortSums& part) { return part; }
+
 // Dot products of a row of x with a strip of w, 4 columns in each lane, both signed; exact modulo 2^32. The row lies in
 // kDotPlanes planes, as write_dot_row() makes them of 64 values at a time; the products are those of x + kDotOffset.
 inline constexpr int kDotPlanes = 1;

@@ -153,6 +153,17 @@ def test_a_sum_beyond_2_24_is_rounded_once():
     assert_bitwise(got, (total.float() * 3).expand(1, 8).contiguous())
 
 
+def test_a_bias_that_decides_a_tie():
+    """3 (1 + 2^-23) and 3 (1 + 3 2^-23) lie in the middle of two float32: a bias of 2^-100 says which it is."""
+    w = qops.Int4Weight.from_canonical(torch.full((8, 4), 0x99, dtype=torch.uint8), torch.ones(8, 1), kind="symmetric")
+    q = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]] * 2, dtype=torch.int8)
+    scale = 1 + torch.tensor([1.0, 3.0]) * 2.0**-23
+    bias = torch.tensor([-(2.0**-100), 0.0, 2.0**-100, 0.0] * 2)
+    want = 3 + torch.tensor([[1.0, 2.0, 2.0, 2.0], [4.0, 4.0, 5.0, 4.0]]).repeat(1, 2) * 2.0**-22
+    for result in (qops.int4_int8_gemm, by_contract, int4_int8_gemm_exact):
+        assert_bitwise(result(q, scale, w, bias, out_dtype=torch.float32), want, result.__name__)
+
+
 def test_special_rows():
     """Zeros, NaN and infinity, as quantize_int8 gives them; nothing of a row reaches another one."""
     x = random_activations(6, 64, dtype=torch.bfloat16, seed=0)

@@ -265,6 +265,17 @@ def test_one_rounding_of_scale_and_bias():
     assert got[0, 0].item() == 8 * 127 * 127 * 2.0**-23
 
 
+def test_a_bias_that_decides_a_tie():
+    """3 (1 + 2^-23) and 3 (1 + 3 2^-23) lie in the middle of two float32: a bias of 2^-100 says which it is."""
+    w = qops.Int8Weight.from_canonical(torch.ones(8, 8, dtype=torch.int8), torch.tensor(1.0))
+    q = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]] * 2, dtype=torch.int8)
+    scale = 1 + torch.tensor([1.0, 3.0]) * 2.0**-23
+    bias = torch.tensor([-(2.0**-100), 0.0, 2.0**-100, 0.0] * 2)
+    want = 3 + torch.tensor([[1.0, 2.0, 2.0, 2.0], [4.0, 4.0, 5.0, 4.0]]).repeat(1, 2) * 2.0**-22
+    for result in (qops.int8_gemm, by_contract):
+        assert_bitwise(result(q, scale, w, bias, out_dtype=torch.float32), want, result.__name__)
+
+
 @pytest.mark.parametrize("m, n, k", ((0, 16, 32), (3, 0, 32), (0, 0, 0), (2, 16, 0)))
 @pytest.mark.parametrize("asymmetric", (False, True), ids=("symmetric", "asymmetric"))
 def test_empty(m, n, k, asymmetric):

@@ -10,9 +10,17 @@ SLICES = 8
 
 
 def fma(a, b, c):
-    """One rounding to float32: the product is exact in 64-bit extended precision, whose sum is 40 bits wider."""
-    wide = np.asarray(a, np.longdouble) * np.asarray(b, np.longdouble) + np.asarray(c, np.longdouble)
-    return wide.astype(np.float32)
+    """One rounding to float32. 64 bits hold the product but not every sum: one that is inexact is rounded to odd, so
+    that no tie of float32 comes of it that is none."""
+    product, c = np.asarray(a, np.longdouble) * np.asarray(b, np.longdouble), np.asarray(c, np.longdouble)
+    total = product + c
+    with np.errstate(invalid="ignore"):
+        added = total - product
+        error = (product - (total - added)) + (c - added)  # exact (two-sum); NaN where the total is not finite
+        even = np.fmod(np.ldexp(np.frexp(total)[0], 64), 2) == 0
+        inexact = np.isfinite(error) & (error != 0)
+        total = np.where(inexact & even, np.nextafter(total, np.copysign(np.inf, error, dtype=np.longdouble)), total)
+    return total.astype(np.float32)
 
 
 def blocks_of(k: int, group_size: int) -> list[tuple[int, int, int]]:
