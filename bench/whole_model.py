@@ -2,6 +2,7 @@
 
     python -m bench.whole_model                        # the model of the demo
     python -m bench.whole_model FILE.gguf --threads 1,2 --out r.json
+    python -m bench.whole_model --seeded llama-3.2-1b  # random weights in the shape of a larger one
 
 Each runner has a process of its own, which is stopped while others are measured. Tokens are given, not chosen: nobody
 samples, but for Transformers' ``generate``. Before anything is timed, the logits after all tokens of both phases are
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.peers.models import MODULES, Model, Runner
+from bench.peers.models import MODULES, Model, Runner, seeded
 from bench.problems.shared.operator import LARGEST_ERROR_OF_INT8_ACTIVATIONS as LARGEST_ERROR
 from bench.problems.shared.provider import version
 from bench.reporting.stats import median
@@ -237,14 +239,24 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] = MODULES) ->
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.whole_model", description=__doc__, formatter_class=form)
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE.gguf", help="default: the model of qops.demo")
+    parser.add_argument("--seeded", choices=sorted(seeded.SHAPES), help="in place of a file, written for this run")
     parser.add_argument("--threads", default=f"1,{document.cores()}", help="numbers, with commas between")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON document with every sample")
     args = parser.parse_args(argv)
-    if args.file is None:
-        from qops.demo.artefact import Cache
+    if args.file and args.seeded:
+        parser.error("a file, or --seeded")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.seeded:
+            args.file = seeded.write(Path(folder, f"{args.seeded}-seeded.gguf"), seeded.SHAPES[args.seeded])
+        elif args.file is None:
+            from qops.demo.artefact import Cache
 
-        args.file = Cache().ensure_gguf()
+            args.file = Cache().ensure_gguf()
+        return report(args, modules)
+
+
+def report(args: argparse.Namespace, modules: Sequence[str]) -> int:
     rows: list[Row] = []
     with torch.inference_mode():
         for threads in dict.fromkeys(map(int, args.threads.split(","))):

@@ -7,12 +7,13 @@ import signal
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
 from bench import whole_model
-from bench.peers.models import Runner
+from bench.peers.models import Runner, seeded
 from bench.peers.models.ours import QopsModel
 from tests.support.models.gguf_files import llama_file
 
@@ -64,6 +65,28 @@ def test_who_fails_has_a_reason_and_who_computes_the_model_has_times(tmp_path):
     }
     assert min(louder.relative_error.values()) > 0.15 and set(louder.reasons) == {"decode", "prefill"}
     assert "| 1 | refuses | OSError: no such library | OSError: no such library |  | none |" in whole_model.table(rows)
+
+
+def test_files_of_random_weights_are_models(tmp_path):
+    shape = seeded.Shape(hidden=64, columns=96, layers=2, heads=4, kv_heads=2, head_dim=16, vocabulary=72)
+    file = seeded.write(tmp_path / "m.gguf", shape)
+    assert file.read_bytes() == seeded.write(tmp_path / "again.gguf", shape).read_bytes()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    kinds = {
+        "token_embd.weight": ("Q8_0", 64),
+        "blk.1.ffn_down.weight": ("Q4_1", 96),
+        "blk.0.attn_k.weight": ("Q4_1", 64),
+    }
+    for name, (kind, k) in kinds.items():
+        values = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+        assert tensors[name].tensor_type.name == kind and abs(values.std() * k**0.5 - 1) < 0.15, name
+        assert abs(values.mean()) < 0.1 * values.std(), name
+    with torch.inference_mode():
+        found = whole_model.dense_logits(file)["decode"]
+        model = QopsModel(file, 1)
+        whole_model.feed(model, "decode")
+    assert found.shape == (72,) and 0.3 < np.abs(found).max() < 10
+    assert np.abs(model.logits() - found).max() < 0.05 * np.abs(found).max()
 
 
 def test_importing_needs_no_peer(monkeypatch):
