@@ -238,14 +238,13 @@ def table(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None, modules: Sequence[str] = MODULES) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.whole_model", description=__doc__, formatter_class=form)
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE.gguf", help="default: the model of qops.demo")
-    parser.add_argument("--seeded", choices=sorted(seeded.SHAPES), help="in place of a file, written for this run")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("file", nargs="?", type=Path, metavar="FILE.gguf", help="default: the model of qops.demo")
+    source.add_argument("--seeded", choices=sorted(seeded.SHAPES), help="in place of a file, written for this run")
     parser.add_argument("--threads", default=f"1,{document.cores()}", help="numbers, with commas between")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON document with every sample")
     args = parser.parse_args(argv)
-    if args.file and args.seeded:
-        parser.error("a file, or --seeded")
     with tempfile.TemporaryDirectory() as folder:
         if args.seeded:
             args.file = seeded.write(Path(folder, f"{args.seeded}-seeded.gguf"), seeded.SHAPES[args.seeded])

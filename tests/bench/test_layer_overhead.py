@@ -22,4 +22,5 @@ def test_a_layer_costs_a_few_times_what_transformers_does_for_it():
     finally:
         torch.set_num_threads(threads)
     assert again.shape == (1, 18) and min(found.nothing) > 0
-    assert 0 < median(found.ours) < 4.5 * median(found.nothing), found
+    # A layer that did not become one that does nothing would show as a difference of about 0.
+    assert 0.2 * median(found.nothing) < median(found.ours) < 4.5 * median(found.nothing), found
