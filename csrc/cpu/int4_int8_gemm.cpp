@@ -111,7 +111,7 @@ void multiply_tile(const Params& p, const Slices& slices, const Tile& tile, int6
       QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
         const F32x16 scale = load_as_float(p.scales, p.scale_dtype, scales_at(s), kLanes);
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) total[s][r] = fma(scale, to_float(sum[s][r]), total[s][r]);
-        if (!has_offsets(p)) continue;
+        if (!has_float_zeros(p.kind)) continue;
         const F32x16 offset = offset_of(p, scales_at(s), scale);
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
           total[s][r] = fma(offset, to_float(set1(x_sums[r])), total[s][r]);

@@ -42,7 +42,6 @@ inline I32x16 copy_columns(const Int4Int8GemmParams& p, const int8_t* x, int64_t
   return dot_short(set1(int32_t{0}), bit_cast<B8x64>(set1(int32_t{0x01010101})), load_bytes(to));
 }
 
-inline bool has_offsets(const Int4Int8GemmParams& p) { return has_float_zeros(p.kind); }
 // o' of 16 rows of w, whose scales and zeros begin at `at`.
 inline F32x16 offset_of(const Int4Int8GemmParams& p, int64_t at, F32x16 scale) {
   const F32x16 z = load_as_float(p.zeros, p.zero_dtype, at, kLanes), eight = set1(8.0f);

@@ -59,7 +59,7 @@ void pack_row(const Params& p, const Slices& slices, const PackedRows& packed, i
   for (int64_t column = 0; column < p.k; column += kTileRowBytes, to += 2 * kTileBytes) {
     copy_columns(p, x, column, std::min<int64_t>(kTileRowBytes, p.k - column), to);
   }
-  if (!has_offsets(p)) return;
+  if (!has_float_zeros(p.kind)) return;
   for (int64_t group = 0; group < slices.groups; ++group) {
     I32x16 sum = set1(int32_t{0});
     alignas(64) uint8_t block[64];
@@ -121,7 +121,7 @@ void unpack(const Params& p, const Slices& slices, const Part& part, Range strip
       const int64_t at = (strip * slices.groups + group) * kStripRows, to = (strip - strips.begin) * kStripRows;
       const F32x16 scale = load_as_float(p.scales, p.scale_dtype, at, kLanes);
       store(panel.scale[g] + to, scale);
-      if (has_offsets(p)) store(panel.offset[g] + to, offset_of(p, at, scale));
+      if (has_float_zeros(p.kind)) store(panel.offset[g] + to, offset_of(p, at, scale));
     }
   }
 }
@@ -271,7 +271,7 @@ void multiply(const Params& p, const Slices& slices, const PackedRows& packed, i
       }
       if (!part.ends) continue;
       const float* x_sums = packed.sums + (row - first_row) * slices.groups + part.group;
-      add_groups_of(part.groups, has_offsets(p), work.panel, work.sums, count, x_sums, slices.groups,
+      add_groups_of(part.groups, has_float_zeros(p.kind), work.panel, work.sums, count, x_sums, slices.groups,
                     part.first_of_slice, part.last_of_slice, work.totals + at * kWidth, work.y + at * kWidth);
     }
   };

@@ -72,12 +72,13 @@ void run(const RotaryParams& p, const ThreadPool& pool) {
                   : rotate_dense_heads<false, T>(p, p.q, token, next, angles);
         streams_k ? rotate_dense_heads<true, T>(p, p.k, token, next, angles)
                   : rotate_dense_heads<false, T>(p, p.k, token, next, angles);
-      }
-      for (int64_t first = 0; first < p.pairs && !is_dense; first += kBlockPairs) {
-        const int64_t pairs = p.pairs - first < kBlockPairs ? p.pairs - first : kBlockPairs;
-        load_angles<W>(p, position, first, pairs, angles);
-        rotate_heads<T>(p, p.q, token, first, pairs, angles);
-        rotate_heads<T>(p, p.k, token, first, pairs, angles);
+      } else {
+        for (int64_t first = 0; first < p.pairs; first += kBlockPairs) {
+          const int64_t pairs = p.pairs - first < kBlockPairs ? p.pairs - first : kBlockPairs;
+          load_angles<W>(p, position, first, pairs, angles);
+          rotate_heads<T>(p, p.q, token, first, pairs, angles);
+          rotate_heads<T>(p, p.k, token, first, pairs, angles);
+        }
       }
       copy_unrotated<T>(p, p.q, token);
       copy_unrotated<T>(p, p.k, token);
