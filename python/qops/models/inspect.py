@@ -30,12 +30,11 @@ from qops.models.quantize import weight_bytes
 from qops.models.replacement import input_table, is_linear, is_tied
 from qops.nn import Int4Linear, Int8Linear, MergedLinear, QuantizedLinear
 from qops.nn.smoothed import neutral_input
+from qops.ops._checks import INT4_KINDS
 from qops.weights.requirements import dtype_name
 from qops.weights.state import QuantizedWeight
 
 PREFILL_ROWS = 512
-# The kinds by the bytes that zeros take.
-_KINDS = ("symmetric", "zero_point", "float_zero", "offset")
 _PART_COLUMNS = (
     *("part", "count", "shape", "stored as", "becomes", "operator"),
     *("G", "kind", "act-order", "stored", "memory"),
@@ -295,7 +294,7 @@ def _without_numbers(linear: type[QuantizedLinear], fact: Facts, quantized: Quan
         columns,
         rows,
         quantized.group_size,
-        max(quantized.kinds, key=_KINDS.index),
+        max(quantized.kinds, key=INT4_KINDS.index),  # in the order of what zeros take
         scale_dtype=quantized.scale_dtype,
         zero_dtype=quantized.zero_dtype,
         device="meta",
