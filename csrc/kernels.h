@@ -410,6 +410,14 @@ struct AttentionBlockParams {
   void* y;  // contiguous [rows, H]
 };
 
+// Layers one after another, each on what the one before has given: the halves of layer i in order, `x` of the one being
+// `y` of the other.
+struct DecoderLayersParams {
+  int64_t layers;
+  const AttentionBlockParams* attention;
+  const MlpBlockParams* mlp;
+};
+
 // y = R(R(silu(gate)) * up) or R(silu(gate) * up).
 struct SiluMulParams {
   const void* gate;
@@ -434,6 +442,7 @@ struct SiluMulInt8Params {
 #define QOPS_FOR_EACH_KERNEL(ANYWHERE, ON_CPU)             \
   ON_CPU(attention_block, AttentionBlockParams)            \
   ON_CPU(decode_attention, DecodeAttentionParams)          \
+  ON_CPU(decoder_layers, DecoderLayersParams)              \
   ANYWHERE(int4_dequantize, Int4DequantizeParams)          \
   ANYWHERE(int4_gemm, WeightOnlyGemmParams)                \
   ON_CPU(int4_int8_gemm, Int4Int8GemmParams)               \

@@ -36,6 +36,10 @@ void define_schemas(Library& m) {
       "Tensor(b!) values, Tensor o, Tensor o_scales, Tensor? o_zeros, Tensor? o_perm, Tensor? o_bias, int o_kind, "
       "float scale, Tensor? mask=None, int window=0, float softcap=0.0, int first_position=0) -> Tensor");
   m.def(
+      "decoder_layers(Tensor x, Tensor?[] weights, int[] settings, float eps, float weight_offset, str rounding, "
+      "float scale, Tensor? cos, Tensor? sin, Tensor? positions, Tensor(a!)[] keys, Tensor(b!)[] values, "
+      "Tensor? mask=None) -> Tensor");
+  m.def(
       "mlp_block(Tensor x, Tensor norm, Tensor? post_norm, float eps, float weight_offset, str rounding, "
       "Tensor gate_up, Tensor gate_up_scales, Tensor? gate_up_zeros, Tensor? gate_up_perm, Tensor? gate_up_bias, "
       "int gate_up_kind, bool mixed_gate_up, Tensor down, Tensor down_scales, Tensor? down_zeros, Tensor? down_perm, "

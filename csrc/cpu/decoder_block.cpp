@@ -1,4 +1,5 @@
 // attention_block and mlp_block: the two halves of a decoder layer for a few new tokens, each in one region of threads.
+// decoder_layers: whole layers one after another, in one region.
 //
 // Decoding a token is bound by reading weights, but a chain of operators pays for a call and a parallel region each: in
 // a model of 135 million parameters as much time as the reading takes. Here the threads of a team go through the
@@ -133,37 +134,58 @@ void gate_rows(const Team& team, int64_t rows, int64_t columns, const T* gate_up
   }
 }
 
-template <class T>
-Status run_mlp(const MlpBlockParams& p, const ThreadPool& pool) {
-  const int64_t rows = p.norm.x_rows.count, h = p.norm.h, columns = p.down.product.k;
-  const End<T> end{p.norm, p.post_norm, p.y};
-  const BlockLinear last = end.linear(p.down);
-  const int most = most_threads(pool, p.gate_up, p.down);
-  const size_t normed_bytes = Pieces::bytes<T>(rows * h);
-  const size_t own_bytes = normed_bytes + std::max(Product(p.gate_up, rows).bytes(), Product(last, rows).bytes());
-  const bool apart = p.gate_up.product.epilogue != Epilogue::kSiluMul;
-  Scratch shared(3 * Pieces::bytes<T>(rows * columns) + normed_bytes + static_cast<size_t>(most) * own_bytes);
-  if (!shared.ok()) return Status::kOutOfMemory;
-  T* gated = shared.take<T>(rows * columns);
-  T* gate_up = apart ? shared.take<T>(2 * rows * columns) : gated;
-  T* given = end.norms() ? shared.take<T>(rows * h) : static_cast<T*>(p.y);
-  char* own = shared.take<char>(0);
+// body(team, shared, own) in a team: memory that its threads share, and memory of each.
+template <class F>
+Status with_memory(const ThreadPool& pool, int most, size_t shared_bytes, size_t own_bytes, const F& body) {
+  Scratch memory(shared_bytes + static_cast<size_t>(most) * own_bytes);
+  if (!memory.ok()) return Status::kOutOfMemory;
+  char* shared = memory.take<char>(0);
   with_team(pool, most, [&](const Team& team) {
-    Pieces pieces(own + static_cast<size_t>(team.rank) * own_bytes);
-    T* normed = pieces.take<T>(rows * h);
-    void* digits = pieces.take<char>(0);
-    norm_rows(p.norm, normed);
-    Product(p.gate_up, rows).run(team, normed, gate_up, digits);
-    team.wait();
-    if (apart) {
-      gate_rows(team, rows, columns, gate_up, gated);
-      team.wait();
-    }
-    Product(last, rows).run(team, gated, given, digits);
-    end.finish(team, given, normed);
+    body(team, shared, shared + shared_bytes + static_cast<size_t>(team.rank) * own_bytes);
   });
   return Status::kOk;
 }
+
+template <class T>
+class MlpHalf {
+ public:
+  explicit MlpHalf(const MlpBlockParams& p)
+      : p_(p), end_{p.norm, p.post_norm, p.y}, last_(end_.linear(p.down)), rows_(p.norm.x_rows.count) {}
+
+  size_t shared_bytes() const { return 3 * Pieces::bytes<T>(rows_ * columns()) + normed_bytes(); }
+  size_t own_bytes() const {
+    return normed_bytes() + std::max(Product(p_.gate_up, rows_).bytes(), Product(last_, rows_).bytes());
+  }
+
+  void run(const Team& team, void* shared_memory, void* own_memory) const {
+    Pieces shared(shared_memory), own(own_memory);
+    const int64_t h = p_.norm.h;
+    const bool apart = p_.gate_up.product.epilogue != Epilogue::kSiluMul;
+    T* gated = shared.take<T>(rows_ * columns());
+    T* gate_up = apart ? shared.take<T>(2 * rows_ * columns()) : gated;
+    T* given = end_.norms() ? shared.take<T>(rows_ * h) : static_cast<T*>(p_.y);
+    T* normed = own.take<T>(rows_ * h);
+    void* digits = own.take<char>(0);
+    norm_rows(p_.norm, normed);
+    Product(p_.gate_up, rows_).run(team, normed, gate_up, digits);
+    team.wait();
+    if (apart) {
+      gate_rows(team, rows_, columns(), gate_up, gated);
+      team.wait();
+    }
+    Product(last_, rows_).run(team, gated, given, digits);
+    end_.finish(team, given, normed);
+  }
+
+ private:
+  int64_t columns() const { return p_.down.product.k; }
+  size_t normed_bytes() const { return Pieces::bytes<T>(rows_ * p_.norm.h); }
+
+  const MlpBlockParams& p_;
+  const End<T> end_;
+  const BlockLinear last_;
+  const int64_t rows_;
+};
 
 // Heads of q, k and v side by side, [rows, heads, D].
 template <class T>
@@ -227,53 +249,94 @@ void place_heads(const Team& team, const Heads<T>& heads, const Angles& angles) 
 }
 
 template <class T>
-Status run_attention(const AttentionBlockParams& p, const ThreadPool& pool) {
-  const int64_t rows = p.norm.x_rows.count, h = p.norm.h;
-  DecodeAttentionParams attention = p.attention;
-  const int64_t attended_columns = attention.q_heads * attention.d;
-  const AttentionPlan plan = plan_attention(attention);
-  const End<T> end{p.norm, p.post_norm, p.y};
-  const BlockLinear last = end.linear(p.o);
-  const int most = most_threads(pool, p.qkv, p.o);
+class AttentionHalf {
+ public:
+  explicit AttentionHalf(const AttentionBlockParams& p)
+      : p_(p),
+        end_{p.norm, p.post_norm, p.y},
+        last_(end_.linear(p.o)),
+        rows_(p.norm.x_rows.count),
+        plan_(plan_attention(p.attention)) {}
 
-  const int64_t qkv_columns = p.qkv.product.n, angle_floats = (p.rotary.pairs + kLanes - 1) / kLanes * kLanes;
-  const int64_t row_columns = std::max(h, attended_columns);
-  const size_t digit_bytes = std::max(Product(p.qkv, rows).bytes(), Product(last, rows).bytes());
-  const size_t own_bytes = Pieces::bytes<T>(rows * row_columns) + 2 * Pieces::bytes<float>(angle_floats) + digit_bytes;
-  Scratch shared(Pieces::bytes<T>(rows * qkv_columns) + Pieces::bytes<T>(rows * attended_columns) +
-                 Pieces::bytes<T>(rows * h) + plan.scratch_bytes() + 64 + static_cast<size_t>(most) * own_bytes);
-  if (!shared.ok()) return Status::kOutOfMemory;
-  const Heads<T> heads{p, shared.take<T>(rows * qkv_columns), attention.q_heads, attention.kv_heads, attention.d};
-  T* attended = shared.take<T>(rows * attended_columns);
-  T* given = end.norms() ? shared.take<T>(rows * h) : static_cast<T*>(p.y);
-  float* partial = shared.take<float>(static_cast<int64_t>(plan.scratch_bytes() / sizeof(float)));
-  char* own = shared.take<char>(0);
-  attention.q = heads.qkv;
-  attention.q_strides[0] = attention.t * qkv_columns;
-  attention.q_strides[1] = qkv_columns;
-  attention.q_strides[2] = attention.d;
-  attention.y = attended;
+  size_t shared_bytes() const {
+    return Pieces::bytes<T>(rows_ * p_.qkv.product.n) + Pieces::bytes<T>(rows_ * attended_columns()) +
+           Pieces::bytes<T>(rows_ * p_.norm.h) + (plan_.scratch_bytes() + 63) / 64 * 64;
+  }
+  size_t own_bytes() const {
+    return Pieces::bytes<T>(rows_ * row_columns()) + 2 * Pieces::bytes<float>(angle_floats()) +
+           std::max(Product(p_.qkv, rows_).bytes(), Product(last_, rows_).bytes());
+  }
 
-  with_team(pool, most, [&](const Team& team) {
-    Pieces pieces(own + static_cast<size_t>(team.rank) * own_bytes);
-    T* normed = pieces.take<T>(rows * row_columns);
-    const Angles angles{pieces.take<float>(angle_floats), pieces.take<float>(angle_floats)};
-    void* digits = pieces.take<char>(0);
-    norm_rows(p.norm, normed);
-    Product(p.qkv, rows).run(team, normed, heads.qkv, digits);
+  void run(const Team& team, void* shared_memory, void* own_memory) const {
+    Pieces shared(shared_memory), own(own_memory);
+    const int64_t qkv_columns = p_.qkv.product.n;
+    DecodeAttentionParams attention = p_.attention;
+    const Heads<T> heads{p_, shared.take<T>(rows_ * qkv_columns), attention.q_heads, attention.kv_heads, attention.d};
+    T* attended = shared.take<T>(rows_ * attended_columns());
+    T* given = end_.norms() ? shared.take<T>(rows_ * p_.norm.h) : static_cast<T*>(p_.y);
+    float* partial = shared.take<float>(0);
+    attention.q = heads.qkv;
+    attention.q_strides[0] = attention.t * qkv_columns;
+    attention.q_strides[1] = qkv_columns;
+    attention.q_strides[2] = attention.d;
+    attention.y = attended;
+    T* normed = own.take<T>(rows_ * row_columns());
+    const Angles angles{own.take<float>(angle_floats()), own.take<float>(angle_floats())};
+    void* digits = own.take<char>(0);
+
+    norm_rows(p_.norm, normed);
+    Product(p_.qkv, rows_).run(team, normed, heads.qkv, digits);
     team.wait();
     place_heads(team, heads, angles);
     team.wait();
-    const Part items(team, plan.items);
-    for (int64_t item = items.begin; item < items.end; ++item) attend_chunk<T>(attention, plan, item, partial);
+    const Part items(team, plan_.items);
+    for (int64_t item = items.begin; item < items.end; ++item) attend_chunk<T>(attention, plan_, item, partial);
     team.wait();
-    const Part combined(team, rows * attention.q_heads);
-    for (int64_t row = combined.begin; row < combined.end; ++row) combine_row<T>(attention, plan, row, partial);
+    const Part combined(team, rows_ * attention.q_heads);
+    for (int64_t row = combined.begin; row < combined.end; ++row) combine_row<T>(attention, plan_, row, partial);
     team.wait();
-    Product(last, rows).run(team, attended, given, digits);
-    end.finish(team, given, normed);
+    Product(last_, rows_).run(team, attended, given, digits);
+    end_.finish(team, given, normed);
+  }
+
+ private:
+  int64_t attended_columns() const { return p_.attention.q_heads * p_.attention.d; }
+  int64_t row_columns() const { return std::max(p_.norm.h, attended_columns()); }
+  int64_t angle_floats() const { return (p_.rotary.pairs + kLanes - 1) / kLanes * kLanes; }
+
+  const AttentionBlockParams& p_;
+  const End<T> end_;
+  const BlockLinear last_;
+  const int64_t rows_;
+  const AttentionPlan plan_;
+};
+
+template <class Half, class Params>
+Status run_half(const Params& p, const ThreadPool& pool, const BlockLinear& first, const BlockLinear& last) {
+  const Half half(p);
+  return with_memory(pool, most_threads(pool, first, last), half.shared_bytes(), half.own_bytes(),
+                     [&](const Team& team, void* shared, void* own) { half.run(team, shared, own); });
+}
+
+template <class T>
+Status run_layers(const DecoderLayersParams& p, const ThreadPool& pool) {
+  size_t shared_bytes = 0, own_bytes = 0;
+  int most = 1;
+  for (int64_t i = 0; i < p.layers; ++i) {
+    const AttentionHalf<T> attention(p.attention[i]);
+    const MlpHalf<T> mlp(p.mlp[i]);
+    shared_bytes = std::max({shared_bytes, attention.shared_bytes(), mlp.shared_bytes()});
+    own_bytes = std::max({own_bytes, attention.own_bytes(), mlp.own_bytes()});
+    most = std::max(most, most_threads(pool, p.mlp[i].gate_up, p.mlp[i].down));
+  }
+  return with_memory(pool, most, shared_bytes, own_bytes, [&](const Team& team, void* shared, void* own) {
+    for (int64_t i = 0; i < p.layers; ++i) {
+      if (i > 0) team.wait();
+      AttentionHalf<T>(p.attention[i]).run(team, shared, own);
+      team.wait();
+      MlpHalf<T>(p.mlp[i]).run(team, shared, own);
+    }
   });
-  return Status::kOk;
 }
 
 bool has_rows(const RmsNormParams& norm) { return norm.x_rows.count > 0 && norm.h > 0; }
@@ -291,8 +354,9 @@ Status mlp_block(const MlpBlockParams& p, const ThreadPool& pool) {
     return Status::kOk;
   }
   if (!has_valid_perm(p.gate_up) || !has_valid_perm(p.down)) return Status::kIndexOutOfRange;
-  return with_dtype(p.norm.dtype,
-                    [&](auto* element) { return run_mlp<std::remove_pointer_t<decltype(element)>>(p, pool); });
+  return with_dtype(p.norm.dtype, [&](auto* element) {
+    return run_half<MlpHalf<std::remove_pointer_t<decltype(element)>>>(p, pool, p.gate_up, p.down);
+  });
 }
 
 Status attention_block(const AttentionBlockParams& p, const ThreadPool& pool) {
@@ -305,8 +369,29 @@ Status attention_block(const AttentionBlockParams& p, const ThreadPool& pool) {
   if (p.rotary.pairs > 0) {
     if (const Status status = check_positions(p.rotary, pool); status != Status::kOk) return status;
   }
-  return with_dtype(p.norm.dtype,
-                    [&](auto* element) { return run_attention<std::remove_pointer_t<decltype(element)>>(p, pool); });
+  return with_dtype(p.norm.dtype, [&](auto* element) {
+    return run_half<AttentionHalf<std::remove_pointer_t<decltype(element)>>>(p, pool, p.qkv, p.o);
+  });
+}
+
+Status decoder_layers(const DecoderLayersParams& p, const ThreadPool& pool) {
+  if (p.layers == 0 || !has_rows(p.attention[0].norm)) return Status::kOk;
+  if (pool.listener != nullptr) [[unlikely]] {
+    tell_plan(pool, p.mlp[0].gate_up, p.mlp[0].down);
+    return Status::kOk;
+  }
+  for (int64_t i = 0; i < p.layers; ++i) {
+    const AttentionBlockParams& attention = p.attention[i];
+    const MlpBlockParams& mlp = p.mlp[i];
+    for (const BlockLinear* linear : {&attention.qkv, &attention.o, &mlp.gate_up, &mlp.down}) {
+      if (!has_valid_perm(*linear)) return Status::kIndexOutOfRange;
+    }
+    if (attention.rotary.pairs > 0) {
+      if (const Status status = check_positions(attention.rotary, pool); status != Status::kOk) return status;
+    }
+  }
+  return with_dtype(p.attention[0].norm.dtype,
+                    [&](auto* element) { return run_layers<std::remove_pointer_t<decltype(element)>>(p, pool); });
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

@@ -39,7 +39,9 @@ else:
         ) from error
 
 
-WITHOUT_CUDA_KERNEL = ("attention_block", "decode_attention", "int4_int8_gemm", "int8_weight_only_gemm", "mlp_block")
+WITHOUT_CUDA_KERNEL = (
+    *("attention_block", "decode_attention", "decoder_layers", "int4_int8_gemm", "int8_weight_only_gemm", "mlp_block"),
+)
 """The operators that qops has no CUDA kernel of, in any build."""
 
 
@@ -123,7 +125,8 @@ def explain(op: str, *, device: torch.device | str, **problem: int | str | bool 
             ``rows, columns, dtype``; ``rotary`` and ``qk_norm_rotary``:
             ``tokens, q_heads, k_heads, d, pairs, dtype``; ``decode_attention``:
             ``batch, t, q_heads, kv_heads, s, d, dtype``; ``attention_block``:
-            ``rows, h, q_heads, kv_heads, d, dtype``; ``mlp_block``: ``rows, h, columns, dtype``.
+            ``rows, h, q_heads, kv_heads, d, dtype``; ``mlp_block``: ``rows, h, columns, dtype``;
+            ``decoder_layers``, which fused models call: ``layers``, and those of both.
             Besides, where there is one: ``kind=`` of the weight ("symmetric", "zero_point", "float_zero", "offset"),
             ``epilogue=`` ("none", "silu_mul", "int8"), and whether there are ``perm``, ``zeros``,
             ``zero_point``, ``batch_invariant``, ``interleaved``, weights ``*_has_8_bits``.

@@ -119,12 +119,12 @@ def cache_is_forgotten(patch):
 
 
 def cached_steps_are_rotated_too_far(patch):
-    whole = qops.models.decoder.RotaryTables.forward
+    whole = qops.models.rotary_tables.RotaryTables.forward
 
     def forward(self, x, position_ids, *more):
         return whole(self, x, position_ids + (position_ids.shape[1] == 1), *more)
 
-    patch.setattr(qops.models.decoder.RotaryTables, "forward", forward)
+    patch.setattr(qops.models.rotary_tables.RotaryTables, "forward", forward)
 
 
 def residual_is_forgotten(patch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import io
@@ -17,8 +16,8 @@ from packaging.version import parse
 from transformers import DynamicCache, GenerationConfig
 
 from qops import quantize_model
-from qops.models import blocks, decoder
 from qops.testing import assert_bitwise
+from tests.support.models.block_runs import check, counted
 from tests.support.models.families import VOCAB, random_model
 
 FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "phi3", "smollm3", "qwen2")
@@ -41,53 +40,6 @@ def made(model):
     """A model that a test may change."""
     with torch.inference_mode(False), torch.no_grad():
         return copy.deepcopy(model)
-
-
-@contextlib.contextmanager
-def counted():
-    """How many halves of layers are computed by block operators: [attention, MLP]."""
-    counts, before = [0, 0], [half.step for half in (blocks.AttentionHalf, blocks.MlpHalf)]
-
-    def counting(step, index):
-        def count(*arguments):
-            y = step(*arguments)
-            counts[index] += y is not None
-            return y
-
-        return count
-
-    for index, half in enumerate((blocks.AttentionHalf, blocks.MlpHalf)):
-        half.step = counting(before[index], index)
-    try:
-        yield counts
-    finally:
-        blocks.AttentionHalf.step, blocks.MlpHalf.step = before
-
-
-def chain_of(run):
-    """The results of a run without block operators."""
-    known = decoder.DecoderLayer._known_halves
-    decoder.DecoderLayer._known_halves = lambda self: None
-    try:
-        with counted() as counts:
-            results = run()
-    finally:
-        decoder.DecoderLayer._known_halves = known
-    assert counts == [0, 0]
-    return results
-
-
-def check(run, *, attention=True, model=None):
-    """Bits of the chain; ``attention``: whether block operators compute any of it. Those of GELU have no MLP block."""
-    with counted() as counts:
-        got = run()
-    assert (counts[0] > 0) == attention, counts
-    if model is not None and attention:
-        assert (counts[1] > 0) == (model.family != "gemma3"), counts
-    want = chain_of(run)
-    assert len(got) == len(want)
-    for index, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert_bitwise(a, b, f"result {index}")
 
 
 def generate(model, ids=IDS[:, :9], mask=None, assistant_model=None, **changes):

@@ -11,19 +11,18 @@ from transformers import LlamaForSequenceClassification
 
 import qops.models.proof
 from qops import load_model, quantize_model, save_model
-from qops.models.blocks import AttentionHalf, MlpHalf
+from qops.models.blocks import AttentionHalf, MlpHalf, Run
 from qops.models.decoder import (
     ARCHITECTURES,
     Attention,
     DecoderLayer,
-    RotaryTables,
-    Shared,
     _unknown_call,
     cache_keyword,
     fused_class,
     known_parts,
 )
 from qops.models.replacement import is_fused
+from qops.models.rotary_tables import RotaryTables, Shared
 from qops.nn import MLP, MergedLinear, RMSNorm, frozen
 from tests.support.models.families import FUSED, IDS, PARTLY, random_model
 
@@ -209,6 +208,7 @@ FAULTS = {
     "attention_mask, one token": ("llama", method(AttentionHalf, "step", without_mask_in_a_step)),
     "attention, one token": ("llama", method(AttentionHalf, "step", scaled_in_a_step)),
     "MLP, one token": ("llama", method(MlpHalf, "step", scaled_in_a_step)),
+    "layers ahead": ("llama", method(Run, "lead", scaled_in_a_step)),
     "cache": ("llama", attention_gets(without_cache)),
     "cache of another layer": ("llama", built(lambda layer: setattr(layer.self_attn, "layer_idx", 0))),
     "position_ids": ("llama", without("position_ids")),

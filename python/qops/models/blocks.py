@@ -14,6 +14,9 @@ This module imports Transformers.
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,14 +37,22 @@ class _Unknown(Exception):
 
 
 class Places:
-    """Where the arguments of a block operator stand, and what has to stay as it is for that.
+    """Where what a half of a layer is made of stands, and what has to stay as it is for that.
 
     Tensors are looked up in each call, so that none is kept alive and none is stale.
+
+    Attributes:
+        is_known: whether a block operator computes it.
+        style: of its norms.
+        kinds: of its weights.
     """
+
+    style: Style
 
     def __init__(self, layer: Any, first: str, last: str | None) -> None:
         self.settled: list[tuple[dict[str, Any], str, Any]] = []
-        self.constants: list[Any] = []  # with a None for what is looked up
+        self.kinds: list[int] = []
+        self.count = 0  # of parts
         self.tensors: list[tuple[int, dict[str, Any], str]] = []
         self.weights: list[tuple[int, dict[str, Any]]] = []
         try:
@@ -67,24 +78,24 @@ class Places:
                 return False
         return True
 
-    def add(self, owner: dict[str, Any], name: str) -> None:
-        self.tensors.append((len(self.constants), owner, name))
-        self.constants.append(None)
-
-    def values(self) -> list[Any] | None:
-        """The arguments, now; None where a weight is not packed."""
-        values = self.constants.copy()
+    def parts(self) -> list[Any] | None:
+        """What it is made of, now, in the order of `decoder_block.PARTS`; None where a weight is not packed."""
+        parts: list[Any] = [None] * self.count
         for index, owner, name in self.tensors:
-            values[index] = owner[name]
+            parts[index] = owner[name]
         for index, weight in self.weights:
             buffers = weight["_buffers"]
-            values[index] = buffers.get("packed")
-            values[index + 1] = buffers.get("scales")
-            values[index + 2] = buffers["zeros"]
-            values[index + 3] = buffers["perm"]
-            if values[index] is None:
+            parts[index] = buffers.get("packed")
+            parts[index + 1] = buffers.get("scales")
+            parts[index + 2] = buffers["zeros"]
+            parts[index + 3] = buffers["perm"]
+            if parts[index] is None:
                 return None
-        return values
+        return parts
+
+    def add(self, owner: dict[str, Any], name: str) -> None:
+        self.tensors.append((self.count, owner, name))
+        self.count += 1
 
     def add_norm(self, norm: Any) -> Style:
         """The weight of a norm that gives dense rows."""
@@ -95,7 +106,7 @@ class Places:
         return Style(*(self.settle(own, name) for name in Style._fields))
 
     def add_linear(self, linear: Any) -> None:
-        """packed, scales, zeros, perm, bias, kind."""
+        """packed, scales, zeros, perm, bias."""
         if type(linear) is MergedLinear:
             linear = self.settle(linear.__dict__["_modules"], "merged")
         if type(linear) not in (Int4Linear, Int8WeightOnlyLinear) or self.settle(linear.__dict__, "float32_output"):
@@ -105,21 +116,18 @@ class Places:
         self.settle(weight.__dict__, "_layout")  # another one where it is packed or unpacked
         if not weight.is_packed or weight.device.type != "cpu":
             raise _Unknown
-        self.weights.append((len(self.constants), weight.__dict__))
-        self.constants += [None] * 4
+        self.weights.append((self.count, weight.__dict__))
+        self.count += 4
         self.add(own["_parameters"], "bias")
-        self.constants.append(INT4_KINDS.index(self.settle(weight.__dict__, "kind")))
+        self.kinds.append(INT4_KINDS.index(self.settle(weight.__dict__, "kind")))
 
-    def add_norms(self, modules: dict[str, Any], first: str, last: str | None) -> Style:
+    def add_norms(self, modules: dict[str, Any], first: str, last: str | None) -> None:
         """The norms before and, where there is one, after a half, and what they share."""
-        style = self.add_norm(self.settle(modules, first))
+        self.style = self.add_norm(self.settle(modules, first))
         if last is None:
-            self.constants.append(None)
-        elif self.add_norm(self.settle(modules, last)) != style:
+            self.count += 1
+        elif self.add_norm(self.settle(modules, last)) != self.style:
             raise _Unknown
-        for value in style:
-            self.constants.append(value)
-        return style
 
 
 class Style(NamedTuple):
@@ -166,13 +174,17 @@ class MlpHalf(Places):
             raise _Unknown
         self.add_norms(modules, first, last)
         self.add_linear(self.settle(parts, "gate_up_proj"))
-        self.constants.append(self.settle(mlp.__dict__, "activates_in_gemm"))
+        self.mixed = bool(self.settle(mlp.__dict__, "activates_in_gemm"))
         self.add_linear(self.settle(parts, "down_proj"))
 
     def step(self, x: torch.Tensor) -> torch.Tensor | None:
         """x after this half; None where the chain has to do it."""
-        values = self.values()
-        return None if values is None else torch.ops.qops.mlp_block.default(x, *values)
+        parts = self.parts()
+        if parts is None:
+            return None
+        gate_up, down = self.kinds
+        norms = (*parts[:2], *self.style)
+        return torch.ops.qops.mlp_block.default(x, *norms, *parts[2:7], gate_up, self.mixed, *parts[7:], down)
 
 
 class AttentionHalf(Places):
@@ -186,17 +198,16 @@ class AttentionHalf(Places):
         if not isinstance(attention, Attention):
             raise _Unknown
         own = attention.__dict__
-        style = self.add_norms(modules, first, last)
+        self.add_norms(modules, first, last)
         parts = own["_modules"]
         self.add_linear(self.settle(parts, "qkv_proj"))
         for name in ("q_norm", "k_norm"):
             if name not in parts:
-                self.constants.append(None)
-            elif self.add_norm(self.settle(parts, name)) != style:
+                self.count += 1
+            elif self.add_norm(self.settle(parts, name)) != self.style:
                 raise _Unknown
-        self.tables = len(self.constants)
         self.add_linear(self.settle(parts, "o_proj"))
-        self.constants.append(float(self.settle(own, "scaling")))
+        self.scale = float(self.settle(own, "scaling"))
         self.rotates = self.settle(own, "rotates")
         self.layer_idx = self.settle(own, "layer_idx")
         self.head_dim = self.settle(own, "head_dim")
@@ -209,28 +220,175 @@ class AttentionHalf(Places):
 
     def step(self, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> torch.Tensor | None:
         """x after this half, with its keys and values in the cache; None where the chain has to do it."""
-        layer, values = layer_of(cache, self.layer_idx), self.values()
-        if layer is None or values is None:
+        parts, growth = self.parts(), self.growth(x, mask, cache)
+        if parts is None or growth is None:
+            return None
+        room, (qkv, o) = growth.room, self.kinds
+        y = torch.ops.qops.attention_block.default(
+            x,
+            *parts[:2],
+            *self.style,
+            *parts[2:7],
+            qkv,
+            *parts[7:9],
+            *((shared.cos, shared.sin, shared.positions) if self.rotates else (None, None, None)),
+            room.keys,
+            room.values,
+            *parts[9:],
+            o,
+            self.scale,
+            mask,
+            self.window if mask is None else 0,
+            0.0,
+            room.first_position,
+        )
+        growth.take(x)
+        return y
+
+    def growth(self, x: torch.Tensor, mask: Any, cache: Any) -> Growth | None:
+        """Where the keys and values of x go; None where the chain has to put them there."""
+        layer = layer_of(cache, self.layer_idx)
+        if layer is None:
             return None
         room = room_for(layer, x, self.kv_heads, self.head_dim)
         if room is None or not decodes(x, room.keys, mask, self.is_causal):
             return None
-        tables = (shared.cos, shared.sin, shared.positions) if self.rotates else (None, None, None)
-        window = self.window if mask is None else 0
-        y = torch.ops.qops.attention_block.default(
+        return Growth(layer, layer.keys, layer.values, room)
+
+
+# Layers of a forward -------------------------------------------------------------------------------------------------
+
+
+class Ahead(NamedTuple):
+    """A layer that has not been called yet, and what it will give.
+
+    Attributes:
+        halves: that were computed.
+        written: counts of writes to the cache of the layer since.
+    """
+
+    layer: Any
+    halves: Halves
+    growth: Growth
+    output: torch.Tensor
+    written: int
+
+    def is_what(self, layer: Any) -> bool:
+        """Whether this layer would give it now."""
+        growth = self.growth
+        return self.layer is layer and growth.holds and growth.room.written == self.written and self.halves.hold()
+
+
+class Run:
+    """Layers of one forward, each called on what the one before has given.
+
+    Weights that stream through a core's caches take Python's own data with them: around the operators of a layer it
+    needs three times as long as where it runs alone. So the first layer of a run has one operator compute all layers
+    that followed it in the two forwards before, and the others, when they are called, find what they give. Until then
+    nothing of it shows: new keys and values lie behind the rows of the cache. A layer that is not called on just that,
+    or with another cache or mask, computes by itself, and so does one of which a module or the cache has changed
+    meanwhile. Weights, mask and tables are those at the call of the first layer.
+    """
+
+    __slots__ = ("ahead", "cache", "followers", "mask", "output", "version")
+
+    def __init__(self) -> None:
+        self.followers: list[weakref.ref[Any]] = []
+        self.ahead: list[Ahead] = []  # the next one last
+        self.output: torch.Tensor | None = None
+        self.version: int | None = None
+        self.mask = self.cache = None
+
+    def next(self, layer: Any, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> torch.Tensor | None:
+        """x after the layer that is called now, where it has been computed or is, with others, now."""
+        if x is self.output and mask is self.mask and cache is self.cache and _version(x) == self.version:
+            self.followers.append(weakref.ref(layer))
+            ahead = self.ahead.pop() if self.ahead else None
+            if ahead is None or not ahead.is_what(layer):
+                self.ahead.clear()
+                return None
+            ahead.growth.take(x)
+            return ahead.output
+        self.ahead.clear()
+        self.mask, self.cache = mask, cache
+        # A forward that ends early, by turns with whole ones, would compute what nobody asks for.
+        expected = min(layer.followers, key=len)
+        self.followers = []
+        layer.__dict__["followers"] = (self.followers, layer.followers[0])
+        if not expected:
+            return None
+        with _writes_counted():
+            return self.lead([layer, *(reference() for reference in expected)], x, shared)
+
+    def lead(self, layers: list[Any], x: torch.Tensor, shared: Any) -> torch.Tensor | None:
+        """x after the first of some layers, all of which are computed; None where there are not two to compute."""
+        found: list[tuple[Any, Halves, Growth]] = []
+        caches: set[int] = set()
+        weights: list[Any] = []
+        settings: list[int] = []
+        common: Any = None  # what layers of one call share
+        for layer in layers:
+            halves = None if layer is None else layer.known_halves()
+            if halves is None or halves.attention is None or halves.mlp is None:
+                break
+            attention, mlp = halves.attention, halves.mlp
+            common = common or (*attention.style, attention.scale)
+            if (*attention.style, attention.scale) != common or mlp.style != attention.style:
+                break
+            first, last = attention.parts(), mlp.parts()
+            growth = attention.growth(x, self.mask, self.cache)
+            if first is None or last is None or growth is None or not growth.is_in_place:
+                break
+            # A layer that stands there twice appends twice.
+            if id(growth.layer) in caches:
+                break
+            caches.add(id(growth.layer))
+            weights += first
+            weights += last
+            window = attention.window if self.mask is None else 0
+            numbers = (mlp.mixed, attention.rotates, window, growth.room.first_position)
+            settings += (*attention.kinds, *mlp.kinds, *map(int, numbers))
+            found.append((layer, halves, growth))
+        if len(found) < 2:
+            return None
+        outputs = torch.ops.qops.decoder_layers.default(
             x,
-            *values[: self.tables],
-            *tables,
-            room.keys,
-            room.values,
-            *values[self.tables :],
-            mask,
-            window,
-            0.0,
-            room.first_position,
-        )
-        room.take(layer, x.shape[1])
-        return y
+            weights,
+            settings,
+            *common,
+            shared.cos,
+            shared.sin,
+            shared.positions,
+            [growth.room.keys for _, _, growth in found],
+            [growth.room.values for _, _, growth in found],
+            self.mask,
+        ).unbind()
+        pairs = zip(found, outputs, strict=True)
+        self.ahead = [Ahead(*of, output, of[2].room.written) for of, output in pairs]
+        self.ahead.reverse()
+        first = self.ahead.pop()
+        first.growth.take(x)
+        return first.output
+
+    def give(self, output: torch.Tensor) -> torch.Tensor:
+        """Notes what a layer gives."""
+        self.output, self.version = output, _version(output)
+        return output
+
+
+def _version(x: torch.Tensor) -> int | None:
+    """Changes where x is written; None of a tensor of inference mode, of which nobody knows."""
+    return None if x.is_inference() else x._version
+
+
+@contextlib.contextmanager
+def _writes_counted() -> Iterator[None]:
+    """Tensors made within have a version, in inference mode too."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def may_step(x: torch.Tensor) -> bool:
@@ -259,6 +417,35 @@ def decodes(x: torch.Tensor, keys: torch.Tensor, mask: Any, is_causal: bool) -> 
 # The cache -----------------------------------------------------------------------------------------------------------
 
 
+class Growth(NamedTuple):
+    """Keys and values that a layer of a cache is to get.
+
+    Attributes:
+        layer: of the cache.
+        keys, values: that it has.
+        room: with the new ones.
+    """
+
+    layer: Any
+    keys: torch.Tensor
+    values: torch.Tensor
+    room: Room
+
+    @property
+    def holds(self) -> bool:
+        """Whether the layer is as it was."""
+        return self.layer.keys is self.keys and self.layer.values is self.values
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the room is that of the keys and values that the layer has, and no copy of them."""
+        return self.room.last[0] is self.keys
+
+    def take(self, x: torch.Tensor) -> None:
+        """Those of x [B, T, H] are there."""
+        self.room.take(self.layer, x.shape[1])
+
+
 class Room:
     """Keys and values [B, Hkv, room, D] of a layer of a cache, of which it shows rows begin ... end - 1.
 
@@ -274,6 +461,11 @@ class Room:
         self.last: tuple[Any, Any] = (None, None)
         self.keys = self.values = keys  # until open() makes views
         self.first_position = 0
+
+    @property
+    def written(self) -> int:
+        """Counts writes."""
+        return self.all_keys._version + self.all_values._version
 
     def open(self, layer: Any, tokens: int) -> Room:
         """Makes views with room for new tokens, which are the layer's after :meth:`take`."""
@@ -312,7 +504,9 @@ def room_for(layer: Any, x: torch.Tensor, kv_heads: int, head_dim: int) -> Room 
     """Room in a layer of a cache for the tokens of x [B, T, H]; None where what it holds does not fit to them."""
     tokens, held = x.shape[1], layer.keys
     room = layer.__dict__.get(_ROOM)
-    if room is not None and room.last[0] is held and room.last[1] is layer.values and room.end + tokens <= room.size:
+    has_room = room is not None and room.last[0] is held and room.last[1] is layer.values
+    # A copy that was made in inference mode cannot be written outside.
+    if has_room and room.end + tokens <= room.size and not room.all_keys.is_inference():
         return room.open(layer, tokens)
     rows = held.shape[2]
     shape = (x.shape[0], kv_heads, rows, head_dim)
@@ -320,8 +514,9 @@ def room_for(layer: Any, x: torch.Tensor, kv_heads: int, head_dim: int) -> Room 
     if not fits or held.device != x.device:
         return None
     sizes = (x.shape[0], kv_heads, rows + tokens + max(_POSITIONS, rows // 2), head_dim)
-    room = Room(x.new_empty(sizes), x.new_empty(sizes), rows)
-    room.all_keys[:, :, :rows], room.all_values[:, :, :rows] = held, layer.values
+    with _writes_counted():
+        room = Room(x.new_empty(sizes), x.new_empty(sizes), rows)
+        room.all_keys[:, :, :rows], room.all_values[:, :, :rows] = held, layer.values
     return room.open(layer, tokens)
 
 

@@ -27,23 +27,23 @@ import importlib
 import inspect
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qops.models.blocks import Halves, decodes, first_position, may_step
+from qops.models.blocks import Halves, decodes, first_position
+from qops.models.rotary_tables import Shared, shared_of
 from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm
 from qops.nn.hooks import is_watched, newest_hook
 from qops.nn.linears import into_stream
 from qops.nn.mlp import rows_rule
 from qops.nn.offload import Offloadable
 from qops.ops import decode_attention, qk_norm_rotary_, rotary, rotary_
-from qops.weights.requirements import moved
 
 # A module for each name below a layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
 Part = Callable[[str], Any]
@@ -217,68 +217,8 @@ def _modeling(module: str) -> str:
     return f"transformers.models.{module}.modeling_{module}"
 
 
-class Shared(NamedTuple):
-    """What the layers of one forward share, found once: reading a Transformers config takes 1 us, times 30 layers.
-
-    Attributes:
-        cos, sin: float32 [rows, D/2].
-        positions: [B, T], the row of each token; None where row t belongs to token t of every sequence.
-        attention: name of the attention implementation.
-        is_sdpa: whether that is Transformers' own scaled dot product attention, and not one registered in its place.
-        decodes: whether it is, and the tokens are the few of a decoding step on a CPU, which `decode_attention` takes.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    positions: torch.Tensor | None
-    attention: str
-    is_sdpa: bool
-    decodes: bool
-
-
-class RotaryTables(nn.Module):
-    """Transformers' rotary embedding, which computes every RoPE scaling, in the form that `qops.rotary` takes.
-
-    The tables are float32 without Transformers' duplicated half and without its rounding to the model's dtype. They
-    have one row per token or, with different positions in the batch, one per (batch, token).
-
-    Frequencies stay float32 when the model is cast; those of a model that was cast before are computed afresh, unless
-    they are its owner's.
-    """
-
-    def __init__(self, rotary: Any, config: Any):
-        super().__init__()
-        self.rotary = _before_a_cast(rotary, config)
-        self.config = config
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryTables:
-        return super()._apply(lambda tensor: moved(tensor, fn), recurse)
-
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Shared:
-        # The argument tells Transformers' module nothing but device and dtype.
-        cos, sin = self.rotary(x.new_empty(0, dtype=torch.float32), position_ids, *args, **kwargs)
-        half = cos.shape[-1] // 2
-        cos, sin = cos[..., :half].reshape(-1, half), sin[..., :half].reshape(-1, half)
-        positions = None
-        if position_ids.shape[0] > 1:
-            positions = torch.arange(position_ids.numel(), device=x.device).view(position_ids.shape)
-        attention = self.config._attn_implementation
-        is_sdpa = attention == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
-        return Shared(cos, sin, positions, attention, is_sdpa, is_sdpa and may_step(x))
-
-
 def _architecture_of(module: Any) -> Architecture:
     return ARCHITECTURES[type(module).__module__.rpartition("modeling_")[2]]
-
-
-def _before_a_cast(rotary: Any, config: Any) -> Any:
-    """Transformers' rotary embedding with the float32 frequencies that it was cast from; itself where it was not."""
-    cast = any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in rotary.buffers())
-    if not cast or not type(rotary).__module__.startswith("transformers."):
-        return rotary
-    afresh = type(rotary)(config=config).to(next(rotary.buffers()).device)
-    pairs = zip(rotary.buffers(), afresh.buffers(), strict=True)
-    return afresh if all(torch.equal(found, new.to(found.dtype)) for found, new in pairs) else rotary
 
 
 class Attention(MergingModule):
@@ -330,7 +270,7 @@ class Attention(MergingModule):
     ) -> tuple[Any, torch.Tensor | None]:
         """Transformers' arguments, and with a residual its sum with the output, or (output, residual)."""
         _by_name(self, args, kwargs)
-        shared = _shared(self, kwargs.pop("position_embeddings", None))
+        shared = shared_of(self, kwargs.pop("position_embeddings", None))
         attention_mask = kwargs.pop("attention_mask", None)
         cache = kwargs.pop(self.cache_keyword, None)
         qkv = self.qkv_proj(hidden_states)
@@ -471,6 +411,8 @@ class DecoderLayer(Offloadable):
         self.cache_keyword = cache_keyword(type(original)) or ""
         self.step_keywords = _NOT_READ_BY_SDPA | {"position_embeddings", "attention_mask", self.cache_keyword}
         self.halves: Halves | None = None
+        # Layers that were called one after the other behind this one, the last time and the time before.
+        self.followers: tuple[list[weakref.ref[Any]], list[weakref.ref[Any]]] = ([], [])
         self._look_for_hooks()
         self._be_hooked()
 
@@ -482,9 +424,19 @@ class DecoderLayer(Offloadable):
             if self.watched:
                 return self._one_after_the_other(hidden_states, kwargs)
         shared = kwargs.get("position_embeddings")
-        halves = self._known_halves() if isinstance(shared, Shared) and shared.decodes and not self.training else None
-        attended = None
-        if halves is not None and halves.attention is not None and self.step_keywords.issuperset(kwargs):
+        if not isinstance(shared, Shared) or not shared.decodes or self.training:
+            return self._mlp_half(self._attention_half(hidden_states, kwargs))
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(self.cache_keyword)
+        is_step = self.step_keywords.issuperset(kwargs)
+        output = shared.run.next(self, hidden_states, shared, mask, cache) if is_step else None
+        if output is None:
+            output = self._step(hidden_states, shared, kwargs, is_step)
+        return shared.run.give(output)
+
+    def _step(self, hidden_states: torch.Tensor, shared: Shared, kwargs: dict[str, Any], is_step: bool) -> torch.Tensor:
+        """By block operators, where they compute a half of the layer."""
+        halves, attended = self._known_halves(), None
+        if halves is not None and halves.attention is not None and is_step:
             cache = kwargs.get(self.cache_keyword)
             attended = halves.attention.step(hidden_states, shared, kwargs.get("attention_mask"), cache)
         if attended is None:
@@ -494,6 +446,12 @@ class DecoderLayer(Offloadable):
             if (output := halves.mlp.step(x)) is not None:
                 return output
         return self._mlp_half(attended)
+
+    def known_halves(self) -> Halves | None:
+        """What block operators compute of this layer without a call; None where somebody watches."""
+        if newest_hook() != self.newest_hook or self.watched or self.training or is_watched(self):
+            return None
+        return self._known_halves()
 
     def _known_halves(self) -> Halves:
         """What block operators compute of this layer, looked for anew where something has been replaced."""
@@ -521,7 +479,7 @@ class DecoderLayer(Offloadable):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies look for what they have themselves."""
-        return {**self.__dict__, "halves": None}
+        return {**self.__dict__, "halves": None, "followers": ([], [])}
 
     def _one_after_the_other(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -561,15 +519,6 @@ def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
             stacklevel=3,
         )
         kwargs.setdefault("cache", kwargs.pop("past_key_values"))
-
-
-def _shared(module: nn.Module, position_embeddings: Any) -> Shared:
-    if not isinstance(position_embeddings, Shared):
-        raise ValueError(
-            f"{type(module).__name__}.forward: position_embeddings must come from the rotary_emb of the fused model, "
-            f"got {type(position_embeddings).__name__}"
-        )
-    return position_embeddings
 
 
 def _is_silu(act: Callable[[torch.Tensor], torch.Tensor]) -> bool:

@@ -19,14 +19,16 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qops import _layout
-from qops.models.decoder import Known, RotaryTables, cache_keyword, fuse
+from qops.models.decoder import Known, cache_keyword, fuse
 from qops.models.replacement import Replace, freeze, packed, without_autocast
+from qops.models.rotary_tables import RotaryTables
 from qops.nn import QuantizedLinear, RMSNorm, dense_linear, frozen
 
 VOCABULARY = 64
 # More than the tokens of a decoding step, for which a CPU has other operators.
 PROMPT = 9
-STEPS = 2
+# The third begins to compute layers ahead.
+STEPS = 4
 PADDING = 3
 WINDOW = 4
 
@@ -72,7 +74,7 @@ def prove_fusion(model: Any, linear: Replace, norm: Replace, kind: Callable[[str
     """Runs fused layers against Transformers' own; `model` stays as it is.
 
     Two sequences, one of them padded on the left, and one alone without mask and positions: a prompt of 9 tokens, then
-    two of one token with the cache. Sliding windows are 4 wide. Once more with an attention function that computes
+    four of one token with the cache. Sliding windows are 4 wide. Once more with an attention function that computes
     nothing, which has to get the same keywords from both, one that nobody knows among them. What is not fused is the
     same on both sides: for its weights stand random numbers, and for an MLP something smaller.
 

@@ -322,7 +322,8 @@ def replace_parts(
         replace_one_by_one("")
         return Fusion(not_fused, proof, {})
 
-    from qops.models.decoder import RotaryTables, fuse
+    from qops.models.decoder import fuse
+    from qops.models.rotary_tables import RotaryTables
 
     decoder = model.model
     tables = RotaryTables(decoder.rotary_emb, model.config) if known.attention else decoder.rotary_emb

@@ -1,8 +1,12 @@
-"""attention_block and mlp_block: the halves of a decoder layer for a few new tokens, each as one operator."""
+"""attention_block and mlp_block: the halves of a decoder layer for a few new tokens, each as one operator.
+
+decoder_layers is both of several layers in one call; fused models alone use it (`qops.models.blocks`).
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -315,6 +319,49 @@ def cases_of_attention_block(run: Run) -> None:
             run.same(y, want, "the chain of operators")
 
 
+def cases_of_decoder_layers(run: Run) -> None:
+    from qops._check_cases import blocks, moved
+
+    (q_heads, kv_heads, d), h, columns, past = (6, 2, 24), 80, 48, 130
+    shapes = {"qkv": ((q_heads + 2 * kv_heads) * d, h), "o": (h, q_heads * d)}
+    shapes |= {"gate_up": (2 * columns, h), "down": (h, columns)}
+    norms = {"norm": h, "post_norm": h, "q_norm": d, "k_norm": d, "mlp_norm": h, "mlp_post_norm": h}
+    attention, ops = PARTS[: PARTS.index("mlp_norm")], torch.ops.qops
+    for index, (dtype, style, weight) in enumerate(blocks(run)):
+        batch, t = ((1, 1), (2, 3), (1, 8))[index % 3]
+        x = run.there(run.random(batch, t, h, dtype=dtype))
+        angles = torch.arange(past + t)[:, None] / 1e4 ** (torch.arange(0, d, 2) / d)
+        cos, sin = (run.there(table) for table in (angles.cos(), angles.sin()))
+        parts: list[dict[str, Any]] = []
+        for _ in range(3):
+            part = {name: run.there(run.random(n, dtype=dtype, outliers=False)) for name, n in norms.items()}
+            for name, (n, k) in shapes.items():
+                made = moved(run, weight(n, k), mixed=name == "gate_up")
+                linear = linear_arguments("decoder_layers", name, made, None, may_be_mixed=True)
+                arguments = ("", "_scales", "_zeros", "_perm", "_bias", "_kind")
+                part |= dict(zip((name + of for of in arguments), linear, strict=True))
+            parts.append(part)
+        keys, values = (
+            [run.there(run.random(batch, kv_heads, past + t, d, dtype=dtype, outliers=False)) for _ in parts]
+            for _ in range(2)
+        )
+        kept = [(k.clone(), v.clone()) for k, v in zip(keys, values, strict=True)]
+        weights = [part[name] for part in parts for name in PARTS]
+        window = {"window": 7, "first_position": 100}
+        numbers = [part[name + "_kind"] for name in shapes] + [1, 1, *window.values()]  # mixed, rotated
+        scale, given = d**-0.5, {"cos": cos, "sin": sin, "positions": None}
+        y = ops.decoder_layers.default(x, weights, 3 * numbers, **style, scale=scale, **given, keys=keys, values=values)
+        run.keep(y, *keys, *values)
+        for found, part, (k, v) in zip(y, parts, kept, strict=True):
+            of = {name: part[name] for name in (*attention, "qkv_kind", "o_kind")}
+            x = ops.attention_block.default(x, **of, **style, **given, keys=k, values=v, scale=scale, **window)
+            of = {name: part[name] for name in part if name.startswith(("gate_up", "down"))}
+            of |= {"norm": part["mlp_norm"], "post_norm": part["mlp_post_norm"], "mixed_gate_up": True}
+            x = ops.mlp_block.default(x, **of, **style)
+            run.same(found, x, "the blocks of a layer")
+        run.same((*keys, *values), tuple(cache for kind in zip(*kept, strict=True) for cache in kind), "the caches")
+
+
 def _default_scale(keys: Tensor) -> float:
     return 1.0 if keys.shape[-1] == 0 else keys.shape[-1] ** -0.5
 
@@ -327,6 +374,7 @@ def _check_norms(
     eps: float,
     weight_offset: float,
     rounding: str,
+    args: tuple[str, str] = ("norm", "post_norm"),
 ) -> None:
     check.float_dtype(x, "x")
     check.at_least_1d(x, "x")
@@ -336,7 +384,7 @@ def _check_norms(
     check.dense_last_dim(x, "x")
     check.rows(x, "x")
     check.rms_norm_style(eps, weight_offset, rounding)
-    for arg, weight in (("norm", norm), ("post_norm", post_norm)):
+    for arg, weight in zip(args, (norm, post_norm), strict=True):
         if weight is not None:
             check.float_dtype(weight, arg)
             check.shape(weight, arg, "[H]", (h,))
@@ -344,7 +392,7 @@ def _check_norms(
 
 
 @fake("mlp_block")
-def _(
+def _mlp_block(
     check: Checker,
     x: Tensor,
     norm: Tensor,
@@ -365,8 +413,9 @@ def _(
     down_perm: Tensor | None,
     down_bias: Tensor | None,
     down_kind: int,
+    norms: tuple[str, str] = ("norm", "post_norm"),
 ) -> Results:
-    _check_norms(check, x, norm, post_norm, eps, weight_offset, rounding)
+    _check_norms(check, x, norm, post_norm, eps, weight_offset, rounding, norms)
     h, columns = x.shape[-1], columns_of(check, down, "down")
     first = (gate_up, gate_up_scales, gate_up_zeros, gate_up_perm, gate_up_bias, gate_up_kind)
     check_block_linear(check, "gate_up", *first, 2 * columns, h)
@@ -375,7 +424,7 @@ def _(
 
 
 @fake("attention_block")
-def _(
+def _attention_block(
     check: Checker,
     x: Tensor,
     norm: Tensor,
@@ -432,6 +481,63 @@ def _(
     check_block_linear(check, "qkv", qkv, qkv_scales, qkv_zeros, qkv_perm, qkv_bias, qkv_kind, n, h)
     check_block_linear(check, "o", o, o_scales, o_zeros, o_perm, o_bias, o_kind, h, columns)
     return check.new_empty(x, x.shape)
+
+
+# What a layer is made of, and its numbers, in the order of the lists that `decoder_layers` takes.
+PARTS = (
+    *("norm", "post_norm", "qkv", "qkv_scales", "qkv_zeros", "qkv_perm", "qkv_bias", "q_norm", "k_norm"),
+    *("o", "o_scales", "o_zeros", "o_perm", "o_bias", "mlp_norm", "mlp_post_norm"),
+    *("gate_up", "gate_up_scales", "gate_up_zeros", "gate_up_perm", "gate_up_bias"),
+    *("down", "down_scales", "down_zeros", "down_perm", "down_bias"),
+)
+SETTINGS = (
+    *("qkv_kind", "o_kind", "gate_up_kind", "down_kind", "mixed_gate_up", "rotates", "window", "first_position"),
+)
+_TABLES = ("cos", "sin", "positions")
+_ATTENTION_PARTS = PARTS.index("mlp_norm")
+_NEEDED = ("norm", "qkv", "qkv_scales", "o", "o_scales", "mlp_norm", "gate_up", "gate_up_scales", "down", "down_scales")
+
+
+@fake("decoder_layers")
+def _(
+    check: Checker,
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    settings: Sequence[int],
+    eps: float,
+    weight_offset: float,
+    rounding: str,
+    scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    mask: Tensor | None = None,
+) -> Results:
+    layers = len(keys)
+    for arg, found, each in (
+        ("values", values, 1),
+        ("weights", weights, len(PARTS)),
+        ("settings", settings, len(SETTINGS)),
+    ):
+        requirement = f"hold {each} for each of {layers} layers"
+        check.require(len(found) == layers * each, arg, requirement, lambda found=found: str(len(found)))
+    style: dict[str, Any] = {"eps": eps, "weight_offset": weight_offset, "rounding": rounding}
+    for index in range(layers):
+        part: dict[str, Any] = dict(zip(PARTS, weights[index * len(PARTS) :], strict=False))
+        number = dict(zip(SETTINGS, settings[index * len(SETTINGS) :], strict=False))
+        cache = {"keys": keys[index], "values": values[index]}
+        check.tensors({"x": x, **part, **cache}, [name for name in PARTS if name not in _NEEDED])
+        tables = (cos, sin, positions) if number["rotates"] else (None, None, None)
+        of_attention = {name: part[name] for name in PARTS[:_ATTENTION_PARTS]} | dict(zip(_TABLES, tables, strict=True))
+        of_attention |= {name: number[name] for name in ("qkv_kind", "o_kind", "window", "first_position")}
+        _attention_block(check, x, scale=scale, mask=mask, **of_attention, **cache, **style)
+        norm, post_norm, *names = PARTS[_ATTENTION_PARTS:]
+        of_mlp = {name: part[name] for name in names} | {"norm": part[norm], "post_norm": part[post_norm]}
+        of_mlp |= {name: number[name] for name in ("gate_up_kind", "down_kind", "mixed_gate_up")}
+        _mlp_block(check, x, norms=(norm, post_norm), **of_mlp, **style)
+    return check.new_empty(x, (layers, *x.shape))
 
 
 def _check_rotary(

@@ -13,9 +13,9 @@ import torch
 
 import qops
 
-OPS = [name for name in qops.ops.__all__ if hasattr(torch.ops.qops, name)]
+OPS = [name for name in qops.ops.__all__ if hasattr(torch.ops.qops, name)] + ["decoder_layers"]
 # A team of threads goes through their parts.
-BLOCKS = ("attention_block", "mlp_block")
+BLOCKS = ("attention_block", "decoder_layers", "mlp_block")
 BF16 = torch.bfloat16
 # Of what operators are asked with; other sizes are 4096.
 SIZES = {"m": 40, "rows": 40, "tokens": 40, "q_heads": 32, "k_heads": 8, "d": 128, "pairs": 64, "group_size": 128}
@@ -158,7 +158,8 @@ def test_empty_calls_compute_nothing():
 def test_small_blocks_run_on_one_thread(threads):
     threads(2)
     small = {"h": 64, "rows": 1}
-    for op, sizes in (("mlp_block", {"columns": 128}), ("attention_block", {"q_heads": 2, "kv_heads": 1, "d": 32})):
+    mlp, attention = {"columns": 128}, {"q_heads": 2, "kv_heads": 1, "d": 32}
+    for op, sizes in (("mlp_block", mlp), ("attention_block", attention), ("decoder_layers", mlp | attention)):
         assert facts(explain(op, **small, **sizes))["threads"] == "1"
         assert facts(explain(op))["threads"] == "2"
 

@@ -23,6 +23,7 @@ FILES_OF = {
     "add_rms_norm": "rms_norm",
     "add_rms_norm_int8": "rms_norm_int8",
     "attention_block": "decoder_block",
+    "decoder_layers": "decoder_block",
     "mlp_block": "decoder_block",
     "quantize_int8_asym": "quantize_int8",
     "quantize_int8_static": "quantize_int8",
@@ -45,8 +46,8 @@ LAYER_FILES_OF = {
     ("csrc/binding", "rms_norm_int8"): "rms_norm",
     ("csrc/binding", "silu_mul_int8"): "silu_mul",
 }
-# Used through qops.Int4Weight and qops.Int8Weight alone: no public function, no benchmark.
-INTERNAL_OPS = frozenset({"check_layout", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
+# Used through qops.Int4Weight, qops.Int8Weight and fused models alone: no public function, no benchmark.
+INTERNAL_OPS = frozenset({"check_layout", "decoder_layers", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
 # What stands upon the problems, and what reads results without torch.
 BENCH_LAYERS = {
     "bench/problems/": ("bench.peers", "bench.timing", "bench.reporting", "bench.run"),

@@ -1,0 +1,421 @@
+"""Layers that are computed before they are called: what a loop does in between shows as it would in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from qops import quantize_model
+from qops.models import blocks
+from qops.testing import assert_bitwise
+from tests.support.models.block_runs import check, counted
+from tests.support.models.families import VOCAB, random_model
+
+LAYERS = 5
+IDS = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
+MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])
+def model(request):
+    with torch.inference_mode(False), torch.no_grad():
+        found = quantize_model(random_model(request.param, dtype=torch.bfloat16, num_hidden_layers=LAYERS))
+    found.family = request.param
+    return found
+
+
+@pytest.fixture
+def made(model):
+    """A model that a test may change."""
+    with torch.inference_mode(False), torch.no_grad():
+        return copy.deepcopy(model)
+
+
+@pytest.fixture(params=MODES, autouse=True)
+def mode(request):
+    with torch.inference_mode(False), MODES[request.param]():
+        yield request.param
+
+
+@contextlib.contextmanager
+def leads():
+    """The numbers of layers that were computed by one operator, call by call."""
+    found, lead = [], blocks.Run.lead
+
+    def leading(self, *arguments):
+        y = lead(self, *arguments)
+        if y is not None:
+            found.append(1 + len(self.ahead))
+        return y
+
+    blocks.Run.lead = leading
+    try:
+        yield found
+    finally:
+        blocks.Run.lead = lead
+
+
+def nothing(index, x, layer):
+    """Before a layer is called; what it gives is the layer's input."""
+    return x
+
+
+def token(model, cache, t, before=nothing, layers=None, mask=None):
+    """Hidden states after a loop over layers such as people write; they may come as a list of pairs with a mask."""
+    decoder = model.model
+    ids = IDS[:, t : t + 1]
+    x = decoder.embed_tokens(ids)
+    positions = torch.full_like(ids, cache.get_seq_length())
+    tables = decoder.rotary_emb(x, positions)
+    for index, layer in enumerate(decoder.layers if layers is None else layers):
+        x = before(index, x, layer)
+        x = layer(
+            x,
+            attention_mask=mask(index) if mask else None,
+            position_ids=positions,
+            position_embeddings=tables,
+            use_cache=True,
+            **{layer.cache_keyword: cache},
+        )
+    return decoder.norm(x)
+
+
+def begun(model, tokens=6, prompt=9):
+    """A cache after a prompt and so many steps: the layers that follow one another are known."""
+    cache = DynamicCache(config=model.config)
+    logits = model(IDS[:, :prompt], past_key_values=cache, use_cache=True).logits
+    return cache, [logits, *(token(model, cache, prompt + t) for t in range(tokens))]
+
+
+def contents(cache):
+    return [tensor.clone() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def run_with(model, *tokens):
+    """Steps with keywords of token() each, and what the cache holds in the end."""
+
+    def run():
+        cache, results = begun(model)
+        for t, how in enumerate(tokens):
+            results.append(token(model, cache, 15 + t, **how))
+        return results + contents(cache)
+
+    return run
+
+
+def test_layers_run_ahead_from_the_third_forward(model):
+    """The first two tell which layers follow one another, and the first makes room in the cache."""
+    cache = DynamicCache(config=model.config)
+    model(IDS[:, :9], past_key_values=cache)
+    for layer in model.model.layers:
+        layer.followers = ([], [])
+    for t in range(5):
+        with leads() as found:
+            token(model, cache, 9 + t)
+        assert found == [LAYERS] * (t >= 2)
+    check(run_with(model, {}, {}))
+
+
+def test_in_generate(model):
+    with leads() as found:
+        model.generate(IDS[:, :9], max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+        model.generate(IDS[:, :9], max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    # One of the eight comes from the prompt; another makes room.
+    assert found[-6:] == [LAYERS] * 6
+
+
+def in_place(index, x, layer):
+    return x.mul_(1.5) if index == 2 else x
+
+
+def by_index(index, x, layer):
+    if index == 3:
+        x[:, -1:, ::2] = 0.25
+    return x
+
+
+def of_a_view(index, x, layer):
+    if index == 1:
+        x.view(-1)[:3].add_(1)
+    return x
+
+
+def anew(index, x, layer):
+    return x * 0.5 if index in (2, 4) else x
+
+
+def same_values(index, x, layer):
+    return x.clone() if index == 2 else x
+
+
+@pytest.mark.parametrize("before", [in_place, by_index, of_a_view, anew, same_values])
+def test_hidden_states_that_change_in_between(model, before):
+    check(run_with(model, {"before": before}, {}, {"before": before}, {"before": before}, {}))
+
+
+def test_hidden_states_written_after_the_next_layer_was_called(model):
+    """Its input is no longer of interest; the next one's is."""
+    seen = []
+
+    def before(index, x, layer):
+        if index == 0:
+            seen.clear()
+        seen.append(x)
+        if index == 3:
+            seen[2].zero_()
+        return x
+
+    check(run_with(model, {"before": before}, {}, {"before": before}))
+
+
+def test_kept_hidden_states_stay_as_they_are(model):
+    cache, _ = begun(model)
+    seen, copies = [], []
+
+    def before(index, x, layer):
+        seen.append(x)
+        copies.append(x.clone())
+        return x
+
+    for t in range(4):
+        token(model, cache, 15 + t, before)
+    for kept, copied in zip(seen, copies, strict=True):
+        assert_bitwise(kept, copied)
+
+
+@pytest.mark.parametrize(
+    "order", [[0, 1], [0, 2, 4], [4, 3, 2, 1, 0], [1, 2, 3, 4], [0, 1, 1, 2], [3], [0, 1, 3, 2, 4]]
+)
+def test_other_layers_than_the_last_time(model, order):
+    some = [model.model.layers[index] for index in order]
+    check(run_with(model, {"layers": some}, {}, {"layers": some}, {"layers": some}, {"layers": some}, {}, {}))
+
+
+def test_forwards_of_two_depths_compute_no_layer_in_vain(model):
+    """Drafts by the first layers, and whole forwards."""
+    short = list(model.model.layers)[:2]
+    with counted() as counts:
+        check(run_with(model, *[{"layers": short}, {"layers": short}, {}] * 3))
+        cache, _ = begun(model)
+        for t in range(9):
+            before = counts[0]
+            layers = short if t % 3 else None
+            token(model, cache, 15 + t, layers=layers)
+            if t > 0:
+                assert counts[0] - before == (2 if layers else LAYERS), t
+
+
+def test_layers_that_share_a_cache(made):
+    """Each appends its own keys."""
+    made.model.layers[3].self_attn.layer_idx = 2
+    check(run_with(made, {}, {}, {}))
+
+
+def test_a_layer_that_stands_twice(made):
+    layers = list(made.model.layers)
+    layers[3] = layers[2]
+    check(run_with(made, *[{"layers": layers}] * 5))
+
+
+def test_layers_that_are_removed(made):
+    def run():
+        layers = made.model.layers
+        cache, results = begun(made)
+        kept = layers[2]
+        del layers[2]
+        results += [token(made, cache, t) for t in range(15, 19)]
+        layers.insert(1, kept)
+        results += [token(made, cache, t) for t in range(19, 23)]
+        layers.insert(2, layers.pop(1))
+        return results + contents(cache)
+
+    check(run)
+
+
+def test_a_layer_that_nobody_keeps_goes(made):
+    cache, _ = begun(made)
+    gone = weakref.ref(made.model.layers[2])
+    del made.model.layers[2]
+    gc.collect()
+    assert gone() is None
+    token(made, cache, 15)
+
+
+@pytest.mark.parametrize("change", ["replaced", "written", "a view of it written", "cropped"])
+def test_caches_that_change_in_between(model, change):
+    if change == "cropped" and model.family == "mistral":
+        pytest.skip("Transformers crops no window that has dropped what would come back")
+
+    def before(cache):
+        def act(index, x, layer):
+            if index == 2:
+                later = cache.layers[4]
+                if change == "replaced":
+                    later.keys = later.keys * 0.5
+                elif change == "written":
+                    later.keys.mul_(0.5)
+                elif change == "a view of it written":
+                    later.values[:, 0, -1:].zero_()
+                else:
+                    later.crop(later.get_seq_length() - 1)
+            return x
+
+        return act
+
+    def run():
+        cache, results = begun(model)
+        results.append(token(model, cache, 15, before(cache)))
+        held = contents(cache)
+        results += [] if change == "cropped" else [token(model, cache, t) for t in (16, 17)]
+        return results + held
+
+    check(run)
+
+
+def test_another_cache_for_some_layers(model):
+    def run():
+        cache, results = begun(model)
+        other = copy.deepcopy(cache)
+        layers = list(model.model.layers)
+        x = model.model.embed_tokens(IDS[:, 15:16])
+        at = torch.full((2, 1), cache.get_seq_length())
+        tables = model.model.rotary_emb(x, at)
+        for index, layer in enumerate(layers):
+            given = other if index in (2, 3) else cache
+            x = layer(x, attention_mask=None, position_embeddings=tables, **{layer.cache_keyword: given})
+        return [*results, x, *contents(cache), *contents(other)]
+
+    check(run)
+
+
+def test_masks(model):
+    """One for all layers; another object from some layer on; and one of other values."""
+    rows = 16 if model.family != "mistral" else 3
+    whole, some = torch.ones(2, 1, 1, rows, dtype=torch.bool), torch.ones(2, 1, 1, rows, dtype=torch.bool)
+    some[1, :, :, :2] = False
+
+    def masks(*of):
+        return {"mask": lambda index: of[index % len(of)]}
+
+    for of in ((whole,), (some,), (whole, some), (some, some, some, some.clone(), whole)):
+        check(lambda of=of: run_with(model, masks(*of))())
+    with leads() as found:
+        run_with(model, masks(some))()
+    assert found[-1] == LAYERS
+
+
+def test_modules_that_are_replaced_in_between(made):
+    later = made.model.layers[3]
+    norm, o = later.input_layernorm, later.self_attn.o_proj
+    with torch.inference_mode(False), torch.no_grad():
+        other = copy.deepcopy(o)
+        other.weight.scales.mul_(2)
+
+    def eps(index, x, layer):
+        norm.eps = 0.5 if index >= 2 else 1e-5
+        return x
+
+    def linear(index, x, layer):
+        later.self_attn.o_proj = other if index >= 2 else o
+        return x
+
+    for before in (eps, linear):
+        check(run_with(made, {"before": before}, {"before": before}))
+        before(0, None, None)
+
+
+def test_hooks_that_come_in_between(made):
+    seen = []
+
+    def before(index, x, layer):
+        if index == 2:
+            attention = made.model.layers[3].self_attn
+            handles.append(attention.register_forward_hook(lambda module, arguments, output: seen.append(output[0])))
+        return x
+
+    handles = []
+
+    def run():
+        seen.clear()
+        results = run_with(made, {"before": before}, {})()
+        for handle in handles:
+            handle.remove()
+        assert len(seen) == 2
+        return [*results, *seen, *run_with(made, {})()]
+
+    check(run)
+
+
+def test_a_hook_on_one_layer_leaves_those_before_it(made):
+    handle = made.model.layers[3].register_forward_hook(lambda module, arguments, output: output * 0.5)
+    check(run_with(made, {}, {}))
+    with leads() as found:
+        run_with(made, {})()
+    assert found == [3] * len(found)
+    handle.remove()
+
+
+def test_a_forward_that_fails(model):
+    """The layers that were called have their keys, the others have not."""
+
+    def before(index, x, layer):
+        if index == 3:
+            raise KeyError("stop")
+        return x
+
+    def run():
+        cache, results = begun(model)
+        for t in (15, 16):
+            with pytest.raises(KeyError, match="stop"):
+                token(model, cache, t, before)
+            results += contents(cache)
+        cache = DynamicCache(config=model.config)
+        model(IDS[:, :9], past_key_values=cache)
+        return results + [token(model, cache, t) for t in (9, 10, 11)]
+
+    check(run)
+
+
+def test_a_cache_that_was_copied_in_inference_mode(model):
+    def run():
+        with torch.inference_mode():
+            cache, results = begun(model)
+            other = copy.deepcopy(cache)
+        with torch.inference_mode(False), torch.no_grad():
+            for each in (other, cache):
+                results += [token(model, each, t) for t in (15, 16, 17)]
+        with torch.inference_mode():
+            return [*results, token(model, other, 18), token(model, cache, 18)]
+
+    check(run)
+
+
+def test_what_is_kept_after_a_forward(model):
+    """Neither results nor caches of layers that nobody has called."""
+    cache, _ = begun(model)
+    runs, init = [], blocks.Run.__init__
+
+    def noted(self):
+        init(self)
+        runs.append(self.ahead)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks.Run, "__init__", noted)
+        token(model, cache, 15)
+        assert runs == [[]]
+        runs.clear()
+        token(model, cache, 16, layers=list(model.model.layers)[:2])
+    outputs = [weakref.ref(ahead.output) for ahead in runs[0]]
+    runs.clear()
+    gc.collect()
+    assert all(output() is None for output in outputs)
+    last = weakref.ref(cache.layers[4].keys)
+    del cache
+    gc.collect()
+    assert last() is None
