@@ -12,10 +12,12 @@
 #endif
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 
+#include "binding/back_off.h"
 #include "kernels.h"
 
 namespace qops::binding {
@@ -67,8 +69,9 @@ class Meeting {
     wait_until([&] { return round_.load(std::memory_order_acquire) != round; });
   }
 
-  // The longest time that somebody waited for another, where that was long enough to look at a clock.
-  int64_t longest_wait_ns() const { return longest_wait_ns_.load(std::memory_order_relaxed); }
+  // How long all others waited for one, where that was long enough to look at a clock. Of one time at most so much
+  // counts: BackOff says why.
+  int64_t waited_ns() const { return size() < 2 ? 0 : waited_ns_.load(std::memory_order_relaxed) / (size() - 1); }
 
  private:
   static constexpr uint32_t kClosed = uint32_t{1} << 31;
@@ -89,24 +92,26 @@ class Meeting {
     }
     const int64_t start = now_ns();
     while (!condition()) sched_yield();
-    const int64_t waited = now_ns() - start;
-    int64_t longest = longest_wait_ns_.load(std::memory_order_relaxed);
-    while (longest < waited && !longest_wait_ns_.compare_exchange_weak(longest, waited)) {
-    }
+    waited_ns_.fetch_add(std::min(now_ns() - start, BackOff::kMostLostNs), std::memory_order_relaxed);
   }
 
   int64_t patience_ns_;
   std::atomic<uint32_t> gate_{0};
-  std::atomic<int64_t> longest_wait_ns_{0};
+  std::atomic<int64_t> waited_ns_{0};
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
 };
 
-// ThreadPool::run_team() on a pool whose parallel_for(n, f) calls f(begin, end) over ranges that cover [0, n). Returns
-// the longest time that somebody waited.
+// Who came, and how long they waited.
+struct Came {
+  int threads;
+  int64_t waited_ns;
+};
+
+// ThreadPool::run_team() on a pool whose parallel_for(n, f) calls f(begin, end) over ranges that cover [0, n).
 template <class ParallelFor>
-int64_t run_team(const ParallelFor& parallel_for, int most, ThreadPool::TeamBody body, void* arg,
-                 int64_t patience_ns = Meeting::kPatienceNs) {
+Came run_team(const ParallelFor& parallel_for, int most, ThreadPool::TeamBody body, void* arg,
+              int64_t patience_ns = Meeting::kPatienceNs) {
   Meeting meeting(patience_ns);
   parallel_for(int64_t{most}, [&](int64_t begin, int64_t end) {
     const int64_t chunk = end - begin;
@@ -114,7 +119,7 @@ int64_t run_team(const ParallelFor& parallel_for, int most, ThreadPool::TeamBody
     if (rank < 0) return;
     body(arg, Team{rank, meeting.size(), &meeting, [](void* at) { static_cast<Meeting*>(at)->meet(); }});
   });
-  return meeting.longest_wait_ns();
+  return {meeting.size(), meeting.waited_ns()};
 }
 
 }  // namespace qops::binding

@@ -462,6 +462,12 @@ class Room:
         self.keys = self.values = keys  # until open() makes views
         self.first_position = 0
 
+    def has_room(self, layer: Any, tokens: int) -> bool:
+        """Whether these rows are the layer's, and so many more fit behind them."""
+        is_its = self.last[0] is layer.keys and self.last[1] is layer.values
+        # A copy that was made in inference mode cannot be written outside.
+        return is_its and self.end + tokens <= self.size and not self.all_keys.is_inference()
+
     @property
     def written(self) -> int:
         """Counts writes."""
@@ -504,9 +510,7 @@ def room_for(layer: Any, x: torch.Tensor, kv_heads: int, head_dim: int) -> Room 
     """Room in a layer of a cache for the tokens of x [B, T, H]; None where what it holds does not fit to them."""
     tokens, held = x.shape[1], layer.keys
     room = layer.__dict__.get(_ROOM)
-    has_room = room is not None and room.last[0] is held and room.last[1] is layer.values
-    # A copy that was made in inference mode cannot be written outside.
-    if has_room and room.end + tokens <= room.size and not room.all_keys.is_inference():
+    if room is not None and room.has_room(layer, tokens):
         return room.open(layer, tokens)
     rows = held.shape[2]
     shape = (x.shape[0], kv_heads, rows, head_dim)

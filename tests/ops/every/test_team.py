@@ -13,14 +13,19 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[3]
-PROBE = ROOT / "tests/support/ops/team_probe.cpp"
+PROBES = ROOT / "tests/support/ops"
+
+
+def probe(tmp_path: Path, name: str, *options: str) -> Path:
+    binary = tmp_path / name
+    command = ["g++", "-std=c++20", "-O1", "-g", "-pthread", "-I", str(ROOT / "csrc"), str(PROBES / f"{name}.cpp")]
+    subprocess.run([*command, "-o", str(binary), *options], check=True)
+    return binary
 
 
 @pytest.mark.parametrize("sanitizer", [None, "thread"])
 def test_no_pool_lets_a_team_hang(tmp_path: Path, sanitizer: str | None) -> None:
-    binary = tmp_path / "team_probe"
-    command = ["g++", "-std=c++20", "-O1", "-g", "-pthread", "-I", str(ROOT / "csrc"), str(PROBE), "-o", str(binary)]
-    subprocess.run(command + ([f"-fsanitize={sanitizer}"] if sanitizer else []), check=True)
+    binary = probe(tmp_path, "team_probe", *([f"-fsanitize={sanitizer}"] if sanitizer else []))
     done = subprocess.run([binary], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     sizes = Counter(tuple(line.rsplit(maxsplit=1)) for line in done.stdout.splitlines())
@@ -31,6 +36,12 @@ def test_no_pool_lets_a_team_hang(tmp_path: Path, sanitizer: str | None) -> None
         assert {size for name, size in sizes if name == pool} == {"1"}
     assert {name for name, _ in sizes} >= {"threads", "fewer", "callers"}
     assert all(size in ("1", "2") for name, size in sizes if name == "fewer")
+
+
+def test_when_regions_run_alone(tmp_path: Path) -> None:
+    """One loss is nothing, nor is what threads earn again; a neighbour who stays costs little."""
+    done = subprocess.run([probe(tmp_path, "back_off_probe")], check=False)
+    assert done.returncode == 0, f"line {done.returncode} of back_off_probe.cpp"
 
 
 # A layer of SmolLM2 at its first tokens, by all who call at once.

@@ -183,7 +183,7 @@ LAYERS = (
     ),
     Layer(
         r"csrc/binding/team\.h",  # threads that wait for each other
-        (_STD, r"<immintrin\.h>", r"<sched\.h>", r'"kernels\.h"'),
+        (_STD, r"<immintrin\.h>", r"<sched\.h>", r'"(kernels|binding/back_off)\.h"'),
         {},
     ),
     Layer(

@@ -27,7 +27,7 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-# What takes lists of the arguments of others: tests/ops/test_decoder_layers.py puts the calls of those into lists.
+# What takes lists of the arguments of others: test_decoder_layers.py puts calls of those into lists.
 OF_LISTS = ("decoder_layers",)
 
 
