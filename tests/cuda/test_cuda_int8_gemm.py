@@ -244,9 +244,9 @@ def test_fake_tensors_have_the_layout_of_their_device():
 
 
 @pytest.mark.parametrize("n, k", SHAPES, ids=str)
-def test_bits_follow_the_contract(each, n, k):
+def test_bits_follow_the_contract(backend, n, k):
     for seed, m in enumerate((1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 129)):
-        assert_contract(each, m, n, k, seed)
+        assert_contract(backend, m, n, k, seed)
 
 
 def test_every_small_number_of_tokens(backend):

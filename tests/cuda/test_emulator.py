@@ -75,12 +75,12 @@ def assert_no_alarm(program: Path, seeds: int) -> None:
 
 
 def test_sound_kernels_raise_no_alarm(plain):
-    assert_no_alarm(plain, seeds=50)
+    assert_no_alarm(plain, seeds=2 * SEEDS)
 
 
 @pytest.mark.slow
 def test_sound_kernels_raise_no_alarm_under_sanitizers(sanitized):
-    assert_no_alarm(sanitized, seeds=50)
+    assert_no_alarm(sanitized, SEEDS)
 
 
 def test_a_seed_and_a_policy_replay_a_run(plain):

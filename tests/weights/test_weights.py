@@ -52,13 +52,14 @@ def exact_int4(tensors: dict[str, Tensor], kind: str) -> Tensor:
 @pytest.mark.parametrize("act_order", (False, True))
 @pytest.mark.parametrize("kind", KINDS)
 def test_dequantize_int4_is_the_exact_weight_rounded_once(kind, act_order):
-    for dtype, (n, k, g), pack in itertools.product(SCALE_DTYPES, ((8, 24, -1), (24, 32, 16)), (True, False)):
-        tensors, weight = random_int4(n, k, g, kind, scale_dtype=dtype, act_order=act_order, pack=pack)
-        expected = exact_int4(tensors, kind)
-        assert torch.equal(weight.dequantize(), expected)
-        for narrow in (torch.float16, torch.bfloat16):  # by value: fractions have no -0
-            got = weight.dequantize(narrow)
-            assert got.dtype == narrow and torch.equal(got, expected.to(narrow))
+    for dtype, (n, k, g) in itertools.product(SCALE_DTYPES, ((8, 24, -1), (24, 32, 16))):
+        made = [random_int4(n, k, g, kind, scale_dtype=dtype, act_order=act_order, pack=pack) for pack in (True, False)]
+        expected = exact_int4(made[0][0], kind)
+        for _, weight in made:
+            assert torch.equal(weight.dequantize(), expected)
+            for narrow in (torch.float16, torch.bfloat16):  # by value: fractions have no -0
+                got = weight.dequantize(narrow)
+                assert got.dtype == narrow and torch.equal(got, expected.to(narrow))
 
 
 @pytest.mark.parametrize("kind", ("float_zero", "offset"))

@@ -172,7 +172,7 @@ def as_one_layer(op: str, a: dict[str, Any]) -> dict[str, Any]:
 def test_what_a_block_refuses_is_refused_with_its_words(op):
     rng, seen = random.Random(op), []
     with torch.no_grad():
-        for _ in range(3000):
+        for _ in range(800):
             call = STRATEGIES[op](Sampler(rng.randint))
             a, x = call.arguments, call.arguments["x"]
             tensors = [t for _, t in call.tensors()]
@@ -203,4 +203,4 @@ def test_what_a_block_refuses_is_refused_with_its_words(op):
                     expected = expected.replace(f"{of_layer}{name} ", f"{of_layer}mlp_{name} ")
             assert set(texts(given, fakes=fakes)) == {expected}
             seen.append(text)
-    assert len(set(seen)) > 40
+    assert len(set(seen)) > 25

@@ -180,21 +180,21 @@ def test_tiles_follow_the_shape_and_tasks_the_threads(threads):
 def test_amx_multiplies_many_rows():
     if "amx" not in qops.build_info()["isa_available"]:
         pytest.skip("needs AMX")
-    asked = 'qops.explain("int8_gemm", m={m}, n=64, k=64, out_dtype=torch.float32, device="cpu", zero_point={z})'
-    calls = [asked.format(m=m, z=z) for m, z in ((1, False), (2, False), (1, True), (2, True))]
+    rest = 'n=64, k=64, device="cpu"'
+    asked = [
+        *(f'"int8_gemm", m={m}, zero_point={z}, out_dtype=torch.float32' for z in (False, True) for m in (1, 2)),
+        *(
+            f'"{op}", m={m}, group_size=32, dtype=torch.{dtype}'
+            for op in ("int4_gemm", "int8_weight_only_gemm")
+            for m, dtype in ((11, "float16"), (12, "float16"), (99, "float32"))
+        ),
+        *(f'"int4_int8_gemm", m={m}, group_size=32, out_dtype=torch.float32' for m in (8, 9)),
+    ]
+    calls = [f"qops.explain({call}, {rest})" for call in asked]
     lines = in_new_process(f"print({', '.join(calls)}, sep='\\n')", QOPS_ISA="amx").stdout.splitlines()
-    assert [facts(line)["kernel"] for line in lines] == ["avx512", "amx", "avx512", "amx"]
-    asked = 'qops.explain("{op}", m={m}, n=64, k=64, group_size=32, dtype=torch.{dtype}, device="cpu")'
-    for op in ("int4_gemm", "int8_weight_only_gemm"):
-        problems = ((11, "float16"), (12, "float16"), (99, "float32"))
-        weight_only = [asked.format(op=op, m=m, dtype=dtype) for m, dtype in problems]
-        lines = in_new_process(f"print({', '.join(weight_only)}, sep='\\n')", QOPS_ISA="amx").stdout.splitlines()
-        assert [facts(line)["kernel"] for line in lines] == ["avx512", "amx", "avx512"]
-    asked = 'qops.explain("int4_int8_gemm", m={m}, n=64, k=64, group_size=32, out_dtype=torch.float32, device="cpu")'
-    calls_of_4_bits = [asked.format(m=m) for m in (8, 9)]
-    lines = in_new_process(f"print({', '.join(calls_of_4_bits)}, sep='\\n')", QOPS_ISA="amx").stdout.splitlines()
-    assert [facts(line)["kernel"] for line in lines] == ["avx512", "amx"]
-    (line,) = in_new_process(f"print({calls[1]})", QOPS_ISA="scalar").stdout.splitlines()
+    kernels = ["avx512", "amx", "avx512", "amx", *["avx512", "amx", "avx512"] * 2, "avx512", "amx"]
+    assert [facts(line)["kernel"] for line in lines] == kernels
+    (line,) = in_new_process(f"print({calls[-1]})", QOPS_ISA="scalar").stdout.splitlines()
     assert " isa=scalar " in line and facts(line)["kernel"] == "scalar"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from tests.support.ops.contracts import exp_exact
 from tests.support.ops.weight_only_oracle import fma
 
 F32 = np.float32
-LEAST = np.finfo(F32).min
+LEAST, NAN = np.finfo(F32).min, F32(np.nan)
 
 
 def decode_attention_exact(
@@ -26,20 +28,16 @@ def decode_attention_exact(
 ) -> Tensor:
     """As the operator of torch.ops."""
     y = torch.zeros(q.shape, dtype=q.dtype)
-    batch, tokens, q_heads, _ = q.shape
+    batch, tokens, _, d = q.shape
     if y.numel() == 0:
         return y
-    group, s = q_heads // k.shape[1], k.shape[2]
-    wide_q, wide_k, wide_v = (x.resolve_neg().float().numpy() for x in (q, k, v))
-    allowed = attended(tokens, s, mask, window, batch).numpy()
+    kv_heads, s = k.shape[1:3]
+    wide_q = q.resolve_neg().float().numpy().reshape(batch, tokens, kv_heads, -1, 1, d)
+    wide_k, wide_v = (x.resolve_neg().float().numpy()[:, None, :, None] for x in (k, v))
+    allowed = attended(tokens, s, mask, window, batch).numpy()[:, :, None, None]
     with np.errstate(all="ignore"):
-        for b, t, h in np.ndindex(batch, tokens, q_heads):
-            rows = np.flatnonzero(allowed[b, t])
-            if len(rows) > 0:
-                head = (b, h // group, rows)
-                one = _row(wide_q[b, t, h], wide_k[head], wide_v[head], rows + first_position, F32(scale), F32(softcap))
-                y[b, t, h] = torch.from_numpy(one).to(q.dtype)
-    return y
+        rows = _rows(wide_q, wide_k, wide_v, allowed, first_position, F32(scale), F32(softcap))
+    return torch.from_numpy(rows).to(q.dtype).view(q.shape)
 
 
 def tanh_exact(x: np.ndarray) -> np.ndarray:
@@ -48,26 +46,32 @@ def tanh_exact(x: np.ndarray) -> np.ndarray:
     return (F32(1) - e) / (F32(1) + e)
 
 
-def _row(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, scale: F32, softcap: F32) -> np.ndarray:
+def _rows(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, allowed: np.ndarray, first: int, scale: F32, softcap: F32
+) -> np.ndarray:
+    """[..., D] of q [..., 1, D], k and v [..., S, D], allowed [..., S]: what is not allowed is in no sum."""
     s = scale * _dot(q, k)
     if softcap > 0:
         s = softcap * tanh_exact(s / softcap)
+    allowed = np.broadcast_to(allowed, s.shape)
     chunks = []
-    for chunk in np.unique(positions // 128):
-        here = positions // 128 == chunk
-        m = np.fmax(np.fmax.reduce(s[here]), LEAST)
-        p = _weight(s[here] - m)
-        lanes, o = np.zeros(16, F32), np.zeros(len(q), F32)
-        for position, weight, value in zip(positions[here], p, v[here], strict=True):
-            lanes[position % 16] += weight
-            o = fma(weight, value, o)
-        chunks.append((m, _halved(lanes, 8), o))
-    most = np.fmax.reduce([m for m, _, _ in chunks])
-    total, sums = F32(0), np.zeros(len(q), F32)
-    for m, part, o in chunks:
-        weight = _weight(np.asarray(m - most))
-        total, sums = fma(weight, part, total), fma(weight, o, sums)
-    return sums / total
+    for _, here in itertools.groupby(range(s.shape[-1]), lambda row: (first + row) // 128):
+        rows = list(here)
+        m = np.fmax(np.fmax.reduce(np.where(allowed, s, NAN)[..., rows], -1), LEAST)
+        lanes, o = np.zeros((*m.shape, 16), F32), np.zeros((*m.shape, q.shape[-1]), F32)
+        for row in rows:
+            lane, one = (first + row) % 16, allowed[..., row]
+            weight = _weight(s[..., row] - m)
+            lanes[..., lane] = np.where(one, lanes[..., lane] + weight, lanes[..., lane])
+            o = np.where(one[..., None], fma(weight[..., None], v[..., row, :], o), o)
+        chunks.append((allowed[..., rows].any(-1), m, _halved(lanes, 8), o))
+    most = np.fmax.reduce([np.where(some, m, NAN) for some, m, _, _ in chunks])
+    total, sums = np.zeros(most.shape, F32), np.zeros((*most.shape, q.shape[-1]), F32)
+    for some, m, part, o in chunks:
+        weight = _weight(m - most)
+        total = np.where(some, fma(weight, part, total), total)
+        sums = np.where(some[..., None], fma(weight[..., None], o, sums), sums)
+    return np.where(allowed.any(-1)[..., None], sums / total[..., None], F32(0))
 
 
 def _weight(x: np.ndarray) -> np.ndarray:
@@ -75,12 +79,12 @@ def _weight(x: np.ndarray) -> np.ndarray:
 
 
 def _dot(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """[S]"""
-    lanes = np.zeros((len(k), 16), F32)
-    for d in range(0, len(q), 16):
-        width = min(16, len(q) - d)
-        lanes[:, :width] = fma(q[d : d + width], k[:, d : d + width], lanes[:, :width])
-    halves = [_halved(lanes[:, half : half + 8], 4) for half in (0, 8)]
+    """[..., S]"""
+    lanes = np.zeros((*np.broadcast_shapes(q.shape[:-1], k.shape[:-1]), 16), F32)
+    for d in range(0, q.shape[-1], 16):
+        width = min(16, q.shape[-1] - d)
+        lanes[..., :width] = fma(q[..., d : d + width], k[..., d : d + width], lanes[..., :width])
+    halves = [_halved(lanes[..., half : half + 8], 4) for half in (0, 8)]
     return halves[0] + halves[1]
 
 

@@ -28,7 +28,7 @@ def exp_exact(x: np.ndarray) -> np.ndarray:
     for coefficient in ("0x1.1239d4p-7", "0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2", "0x1p0", "0x1p0"):
         p = fma(p, r, _float32(coefficient))
     finite = np.where(np.isnan(n), 0, n).astype(np.int32)
-    return np.ldexp(p.astype(np.longdouble), finite).astype(np.float32)
+    return np.ldexp(p.astype(np.float64), finite).astype(np.float32)
 
 
 def silu_mul_exact(gate: Tensor, up: Tensor, rounding: str = "hf") -> Tensor:

@@ -10,16 +10,16 @@ SLICES = 8
 
 
 def fma(a, b, c):
-    """One rounding to float32. 64 bits hold the product but not every sum: one that is inexact is rounded to odd, so
-    that no tie of float32 comes of it that is none."""
-    product, c = np.asarray(a, np.longdouble) * np.asarray(b, np.longdouble), np.asarray(c, np.longdouble)
+    """One rounding to float32. float64 holds the product, not every sum: one that is inexact is rounded to odd, so that
+    no tie of float32 comes of it that is none."""
+    product, c = np.multiply(a, b, dtype=np.float64), np.asarray(c, np.float64)
     total = product + c
     with np.errstate(invalid="ignore"):
         added = total - product
         error = (product - (total - added)) + (c - added)  # exact (two-sum); NaN where the total is not finite
-        even = np.fmod(np.ldexp(np.frexp(total)[0], 64), 2) == 0
-        inexact = np.isfinite(error) & (error != 0)
-        total = np.where(inexact & even, np.nextafter(total, np.copysign(np.inf, error, dtype=np.longdouble)), total)
+        even = total.view(np.int64) & 1 == 0
+        beside = np.nextafter(total, np.copysign(np.inf, error))
+        total = np.where(even & (np.abs(error) > 0), beside, total)
     return total.astype(np.float32)
 
 
