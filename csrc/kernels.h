@@ -377,9 +377,17 @@ struct DecodeAttentionParams {
 };
 inline constexpr int kMaxDecodeTokens = 8;
 
-// A linear inside a block of operators: x, y and residual are the block's.
+// What a linear inside of a block of operators multiplies: rows of floats, or what quantize_int8 and, with zero points,
+// quantize_int8_asym make of them by these rules.
+enum class BlockInput : int32_t { kFloat, k127, kCompressedTensors, kTorchao, k255, kCompressedTensorsAsym };
+
+QOPS_ALWAYS_INLINE constexpr bool has_zero_points(BlockInput input) { return input >= BlockInput::k255; }
+
+// A linear inside of a block of operators: x, y and residual are the block's. By the weight and the input it is
+// int4_gemm, int8_weight_only_gemm, int4_int8_gemm or int8_gemm (whose weight has one group and no zeros).
 struct BlockLinear {
   bool has_8_bits;
+  BlockInput input;  // of a weight of 4 bits without zero points
   WeightOnlyGemmParams product;
 };
 

@@ -1,15 +1,25 @@
 // Of the CPU alone: there are no CUDA kernels.
 #include <algorithm>
-#include <limits>
 
 #include "binding/attention.h"
+#include "binding/block_linear.h"
 #include "binding/device.h"
 #include "binding/rotary.h"
-#include "binding/weight_strips.h"
 
 #if !defined(QOPS_CUDA)
 
 namespace qops::binding {
+
+template <class Visitor>
+void describe_linear(BlockLinear& linear, const char* has_8_bits, const char* input, Visitor& v) {
+  v.flag(has_8_bits, linear.has_8_bits);
+  v.choice(input, linear.input,
+           {"float", "127", "compressed-tensors", "torchao", "255", "compressed-tensors-asymmetric"});
+  v.when_asked([&](const Checker& check) {
+    const bool has_operator = linear.has_8_bits || !has_zero_points(linear.input);
+    check.require(has_operator, input, "have no zero points for a weight of 4 bits", "one with them");
+  });
+}
 
 template <class Visitor>
 void describe_call(MlpBlockParams& p, Visitor& v) {
@@ -17,8 +27,8 @@ void describe_call(MlpBlockParams& p, Visitor& v) {
   v.size("h", p.norm.h, 8);
   v.size("columns", p.down.product.k, 8);
   v.dtype("dtype", p.norm.dtype);
-  v.flag("gate_up_has_8_bits", p.gate_up.has_8_bits);
-  v.flag("down_has_8_bits", p.down.has_8_bits);
+  describe_linear(p.gate_up, "gate_up_has_8_bits", "gate_up_input", v);
+  describe_linear(p.down, "down_has_8_bits", "down_input", v);
   v.when_asked([&](const Checker&) {
     p.gate_up.product.n = 2 * p.down.product.k;
     p.gate_up.product.k = p.down.product.n = p.norm.h;
@@ -33,8 +43,8 @@ void describe_call(AttentionBlockParams& p, Visitor& v) {
   v.size("kv_heads", p.attention.kv_heads);
   v.size("d", p.attention.d);
   v.dtype("dtype", p.norm.dtype);
-  v.flag("qkv_has_8_bits", p.qkv.has_8_bits);
-  v.flag("o_has_8_bits", p.o.has_8_bits);
+  describe_linear(p.qkv, "qkv_has_8_bits", "qkv_input", v);
+  describe_linear(p.o, "o_has_8_bits", "o_input", v);
   v.when_asked([&](const Checker&) {
     p.qkv.product.n = (p.attention.q_heads + 2 * p.attention.kv_heads) * p.attention.d;
     p.o.product.k = p.attention.q_heads * p.attention.d;
@@ -59,8 +69,8 @@ void describe_call(DecoderLayersParams& p, Visitor& v) {
   }
   describe_call(attention, v);
   v.size("columns", mlp.down.product.k, 8);
-  v.flag("gate_up_has_8_bits", mlp.gate_up.has_8_bits);
-  v.flag("down_has_8_bits", mlp.down.has_8_bits);
+  describe_linear(mlp.gate_up, "gate_up_has_8_bits", "gate_up_input", v);
+  describe_linear(mlp.down, "down_has_8_bits", "down_input", v);
   v.when_asked([&](const Checker&) {
     mlp.norm = attention.norm;
     mlp.gate_up.product.n = 2 * mlp.down.product.k;
@@ -70,116 +80,11 @@ void describe_call(DecoderLayersParams& p, Visitor& v) {
 
 namespace {
 
-// The arguments of a linear, by their names.
-struct LinearNames {
-  const char *packed, *scales, *zeros, *perm, *bias, *kind;
-};
-#define QOPS_LINEAR_NAMES(name) {#name, #name "_scales", #name "_zeros", #name "_perm", #name "_bias", #name "_kind"}
+#define QOPS_LINEAR_NAMES(name) \
+  {#name, #name "_scales", #name "_zeros", #name "_perm", #name "_bias", #name "_kind", #name "_input"}
 constexpr LinearNames kGateUp = QOPS_LINEAR_NAMES(gate_up), kDown = QOPS_LINEAR_NAMES(down);
 constexpr LinearNames kQkv = QOPS_LINEAR_NAMES(qkv), kO = QOPS_LINEAR_NAMES(o);
 #undef QOPS_LINEAR_NAMES
-
-struct LinearTensors {
-  const Tensor &packed, &scales;
-  const std::optional<Tensor>&zeros, &perm, &bias;
-  int64_t kind;
-};
-
-// Columns of a packed weight, by its own shape.
-int64_t columns_of(const Checker& check, const Tensor& packed, const char* arg) {
-  const ScalarType dtype = check.dtype_of(packed, arg);
-  if (dtype != ScalarType::Byte && dtype != ScalarType::Char) {
-    check.unsupported(std::string(arg) + " must have dtype uint8 or int8, got " + dtype_name(dtype));
-  }
-  if (packed.dim() != 2) check.refuse(arg, "have 2 dimensions", std::to_string(packed.dim()));
-  const int64_t elements = dtype == ScalarType::Byte ? 8 : 16;
-  if (packed.size(1) % (8 * elements) != 0) {
-    check.refuse(arg, "hold a multiple of 8 columns of " + std::to_string(elements) + " elements a strip",
-                 std::to_string(packed.size(1)));
-  }
-  return packed.size(1) / elements;
-}
-
-// A weight [N, K], where K is what columns_of() says. `bad_index` is where a wrong index of its perm goes.
-BlockLinear take_linear(const Checker& check, const LinearNames& names, const LinearTensors& t, const Tensor& x,
-                        DType dtype, int64_t n, int64_t k, int64_t* bad_index) {
-  BlockLinear linear{};
-  WeightOnlyGemmParams& p = linear.product;
-  check.device(t.packed, names.packed, x);
-  check.device(t.scales, names.scales, x);
-  const int64_t columns = columns_of(check, t.packed, names.packed);
-  linear.has_8_bits = t.packed.scalar_type() == ScalarType::Char;
-  p.dtype = dtype;
-  p.n = n;
-  p.k = k;
-  const std::string shape = "[N, K] = [" + std::to_string(n) + ", " + std::to_string(k) + "]";
-  if (t.packed.size(0) != strips_of(n) || columns != k) {
-    check.refuse(names.packed, "hold a weight " + shape,
-                 std::to_string(t.packed.size(0)) + " strips of " + std::to_string(columns) + " columns");
-  }
-  p.scale_dtype = check.float_dtype(t.scales, names.scales);
-  const bool has_groups = t.scales.dim() == 3 && t.scales.size(0) == strips_of(n) && t.scales.size(2) == kStripRows;
-  if (!has_groups) {
-    check.refuse(names.scales, "have shape [S, K / group_size, 16] with S = " + std::to_string(strips_of(n)),
-                 to_string(t.scales.sizes()));
-  }
-  const int64_t groups = t.scales.size(1);
-  p.group_size = groups == 0 ? k : k / groups;
-  const bool fits = groups == 0 ? k == 0 : k % groups == 0 && (groups == 1 || p.group_size % 16 == 0);
-  if (!fits) {
-    check.refuse(names.scales,
-                 "have one group, or groups of a multiple of 16 columns that divides K = " + std::to_string(k),
-                 std::to_string(groups) + " groups");
-  }
-  check.contiguous(t.packed, names.packed);
-  check.contiguous(t.scales, names.scales);
-  p.packed = t.packed.const_data_ptr();
-  p.scales = t.scales.const_data_ptr();
-  const bool is_kind = linear.has_8_bits ? t.kind == 0 || t.kind == 3 : t.kind >= 0 && t.kind <= 3;
-  if (!is_kind) {
-    check.refuse(names.kind,
-                 linear.has_8_bits ? "be 0 (symmetric) or 3 (offset) for a weight of 8 bits"
-                                   : "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)",
-                 std::to_string(t.kind));
-  }
-  p.kind = static_cast<WeightKind>(t.kind);
-  if (t.zeros.has_value() != (t.kind != 0)) {
-    check.refuse(names.zeros, t.kind == 0 ? "be None for kind 0" : "be given for this kind",
-                 t.zeros ? "a tensor" : "None");
-  }
-  if (t.zeros) {
-    check.device(*t.zeros, names.zeros, x);
-    p.zero_dtype = zero_dtype(check, *t.zeros, names.zeros, p.kind);
-    check.same_shape(*t.zeros, names.zeros, t.scales, names.scales);
-    check.contiguous(*t.zeros, names.zeros);
-    p.zeros = t.zeros->const_data_ptr();
-  }
-  if (t.perm) {
-    check.device(*t.perm, names.perm, x);
-    check.dtype(*t.perm, names.perm, ScalarType::Int);
-    check.shape(*t.perm, names.perm, "[K]", {k});
-    check.contiguous(*t.perm, names.perm);
-    p.perm = t.perm->const_data_ptr<int32_t>();
-  }
-  if (t.bias) {
-    check.device(*t.bias, names.bias, x);
-    p.bias_dtype = check.float_dtype(*t.bias, names.bias);
-    check.shape(*t.bias, names.bias, "[N]", {n});
-    check.dense_last_dim(*t.bias, names.bias);
-    p.bias = t.bias->const_data_ptr();
-  }
-  p.bad_index = bad_index;
-  return linear;
-}
-
-// What take_linear() calls bad: an index that an int32 cannot be.
-constexpr int64_t kNoIndex = std::numeric_limits<int64_t>::min();
-
-void refuse_bad_index(const Checker& check, const LinearNames& names, const BlockLinear& linear) {
-  const int64_t index = *linear.product.bad_index;
-  if (index == kNoIndex) return;
-  check.refuse(names.perm, "hold indices in 0 .. " + std::to_string(linear.product.k - 1), std::to_string(index));
-}
 
 void take_weight_of_norm(const Checker& check, const Tensor& weight, const char* arg, const Tensor& x,
                          RmsNormParams& p) {
@@ -247,14 +152,16 @@ constexpr Checker check_mlp("mlp_block");
 Tensor mlp_block(const Tensor& x, const Tensor& norm, const std::optional<Tensor>& post_norm, double eps,
                  double weight_offset, std::string_view rounding, const Tensor& gate_up, const Tensor& gate_up_scales,
                  const std::optional<Tensor>& gate_up_zeros, const std::optional<Tensor>& gate_up_perm,
-                 const std::optional<Tensor>& gate_up_bias, int64_t gate_up_kind, bool mixed_gate_up,
-                 const Tensor& down, const Tensor& down_scales, const std::optional<Tensor>& down_zeros,
-                 const std::optional<Tensor>& down_perm, const std::optional<Tensor>& down_bias, int64_t down_kind) {
+                 const std::optional<Tensor>& gate_up_bias, int64_t gate_up_kind, int64_t gate_up_input,
+                 bool mixed_gate_up, const Tensor& down, const Tensor& down_scales,
+                 const std::optional<Tensor>& down_zeros, const std::optional<Tensor>& down_perm,
+                 const std::optional<Tensor>& down_bias, int64_t down_kind, int64_t down_input) {
   const Checker& check = check_mlp;
   MlpBlockParams p{};
   int64_t bad[2] = {kNoIndex, kNoIndex};
-  const LinearTensors first{gate_up, gate_up_scales, gate_up_zeros, gate_up_perm, gate_up_bias, gate_up_kind};
-  const LinearTensors last{down, down_scales, down_zeros, down_perm, down_bias, down_kind};
+  const LinearTensors first{gate_up,      gate_up_scales, gate_up_zeros, gate_up_perm,
+                            gate_up_bias, gate_up_kind,   gate_up_input};
+  const LinearTensors last{down, down_scales, down_zeros, down_perm, down_bias, down_kind, down_input};
   take_mlp(check, x, {eps, weight_offset, rounding}, {{norm, post_norm}, first, last, mixed_gate_up}, bad, p);
   Tensor y = check.contiguous_like(x);
   p.y = y.mutable_data_ptr();
@@ -395,18 +302,19 @@ constexpr Checker check_attention("attention_block");
 Tensor attention_block(const Tensor& x, const Tensor& norm, const std::optional<Tensor>& post_norm, double eps,
                        double weight_offset, std::string_view rounding, const Tensor& qkv, const Tensor& qkv_scales,
                        const std::optional<Tensor>& qkv_zeros, const std::optional<Tensor>& qkv_perm,
-                       const std::optional<Tensor>& qkv_bias, int64_t qkv_kind, const std::optional<Tensor>& q_norm,
-                       const std::optional<Tensor>& k_norm, const std::optional<Tensor>& cos,
-                       const std::optional<Tensor>& sin, const std::optional<Tensor>& positions, const Tensor& keys,
-                       const Tensor& values, const Tensor& o, const Tensor& o_scales,
-                       const std::optional<Tensor>& o_zeros, const std::optional<Tensor>& o_perm,
-                       const std::optional<Tensor>& o_bias, int64_t o_kind, double scale,
-                       const std::optional<Tensor>& mask, int64_t window, double softcap, int64_t first_position) {
+                       const std::optional<Tensor>& qkv_bias, int64_t qkv_kind, int64_t qkv_input,
+                       const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
+                       const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                       const std::optional<Tensor>& positions, const Tensor& keys, const Tensor& values,
+                       const Tensor& o, const Tensor& o_scales, const std::optional<Tensor>& o_zeros,
+                       const std::optional<Tensor>& o_perm, const std::optional<Tensor>& o_bias, int64_t o_kind,
+                       int64_t o_input, double scale, const std::optional<Tensor>& mask, int64_t window, double softcap,
+                       int64_t first_position) {
   const Checker& check = check_attention;
   AttentionBlockParams p{};
   int64_t bad[2] = {kNoIndex, kNoIndex}, bad_position = 0;
-  const LinearTensors first{qkv, qkv_scales, qkv_zeros, qkv_perm, qkv_bias, qkv_kind};
-  const LinearTensors last{o, o_scales, o_zeros, o_perm, o_bias, o_kind};
+  const LinearTensors first{qkv, qkv_scales, qkv_zeros, qkv_perm, qkv_bias, qkv_kind, qkv_input};
+  const LinearTensors last{o, o_scales, o_zeros, o_perm, o_bias, o_kind, o_input};
   const AttentionTensors tensors{{norm, post_norm}, first, last, q_norm, k_norm, cos,     sin,
                                  positions,         mask,  keys, values, scale,  softcap, window,
                                  first_position};
@@ -434,7 +342,21 @@ constexpr size_t kPartCount = std::size(kParts);
 constexpr size_t kNorm = 0, kQkvPart = 2, kQNorm = 7, kOPart = 9, kMlpNorm = 14, kGateUpPart = 16, kDownPart = 21;
 
 // Numbers of a layer, in the order of `settings`.
-enum Setting { kQkvKind, kOKind, kGateUpKind, kDownKind, kMixed, kRotates, kWindow, kFirstPosition, kSettings };
+enum Setting {
+  kQkvKind,
+  kQkvInput,
+  kOKind,
+  kOInput,
+  kGateUpKind,
+  kGateUpInput,
+  kDownKind,
+  kDownInput,
+  kMixed,
+  kRotates,
+  kWindow,
+  kFirstPosition,
+  kSettings
+};
 
 using Tensors = std::vector<std::optional<Tensor>>;
 
@@ -449,7 +371,8 @@ struct Layer {
     return *parts[part];
   }
   LinearTensors linear(size_t part, Setting kind) const {
-    return {needed(part), needed(part + 1), parts[part + 2], parts[part + 3], parts[part + 4], settings[kind]};
+    return {needed(part),    needed(part + 1), parts[part + 2],   parts[part + 3],
+            parts[part + 4], settings[kind],   settings[kind + 1]};
   }
 };
 

@@ -6,16 +6,12 @@
 
 namespace qops::binding {
 
-// 2^20 and 2^17, less one: sums of 16 * 128 a product stay in int32, and the sum of a group's x is exact in float32.
-constexpr int64_t kMaxK = 1048575;
-constexpr int64_t kMaxGroup = 131071;
-
 inline void check_limits(const Checker& check, const char* arg, int64_t k, int64_t group_size) {
-  if (k > kMaxK) {
-    check.refuse(arg, "have at most " + std::to_string(kMaxK) + " columns", std::to_string(k));
+  if (k > kMaxInt4Int8Columns) {
+    check.refuse(arg, "have at most " + std::to_string(kMaxInt4Int8Columns) + " columns", std::to_string(k));
   }
-  if (group_size > kMaxGroup) {
-    check.refuse("group_size", "be at most " + std::to_string(kMaxGroup), std::to_string(group_size));
+  if (group_size > kMaxInt4Int8Group) {
+    check.refuse("group_size", "be at most " + std::to_string(kMaxInt4Int8Group), std::to_string(group_size));
   }
 }
 

@@ -4,12 +4,8 @@
 
 namespace qops::binding {
 
-// Sums of products stay in int32: 128 * 128 * K, and with zero points in -128 .. 127 255 * 128 * K.
-constexpr int64_t kMaxK = 131071;
-constexpr int64_t kMaxKWithZeroPoint = 65793;
-
 inline void check_columns(const Checker& check, const char* arg, int64_t k, bool has_zero_point) {
-  const int64_t most = has_zero_point ? kMaxKWithZeroPoint : kMaxK;
+  const int64_t most = has_zero_point ? kMaxInt8ColumnsWithZeroPoint : kMaxInt8Columns;
   if (k <= most) return;
   const char* when = has_zero_point ? " columns with a zero_point" : " columns";
   check.refuse(arg, "have at most " + std::to_string(most) + when, std::to_string(k));

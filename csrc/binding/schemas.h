@@ -32,9 +32,9 @@ void define_schemas(Library& m) {
   m.def(
       "attention_block(Tensor x, Tensor norm, Tensor? post_norm, float eps, float weight_offset, str rounding, "
       "Tensor qkv, Tensor qkv_scales, Tensor? qkv_zeros, Tensor? qkv_perm, Tensor? qkv_bias, int qkv_kind, "
-      "Tensor? q_norm, Tensor? k_norm, Tensor? cos, Tensor? sin, Tensor? positions, Tensor(a!) keys, "
+      "int qkv_input, Tensor? q_norm, Tensor? k_norm, Tensor? cos, Tensor? sin, Tensor? positions, Tensor(a!) keys, "
       "Tensor(b!) values, Tensor o, Tensor o_scales, Tensor? o_zeros, Tensor? o_perm, Tensor? o_bias, int o_kind, "
-      "float scale, Tensor? mask=None, int window=0, float softcap=0.0, int first_position=0) -> Tensor");
+      "int o_input, float scale, Tensor? mask=None, int window=0, float softcap=0.0, int first_position=0) -> Tensor");
   m.def(
       "decoder_layers(Tensor x, Tensor?[] weights, int[] settings, float eps, float weight_offset, str rounding, "
       "float scale, Tensor? cos, Tensor? sin, Tensor? positions, Tensor(a!)[] keys, Tensor(b!)[] values, "
@@ -42,8 +42,8 @@ void define_schemas(Library& m) {
   m.def(
       "mlp_block(Tensor x, Tensor norm, Tensor? post_norm, float eps, float weight_offset, str rounding, "
       "Tensor gate_up, Tensor gate_up_scales, Tensor? gate_up_zeros, Tensor? gate_up_perm, Tensor? gate_up_bias, "
-      "int gate_up_kind, bool mixed_gate_up, Tensor down, Tensor down_scales, Tensor? down_zeros, Tensor? down_perm, "
-      "Tensor? down_bias, int down_kind) -> Tensor");
+      "int gate_up_kind, int gate_up_input, bool mixed_gate_up, Tensor down, Tensor down_scales, Tensor? down_zeros, "
+      "Tensor? down_perm, Tensor? down_bias, int down_kind, int down_input) -> Tensor");
   m.def(
       "int4_int8_gemm(Tensor q, Tensor scale, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, "
       "int out_features, int group_size, int kind, ScalarType out_dtype) -> Tensor");

@@ -29,6 +29,11 @@ inline void check_alignment(const Checker& check, const Tensor& packed, const ch
   }
 }
 
+// Of rows of int8. Sums of products stay in int32: 128 * 128 * K, and with zero points in -128 .. 127 255 * 128 * K;
+// those of 4-bit weights 16 * 128 * K, and the sum of a group's x is exact in float32.
+inline constexpr int64_t kMaxInt8Columns = 131071, kMaxInt8ColumnsWithZeroPoint = 65793;
+inline constexpr int64_t kMaxInt4Int8Columns = 1048575, kMaxInt4Int8Group = 131071;
+
 inline void check_group_size(const Checker& check, int64_t k, int64_t group_size) {
   if (group_size != k && (group_size <= 0 || group_size % 16 != 0 || k % group_size != 0)) {
     check.refuse("group_size", "be K = " + std::to_string(k) + " or a multiple of 16 that divides it",

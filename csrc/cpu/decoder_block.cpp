@@ -5,17 +5,17 @@
 // a model of 135 million parameters as much time as the reading takes. Here the threads of a team go through the
 // operators together and wait for each other where one needs what all have made, some 0.05 us a time.
 //
-// What is small every thread does for itself (norms and the digits of the products' rows, a microsecond or two), strips
-// of weights, heads and chunks of positions are cut among them. The arithmetic is that of the operators, from the same
-// functions, and each intermediate value is rounded to the dtype where the operator would store it: same bits.
+// What is small every thread does for itself (norms and the digits or int8 of the products' rows, some microseconds),
+// strips of weights, heads and chunks of positions are cut among them. The arithmetic is that of the operators, from
+// the same functions, and each intermediate value is rounded to the dtype where the operator would store it: same bits.
 #include <algorithm>
 
 #include "cpu/attend.h"
+#include "cpu/block_product.h"
 #include "cpu/gated_row.h"
 #include "cpu/norm_row.h"
 #include "cpu/rotate_head.h"
 #include "cpu/scratch.h"
-#include "cpu/team_product.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
 namespace {
@@ -35,45 +35,6 @@ void tell_plan(const ThreadPool& pool, const BlockLinear& first, const BlockLine
   pool.listener->tell("kernel", QOPS_ISA_NAME);
   pool.listener->tell("threads", most_threads(pool, first, second));
 }
-
-// The part of n items of a member of a team. Strips are cut where four of them end: so many a tile has at M = 1.
-struct Part {
-  int64_t begin, end;
-
-  Part(const Team& team, int64_t n, int64_t unit = 1)
-      : begin(cut(n, unit, team.rank, team.size)), end(cut(n, unit, team.rank + 1, team.size)) {}
-
- private:
-  static int64_t cut(int64_t n, int64_t unit, int64_t rank, int64_t size) {
-    return std::min(n, (n * rank / size + unit - 1) / unit * unit);
-  }
-};
-
-// One of the products of a block, of dense rows x [rows, K].
-class Product {
- public:
-  Product(const BlockLinear& linear, int64_t rows)
-      : p_(linear.product),
-        functions_(linear.has_8_bits ? int8_weight_only_team_product(p_.dtype) : int4_team_product(p_.dtype)) {
-    p_.x_rows = Rows{rows, 1, {rows}, {p_.k}};
-  }
-
-  // What each thread needs for x.
-  size_t bytes() const { return functions_.bytes(p_); }
-
-  // y = R(x @ w.T + bias) of this thread's part, or with its epilogue.
-  void run(const Team& team, const void* x, void* y, void* memory) {
-    p_.x = x;
-    p_.y = y;
-    functions_.prepare(p_, memory);
-    const Part part(team, (p_.n + kStripRows - 1) / kStripRows, 4);
-    functions_.multiply(p_, memory, part.begin, part.end);
-  }
-
- private:
-  WeightOnlyGemmParams p_;
-  const TeamProduct& functions_;
-};
 
 template <class T>
 void norm_row(const RmsNormParams& p, const T* z, T* y) {
@@ -154,7 +115,7 @@ class MlpHalf {
 
   size_t shared_bytes() const { return 3 * Pieces::bytes<T>(rows_ * columns()) + normed_bytes(); }
   size_t own_bytes() const {
-    return normed_bytes() + std::max(Product(p_.gate_up, rows_).bytes(), Product(last_, rows_).bytes());
+    return normed_bytes() + std::max(BlockProduct(p_.gate_up, rows_).bytes(), BlockProduct(last_, rows_).bytes());
   }
 
   void run(const Team& team, void* shared_memory, void* own_memory) const {
@@ -167,13 +128,13 @@ class MlpHalf {
     T* normed = own.take<T>(rows_ * h);
     void* digits = own.take<char>(0);
     norm_rows(p_.norm, normed);
-    Product(p_.gate_up, rows_).run(team, normed, gate_up, digits);
+    BlockProduct(p_.gate_up, rows_).run(team, normed, gate_up, digits);
     team.wait();
     if (apart) {
       gate_rows(team, rows_, columns(), gate_up, gated);
       team.wait();
     }
-    Product(last_, rows_).run(team, gated, given, digits);
+    BlockProduct(last_, rows_).run(team, gated, given, digits);
     end_.finish(team, given, normed);
   }
 
@@ -264,7 +225,7 @@ class AttentionHalf {
   }
   size_t own_bytes() const {
     return Pieces::bytes<T>(rows_ * row_columns()) + 2 * Pieces::bytes<float>(angle_floats()) +
-           std::max(Product(p_.qkv, rows_).bytes(), Product(last_, rows_).bytes());
+           std::max(BlockProduct(p_.qkv, rows_).bytes(), BlockProduct(last_, rows_).bytes());
   }
 
   void run(const Team& team, void* shared_memory, void* own_memory) const {
@@ -285,7 +246,7 @@ class AttentionHalf {
     void* digits = own.take<char>(0);
 
     norm_rows(p_.norm, normed);
-    Product(p_.qkv, rows_).run(team, normed, heads.qkv, digits);
+    BlockProduct(p_.qkv, rows_).run(team, normed, heads.qkv, digits);
     team.wait();
     place_heads(team, heads, angles);
     team.wait();
@@ -295,7 +256,7 @@ class AttentionHalf {
     const Part combined(team, rows_ * attention.q_heads);
     for (int64_t row = combined.begin; row < combined.end; ++row) combine_row<T>(attention, plan_, row, partial);
     team.wait();
-    Product(last_, rows_).run(team, attended, given, digits);
+    BlockProduct(last_, rows_).run(team, attended, given, digits);
     end_.finish(team, given, normed);
   }
 

@@ -9,6 +9,8 @@ Status int4_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
   });
 }
 
-const TeamProduct& int4_team_product(DType dtype) { return weight_only_team_product<Int4Codes>(dtype); }
+const TeamProduct<WeightOnlyGemmParams>& int4_team_product(DType dtype) {
+  return weight_only_team_product<Int4Codes>(dtype);
+}
 
 }  // namespace qops::cpu::QOPS_ISA_NS

@@ -13,6 +13,7 @@
 
 #include "cpu/int4_int8_gemm.h"
 #include "cpu/scratch.h"
+#include "cpu/team_product.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
 namespace {
@@ -34,6 +35,29 @@ struct Tile {
   int rows;
   uint8_t* words;  // [K / 4][rows] of 4 bytes
   int32_t* sums;   // [groups][rows]: sum of x
+};
+
+// All rows of x, in tiles of even heights.
+struct Tiles {
+  int64_t m, k, groups, count;
+  uint8_t* words;
+  int32_t* sums;
+
+  Tiles(const Params& p, const Slices& slices, Pieces memory)
+      : m(p.x_rows.count),
+        k(p.k),
+        groups(slices.groups),
+        count((m + kTileRows - 1) / kTileRows),
+        words(memory.take<uint8_t>(m * k)),
+        sums(memory.take<int32_t>(m * groups)) {}
+
+  static size_t bytes(const Params& p, const Slices& slices) {
+    return Pieces::bytes<uint8_t>(p.x_rows.count * p.k) + Pieces::bytes<int32_t>(p.x_rows.count * slices.groups);
+  }
+  Tile at(int64_t t) const {
+    const int64_t first = m * t / count;
+    return {first, static_cast<int>(m * (t + 1) / count - first), words + first * k, sums + first * groups};
+  }
 };
 
 void pack_row(const Params& p, const Slices& slices, const Tile& tile, int r) {
@@ -154,11 +178,26 @@ void multiply(const Params& p, const Slices& slices, const Tile& tile, int64_t s
   for (; strip < end; ++strip) multiply_tile<T, Rows, 1>(p, slices, tile, strip);
 }
 
+void pack_tiles(const Params& p, const Slices& slices, const Tiles& tiles, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    const Tile tile = tiles.at(t);
+    for (int r = 0; r < tile.rows; ++r) pack_row(p, slices, tile, r);
+  }
+}
+
+template <class T>
+void multiply_tiles(const Params& p, const Slices& slices, const Tiles& tiles, int64_t begin, int64_t end) {
+  for (int64_t strip = begin; strip < end; strip += kChunk) {
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      multiply<T>(p, slices, tiles.at(t), strip, std::min(strip + kChunk, end));
+    }
+  }
+}
+
 template <class T>
 Status run(const Params& p, const ThreadPool& pool) {
   const int64_t m = p.x_rows.count, strips = (p.n + kStripRows - 1) / kStripRows;
   const int64_t grain = 1 + (8 << 10) / (p.k * m + 1);
-  const int64_t tiles = (m + kTileRows - 1) / kTileRows;
   if (pool.listener != nullptr) [[unlikely]] {
     if (m == 0 || p.n == 0) return Status::kOk;
     const int rows = static_cast<int>(std::min<int64_t>(m, kTileRows));
@@ -171,31 +210,43 @@ Status run(const Params& p, const ThreadPool& pool) {
   if (p.perm != nullptr && !perm_is_valid(p)) return Status::kIndexOutOfRange;
   if (m == 0 || p.n == 0) return Status::kOk;
   const Slices slices(p);
-  Scratch scratch(Scratch::bytes<uint8_t>(m * p.k) + Scratch::bytes<int32_t>(m * slices.groups));
+  Scratch scratch(Tiles::bytes(p, slices));
   if (!scratch.ok()) return Status::kOutOfMemory;
-  uint8_t* words = scratch.take<uint8_t>(m * p.k);
-  int32_t* sums = scratch.take<int32_t>(m * slices.groups);
-  // Of even heights.
-  const auto tile_at = [&](int64_t t) {
-    const int64_t first = m * t / tiles;
-    return Tile{first, static_cast<int>(m * (t + 1) / tiles - first), words + first * p.k,
-                sums + first * slices.groups};
-  };
-  parallel_for(pool, tiles, 1 + (16 << 10) / (p.k * kTileRows + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const Tile tile = tile_at(t);
-      for (int r = 0; r < tile.rows; ++r) pack_row(p, slices, tile, r);
-    }
-  });
-  parallel_for(pool, strips, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; strip += kChunk) {
-      for (int64_t t = 0; t < tiles; ++t) multiply<T>(p, slices, tile_at(t), strip, std::min(strip + kChunk, end));
-    }
-  });
+  const Tiles tiles(p, slices, Pieces(scratch.take<char>(0)));
+  parallel_for(pool, tiles.count, 1 + (16 << 10) / (p.k * kTileRows + 1),
+               [&](int64_t begin, int64_t end) { pack_tiles(p, slices, tiles, begin, end); });
+  parallel_for(pool, strips, grain,
+               [&](int64_t begin, int64_t end) { multiply_tiles<T>(p, slices, tiles, begin, end); });
   return Status::kOk;
 }
 
+// The same product for a team of threads (cpu/team_product.h).
+size_t team_bytes(const Params& p) { return Tiles::bytes(p, Slices(p)); }
+
+void team_prepare(const Params& p, void* memory) {
+  const Slices slices(p);
+  const Tiles tiles(p, slices, Pieces(memory));
+  pack_tiles(p, slices, tiles, 0, tiles.count);
+}
+
+template <class T>
+void team_multiply(const Params& p, void* memory, int64_t begin_strip, int64_t end_strip) {
+  const Slices slices(p);
+  multiply_tiles<T>(p, slices, Tiles(p, slices, Pieces(memory)), begin_strip, end_strip);
+}
+
+template <class T>
+constexpr TeamProduct<Params> kTeamProduct{&team_bytes, &team_prepare, &team_multiply<T>};
+
 }  // namespace
+
+const TeamProduct<Params>& int4_int8_team_product(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16: return kTeamProduct<Half>;
+    case DType::kBFloat16: return kTeamProduct<BFloat16>;
+    default: return kTeamProduct<float>;
+  }
+}
 
 Status int4_int8_gemm(const Params& p, const ThreadPool& pool) {
   return with_dtype(p.dtype, [&](auto* element) { return run<std::remove_pointer_t<decltype(element)>>(p, pool); });

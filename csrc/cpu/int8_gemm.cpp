@@ -17,7 +17,7 @@
 
 #include "cpu/int8_gemm_epilogue.h"
 #include "cpu/scratch.h"
-#include "cpu/simd.h"
+#include "cpu/team_product.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
 namespace {
@@ -41,18 +41,25 @@ constexpr int kMaxChunk = 64;
 
 // Rows of x as the dot products read them. Row 0 holds ones where sum_k w is needed; x begins at row `first`.
 struct PackedRows {
-  uint8_t* bytes;
+  uint8_t* bytes = nullptr;
   int64_t plane_bytes;
   int first;
 
+  // 64 bytes more, or the rows of a tile would lie 4 KiB apart and share one set of L1.
+  explicit PackedRows(const Int8GemmParams& p)
+      : plane_bytes((p.k + 63) / 64 * 64 + 64), first(kDotOffset != 0 || p.zero_point != nullptr ? 1 : 0) {}
+
+  int64_t bytes_of(int64_t rows) const { return (first + rows) * kDotPlanes * plane_bytes; }
   uint8_t* row(int64_t index) const { return bytes + index * kDotPlanes * plane_bytes; }
 };
 
-void pack_row(const PackedRows& x, int64_t index, const int8_t* values, int64_t k) {
-  for (int64_t begin = 0; begin < k; begin += 64) {
+// Row `row` of those from first_row on.
+void pack_row(const PackedRows& x, const Int8GemmParams& p, int64_t first_row, int64_t row) {
+  const int8_t* values = static_cast<const int8_t*>(p.q) + p.q_rows.offset(first_row + row);
+  for (int64_t begin = 0; begin < p.k; begin += 64) {
     uint8_t block[64] = {};
-    std::memcpy(block, values + begin, static_cast<size_t>(std::min<int64_t>(64, k - begin)));
-    write_dot_row(x.row(index) + begin, x.plane_bytes, load_bytes(block));
+    std::memcpy(block, values + begin, static_cast<size_t>(std::min<int64_t>(64, p.k - begin)));
+    write_dot_row(x.row(x.first + row) + begin, x.plane_bytes, load_bytes(block));
   }
 }
 
@@ -174,10 +181,8 @@ void tell_plan(const Int8GemmParams& p, const ThreadPool& pool) {
 template <class T>
 Status run(const Int8GemmParams& p, const ThreadPool& pool) {
   const int64_t m = p.q_rows.count;
-  // 64 bytes more, or the rows of a tile would lie 4 KiB apart and share one set of L1.
-  const int64_t plane_bytes = (p.k + 63) / 64 * 64 + 64;
-  PackedRows packed{nullptr, plane_bytes, kDotOffset != 0 || p.zero_point != nullptr ? 1 : 0};
-  const int64_t scratch_bytes = (packed.first + std::min(m, kMaxRows)) * kDotPlanes * plane_bytes;
+  PackedRows packed(p);
+  const int64_t scratch_bytes = packed.bytes_of(std::min(m, kMaxRows));
   Scratch scratch(Scratch::bytes<uint8_t>(scratch_bytes));
   if (!scratch.ok()) return Status::kOutOfMemory;
   packed.bytes = scratch.take<uint8_t>(scratch_bytes);
@@ -187,10 +192,7 @@ Status run(const Int8GemmParams& p, const ThreadPool& pool) {
   for (int64_t first_row = 0; first_row < m; first_row += kMaxRows) {
     const int64_t rows = std::min(kMaxRows, m - first_row);
     parallel_for(pool, rows, 1 + (256 << 10) / (p.k + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int8_t* values = static_cast<const int8_t*>(p.q) + p.q_rows.offset(first_row + row);
-        pack_row(packed, packed.first + row, values, p.k);
-      }
+      for (int64_t row = begin; row < end; ++row) pack_row(packed, p, first_row, row);
     });
     const Cut cut(p, rows, pool.threads);
     parallel_for(pool, cut.tasks, cut.grain, [&](int64_t begin, int64_t end) {
@@ -206,7 +208,38 @@ Status run(const Int8GemmParams& p, const ThreadPool& pool) {
   return Status::kOk;
 }
 
+// The same product for a team of threads (cpu/team_product.h).
+size_t team_bytes(const Int8GemmParams& p) { return Pieces::bytes<uint8_t>(PackedRows(p).bytes_of(p.q_rows.count)); }
+
+PackedRows packed_in(const Int8GemmParams& p, void* memory) {
+  PackedRows packed(p);
+  packed.bytes = static_cast<uint8_t*>(memory);
+  return packed;
+}
+
+void team_prepare(const Int8GemmParams& p, void* memory) {
+  const PackedRows packed = packed_in(p, memory);
+  if (packed.first != 0) pack_ones(packed, p.k);
+  for (int64_t row = 0; row < p.q_rows.count; ++row) pack_row(packed, p, 0, row);
+}
+
+template <class T>
+void team_multiply(const Int8GemmParams& p, void* memory, int64_t begin_strip, int64_t end_strip) {
+  multiply<T>(p, packed_in(p, memory), 0, {0, p.q_rows.count}, {begin_strip, end_strip});
+}
+
+template <class T>
+constexpr TeamProduct<Int8GemmParams> kTeamProduct{&team_bytes, &team_prepare, &team_multiply<T>};
+
 }  // namespace
+
+const TeamProduct<Int8GemmParams>& int8_team_product(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16: return kTeamProduct<Half>;
+    case DType::kBFloat16: return kTeamProduct<BFloat16>;
+    default: return kTeamProduct<float>;
+  }
+}
 
 Status int8_gemm(const Int8GemmParams& p, const ThreadPool& pool) {
   if (p.q_rows.count == 0 || p.n == 0) return Status::kOk;

@@ -9,6 +9,8 @@ Status int8_weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& po
   });
 }
 
-const TeamProduct& int8_weight_only_team_product(DType dtype) { return weight_only_team_product<Int8Codes>(dtype); }
+const TeamProduct<WeightOnlyGemmParams>& int8_weight_only_team_product(DType dtype) {
+  return weight_only_team_product<Int8Codes>(dtype);
+}
 
 }  // namespace qops::cpu::QOPS_ISA_NS

@@ -133,4 +133,85 @@ inline void quantise_row(const T* x, int64_t k, const Int8Output& out, int64_t r
   }
 }
 
+// The least and the largest value of a row and 0; NaN counts as 0.
+struct Bounds {
+  float low;
+  float high;
+};
+
+template <class T>
+inline Bounds bounds_with_zero(const T* x, int64_t k) {
+  F32x16 low = set1(0.0f), high = low;
+  const auto take = [&](F32x16 v) {
+    low = min(v, low);  // the second argument where v is NaN
+    high = max(v, high);
+  };
+  int64_t i = 0;
+  for (; i + kPair <= k; i += kPair) {
+    const F32x32 v = load_pair(x + i);
+    take(v.a);
+    take(v.b);
+  }
+  for (; i < k; i += kLanes) take(load_n(x + i, k - i));
+  float lows[kLanes], highs[kLanes];
+  store(lows, low);
+  store(highs, high);
+  Bounds range{0.0f, 0.0f};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    range.low = lows[lane] < range.low ? lows[lane] : range.low;
+    range.high = highs[lane] > range.high ? highs[lane] : range.high;
+  }
+  return range;
+}
+
+template <bool kStream, class T, class Ahead>
+inline void quantise_row_255(const T* x, int64_t row, const QuantizeInt8AsymParams& p, const Ahead& ahead) {
+  int8_t* q = p.q + row * p.k;
+  const float a = largest_magnitude(x, p.k, ahead);
+  const Bounds range = bounds_with_zero(x, p.k);
+  const float width = range.high - range.low;
+  const float scale = width / 255.0f;
+  const float factor = 1.0f / scale;
+  const bool finite = a < kInfinity && width < kInfinity;
+  if (!finite || factor == kInfinity) {
+    p.scale[row] = finite ? 0.0f : kNaN;
+    p.zero_point[row] = 0;
+    return zero_row(p.k, q);
+  }
+  // low / scale lies in -255 .. 0 once rounded, so the zero point needs no clamp.
+  const int32_t zero_point = -128 - static_cast<int32_t>(std::nearbyint(range.low / scale));
+  p.scale[row] = scale;
+  p.zero_point[row] = zero_point;
+  const F32x16 f = set1(factor), offset = set1(static_cast<float>(zero_point));
+  quantise_elements<kStream>(x, p.k, q, [&](F32x16 v) { return round_to_integer(v * f) + offset; }, ahead);
+}
+
+template <bool kStream, class T, class Ahead>
+inline void quantise_row_asym_compressed_tensors(const T* x, int64_t row, const QuantizeInt8AsymParams& p,
+                                                 const Ahead& ahead) {
+  int8_t* q = p.q + row * p.k;
+  const float a = largest_magnitude(x, p.k, ahead);
+  const Bounds range = bounds_with_zero(x, p.k);
+  const float scale = round_to<T>(round_to<T>(range.high - range.low) / 255.0f);
+  const bool is_nan = a != a;
+  if (is_nan || scale == kInfinity) {
+    p.scale[row] = is_nan ? kNaN : kInfinity;
+    p.zero_point[row] = 0;
+    return zero_row(p.k, q);
+  }
+  // A scale of 0 makes it 127 or, where low is 0, NaN, which counts as 0.
+  const float shift = round_to<T>(-128.0f - round_to<T>(range.low / scale));
+  const float bounded = shift < 127.0f ? shift : shift == shift ? 127.0f : 0.0f;
+  p.scale[row] = scale == 0.0f ? kEpsilon<T> : scale;
+  p.zero_point[row] = static_cast<int32_t>(std::nearbyint(bounded));
+  quantise_elements<kStream>(x, p.k, q, DividedCodes<T>(p.scale[row], p.zero_point[row]), ahead);
+}
+
+// One of the rows of p, which lies at x.
+template <bool kStream = false, class T, class Ahead = NothingAhead>
+inline void quantise_row_asym(const T* x, int64_t row, const QuantizeInt8AsymParams& p, const Ahead& ahead = {}) {
+  p.divides ? quantise_row_asym_compressed_tensors<kStream>(x, row, p, ahead)
+            : quantise_row_255<kStream>(x, row, p, ahead);
+}
+
 }  // namespace qops::cpu::QOPS_ISA_NS

@@ -17,14 +17,17 @@ inline bool valid_permutation_range(const WeightOnlyGemmParams& p) {
   return valid;
 }
 
+template <class Params>
 struct TeamProduct {
-  size_t (*bytes)(const WeightOnlyGemmParams& p);  // that prepare() takes, at most; a multiple of 64
-  void (*prepare)(const WeightOnlyGemmParams& p, void* memory);
-  void (*multiply)(const WeightOnlyGemmParams& p, const void* memory, int64_t begin_strip, int64_t end_strip);
+  size_t (*bytes)(const Params& p);  // that prepare() takes, at most; a multiple of 64
+  void (*prepare)(const Params& p, void* memory);
+  void (*multiply)(const Params& p, void* memory, int64_t begin_strip, int64_t end_strip);
 };
 
-// For x of that dtype.
-const TeamProduct& int4_team_product(DType dtype);
-const TeamProduct& int8_weight_only_team_product(DType dtype);
+// For y of that dtype.
+const TeamProduct<WeightOnlyGemmParams>& int4_team_product(DType dtype);
+const TeamProduct<WeightOnlyGemmParams>& int8_weight_only_team_product(DType dtype);
+const TeamProduct<Int4Int8GemmParams>& int4_int8_team_product(DType dtype);
+const TeamProduct<Int8GemmParams>& int8_team_product(DType dtype);
 
 }  // namespace qops::cpu::QOPS_ISA_NS

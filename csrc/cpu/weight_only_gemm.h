@@ -564,15 +564,15 @@ struct WeightOnlyTeamProduct {
     } while (!tiles->fit(digits_of_row));
   }
 
-  static void multiply(const WeightOnlyGemmParams& p, const void* memory, int64_t begin, int64_t end) {
+  static void multiply(const WeightOnlyGemmParams& p, void* memory, int64_t begin, int64_t end) {
     gemm_tiles<Codes, T>(p, Blocks(p.k, p.group_size), *static_cast<const Tiles*>(memory), begin, end);
   }
 
-  static constexpr TeamProduct kProduct{&bytes, &prepare, &multiply};
+  static constexpr TeamProduct<WeightOnlyGemmParams> kProduct{&bytes, &prepare, &multiply};
 };
 
 template <class Codes>
-inline const TeamProduct& weight_only_team_product(DType dtype) {
+inline const TeamProduct<WeightOnlyGemmParams>& weight_only_team_product(DType dtype) {
   switch (dtype) {
     case DType::kFloat16: return WeightOnlyTeamProduct<Codes, Half>::kProduct;
     case DType::kBFloat16: return WeightOnlyTeamProduct<Codes, BFloat16>::kProduct;

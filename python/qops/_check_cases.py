@@ -30,6 +30,7 @@ from qops._numerics import (
     random_activations,
 )
 from qops.ops._checks import INT4_KINDS
+from qops.ops.decoder_block import ASYMMETRIC, INPUTS, linear_arguments
 from qops.ops.quantize_int8 import quantize_int8_static_ref
 from qops.weights import Int4Weight, Int8Weight
 
@@ -208,18 +209,63 @@ def caches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
 # Blocks --------------------------------------------------------------------------------------------------------------
 
 
-def blocks(run: Run) -> Iterator[tuple[torch.dtype, dict[str, Any], Callable[..., Any]]]:
-    """dtype, how the norms round, and what draws a weight [N, K] of each width and kind of this case."""
-    widths = ((4, "symmetric"), (4, "zero_point"), (4, "float_zero"), (4, "offset"), (8, "symmetric"), (8, "offset"))
-    for index, ((bits, kind), dtype) in enumerate(itertools.product(widths, FLOAT_DTYPES)):
+def blocks(run: Run) -> Iterator[tuple[torch.dtype, dict[str, Any], Callable[..., Any], str]]:
+    """dtype, how the norms round, what draws a weight [N, K] of each width and kind of this case, and its input."""
+    widths = [(4, kind, "float") for kind in INT4_KINDS] + [(8, kind, "float") for kind in ("symmetric", "offset")]
+    widths += [(4, "zero_point", "127"), (4, "offset", "torchao")] + [(8, "symmetric", given) for given in INPUTS[1:]]
+    for index, ((bits, kind, given), dtype) in enumerate(itertools.product(widths, FLOAT_DTYPES)):
         rounding, offset = STYLES[index % 2]
-        run.begin(dtype, f"{bits} bits", kind, rounding)
+        run.begin(dtype, f"{bits} bits", kind, rounding, f"x {given}")
+        whole = bits == 8 and given != "float"
 
-        def weight(n: int, k: int, bits: int = bits, kind: str = kind, act_order: bool = index % 5 == 0) -> Any:
+        def weight(
+            n: int,
+            k: int,
+            bits: int = bits,
+            kind: str = kind,
+            whole: bool = whole,
+            act_order: bool = index % 5 == 0 and not whole,
+        ) -> Any:
             make = int4_weight if bits == 4 else int8_weight
-            return make(run, n, k, 16, kind, torch.float16, act_order)
+            return make(run, n, k, k if whole else 16, kind, torch.float16, act_order)
 
-        yield dtype, {"eps": EPS, "rounding": rounding, "weight_offset": offset}, weight
+        yield dtype, {"eps": EPS, "rounding": rounding, "weight_offset": offset}, weight, given
+
+
+def block_product(x: Tensor, weight: Any, bias: Tensor | None, given: str) -> Tensor:
+    """x @ w.T + bias by the operator for that input."""
+    has_4_bits, points = type(weight).__name__ == "Int4Weight", None
+    if given == "float":
+        return (ops.int4_gemm if has_4_bits else ops.int8_weight_only_gemm)(x, weight, bias)
+    if INPUTS.index(given) < ASYMMETRIC:
+        q, scale = ops.quantize_int8(x, given)
+    else:
+        q, scale, points = ops.quantize_int8_asym(x, given.removesuffix("-asymmetric"))
+    if has_4_bits:
+        return ops.int4_int8_gemm(q, scale, weight, bias, out_dtype=x.dtype)
+    return ops.int8_gemm(q, scale, weight, bias, zero_point=points, out_dtype=x.dtype)
+
+
+def mlp_chain(
+    x: Tensor, norm: Tensor, post_norm: Tensor | None, weights: Any, biases: Any, style: dict[str, Any], given: str
+) -> Tensor:
+    """mlp_block of linears with one kind of input, operator by operator."""
+    y = ops.silu_mul(block_product(ops.rms_norm(x, norm, **style), weights[0], biases[0], given))
+    y = block_product(y, weights[1], biases[1], given)
+    return x + (y if post_norm is None else ops.rms_norm(y, post_norm, **style))
+
+
+def linear_parts(
+    run: Run, shapes: dict[str, tuple[int, int]], weight: Callable[..., Any], given: str
+) -> dict[str, Any]:
+    """Linears as arguments of decoder_layers, gate and up mixed."""
+    parts: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        made = moved(run, weight(*shape), mixed=name == "gate_up")
+        linear = linear_arguments("decoder_layers", name, made, None, given, may_be_mixed=True)
+        arguments = ("", "_scales", "_zeros", "_perm", "_bias", "_kind", "_input")
+        parts |= dict(zip((name + of for of in arguments), linear, strict=True))
+    return parts
 
 
 # Matrix products -----------------------------------------------------------------------------------------------------

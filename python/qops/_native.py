@@ -129,7 +129,8 @@ def explain(op: str, *, device: torch.device | str, **problem: int | str | bool 
             ``decoder_layers``, which fused models call: ``layers``, and those of both.
             Besides, where there is one: ``kind=`` of the weight ("symmetric", "zero_point", "float_zero", "offset"),
             ``epilogue=`` ("none", "silu_mul", "int8"), and whether there are ``perm``, ``zeros``,
-            ``zero_point``, ``batch_invariant``, ``interleaved``, weights ``*_has_8_bits``.
+            ``zero_point``, ``batch_invariant``, ``interleaved``, weights ``*_has_8_bits`` and their ``*_input`` ("127",
+            "255", ...).
 
     Returns:
         The line.

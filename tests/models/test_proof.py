@@ -130,6 +130,11 @@ def scaled_in_a_step(step):
     return lambda self, x, *rest: None if (y := step(self, x, *rest)) is None else 1.01 * y
 
 
+def mirrored_ahead(following):
+    """Of a layer that was computed ahead; the final norm would take a factor away."""
+    return lambda self, *rest: None if (y := following(self, *rest)) is None else y.flip(-1)
+
+
 def tables(change):
     return attention_gets(lambda kwargs, x: kwargs.update(position_embeddings=change(kwargs["position_embeddings"])))
 
@@ -208,7 +213,7 @@ FAULTS = {
     "attention_mask, one token": ("llama", method(AttentionHalf, "step", without_mask_in_a_step)),
     "attention, one token": ("llama", method(AttentionHalf, "step", scaled_in_a_step)),
     "MLP, one token": ("llama", method(MlpHalf, "step", scaled_in_a_step)),
-    "layers ahead": ("llama", method(Run, "next", scaled_in_a_step)),
+    "layers ahead": ("llama", method(Run, "next", mirrored_ahead)),
     "cache": ("llama", attention_gets(without_cache)),
     "cache of another layer": ("llama", built(lambda layer: setattr(layer.self_attn, "layer_idx", 0))),
     "position_ids": ("llama", without("position_ids")),

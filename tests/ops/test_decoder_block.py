@@ -11,7 +11,7 @@ import torch
 import qops
 from qops.ops._checks import INT4_KINDS
 from qops.testing import FLOAT_DTYPES, Guarded, assert_bitwise, generator
-from tests.support.ops.block_chain import attention_chain, mlp_chain
+from tests.support.ops.block_chain import CACHE, check_attention, check_mlp, fresh, whole_of
 from tests.support.ops.blocks import attention_arguments, block_bias, block_weight, mlp_arguments, of_weight
 
 OPS = torch.ops.qops
@@ -19,46 +19,6 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 NAN, INFINITY = float("nan"), math.inf
 KINDS = [(4, kind) for kind in INT4_KINDS] + [(8, kind) for kind in ("symmetric", "offset")]
 STYLES = (("hf", 0.0), ("fp32", 0.0), ("fp32", 1.0))
-
-
-def check_mlp(a, what=""):
-    want = mlp_chain(a)
-    got = OPS.mlp_block(**a)
-    assert got.shape == a["x"].shape and got.is_contiguous()
-    assert_bitwise(got, want, what)
-    return got
-
-
-def check_attention(a, what=""):
-    """y, the new rows of the cache, and that nothing else has changed around and before them."""
-    want, keys, values = attention_chain(a)
-    wholes = [whole_of(a[name]) for name in ("keys", "values")]
-    expected = [whole.clone() for whole in wholes]
-    for name, copy, held in zip(("keys", "values"), expected, (keys, values), strict=True):
-        cache = a[name]
-        copy.as_strided(cache.shape, cache.stride(), cache.storage_offset()).copy_(held)
-    got = OPS.attention_block(**a)
-    assert got.shape == a["x"].shape and got.is_contiguous()
-    for name, whole, copy in zip(("keys", "values"), wholes, expected, strict=True):
-        assert_bitwise(whole, copy, f"{name} of {what}")
-    assert_bitwise(got, want, what)
-    return got
-
-
-def whole_of(t):
-    """All elements of its storage."""
-    return torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
-
-
-def fresh(a):
-    """The same call on a cache of its own."""
-    copies = {name: torch.empty_strided(a[name].shape, a[name].stride(), dtype=a[name].dtype) for name in CACHE}
-    for name, copy in copies.items():
-        copy.copy_(a[name])
-    return {**a, **copies}
-
-
-CACHE = ("keys", "values")
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

@@ -22,12 +22,25 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from qops import _layout
-from qops.nn import MLP, Int4Linear, Int8WeightOnlyLinear, MergedLinear, RMSNorm
+from qops import _layout, nn
+from qops.nn import MLP, MergedLinear, RMSNorm
+from qops.nn.mlp import rows_rule
 from qops.ops._checks import INT4_KINDS, MAX_DECODE_TOKENS
+from qops.ops.decoder_block import INPUTS
 
 # Positions that a cache gets room for at a time, at least; half of what it holds, if that is more.
 _POSITIONS = 256
+# What linears multiply: one of INPUTS. Of others no block operator computes it.
+_INPUTS: dict[type, int] = {
+    nn.Int4Linear: INPUTS.index("float"),
+    nn.Int8WeightOnlyLinear: INPUTS.index("float"),
+    nn.Int4Int8Linear: INPUTS.index("127"),
+    nn.Int8Linear: INPUTS.index("127"),
+    nn.Int8CompressedTensorsLinear: INPUTS.index("compressed-tensors"),
+    nn.Int8TorchaoLinear: INPUTS.index("torchao"),
+    nn.Int8AsymmetricLinear: INPUTS.index("255"),
+    nn.Int8AsymmetricCompressedTensorsLinear: INPUTS.index("compressed-tensors-asymmetric"),
+}
 # Where a layer of a cache keeps its Room.
 _ROOM = "_qops_room"
 
@@ -44,7 +57,7 @@ class Places:
     Attributes:
         is_known: whether a block operator computes it.
         style: of its norms.
-        kinds: of its weights.
+        kinds: of its weights, each with what it multiplies behind it.
     """
 
     style: Style
@@ -97,9 +110,12 @@ class Places:
         self.tensors.append((self.count, owner, name))
         self.count += 1
 
-    def add_norm(self, norm: Any) -> Style:
-        """The weight of a norm that gives dense rows."""
-        if type(norm) is not RMSNorm or self.settle(norm.__dict__, "int8") is not None:
+    def add_norm(self, norm: Any, reader: Any = None) -> Style:
+        """The weight of a norm that gives dense rows, or int8 as the linear that reads them would make of those."""
+        if type(norm) is not RMSNorm:
+            raise _Unknown
+        rule = self.settle(norm.__dict__, "int8")
+        if rule is not None and rule != rows_rule(reader):
             raise _Unknown
         own = norm.__dict__
         self.add(own["_parameters"], "weight")
@@ -109,7 +125,7 @@ class Places:
         """packed, scales, zeros, perm, bias."""
         if type(linear) is MergedLinear:
             linear = self.settle(linear.__dict__["_modules"], "merged")
-        if type(linear) not in (Int4Linear, Int8WeightOnlyLinear) or self.settle(linear.__dict__, "float32_output"):
+        if type(linear) not in _INPUTS or self.settle(linear.__dict__, "float32_output"):
             raise _Unknown
         own = linear.__dict__
         weight = self.settle(own["_modules"], "weight")
@@ -119,11 +135,11 @@ class Places:
         self.weights.append((self.count, weight.__dict__))
         self.count += 4
         self.add(own["_parameters"], "bias")
-        self.kinds.append(INT4_KINDS.index(self.settle(weight.__dict__, "kind")))
+        self.kinds += (INT4_KINDS.index(self.settle(weight.__dict__, "kind")), _INPUTS[type(linear)])
 
-    def add_norms(self, modules: dict[str, Any], first: str, last: str | None) -> None:
-        """The norms before and, where there is one, after a half, and what they share."""
-        self.style = self.add_norm(self.settle(modules, first))
+    def add_norms(self, modules: dict[str, Any], first: str, last: str | None, reader: Any) -> None:
+        """The norms before and, where there is one, after a half, and what they share. `reader`: of the first."""
+        self.style = self.add_norm(self.settle(modules, first), reader)
         if last is None:
             self.count += 1
         elif self.add_norm(self.settle(modules, last)) != self.style:
@@ -172,8 +188,9 @@ class MlpHalf(Places):
         # A function stands in the one, a module in the other.
         if self.settle(mlp.__dict__, "act") is not None or self.settle(parts, "act") is not None:
             raise _Unknown
-        self.add_norms(modules, first, last)
-        self.add_linear(self.settle(parts, "gate_up_proj"))
+        gate_up = self.settle(parts, "gate_up_proj")
+        self.add_norms(modules, first, last, gate_up)
+        self.add_linear(gate_up)
         self.mixed = bool(self.settle(mlp.__dict__, "activates_in_gemm"))
         self.add_linear(self.settle(parts, "down_proj"))
 
@@ -182,9 +199,9 @@ class MlpHalf(Places):
         parts = self.parts()
         if parts is None:
             return None
-        gate_up, down = self.kinds
+        gate_up, down = self.kinds[:2], self.kinds[2:]
         norms = (*parts[:2], *self.style)
-        return torch.ops.qops.mlp_block.default(x, *norms, *parts[2:7], gate_up, self.mixed, *parts[7:], down)
+        return torch.ops.qops.mlp_block.default(x, *norms, *parts[2:7], *gate_up, self.mixed, *parts[7:], *down)
 
 
 class AttentionHalf(Places):
@@ -198,9 +215,10 @@ class AttentionHalf(Places):
         if not isinstance(attention, Attention):
             raise _Unknown
         own = attention.__dict__
-        self.add_norms(modules, first, last)
         parts = own["_modules"]
-        self.add_linear(self.settle(parts, "qkv_proj"))
+        qkv = self.settle(parts, "qkv_proj")
+        self.add_norms(modules, first, last, qkv)
+        self.add_linear(qkv)
         for name in ("q_norm", "k_norm"):
             if name not in parts:
                 self.count += 1
@@ -223,19 +241,19 @@ class AttentionHalf(Places):
         parts, growth = self.parts(), self.growth(x, mask, cache)
         if parts is None or growth is None:
             return None
-        room, (qkv, o) = growth.room, self.kinds
+        room, qkv, o = growth.room, self.kinds[:2], self.kinds[2:]
         y = torch.ops.qops.attention_block.default(
             x,
             *parts[:2],
             *self.style,
             *parts[2:7],
-            qkv,
+            *qkv,
             *parts[7:9],
             *((shared.cos, shared.sin, shared.positions) if self.rotates else (None, None, None)),
             room.keys,
             room.values,
             *parts[9:],
-            o,
+            *o,
             self.scale,
             mask,
             self.window if mask is None else 0,

@@ -18,6 +18,10 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT4_KINDS = ("symmetric", "zero_point", "float_zero", "offset")
 MAX_ROW_DIMS = 4
 MAX_DECODE_TOKENS = 8
+# Of rows of int8. Sums of products stay in int32: 128 * 128 * K, and with zero points in -128 ... 127 255 * 128 * K.
+MAX_INT8_K, MAX_INT8_K_WITH_ZERO_POINT = 131071, 65793
+# Of 4-bit weights those of 16 * 128 do, and the sum of a group's q is exact in float32.
+MAX_INT4_INT8_K, MAX_INT4_INT8_GROUP = 1048575, 131071
 MAX_FLOAT = torch.finfo(torch.float32).max
 _OPTIONAL_TENSOR = torch.OptionalType(torch.TensorType.get())
 F = TypeVar("F", bound="Callable[..., Results]")

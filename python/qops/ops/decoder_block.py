@@ -16,6 +16,10 @@ from torch import Tensor
 from qops import _native as _native
 from qops.ops._checks import INT4_KINDS as KINDS
 from qops.ops._checks import (
+    MAX_INT4_INT8_GROUP,
+    MAX_INT4_INT8_K,
+    MAX_INT8_K,
+    MAX_INT8_K_WITH_ZERO_POINT,
     Checker,
     Results,
     check_attention,
@@ -32,25 +36,33 @@ if TYPE_CHECKING:
     from qops.weights import Int4Weight, Int8Weight
 
     Weight = Int4Weight | Int8Weight
-    Linear = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]
+    Linear = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
 
 
+# What a linear multiplies: floats, int8 by a rule of quantize_int8, int8 by a rule of quantize_int8_asym.
+INPUTS = ("float", "127", "compressed-tensors", "torchao", "255", "compressed-tensors-asymmetric")
+ASYMMETRIC = INPUTS.index("255")
 _WEIGHTS = frozenset(("Int4Weight", "Int8Weight"))
 
 
-def linear_arguments(op: str, arg: str, weight: Weight, bias: Tensor | None, *, may_be_mixed: bool = False) -> Linear:
-    """A weight and its bias as the operators take them: packed, scales, zeros, perm, bias, kind."""
+def linear_arguments(
+    op: str, arg: str, weight: Weight, bias: Tensor | None, given: str, *, may_be_mixed: bool = False
+) -> Linear:
+    """A weight, its bias and input as the operators take them: packed, scales, zeros, perm, bias, kind, input."""
     if _WEIGHTS.isdisjoint(base.__name__ for base in type(weight).__mro__):  # qops.weights imports the operators
         actual = type(weight).__name__
         raise TypeError(f"qops.{op}: {arg} must be a qops.Int4Weight or a qops.Int8Weight, got {actual}")
     if weight.mixed_gate_up and not may_be_mixed:
         raise ValueError(f"qops.{op}: {arg} must have mixed_gate_up = False, got True")
+    if given not in INPUTS:
+        known = f"{', '.join(map(repr, INPUTS[:-1]))} or {INPUTS[-1]!r}"
+        raise ValueError(f"qops.{op}: {arg}_input must be {known}, got {given!r}")
     weight._require_packed()
     buffers = weight._buffers
     packed, scales = buffers["packed"], buffers["scales"]
     assert packed is not None
     assert scales is not None
-    return packed, scales, buffers["zeros"], buffers["perm"], bias, KINDS.index(weight.kind)
+    return packed, scales, buffers["zeros"], buffers["perm"], bias, KINDS.index(weight.kind), INPUTS.index(given)
 
 
 def mlp_block(
@@ -62,6 +74,8 @@ def mlp_block(
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_input: str = "float",
+    down_input: str = "float",
     post_norm: Tensor | None = None,
     weight_offset: float = 0.0,
     rounding: str = "hf",
@@ -79,6 +93,10 @@ def mlp_block(
         down: the same ``[H, I]``.
         gate_up_bias: float32, float16 or bfloat16 ``[2 I]``, added in float32.
         down_bias: the same ``[H]``.
+        gate_up_input, down_input: what they multiply: "float", activations as they are, or int8, quantised per token by
+            a rule of :func:`qops.quantize_int8` ("127", "compressed-tensors", "torchao") or, with weights of 8 bits,
+            of :func:`qops.quantize_int8_asym` ("255", "compressed-tensors-asymmetric"). A weight of 8 bits then is
+            symmetric, with one scale per row and no ``perm``.
         post_norm: ``[H]``, of a norm of what ``down`` gives, before the residual is added (Gemma 2 and 3).
         weight_offset, rounding: of the norms, as in :func:`qops.rms_norm`.
 
@@ -87,12 +105,14 @@ def mlp_block(
 
     Numerics:
         Bit for bit the chain of operators that it stands for: ``rms_norm``, :func:`qops.int4_gemm` (of 8 bits
-        :func:`qops.int8_weight_only_gemm`), ``silu_mul`` (rounding "hf"), the second product, ``rms_norm`` with
-        ``post_norm``, and the sum with ``x``, each rounded to the dtype of ``x``. The same bits for every number of
-        rows, thread count and ISA level.
+        :func:`qops.int8_weight_only_gemm`; of int8, quantised first, :func:`qops.int4_int8_gemm` and
+        :func:`qops.int8_gemm`), ``silu_mul`` (rounding "hf"), the second product, ``rms_norm`` with ``post_norm``, and
+        the sum with ``x``, each rounded to the dtype of ``x``. The same bits for every number of rows, thread count and
+        ISA level.
 
     Raises:
-        ValueError: shapes or strides do not fit; ``down`` is mixed; an index of a weight's ``perm`` is out of range.
+        ValueError: shapes or strides do not fit; ``down`` is mixed; a weight has no product with such an input; an
+            index of a weight's ``perm`` is out of range.
         TypeError: ``gate_up`` or ``down`` is no weight.
         RuntimeError: a dtype or device without a kernel; a weight is not packed; an input requires grad while grad mode
             is on.
@@ -114,9 +134,9 @@ def mlp_block(
         eps,
         weight_offset,
         rounding,
-        *linear_arguments("mlp_block", "gate_up", gate_up, gate_up_bias, may_be_mixed=True),
+        *linear_arguments("mlp_block", "gate_up", gate_up, gate_up_bias, gate_up_input, may_be_mixed=True),
         gate_up.mixed_gate_up,
-        *linear_arguments("mlp_block", "down", down, down_bias),
+        *linear_arguments("mlp_block", "down", down, down_bias, down_input),
     )
 
 
@@ -134,6 +154,8 @@ def attention_block(
     positions: Tensor | None = None,
     qkv_bias: Tensor | None = None,
     o_bias: Tensor | None = None,
+    qkv_input: str = "float",
+    o_input: str = "float",
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     post_norm: Tensor | None = None,
@@ -163,6 +185,7 @@ def attention_block(
             and k are not rotated.
         positions: int32 or int64 ``[T]`` or ``[B, T]``, rows of ``cos``; None: token t has row t.
         qkv_bias, o_bias: float32, float16 or bfloat16, added in float32.
+        qkv_input, o_input: what they multiply, as in :func:`qops.mlp_block`.
         q_norm, k_norm: ``[D]``, of norms over each head; None: none.
         post_norm: ``[H]``, of a norm of what ``o`` gives, before the residual is added (Gemma 2 and 3).
         weight_offset, rounding: of the norms, as in :func:`qops.rms_norm`.
@@ -172,14 +195,14 @@ def attention_block(
         A new tensor of the shape and dtype of ``x``, contiguous.
 
     Numerics:
-        Bit for bit the chain of operators that it stands for: ``rms_norm``, :func:`qops.int4_gemm` (of 8 bits
-        :func:`qops.int8_weight_only_gemm`), ``rotary`` or ``qk_norm_rotary``, :func:`qops.decode_attention`, the second
-        product, ``rms_norm`` with ``post_norm``, and the sum with ``x``, each rounded to the dtype of ``x``. The same
-        bits for every number of tokens and sequences, thread count and ISA level.
+        Bit for bit the chain of operators that it stands for: ``rms_norm``, the product (as in
+        :func:`qops.mlp_block`), ``rotary`` or ``qk_norm_rotary``, :func:`qops.decode_attention`, the second product,
+        ``rms_norm`` with ``post_norm``, and the sum with ``x``, each rounded to the dtype of ``x``. The same bits for
+        every number of tokens and sequences, thread count and ISA level.
 
     Raises:
-        ValueError: shapes or strides do not fit; a weight is mixed; memory that is written overlaps another argument; a
-            position or an index of a weight's ``perm`` is out of range.
+        ValueError: shapes or strides do not fit; a weight is mixed, or has no product with such an input; memory that
+            is written overlaps another argument; a position or an index of a weight's ``perm`` is out of range.
         TypeError: ``qkv`` or ``o`` is no weight.
         RuntimeError: a dtype or device without a kernel; a weight is not packed; an input requires grad while grad mode
             is on.
@@ -217,7 +240,7 @@ def attention_block(
         eps,
         weight_offset,
         rounding,
-        *linear_arguments("attention_block", "qkv", qkv, qkv_bias),
+        *linear_arguments("attention_block", "qkv", qkv, qkv_bias, qkv_input),
         q_norm,
         k_norm,
         cos,
@@ -225,8 +248,8 @@ def attention_block(
         positions,
         keys,
         values,
-        *linear_arguments("attention_block", "o", o, o_bias),
-        _default_scale(keys) if scale is None else scale,
+        *linear_arguments("attention_block", "o", o, o_bias, o_input),
+        max(keys.shape[-1], 1) ** -0.5 if scale is None else scale,
         mask,
         0 if window is None else window,
         0.0 if softcap is None else softcap,
@@ -234,44 +257,33 @@ def attention_block(
     )
 
 
-def _product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    from qops.ops import int4_gemm, int8_weight_only_gemm
-
-    product: Any = int4_gemm if type(weight).__name__ == "Int4Weight" else int8_weight_only_gemm
-    return product(x, weight, bias)
-
-
 def cases_of_mlp_block(run: Run) -> None:
-    from qops._check_cases import blocks, moved
-    from qops.ops import rms_norm, silu_mul
+    from qops._check_cases import blocks, mlp_chain, moved
 
     h, columns = 80, 48
-    for dtype, style, weight in blocks(run):
+    for dtype, style, weight, given in blocks(run):
         gate_up, down = (moved(run, weight(*shape)) for shape in ((2 * columns, h), (h, columns)))
         norm, post_norm = (run.there(run.random(h, dtype=dtype, outliers=False)) for _ in range(2))
         biases = [run.there(run.random(n, dtype=torch.float32, outliers=False)) for n in (2 * columns, h)]
         x = run.random(130, h, dtype=dtype)
 
-        def chain(x: Tensor, post_norm: Tensor | None, weights: Any, biases: Any, norm: Tensor, style: Any) -> Tensor:
-            y = silu_mul(_product(rms_norm(x, norm, **style), weights[0], biases[0]))
-            y = _product(y, weights[1], biases[1])
-            return x + (y if post_norm is None else rms_norm(y, post_norm, **style))
-
         named = {"gate_up_bias": biases[0], "down_bias": biases[1], **style}
+        named |= {"gate_up_input": given, "down_input": given}
         for last in (None, post_norm):
             plain = partial(mlp_block, norm=norm, gate_up=gate_up, down=down, post_norm=last, **named)
             y = run.rows(plain, x, out=False)[0]
-            run.same(y, chain(run.there(x), last, (gate_up, down), biases, norm, style), "the chain of operators")
+            want = mlp_chain(run.there(x), norm, last, (gate_up, down), biases, style, given)
+            run.same(y, want, "the chain of operators")
         mixed = moved(run, gate_up, mixed=True)
         run.same(plain(run.there(x), gate_up=mixed), y, "gate and up mixed")
 
 
 def cases_of_attention_block(run: Run) -> None:
-    from qops._check_cases import blocks, moved
+    from qops._check_cases import block_product, blocks, moved
     from qops.ops import decode_attention, qk_norm_rotary, rms_norm, rotary
 
     (q_heads, kv_heads, d), h = (6, 2, 24), 80
-    for index, (dtype, style, weight) in enumerate(blocks(run)):
+    for index, (dtype, style, weight, given) in enumerate(blocks(run)):
         batch, t, past = ((1, 1, 300), (3, 2, 5), (2, 8, 130))[index % 3]
         qkv, o = (moved(run, weight(*shape)) for shape in (((q_heads + 2 * kv_heads) * d, h), (h, q_heads * d)))
         norm, post_norm = (run.there(run.random(h, dtype=dtype, outliers=False)) for _ in range(2))
@@ -296,6 +308,8 @@ def cases_of_attention_block(run: Run) -> None:
                 cos=tables[0],
                 sin=tables[1],
                 positions=positions,
+                qkv_input=given,
+                o_input=given,
                 q_norm=heads[0] if normed else None,
                 k_norm=heads[1] if normed else None,
                 post_norm=post_norm if normed else None,
@@ -304,7 +318,7 @@ def cases_of_attention_block(run: Run) -> None:
             )
             run.keep(y, keys, values)
             q, k, v = (
-                _product(rms_norm(x, norm, **style), qkv, None)
+                block_product(rms_norm(x, norm, **style), qkv, None, given)
                 .view(batch, t, -1, d)
                 .split((q_heads, kv_heads, kv_heads), 2)
             )
@@ -314,20 +328,20 @@ def cases_of_attention_block(run: Run) -> None:
                 cache[:, :, past : past + t] = new.transpose(1, 2)
             run.same((keys, values), tuple(kept), "the cache")
             attended = decode_attention(q, kept[0][:, :, : past + t], kept[1][:, :, : past + t], **how)
-            want = _product(attended.view(batch, t, -1), o, None)
+            want = block_product(attended.view(batch, t, -1), o, None, given)
             want = x + (rms_norm(want, post_norm, **style) if normed else want)
             run.same(y, want, "the chain of operators")
 
 
 def cases_of_decoder_layers(run: Run) -> None:
-    from qops._check_cases import blocks, moved
+    from qops._check_cases import blocks, linear_parts
 
     (q_heads, kv_heads, d), h, columns, past = (6, 2, 24), 80, 48, 130
     shapes = {"qkv": ((q_heads + 2 * kv_heads) * d, h), "o": (h, q_heads * d)}
     shapes |= {"gate_up": (2 * columns, h), "down": (h, columns)}
     norms = {"norm": h, "post_norm": h, "q_norm": d, "k_norm": d, "mlp_norm": h, "mlp_post_norm": h}
     attention, ops = PARTS[: PARTS.index("mlp_norm")], torch.ops.qops
-    for index, (dtype, style, weight) in enumerate(blocks(run)):
+    for index, (dtype, style, weight, given_to) in enumerate(blocks(run)):
         batch, t = ((1, 1), (2, 3), (1, 8))[index % 3]
         x = run.there(run.random(batch, t, h, dtype=dtype))
         angles = torch.arange(past + t)[:, None] / 1e4 ** (torch.arange(0, d, 2) / d)
@@ -335,11 +349,7 @@ def cases_of_decoder_layers(run: Run) -> None:
         parts: list[dict[str, Any]] = []
         for _ in range(3):
             part = {name: run.there(run.random(n, dtype=dtype, outliers=False)) for name, n in norms.items()}
-            for name, (n, k) in shapes.items():
-                made = moved(run, weight(n, k), mixed=name == "gate_up")
-                linear = linear_arguments("decoder_layers", name, made, None, may_be_mixed=True)
-                arguments = ("", "_scales", "_zeros", "_perm", "_bias", "_kind")
-                part |= dict(zip((name + of for of in arguments), linear, strict=True))
+            part |= linear_parts(run, shapes, weight, given_to)
             parts.append(part)
         keys, values = (
             [run.there(run.random(batch, kv_heads, past + t, d, dtype=dtype, outliers=False)) for _ in parts]
@@ -348,22 +358,18 @@ def cases_of_decoder_layers(run: Run) -> None:
         kept = [(k.clone(), v.clone()) for k, v in zip(keys, values, strict=True)]
         weights = [part[name] for part in parts for name in PARTS]
         window = {"window": 7, "first_position": 100}
-        numbers = [part[name + "_kind"] for name in shapes] + [1, 1, *window.values()]  # mixed, rotated
+        numbers = [part[name] for name in _NUMBERS] + [1, 1, *window.values()]  # mixed, rotated
         scale, given = d**-0.5, {"cos": cos, "sin": sin, "positions": None}
         y = ops.decoder_layers.default(x, weights, 3 * numbers, **style, scale=scale, **given, keys=keys, values=values)
         run.keep(y, *keys, *values)
         for found, part, (k, v) in zip(y, parts, kept, strict=True):
-            of = {name: part[name] for name in (*attention, "qkv_kind", "o_kind")}
+            of = {name: part[name] for name in (*attention, *_NUMBERS[:4])}
             x = ops.attention_block.default(x, **of, **style, **given, keys=k, values=v, scale=scale, **window)
             of = {name: part[name] for name in part if name.startswith(("gate_up", "down"))}
             of |= {"norm": part["mlp_norm"], "post_norm": part["mlp_post_norm"], "mixed_gate_up": True}
             x = ops.mlp_block.default(x, **of, **style)
             run.same(found, x, "the blocks of a layer")
         run.same((*keys, *values), tuple(cache for kind in zip(*kept, strict=True) for cache in kind), "the caches")
-
-
-def _default_scale(keys: Tensor) -> float:
-    return 1.0 if keys.shape[-1] == 0 else keys.shape[-1] ** -0.5
 
 
 def _check_norms(
@@ -391,6 +397,31 @@ def _check_norms(
             check.dense_last_dim(weight, arg)
 
 
+def _check_linear(check: Checker, arg: str, operands: Any, given: int, n: int, k: int) -> None:
+    """packed, scales, zeros, perm, bias and kind of a linear [N, K], and what it multiplies."""
+    check_block_linear(check, arg, *operands, n=n, k=k)
+    packed, scales, _, perm, _, kind = operands
+    has_8_bits, groups = packed.dtype == torch.int8, scales.shape[1]
+    known = INPUTS if has_8_bits else INPUTS[:ASYMMETRIC]
+    *numbers, last = (f"{index} ({name})" for index, name in enumerate(known))
+    requirement = f"be {', '.join(numbers)} or {last}" + ("" if has_8_bits else " for a weight of 4 bits")
+    check.require(0 <= given < len(known), f"{arg}_input", requirement, lambda: str(given))
+    if given == 0:
+        return
+    what = " for an input of int8"
+    if not has_8_bits:
+        check.require(k <= MAX_INT4_INT8_K, arg, f"have at most {MAX_INT4_INT8_K} columns{what}", lambda: str(k))
+        group_size, requirement = k // max(groups, 1), f"have groups of at most {MAX_INT4_INT8_GROUP} columns{what}"
+        check.require(group_size <= MAX_INT4_INT8_GROUP, f"{arg}_scales", requirement, lambda: str(group_size))
+        return
+    both = " for a weight of 8 bits and an input of int8"
+    check.require(kind == 0, f"{arg}_kind", f"be 0 (symmetric){both}", lambda: str(kind))
+    check.require(groups <= 1, f"{arg}_scales", f"have one group{both}", lambda: f"{groups} groups")
+    check.require(perm is None, f"{arg}_perm", f"be None{both}", lambda: "a tensor")
+    most, points = (MAX_INT8_K, "") if given < ASYMMETRIC else (MAX_INT8_K_WITH_ZERO_POINT, " with zero points")
+    check.require(k <= most, arg, f"have at most {most} columns{what}{points}", lambda: str(k))
+
+
 @fake("mlp_block")
 def _mlp_block(
     check: Checker,
@@ -406,6 +437,7 @@ def _mlp_block(
     gate_up_perm: Tensor | None,
     gate_up_bias: Tensor | None,
     gate_up_kind: int,
+    gate_up_input: int,
     mixed_gate_up: bool,
     down: Tensor,
     down_scales: Tensor,
@@ -413,13 +445,15 @@ def _mlp_block(
     down_perm: Tensor | None,
     down_bias: Tensor | None,
     down_kind: int,
+    down_input: int,
     norms: tuple[str, str] = ("norm", "post_norm"),
 ) -> Results:
     _check_norms(check, x, norm, post_norm, eps, weight_offset, rounding, norms)
     h, columns = x.shape[-1], columns_of(check, down, "down")
     first = (gate_up, gate_up_scales, gate_up_zeros, gate_up_perm, gate_up_bias, gate_up_kind)
-    check_block_linear(check, "gate_up", *first, 2 * columns, h)
-    check_block_linear(check, "down", down, down_scales, down_zeros, down_perm, down_bias, down_kind, h, columns)
+    last = (down, down_scales, down_zeros, down_perm, down_bias, down_kind)
+    _check_linear(check, "gate_up", first, gate_up_input, 2 * columns, h)
+    _check_linear(check, "down", last, down_input, h, columns)
     return check.new_empty(x, x.shape)
 
 
@@ -438,6 +472,7 @@ def _attention_block(
     qkv_perm: Tensor | None,
     qkv_bias: Tensor | None,
     qkv_kind: int,
+    qkv_input: int,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     cos: Tensor | None,
@@ -451,6 +486,7 @@ def _attention_block(
     o_perm: Tensor | None,
     o_bias: Tensor | None,
     o_kind: int,
+    o_input: int,
     scale: float,
     mask: Tensor | None = None,
     window: int = 0,
@@ -478,8 +514,8 @@ def _attention_block(
             check.dense_last_dim(weight, arg)
     _check_rotary(check, x, cos, sin, positions, d)
     n = (q_heads + 2 * kv_heads) * d
-    check_block_linear(check, "qkv", qkv, qkv_scales, qkv_zeros, qkv_perm, qkv_bias, qkv_kind, n, h)
-    check_block_linear(check, "o", o, o_scales, o_zeros, o_perm, o_bias, o_kind, h, columns)
+    _check_linear(check, "qkv", (qkv, qkv_scales, qkv_zeros, qkv_perm, qkv_bias, qkv_kind), qkv_input, n, h)
+    _check_linear(check, "o", (o, o_scales, o_zeros, o_perm, o_bias, o_kind), o_input, h, columns)
     return check.new_empty(x, x.shape)
 
 
@@ -490,9 +526,9 @@ PARTS = (
     *("gate_up", "gate_up_scales", "gate_up_zeros", "gate_up_perm", "gate_up_bias"),
     *("down", "down_scales", "down_zeros", "down_perm", "down_bias"),
 )
-SETTINGS = (
-    *("qkv_kind", "o_kind", "gate_up_kind", "down_kind", "mixed_gate_up", "rotates", "window", "first_position"),
-)
+_LINEARS = ("qkv", "o", "gate_up", "down")
+_NUMBERS = tuple(f"{name}_{of}" for name in _LINEARS for of in ("kind", "input"))
+SETTINGS = (*_NUMBERS, "mixed_gate_up", "rotates", "window", "first_position")
 _TABLES = ("cos", "sin", "positions")
 _ATTENTION_PARTS = PARTS.index("mlp_norm")
 _NEEDED = ("norm", "qkv", "qkv_scales", "o", "o_scales", "mlp_norm", "gate_up", "gate_up_scales", "down", "down_scales")
@@ -531,11 +567,11 @@ def _(
         check.tensors({"x": x, **part, **cache}, [name for name in PARTS if name not in _NEEDED])
         tables = (cos, sin, positions) if number["rotates"] else (None, None, None)
         of_attention = {name: part[name] for name in PARTS[:_ATTENTION_PARTS]} | dict(zip(_TABLES, tables, strict=True))
-        of_attention |= {name: number[name] for name in ("qkv_kind", "o_kind", "window", "first_position")}
+        of_attention |= {name: number[name] for name in (*_NUMBERS[:4], "window", "first_position")}
         _attention_block(check, x, scale=scale, mask=mask, **of_attention, **cache, **style)
         norm, post_norm, *names = PARTS[_ATTENTION_PARTS:]
         of_mlp = {name: part[name] for name in names} | {"norm": part[norm], "post_norm": part[post_norm]}
-        of_mlp |= {name: number[name] for name in ("gate_up_kind", "down_kind", "mixed_gate_up")}
+        of_mlp |= {name: number[name] for name in (*_NUMBERS[4:], "mixed_gate_up")}
         _mlp_block(check, x, norms=(norm, post_norm), **of_mlp, **style)
     return check.new_empty(x, (layers, *x.shape))
 

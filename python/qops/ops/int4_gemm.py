@@ -13,6 +13,8 @@ from qops import _native as _native
 from qops._layout import group_count
 from qops.ops._checks import FLOAT_DTYPES as OUT_DTYPES
 from qops.ops._checks import INT4_KINDS as KINDS
+from qops.ops._checks import MAX_INT4_INT8_GROUP as MAX_GROUP
+from qops.ops._checks import MAX_INT4_INT8_K as MAX_K
 from qops.ops._checks import (
     Checker,
     Result,
@@ -32,10 +34,6 @@ from qops.ops._checks import (
 if TYPE_CHECKING:
     from qops._check_cases import Run
     from qops.weights import Int4Weight
-
-# Of int4_int8_gemm: sums of 16 * 128 a product stay in int32, and the sum of a group's q is exact in float32.
-MAX_K = 1048575
-MAX_GROUP = 131071
 
 
 def int4_gemm(

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from qops import _native as _native
 from qops._layout import column_step, stored_columns, strips_of
+from qops.ops._checks import MAX_INT8_K as MAX_K
+from qops.ops._checks import MAX_INT8_K_WITH_ZERO_POINT as MAX_K_WITH_ZERO_POINT
 from qops.ops._checks import (
     Checker,
     Result,
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
     from qops.weights import Int8Weight
 
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32)
-# Sums of products stay in int32: 128 * 128 * K, and with zero points in -128 ... 127 255 * 128 * K.
-MAX_K = 131071
-MAX_K_WITH_ZERO_POINT = 65793
 
 
 def int8_gemm(

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Results, check_rotary, derivatives_are_asked, fake, refuse_grad
+from qops.ops._checks import (
+    Checker,
+    Results,
+    check_rotary,
+    derivatives_are_asked,
+    fake,
+    refuse_grad,
+)
 
 if TYPE_CHECKING:
     from qops._check_cases import Run

@@ -1,4 +1,4 @@
-"""attention_block and mlp_block as the chain of operators that each of them stands for: the same bits."""
+"""attention_block and mlp_block against the chain of operators that each of them stands for: the same bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qops.ops.decoder_block import ASYMMETRIC, INPUTS
+from qops.testing import assert_bitwise
+
 OPS = torch.ops.qops
+CACHE = ("keys", "values")
 
 
 def linear(a: dict[str, Any], name: str, n: int, x: Tensor, *, mixed: bool = False) -> Tensor:
@@ -21,10 +25,24 @@ def linear(a: dict[str, Any], name: str, n: int, x: Tensor, *, mixed: bool = Fal
         bias = None if bias is None else bias.view(2, -1, 8).transpose(0, 1).reshape(-1)
         y = linear({**a, f"{name}_bias": bias}, name, n, x)
         return y.unflatten(-1, (-1, 2, 8)).transpose(-3, -2).flatten(-3)
-    given = (x, packed, scales, zeros, perm, bias, n, k // scales.shape[1] if k > 0 else 0)
+    group_size, given = k // scales.shape[1] if k > 0 else 0, INPUTS[a[f"{name}_input"]]
+    if given != "float":
+        q, scale, points = quantised(x, given)
+        if packed.dtype == torch.int8:
+            return OPS.int8_gemm(q, scale, points, packed, scales, bias, n, x.dtype)
+        weight = (packed, scales, zeros, perm, bias, n, group_size)
+        return OPS.int4_int8_gemm(q, scale, *weight, a[f"{name}_kind"], x.dtype)
+    given = (x, packed, scales, zeros, perm, bias, n, group_size)
     if packed.dtype == torch.int8:
         return OPS.int8_weight_only_gemm(*given)
     return OPS.int4_gemm(*given, a[f"{name}_kind"])
+
+
+def quantised(x: Tensor, given: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """int8, scale and, of an asymmetric input, zero point of each row."""
+    if INPUTS.index(given) < ASYMMETRIC:
+        return *OPS.quantize_int8(x, given), None
+    return OPS.quantize_int8_asym(x, given.removesuffix("-asymmetric"))
 
 
 def norm(a: dict[str, Any], name: str, x: Tensor) -> Tensor:
@@ -63,3 +81,41 @@ def attention_chain(a: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     names = ("scale", "mask", "window", "softcap", "first_position")
     y = OPS.decode_attention(q, keys, values, *(a[name] for name in names))
     return end(a, linear(a, "o", h, y.view(batch, t, columns))), keys, values
+
+
+def check_mlp(a: dict[str, Any], what: object = "") -> Tensor:
+    """y, which has the bits of the chain."""
+    want = mlp_chain(a)
+    got = OPS.mlp_block(**a)
+    assert got.shape == a["x"].shape and got.is_contiguous()
+    assert_bitwise(got, want, str(what))
+    return got
+
+
+def check_attention(a: dict[str, Any], what: object = "") -> Tensor:
+    """y, the new rows of the cache, and that nothing else has changed around and before them."""
+    want, keys, values = attention_chain(a)
+    wholes = [whole_of(a[name]) for name in CACHE]
+    expected = [whole.clone() for whole in wholes]
+    for name, copy, held in zip(CACHE, expected, (keys, values), strict=True):
+        cache = a[name]
+        copy.as_strided(cache.shape, cache.stride(), cache.storage_offset()).copy_(held)
+    got = OPS.attention_block(**a)
+    assert got.shape == a["x"].shape and got.is_contiguous()
+    for name, whole, copy in zip(CACHE, wholes, expected, strict=True):
+        assert_bitwise(whole, copy, f"{name} of {what}")
+    assert_bitwise(got, want, str(what))
+    return got
+
+
+def whole_of(t: Tensor) -> Tensor:
+    """All elements of its storage."""
+    return torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+
+
+def fresh(a: dict[str, Any]) -> dict[str, Any]:
+    """The same call on a cache of its own."""
+    copies = {name: torch.empty_strided(a[name].shape, a[name].stride(), dtype=a[name].dtype) for name in CACHE}
+    for name, copy in copies.items():
+        copy.copy_(a[name])
+    return {**a, **copies}

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from qops.ops._checks import INT4_KINDS
+from qops.ops.decoder_block import ASYMMETRIC, INPUTS
 from qops.testing import generator, random_activations
 from qops.weights import Int4Weight, Int8Weight
 
 Weight = Int4Weight | Int8Weight
+# What a linear may be that multiplies int8: bits, kind and input; of 8 bits with one group.
+INT8_PRODUCTS = [(4, kind, given) for kind in INT4_KINDS for given in INPUTS[1:ASYMMETRIC]]
+INT8_PRODUCTS += [(8, "symmetric", given) for given in INPUTS[1:]]
 
 
 def block_weight(
@@ -50,7 +54,7 @@ def block_bias(n: int, dtype: torch.dtype | None, seed: int = 0) -> Tensor | Non
     return None if dtype is None else (torch.randn(n, generator=generator(seed)) / 8).to(dtype)
 
 
-def of_weight(name: str, weight: Weight, bias: Tensor | None) -> dict[str, Any]:
+def of_weight(name: str, weight: Weight, bias: Tensor | None, given: str = "float") -> dict[str, Any]:
     return {
         name: weight.packed,
         f"{name}_scales": weight.scales,
@@ -58,13 +62,16 @@ def of_weight(name: str, weight: Weight, bias: Tensor | None) -> dict[str, Any]:
         f"{name}_perm": weight.perm,
         f"{name}_bias": bias,
         f"{name}_kind": INT4_KINDS.index(weight.kind),
+        f"{name}_input": INPUTS.index(given),
     }
 
 
 def linear_arguments(
-    name: str, n: int, k: int, *, bias: torch.dtype | None = None, seed: int = 0, **weight: Any
+    name: str, n: int, k: int, *, bias: torch.dtype | None = None, given: str = "float", seed: int = 0, **weight: Any
 ) -> dict[str, Any]:
-    return of_weight(name, block_weight(n, k, seed=seed, **weight), block_bias(n, bias, seed + 1))
+    if given != "float" and weight.get("bits") == 8:
+        weight |= {"group": k, "act_order": False}
+    return of_weight(name, block_weight(n, k, seed=seed, **weight), block_bias(n, bias, seed + 1), given)
 
 
 def norm_arguments(h: int, weight: torch.dtype, *, post_norm: bool, style: tuple[str, float]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import qops
 from qops.ops._checks import INT4_KINDS
+from qops.ops.decoder_block import INPUTS
 from qops.testing import FLOAT_DTYPES, generator
 from tests.support.ops.block_chain import attention_chain, mlp_chain
-from tests.support.ops.blocks import Weight, block_weight, of_weight
+from tests.support.ops.blocks import INT8_PRODUCTS, Weight, block_weight, of_weight
 from tests.support.properties.property_calls import Call, Fault
 from tests.support.properties.property_draws import INT64, Sampler, Strategy
 from tests.support.properties.property_gemm import give_weight, untyped
@@ -30,25 +31,33 @@ from tests.support.properties.property_rows import (
 HIDDEN = (16, 8, 32, 48, 72)
 NOT_FINITE = (float("nan"), float("inf"), -float("inf"), 1e39)
 NEGATIVE = (-1, -(2**63), 2**63 - 1)
-PARTS = ("", "_scales", "_zeros", "_perm", "_bias", "_kind")
+PARTS = ("", "_scales", "_zeros", "_perm", "_bias", "_kind", "_input")
+# bits, kind and input.
+PRODUCTS = [(4, kind, "float") for kind in INT4_KINDS] + [(8, kind, "float") for kind in ("symmetric", "offset")]
 
 
 def linear(s: Sampler, name: str, n: int, k: int, *, may_be_mixed: bool = False) -> tuple[dict[str, Any], Weight]:
-    bits = s.choice((4, 8))
-    groups = [g for g in range(16, k, 16) if k % g == 0]
+    bits, kind, given = s.choice(s.choice((PRODUCTS, INT8_PRODUCTS)))
+    is_w8a8 = bits == 8 and given != "float"
+    groups = [] if is_w8a8 else [g for g in range(16, k, 16) if k % g == 0]
     weight = block_weight(
         n,
         k,
         bits=bits,
-        kind=s.choice(INT4_KINDS if bits == 4 else ("symmetric", "offset")),
+        kind=kind,
         group=s.choice([k, *groups]),
         scales=s.dtype(),
-        act_order=s.one_in(3),
+        act_order=not is_w8a8 and s.one_in(3),
         mixed=may_be_mixed and s.one_in(2),
         seed=s.integer(0, 2**20),
     )
     bias = s.contiguous(s.values((n,), s.dtype())) if s.one_in(2) else None
-    return of_weight(name, weight, bias), weight
+    return of_weight(name, weight, bias, given), weight
+
+
+def inputs_of(a: dict[str, Any], *names: str) -> dict[str, str]:
+    """As the typed functions take them."""
+    return {f"{name}_input": INPUTS[a[f"{name}_input"]] for name in names}
 
 
 def norms(s: Sampler, h: int) -> dict[str, Any]:
@@ -69,7 +78,8 @@ def mlp_block(s: Sampler) -> Call:
 
     def typed(a: dict[str, Any], weights: tuple[Weight, Weight]) -> object:
         named = ("gate_up_bias", "down_bias", "post_norm", "weight_offset", "rounding")
-        return qops.mlp_block(a["x"], a["norm"], a["eps"], *weights, **{name: a[name] for name in named})
+        more = {name: a[name] for name in named} | inputs_of(a, "gate_up", "down")
+        return qops.mlp_block(a["x"], a["norm"], a["eps"], *weights, **more)
 
     give_weight(call, typed, (first, last))
     return finish(s, call, lambda: block_ways(s, call, {"gate_up": (2 * columns, h), "down": (h, columns)}))
@@ -109,6 +119,7 @@ def attention_block(s: Sampler) -> Call:
     def typed(a: dict[str, Any], weights: tuple[Weight, Weight]) -> object:
         named = ("cos", "sin", "positions", "qkv_bias", "o_bias", "q_norm", "k_norm", "post_norm", "weight_offset")
         more = {name: a[name] for name in (*named, "rounding", "scale", "mask", "window", "softcap", "first_position")}
+        more |= inputs_of(a, "qkv", "o")
         return qops.attention_block(a["x"], a["norm"], a["eps"], *weights, a["keys"], a["values"], **more)
 
     give_weight(call, typed, (first, last))
@@ -137,7 +148,7 @@ def of_weights(names: Iterable[str]) -> list[str]:
 
 def linear_ways(s: Sampler, call: Call, name: str, k: int) -> Ways:
     a = call.arguments
-    packed, scales, zeros, perm, bias, kind = (name + part for part in PARTS)
+    packed, scales, zeros, perm, bias, kind, given = (name + part for part in PARTS)
     has_8_bits = a[packed].dtype == INT8
 
     def bad_perm() -> Tensor | None:
@@ -159,6 +170,7 @@ def linear_ways(s: Sampler, call: Call, name: str, k: int) -> Ways:
         *s.shapes(call, [packed], (*related, "x", scales)),
         *s.not_contiguous(call, *inner),
         *s.scalar(call, kind, kinds),
+        *s.scalar(call, given, (-1, 6, *INT64[3:]) if has_8_bits else (-1, 4, 5, 6, *INT64[3:])),
         replaced(call, perm, bad_perm, fake=False),
         (f"{zeros} {scales}", zeros_or_none),
         *s.requires_grad(call, scales),

@@ -66,7 +66,8 @@ def check(layers: list[Layer], what: object = "") -> None:
 
 
 def layer(dtype: torch.dtype, batch: int, t: int, past: int, seed: int, **more: Any) -> Layer:
-    mlp = {name: more[name] for name in ("bits", "kind", "post_norm", "style", "bias", "act_order") if name in more}
+    names = ("bits", "kind", "given", "post_norm", "style", "bias", "act_order")
+    mlp = {name: more[name] for name in names if name in more}
     return (
         attention_arguments(dtype, batch, t, past, seed=seed, **more),
         mlp_arguments(dtype, (batch, t), mixed=seed % 2 == 0, seed=seed, **mlp),
@@ -75,11 +76,16 @@ def layer(dtype: torch.dtype, batch: int, t: int, past: int, seed: int, **more: 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_the_bits_of_the_blocks(dtype):
-    kinds = [{"kind": "offset"}, {"bits": 8, "kind": "symmetric"}, {"kind": "zero_point", "act_order": True}]
+    kinds = [
+        {"kind": "offset"},
+        {"bits": 8, "kind": "symmetric", "given": "255"},
+        {"kind": "zero_point", "act_order": True, "given": "127"},
+        {"bits": 8, "kind": "symmetric"},
+    ]
     for (batch, t, past), count in itertools.product(((1, 1, 130), (2, 3, 5), (1, 8, 260), (3, 1, 0)), (1, 2, 5)):
         for post_norm, style in ((False, ("hf", 0.0)), (True, ("fp32", 1.0))):
             more = {"post_norm": post_norm, "style": style, "bias": torch.float32 if post_norm else None}
-            layers = [layer(dtype, batch, t, past, i, **kinds[i % 3], **more) for i in range(count)]
+            layers = [layer(dtype, batch, t, past, i, **kinds[i % 4], **more) for i in range(count)]
             check(layers, f"{count} layers, B = {batch}, T = {t} behind {past}, {more}")
 
 
