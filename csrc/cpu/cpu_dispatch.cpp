@@ -34,8 +34,8 @@ bool has_avx512() {
 bool has_amx() {
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
-  return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return has_avx512() && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 // The kernels of AVX-512 but for the products.

@@ -67,6 +67,7 @@ inline void dot_tiles_unsigned_x() {
 inline B8x64 subtract_bytes(B8x64 a, B8x64 b) { return {_mm512_sub_epi8(a.v, b.v)}; }
 inline void store(uint8_t* p, B8x64 a) { _mm512_storeu_si512(p, a.v); }
 
-inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Always inlined, as prefetch() is.
+QOPS_ALWAYS_INLINE void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

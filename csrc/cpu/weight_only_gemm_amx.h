@@ -14,7 +14,9 @@
 // together as integers. All of it, 4 products, 6 loads and 2 stores of tiles and 80 vector operations, issues in 83
 // cycles; in L1 a block takes 95 (43 ns; 48 where tiles are stored at once). At 4096 x 4096 and M = 256 it takes 84: x
 // from L2 12, y 8, storing it 5, unpacking 4, the digits 5. Blocks of 32 columns half fill their tiles and take 55
-// each, 34 of them in L1: four times as many operations for the chain bound them.
+// each, 34 of them in L1: four times as many operations for the chain bound them. 80 vector operations are 40 cycles,
+// where dense bfloat16 multiplies 32 columns in 16 and 64 in 32: 0.4 and 0.8 of its speed are the limit for such
+// groups.
 //
 // What was tried and lost: two strips at a time, which loads fewer tiles but has no registers for their totals (9 % in
 // L1, 12 % of a call; with totals in memory and stores of tiles a block later nothing); a first sum of 1.5 x 2^23 in
@@ -29,11 +31,11 @@
 
 namespace qops::cpu::QOPS_ISA_NS {
 
-// Fewer rows are faster without tiles, which take as long for one row as for 16: 0.56 ms at M = 8 where vectors take
-// 0.64 (4-bit codes, 4096 x 4096, two threads). With 8 bits that is from 10 rows on, with half-filled tiles from 12.
+// Fewer rows are faster without tiles, which take as long for one row as for 16; 4-bit codes have a method of their own
+// for them (weight_only_gemm_few_amx.h). With 8 bits tiles win from 10 rows on, with half-filled ones from 12.
 template <class Codes>
 inline int64_t min_tile_rows(const WeightOnlyGemmParams& p) {
-  return p.group_size <= kTileRowBytes ? 12 : std::is_same_v<Codes, Int4Codes> ? 8 : 10;
+  return p.group_size <= kTileRowBytes ? 12 : std::is_same_v<Codes, Int4Codes> ? 9 : 10;
 }
 // Strips and blocks that are unpacked at a time: with the x that passes over them they fill L1.
 inline constexpr int kChunkStrips = 2;
@@ -53,14 +55,17 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct RowTiles {
   int64_t blocks;
   int64_t steps;  // of 64 columns in each block
+  int64_t rows;   // of a tile
   uint8_t* bytes;
   float* scale;  // [16 rows][block][row]; of rows that are not there 0
   float* sum;
 
-  explicit RowTiles(const Blocks& of)
-      : blocks(of.count), steps(ceil_div(std::min<int64_t>(of.group_size, kMaxBlock), kTileRowBytes)) {}
-  int64_t tile_bytes() const { return blocks * steps * 2 * kTileBytes; }
-  uint8_t* block(int64_t tile, int64_t index) const { return bytes + (tile * blocks + index) * steps * 2 * kTileBytes; }
+  explicit RowTiles(const Blocks& of, int64_t rows = kTileRows)
+      : blocks(of.count), steps(ceil_div(std::min<int64_t>(of.group_size, kMaxBlock), kTileRowBytes)), rows(rows) {}
+  int64_t digit_bytes() const { return rows * kTileRowBytes; }
+  int64_t block_bytes() const { return steps * 2 * digit_bytes(); }
+  int64_t tile_bytes() const { return blocks * block_bytes(); }
+  uint8_t* block(int64_t tile, int64_t index) const { return bytes + (tile * blocks + index) * block_bytes(); }
   int64_t scale_at(int64_t tile, int64_t block) const { return (tile * blocks + block) * kTileRows; }
 };
 
@@ -72,7 +77,8 @@ struct RowOfTiles {
   RowOfTiles(const RowTiles& tiles, int64_t row) : tiles(tiles), tile(row / kTileRows), r(row % kTileRows) {}
 
   uint8_t* at(int64_t block, int64_t k, int d) const {
-    return tiles.block(tile, block) + (k / kTileRowBytes * 2 + d) * kTileBytes + r * kTileRowBytes + k % kTileRowBytes;
+    return tiles.block(tile, block) + (k / kTileRowBytes * 2 + d) * tiles.digit_bytes() + r * kTileRowBytes +
+           k % kTileRowBytes;
   }
   void digits(const Block& b, int64_t k, int d, I32x16 values, int64_t) const {
     store_bytes(at(b.index, k, d), values);
@@ -437,6 +443,16 @@ inline void tell_tiled_plan(const WeightOnlyGemmParams& p, const ThreadPool& poo
   tell_tasks(pool, cut.chunks * cut.parts, 1);
 }
 
+// Those of the rows that two digits do not hold. They are few.
+template <class Codes, class T>
+inline Status multiply_rows_of_four_digits(const WeightOnlyGemmParams& p, const ThreadPool& pool, const Blocks& blocks,
+                                           uint8_t* digits_of_row) {
+  const int64_t m = p.x_rows.count;
+  if (std::memchr(digits_of_row, 4, static_cast<size_t>(m)) == nullptr) return Status::kOk;
+  for (int64_t row = 0; row < m; ++row) digits_of_row[row] = digits_of_row[row] == 4 ? 4 : 0;
+  return multiply_rows<Codes, T>(p, pool, blocks, digits_of_row);
+}
+
 template <class Codes, class T>
 inline Status tiled_weight_only_gemm(const WeightOnlyGemmParams& p, const ThreadPool& pool) {
   if (pool.listener != nullptr) [[unlikely]] {
@@ -496,11 +512,7 @@ inline Status tiled_weight_only_gemm(const WeightOnlyGemmParams& p, const Thread
     });
   }
   if (out_of_memory) return Status::kOutOfMemory;
-
-  // Rows that need four digits are few.
-  if (std::memchr(digits_of_row, 4, static_cast<size_t>(m)) == nullptr) return Status::kOk;
-  for (int64_t row = 0; row < m; ++row) digits_of_row[row] = digits_of_row[row] == 4 ? 4 : 0;
-  return multiply_rows<Codes, T>(p, pool, blocks, digits_of_row);
+  return multiply_rows_of_four_digits<Codes, T>(p, pool, blocks, digits_of_row);
 }
 
 // Whether this call is one for tiles. Rows of float32 need four digits.

@@ -180,7 +180,7 @@ def test_tiles_follow_the_shape_and_tasks_the_threads(threads):
 def test_amx_multiplies_many_rows():
     if "amx" not in qops.build_info()["isa_available"]:
         pytest.skip("needs AMX")
-    rest = 'n=64, k=64, device="cpu"'
+    rest = 'n=64, k=128, device="cpu"'
     asked = [
         *(f'"int8_gemm", m={m}, zero_point={z}, out_dtype=torch.float32' for z in (False, True) for m in (1, 2)),
         *(
@@ -189,12 +189,18 @@ def test_amx_multiplies_many_rows():
             for m, dtype in ((11, "float16"), (12, "float16"), (99, "float32"))
         ),
         *(f'"int4_int8_gemm", m={m}, group_size=32, out_dtype=torch.float32' for m in (8, 9)),
+        *(f'"int4_gemm", m={m}, group_size=128, dtype=torch.bfloat16' for m in (4, 5, 8, 9)),
     ]
     calls = [f"qops.explain({call}, {rest})" for call in asked]
     lines = in_new_process(f"print({', '.join(calls)}, sep='\\n')", QOPS_ISA="amx").stdout.splitlines()
     kernels = ["avx512", "amx", "avx512", "amx", *["avx512", "amx", "avx512"] * 2, "avx512", "amx"]
-    assert [facts(line)["kernel"] for line in lines] == kernels
-    (line,) = in_new_process(f"print({calls[-1]})", QOPS_ISA="scalar").stdout.splitlines()
+    assert [facts(line)["kernel"] for line in lines[:-4]] == kernels
+    few = [facts(line) for line in lines[-4:]]
+    assert [(said["kernel"], said["tile_rows"]) for said in few] == [
+        ("avx512", "4"),
+        *(("amx", n) for n in ("5", "8", "16")),
+    ]
+    (line,) = in_new_process(f"print({calls[-5]})", QOPS_ISA="scalar").stdout.splitlines()
     assert " isa=scalar " in line and facts(line)["kernel"] == "scalar"
 
 

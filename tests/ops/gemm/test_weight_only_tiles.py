@@ -68,7 +68,7 @@ def test_edges_of_tiles(bits, kind):
         bias = random_activations(n, dtype=torch.float32, seed=seed) if seed % 2 else None
         want = row_by_row(functools.partial(gemm, w=w, bias=bias), x)
         # Each with every group, in every other form.
-        for m in ((7, 11, 16, 31, 33), (8, 12, 17, 32, 50))[(seed // 4 + FORMS.index((bits, kind))) % 2]:
+        for m in ((2, 4, 7, 9, 11, 16, 31, 33), (3, 5, 8, 12, 17, 32, 50))[(seed // 4 + FORMS.index((bits, kind))) % 2]:
             assert_bitwise(gemm(x[:m], w, bias), want[:m], f"M = {m}, N = {n}, K = {k}, G = {group_size}")
 
 
@@ -80,13 +80,16 @@ def test_slices_and_passes(bits, kind):
         k = blocks * group_size
         w = make_weight(40, k, group_size, bits, kind)
         x = activations(20, k, torch.bfloat16, blocks)
-        assert_bitwise(gemm(x, w), row_by_row(functools.partial(gemm, w=w), x), f"{blocks} blocks of {group_size}")
+        want = row_by_row(functools.partial(gemm, w=w), x)
+        for m in (4, 7, 20):
+            assert_bitwise(gemm(x[:m], w), want[:m], f"M = {m}, {blocks} blocks of {group_size}")
 
 
 @pytest.mark.parametrize("bits", (4, 8))
 def test_many_rows_of_many_columns(bits, threads):
-    """More rows than are packed at a time, few strips for many threads, enough of them to fetch codes ahead."""
-    for n, k, m in ((200, 4096, 150), (24, 16384, 70), (16, 512, 300)):
+    """More rows than are packed at a time, few strips for many threads, enough of them to fetch codes ahead; few rows
+    of as many columns."""
+    for n, k, m in ((200, 4096, 150), (24, 16384, 70), (16, 512, 300), (1000, 4096, 7), (88, 16384, 4)):
         w = make_weight(n, k, 128, bits, "offset")
         x = activations(m, k, torch.bfloat16, 0)
         threads(1)
@@ -103,18 +106,19 @@ def test_rows_of_four_digits_alone():
     assert_bitwise(gemm(x, w), row_by_row(functools.partial(gemm, w=w), x))
 
 
+@pytest.mark.parametrize("m", (6, 37))
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_epilogues(dtype):
+def test_epilogues(dtype, m):
     scale, zero_point = torch.tensor(0.05), torch.tensor(-7, dtype=torch.int32)
     for seed, (kind, n) in enumerate(itertools.product(KINDS, (16, 48, 80, 144))):
         w = make_weight(n, 144, 48, 4, kind, act_order=seed % 3 == 0)
         bias = random_activations(n, dtype=dtype, seed=seed) if seed % 2 else None
-        x = activations(37, 144, dtype, seed)
-        x[::3] = random_activations(13, 144, dtype=dtype, seed=seed + 1)  # int8 of NaN is not defined
+        x = activations(m, 144, dtype, seed)
+        x[::3] = random_activations((m + 2) // 3, 144, dtype=dtype, seed=seed + 1)  # int8 of NaN is not defined
         x[5, 7] = 3000.0
         x = x.nan_to_num(0, 0, 0)
         y = gemm(x, w, bias)
-        residual = random_activations(37, n, dtype=dtype, seed=seed + 2)
+        residual = random_activations(m, n, dtype=dtype, seed=seed + 2)
         assert_bitwise(gemm(x, w, bias, residual=strided_rows(residual)), y + residual, f"residual, {w}")
         out = Guarded(residual.clone())
         gemm(x, w, bias, residual=out.tensor, out=out.tensor)
@@ -129,7 +133,7 @@ def test_epilogues(dtype):
 
 def test_nothing_behind_the_operands_is_read():
     sizes = ((16, 16, 16), (24, 48, 48), (40, 144, 144), (64, 128, 64), (24, 192, 96))
-    for (n, k, group_size), m, (bits, kind) in itertools.product(sizes, (8, 12, 17, 50), FORMS):
+    for (n, k, group_size), m, (bits, kind) in itertools.product(sizes, (4, 8, 12, 17, 50), FORMS):
         w = make_weight(n, k, group_size, bits, kind, act_order=True)
         x = activations(m, k, torch.bfloat16, m)
         tensors = (x, w.packed, w.scales, w.zeros, w.perm)
@@ -160,6 +164,6 @@ def test_products_of_torch_in_between_change_nothing(threads):
     for count in (1, 2):
         threads(count)
         theirs, ours = x @ dense.T, gemm(x, w)
-        for m in (49, 16, 49):
+        for m in (49, 16, 5, 49):
             assert_bitwise(gemm(x[:m], w), ours[:m], f"M = {m}")
             assert_bitwise(x @ dense.T, theirs, f"bfloat16 after M = {m}")
