@@ -194,6 +194,10 @@ struct WeightPackParams {
   int64_t k;
 };
 
+// Scales and offsets of two levels: s = d c. Of each strip and kSuperColumns columns
+// [2 + kSuperColumns / group_size, 16] bytes: the float16 d of its 16 rows, then for each group their int8 c.
+inline constexpr int64_t kSuperColumns = 256;
+
 // How a weight is made from its code q: see the op's docstring.
 enum class WeightKind : int32_t {
   kSymmetric = 0,  // s (q - 8)
@@ -253,7 +257,8 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   void* y;            // contiguous [rows, N], or [rows, N / 2] for kSiluMul
   DType dtype;        // of x, residual and y (but int8 for kInt8)
   DType scale_dtype;
-  DType zero_dtype;  // of zeros that are floats; on a GPU kFloat32
+  DType zero_dtype;     // of zeros that are floats; on a GPU kFloat32
+  int32_t super_shift;  // of scales and offsets of two levels, on a CPU: 1 << super_shift groups share a d; 0: of one
   DType bias_dtype;
   WeightKind kind;
   int64_t n;
@@ -280,6 +285,7 @@ struct Int4DequantizeParams {
   DType dtype;        // of w
   DType scale_dtype;
   DType zero_dtype;
+  int32_t super_shift;
   WeightKind kind;
   bool is_mixed;  // see unmixed_row(); w is canonical
   int64_t n;

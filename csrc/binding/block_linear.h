@@ -63,13 +63,44 @@ inline void take_input(const Checker& check, const LinearNames& names, const Lin
   if (p.kind != WeightKind::kSymmetric) {
     check.refuse(names.kind, "be 0 (symmetric) for a weight of 8 bits and an input of int8", std::to_string(t.kind));
   }
-  if (t.scales.size(1) > 1) {
+  if (p.group_size < p.k) {
     check.refuse(names.scales, "have one group for a weight of 8 bits and an input of int8",
-                 std::to_string(t.scales.size(1)) + " groups");
+                 std::to_string(p.k / p.group_size) + " groups");
   }
   if (t.perm) check.refuse(names.perm, "be None for a weight of 8 bits and an input of int8", "a tensor");
   if (has_zero_points(linear.input)) return at_most(kMaxInt8ColumnsWithZeroPoint, " with zero points");
   at_most(kMaxInt8Columns, "");
+}
+
+// The size of groups and the dtype of scales, by the shape of these.
+inline void take_groups(const Checker& check, const LinearNames& names, const Tensor& scales, WeightOnlyGemmParams& p) {
+  const auto in_strips = [&](int64_t dims) {
+    return scales.dim() == dims && scales.size(0) == strips_of(p.n) && scales.size(dims - 1) == kStripRows;
+  };
+  if (take_scale_dtype(check, scales, names.scales, p)) {
+    const int64_t codes = in_strips(4) ? scales.size(2) - 2 : 0;
+    p.group_size = codes > 0 ? kSuperColumns / codes : 0;
+    p.super_shift = codes > 0 && kSuperColumns % codes == 0 ? super_shift_of(p.group_size) : 0;
+    if (p.super_shift == 0 || p.k % kSuperColumns != 0 || scales.size(1) != p.k / kSuperColumns) {
+      check.refuse(names.scales,
+                   "have shape [S, K / 256, 2 + 256 / G, 16] with S = " + std::to_string(strips_of(p.n)) +
+                       ", K = " + std::to_string(p.k) + ", G = 16, 32, 64 or 128",
+                   to_string(scales.sizes()));
+    }
+    return;
+  }
+  if (!in_strips(3)) {
+    check.refuse(names.scales, "have shape [S, K / group_size, 16] with S = " + std::to_string(strips_of(p.n)),
+                 to_string(scales.sizes()));
+  }
+  const int64_t groups = scales.size(1);
+  p.group_size = groups == 0 ? p.k : p.k / groups;
+  const bool fits = groups == 0 ? p.k == 0 : p.k % groups == 0 && (groups == 1 || p.group_size % 16 == 0);
+  if (!fits) {
+    check.refuse(names.scales,
+                 "have one group, or groups of a multiple of 16 columns that divides K = " + std::to_string(p.k),
+                 std::to_string(groups) + " groups");
+  }
 }
 
 // A weight [N, K], where K is what columns_of() says. `bad_index` is where a wrong index of its perm goes.
@@ -89,20 +120,7 @@ inline BlockLinear take_linear(const Checker& check, const LinearNames& names, c
     check.refuse(names.packed, "hold a weight " + shape,
                  std::to_string(t.packed.size(0)) + " strips of " + std::to_string(columns) + " columns");
   }
-  p.scale_dtype = check.float_dtype(t.scales, names.scales);
-  const bool has_groups = t.scales.dim() == 3 && t.scales.size(0) == strips_of(n) && t.scales.size(2) == kStripRows;
-  if (!has_groups) {
-    check.refuse(names.scales, "have shape [S, K / group_size, 16] with S = " + std::to_string(strips_of(n)),
-                 to_string(t.scales.sizes()));
-  }
-  const int64_t groups = t.scales.size(1);
-  p.group_size = groups == 0 ? k : k / groups;
-  const bool fits = groups == 0 ? k == 0 : k % groups == 0 && (groups == 1 || p.group_size % 16 == 0);
-  if (!fits) {
-    check.refuse(names.scales,
-                 "have one group, or groups of a multiple of 16 columns that divides K = " + std::to_string(k),
-                 std::to_string(groups) + " groups");
-  }
+  take_groups(check, names, t.scales, p);
   check.contiguous(t.packed, names.packed);
   check.contiguous(t.scales, names.scales);
   p.packed = t.packed.const_data_ptr();
@@ -114,6 +132,7 @@ inline BlockLinear take_linear(const Checker& check, const LinearNames& names, c
                                    : "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)",
                  std::to_string(t.kind));
   }
+  check_kind_of_levels(check, names.kind, t.kind, p.super_shift);
   p.kind = static_cast<WeightKind>(t.kind);
   if (t.zeros.has_value() != (t.kind != 0)) {
     check.refuse(names.zeros, t.kind == 0 ? "be None for kind 0" : "be given for this kind",
@@ -121,7 +140,7 @@ inline BlockLinear take_linear(const Checker& check, const LinearNames& names, c
   }
   if (t.zeros) {
     check.device(*t.zeros, names.zeros, x);
-    p.zero_dtype = zero_dtype(check, *t.zeros, names.zeros, p.kind);
+    p.zero_dtype = zero_dtype(check, *t.zeros, names.zeros, p.kind, p.super_shift);
     check.same_shape(*t.zeros, names.zeros, t.scales, names.scales);
     check.contiguous(*t.zeros, names.zeros);
     p.zeros = t.zeros->const_data_ptr();

@@ -52,13 +52,36 @@ void describe_kind(Params& p, Visitor& v) {
   v.choice("kind", p.kind, {"symmetric", "zero_point", "float_zero", "offset"});
 }
 
+// Scales of one level are floats, those of two are int8 (kSuperColumns in kernels.h), which GPU kernels do not read:
+// Python widens what it packs for them. Whether there are two.
+template <class Params>
+bool take_scale_dtype(const Checker& check, const Tensor& scales, const char* arg, Params& p) {
+  if (!kGpuLayout && check.dtype_of(scales, arg) == ScalarType::Char) {
+    p.scale_dtype = DType::kFloat16;
+    return true;
+  }
+  p.scale_dtype = check.float_dtype(scales, arg);
+  return false;
+}
+
+// Of scales of two levels; 0 where no kernel reads groups of that size.
+inline int32_t super_shift_of(int64_t group_size) {
+  switch (group_size) {
+    case 128: return 1;
+    case 64: return 2;
+    case 32: return 3;
+    case 16: return 4;
+    default: return 0;
+  }
+}
+
 // Kernel parameters of a packed weight with scales [S, K / group_size, 16]. strip_elements_per_column: elements of
 // `packed` that one column of a strip takes (8 bytes for int4, 16 for int8).
 template <class Params>
 void take_weight(const Checker& check, const Tensor& packed, ScalarType packed_dtype, int64_t strip_elements_per_column,
                  const Tensor& scales, int64_t out_features, int64_t group_size, Params& p) {
   check.dtype(packed, "packed", packed_dtype);
-  p.scale_dtype = check.float_dtype(scales, "scales");
+  const bool two_levels = take_scale_dtype(check, scales, "scales", p);
   p.n = out_features;
   if (p.n < 0 || p.n % 8 != 0) check.refuse("out_features", "be a multiple of 8", std::to_string(p.n));
   if (packed.dim() != 2) check.refuse("packed", "have 2 dimensions", std::to_string(packed.dim()));
@@ -79,7 +102,17 @@ void take_weight(const Checker& check, const Tensor& packed, ScalarType packed_d
   p.group_size = group_size;
   check_group_size(check, p.k, group_size);
   const int64_t groups = group_size == 0 ? 0 : p.k / group_size;
-  check.shape(scales, "scales", "[S, K / group_size, 16]", {strips, groups, kStripRows});
+  if (two_levels) {
+    p.super_shift = super_shift_of(group_size);
+    if (p.super_shift == 0 || p.k % kSuperColumns != 0) {
+      check.refuse("scales", "be floats but for groups of 16, 32, 64 or 128 and K a multiple of 256",
+                   "int8 for groups of " + std::to_string(group_size) + " and K = " + std::to_string(p.k));
+    }
+    check.shape(scales, "scales", "[S, K / 256, 2 + 256 / group_size, 16]",
+                {strips, p.k / kSuperColumns, 2 + kSuperColumns / group_size, kStripRows});
+  } else {
+    check.shape(scales, "scales", "[S, K / group_size, 16]", {strips, groups, kStripRows});
+  }
   check.contiguous(packed, "packed");
   check.contiguous(scales, "scales");
   check_alignment(check, packed, "packed");
@@ -87,8 +120,19 @@ void take_weight(const Checker& check, const Tensor& packed, ScalarType packed_d
   p.scales = scales.const_data_ptr();
 }
 
+// With scales of two levels there are no other zeros than offsets of two.
+inline void check_kind_of_levels(const Checker& check, const char* arg, int64_t kind, int32_t super_shift) {
+  if (super_shift == 0 || kind == 0 || kind == 3) return;
+  check.refuse(arg, "be 0 (symmetric) or 3 (offset) with int8 scales", std::to_string(kind));
+}
+
 // GPU kernels read float32 alone: Python widens what it packs for them.
-inline DType zero_dtype(const Checker& check, const Tensor& zeros, const char* arg, WeightKind kind) {
+inline DType zero_dtype(const Checker& check, const Tensor& zeros, const char* arg, WeightKind kind,
+                        int32_t super_shift) {
+  if (super_shift != 0) {
+    check.dtype(zeros, arg, ScalarType::Char);
+    return DType::kFloat16;
+  }
   if (has_float_zeros(kind) && !kGpuLayout) return check.float_dtype(zeros, arg);
   check.dtype(zeros, arg, kind == WeightKind::kZeroPoint ? ScalarType::Byte : ScalarType::Float);
   return DType::kFloat32;
@@ -101,13 +145,14 @@ void take_zeros(const Checker& check, int64_t kind, const std::optional<Tensor>&
   if (kind < 0 || kind > 3) {
     check.refuse("kind", "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)", std::to_string(kind));
   }
+  check_kind_of_levels(check, "kind", kind, p.super_shift);
   p.kind = static_cast<WeightKind>(kind);
   if (zeros.has_value() != (kind != 0)) {
     check.refuse("zeros", kind == 0 ? "be None for kind 0" : "be given for this kind", zeros ? "a tensor" : "None");
   }
   if (!zeros) return;
   check.device(*zeros, "zeros", scales);
-  p.zero_dtype = zero_dtype(check, *zeros, "zeros", p.kind);
+  p.zero_dtype = zero_dtype(check, *zeros, "zeros", p.kind, p.super_shift);
   check.same_shape(*zeros, "zeros", scales, "scales");
   check.contiguous(*zeros, "zeros");
   p.zeros = zeros->const_data_ptr();

@@ -5,7 +5,7 @@
 // 128 columns) and is read once for each of its 16 rows.
 #include <algorithm>
 
-#include "cpu/simd.h"
+#include "cpu/group_numbers.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
 namespace {
@@ -15,13 +15,14 @@ struct Tables {
   float scales[kStripRows], zeros[kStripRows];
   bool is_offset;
 
-  Tables(const Int4DequantizeParams& p, int64_t index) : is_offset(p.kind == WeightKind::kOffset) {
-    store(scales, load_as_float(p.scales, p.scale_dtype, index, kStripRows));
+  Tables(const Int4DequantizeParams& p, const Numbers& numbers, int64_t group, int64_t strip)
+      : is_offset(p.kind == WeightKind::kOffset) {
+    store(scales, numbers.scales.load(group, strip));
     F32x16 zero = set1(8.0f);
     if (p.kind == WeightKind::kZeroPoint) {
-      zero = to_float(load(static_cast<const uint8_t*>(p.zeros) + index));
+      zero = to_float(load(reinterpret_cast<const uint8_t*>(numbers.zeros.address<false>(group, strip))));
     } else if (p.kind != WeightKind::kSymmetric) {
-      zero = load_as_float(p.zeros, p.zero_dtype, index, kStripRows);
+      zero = numbers.zeros.load(group, strip);
     }
     store(zeros, zero);
   }
@@ -44,9 +45,10 @@ void dequantize_strip(const Int4DequantizeParams& p, int64_t strip) {
   constexpr int64_t kBlockBytes = 4 * kStripRows;  // 8 columns
   const int64_t groups = p.k / p.group_size, first = strip * kStripRows;
   const int rows = static_cast<int>(std::min<int64_t>(kStripRows, p.n - first));
+  const Numbers numbers = numbers_of(p, groups);
   const char* words = static_cast<const char*>(p.packed) + strip * p.k * 8;
   for (int64_t group = 0; group < groups; ++group, words += p.group_size * 8) {
-    const Tables tables(p, (strip * groups + group) * kStripRows);
+    const Tables tables(p, numbers, group, strip);
     for (int r = 0; r < rows; ++r) {
       const F32x16 table = tables.of_row(r);
       const int64_t row = p.is_mixed ? unmixed_row(first + r, p.n) : first + r;

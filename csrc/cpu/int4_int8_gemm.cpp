@@ -86,6 +86,7 @@ template <class T, int Rows, int Strips>
 void multiply_tile(const Params& p, const Slices& slices, const Tile& tile, int64_t strip) {
   const int64_t strip_bytes = p.k * kStripRows / 2;
   const char* w = static_cast<const char*>(p.packed) + strip * strip_bytes;
+  const auto [scales, zeros] = numbers_of(p, slices.groups);
   const uint8_t* x = tile.words;
   F32x16 y[Strips][Rows];
   QOPS_UNROLL for (int s = 0; s < Strips; ++s) { QOPS_UNROLL for (int r = 0; r < Rows; ++r) y[s][r] = set1(0.0f); }
@@ -97,11 +98,11 @@ void multiply_tile(const Params& p, const Slices& slices, const Tile& tile, int6
     }
     for (const int64_t end = slices.begin(slice); group < end; ++group) {
       const int32_t* x_sums = tile.sums + group * Rows;
-      const auto scales_at = [&](int s) { return ((strip + s) * slices.groups + group) * kStripRows; };
       I32x16 sum[Strips][Rows];
       QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
-        const I32x16 zero = p.kind == WeightKind::kZeroPoint ? load(static_cast<const uint8_t*>(p.zeros) + scales_at(s))
-                                                             : set1(int32_t{8});
+        const I32x16 zero = p.kind == WeightKind::kZeroPoint
+                                ? load(reinterpret_cast<const uint8_t*>(zeros.address<false>(group, strip + s)))
+                                : set1(int32_t{8});
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) sum[s][r] = zero * set1(-x_sums[r]);
       }
       for (int64_t left = p.group_size / 8; left > 0;) {
@@ -133,10 +134,10 @@ void multiply_tile(const Params& p, const Slices& slices, const Tile& tile, int6
         }
       }
       QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
-        const F32x16 scale = load_as_float(p.scales, p.scale_dtype, scales_at(s), kLanes);
+        const F32x16 scale = scales.load(group, strip + s);
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) total[s][r] = fma(scale, to_float(sum[s][r]), total[s][r]);
         if (!has_float_zeros(p.kind)) continue;
-        const F32x16 offset = offset_of(p, scales_at(s), scale);
+        const F32x16 offset = offset_of(p, scale, zeros.load(group, strip + s));
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
           total[s][r] = fma(offset, to_float(set1(x_sums[r])), total[s][r]);
         }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/gemm_epilogue.h"
+#include "cpu/group_numbers.h"
 #include "cpu/simd.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
@@ -42,9 +43,9 @@ inline I32x16 copy_columns(const Int4Int8GemmParams& p, const int8_t* x, int64_t
   return dot_short(set1(int32_t{0}), bit_cast<B8x64>(set1(int32_t{0x01010101})), load_bytes(to));
 }
 
-// o' of 16 rows of w, whose scales and zeros begin at `at`.
-inline F32x16 offset_of(const Int4Int8GemmParams& p, int64_t at, F32x16 scale) {
-  const F32x16 z = load_as_float(p.zeros, p.zero_dtype, at, kLanes), eight = set1(8.0f);
+// o' of 16 rows of w, of their scales and zeros.
+inline F32x16 offset_of(const Int4Int8GemmParams& p, F32x16 scale, F32x16 z) {
+  const F32x16 eight = set1(8.0f);
   return p.kind == WeightKind::kOffset ? fma(scale, eight, z) : scale * (eight - z);
 }
 

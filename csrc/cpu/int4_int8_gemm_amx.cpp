@@ -88,6 +88,7 @@ struct Panel {
 };
 
 void unpack(const Params& p, const Slices& slices, const Part& part, Range strips, Panel& panel) {
+  const auto [scales, zeros] = numbers_of(p, slices.groups);
   int tile = 0;
   for (int g = 0; g < part.groups; ++g) {
     const int64_t group = part.group + g;
@@ -101,27 +102,28 @@ void unpack(const Params& p, const Slices& slices, const Part& part, Range strip
         uint8_t* to = panel.bytes[tile][strip - strips.begin];
         if (stop - column < kTileRowBytes) std::memset(to, 0, kTileBytes);
         to += row * kTileRowBytes;
-        const I32x16 zero =
-            p.kind == WeightKind::kZeroPoint
-                ? load(static_cast<const uint8_t*>(p.zeros) + (strip * slices.groups + group) * kStripRows)
-                : set1(int32_t{8});
-        const B8x64 zeros = bit_cast<B8x64>(zero * set1(int32_t{0x01010101}));
+        const I32x16 zero = p.kind == WeightKind::kZeroPoint
+                                ? load(reinterpret_cast<const uint8_t*>(zeros.address<false>(group, strip)))
+                                : set1(int32_t{8});
+        const B8x64 centre = bit_cast<B8x64>(zero * set1(int32_t{0x01010101}));
         const char* w = static_cast<const char*>(p.packed) + (strip * p.k + column) * (kStripRows / 2);
         for (int64_t n = (stop - column) / 8; n > 0; --n, w += 64, to += 2 * kTileRowBytes) {
           prefetch(w + kFetchBytes);
           const B8x64 codes = load_bytes(w);
-          store_bytes(to, low_nibbles(codes) - zeros);
-          store_bytes(to + kTileRowBytes, high_nibbles(codes) - zeros);
+          store_bytes(to, low_nibbles(codes) - centre);
+          store_bytes(to + kTileRowBytes, high_nibbles(codes) - centre);
         }
       }
       column = stop;
     }
     panel.end_tile[g] = tile;
     for (int64_t strip = strips.begin; part.ends && strip < strips.end; ++strip) {
-      const int64_t at = (strip * slices.groups + group) * kStripRows, to = (strip - strips.begin) * kStripRows;
-      const F32x16 scale = load_as_float(p.scales, p.scale_dtype, at, kLanes);
+      const int64_t to = (strip - strips.begin) * kStripRows;
+      const F32x16 scale = scales.load(group, strip);
       store(panel.scale[g] + to, scale);
-      if (has_float_zeros(p.kind)) store(panel.offset[g] + to, offset_of(p, at, scale));
+      if (has_float_zeros(p.kind)) {
+        store(panel.offset[g] + to, offset_of(p, scale, zeros.load(group, strip)));
+      }
     }
   }
 }

@@ -124,6 +124,9 @@ inline I32x16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline I32x16 load(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+inline I32x16 load(const int8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 
 inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
 inline void store_u16(void* p, U16x16 a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }

@@ -198,6 +198,9 @@ inline I32x16 load(const int32_t* p) { return load_as<I32x16>(p); }
 inline I32x16 load(const uint8_t* p) {
   return lanes<I32x16>([&](int i) { return int32_t{p[i]}; });
 }
+inline I32x16 load(const int8_t* p) {
+  return lanes<I32x16>([&](int i) { return int32_t{p[i]}; });
+}
 
 inline void store(float* p, const F32x16& a) { std::memcpy(p, &a, sizeof(a)); }
 inline void store(Half* p, const F32x16& a) {

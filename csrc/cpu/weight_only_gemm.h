@@ -26,6 +26,7 @@
 #include <algorithm>
 
 #include "cpu/gemm_epilogue.h"
+#include "cpu/group_numbers.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
 #include "cpu/team_product.h"
@@ -260,13 +261,15 @@ template <class T, class... Sums>
   with_epilogue(p, [&](auto epilogue) { finish<decltype(epilogue)::value, T>(p, sums...); });
 }
 
-// Rows x (16 * Strips) outputs from strip `strip` on; Digits as in the tile.
-template <class Codes, class T, int Rows, int Strips, int Digits>
-inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t strip) {
+// Rows x (16 * Strips) outputs from strip `strip` on; Digits as in the tile. kLevels: whether scales have two, which is
+// asked here and not at each group.
+template <class Codes, class T, int Rows, int Strips, int Digits, bool kLevels>
+inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const Numbers& numbers, const Tile& tile,
+                      int64_t strip) {
   const int64_t strip_bytes = p.k / Codes::kColumns * 64;
-  const int64_t strip_scales = blocks.groups * kStripRows;
   const char* w = static_cast<const char*>(p.packed) + strip * strip_bytes;
-  const uint8_t* zero_points = static_cast<const uint8_t*>(p.zeros);
+  const GroupNumbers &scales = numbers.scales, &zeros = numbers.zeros;
+  const int64_t first = strip - scales.first_strip;
   const bool with_offset = has_float_zeros(p.kind);
   F32x16 total[Strips][Rows], y[Strips][Rows];
   for (int s = 0; s < Strips; ++s) {
@@ -274,11 +277,8 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
   }
   const uint8_t* x = tile.bytes;
   const int64_t ahead = Strips * strip_bytes <= kShortStrips ? Strips * strip_bytes : kFetchBytes / Strips;
-  const int64_t scale_size = p.scale_dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t zero_size = p.zeros == nullptr ? 0 : !with_offset ? 1 : p.zero_dtype == DType::kFloat32 ? 4 : 2;
   int64_t slice = 1;
   for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
-    const int64_t scales_at = strip * strip_scales + b.group * kStripRows;
     const int32_t* correction = tile.correction + b.index * Digits * Rows;
     I32x16 sum[Strips][Rows][Digits];
     QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
@@ -288,7 +288,7 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
     }
     if (p.kind == WeightKind::kZeroPoint) {
       QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
-        const I32x16 z = load(zero_points + scales_at + s * strip_scales);
+        const I32x16 z = load(reinterpret_cast<const uint8_t*>(zeros.address<kLevels>(b.group, first + s)));
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
           QOPS_UNROLL for (int d = 0; d < Digits; ++d) sum[s][r][d] = z * sum[s][r][d];
         }
@@ -316,13 +316,10 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
       }
     }
     QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
-      const int64_t at = scales_at + s * strip_scales;
-      const F32x16 scale = load_as_float(p.scales, p.scale_dtype, at, kLanes);
+      const F32x16 scale = scales.load<kLevels>(b.group, first + s);
       if constexpr (Strips >= 4) {
-        prefetch(static_cast<const char*>(p.scales) + (at + Strips * strip_scales) * scale_size);
-        if (zero_size != 0) {
-          prefetch(static_cast<const char*>(p.zeros) + (at + Strips * strip_scales) * zero_size);
-        }
+        prefetch(scales.address<kLevels>(b.group, first + s + Strips));
+        if (p.zeros != nullptr) prefetch(zeros.address<kLevels>(b.group, first + s + Strips));
       }
       QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
         F32x16 value;
@@ -337,7 +334,7 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
       if (with_offset) {
         // Chosen for all codes, though only those of 4 bits have float zeros: without the choice GCC 12 copies 6 of 16
         // sums in the loop above (8-bit codes, 4 rows, AVX-512).
-        const F32x16 z = load_as_float(p.zeros, p.zero_dtype, at, kLanes);
+        const F32x16 z = zeros.load<kLevels>(b.group, first + s);
         const F32x16 offset = p.kind == WeightKind::kOffset ? Codes::offset(scale, z) : scale * (set1(8.0f) - z);
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
           total[s][r] = fma(offset, set1(tile.sum[b.index * Rows + r]), total[s][r]);
@@ -378,22 +375,25 @@ inline void gemm_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, const
 
 // --- the whole product -----------------------------------------------------------------------------------------------
 
-template <class Codes, class T, int Rows, int Digits>
-inline void gemm_strips(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t begin,
-                        int64_t end) {
+template <class Codes, class T, int Rows, int Digits, bool kLevels>
+inline void gemm_strips(const WeightOnlyGemmParams& p, const Blocks& blocks, const Numbers& numbers, const Tile& tile,
+                        int64_t begin, int64_t end) {
   constexpr int kWide = strips_of_tile(Rows, Digits);
   int64_t strip = begin;
-  for (; strip + kWide <= end; strip += kWide) gemm_tile<Codes, T, Rows, kWide, Digits>(p, blocks, tile, strip);
-  for (; strip < end; ++strip) gemm_tile<Codes, T, Rows, 1, Digits>(p, blocks, tile, strip);
+  for (; strip + kWide <= end; strip += kWide)
+    gemm_tile<Codes, T, Rows, kWide, Digits, kLevels>(p, blocks, numbers, tile, strip);
+  for (; strip < end; ++strip) gemm_tile<Codes, T, Rows, 1, Digits, kLevels>(p, blocks, numbers, tile, strip);
 }
 
-template <class Codes, class T>
-inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tile& tile, int64_t begin,
-                      int64_t end) {
+template <class Codes, class T, bool kLevels>
+inline void gemm_rows(const WeightOnlyGemmParams& p, const Blocks& blocks, const Numbers& numbers, const Tile& tile,
+                      int64_t begin, int64_t end) {
   const auto with_rows = [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
-    if (tile.digits == 2) return gemm_strips<Codes, T, kRows, 2>(p, blocks, tile, begin, end);
-    if constexpr (kRows <= max_tile_rows(4)) gemm_strips<Codes, T, kRows, 4>(p, blocks, tile, begin, end);
+    if (tile.digits == 2) return gemm_strips<Codes, T, kRows, 2, kLevels>(p, blocks, numbers, tile, begin, end);
+    if constexpr (kRows <= max_tile_rows(4)) {
+      gemm_strips<Codes, T, kRows, 4, kLevels>(p, blocks, numbers, tile, begin, end);
+    }
   };
   if (tile.rows == 1) return with_rows(std::integral_constant<int, 1>{});
   if (tile.rows == 2) return with_rows(std::integral_constant<int, 2>{});
@@ -481,12 +481,12 @@ inline void guess_digits(uint8_t* digits_of_row, int64_t rows) {
 template <class Codes, class T>
 inline void gemm_tiles(const WeightOnlyGemmParams& p, const Blocks& blocks, const Tiles& tiles, int64_t begin,
                        int64_t end) {
-  constexpr int64_t kChunk = 4;
-  for (int64_t strip = begin; strip < end; strip += kChunk) {
+  for_each_chunk(p, blocks.groups, tiles.count, begin, end, [&](const Numbers& numbers, int64_t strip, int64_t stop) {
     for (int64_t t = 0; t < tiles.count; ++t) {
-      gemm_rows<Codes, T>(p, blocks, tiles.of[t], strip, std::min(strip + kChunk, end));
+      numbers.scales.super_shift == 0 ? gemm_rows<Codes, T, false>(p, blocks, numbers, tiles.of[t], strip, stop)
+                                      : gemm_rows<Codes, T, true>(p, blocks, numbers, tiles.of[t], strip, stop);
     }
-  }
+  });
 }
 
 // Of rows that two digits hold; the others are in tiles of half as many rows.

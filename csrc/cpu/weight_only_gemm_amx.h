@@ -221,21 +221,22 @@ inline void unpack(const WeightOnlyGemmParams& p, const Blocks& blocks, const Pa
                    const Workspace& work) {
   const int64_t strip_bytes = p.k / Codes::kColumns * 64;
   const bool with_offset = has_float_zeros(p.kind);
+  const auto [scales, zeros] = numbers_of(p, blocks.groups);
   const I32x16 all_bytes = set1(int32_t{0x01010101});
   for (int64_t strip = strips.begin; strip < strips.end; ++strip) {
     Block b = pass.first;
     for (int64_t i = 0; i < pass.blocks; ++i, b.next(blocks)) {
       const int64_t at = (strip - strips.begin) * kPassTiles + i;
-      const int64_t scales_at = (strip * blocks.groups + b.group) * kStripRows;
-      const F32x16 scale = load_as_float(p.scales, p.scale_dtype, scales_at, kLanes);
+      const F32x16 scale = scales.load(b.group, strip);
       store(work.scale + at * kStripRows, scale);
       if (with_offset) {
-        const F32x16 z = load_as_float(p.zeros, p.zero_dtype, scales_at, kLanes);
+        const F32x16 z = zeros.load(b.group, strip);
         store(work.offset + at * kStripRows,
               p.kind == WeightKind::kOffset ? Codes::offset(scale, z) : scale * (set1(8.0f) - z));
       }
-      const I32x16 z =
-          p.kind == WeightKind::kZeroPoint ? load(static_cast<const uint8_t*>(p.zeros) + scales_at) : set1(int32_t{8});
+      const I32x16 z = p.kind == WeightKind::kZeroPoint
+                           ? load(reinterpret_cast<const uint8_t*>(zeros.address<false>(b.group, strip)))
+                           : set1(int32_t{8});
       const B8x64 centre = bit_cast<B8x64>(z * all_bytes);
       const char* from = static_cast<const char*>(p.packed) + strip * strip_bytes + b.begin / Codes::kColumns * 64;
       uint8_t* to = work.codes + ((strip - strips.begin) * kPassTiles + i * steps) * kTileBytes;

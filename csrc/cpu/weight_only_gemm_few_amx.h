@@ -271,7 +271,8 @@ inline Status few_rows_int4_gemm(const WeightOnlyGemmParams& p, const ThreadPool
 inline bool takes_few_rows(const WeightOnlyGemmParams& p) {
   const bool half = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
   const int64_t m = p.x_rows.count;
-  return half && m >= kLeastFewRows && m <= kMostFewRows && p.group_size >= kTileRowBytes && p.n > 0;
+  return half && m >= kLeastFewRows && m <= kMostFewRows && p.group_size >= kTileRowBytes && p.n > 0 &&
+         p.super_shift == 0;
 }
 
 }  // namespace qops::cpu::QOPS_ISA_NS

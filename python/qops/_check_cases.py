@@ -302,6 +302,20 @@ def int4_cases(run: Run) -> Iterator[tuple[Int4Weight, torch.dtype, int]]:
         order = "act-order" if act_order else ""
         run.begin(dtype, f"N = {n}, K = {k}, G = {g}", kind, f"scales {scale_dtype}", order)
         yield int4_weight(run, n, k, g, kind, scale_dtype, act_order), dtype, index
+    for (index, kind), dtype in itertools.product(enumerate(("symmetric", "offset")), dtypes):
+        n, k, g = 48, 512, 32
+        run.begin(dtype, f"N = {n}, K = {k}, G = {g}", kind, "scales of two levels", "")
+        yield two_level_weight(run, n, k, g, kind), dtype, index
+
+
+def two_level_weight(run: Run, n: int, k: int, g: int, kind: str) -> Int4Weight:
+    def levels() -> Tensor:
+        blocks = (n, k // _layout.SUPER_COLUMNS)
+        codes = run.integers(-32, 64, *blocks, _layout.SUPER_COLUMNS // g, dtype=_layout.LEVELS_DTYPE)
+        return _layout.with_levels(run.scales(*blocks, dtype=torch.float16) / 64, codes)
+
+    qweight = run.integers(0, 256, n, k // 2, dtype=torch.uint8)
+    return Int4Weight.from_canonical(qweight, levels(), kind=kind, zeros=levels() if kind == "offset" else None)
 
 
 def int8_weight(run: Run, n: int, k: int, g: int, kind: str, scale_dtype: torch.dtype, act_order: bool) -> Int8Weight:

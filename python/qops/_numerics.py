@@ -246,7 +246,7 @@ def weight_only_bound(
         activations. |w| is ``s * |q - z|``, with float zeros and offsets ``s * |q - 8| + |o'|``, of 8-bit codes
         ``s * |q| + |o|``, as their products are added apart.
     """
-    canonical = {key: tensor.cpu() for key, tensor in weight.canonical().items()}
+    canonical = {key: tensor.cpu() for key, tensor in weight.widened().canonical().items()}
     n, k, group_size = weight.out_features, weight.in_features, weight.group_size
     scales, zeros = canonical["scales"].double(), canonical.get("zeros")
     codes = canonical["qweight"]

@@ -53,7 +53,7 @@ def test_every_layer_of_an_int8_model_has_the_bits_of_the_cpu(backend, dtype, sm
     here = qops.quantize_model(model, "int8", smoothing=smoothing_of(model) if smoothed else None, count_passes=True)
     assert all(isinstance(layer, DecoderLayer) for layer in here.model.layers)
     assert len(here.quantization_report.smoothed) == 10 * smoothed
-    assert here.quantization_report.passes_after == 10 < here.quantization_report.passes_before / 2
+    assert here.quantization_report.passes_after == 7 < here.quantization_report.passes_before / 2
     there = on_gpu(here, backend)
     for tokens in (1, 9, 33):
         ids = torch.arange(2 * tokens).view(2, tokens) * 7 % 88

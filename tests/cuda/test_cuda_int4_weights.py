@@ -26,6 +26,7 @@ from tests.support.ops.random_weights import (
     empty_like,
     group_sizes,
     random_int4,
+    random_levels,
 )
 
 # Half a strip and less than a block, whole ones, a block and 8 columns, more strips and blocks than a thread block has.
@@ -161,6 +162,48 @@ def test_a_move_to_another_type_of_device_changes_the_layout(each):
     there = here.to(each.device)
     assert_bitwise(there.packed.cpu(), packed_for_gpu(nibbles(tensors["qweight"])))
     assert_tensors_equal(dict(there.cpu().named_buffers()), buffers)
+
+
+@pytest.mark.parametrize("bits, kind", [*itertools.product((4, 8), ("symmetric", "offset"))])
+def test_scales_of_two_levels_are_float32_there(backend, bits, kind):
+    tensors, here = random_levels(48, 512, 32, kind, bits=bits, act_order=True)
+    wide, dense, state = here.widened().canonical(), here.dequantize(), here.state_dict()
+    for gate_up in (False, True):
+        with gpu(backend):
+            there = {key: backend.on_device(t) for key, t in tensors.items()}
+            weight = type(here).from_canonical(**there, kind=kind)
+            if gate_up:
+                weight.mix_gate_up()
+            assert not weight.has_levels and weight.scales.dtype == torch.float32
+            canonical = {key: t.cpu() for key, t in weight.canonical().items()}
+            assert_tensors_equal(canonical, wide)
+            assert_bitwise(weight.dequantize().cpu(), dense)
+            loaded = empty_like(weight, backend.device)
+            loaded.load_state_dict(state)
+            assert_tensors_equal(dict(loaded.named_buffers()), dict(weight.named_buffers()))
+        back = empty_like(here)
+        back.load_state_dict(canonical_state(canonical, weight))
+        assert not back.has_levels
+        assert_bitwise(back.dequantize(), dense)
+
+
+def canonical_state(tensors: dict[str, Tensor], weight: qops.Int4Weight | qops.Int8Weight) -> dict[str, Tensor]:
+    named = {weight._state_key(key): t for key, t in tensors.items()}
+    return {**named, "format_version": torch.tensor(1)}
+
+
+def test_kernels_refuse_scales_of_two_levels(backend):
+    x = backend.on_device(torch.zeros(1, 256, dtype=torch.float16))
+    packed, scales = (
+        torch.zeros(shape, dtype=dtype) for shape, dtype in (((1, 2048), torch.uint8), ((1, 1, 10, 16), torch.int8))
+    )
+    weight = [backend.on_device(t) for t in (packed, scales, scales)]
+    out = backend.on_device(torch.full((1, 16), 7, dtype=torch.float16))
+    with pytest.raises(RuntimeError, match=r"int4_gemm: scales must have dtype float32, float16 or bfloat16, got int8"):
+        backend.ops.int4_gemm.out(x, *weight, None, None, 16, 32, 3, out=out)
+    assert bool((out == 7).all())
+    with pytest.raises(RuntimeError, match=r"int4_dequantize: scales must have dtype float32, float16 or .*, got int8"):
+        backend.ops.int4_dequantize(*weight, 16, 32, 3, torch.float16)
 
 
 def test_kernels_refuse_narrow_zeros(backend):

@@ -94,14 +94,26 @@ def test_q8_0_codes_reach_minus_128():
 def test_numbers_keep_their_stored_precision(kind):
     blocks = random_blocks(kind, 16, 256, seed=1)
     canonical = read(blocks, kind).canonical()
-    if kind.endswith("_K"):
-        assert canonical["scales"].dtype == torch.float32
-    else:
-        per_block = blocks.view(16, 8, -1)
-        halves = [per_block[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1) for at in HALVES[kind]]
-        assert_bitwise(canonical["scales"], halves[0])
-        if len(halves) == 2:
-            assert_bitwise(canonical["zeros"], halves[1])
+    two_levels = kind.endswith("_K")
+    per_block = blocks.view(16, 1 if two_levels else 8, -1)
+    halves = [per_block[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1) for at in HALVES[kind]]
+    if two_levels:
+        halves[1:] = [-dmin for dmin in halves[1:]]
+    for name, stored in zip(("scales", "zeros"), halves, strict=False):
+        numbers = canonical[name]
+        assert numbers.dtype == (torch.int8 if two_levels else torch.float16)
+        found = numbers[..., :2].contiguous().view(torch.float16).squeeze(-1) if two_levels else numbers
+        assert_bitwise(found, stored)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q2_K", "Q3_K", "Q6_K"])
+def test_scales_of_two_levels_are_those_of_the_block(kind):
+    """Exactly the products that ggml computes in float32, and no more bytes than a code for each group."""
+    weight = read(random_blocks(kind, 16, 512, seed=3), kind)
+    assert weight.has_levels and weight.scales.shape[2] == 2 + 256 // weight.group_size
+    wide = weight.widened()
+    assert wide.scale_dtype == torch.float32 and weight.scales.nbytes < 0.36 * wide.scales.nbytes
+    assert_bitwise(wide.dequantize(), weight.dequantize())
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -159,7 +159,8 @@ class Folder:
             codes, scales = specs[name], specs[f"{name}.scales"]
             _, rows, columns = codes.shape
             columns *= linear.weight_class._CODES_PER_ELEMENT
-            group_size = columns // scales.shape[1]
+            _, groups, *levels = scales.shape
+            group_size = columns // (groups * (levels[0] - 2) if levels else groups)
         except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
             raise ValueError(f"{self.path}: {name}: must have codes and scales, got {specs}") from error
         kind = self._kinds[module].partition(" ")[2]

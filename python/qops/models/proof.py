@@ -45,8 +45,9 @@ class Tolerance(NamedTuple):
     largest: float
 
 
-# Sums in another order, through attention and final norm: 3e-7 seen on SmolLM2.
-FLOAT32 = Tolerance(2e-5, 2e-5)
+# Sums in another order, through attention and final norm: 3e-7 seen on SmolLM2. Where two keys of random weights tie,
+# one row in 36 has been 3e-5 apart.
+FLOAT32 = Tolerance(2e-5, 2e-4)
 # The same error sends one activation in 100,000 to the other side of a half, which moves its row by 1 / (32 sqrt(K)).
 FLOAT32_INT8 = Tolerance(2e-4, 2e-2)
 # Rules with a / 127.5 put the largest element of every row on a tie, which the least error turns over: 1 in 127.5 parts

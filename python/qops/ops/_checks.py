@@ -18,10 +18,6 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT4_KINDS = ("symmetric", "zero_point", "float_zero", "offset")
 MAX_ROW_DIMS = 4
 MAX_DECODE_TOKENS = 8
-# Of rows of int8. Sums of products stay in int32: 128 * 128 * K, and with zero points in -128 ... 127 255 * 128 * K.
-MAX_INT8_K, MAX_INT8_K_WITH_ZERO_POINT = 131071, 65793
-# Of 4-bit weights those of 16 * 128 do, and the sum of a group's q is exact in float32.
-MAX_INT4_INT8_K, MAX_INT4_INT8_GROUP = 1048575, 131071
 MAX_FLOAT = torch.finfo(torch.float32).max
 _OPTIONAL_TENSOR = torch.OptionalType(torch.TensorType.get())
 F = TypeVar("F", bound="Callable[..., Results]")
@@ -277,10 +273,10 @@ def gate_and_up(
 def check_packed_weight(
     check: Checker, packed: Tensor, scales: Tensor, out_features: int, group_size: int, *, bits: int
 ) -> int:
-    """A packed weight with scales ``[S, K / group_size, 16]``; returns K."""
+    """A packed weight with scales ``[S, K / group_size, 16]``, or int8 ones of two levels; returns K."""
     per_column, step = 2 * bits, column_step(packed.device)
     check.dtype(packed, "packed", torch.uint8 if bits == 4 else torch.int8)
-    check.float_dtype(scales, "scales")
+    two_levels = check_scale_dtype(check, scales, "scales")
     ok = out_features >= 0 and out_features % 8 == 0
     check.require(ok, "out_features", "be a multiple of 8", lambda: str(out_features))
     check.require(packed.dim() == 2, "packed", "have 2 dimensions", lambda: str(packed.dim()))
@@ -296,39 +292,68 @@ def check_packed_weight(
     check.shape(packed, "packed", "[S, K-strip]", (strips, stored * per_column))
     ok = group_size == k or (group_size > 0 and group_size % 16 == 0 and k % group_size == 0)
     check.require(ok, "group_size", f"be K = {k} or a multiple of 16 that divides it", lambda: str(group_size))
-    groups = k // group_size if group_size else 0
-    check.shape(scales, "scales", "[S, K / group_size, 16]", (strips, groups, STRIP_ROWS))
+    if two_levels:
+        requirement = "be floats but for groups of 16, 32, 64 or 128 and K a multiple of 256"
+        ok = group_size in _layout.LEVEL_GROUPS and k % _layout.SUPER_COLUMNS == 0
+        check.require(ok, "scales", requirement, lambda: f"int8 for groups of {group_size} and K = {k}")
+        letters, levels = "[S, K / 256, 2 + 256 / group_size, 16]", _layout.levels_shape(k, group_size)
+        check.shape(scales, "scales", letters, (strips, *levels, STRIP_ROWS))
+    else:
+        groups = k // group_size if group_size else 0
+        check.shape(scales, "scales", "[S, K / group_size, 16]", (strips, groups, STRIP_ROWS))
     check.contiguous(packed, "packed")
     check.contiguous(scales, "scales")
     return k
 
 
-def check_zero_dtype(check: Checker, zeros: Tensor, arg: str, kind: int) -> None:
-    if kind > 1 and not _layout.has_gpu_layout(zeros.device):
+def check_scale_dtype(check: Checker, scales: Tensor, arg: str) -> bool:
+    """Whether scales have two levels, which GPU kernels do not read."""
+    two_levels = scales.dtype == _layout.LEVELS_DTYPE and not _layout.has_gpu_layout(scales.device)
+    if not two_levels:
+        check.float_dtype(scales, arg)
+    return two_levels
+
+
+def check_zeros(
+    check: Checker, kind: int, zeros: Tensor | None, scales: Tensor, prefix: str = "", *, bits: int = 4
+) -> None:
+    """The kind of a weight, and the zeros that belong to it; ``prefix``: of the names of its arguments."""
+    if bits == 8:
+        requirement, fits = "be 0 (symmetric) or 3 (offset) for a weight of 8 bits", kind in (0, 3)
+    else:
+        requirement, fits = "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)", 0 <= kind <= 3
+    check.require(fits, f"{prefix}kind", requirement, lambda: str(kind))
+    two_levels = scales.dtype == _layout.LEVELS_DTYPE
+    requirement = "be 0 (symmetric) or 3 (offset) with int8 scales"
+    check.require(not two_levels or kind in (0, 3), f"{prefix}kind", requirement, lambda: str(kind))
+    arg = f"{prefix}zeros"
+    requirement = "be None for kind 0" if kind == 0 else "be given for this kind"
+    check.require((zeros is None) == (kind == 0), arg, requirement, lambda: "None" if zeros is None else "a tensor")
+    if zeros is None:
+        return
+    if two_levels:
+        check.dtype(zeros, arg, _layout.LEVELS_DTYPE)
+    elif kind > 1 and not _layout.has_gpu_layout(zeros.device):
         check.float_dtype(zeros, arg)
     else:
         check.dtype(zeros, arg, torch.uint8 if kind == 1 else torch.float32)
+    check.same_shape(zeros, arg, scales, f"{prefix}scales")
+    check.contiguous(zeros, arg)
 
 
-def check_zeros(check: Checker, kind: int, zeros: Tensor | None, scales: Tensor) -> None:
-    """The kind of a weight, and the zeros that belong to it."""
-    requirement = "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)"
-    check.require(0 <= kind <= 3, "kind", requirement, lambda: str(kind))
-    requirement = "be None for kind 0" if kind == 0 else "be given for this kind"
-    actual = "None" if zeros is None else "a tensor"
-    check.require((zeros is None) == (kind == 0), "zeros", requirement, lambda: actual)
-    if zeros is not None:
-        check_zero_dtype(check, zeros, "zeros", kind)
-        check.same_shape(zeros, "zeros", scales, "scales")
-        check.contiguous(zeros, "zeros")
-
-
-def check_perm(check: Checker, perm: Tensor | None, k: int) -> None:
+def check_perm(check: Checker, perm: Tensor | None, k: int, prefix: str = "") -> None:
     """The order in which columns are stored."""
     if perm is not None:
-        check.dtype(perm, "perm", torch.int32)
-        check.shape(perm, "perm", "[K]", (k,))
-        check.contiguous(perm, "perm")
+        check.dtype(perm, f"{prefix}perm", torch.int32)
+        check.shape(perm, f"{prefix}perm", "[K]", (k,))
+        check.contiguous(perm, f"{prefix}perm")
+
+
+def check_bias(check: Checker, bias: Tensor | None, n: int, prefix: str = "") -> None:
+    if bias is not None:
+        check.float_dtype(bias, f"{prefix}bias")
+        check.shape(bias, f"{prefix}bias", "[N]", (n,))
+        check.dense_last_dim(bias, f"{prefix}bias")
 
 
 def check_weight_only(
@@ -351,10 +376,7 @@ def check_weight_only(
     k = check_packed_weight(check, packed, scales, out_features, group_size, bits=bits)
     check.require(x.shape[-1] == k, "x", f"have last dimension K = {k}", lambda: str(x.shape[-1]))
     check.dense_last_dim(x, "x")
-    if bias is not None:
-        check.float_dtype(bias, "bias")
-        check.shape(bias, "bias", "[N]", (out_features,))
-        check.dense_last_dim(bias, "bias")
+    check_bias(check, bias, out_features)
     check.rows(x, "x")
     check_zeros(check, kind, zeros, scales)
     check_perm(check, perm, k)
@@ -485,37 +507,25 @@ def check_block_linear(
     actual = f"{packed.shape[0]} strips of {columns} columns"
     fits = packed.shape[0] == strips and columns == k
     check.require(fits, arg, f"hold a weight [N, K] = [{n}, {k}]", lambda: actual)
-    check.float_dtype(scales, f"{arg}_scales")
-    fits = scales.dim() == 3 and scales.shape[0] == strips and scales.shape[2] == STRIP_ROWS
-    requirement = f"have shape [S, K / group_size, 16] with S = {strips}"
-    check.require(fits, f"{arg}_scales", requirement, lambda: _shape(scales.shape))
-    groups = scales.shape[1]
-    fits = k == 0 if groups == 0 else k % groups == 0 and (groups == 1 or (k // groups) % 16 == 0)
-    requirement = f"have one group, or groups of a multiple of 16 columns that divides K = {k}"
-    check.require(fits, f"{arg}_scales", requirement, lambda: f"{groups} groups")
+    if check_scale_dtype(check, scales, f"{arg}_scales"):
+        shapes = [(strips, *_layout.levels_shape(k, g), STRIP_ROWS) for g in _layout.LEVEL_GROUPS]
+        sizes = f"S = {strips}, K = {k}, G = 16, 32, 64 or 128"
+        requirement = f"have shape [S, K / 256, 2 + 256 / G, 16] with {sizes}"
+        fits = k % _layout.SUPER_COLUMNS == 0 and tuple(scales.shape) in shapes
+        check.require(fits, f"{arg}_scales", requirement, lambda: _shape(scales.shape))
+    else:
+        fits = scales.dim() == 3 and scales.shape[0] == strips and scales.shape[2] == STRIP_ROWS
+        requirement = f"have shape [S, K / group_size, 16] with S = {strips}"
+        check.require(fits, f"{arg}_scales", requirement, lambda: _shape(scales.shape))
+        groups = scales.shape[1]
+        fits = k == 0 if groups == 0 else k % groups == 0 and (groups == 1 or (k // groups) % 16 == 0)
+        requirement = f"have one group, or groups of a multiple of 16 columns that divides K = {k}"
+        check.require(fits, f"{arg}_scales", requirement, lambda: f"{groups} groups")
     check.contiguous(packed, arg)
     check.contiguous(scales, f"{arg}_scales")
-    if packed.dtype == torch.int8:
-        requirement = "be 0 (symmetric) or 3 (offset) for a weight of 8 bits"
-        check.require(kind in (0, 3), f"{arg}_kind", requirement, lambda: str(kind))
-    else:
-        requirement = "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)"
-        check.require(0 <= kind <= 3, f"{arg}_kind", requirement, lambda: str(kind))
-    requirement = "be None for kind 0" if kind == 0 else "be given for this kind"
-    actual_zeros = "None" if zeros is None else "a tensor"
-    check.require((zeros is None) == (kind == 0), f"{arg}_zeros", requirement, lambda: actual_zeros)
-    if zeros is not None:
-        check_zero_dtype(check, zeros, f"{arg}_zeros", kind)
-        check.same_shape(zeros, f"{arg}_zeros", scales, f"{arg}_scales")
-        check.contiguous(zeros, f"{arg}_zeros")
-    if perm is not None:
-        check.dtype(perm, f"{arg}_perm", torch.int32)
-        check.shape(perm, f"{arg}_perm", "[K]", (k,))
-        check.contiguous(perm, f"{arg}_perm")
-    if bias is not None:
-        check.float_dtype(bias, f"{arg}_bias")
-        check.shape(bias, f"{arg}_bias", "[N]", (n,))
-        check.dense_last_dim(bias, f"{arg}_bias")
+    check_zeros(check, kind, zeros, scales, f"{arg}_", bits=8 if packed.dtype == torch.int8 else 4)
+    check_perm(check, perm, k, f"{arg}_")
+    check_bias(check, bias, n, f"{arg}_")
 
 
 def check_silu_mul(

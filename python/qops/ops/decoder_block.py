@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
+from qops._layout import MAX_INT4_INT8_GROUP, MAX_INT4_INT8_K, MAX_INT8_K, MAX_INT8_K_WITH_ZERO_POINT
 from qops.ops._checks import INT4_KINDS as KINDS
 from qops.ops._checks import (
-    MAX_INT4_INT8_GROUP,
-    MAX_INT4_INT8_K,
-    MAX_INT8_K,
-    MAX_INT8_K_WITH_ZERO_POINT,
     Checker,
     Results,
     check_attention,
@@ -401,7 +398,8 @@ def _check_linear(check: Checker, arg: str, operands: Any, given: int, n: int, k
     """packed, scales, zeros, perm, bias and kind of a linear [N, K], and what it multiplies."""
     check_block_linear(check, arg, *operands, n=n, k=k)
     packed, scales, _, perm, _, kind = operands
-    has_8_bits, groups = packed.dtype == torch.int8, scales.shape[1]
+    has_8_bits = packed.dtype == torch.int8
+    groups = scales.shape[1] * (1 if scales.dim() == 3 else scales.shape[2] - 2)  # two levels have theirs inside
     known = INPUTS if has_8_bits else INPUTS[:ASYMMETRIC]
     *numbers, last = (f"{index} ({name})" for index, name in enumerate(known))
     requirement = f"be {', '.join(numbers)} or {last}" + ("" if has_8_bits else " for a weight of 4 bits")

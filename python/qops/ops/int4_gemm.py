@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
+from qops._layout import MAX_INT4_INT8_GROUP as MAX_GROUP
+from qops._layout import MAX_INT4_INT8_K as MAX_K
 from qops._layout import group_count
 from qops.ops._checks import FLOAT_DTYPES as OUT_DTYPES
 from qops.ops._checks import INT4_KINDS as KINDS
-from qops.ops._checks import MAX_INT4_INT8_GROUP as MAX_GROUP
-from qops.ops._checks import MAX_INT4_INT8_K as MAX_K
 from qops.ops._checks import (
     Checker,
     Result,
     Results,
+    check_bias,
     check_epilogue,
     check_packed_weight,
     check_perm,
@@ -53,7 +54,8 @@ def int4_gemm(
     """Multiplies activations with a 4-bit weight: ``y[m, n] = R(sum_k x[m, k] * w[n, k] + bias[n])``.
 
     The exact weight is, by ``weight.kind``, ``w = s * (q - 8)``, ``s * (q - z)`` with an integer or a float zero, or
-    ``s * q + o``, with one scale ``s`` for each row and group of ``weight.group_size`` columns.
+    ``s * q + o``, with one scale ``s`` for each row and group of ``weight.group_size`` columns. Scales and offsets of
+    two levels are the float32 numbers that these products are exactly.
 
     At most one of ``residual``, ``silu_mul`` and ``out_scale`` asks for more, which is done while y is in registers:
 
@@ -308,6 +310,8 @@ def int4_int8_gemm_exact(
     """The contract of :func:`int4_int8_gemm`: integers in int64, float32 steps one by one."""
     from qops.weights.rounding import add_rounding_to_odd
 
+    weight = weight.widened()
+
     def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         # float64 holds the product, and a sum that was rounded to odd is rounded once.
         product, c = a.double() * b.double(), c.double()
@@ -437,10 +441,7 @@ def _(
     check.dense_last_dim(q, "q")
     check.rows(q, "q")
     check.per_row(scale, "scale", q)
-    if bias is not None:
-        check.float_dtype(bias, "bias")
-        check.shape(bias, "bias", "[N]", (out_features,))
-        check.dense_last_dim(bias, "bias")
+    check_bias(check, bias, out_features)
     check_zeros(check, kind, zeros, scales)
     check_perm(check, perm, k)
     y = check_epilogue(check, q, out_features, out_dtype, residual, silu_mul, out_scale, out_zero_point)

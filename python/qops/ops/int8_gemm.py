@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
+from qops._layout import MAX_INT8_K as MAX_K
+from qops._layout import MAX_INT8_K_WITH_ZERO_POINT as MAX_K_WITH_ZERO_POINT
 from qops._layout import column_step, stored_columns, strips_of
-from qops.ops._checks import MAX_INT8_K as MAX_K
-from qops.ops._checks import MAX_INT8_K_WITH_ZERO_POINT as MAX_K_WITH_ZERO_POINT
 from qops.ops._checks import (
     Checker,
     Result,

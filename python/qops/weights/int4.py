@@ -15,7 +15,7 @@ from qops.weights.requirements import (
     require_dtype,
     require_int,
     require_matrix,
-    require_scale_dtype,
+    require_scales,
     require_tensor,
 )
 from qops.weights.rounding import add_rounding_to_odd, round_to_nearest, store_nibbles
@@ -44,6 +44,12 @@ class Int4Weight(QuantizedWeight):
     a multiple of 64, rows r and r + 8 of a strip have their scales, and zeros, side by side, and float zeros are
     float32. Float zeros and offsets are float16, bfloat16 or float32, as the weight was given them.
 
+    Scales, and offsets, of two levels (GGUF's K-quants; symmetric weights or offsets, K a multiple of 256, G = 16, 32,
+    64 or 128) are an exact product ``s = d * c``, one float16 d for 256 columns and an int8 c for each group. Both are
+    then int8: canonical ``[N, K/256, 2 + 256/G]``, the two bytes of d and the c of its groups; packed
+    ``[S, K/256, 2 + 256/G, 16]``, the d of the 16 rows in the first two of their rows. CPU kernels multiply as they
+    read, with the bits of :meth:`widened`; packing for a GPU widens for good.
+
     The constructor makes a weight of zeros to load a state into; weights come from :meth:`quantize`,
     :meth:`from_canonical` and the readers of checkpoint formats.
 
@@ -52,7 +58,8 @@ class Int4Weight(QuantizedWeight):
         out_features: N, a multiple of 8.
         group_size: G, a multiple of 16 that divides K; -1 (or K) for one group per row.
         kind: one of ``KINDS``.
-        scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
+        scale_dtype: float16, bfloat16 or float32, or int8 for two levels; no cast of a module ever changes it. A state
+            may have float32 in place of two levels, or these in place of float32.
         act_order: whether there is a ``perm``.
         mixed_gate_up: whether the strips mix gate and up, as :meth:`mix_gate_up` says.
         zero_dtype: the dtype of float zeros and offsets until a state is loaded, which may have another one.
@@ -164,10 +171,10 @@ class Int4Weight(QuantizedWeight):
 
         Args:
             qweight: uint8 ``[N, K/2]``, even k in the low nibble; with ``perm``, columns in stored order.
-            scales: float16, bfloat16 or float32 ``[N, K/G]``.
+            scales: float16, bfloat16 or float32 ``[N, K/G]``; int8 ``[N, K/256, 2 + 256/G]`` of two levels.
             kind: one of ``KINDS``.
             zeros: ``[N, K/G]``, uint8 0 ... 16 for ``"zero_point"``; float16, bfloat16 or float32 for
-                ``"float_zero"`` and ``"offset"``; None for ``"symmetric"``.
+                ``"float_zero"`` and ``"offset"``; None for ``"symmetric"``. With scales of two levels offsets are, too.
             perm: int32 or int64 ``[K]``, a permutation of 0 ... K-1; stored column j is column ``perm[j]`` of w.
             in_features: K, which says that ``qweight`` holds two codes in a byte.
             pack: False leaves the weight canonical; it may then share memory with the arguments.
@@ -185,9 +192,8 @@ class Int4Weight(QuantizedWeight):
         require_tensor(name, "qweight", qweight)
         require_tensor(name, "scales", scales)
         require_dtype(name, "qweight", qweight, torch.uint8)
-        require_scale_dtype(name, scales.dtype)
         require_matrix(name, "qweight", qweight)
-        require_matrix(name, "scales", scales)
+        require_scales(name, "scales", scales)
         tensors = {"qweight": qweight.detach(), "scales": scales.detach(), **cls._zeros_and_perm(kind, zeros, perm)}
         stored, columns = qweight.shape[1], 2 * qweight.shape[1]
         if in_features is not None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qops import _layout
-from qops._layout import STRIP_ROWS, strips_of
+from qops._layout import STRIP_ROWS, strips_of, widen_levels
 from qops.weights.requirements import (
     dtype_name,
     group_size_from_scales,
     require_dtype,
     require_matrix,
     require_scale_dtype,
+    require_scales,
     require_tensor,
 )
 from qops.weights.rounding import round_to_nearest, scale_codes
@@ -41,7 +42,7 @@ class Int8Weight(QuantizedWeight):
     ``perm[j]`` of w).
     Packed tensors, with S = ceil(N / 16) strips: ``packed`` int8 ``[S, 16 K]``, ``scales`` and ``zeros [S, K/G, 16]``,
     ``perm``. Rows past N fill the last strip with zeros. On a GPU ``packed`` has room for K rounded up to a multiple of
-    64; ``scales`` and ``zeros`` are as on a CPU.
+    64; ``scales`` and ``zeros`` are as on a CPU. Scales and offsets may have two levels, as in :class:`Int4Weight`.
 
     :func:`qops.int8_weight_only_gemm` takes all of them, :func:`qops.int8_gemm` symmetric ones without a ``perm``.
 
@@ -52,7 +53,7 @@ class Int8Weight(QuantizedWeight):
         out_features: N, a multiple of 8.
         group_size: G, a multiple of 16 that divides K; -1 (or K) for one group per row.
         kind: one of ``KINDS``.
-        scale_dtype: float16, bfloat16 or float32; no cast of a module ever changes it.
+        scale_dtype: float16, bfloat16 or float32, or int8 for two levels; no cast of a module ever changes it.
         act_order: whether there is a ``perm``.
         mixed_gate_up: whether the strips mix gate and up, as :meth:`mix_gate_up` says.
         zero_dtype: the dtype of float zeros and offsets until a state is loaded, which may have another one.
@@ -143,9 +144,10 @@ class Int8Weight(QuantizedWeight):
         Args:
             qweight: int8 ``[N, K]``; with ``perm``, columns in stored order.
             scales: float16, bfloat16 or float32 ``[N, K/G]``; or ``[]``, one for the whole weight, which each row then
-                repeats.
+                repeats; int8 ``[N, K/256, 2 + 256/G]`` of two levels.
             kind: one of ``KINDS``.
-            zeros: float16, bfloat16 or float32 ``[N, K/G]``, the offsets; None for ``"symmetric"``.
+            zeros: float16, bfloat16 or float32 ``[N, K/G]``, the offsets; None for ``"symmetric"``. With scales of two
+                levels offsets are, too.
             perm: int32 or int64 ``[K]``, a permutation of 0 ... K-1; stored column j is column ``perm[j]`` of w.
             pack: False leaves the weight canonical; it may then share memory with the arguments.
 
@@ -162,10 +164,9 @@ class Int8Weight(QuantizedWeight):
         require_tensor(name, "scales", scales)
         require_matrix(name, "qweight", qweight)
         require_dtype(name, "qweight", qweight, torch.int8)
-        require_scale_dtype(name, scales.dtype)
         if scales.dim() == 0:
             scales = scales.expand(qweight.shape[0], min(qweight.shape[1], 1))
-        require_matrix(name, "scales", scales)
+        require_scales(name, "scales", scales)
         tensors = {"qweight": qweight.detach(), "scales": scales.detach(), **cls._zeros_and_perm(kind, zeros, perm)}
         config = {
             "in_features": qweight.shape[1],
@@ -309,9 +310,20 @@ class Int8Weight(QuantizedWeight):
         else:
             qweight = self.qweight[torch.where(inside, ids, n)]
         at = (strip, slice(None), lane) if self.is_packed else torch.where(inside, ids, n)
-        zeros = None if self.zeros is None else self.zeros[at]
-        found = scale_codes(qweight.reshape(*ids.shape, k), self.scales[at], zeros, may_look=False).to(dtype)
+        scales, zeros = (None if t is None else self._numbers_at(t, at) for t in (self.scales, self.zeros))
+        assert scales is not None
+        found = scale_codes(qweight.reshape(*ids.shape, k), scales, zeros, may_look=False).to(dtype)
         return found if self.perm is None else torch.empty_like(found).index_copy_(-1, self.perm.long(), found)
+
+    def _numbers_at(self, numbers: Tensor, at: Any) -> Tensor:
+        """Scales or offsets of some rows, [..., K/G]. ``at``: of a packed weight strip, all, row of the strip."""
+        if not self.has_levels:
+            return numbers[at]
+        if not self.is_packed:
+            return widen_levels(numbers[at])
+        strip, _, lane = at
+        halves = numbers[:, :, :2].flatten(2).view(torch.float16)[strip, :, lane]
+        return (halves.unsqueeze(-1).float() * numbers[strip, :, 2:, lane].float()).flatten(-2)
 
     @staticmethod
     def _pack_codes(qweight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qops._layout import group_count
+from qops._layout import LEVEL_GROUPS, LEVELS_DTYPE, SUPER_COLUMNS, group_count, levels_shape
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -47,6 +47,14 @@ def resolve_group_size(name: str, in_features: int, group_size: int) -> int:
 
 
 def group_size_from_scales(name: str, in_features: int, scales: Tensor) -> int:
+    if scales.dtype == LEVELS_DTYPE:
+        for group_size in LEVEL_GROUPS:
+            if in_features % SUPER_COLUMNS == 0 and scales.shape[1:] == levels_shape(in_features, group_size):
+                return group_size
+        raise ValueError(
+            f"{name}: int8 scales must have shape [N, K/256, 2 + 256/G] with K = {in_features}, a multiple of 256, and "
+            f"G = 16, 32, 64 or 128, got {list(scales.shape)}"
+        )
     groups = scales.shape[1]
     if groups == 0 and in_features == 0:
         return 0
@@ -80,6 +88,17 @@ def require_tensor(name: str, label: str, tensor: object) -> None:
 def require_scale_dtype(name: str, dtype: object, label: str = "scales") -> None:
     if dtype not in SCALE_DTYPES:
         raise RuntimeError(f"{name}: {label} must have dtype float16, bfloat16 or float32, got {dtype_name(dtype)}")
+
+
+def require_scales(name: str, label: str, scales: object) -> None:
+    """Of one level a matrix; of two, which are int8, one of rows of bytes."""
+    require_tensor(name, label, scales)
+    assert isinstance(scales, Tensor)
+    if scales.dtype != LEVELS_DTYPE:
+        require_scale_dtype(name, scales.dtype, label)
+        require_matrix(name, label, scales)
+    elif scales.dim() != 3:
+        raise ValueError(f"{name}: int8 {label} must have 3 dimensions, got shape {list(scales.shape)}")
 
 
 def require_dtype(name: str, label: str, tensor: Tensor, dtype: torch.dtype) -> None:

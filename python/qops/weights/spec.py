@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qops._layout import group_count
+from qops._layout import (
+    LEVEL_GROUPS,
+    LEVELS_DTYPE,
+    SUPER_COLUMNS,
+    group_count,
+    halves_of_levels,
+    levels_shape,
+    widen_levels,
+)
 from qops.weights.requirements import (
     require_dtype,
     require_int,
@@ -37,7 +45,7 @@ class WeightSpec(nn.Module):
     group_size: int
     """G, the columns that share a scale: K where there is one group per row."""
     scale_dtype: torch.dtype
-    """float16, bfloat16 or float32."""
+    """float16, bfloat16 or float32; int8 where scales, and offsets, have two levels."""
     zero_dtype: torch.dtype = torch.float32
     """The same, of float zeros and offsets; float32 where the weight has none."""
     kind: str = "symmetric"
@@ -64,19 +72,32 @@ class WeightSpec(nn.Module):
         in_features = require_int(name, "in_features", in_features)
         out_features = require_int(name, "out_features", out_features)
         require_multiples_of_8(name, out_features, in_features)
-        require_scale_dtype(name, scale_dtype)
-        require_scale_dtype(name, zero_dtype, "zeros")
+        for dtype, label in ((scale_dtype, "scales"), (zero_dtype, "zeros")):
+            if scale_dtype != LEVELS_DTYPE or dtype != LEVELS_DTYPE:
+                require_scale_dtype(name, dtype, label)
         if mixed_gate_up:
             self._require_gate_up(out_features)
         self._require_kind(kind)
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = resolve_group_size(name, in_features, group_size)
-        self.scale_dtype = scale_dtype
-        self.zero_dtype = zero_dtype if kind in FLOAT_ZERO_KINDS else torch.float32
         self.kind = kind
+        self._set_dtypes(scale_dtype, zero_dtype)
         self.act_order = act_order
         self.mixed_gate_up = mixed_gate_up
+
+    def _set_dtypes(self, scale_dtype: torch.dtype, zero_dtype: torch.dtype) -> None:
+        """Of scales and float zeros; of two levels both or none."""
+        if scale_dtype == LEVELS_DTYPE:
+            self._require_levels()
+            zero_dtype = LEVELS_DTYPE
+        self.scale_dtype = scale_dtype
+        self.zero_dtype = zero_dtype if self.kind in FLOAT_ZERO_KINDS else torch.float32
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether scales, and offsets, have two levels: a float16 of each 256 columns and a code of each group."""
+        return self.scale_dtype == LEVELS_DTYPE
 
     def _config(self) -> dict[str, Any]:
         """Arguments of :meth:`_configure` for a weight like this one, out_features left out."""
@@ -95,8 +116,8 @@ class WeightSpec(nn.Module):
 
     def _canonical_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of every canonical tensor."""
-        n, k = self.out_features, self.in_features
-        per_group = (n, group_count(k, self.group_size))
+        n, k, g = self.out_features, self.in_features, self.group_size
+        per_group = (n, *(levels_shape(k, g) if self.has_levels else (group_count(k, g),)))
         spec: dict[str, tuple[tuple[int, ...], torch.dtype]]
         spec = {
             "qweight": ((n, k // self._CODES_PER_ELEMENT), self._CODES_DTYPE),
@@ -148,6 +169,16 @@ class WeightSpec(nn.Module):
             tensors["perm"] = perm.clamp(-1, 2**31 - 1).int() if perm.dtype == torch.int64 else perm
         return tensors
 
+    def _require_levels(self) -> None:
+        name, k, g = self._name(), self.in_features, self.group_size
+        if k % SUPER_COLUMNS or g not in LEVEL_GROUPS:
+            raise ValueError(
+                f"{name}: int8 scales must be of groups of 16, 32, 64 or 128 and a K that is a multiple of 256, "
+                f"got groups of {g} and K = {k}"
+            )
+        if self.kind not in ("symmetric", "offset"):
+            raise ValueError(f"{name}: int8 scales must be of kind symmetric or offset, got {self.kind!r}")
+
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises unless these are canonical tensors of this weight; float zeros may have another dtype."""
         name, device = self._name(), tensors["qweight"].device
@@ -155,7 +186,7 @@ class WeightSpec(nn.Module):
             tensor = tensors[key]
             if tensor.device != device:
                 raise RuntimeError(f"{name}: {key} must be on {device} like qweight, got {tensor.device}")
-            if key == "zeros" and self.kind in FLOAT_ZERO_KINDS:
+            if key == "zeros" and self.kind in FLOAT_ZERO_KINDS and not self.has_levels:
                 require_scale_dtype(name, tensor.dtype, key)
             else:
                 require_dtype(name, key, tensor, dtype)
@@ -163,6 +194,8 @@ class WeightSpec(nn.Module):
                 raise ValueError(f"{name}: {key} must have shape {list(shape)}, got {list(tensor.shape)}")
             if tensor.is_meta:
                 continue
+            if dtype == LEVELS_DTYPE and key != "qweight":
+                tensor = halves_of_levels(tensor)
             # The extremes tell, without a tensor of answers: NaN is among them.
             if tensor.is_floating_point() and tensor.numel() > 0 and not torch.stack(tensor.aminmax()).isfinite().all():
                 raise ValueError(f"{name}: {key} must be finite, got NaN or infinity")
@@ -174,3 +207,9 @@ class WeightSpec(nn.Module):
     @classmethod
     def _name(cls) -> str:
         return f"qops.{cls.__name__}"
+
+
+def wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Canonical tensors whose scales and offsets have one level: of two, float32 holds their products exactly."""
+    has_levels = tensors["scales"].dtype == LEVELS_DTYPE
+    return {key: widen_levels(t) if has_levels and key in ("scales", "zeros") else t for key, t in tensors.items()}

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 
 from qops import _layout
-from qops._layout import STRIP_ROWS, chunk_rows, into_strips, layout_of, out_of_strips, strips_of
+from qops._layout import (
+    LEVELS_DTYPE,
+    STRIP_ROWS,
+    chunk_rows,
+    into_strips,
+    layout_of,
+    levels_into_strips,
+    levels_out_of_strips,
+    out_of_strips,
+    strips_of,
+)
 from qops.weights.requirements import (
     dtype_name,
     moved,
     require_int,
 )
-from qops.weights.spec import FLOAT_ZERO_KINDS, WeightSpec
+from qops.weights.spec import FLOAT_ZERO_KINDS, WeightSpec, wide
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -191,8 +201,23 @@ class QuantizedWeight(WeightSpec):
         step = chunk_rows(self.in_features)
         for start in range(0, self.out_features if self.in_features else 0, step):
             stop = min(start + step, self.out_features)
-            weight[start:stop, columns] = self._dequantize_rows(self._rows(start, stop)).to(dtype)
+            weight[start:stop, columns] = self._dequantize_rows(wide(self._rows(start, stop))).to(dtype)
         return weight if order is None else torch.empty_like(weight).index_copy_(0, order, weight)
+
+    @torch.no_grad()
+    def widened(self) -> Self:
+        """The same weight with scales, and offsets, of one level: float32 holds those of two exactly.
+
+        Every operator computes the same bits with it; it takes more memory.
+
+        Returns:
+            A weight packed where this one is; it may share memory with this one where that is canonical, and is this
+            one where it has one level.
+        """
+        if not self.has_levels:
+            return self
+        config = {**self._config(), "scale_dtype": torch.float32, "zero_dtype": torch.float32}
+        return self._from_tensors(wide(self.canonical()), config, self.is_packed)
 
     @classmethod
     @torch.no_grad()
@@ -305,6 +330,9 @@ class QuantizedWeight(WeightSpec):
 
     def _packed_from(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device = tensors["qweight"].device
+        if _layout.has_gpu_layout(device) and self.has_levels:
+            tensors = wide(tensors)  # what its kernels read
+            self._set_dtypes(torch.float32, torch.float32)
         if (order := self._row_order(device)) is not None:
             tensors = {
                 key: tensor if key == "perm" else tensor.index_select(0, order) for key, tensor in tensors.items()
@@ -315,7 +343,10 @@ class QuantizedWeight(WeightSpec):
             raise RuntimeError(f"{self._name()}: this build of qops has no kernels for device {device.type}") from error
         for key in ("scales", "zeros"):
             if key in tensors:
-                packed[key] = into_strips(tensors[key], self._pairs_rows(device))
+                levels = self.has_levels
+                packed[key] = (
+                    levels_into_strips(tensors[key]) if levels else into_strips(tensors[key], self._pairs_rows(device))
+                )
         if _layout.has_gpu_layout(device) and self.kind in FLOAT_ZERO_KINDS:
             packed["zeros"] = packed["zeros"].float()  # what its kernels read
         if "perm" in tensors:
@@ -334,9 +365,12 @@ class QuantizedWeight(WeightSpec):
         for key in ("scales", "zeros"):
             if key in tensors:
                 whole = tensors[key]
-                paired = self._pairs_rows(self.device)
-                packed = "packed" in tensors
-                rows[key] = out_of_strips(whole[strips], stop - start, paired) if packed else whole[start:stop]
+                if "packed" not in tensors:
+                    rows[key] = whole[start:stop]
+                elif self.has_levels:
+                    rows[key] = levels_out_of_strips(whole[strips], stop - start)
+                else:
+                    rows[key] = out_of_strips(whole[strips], stop - start, self._pairs_rows(self.device))
         if self.kind in FLOAT_ZERO_KINDS:
             rows["zeros"] = rows["zeros"].to(self.zero_dtype)
         return rows
@@ -382,8 +416,18 @@ class QuantizedWeight(WeightSpec):
         return weight
 
     def _take(self, tensors: Mapping[str, Tensor], pack: bool) -> None:
-        """Checks canonical tensors and holds them, float zeros in the dtype in which they come."""
-        self._check(tensors)
+        """Checks canonical tensors and holds them, float zeros in the dtype in which they come.
+
+        Scales of two levels come as float32 from who packed them for a GPU, or from an older qops.
+        """
+        before = self.scale_dtype, self.zero_dtype
+        try:
+            if {before[0], tensors["scales"].dtype} == {LEVELS_DTYPE, torch.float32}:
+                self._set_dtypes(tensors["scales"].dtype, torch.float32)
+            self._check(tensors)
+        except (RuntimeError, ValueError):
+            self.scale_dtype, self.zero_dtype = before
+            raise
         if self.kind in FLOAT_ZERO_KINDS:
             self.zero_dtype = tensors["zeros"].dtype
         self._hold(self._packed_from(tensors) if pack else {key: t.contiguous() for key, t in tensors.items()})

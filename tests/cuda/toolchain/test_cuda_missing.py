@@ -37,6 +37,8 @@ def argument(schema_type: str) -> object:
     """A value that the schema takes."""
     if schema_type == "Tensor":
         return OnGpu(2, 8)
+    if schema_type.startswith("List"):
+        return []
     known = {"int": 8, "float": 1.0, "bool": False, "str": "127", "ScalarType": torch.float32}
     return None if schema_type.startswith("Optional") else known[schema_type]
 

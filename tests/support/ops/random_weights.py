@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from qops._layout import with_levels
 from qops.testing import assert_bitwise, generator
 from qops.weights import Int4Weight, Int8Weight
 
@@ -64,6 +65,26 @@ def random_int8(
     if act_order:
         tensors["perm"] = torch.randperm(k, generator=rng).int()
     return tensors, Int8Weight.from_canonical(**tensors, kind=kind, pack=pack)
+
+
+def random_levels(n, k, group_size, kind="offset", *, bits=4, act_order=False, seed=0, pack=True):
+    """The same with scales, and offsets, of two levels: zeros of both signs and every code occur."""
+    rng = generator(seed)
+
+    def levels() -> Tensor:
+        halves = torch.randn(n, k // 256, generator=rng).half()
+        halves[::3, :1], halves[1::5, :1] = 0.0, -0.0
+        codes = torch.randint(-128, 128, (n, k // 256, 256 // group_size), dtype=torch.int8, generator=rng)
+        return with_levels(halves, codes)
+
+    tensors = {"scales": levels(), **({"zeros": levels()} if kind == "offset" else {})}
+    if bits == 4:
+        tensors["qweight"] = torch.randint(256, (n, k // 2), dtype=torch.uint8, generator=rng)
+    else:
+        tensors["qweight"] = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=rng)
+    if act_order:
+        tensors["perm"] = torch.randperm(k, generator=rng).int()
+    return tensors, (Int4Weight if bits == 4 else Int8Weight).from_canonical(**tensors, kind=kind, pack=pack)
 
 
 def some_weights() -> list[tuple[dict[str, Tensor], Int4Weight | Int8Weight]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import qops
+from qops._layout import LEVEL_GROUPS, SUPER_COLUMNS, levels_into_strips, widen_levels, with_levels
 from qops.ops.int4_gemm import KINDS
 from qops.ops.quantize_int8 import quantize_int8_static_ref
 from qops.testing import FLOAT_DTYPES, generator
@@ -241,7 +242,15 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
     codes = torch.randint(low, high, (n, k), generator=rng).to(torch.uint8 if bits == 4 else INT8)
     scales = scales_of(s, (n, groups), s.dtype(), exact=exact)
     zeros, perm = None, None
-    if kind == "zero_point":
+    two_levels = k == SUPER_COLUMNS and group_size in LEVEL_GROUPS and kind in ("symmetric", "offset") and s.one_in(2)
+    stored: dict[str, Tensor] = {}
+    if two_levels:
+        for name in ("scales", "zeros")[: 2 if kind == "offset" else 1]:
+            halves = scales_of(s, (n, 1), torch.float16, exact=exact)
+            stored[name] = with_levels(halves, torch.randint(-128, 128, (n, 1, groups), generator=rng).to(INT8))
+        scales = widen_levels(stored["scales"])
+        zeros = widen_levels(stored["zeros"]) if "zeros" in stored else None
+    elif kind == "zero_point":
         zeros = torch.randint(17 if exact else 256, (n, groups), generator=rng).to(torch.uint8)
     elif kind in ("float_zero", "offset"):
         zeros = (torch.randn((n, groups), generator=rng) * 4).to(s.dtype())
@@ -249,8 +258,10 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
         perm = torch.randperm(k, generator=rng).int() if exact else torch.randint(max(k, 1), (k,), generator=rng).int()
     x = s.values((*leading, k), dtype)
     mixed = mix_gate_up if epilogue == "silu_mul" else lambda rows: rows
-    arguments: dict[str, Any] = {"x": s.rows(x), "packed": packed(mixed(codes), bits), "scales": strips(mixed(scales))}
-    arguments |= {"zeros": None if zeros is None else strips(mixed(zeros)), "perm": perm}
+    stored = stored or {name: t for name, t in (("scales", scales), ("zeros", zeros)) if t is not None}
+    in_strips = {name: (levels_into_strips if two_levels else strips)(mixed(t)) for name, t in stored.items()}
+    arguments: dict[str, Any] = {"x": s.rows(x), "packed": packed(mixed(codes), bits), "zeros": None, **in_strips}
+    arguments["perm"] = perm
     arguments["bias"] = None if s.one_in(2) else s.contiguous(torch.randn(n, generator=rng).to(s.dtype()))
     arguments |= {"out_features": n, "group_size": group_size}
     if bits == 4:
@@ -279,7 +290,7 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
 
     if exact and n > 0 and k > 0:
         qweight = codes[:, 0::2] | codes[:, 1::2] << 4 if bits == 4 else codes
-        weight: Any = weight_class.from_canonical(qweight, scales, kind=kind, zeros=zeros, perm=perm)
+        weight: Any = weight_class.from_canonical(qweight, **stored, kind=kind, perm=perm)
         if epilogue == "silu_mul":
             weight.mix_gate_up()
         if bits == 4:
@@ -303,10 +314,15 @@ def weight_only(s: Sampler, *, bits: int) -> Call:
 def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
     a = call.arguments
     codes = torch.uint8 if bits == 4 else INT8
-    dtypes: dict[str, tuple[torch.dtype, ...]] = {"x": FLOAT_DTYPES, "scales": FLOAT_DTYPES, "bias": FLOAT_DTYPES}
+    dtypes: dict[str, tuple[torch.dtype, ...]] = {
+        "x": FLOAT_DTYPES,
+        "scales": (*FLOAT_DTYPES, INT8),
+        "bias": FLOAT_DTYPES,
+    }
     dtypes |= {"packed": (codes,), "perm": (torch.int32,), "out": FLOAT_DTYPES}
     inner = [name for name in ("packed", "scales", "zeros", "perm") if a.get(name) is not None]
-    dtypes["zeros"] = (torch.uint8,) if a.get("kind") == 1 else FLOAT_DTYPES
+    two_levels = a["scales"].dtype == INT8
+    dtypes["zeros"] = (torch.uint8,) if a.get("kind") == 1 else (INT8,) if two_levels else FLOAT_DTYPES
     if bits == 4:
         dtypes |= {"residual": FLOAT_DTYPES, "out_scale": (F32,), "out_zero_point": (torch.int32,)}
         dtypes["out"] = FLOAT_DTYPES if a.get("out_scale") is None else (INT8,)
@@ -326,10 +342,10 @@ def weight_only_ways(s: Sampler, call: Call, k: int, bits: int) -> Ways:
 
     def other_kind() -> Fault | None:
         kind = s.choice([kind for kind in (0, 1, 2, 3) if kind != a["kind"]])
-        if a["kind"] >= 2 and kind >= 2:
+        if a["kind"] >= 2 and kind >= 2 and not two_levels:
             return None
         a["kind"] = kind
-        return Fault(("zeros",), (ValueError, RuntimeError))
+        return Fault(("zeros", *(("kind",) if two_levels else ())), (ValueError, RuntimeError))
 
     def zeros_or_none() -> Fault:
         a["zeros"] = torch.zeros(a["scales"].shape, dtype=torch.uint8) if a["zeros"] is None else None

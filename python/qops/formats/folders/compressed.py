@@ -43,7 +43,7 @@ def compressed(linear: QuantizedLinear) -> tuple[dict[str, Tensor], dict[str, An
     inputs, weight, given = _INPUTS[linear.scheme], linear.weight, linear.activations()
     if inputs is _TENSOR:
         inputs = _TENSOR | {"symmetric": "input_zero_point" not in given}
-    parts, bits = weight.canonical(), 8 if isinstance(weight, Int8Weight) else 4
+    parts, bits = weight.widened().canonical(), 8 if isinstance(weight, Int8Weight) else 4
     if "perm" in parts:
         raise ValueError("act-order (weight_g_idx) is read no more by other readers of compressed-tensors")
     codes, scales, zeros = parts["qweight"], parts["scales"], _zero_points(weight, parts)

@@ -1,7 +1,7 @@
 """Blocks of GGUF as the canonical tensors of a weight; every stored code, scale and offset keeps its value.
 
 A block holds 32 consecutive elements of one row, or 256 (the K-quants), whose scales then are products of a number of
-the block and a small integer of the group: exact in float32, not in float16. d, m, dmin are float16.
+the block and a small integer of the group, and are kept so (scales of two levels). d, m, dmin are float16.
 
     type   bytes  elements  group  w                     weight                   bits an element, and in the file
     Q4_0      18        32     32  d (q - 8)             Int4Weight, "symmetric"   4.5   4.5
@@ -9,16 +9,15 @@ the block and a small integer of the group: exact in float32, not in float16. d,
     Q5_0      22        32     32  d (q - 16)            Int8Weight, "symmetric"   8.5   5.5
     Q5_1      24        32     32  d q + m               Int8Weight, "offset"      9     6
     Q8_0      34        32     32  d q                   Int8Weight, "symmetric"   8.5   8.5
-    Q2_K      84       256     16  (d s) q - (dmin m)    Int4Weight, "offset"      8     2.63
-    Q3_K     110       256     16  (d (s - 32)) (q - 4)  Int4Weight, "symmetric"   6     3.44
-    Q4_K     144       256     32  (d s) q - (dmin m)    Int4Weight, "offset"      6     4.5
-    Q5_K     176       256     32  (d s) q - (dmin m)    Int8Weight, "offset"     10     5.5
-    Q6_K     210       256     16  (d s) (q - 32)        Int8Weight, "symmetric"  10     6.56
+    Q2_K      84       256     16  (d s) q - (dmin m)    Int4Weight, "offset"      5.13  2.63
+    Q3_K     110       256     16  (d (s - 32)) (q - 4)  Int4Weight, "symmetric"   4.56  3.44
+    Q4_K     144       256     32  (d s) q - (dmin m)    Int4Weight, "offset"      4.63  4.5
+    Q5_K     176       256     32  (d s) q - (dmin m)    Int8Weight, "offset"      8.63  5.5
+    Q6_K     210       256     16  (d s) (q - 32)        Int8Weight, "symmetric"   8.56  6.56
 
-At M = 1, where a product reads its weight once and little else, it reads so many bits: of Q4_K 1.33 times what is in
-the file, of Q6_K 1.52, of Q3_K 1.75, of Q5_K 1.82, of Q2_K 3.05 times.
+At M = 1, where a product reads its weight once and little else, it reads so many bits.
 
-Offsets are stored as -(dmin m), whose zeros have signs: w then has that of ggml's zero, too.
+Offsets are stored as (-dmin) m, whose zeros have signs: w then has that of ggml's zero, too.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qops._layout import with_levels
 from qops.formats.checkpoint import QuantizedFacts
 from qops.weights import Int4Weight, Int8Weight
 
@@ -38,7 +38,8 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 class Decoded(NamedTuple):
-    """Some blocks: codes uint8 [R, B, elements] for 4 bits and int8 for 8, scales and offsets [R, B, groups]."""
+    """Some blocks: codes uint8 [R, B, elements] for 4 bits and int8 for 8, scales and offsets [R, B, groups], or of two
+    levels int8 [R, B, 2 + groups]."""
 
     codes: Tensor
     scales: Tensor
@@ -64,6 +65,11 @@ class BlockType(NamedTuple):
 def _halves(blocks: Tensor, offset: int, count: int = 1) -> Tensor:
     """The float16 numbers at byte `offset` of each block, [R, B, count]."""
     return blocks[..., offset : offset + 2 * count].contiguous().view(torch.float16)
+
+
+def _levels(halves: Tensor, codes: Tensor) -> Tensor:
+    """Scales of two levels, of bytes that are codes of 8 bits with sign or fewer without."""
+    return with_levels(halves.squeeze(-1), codes.view(torch.int8))
 
 
 def _digits(packed: Tensor, bits: int) -> Tensor:
@@ -108,8 +114,9 @@ def _q8_0(blocks: Tensor) -> Decoded:
 
 
 def _q2_k(blocks: Tensor) -> Decoded:
-    packed, d, dmin = blocks[..., :16], _halves(blocks, 80).float(), _halves(blocks, 82).float()
-    return Decoded(_runs(blocks[..., 16:80], 32, 2), d * (packed & 15), -(dmin * (packed >> 4)))
+    scales, offsets = blocks[..., :16] & 15, blocks[..., :16] >> 4
+    codes = _runs(blocks[..., 16:80], 32, 2)
+    return Decoded(codes, _levels(_halves(blocks, 80), scales), _levels(-_halves(blocks, 82), offsets))
 
 
 def _q3_k(blocks: Tensor) -> Decoded:
@@ -117,7 +124,7 @@ def _q3_k(blocks: Tensor) -> Decoded:
     scales = (low | high << 4).view(torch.int8) - 32
     # q - 4 as the 4-bit code of q + 4 - 8.
     codes = (_runs(blocks[..., 32:96], 32, 2) | _runs(blocks[..., :32], 32, 1) << 2) + 4
-    return Decoded(codes, _halves(blocks, 108).float() * scales)
+    return Decoded(codes, _levels(_halves(blocks, 108), scales))
 
 
 def _scales_and_offsets(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +132,7 @@ def _scales_and_offsets(blocks: Tensor) -> tuple[Tensor, Tensor]:
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
     offsets = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=-1)
-    return _halves(blocks, 0).float() * scales, -(_halves(blocks, 2).float() * offsets)
+    return _levels(_halves(blocks, 0), scales), _levels(-_halves(blocks, 2), offsets)
 
 
 def _q4_k(blocks: Tensor) -> Decoded:
@@ -139,7 +146,7 @@ def _q5_k(blocks: Tensor) -> Decoded:
 
 def _q6_k(blocks: Tensor) -> Decoded:
     codes = (_runs(blocks[..., :128], 64, 4) | _runs(blocks[..., 128:192], 32, 2) << 4).view(torch.int8) - 32
-    return Decoded(codes, _halves(blocks, 208).float() * blocks[..., 192:208].contiguous().view(torch.int8))
+    return Decoded(codes, _levels(_halves(blocks, 208), blocks[..., 192:208]))
 
 
 BLOCK_TYPES = {
@@ -167,7 +174,7 @@ def int4_weight(blocks: Tensor, qtype: str, *, pack: bool = True) -> Int4Weight:
 
     Returns:
         Of kind ``"symmetric"`` (Q4_0, Q3_K) or ``"offset"``, in groups of 32, and of 16 for Q2_K and Q3_K. Scales and
-        offsets are float16, and float32 for K-quants.
+        offsets are float16, and of two levels for K-quants.
 
     Raises:
         ValueError: another type, or blocks that do not fill rows of it; N is no multiple of 8; NaN or infinity in a
@@ -190,7 +197,7 @@ def int8_weight(blocks: Tensor, qtype: str, *, pack: bool = True) -> Int8Weight:
 
     Returns:
         Of kind ``"symmetric"``, and ``"offset"`` for Q5_1 and Q5_K, in groups of 32, and of 16 for Q6_K. Scales and
-        offsets are float16, and float32 for K-quants.
+        offsets are float16, and of two levels for K-quants.
 
     Raises:
         ValueError: another type, or blocks that do not fill rows of it; N is no multiple of 8; NaN or infinity in a
@@ -230,6 +237,11 @@ def dequantize(blocks: Tensor, qtype: str) -> Tensor:
     return make(filled, qtype, pack=False).dequantize()[: blocks.shape[0]]
 
 
+def _of_rows(numbers: Tensor) -> Tensor:
+    """Scales or offsets as a weight has them."""
+    return numbers if numbers.dtype == torch.int8 else numbers.flatten(1)
+
+
 def _canonical(name: str, blocks: Tensor, qtype: str, bits: int) -> dict[str, Any]:
     """The arguments of `from_canonical`."""
     types = [key for key, value in BLOCK_TYPES.items() if value.bits == bits]
@@ -250,12 +262,13 @@ def _canonical(name: str, blocks: Tensor, qtype: str, bits: int) -> dict[str, An
         rows = slice(start, start + step)
         codes, scales, offsets = decode(blocks[rows].unflatten(1, (per_row, block_bytes)))
         codes = codes.flatten(1)
-        decoded = {"qweight": codes[:, 0::2] | codes[:, 1::2] << 4 if bits == 4 else codes, "scales": scales.flatten(1)}
+        qweight = codes[:, 0::2] | codes[:, 1::2] << 4 if bits == 4 else codes
+        decoded = {"qweight": qweight, "scales": _of_rows(scales)}
         if offsets is not None:
-            decoded["zeros"] = offsets.flatten(1)
+            decoded["zeros"] = _of_rows(offsets)
         for key, tensor in decoded.items():
             if key not in found:
-                found[key] = tensor.new_empty(n, tensor.shape[1])
+                found[key] = tensor.new_empty(n, *tensor.shape[1:])
             found[key][rows] = tensor
     found["kind"] = "offset" if "zeros" in found else "symmetric"
     return found | ({"in_features": per_row * elements} if bits == 4 else {})

@@ -198,7 +198,7 @@ def block_ways(s: Sampler, call: Call, shapes: dict[str, tuple[int, int]]) -> Wa
         *(name + part for name in shapes for part in ("_perm", "_bias", "_zeros")),
     ]
     for name in shapes:
-        dtypes |= {name: (torch.uint8, INT8), f"{name}_scales": FLOAT_DTYPES, f"{name}_bias": FLOAT_DTYPES}
+        dtypes |= {name: (torch.uint8, INT8), f"{name}_scales": (*FLOAT_DTYPES, INT8), f"{name}_bias": FLOAT_DTYPES}
         dtypes |= {f"{name}_zeros": (torch.uint8,) if a[f"{name}_kind"] == 1 else FLOAT_DTYPES}
         dtypes |= {f"{name}_perm": (torch.int32,)}
 

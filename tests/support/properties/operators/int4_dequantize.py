@@ -67,7 +67,7 @@ def int4_dequantize_ways(s: Sampler, call: Call, k: int) -> Ways:
     a = call.arguments
     inner = [name for name in ("packed", "scales", "zeros") if a[name] is not None]
     zeros = (torch.uint8,) if a["kind"] == 1 else FLOAT_DTYPES
-    dtypes = {"packed": (torch.uint8,), "scales": FLOAT_DTYPES, "zeros": zeros}
+    dtypes = {"packed": (torch.uint8,), "scales": (*FLOAT_DTYPES, torch.int8), "zeros": zeros}
 
     def zeros_or_none() -> Fault:
         a["zeros"] = torch.zeros(a["scales"].shape, dtype=torch.uint8) if a["zeros"] is None else None

@@ -96,7 +96,13 @@ def int4_int8_gemm(s: Sampler) -> Call:
 
 def int4_int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
     a = call.arguments
-    dtypes = {"q": (INT8,), "scale": (F32,), "packed": (torch.uint8,), "scales": FLOAT_DTYPES, "bias": FLOAT_DTYPES}
+    dtypes = {
+        "q": (INT8,),
+        "scale": (F32,),
+        "packed": (torch.uint8,),
+        "scales": (*FLOAT_DTYPES, INT8),
+        "bias": FLOAT_DTYPES,
+    }
     dtypes |= {"zeros": (torch.uint8,) if a["kind"] == 1 else FLOAT_DTYPES}
     dtypes |= {"perm": (torch.int32,), "residual": FLOAT_DTYPES}
     dtypes |= {"out_scale": (F32,), "out_zero_point": (torch.int32,)}
