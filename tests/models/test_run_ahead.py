@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import pickle
+import sys
 import weakref
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 from transformers import DynamicCache
 
 from qops import quantize_model
 from qops.models import blocks
+from qops.nn import MLP
 from qops.testing import assert_bitwise
 from tests.support.models.block_runs import check, counted
 from tests.support.models.families import VOCAB, random_model
 
 LAYERS = 5
 IDS = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
-MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])
@@ -37,9 +40,9 @@ def made(model):
         return copy.deepcopy(model)
 
 
-@pytest.fixture(params=MODES, autouse=True)
+@pytest.fixture(params=["inference_mode", "no_grad"], autouse=True)
 def mode(request):
-    with torch.inference_mode(False), MODES[request.param]():
+    with torch.inference_mode(False), getattr(torch, request.param)():
         yield request.param
 
 
@@ -62,12 +65,11 @@ def leads():
 
 
 def nothing(index, x, layer):
-    """Before a layer is called; what it gives is the layer's input."""
     return x
 
 
 def token(model, cache, t, before=nothing, layers=None, mask=None):
-    """Hidden states after a loop over layers such as people write; they may come as a list of pairs with a mask."""
+    """Hidden states after a loop over layers such as people write."""
     decoder = model.model
     ids = IDS[:, t : t + 1]
     x = decoder.embed_tokens(ids)
@@ -281,6 +283,131 @@ def test_caches_that_change_in_between(model, change):
     check(run)
 
 
+def test_layers_that_are_called_in_another_way(model):
+    """With a keyword more, or with other tables, in some forwards or in all."""
+
+    def run():
+        cache, results = begun(model)
+        for t in range(15, 22):
+            x = model.model.embed_tokens(IDS[:, t : t + 1])
+            tables = model.model.rotary_emb(x, torch.full((2, 1), cache.get_seq_length()))
+            other = tables._replace(cos=tables.cos * 0.5)
+            for index, layer in enumerate(model.model.layers):
+                more = {"output_attentions": True} if index == 3 and t != 18 else {}
+                given = other if index == 1 and t > 18 else tables
+                x = layer(x, attention_mask=None, position_embeddings=given, **{layer.cache_keyword: cache}, **more)
+            results.append(x)
+        return results + contents(cache)
+
+    check(run)
+
+
+def test_caches_whose_update_is_another_one(model):
+    """Of one cache, of one of its layers, of their class."""
+
+    def halves(update):
+        return lambda keys, *rest, **more: update(keys * 0.5, *rest, **more)
+
+    def halves_of_self(update):
+        return lambda self, keys, *rest, **more: update(self, keys * 0.5, *rest, **more)
+
+    def run():
+        results = []
+        for where in ("cache", "layer", "class"):
+            cache, begin = begun(model)
+            with pytest.MonkeyPatch.context() as patch:
+                if where == "cache":
+                    patch.setattr(cache, "update", halves(cache.update))
+                elif where == "layer":
+                    patch.setattr(cache.layers[3], "update", halves(cache.layers[3].update))
+                else:
+                    patch.setattr(type(cache.layers[3]), "update", halves_of_self(type(cache.layers[3]).update))
+                results += [*begin, *(token(model, cache, t) for t in (15, 16, 17))]
+            results += [token(model, cache, 18), *contents(cache)]
+        return results
+
+    check(run)
+
+
+def test_a_cache_that_asks_for_gradients_is_not_written_past_them(model, mode):
+    def run():
+        cache, results = begun(model)
+        with torch.inference_mode(False), torch.enable_grad():
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys.clone().requires_grad_(), layer.values.clone()
+            with pytest.raises(RuntimeError, match="must not require grad"):
+                token(model, cache, 15)
+        return results
+
+    check(run)
+
+
+def test_pickled_caches_are_their_own(model):
+    """What is written into a copy counts."""
+
+    def run():
+        cache, results = begun(model)
+        copied = pickle.loads(pickle.dumps(cache))
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in copied.layers:
+                layer.keys = layer.keys.clone()
+        results.append(token(model, copied, 15))
+        with torch.inference_mode(False), torch.no_grad():
+            again = pickle.loads(pickle.dumps(cache))
+            for layer in again.layers:
+                layer.keys[:, :, :1] = 0
+        return [*results, *(token(model, again, t) for t in (15, 16)), *(token(model, cache, t) for t in (15, 16))]
+
+    check(run)
+
+
+def test_hidden_states_may_be_written_with_gradients(model, mode):
+    cache, _ = begun(model)
+    seen = []
+    token(model, cache, 15, lambda index, x, layer: seen.append(x) or x)
+    if mode == "inference_mode":
+        return
+    with torch.enable_grad():
+        for x in seen[1:]:
+            x += torch.nn.Parameter(torch.ones(x.shape[-1], dtype=x.dtype))
+            assert x.requires_grad
+
+
+def test_an_interrupt_leaves_no_row_that_is_half_there(model):
+    """After each statement that tells a cache of its new rows."""
+
+    class Stop(BaseException):
+        pass
+
+    for stop in range(1, 16):
+        cache, _ = begun(model)
+        before = [len(layer.keys[0, 0]) for layer in cache.layers]
+        left = [stop]
+
+        def trace(frame, event, argument, left=left):
+            if frame.f_code is not blocks.Room.take.__code__:
+                return trace if event == "call" else None
+            if event == "line":
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Stop
+            return trace
+
+        sys.settrace(trace)
+        try:
+            token(model, cache, 15)
+        except Stop:
+            pass
+        finally:
+            sys.settrace(None)
+        rows = [len(layer.keys[0, 0]) for layer in cache.layers]
+        assert all(0 <= now - then <= 1 for now, then in zip(rows, before, strict=True))
+        for layer in cache.layers:
+            room = blocks._ROOMS.get(layer)
+            if room is not None and room.last[0] is layer.keys and room.last[1] is layer.values:
+                assert room.end - room.begin == len(layer.keys[0, 0])
+
+
 def test_another_cache_for_some_layers(model):
     def run():
         cache, results = begun(model)
@@ -352,6 +479,56 @@ def test_hooks_that_come_in_between(made):
         return [*results, *seen, *run_with(made, {})()]
 
     check(run)
+
+
+def test_hooks_of_all_modules(made):
+    def halve(module, arguments, output):
+        return output * 0.5 if type(module).__name__ == "MLP" else None
+
+    def run():
+        cache, results = begun(made)
+        handle = torch.nn.modules.module.register_module_forward_hook(halve)
+        try:
+            results += [token(made, cache, t) for t in (15, 16)]
+        finally:
+            handle.remove()
+        return results + [token(made, cache, t) for t in (17, 18)]
+
+    check(run)
+    with leads() as found:
+        run()
+    assert found[-1] == LAYERS
+
+
+def test_functions_of_classes_that_are_replaced(made):
+    whole = MLP.forward
+
+    def run():
+        cache, results = begun(made)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MLP, "forward", lambda self, x, residual=None: 0.5 * whole(self, x, residual))
+            results += [token(made, cache, t) for t in (15, 16)]
+        return results + [token(made, cache, t) for t in (17, 18)]
+
+    check(run)
+
+
+def test_norms_whose_weight_is_no_parameter_any_more(made):
+    norm = made.model.layers[2].input_layernorm
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    def run():
+        cache, results = begun(made)
+        parametrize.register_parametrization(norm, "weight", Twice())
+        results += [token(made, cache, t) for t in (15, 16)]
+        parametrize.remove_parametrizations(norm, "weight", leave_parametrized=False)
+        return results + [token(made, cache, t) for t in (17, 18)]
+
+    with torch.inference_mode(False), torch.no_grad():
+        check(run)
 
 
 def test_a_hook_on_one_layer_leaves_those_before_it(made):

@@ -41,8 +41,11 @@ _INPUTS: dict[type, int] = {
     nn.Int8AsymmetricLinear: INPUTS.index("255"),
     nn.Int8AsymmetricCompressedTensorsLinear: INPUTS.index("compressed-tensors-asymmetric"),
 }
-# Where a layer of a cache keeps its Room.
-_ROOM = "_qops_room"
+# Of layers of caches. Not in them: copies would have rooms that are not theirs.
+_ROOMS: weakref.WeakKeyDictionary[Any, Room] = weakref.WeakKeyDictionary()
+# Functions of classes that are not called here, and that somebody may put others in the place of.
+_FUNCTIONS = [(kind, "forward", kind.forward) for kind in (MLP, MergedLinear, RMSNorm, *_INPUTS)]
+_FUNCTIONS += [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)]
 
 
 class _Unknown(Exception):
@@ -95,6 +98,8 @@ class Places:
         """What it is made of, now, in the order of `decoder_block.PARTS`; None where a weight is not packed."""
         parts: list[Any] = [None] * self.count
         for index, owner, name in self.tensors:
+            if name not in owner:
+                return None
             parts[index] = owner[name]
         for index, weight in self.weights:
             buffers = weight["_buffers"]
@@ -225,11 +230,15 @@ class AttentionHalf(Places):
             elif self.add_norm(self.settle(parts, name)) != self.style:
                 raise _Unknown
         self.add_linear(self.settle(parts, "o_proj"))
-        self.scale = float(self.settle(own, "scaling"))
         self.rotates = self.settle(own, "rotates")
         self.layer_idx = self.settle(own, "layer_idx")
         self.head_dim = self.settle(own, "head_dim")
         self.kv_heads = self.settle(own, "key_value_heads")
+        scale = self.settle(own, "scaling")
+        if scale is None or self.settle(own, "training"):  # of dropout
+            raise _Unknown
+        self.scale = float(scale)
+        self.settle(own, "is_causal")
         self.is_causal = attention.is_causal
         extras = own["extras"]
         self.window = self.settle(extras, "sliding_window") or 0
@@ -304,22 +313,28 @@ class Run:
     needs three times as long as where it runs alone. So the first layer of a run has one operator compute all layers
     that followed it in the two forwards before, and the others, when they are called, find what they give. Until then
     nothing of it shows: new keys and values lie behind the rows of the cache. A layer that is not called on just that,
-    or with another cache or mask, computes by itself, and so does one of which a module or the cache has changed
-    meanwhile. Weights, mask and tables are those at the call of the first layer.
+    or with another cache, mask or tables, computes by itself, and so does one of which a module or the cache has
+    changed meanwhile. What weights, mask and tables hold is read when the first layer is called; writes that torch does
+    not count (through `.data`) are not seen.
+
+    Attributes:
+        is_ours: whether the classes of modules and caches do what block operators do in their place.
     """
 
-    __slots__ = ("ahead", "cache", "followers", "mask", "output", "version")
+    __slots__ = ("ahead", "cache", "followers", "is_ours", "mask", "output", "shared", "version")
 
     def __init__(self) -> None:
+        self.is_ours = all(getattr(kind, name) is function for kind, name, function in _FUNCTIONS)
         self.followers: list[weakref.ref[Any]] = []
         self.ahead: list[Ahead] = []  # the next one last
         self.output: torch.Tensor | None = None
         self.version: int | None = None
-        self.mask = self.cache = None
+        self.mask = self.cache = self.shared = None
 
     def next(self, layer: Any, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> torch.Tensor | None:
         """x after the layer that is called now, where it has been computed or is, with others, now."""
-        if x is self.output and mask is self.mask and cache is self.cache and _version(x) == self.version:
+        is_next = x is self.output and mask is self.mask and cache is self.cache and shared is self.shared
+        if is_next and _version(x) == self.version:
             self.followers.append(weakref.ref(layer))
             ahead = self.ahead.pop() if self.ahead else None
             if ahead is None or not ahead.is_what(layer):
@@ -328,12 +343,12 @@ class Run:
             ahead.growth.take(x)
             return ahead.output
         self.ahead.clear()
-        self.mask, self.cache = mask, cache
+        self.mask, self.cache, self.shared = mask, cache, shared
         # A forward that ends early, by turns with whole ones, would compute what nobody asks for.
         expected = min(layer.followers, key=len)
         self.followers = []
         layer.__dict__["followers"] = (self.followers, layer.followers[0])
-        if not expected:
+        if not expected or not self.is_ours:
             return None
         with _writes_counted():
             return self.lead([layer, *(reference() for reference in expected)], x, shared)
@@ -381,12 +396,18 @@ class Run:
             [growth.room.values for _, _, growth in found],
             self.mask,
         ).unbind()
+        # No views for others: those of no_grad cannot be written with gradients.
         pairs = zip(found, outputs, strict=True)
-        self.ahead = [Ahead(*of, output, of[2].room.written) for of, output in pairs]
+        self.ahead = [Ahead(*of, output.data, of[2].room.written) for of, output in pairs]
         self.ahead.reverse()
         first = self.ahead.pop()
         first.growth.take(x)
         return first.output
+
+    def end(self) -> None:
+        """A layer is called in a way of its own."""
+        self.ahead.clear()
+        self.output = None
 
     def give(self, output: torch.Tensor) -> torch.Tensor:
         """Notes what a layer gives."""
@@ -503,16 +524,18 @@ class Room:
 
     def take(self, layer: Any, tokens: int) -> None:
         """The new tokens are there."""
-        self.end += tokens
+        keys, values, begin, end = self.keys, self.values, self.begin, self.end + tokens
         if type(layer) is DynamicSlidingWindowLayer:
             layer.cumulative_length += tokens
-            dropped = self.end - self.begin - (layer.sliding_window - 1)
+            dropped = end - begin - (layer.sliding_window - 1)
             if dropped > 0:
-                self.begin += dropped
-                self.keys = self.keys.narrow(2, dropped, self.end - self.begin)
-                self.values = self.values.narrow(2, dropped, self.end - self.begin)
-        layer.keys, layer.values = self.last = self.keys, self.values
-        setattr(layer, _ROOM, self)
+                begin += dropped
+                keys, values = keys.narrow(2, dropped, end - begin), values.narrow(2, dropped, end - begin)
+        layer.keys, layer.values = keys, values
+        # Last what says that all this belongs together: who is interrupted before has a layer without room.
+        self.begin, self.end = begin, end
+        _ROOMS[layer] = self
+        self.last = keys, values
 
 
 def layer_of(cache: Any, index: int) -> Any:
@@ -520,6 +543,8 @@ def layer_of(cache: Any, index: int) -> Any:
     if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
         return None
     layer: Any = cache.layers[index]
+    if "update" in cache.__dict__ or "update" in layer.__dict__:
+        return None
     known = type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and not layer.record_past)
     return layer if known and layer.is_initialized and layer.keys is not None and layer.keys.dim() == 4 else None
 
@@ -527,7 +552,9 @@ def layer_of(cache: Any, index: int) -> Any:
 def room_for(layer: Any, x: torch.Tensor, kv_heads: int, head_dim: int) -> Room | None:
     """Room in a layer of a cache for the tokens of x [B, T, H]; None where what it holds does not fit to them."""
     tokens, held = x.shape[1], layer.keys
-    room = layer.__dict__.get(_ROOM)
+    if held.requires_grad or layer.values.requires_grad:
+        return None
+    room = _ROOMS.get(layer)
     if room is not None and room.has_room(layer, tokens):
         return room.open(layer, tokens)
     rows = held.shape[2]

@@ -428,14 +428,17 @@ class DecoderLayer(Offloadable):
             return self._mlp_half(self._attention_half(hidden_states, kwargs))
         mask, cache = kwargs.get("attention_mask"), kwargs.get(self.cache_keyword)
         is_step = self.step_keywords.issuperset(kwargs)
-        output = shared.run.next(self, hidden_states, shared, mask, cache) if is_step else None
+        if not is_step:
+            shared.run.end()
+            return self._step(hidden_states, shared, kwargs, is_step)
+        output = shared.run.next(self, hidden_states, shared, mask, cache)
         if output is None:
             output = self._step(hidden_states, shared, kwargs, is_step)
         return shared.run.give(output)
 
     def _step(self, hidden_states: torch.Tensor, shared: Shared, kwargs: dict[str, Any], is_step: bool) -> torch.Tensor:
         """By block operators, where they compute a half of the layer."""
-        halves, attended = self._known_halves(), None
+        halves, attended = self._known_halves() if shared.run.is_ours else None, None
         if halves is not None and halves.attention is not None and is_step:
             cache = kwargs.get(self.cache_keyword)
             attended = halves.attention.step(hidden_states, shared, kwargs.get("attention_mask"), cache)

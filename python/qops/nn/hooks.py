@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as _of_all_modules
 from torch.utils.hooks import RemovableHandle
 
 # Where Transformers defines the hooks that record hidden states and attentions.
@@ -17,6 +18,8 @@ def is_watched(module: nn.Module) -> bool:
     The hooks with which Transformers records hidden states and attentions do not count.
     """
     if "_hf_hook" in module.__dict__ or "forward" in module.__dict__:
+        return True
+    if _of_all_modules._global_forward_pre_hooks or _of_all_modules._global_forward_hooks:
         return True
     if not (module._forward_pre_hooks or module._forward_hooks):
         return False
