@@ -286,8 +286,8 @@ Status run_layers(const DecoderLayersParams& p, const ThreadPool& pool) {
   for (int64_t i = 0; i < p.layers; ++i) {
     const AttentionHalf<T> attention(p.attention[i]);
     const MlpHalf<T> mlp(p.mlp[i]);
-    shared_bytes = std::max({shared_bytes, attention.shared_bytes(), mlp.shared_bytes()});
-    own_bytes = std::max({own_bytes, attention.own_bytes(), mlp.own_bytes()});
+    shared_bytes = std::max(shared_bytes, std::max(attention.shared_bytes(), mlp.shared_bytes()));
+    own_bytes = std::max(own_bytes, std::max(attention.own_bytes(), mlp.own_bytes()));
     most = std::max(most, most_threads(pool, p.mlp[i].gate_up, p.mlp[i].down));
   }
   return with_memory(pool, most, shared_bytes, own_bytes, [&](const Team& team, void* shared, void* own) {
