@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from qops import _layout, nn
 from qops.nn import MLP, MergedLinear, RMSNorm
+from qops.nn.hooks import Noticed
 from qops.nn.mlp import rows_rule
 from qops.ops._checks import INT4_KINDS, MAX_DECODE_TOKENS
 from qops.ops.decoder_block import INPUTS
@@ -292,6 +293,7 @@ class Ahead(NamedTuple):
     Attributes:
         halves: that were computed.
         written: counts of writes to the cache of the layer since.
+        changes: of attributes of modules since; there are 40 to look at in a layer, which are in no cache of the core.
     """
 
     layer: Any
@@ -299,11 +301,14 @@ class Ahead(NamedTuple):
     growth: Growth
     output: torch.Tensor
     written: int
+    changes: int
 
     def is_what(self, layer: Any) -> bool:
         """Whether this layer would give it now."""
         growth = self.growth
-        return self.layer is layer and growth.holds and growth.room.written == self.written and self.halves.hold()
+        if self.layer is not layer or not growth.holds or growth.room.written != self.written:
+            return False
+        return self.changes == Noticed.changes or self.halves.hold()
 
 
 class Run:
@@ -398,7 +403,7 @@ class Run:
         ).unbind()
         # No views for others: those of no_grad cannot be written with gradients.
         pairs = zip(found, outputs, strict=True)
-        self.ahead = [Ahead(*of, output.data, of[2].room.written) for of, output in pairs]
+        self.ahead = [Ahead(*of, output.data, of[2].room.written, Noticed.changes) for of, output in pairs]
         self.ahead.reverse()
         first = self.ahead.pop()
         first.growth.take(x)

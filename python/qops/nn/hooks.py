@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.modules import module as _of_all_modules
@@ -41,9 +41,16 @@ def newest_hook() -> int:
 
 
 class Noticed(nn.Module):
-    """Base of modules that a fused layer may compute without a call: another forward of theirs counts as a hook."""
+    """Base of modules that a fused layer may compute without a call: another forward of theirs counts as a hook.
+
+    Attributes:
+        changes: how often an attribute of any of them was set.
+    """
+
+    changes: ClassVar[int] = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        Noticed.changes += 1
         if name == "forward":
             RemovableHandle.next_id += 1

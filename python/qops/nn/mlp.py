@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qops.nn.activations import Int8Rows
+from qops.nn.hooks import Noticed
 from qops.nn.linears import QuantizedLinear, dense_linear, into_stream
 from qops.nn.merged_state import merge_names, restore_names
 from qops.nn.offload import Offloadable
@@ -18,7 +19,7 @@ from qops.ops import (
 )
 
 
-class MergedLinear(nn.Module):
+class MergedLinear(Noticed):
     """Linears over one input as one GEMM, side by side along N, each under its own name in the state_dict.
 
     Parts of one type (int4 of one kind and group size, int8 of one group size that quantise the input alike, or dense;
