@@ -442,20 +442,20 @@ def test_masks(model):
 
 def test_modules_that_are_replaced_in_between(made):
     later = made.model.layers[3]
-    norm, o = later.input_layernorm, later.self_attn.o_proj
+    norm, o, own = later.input_layernorm, later.self_attn.o_proj, later.input_layernorm.eps
     with torch.inference_mode(False), torch.no_grad():
         other = copy.deepcopy(o)
         other.weight.scales.mul_(2)
 
     def eps(index, x, layer):
-        norm.eps = 0.5 if index in (2, 3) else 1e-5
+        norm.eps = 0.5 if index in (2, 3) else own
         return x
 
     def linear(index, x, layer):
         later.self_attn.o_proj = other if index in (2, 3) else o
         return x
 
-    for before in (eps, linear):
+    for before in (eps, linear):  # the first layer finds all as they were, and computes them ahead
         check(run_with(made, {"before": before}, {"before": before}, {"before": before}, {"layers": [later]}))
 
 

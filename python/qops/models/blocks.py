@@ -409,11 +409,6 @@ class Run:
         first.growth.take(x)
         return first.output
 
-    def end(self) -> None:
-        """A layer is called in a way of its own."""
-        self.ahead.clear()
-        self.output = None
-
     def give(self, output: torch.Tensor) -> torch.Tensor:
         """Notes what a layer gives."""
         self.output, self.version = output, _version(output)

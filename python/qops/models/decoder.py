@@ -428,8 +428,7 @@ class DecoderLayer(Offloadable):
             return self._mlp_half(self._attention_half(hidden_states, kwargs))
         mask, cache = kwargs.get("attention_mask"), kwargs.get(self.cache_keyword)
         is_step = self.step_keywords.issuperset(kwargs)
-        if not is_step:
-            shared.run.end()
+        if not is_step:  # what follows is called on what no layer of the run has given
             return self._step(hidden_states, shared, kwargs, is_step)
         output = shared.run.next(self, hidden_states, shared, mask, cache)
         if output is None:
