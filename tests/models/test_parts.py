@@ -226,3 +226,69 @@ def test_each_linear_is_quantised_once(monkeypatch):
     monkeypatch.setattr(qops.Int4Weight, "quantize", spy)
     quantize_model(source)
     assert len(count) == 21 and set(count.values()) == {1}
+
+
+def tables_of(rotary, position, dtype=torch.bfloat16):
+    return rotary(torch.zeros(1, 1, 64, dtype=dtype), torch.tensor([[position]]))
+
+
+@pytest.mark.parametrize("change", ["none", "frequencies", "written", "scaling", "hook", "restored"])
+def test_tables_of_one_token_are_those_that_transformers_computes(change):
+    """Rows that were computed for other tokens, as long as what makes them is the same."""
+    model = quantize_model(random_model("llama", dtype=torch.bfloat16))
+    tables, plain = model.model.rotary_emb, copy.deepcopy(model.model.rotary_emb)
+    plain._known = lambda position_ids: None
+    for position in (0, 3, 255, 256, 257, 4000, 255, 70_000):
+        got, want = tables_of(tables, position), tables_of(plain, position)
+        assert_bitwise(got.cos, want.cos)
+        assert_bitwise(got.sin, want.sin)
+    calls = Counter()
+    for each in (tables, plain):
+        tables_of(each, 70_001)
+        rotary, before = each.rotary, each.rotary.inv_freq.clone()
+        if change == "frequencies":
+            rotary.inv_freq = rotary.inv_freq * 0.5
+        elif change in ("written", "restored"):
+            rotary.inv_freq.mul_(0.5)
+        elif change == "scaling":
+            rotary.attention_scaling = 0.5
+        elif change == "hook":
+            rotary.register_forward_hook(lambda module, arguments, output: calls.update(["hook"]))
+        if change == "restored":
+            tables_of(each, 70_001)
+            rotary.inv_freq.copy_(before)
+    got, want = tables_of(tables, 70_001), tables_of(plain, 70_001)
+    assert_bitwise(got.cos, want.cos)
+    assert_bitwise(got.sin, want.sin)
+    assert calls["hook"] == 2 * (change == "hook")
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_tables_that_grow_with_the_sequence_are_computed_for_each_token(rope_type):
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16} if rope_type == "longrope" else {}
+    scaling = {
+        "rope_type": rope_type,
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+        **factors,
+    }
+    model = quantize_model(random_model("llama", dtype=torch.bfloat16, head_dim=32, rope_parameters=scaling))
+    tables = model.model.rotary_emb
+    first, later = tables_of(tables, 40), tables_of(tables, 4000)
+    assert tables.rows is None
+    fresh = tables.rotary(torch.zeros(1), torch.tensor([[4000]]))[0][0, :, :16]
+    assert_bitwise(later.cos, fresh)
+    assert first.cos.shape == later.cos.shape
+
+
+def test_a_slice_of_all_layers_is_the_list_of_them():
+    model = quantize_model(random_model("llama", dtype=torch.bfloat16, num_hidden_layers=3))
+    layers = model.model.layers
+    for whole in (layers[:3], layers[:], layers[:99], layers[0:3:1], layers[-3:]):
+        assert whole is layers
+    for part in (layers[:2], layers[1:], layers[::-1], layers[::2], layers[:0]):
+        assert type(part) is type(layers) and part is not layers
+    assert list(layers[::-1]) == [layers[2], layers[1], layers[0]] == [layers[-1], layers[-2], layers[-3]]
+    model.config.num_hidden_layers = 2
+    assert model(IDS).logits.shape[:2] == IDS.shape

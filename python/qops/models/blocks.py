@@ -2,35 +2,33 @@
 
 A chain of operators pays for a call and a parallel region each; at a few tokens that is more time than small models
 need to read their weights. Where everything in a half of a layer is known, it is one operator:
-:func:`qops.attention_block`, which also appends to the cache, and :func:`qops.mlp_block`. Their bits are those of the
-chain.
+:func:`qops.attention_block`, which also appends to the cache, and :func:`qops.mlp_block`; and where layers follow one
+another, all of them are (:class:`Run`). Their bits are those of the chain.
 
 Which modules a half has is found once and then watched: what somebody replaces is noticed at the next step. The cache
-is Transformers' own: keys and values of a layer of it become the beginning of larger tensors, which take the next token
-without a copy.
+is Transformers' own (`qops.models.rooms`).
 
 This module imports Transformers.
 """
 
 from __future__ import annotations
 
-import contextlib
+import operator
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from qops import _layout, nn
+from qops._noticed import Noticed
+from qops.models.rooms import Growth, layer_of, room_for, writes_counted
 from qops.nn import MLP, MergedLinear, RMSNorm
-from qops.nn.hooks import Noticed
+from qops.nn.hooks import newest_hook
 from qops.nn.mlp import rows_rule
 from qops.ops._checks import INT4_KINDS, MAX_DECODE_TOKENS
 from qops.ops.decoder_block import INPUTS
 
-# Positions that a cache gets room for at a time, at least; half of what it holds, if that is more.
-_POSITIONS = 256
 # What linears multiply: one of INPUTS. Of others no block operator computes it.
 _INPUTS: dict[type, int] = {
     nn.Int4Linear: INPUTS.index("float"),
@@ -42,11 +40,13 @@ _INPUTS: dict[type, int] = {
     nn.Int8AsymmetricLinear: INPUTS.index("255"),
     nn.Int8AsymmetricCompressedTensorsLinear: INPUTS.index("compressed-tensors-asymmetric"),
 }
-# Of layers of caches. Not in them: copies would have rooms that are not theirs.
-_ROOMS: weakref.WeakKeyDictionary[Any, Room] = weakref.WeakKeyDictionary()
 # Functions of classes that are not called here, and that somebody may put others in the place of.
 _FUNCTIONS = [(kind, "forward", kind.forward) for kind in (MLP, MergedLinear, RMSNorm, *_INPUTS)]
 _FUNCTIONS += [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)]
+
+
+# Where tensors stand that a half does not have.
+_NOTHING: dict[str, Any] = {}
 
 
 class _Unknown(Exception):
@@ -68,10 +68,9 @@ class Places:
 
     def __init__(self, layer: Any, first: str, last: str | None) -> None:
         self.settled: list[tuple[dict[str, Any], str, Any]] = []
+        self.entries: list[tuple[dict[str, Any], str, Any]] = []
         self.kinds: list[int] = []
-        self.count = 0  # of parts
-        self.tensors: list[tuple[int, dict[str, Any], str]] = []
-        self.weights: list[tuple[int, dict[str, Any]]] = []
+        self.tensors: list[tuple[dict[str, Any], str, bool]] = []
         try:
             self.look(layer, first, last)
             self.is_known = True
@@ -82,73 +81,72 @@ class Places:
         """Finds them, between norms of these names; :class:`_Unknown` at what no block operator computes."""
         raise NotImplementedError
 
-    def settle(self, owner: dict[str, Any], name: str) -> Any:
-        """What stands there, and has to."""
+    def settle(self, module: Any, name: str) -> Any:
+        """The attribute of a :class:`Noticed`, which has to stay."""
+        value = module.__dict__.get(name)
+        self.settled.append((module.__dict__, name, value))
+        return value
+
+    def entry(self, owner: dict[str, Any], name: str) -> Any:
+        """What stands there, and has to; who puts something else there need not set an attribute."""
         value = owner.get(name)
-        self.settled.append((owner, name, value))
+        self.entries.append((owner, name, value))
         return value
 
     def hold(self) -> bool:
         """Whether all that was settled stands."""
-        for owner, name, value in self.settled:  # noqa: SIM110 (a generator takes twice as long)
-            if owner.get(name) is not value:
-                return False
+        for found in (self.settled, self.entries):
+            for owner, name, value in found:
+                if owner.get(name) is not value:
+                    return False
         return True
 
     def parts(self) -> list[Any] | None:
         """What it is made of, now, in the order of `decoder_block.PARTS`; None where a weight is not packed."""
-        parts: list[Any] = [None] * self.count
-        for index, owner, name in self.tensors:
-            if name not in owner:
-                return None
-            parts[index] = owner[name]
-        for index, weight in self.weights:
-            buffers = weight["_buffers"]
-            parts[index] = buffers.get("packed")
-            parts[index + 1] = buffers.get("scales")
-            parts[index + 2] = buffers["zeros"]
-            parts[index + 3] = buffers["perm"]
-            if parts[index] is None:
+        parts: list[Any] = []
+        for owner, name, is_needed in self.tensors:
+            parts.append(owner.get(name))
+            if is_needed and parts[-1] is None:
                 return None
         return parts
 
-    def add(self, owner: dict[str, Any], name: str) -> None:
-        self.tensors.append((self.count, owner, name))
-        self.count += 1
+    def skip(self) -> None:
+        """A tensor that this half does not have."""
+        self.tensors.append((_NOTHING, "", False))
 
     def add_norm(self, norm: Any, reader: Any = None) -> Style:
         """The weight of a norm that gives dense rows, or int8 as the linear that reads them would make of those."""
         if type(norm) is not RMSNorm:
             raise _Unknown
-        rule = self.settle(norm.__dict__, "int8")
+        rule = self.settle(norm, "int8")
         if rule is not None and rule != rows_rule(reader):
             raise _Unknown
-        own = norm.__dict__
-        self.add(own["_parameters"], "weight")
-        return Style(*(self.settle(own, name) for name in Style._fields))
+        self.tensors.append((norm.__dict__["_parameters"], "weight", True))
+        return Style(*(self.settle(norm, name) for name in Style._fields))
 
     def add_linear(self, linear: Any) -> None:
         """packed, scales, zeros, perm, bias."""
         if type(linear) is MergedLinear:
-            linear = self.settle(linear.__dict__["_modules"], "merged")
-        if type(linear) not in _INPUTS or self.settle(linear.__dict__, "float32_output"):
+            linear = self.entry(linear.__dict__["_modules"], "merged")
+        if type(linear) not in _INPUTS or self.settle(linear, "float32_output"):
             raise _Unknown
         own = linear.__dict__
-        weight = self.settle(own["_modules"], "weight")
-        self.settle(weight.__dict__, "_layout")  # another one where it is packed or unpacked
+        weight = self.entry(own["_modules"], "weight")
+        buffers = self.settle(weight, "_buffers")  # another one where it is packed or unpacked
         if not weight.is_packed or weight.device.type != "cpu":
             raise _Unknown
-        self.weights.append((self.count, weight.__dict__))
-        self.count += 4
-        self.add(own["_parameters"], "bias")
-        self.kinds += (INT4_KINDS.index(self.settle(weight.__dict__, "kind")), _INPUTS[type(linear)])
+        self.tensors += [
+            (buffers, name, name in ("packed", "scales")) for name in ("packed", "scales", "zeros", "perm")
+        ]
+        self.tensors.append((own["_parameters"], "bias", False))
+        self.kinds += (INT4_KINDS.index(self.settle(weight, "kind")), _INPUTS[type(linear)])
 
     def add_norms(self, modules: dict[str, Any], first: str, last: str | None, reader: Any) -> None:
         """The norms before and, where there is one, after a half, and what they share. `reader`: of the first."""
-        self.style = self.add_norm(self.settle(modules, first), reader)
+        self.style = self.add_norm(self.entry(modules, first), reader)
         if last is None:
-            self.count += 1
-        elif self.add_norm(self.settle(modules, last)) != self.style:
+            self.skip()
+        elif self.add_norm(self.entry(modules, last)) != self.style:
             raise _Unknown
 
 
@@ -187,18 +185,18 @@ class MlpHalf(Places):
 
     def look(self, layer: Any, first: str, last: str | None) -> None:
         modules = layer.__dict__["_modules"]
-        mlp = self.settle(modules, "mlp")
+        mlp = self.entry(modules, "mlp")
         if type(mlp) is not MLP:
             raise _Unknown
         parts = mlp.__dict__["_modules"]
         # A function stands in the one, a module in the other.
-        if self.settle(mlp.__dict__, "act") is not None or self.settle(parts, "act") is not None:
+        if self.settle(mlp, "act") is not None or self.entry(parts, "act") is not None:
             raise _Unknown
-        gate_up = self.settle(parts, "gate_up_proj")
+        gate_up = self.entry(parts, "gate_up_proj")
         self.add_norms(modules, first, last, gate_up)
         self.add_linear(gate_up)
-        self.mixed = bool(self.settle(mlp.__dict__, "activates_in_gemm"))
-        self.add_linear(self.settle(parts, "down_proj"))
+        self.mixed = bool(self.settle(mlp, "activates_in_gemm"))
+        self.add_linear(self.entry(parts, "down_proj"))
 
     def step(self, x: torch.Tensor) -> torch.Tensor | None:
         """x after this half; None where the chain has to do it."""
@@ -217,33 +215,33 @@ class AttentionHalf(Places):
         from qops.models.decoder import Attention
 
         modules = layer.__dict__["_modules"]
-        attention = self.settle(modules, "self_attn")
+        attention = self.entry(modules, "self_attn")
         if not isinstance(attention, Attention):
             raise _Unknown
-        own = attention.__dict__
-        parts = own["_modules"]
-        qkv = self.settle(parts, "qkv_proj")
+        parts = attention.__dict__["_modules"]
+        qkv = self.entry(parts, "qkv_proj")
         self.add_norms(modules, first, last, qkv)
         self.add_linear(qkv)
         for name in ("q_norm", "k_norm"):
-            if name not in parts:
-                self.count += 1
-            elif self.add_norm(self.settle(parts, name)) != self.style:
+            norm = self.entry(parts, name)
+            if norm is None:
+                self.skip()
+            elif self.add_norm(norm) != self.style:
                 raise _Unknown
-        self.add_linear(self.settle(parts, "o_proj"))
-        self.rotates = self.settle(own, "rotates")
-        self.layer_idx = self.settle(own, "layer_idx")
-        self.head_dim = self.settle(own, "head_dim")
-        self.kv_heads = self.settle(own, "key_value_heads")
-        scale = self.settle(own, "scaling")
-        if scale is None or self.settle(own, "training"):  # of dropout
+        self.add_linear(self.entry(parts, "o_proj"))
+        self.rotates = self.settle(attention, "rotates")
+        self.layer_idx = self.settle(attention, "layer_idx")
+        self.head_dim = self.settle(attention, "head_dim")
+        self.kv_heads = self.settle(attention, "key_value_heads")
+        scale = self.settle(attention, "scaling")
+        if scale is None or self.settle(attention, "training"):  # of dropout
             raise _Unknown
         self.scale = float(scale)
-        self.settle(own, "is_causal")
+        self.settle(attention, "is_causal")
         self.is_causal = attention.is_causal
-        extras = own["extras"]
-        self.window = self.settle(extras, "sliding_window") or 0
-        if self.settle(extras, "softcap") is not None:  # which Transformers' SDPA does not apply
+        extras = self.settle(attention, "extras")
+        self.window = self.entry(extras, "sliding_window") or 0
+        if self.entry(extras, "softcap") is not None:  # which Transformers' SDPA does not apply
             raise _Unknown
 
     def step(self, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> torch.Tensor | None:
@@ -287,28 +285,93 @@ class AttentionHalf(Places):
 # Layers of a forward -------------------------------------------------------------------------------------------------
 
 
+class Plan:
+    """Layers in a row as `decoder_layers` takes them: where their tensors stand, and what has to stay as it is.
+
+    Attributes are settled as long as nobody sets any; who puts another module into the place of one need not, and
+    tensors are looked up in each call. It keeps no layer alive, and lets go of all when one of them goes.
+
+    Attributes:
+        halves: of each layer that is known, up to the first that is not.
+        common: what the layers of one call share.
+        settings: of each layer, one after another, as where there is no mask.
+        is_whole: whether all layers are known.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.hook, self.changes = newest_hook(), Noticed.changes
+        self.followers = [weakref.ref(layer) for layer in layers[1:] if layer is not None]
+        self.halves: list[Halves] = []
+        self.settings: list[int] = []
+        self.common: Any = None
+        tensors: list[tuple[dict[str, Any], str, bool]] = []
+        entries: list[tuple[dict[str, Any], str, Any]] = []
+        for layer in layers:
+            halves = None if layer is None else layer.known_halves()
+            if halves is None or halves.attention is None or halves.mlp is None:
+                break
+            attention, mlp = halves.attention, halves.mlp
+            self.common = self.common or (*attention.style, attention.scale)
+            if (*attention.style, attention.scale) != self.common or mlp.style != attention.style:
+                break
+            if attention.parts() is None or mlp.parts() is None:
+                break
+            self.halves.append(halves)
+            numbers = (mlp.mixed, attention.rotates, attention.window, 0)
+            self.settings += (*attention.kinds, *mlp.kinds, *map(int, numbers))
+            tensors += attention.tensors + mlp.tensors
+            entries += attention.entries + mlp.entries
+        self.is_whole = len(self.halves) == len(layers)
+        self.tensors = [owner for owner, _, _ in tensors], [name for _, name, _ in tensors]
+        self.entries = [owner for owner, _, _ in entries], [name for _, name, _ in entries]
+        self.values = [value for _, _, value in entries]
+        own = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            if (plan := own()) is not None:
+                plan.__dict__.clear()
+                plan.followers = []
+
+        self.watches = [weakref.ref(layer, forget) for layer in layers[1:] if layer is not None]
+
+    def holds(self, followers: list[weakref.ref[Any]]) -> bool:
+        """Whether it is of these layers behind the first, and they are as they were."""
+        if self.followers != followers or self.hook != newest_hook() or self.changes != Noticed.changes:
+            return False
+        # In C from end to end: there are 17 in a layer.
+        return all(map(operator.is_, map(dict.get, *self.entries), self.values))
+
+    def weights(self, count: int) -> list[Any]:
+        """Of so many layers."""
+        owners, names = self.tensors
+        each = len(owners) // len(self.halves)
+        return list(map(dict.get, owners[: each * count], names))
+
+    def settings_of(self, growths: list[Growth], has_mask: bool) -> list[int]:
+        """Of the layers whose caches grow so."""
+        each = len(self.settings) // len(self.halves)
+        settings = self.settings[: each * len(growths)]
+        for index, growth in enumerate(growths):
+            last = each * (index + 1)
+            settings[last - 1] = growth.room.first_position
+            if has_mask:
+                settings[last - 2] = 0
+        return settings
+
+
 class Ahead(NamedTuple):
     """A layer that has not been called yet, and what it will give.
 
     Attributes:
         halves: that were computed.
         written: counts of writes to the cache of the layer since.
-        changes: of attributes of modules since; there are 40 to look at in a layer, which are in no cache of the core.
     """
 
-    layer: Any
+    layer: weakref.ref[Any]
     halves: Halves
     growth: Growth
     output: torch.Tensor
     written: int
-    changes: int
-
-    def is_what(self, layer: Any) -> bool:
-        """Whether this layer would give it now."""
-        growth = self.growth
-        if self.layer is not layer or not growth.holds or growth.room.written != self.written:
-            return False
-        return self.changes == Noticed.changes or self.halves.hold()
 
 
 class Run:
@@ -324,9 +387,10 @@ class Run:
 
     Attributes:
         is_ours: whether the classes of modules and caches do what block operators do in their place.
+        changes, hook: of attributes of modules, and the newest one, when layers were computed.
     """
 
-    __slots__ = ("ahead", "cache", "followers", "is_ours", "mask", "output", "shared", "version")
+    __slots__ = ("ahead", "cache", "changes", "followers", "hook", "is_ours", "mask", "output", "shared", "version")
 
     def __init__(self) -> None:
         self.is_ours = all(getattr(kind, name) is function for kind, name, function in _FUNCTIONS)
@@ -334,19 +398,31 @@ class Run:
         self.ahead: list[Ahead] = []  # the next one last
         self.output: torch.Tensor | None = None
         self.version: int | None = None
+        self.changes = self.hook = 0
         self.mask = self.cache = self.shared = None
+
+    def is_next(self, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> bool:
+        """Whether a layer is called on just what the one before has given, and with the same."""
+        same = x is self.output and mask is self.mask and cache is self.cache and shared is self.shared
+        return same and version_of(x) == self.version
+
+    def take(self, layer: Any, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> torch.Tensor | None:
+        """x after a layer that was computed ahead of this call, where nothing at all has changed since."""
+        if self.changes != Noticed.changes or self.hook != newest_hook() or not self.is_next(x, shared, mask, cache):
+            return None
+        output = self._taken(layer, x)
+        return None if output is None else self.give(output)
 
     def next(self, layer: Any, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> torch.Tensor | None:
         """x after the layer that is called now, where it has been computed or is, with others, now."""
-        is_next = x is self.output and mask is self.mask and cache is self.cache and shared is self.shared
-        if is_next and _version(x) == self.version:
+        if self.is_next(x, shared, mask, cache):
+            if self.ahead and (self.changes == Noticed.changes or self.ahead[-1].halves.hold()):
+                output = self._taken(layer, x)
+                if output is not None:
+                    return output
+            self.ahead.clear()
             self.followers.append(weakref.ref(layer))
-            ahead = self.ahead.pop() if self.ahead else None
-            if ahead is None or not ahead.is_what(layer):
-                self.ahead.clear()
-                return None
-            ahead.growth.take(x)
-            return ahead.output
+            return None
         self.ahead.clear()
         self.mask, self.cache, self.shared = mask, cache, shared
         # A forward that ends early, by turns with whole ones, would compute what nobody asks for.
@@ -355,55 +431,53 @@ class Run:
         layer.__dict__["followers"] = (self.followers, layer.followers[0])
         if not expected or not self.is_ours:
             return None
-        with _writes_counted():
-            return self.lead([layer, *(reference() for reference in expected)], x, shared)
+        with writes_counted():
+            return self.lead(layer, expected, x, shared)
 
-    def lead(self, layers: list[Any], x: torch.Tensor, shared: Any) -> torch.Tensor | None:
-        """x after the first of some layers, all of which are computed; None where there are not two to compute."""
-        found: list[tuple[Any, Halves, Growth]] = []
+    def _taken(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """What the next layer gives, which now has been called; None where this is another, or its cache is."""
+        ahead = self.ahead[-1]
+        growth = ahead.growth
+        if ahead.layer() is not layer or not growth.holds or growth.room.written != ahead.written:
+            return None
+        self.ahead.pop()
+        self.followers.append(ahead.layer)
+        growth.take(x)
+        return ahead.output
+
+    def lead(self, layer: Any, expected: list[weakref.ref[Any]], x: torch.Tensor, shared: Any) -> torch.Tensor | None:
+        """x after a layer that is computed with those expected; None where there are not two to compute."""
+        plan = layer.plan
+        if plan is None or not plan.holds(expected):
+            plan = Plan([layer, *(reference() for reference in expected)])
+            layer.__dict__["plan"] = plan if plan.is_whole else None
+        growths: list[Growth] = []
         caches: set[int] = set()
-        weights: list[Any] = []
-        settings: list[int] = []
-        common: Any = None  # what layers of one call share
-        for layer in layers:
-            halves = None if layer is None else layer.known_halves()
-            if halves is None or halves.attention is None or halves.mlp is None:
-                break
-            attention, mlp = halves.attention, halves.mlp
-            common = common or (*attention.style, attention.scale)
-            if (*attention.style, attention.scale) != common or mlp.style != attention.style:
-                break
-            first, last = attention.parts(), mlp.parts()
-            growth = attention.growth(x, self.mask, self.cache)
-            if first is None or last is None or growth is None or not growth.is_in_place:
-                break
+        for halves in plan.halves:
+            growth = halves.all[0].growth(x, self.mask, self.cache)
             # A layer that stands there twice appends twice.
-            if id(growth.layer) in caches:
+            if growth is None or not growth.is_in_place or id(growth.layer) in caches:
                 break
             caches.add(id(growth.layer))
-            weights += first
-            weights += last
-            window = attention.window if self.mask is None else 0
-            numbers = (mlp.mixed, attention.rotates, window, growth.room.first_position)
-            settings += (*attention.kinds, *mlp.kinds, *map(int, numbers))
-            found.append((layer, halves, growth))
-        if len(found) < 2:
+            growths.append(growth)
+        if len(growths) < 2:
             return None
         outputs = torch.ops.qops.decoder_layers.default(
             x,
-            weights,
-            settings,
-            *common,
+            plan.weights(len(growths)),
+            plan.settings_of(growths, self.mask is not None),
+            *plan.common,
             shared.cos,
             shared.sin,
             shared.positions,
-            [growth.room.keys for _, _, growth in found],
-            [growth.room.values for _, _, growth in found],
+            [growth.room.keys for growth in growths],
+            [growth.room.values for growth in growths],
             self.mask,
         ).unbind()
+        self.changes, self.hook = plan.changes, plan.hook
         # No views for others: those of no_grad cannot be written with gradients.
-        pairs = zip(found, outputs, strict=True)
-        self.ahead = [Ahead(*of, output.data, of[2].room.written, Noticed.changes) for of, output in pairs]
+        rows = zip([weakref.ref(layer), *plan.followers], plan.halves, growths, outputs, strict=False)
+        self.ahead = [Ahead(of, halves, growth, y.data, growth.room.written) for of, halves, growth, y in rows]
         self.ahead.reverse()
         first = self.ahead.pop()
         first.growth.take(x)
@@ -411,23 +485,13 @@ class Run:
 
     def give(self, output: torch.Tensor) -> torch.Tensor:
         """Notes what a layer gives."""
-        self.output, self.version = output, _version(output)
+        self.output, self.version = output, version_of(output)
         return output
 
 
-def _version(x: torch.Tensor) -> int | None:
+def version_of(x: torch.Tensor) -> int | None:
     """Changes where x is written; None of a tensor of inference mode, of which nobody knows."""
     return None if x.is_inference() else x._version
-
-
-@contextlib.contextmanager
-def _writes_counted() -> Iterator[None]:
-    """Tensors made within have a version, in inference mode too."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def may_step(x: torch.Tensor) -> bool:
@@ -451,127 +515,3 @@ def decodes(x: torch.Tensor, keys: torch.Tensor, mask: Any, is_causal: bool) -> 
         # Several tokens behind others come with a mask; alone, they are causal.
         return tokens == 1 or (tokens == rows and is_causal)
     return mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[3] == rows
-
-
-# The cache -----------------------------------------------------------------------------------------------------------
-
-
-class Growth(NamedTuple):
-    """Keys and values that a layer of a cache is to get.
-
-    Attributes:
-        layer: of the cache.
-        keys, values: that it has.
-        room: with the new ones.
-    """
-
-    layer: Any
-    keys: torch.Tensor
-    values: torch.Tensor
-    room: Room
-
-    @property
-    def holds(self) -> bool:
-        """Whether the layer is as it was."""
-        return self.layer.keys is self.keys and self.layer.values is self.values
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the room is that of the keys and values that the layer has, and no copy of them."""
-        return self.room.last[0] is self.keys
-
-    def take(self, x: torch.Tensor) -> None:
-        """Those of x [B, T, H] are there."""
-        self.room.take(self.layer, x.shape[1])
-
-
-class Room:
-    """Keys and values [B, Hkv, room, D] of a layer of a cache, of which it shows rows begin ... end - 1.
-
-    Whoever else has made views of its own, or copies, is noticed by the views that the layer had at last: where it has
-    them still, the rows behind are free.
-    """
-
-    __slots__ = ("all_keys", "all_values", "begin", "end", "first_position", "keys", "last", "size", "values")
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
-        self.all_keys, self.all_values, self.begin, self.end = keys, values, 0, end
-        self.size = keys.shape[2]
-        self.last: tuple[Any, Any] = (None, None)
-        self.keys = self.values = keys  # until open() makes views
-        self.first_position = 0
-
-    def has_room(self, layer: Any, tokens: int) -> bool:
-        """Whether these rows are the layer's, and so many more fit behind them."""
-        is_its = self.last[0] is layer.keys and self.last[1] is layer.values
-        # A copy that was made in inference mode cannot be written outside.
-        return is_its and self.end + tokens <= self.size and not self.all_keys.is_inference()
-
-    @property
-    def written(self) -> int:
-        """Counts writes."""
-        return self.all_keys._version + self.all_values._version
-
-    def open(self, layer: Any, tokens: int) -> Room:
-        """Makes views with room for new tokens, which are the layer's after :meth:`take`."""
-        rows = self.end + tokens - self.begin
-        self.keys = self.all_keys.narrow(2, self.begin, rows)
-        self.values = self.all_values.narrow(2, self.begin, rows)
-        if type(layer) is DynamicSlidingWindowLayer:
-            # A cache that Transformers has reset holds rows of zeros, and counts from 0.
-            self.first_position = max(0, layer.cumulative_length - (rows - tokens))
-        return self
-
-    def take(self, layer: Any, tokens: int) -> None:
-        """The new tokens are there."""
-        keys, values, begin, end = self.keys, self.values, self.begin, self.end + tokens
-        if type(layer) is DynamicSlidingWindowLayer:
-            layer.cumulative_length += tokens
-            dropped = end - begin - (layer.sliding_window - 1)
-            if dropped > 0:
-                begin += dropped
-                keys, values = keys.narrow(2, dropped, end - begin), values.narrow(2, dropped, end - begin)
-        layer.keys, layer.values = keys, values
-        # Last what says that all this belongs together: who is interrupted before has a layer without room.
-        self.begin, self.end = begin, end
-        _ROOMS[layer] = self
-        self.last = keys, values
-
-
-def layer_of(cache: Any, index: int) -> Any:
-    """A layer of a cache of which it is known how it grows, with keys and values; None of another."""
-    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
-        return None
-    layer: Any = cache.layers[index]
-    if "update" in cache.__dict__ or "update" in layer.__dict__:
-        return None
-    known = type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and not layer.record_past)
-    return layer if known and layer.is_initialized and layer.keys is not None and layer.keys.dim() == 4 else None
-
-
-def room_for(layer: Any, x: torch.Tensor, kv_heads: int, head_dim: int) -> Room | None:
-    """Room in a layer of a cache for the tokens of x [B, T, H]; None where what it holds does not fit to them."""
-    tokens, held = x.shape[1], layer.keys
-    if held.requires_grad or layer.values.requires_grad:
-        return None
-    room = _ROOMS.get(layer)
-    if room is not None and room.has_room(layer, tokens):
-        return room.open(layer, tokens)
-    rows = held.shape[2]
-    shape = (x.shape[0], kv_heads, rows, head_dim)
-    fits = held.shape == shape and layer.values.shape == shape and held.dtype == layer.values.dtype == x.dtype
-    if not fits or held.device != x.device:
-        return None
-    sizes = (x.shape[0], kv_heads, rows + tokens + max(_POSITIONS, rows // 2), head_dim)
-    with _writes_counted():
-        room = Room(x.new_empty(sizes), x.new_empty(sizes), rows)
-        room.all_keys[:, :, :rows], room.all_values[:, :, :rows] = held, layer.values
-    return room.open(layer, tokens)
-
-
-def first_position(cache: Any, index: int, keys: torch.Tensor) -> int:
-    """Of the first of the keys [B, Hkv, S, D] that a cache has given, new ones included."""
-    layers = getattr(cache, "layers", None)
-    if layers and type(layers[index]) is DynamicSlidingWindowLayer:
-        return max(0, layers[index].cumulative_length - keys.shape[2])
-    return 0

@@ -322,7 +322,7 @@ def replace_parts(
         replace_one_by_one("")
         return Fusion(not_fused, proof, {})
 
-    from qops.models.decoder import fuse
+    from qops.models.decoder import Layers, fuse
     from qops.models.rotary_tables import RotaryTables
 
     decoder = model.model
@@ -336,6 +336,8 @@ def replace_parts(
 
         replace_one_by_one(prefix, [f"{prefix}.{name}" for name in known.names(layer, index)])
         decoder.layers[index] = packed(fuse(layer, part, known, index))
+    if type(decoder.layers) is nn.ModuleList:
+        decoder.layers = take_hooks(Layers(decoder.layers), decoder.layers)
     decoder.norm = take_hooks(new("model.norm", decoder.norm), decoder.norm)
     decoder.rotary_emb = tables
     # Transformers hooks layers when hidden states are first asked for; the new ones have no hooks yet, the others may.

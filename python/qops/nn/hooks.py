@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from torch import nn
 from torch.nn.modules import module as _of_all_modules
 from torch.utils.hooks import RemovableHandle
@@ -36,21 +34,5 @@ def forget_recording(model: nn.Module) -> None:
 
 
 def newest_hook() -> int:
-    """Changes whenever any module of the process gets a hook, or a :class:`Noticed` one another forward."""
+    """Changes whenever any module of the process gets a hook, or a `Noticed` one another forward."""
     return RemovableHandle.next_id
-
-
-class Noticed(nn.Module):
-    """Base of modules that a fused layer may compute without a call: another forward of theirs counts as a hook.
-
-    Attributes:
-        changes: how often an attribute of any of them was set.
-    """
-
-    changes: ClassVar[int] = 0
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        Noticed.changes += 1
-        if name == "forward":
-            RemovableHandle.next_id += 1

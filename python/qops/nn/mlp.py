@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qops._noticed import Noticed
 from qops.nn.activations import Int8Rows
-from qops.nn.hooks import Noticed
 from qops.nn.linears import QuantizedLinear, dense_linear, into_stream
 from qops.nn.merged_state import merge_names, restore_names
 from qops.nn.offload import Offloadable

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from qops._noticed import Noticed
 from qops.nn.activations import Int8Rows, frozen, in_dtype_of, with_dense_rows
-from qops.nn.hooks import Noticed
 from qops.ops import (
     add_rms_norm,
     add_rms_norm_int8,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qops._layout import (
     LEVEL_GROUPS,
@@ -17,6 +17,7 @@ from qops._layout import (
     levels_shape,
     widen_levels,
 )
+from qops._noticed import Noticed
 from qops.weights.requirements import (
     require_dtype,
     require_int,
@@ -30,7 +31,7 @@ from qops.weights.requirements import (
 FLOAT_ZERO_KINDS = ("float_zero", "offset")
 
 
-class WeightSpec(nn.Module):
+class WeightSpec(Noticed):
     """Everything about a weight but its numbers; a subclass says how codes are stored."""
 
     KINDS: tuple[str, ...]

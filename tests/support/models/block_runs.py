@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import contextlib
 
-from qops.models import blocks, decoder
+import torch
+from transformers import DynamicCache
+
+from qops.models import blocks
+from qops.nn import RMSNorm
 from qops.testing import assert_bitwise
+from tests.support.models.families import VOCAB
+
+LAYERS = 5
+IDS = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 @contextlib.contextmanager
@@ -40,13 +48,12 @@ def counted():
 
 def chain_of(run):
     """The results of a run without block operators."""
-    known = decoder.DecoderLayer._known_halves
-    decoder.DecoderLayer._known_halves = lambda self: None
+    blocks._FUNCTIONS.append((RMSNorm, "forward", None))  # a function that the class does not have any more
     try:
         with counted() as counts:
             results = run()
     finally:
-        decoder.DecoderLayer._known_halves = known
+        blocks._FUNCTIONS.pop()
     assert counts == [0, 0]
     return results
 
@@ -62,3 +69,72 @@ def check(run, *, attention=True, model=None):
     assert len(got) == len(want)
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
         assert_bitwise(a, b, f"result {index}")
+
+
+# Loops over layers -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def leads():
+    """The numbers of layers that were computed by one operator, call by call."""
+    found, lead = [], blocks.Run.lead
+
+    def leading(self, *arguments):
+        y = lead(self, *arguments)
+        if y is not None:
+            found.append(1 + len(self.ahead))
+        return y
+
+    blocks.Run.lead = leading
+    try:
+        yield found
+    finally:
+        blocks.Run.lead = lead
+
+
+def nothing(index, x, layer):
+    return x
+
+
+def token(model, cache, t, before=nothing, layers=None, mask=None):
+    """Hidden states after a loop over layers such as people write."""
+    decoder = model.model
+    ids = IDS[:, t : t + 1]
+    x = decoder.embed_tokens(ids)
+    positions = torch.full_like(ids, cache.get_seq_length())
+    tables = decoder.rotary_emb(x, positions)
+    for index, layer in enumerate(decoder.layers if layers is None else layers):
+        x = before(index, x, layer)
+        x = layer(
+            x,
+            attention_mask=mask(index) if mask else None,
+            position_ids=positions,
+            position_embeddings=tables,
+            use_cache=True,
+            **{layer.cache_keyword: cache},
+        )
+    return decoder.norm(x)
+
+
+def begun(model, tokens=6, prompt=9):
+    """A cache after a prompt and so many steps: the layers that follow one another are known."""
+    cache = DynamicCache(config=model.config)
+    logits = model(IDS[:, :prompt], past_key_values=cache, use_cache=True).logits
+    return cache, [logits, *(token(model, cache, prompt + t) for t in range(tokens))]
+
+
+def contents(cache):
+    held = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return [tensor.clone() for tensor in held if tensor is not None]
+
+
+def run_with(model, *tokens):
+    """Steps with keywords of token() each, and what the cache holds in the end."""
+
+    def run():
+        cache, results = begun(model)
+        for t, how in enumerate(tokens):
+            results.append(token(model, cache, 15 + t, **how))
+        return results + contents(cache)
+
+    return run

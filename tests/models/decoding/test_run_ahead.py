@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import pickle
@@ -14,102 +13,12 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import DynamicCache
 
-from qops import quantize_model
-from qops.models import blocks
+from qops.models import blocks, rooms
 from qops.nn import MLP
 from qops.testing import assert_bitwise
-from tests.support.models.block_runs import check, counted
-from tests.support.models.families import VOCAB, random_model
+from tests.support.models.block_runs import IDS, LAYERS, begun, check, contents, counted, leads, run_with, token
 
-LAYERS = 5
-IDS = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])
-def model(request):
-    with torch.inference_mode(False), torch.no_grad():
-        found = quantize_model(random_model(request.param, dtype=torch.bfloat16, num_hidden_layers=LAYERS))
-    found.family = request.param
-    return found
-
-
-@pytest.fixture
-def made(model):
-    """A model that a test may change."""
-    with torch.inference_mode(False), torch.no_grad():
-        return copy.deepcopy(model)
-
-
-@pytest.fixture(params=["inference_mode", "no_grad"], autouse=True)
-def mode(request):
-    with torch.inference_mode(False), getattr(torch, request.param)():
-        yield request.param
-
-
-@contextlib.contextmanager
-def leads():
-    """The numbers of layers that were computed by one operator, call by call."""
-    found, lead = [], blocks.Run.lead
-
-    def leading(self, *arguments):
-        y = lead(self, *arguments)
-        if y is not None:
-            found.append(1 + len(self.ahead))
-        return y
-
-    blocks.Run.lead = leading
-    try:
-        yield found
-    finally:
-        blocks.Run.lead = lead
-
-
-def nothing(index, x, layer):
-    return x
-
-
-def token(model, cache, t, before=nothing, layers=None, mask=None):
-    """Hidden states after a loop over layers such as people write."""
-    decoder = model.model
-    ids = IDS[:, t : t + 1]
-    x = decoder.embed_tokens(ids)
-    positions = torch.full_like(ids, cache.get_seq_length())
-    tables = decoder.rotary_emb(x, positions)
-    for index, layer in enumerate(decoder.layers if layers is None else layers):
-        x = before(index, x, layer)
-        x = layer(
-            x,
-            attention_mask=mask(index) if mask else None,
-            position_ids=positions,
-            position_embeddings=tables,
-            use_cache=True,
-            **{layer.cache_keyword: cache},
-        )
-    return decoder.norm(x)
-
-
-def begun(model, tokens=6, prompt=9):
-    """A cache after a prompt and so many steps: the layers that follow one another are known."""
-    cache = DynamicCache(config=model.config)
-    logits = model(IDS[:, :prompt], past_key_values=cache, use_cache=True).logits
-    return cache, [logits, *(token(model, cache, prompt + t) for t in range(tokens))]
-
-
-def contents(cache):
-    held = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
-    return [tensor.clone() for tensor in held if tensor is not None]
-
-
-def run_with(model, *tokens):
-    """Steps with keywords of token() each, and what the cache holds in the end."""
-
-    def run():
-        cache, results = begun(model)
-        for t, how in enumerate(tokens):
-            results.append(token(model, cache, 15 + t, **how))
-        return results + contents(cache)
-
-    return run
+pytestmark = pytest.mark.usefixtures("mode")
 
 
 def test_layers_run_ahead_from_the_third_forward(model):
@@ -385,7 +294,7 @@ def test_an_interrupt_leaves_no_row_that_is_half_there(model):
         left = [stop]
 
         def trace(frame, event, argument, left=left):
-            if frame.f_code is not blocks.Room.take.__code__:
+            if frame.f_code is not rooms.Room.take.__code__:
                 return trace if event == "call" else None
             if event == "line":
                 left[0] -= 1
@@ -403,7 +312,7 @@ def test_an_interrupt_leaves_no_row_that_is_half_there(model):
         rows = [len(layer.keys[0, 0]) for layer in cache.layers]
         assert all(0 <= now - then <= 1 for now, then in zip(rows, before, strict=True))
         for layer in cache.layers:
-            room = blocks._ROOMS.get(layer)
+            room = rooms._ROOMS.get(layer)
             if room is not None and room.last[0] is layer.keys and room.last[1] is layer.values:
                 assert room.end - room.begin == len(layer.keys[0, 0])
 
