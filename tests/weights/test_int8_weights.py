@@ -123,12 +123,16 @@ def test_rows_are_rows_of_dequantize(group_size, kind, act_order):
 def test_rows_refuse_ids_out_of_range(bad, pack, kind, act_order):
     # Strips end at 48: ids 40 ... 47 are padding.
     weight = random_int8(40, 48, 16, kind, act_order=act_order, pack=pack)[1]
-    with pytest.raises(IndexError):
-        weight.rows(torch.tensor([0, bad]))
+    text = f"^qops.Int8Weight.rows: ids must lie in 0 ... N - 1, with N = 40 rows, got {bad}$"
+    with pytest.raises(IndexError, match=text):
+        weight.rows(torch.tensor([[0, bad], [39, -50]]))
 
 
 def test_rows_refuse_ids_of_other_dtypes():
     weight = random_int8(40, 48, 16)[1]
+    for ids in (None, [0, 1], 3):
+        with pytest.raises(TypeError, match=f"Int8Weight.rows: ids must be a tensor, got {type(ids).__name__}"):
+            weight.rows(ids)
     for dtype in (torch.float32, torch.bool, torch.uint8):
         with pytest.raises(RuntimeError, match="ids must have dtype int32 or int64"):
             weight.rows(torch.zeros(2, dtype=dtype))

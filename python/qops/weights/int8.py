@@ -285,14 +285,26 @@ class Int8Weight(QuantizedWeight):
 
         Raises:
             IndexError: an id out of range (on a GPU the indexing kernel asserts).
+            TypeError: ``ids`` are no tensor.
             RuntimeError: ``ids`` are not int32 or int64.
         """
+        require_tensor(f"{self._name()}.rows", "ids", ids)
         if ids.dtype not in (torch.int32, torch.int64):
             raise RuntimeError(f"{self._name()}.rows: ids must have dtype int32 or int64, got {dtype_name(ids.dtype)}")
         if self.is_packed:
             self._name_layout()
-        n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
         ids = ids.long()
+        try:
+            return self._rows_at(ids, dtype)
+        except IndexError:
+            wrong = ids[(ids < 0) | (ids >= self.out_features)].flatten()
+            if wrong.numel() == 0:
+                raise
+            text = f"ids must lie in 0 ... N - 1, with N = {self.out_features} rows, got {wrong[0].item()}"
+            raise IndexError(f"{self._name()}.rows: {text}") from None
+
+    def _rows_at(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
         inside, row = (ids >= 0) & (ids < n), ids
         if self.is_packed and self.mixed_gate_up:
             half = max(n // 2, 1)
