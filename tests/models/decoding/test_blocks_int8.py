@@ -10,6 +10,7 @@ from transformers import DynamicCache, GenerationConfig
 
 import qops
 from qops import nn, quantize_model
+from qops.ops.quantize_int8 import quantize_int8_static_ref
 from qops.testing import assert_bitwise
 from tests.support.models.block_runs import check, counted
 from tests.support.models.families import VOCAB, random_model
@@ -79,8 +80,26 @@ def test_one_scale_for_all_tokens_is_left_to_the_chain():
         static = lambda linear, given=given: nn.Int8StaticLinear(linear.weight, linear.bias, **given)  # noqa: E731
         model = with_linears(made("int8"), static)
         with counted() as counts:
-            generate(model)
+            want = generate(model)
         assert counts == [0, 0]
+        seen = products_of(model, nn.Int8StaticLinear)
+        for got, expected in zip(generate(model), want, strict=True):
+            assert_bitwise(got, expected, "what hooks see")
+        assert len(seen) > 24 * 4
+        for linear, x, y in seen:
+            q = quantize_int8_static_ref(x, scale, given.get("input_zero_point"))
+            points = torch.full(x.shape[:-1], 3, dtype=torch.int32) if len(given) == 2 else None
+            product = {"zero_point": points, "out_dtype": x.dtype, "silu_mul": linear.weight.mixed_gate_up}
+            assert_bitwise(y, qops.int8_gemm(q, scale.expand(x.shape[:-1]), linear.weight, linear.bias, **product))
+
+
+def products_of(model, kind):
+    """Linears of a class with what goes into them and comes out, as the model is called."""
+    seen = []
+    for module in model.model.layers.modules():
+        if isinstance(module, kind):
+            module.register_forward_hook(lambda linear, given, y: seen.append((linear, given[0].clone(), y.clone())))
+    return seen
 
 
 SCHEMES = ("int4", "int8_weight_only", "w4a8", "int8")
