@@ -106,21 +106,22 @@ void Checker::refuse_grad(const Tensor& t, const char* arg) const {
               "around the call allows it), got requires_grad = True");
 }
 
-DType Checker::float_dtype(const Tensor& t, const char* arg) const {
-  const DType dtype = one_of_float(dtype_of(t, arg), arg, "have dtype");
+DType Checker::float_dtype(const Tensor& t, const char* arg, const char* or_else) const {
+  const DType dtype = one_of_float(dtype_of(t, arg), arg, "have dtype", or_else);
   refuse_grad(t, arg);
   return dtype;
 }
 
 DType Checker::as_float_dtype(ScalarType dtype, const char* arg) const { return one_of_float(dtype, arg, "be"); }
 
-DType Checker::one_of_float(ScalarType dtype, const char* arg, const char* verb) const {
+DType Checker::one_of_float(ScalarType dtype, const char* arg, const char* verb, const char* or_else) const {
   switch (dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
     default:
-      unsupported(std::string(arg) + " must " + verb + " float32, float16 or bfloat16, got " + dtype_name(dtype));
+      unsupported(std::string(arg) + " must " + verb + " float32, float16 or bfloat16" + or_else + ", got " +
+                  dtype_name(dtype));
   }
 }
 

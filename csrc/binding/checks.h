@@ -48,8 +48,8 @@ class Checker {
   ScalarType dtype_of(const Tensor& t, const char* arg) const;
   // What follows, up to index_dtype(), also refuses a tensor whose gradients or tangents would be lost, in grad mode:
   // each tensor of an op passes one of them.
-  // x is float32, float16 or bfloat16.
-  DType float_dtype(const Tensor& t, const char* arg) const;
+  // x is float32, float16 or bfloat16. `or_else`: what it might have been, for the message.
+  DType float_dtype(const Tensor& t, const char* arg, const char* or_else = "") const;
   // The same of an argument that is a dtype.
   DType as_float_dtype(ScalarType dtype, const char* arg) const;
   void same_dtype(const Tensor& t, const char* arg, const Tensor& other, const char* other_arg) const;
@@ -96,7 +96,7 @@ class Checker {
  private:
   // 0.6 us a tensor, so in grad mode alone. The typed functions of Python look for tangents in every mode.
   void refuse_grad(const Tensor& t, const char* arg) const;
-  DType one_of_float(ScalarType dtype, const char* arg, const char* verb) const;
+  DType one_of_float(ScalarType dtype, const char* arg, const char* verb, const char* or_else = "") const;
   std::string prefix() const { return std::string("qops.") + op_ + ": "; }
 
   const char* op_;

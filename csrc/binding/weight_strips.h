@@ -60,7 +60,7 @@ bool take_scale_dtype(const Checker& check, const Tensor& scales, const char* ar
     p.scale_dtype = DType::kFloat16;
     return true;
   }
-  p.scale_dtype = check.float_dtype(scales, arg);
+  p.scale_dtype = check.float_dtype(scales, arg, kGpuLayout ? "" : ", or int8 of two levels");
   return false;
 }
 

@@ -36,7 +36,6 @@ from qops.weights import Int4Weight, Int8Weight
 
 ROWS = (1, 3, 17, 65, 130)
 EPS = 1e-5
-RULES = ("127", "compressed-tensors", "torchao")
 STYLES = (("hf", 0.0), ("fp32", 1.0))
 # (N, K, G): one strip of rows and more, odd and even multiples of 8, blocks of 8 to 128 columns, tails of K.
 WEIGHTS = ((8, 8, 8), (40, 144, 48), (48, 320, 32), (16, 520, 520))

@@ -16,6 +16,7 @@ from qops._layout import STRIP_ROWS, column_step, stored_columns, strips_of
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT4_KINDS = ("symmetric", "zero_point", "float_zero", "offset")
+RULES = ("127", "compressed-tensors", "torchao")
 MAX_ROW_DIMS = 4
 MAX_DECODE_TOKENS = 8
 MAX_FLOAT = torch.finfo(torch.float32).max
@@ -76,8 +77,9 @@ class Checker:
                 self.supported(t.device == first.device, arg, f"be on {first.device}", str(t.device))
                 self.supported(t.layout == torch.strided, arg, "have layout strided", _name(t.layout))
 
-    def float_dtype(self, t: Tensor, arg: str) -> None:
-        self.supported(t.dtype in FLOAT_DTYPES, arg, "have dtype float32, float16 or bfloat16", _name(t.dtype))
+    def float_dtype(self, t: Tensor, arg: str, or_else: str = "") -> None:
+        requirement = f"have dtype float32, float16 or bfloat16{or_else}"
+        self.supported(t.dtype in FLOAT_DTYPES, arg, requirement, _name(t.dtype))
         _refuse_requires_grad(self.op, arg, t)
 
     def dtype(self, t: Tensor, arg: str, expected: torch.dtype) -> None:
@@ -118,11 +120,9 @@ class Checker:
             return
         dims: list[tuple[int, int]] = []
         for size, stride in reversed(list(zip(t.shape, t.stride(), strict=True))[: t.dim() - trailing]):
-            if size == 1:
-                continue
-            if dims and stride == dims[-1][0] * dims[-1][1]:
+            if dims and size != 1 and stride == dims[-1][0] * dims[-1][1]:
                 dims[-1] = (dims[-1][0] * size, dims[-1][1])
-            else:
+            elif size != 1:
                 dims.append((size, stride))
         requirement = f"have at most {MAX_ROW_DIMS} leading dimensions that cannot be merged"
         self.require(len(dims) <= MAX_ROW_DIMS, arg, requirement, lambda: f"strides {_shape(t.stride())}")
@@ -139,15 +139,11 @@ class Checker:
 
     def rms_norm_style(self, eps: float, weight_offset: float, rounding: str) -> None:
         """What every form of rms_norm adds."""
-        requirement = "be a float32 that is finite and not negative"
-        self.require(0 <= eps <= MAX_FLOAT, "eps", requirement, lambda: f"{eps:g}")
-        self.require(
-            abs(weight_offset) <= MAX_FLOAT, "weight_offset", "be a finite float32", lambda: f"{weight_offset:g}"
-        )
-        self.rounding(rounding)
-        if weight_offset != 0.0:
-            requirement = 'be "fp32" with a non-zero weight_offset'
-            self.require(rounding != "hf", "rounding", requirement, lambda: f'"{rounding}"')
+        self.finite(eps, "eps", 0)
+        self.finite(weight_offset, "weight_offset")
+        self.one_of(rounding, "rounding", "hf", "fp32")
+        fits, requirement = weight_offset == 0.0 or rounding != "hf", 'be "fp32" with a non-zero weight_offset'
+        self.require(fits, "rounding", requirement, lambda: f'"{rounding}"')
 
     def new_empty(self, like: Tensor, sizes: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """A result."""
@@ -170,17 +166,13 @@ class Checker:
             self.contiguous(t, arg)
         return None
 
-    def rounding(self, rounding: str) -> None:
-        self.require(rounding in ("hf", "fp32"), "rounding", 'be "hf" or "fp32"', lambda: f'"{rounding}"')
+    def one_of(self, value: str, arg: str, *known: str) -> None:
+        *names, last = (f'"{name}"' for name in known)
+        self.require(value in known, arg, f"be {', '.join(names)} or {last}", lambda: f'"{value}"')
 
-    def quantize_rule(self, rule: str) -> None:
-        requirement = 'be "127", "compressed-tensors" or "torchao"'
-        self.require(rule in ("127", "compressed-tensors", "torchao"), "rule", requirement, lambda: f'"{rule}"')
-
-    def one_of_two_rules(self, rule: str, other: str) -> None:
-        """Of the asymmetric and the static quantisers."""
-        rules = (other, "compressed-tensors")
-        self.require(rule in rules, "rule", 'be "{}" or "{}"'.format(*rules), lambda: f'"{rule}"')
+    def finite(self, value: float, arg: str, least: float = -MAX_FLOAT) -> None:
+        requirement = "be a finite float32" if least < 0 else "be a float32 that is finite and not negative"
+        self.require(least <= value <= MAX_FLOAT, arg, requirement, lambda: f"{value:g}")
 
 
 def fake(*ops: str) -> Callable[[F], F]:
@@ -214,8 +206,7 @@ def _call(function: Callable[..., Results], op: str, schema: Any, *args: Any, **
 
 def derivatives_are_asked() -> bool:
     """Whether a call has to look for tensors that want some: asking first spares it 80 ns where nobody does."""
-    # Tangents go through torch.no_grad() too. Only inside a level, which also torch.func.jvp opens, do tensors have
-    # any; its number is an attribute of the module, which costs a call 40 ns.
+    # Tangents go through no_grad() too. Only inside a level, which torch.func.jvp opens too, do tensors have any.
     return forward_ad._current_level >= 0 or torch.is_grad_enabled()
 
 
@@ -308,21 +299,21 @@ def check_packed_weight(
 
 def check_scale_dtype(check: Checker, scales: Tensor, arg: str) -> bool:
     """Whether scales have two levels, which GPU kernels do not read."""
-    two_levels = scales.dtype == _layout.LEVELS_DTYPE and not _layout.has_gpu_layout(scales.device)
-    if not two_levels:
-        check.float_dtype(scales, arg)
-    return two_levels
+    on_gpu = _layout.has_gpu_layout(scales.device)
+    if scales.dtype == _layout.LEVELS_DTYPE and not on_gpu:
+        return True
+    check.float_dtype(scales, arg, "" if on_gpu else ", or int8 of two levels")
+    return False
 
 
 def check_zeros(
     check: Checker, kind: int, zeros: Tensor | None, scales: Tensor, prefix: str = "", *, bits: int = 4
 ) -> None:
     """The kind of a weight, and the zeros that belong to it; ``prefix``: of the names of its arguments."""
+    kinds, requirement = (0, 1, 2, 3), "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)"
     if bits == 8:
-        requirement, fits = "be 0 (symmetric) or 3 (offset) for a weight of 8 bits", kind in (0, 3)
-    else:
-        requirement, fits = "be 0 (symmetric), 1 (zero_point), 2 (float_zero) or 3 (offset)", 0 <= kind <= 3
-    check.require(fits, f"{prefix}kind", requirement, lambda: str(kind))
+        kinds, requirement = (0, 3), "be 0 (symmetric) or 3 (offset) for a weight of 8 bits"
+    check.require(kind in kinds, f"{prefix}kind", requirement, lambda: str(kind))
     two_levels = scales.dtype == _layout.LEVELS_DTYPE
     requirement = "be 0 (symmetric) or 3 (offset) with int8 scales"
     check.require(not two_levels or kind in (0, 3), f"{prefix}kind", requirement, lambda: str(kind))
@@ -414,17 +405,12 @@ def check_rotary(check: Checker, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
     requirement = f"have the shape of q = {list(q.shape)} but for the number of heads"
     check.require(fits, "k", requirement, lambda: str(list(k.shape)))
     check.require(cos.dim() == 2, "cos", "have 2 dimensions [positions, R / 2]", lambda: str(cos.dim()))
-    half = q.shape[-1] // 2
-    check.require(cos.shape[1] <= half, "cos", f"have at most D / 2 = {half} columns", lambda: str(cos.shape[1]))
+    half, columns = q.shape[-1] // 2, cos.shape[1]
+    check.require(columns <= half, "cos", f"have at most D / 2 = {half} columns", lambda: str(columns))
     check.same_shape(sin, "sin", cos, "cos")
     check.rows(q, "q", 2)
     check.rows(k, "k", 2)
-    t = q.shape[-3]
-    if positions is None:
-        requirement = f"have at least T = {t} rows without positions"
-        check.require(cos.shape[0] >= t, "cos", requirement, lambda: str(cos.shape[0]))
-    else:
-        check_positions(check, positions, q.shape[:-2])
+    check_positions(check, positions, cos, q.shape[:-2])
     return (check.new_empty(q, q.shape), check.new_empty(k, k.shape)) if check.gives else None
 
 
@@ -462,17 +448,19 @@ def check_attention(
         fits = (sizes[0] == batch or sizes[0] == 1) and sizes[1] == 1 and (sizes[2] == t or sizes[2] == 1)
         requirement = f"have shape [B or 1, 1, T or 1, S] = [{batch} or 1, 1, {t} or 1, {s}]"
         check.require(fits and sizes[3] == s, "mask", requirement, lambda: _shape(sizes))
-    check.require(abs(scale) <= MAX_FLOAT, "scale", "be a finite float32", lambda: f"{scale:g}")
+    check.finite(scale, "scale")
     check.require(0 <= window <= 2**62, "window", "lie in 0 .. 2^62", lambda: str(window))
     check.require(mask is None or window == 0, "window", "be 0 with a mask", lambda: str(window))
-    requirement = "be a float32 that is finite and not negative"
-    check.require(0 <= softcap <= MAX_FLOAT, "softcap", requirement, lambda: f"{softcap:g}")
+    check.finite(softcap, "softcap", 0)
     check.require(0 <= first_position <= 2**62, "first_position", "lie in 0 .. 2^62", lambda: str(first_position))
 
 
-def check_positions(check: Checker, positions: Tensor, leading: Sequence[int]) -> None:
-    """Of tokens ``[..., T]``."""
+def check_positions(check: Checker, positions: Tensor | None, cos: Tensor, leading: Sequence[int]) -> None:
+    """Of tokens ``[..., T]``, which have rows of ``cos``."""
     t = leading[-1]
+    if positions is None:
+        requirement = f"have at least T = {t} rows without positions"
+        return check.require(cos.shape[0] >= t, "cos", requirement, lambda: str(cos.shape[0]))
     check.index_dtype(positions, "positions")
     requirement = f"have shape [T] = [{t}] or [..., T] = {_shape(leading)}"
     fits = list(positions.shape) in ([t], list(leading))
@@ -542,7 +530,7 @@ def check_silu_mul(
         check_second(check, up, "up", rows, arg)
     else:
         check.require(columns % 2 == 0, arg, "have an even last dimension 2 I", lambda: str(columns))
-    check.rounding(rounding)
+    check.one_of(rounding, "rounding", "hf", "fp32")
     check.rows(rows, arg)
     return rows, (*rows.shape[:-1], columns if up is not None else columns // 2)
 
@@ -579,8 +567,8 @@ def check_epilogue(
         check.require(out_features % 16 == 0, "out_features", requirement, lambda: str(out_features))
         check.require(out_scale is None, "out_scale", "be None with silu_mul", lambda: "a tensor")
         letters, columns = "[..., N / 2]", out_features // 2
-    lone = out_scale is None and out_zero_point is not None
-    check.require(not lone, "out_zero_point", "be None without out_scale", lambda: "a tensor")
+    fits = out_scale is not None or out_zero_point is None
+    check.require(fits, "out_zero_point", "be None without out_scale", lambda: "a tensor")
     if out_scale is not None:
         check_static_scale(check, out_scale=out_scale, out_zero_point=out_zero_point)
         dtype = torch.int8
@@ -595,6 +583,5 @@ def refuse_mixed(op: str, silu_mul: bool) -> NoReturn:
 
 def int8_results(x: Tensor, k: int, q: Tensor | None, scale: Tensor | None) -> tuple[Result, Result]:
     """The results of the ops that emit per-token int8."""
-    leading = x.shape[:-1]
-    rows = Result("q", q, "[..., K]", (*leading, k), torch.int8)
-    return rows, Result("scale", scale, "[...]", leading, torch.float32)
+    rows = Result("q", q, "[..., K]", (*x.shape[:-1], k), torch.int8)
+    return rows, Result("scale", scale, "[...]", x.shape[:-1], torch.float32)

@@ -588,9 +588,4 @@ def _check_rotary(
     requirement = f"have shape [positions, R / 2] with R <= D = {d}"
     check.require(fits, "cos", requirement, lambda: str(list(cos.shape)))
     check.same_shape(sin, "sin", cos, "cos")
-    t = x.shape[1]
-    if positions is None:
-        requirement = f"have at least T = {t} rows without positions"
-        check.require(cos.shape[0] >= t, "cos", requirement, lambda: str(cos.shape[0]))
-    else:
-        check_positions(check, positions, x.shape[:2])
+    check_positions(check, positions, cos, x.shape[:2])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qops import _native as _native
 from qops.ops._checks import (
+    RULES,
     Checker,
     Result,
     Results,
@@ -249,7 +250,7 @@ def quantize_int8_static_ref(
 
 
 def cases_of_quantize_int8(run: Run) -> None:
-    from qops._check_cases import RULES, activations
+    from qops._check_cases import activations
 
     for x, rule in activations(run, RULES):
         results = run.rows(partial(quantize_int8, rule=rule), x)
@@ -285,7 +286,7 @@ def _check_x(check: Checker, x: Tensor) -> None:
 @fake("quantize_int8")
 def _(check: Checker, x: Tensor, rule: str = "127", q: Tensor | None = None, scale: Tensor | None = None) -> Results:
     _check_x(check, x)
-    check.quantize_rule(rule)
+    check.one_of(rule, "rule", *RULES)
     return check.results(x, *int8_results(x, x.shape[-1], q, scale))
 
 
@@ -299,7 +300,7 @@ def _(
     zero_point: Tensor | None = None,
 ) -> Results:
     _check_x(check, x)
-    check.one_of_two_rules(rule, "255")
+    check.one_of(rule, "rule", "255", "compressed-tensors")
     zeros = Result("zero_point", zero_point, "[...]", x.shape[:-1], torch.int32)
     return check.results(x, *int8_results(x, x.shape[-1], q, scale), zeros)
 
@@ -314,6 +315,6 @@ def _(
     q: Tensor | None = None,
 ) -> Results:
     _check_x(check, x)
-    check.one_of_two_rules(rule, "torchao")
+    check.one_of(rule, "rule", "torchao", "compressed-tensors")
     check_static_scale(check, scale=scale, zero_point=zero_point)
     return check.results(x, Result("q", q, "[..., K]", x.shape, torch.int8))

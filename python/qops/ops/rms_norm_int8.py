@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qops import _native as _native
 from qops.ops._checks import (
+    RULES,
     Checker,
     Result,
     Results,
@@ -131,7 +132,7 @@ def add_rms_norm_int8(
 
 
 def cases_of_rms_norm_int8(run: Run) -> None:
-    from qops._check_cases import EPS, RULES, norms
+    from qops._check_cases import EPS, norms
     from qops._numerics import rms_norm_exact
     from qops.ops.quantize_int8 import quantize_int8_ref
 
@@ -143,7 +144,7 @@ def cases_of_rms_norm_int8(run: Run) -> None:
 
 
 def cases_of_add_rms_norm_int8(run: Run) -> None:
-    from qops._check_cases import EPS, RULES, norms
+    from qops._check_cases import EPS, norms
     from qops._numerics import rms_norm_exact
     from qops.ops.quantize_int8 import quantize_int8_ref
 
@@ -168,7 +169,7 @@ def _(
     scale: Tensor | None = None,
 ) -> Results:
     check_rms_norm(check, x, weight, eps, weight_offset, rounding)
-    check.quantize_rule(rule)
+    check.one_of(rule, "rule", *RULES)
     return check.results(x, *int8_results(x, x.shape[-1], q, scale))
 
 
@@ -187,7 +188,7 @@ def _(
     residual_out: Tensor | None = None,
 ) -> Results:
     check_rms_norm(check, x, weight, eps, weight_offset, rounding)
-    check.quantize_rule(rule)
+    check.one_of(rule, "rule", *RULES)
     check_second(check, residual, "residual", x, "x")
     z = Result("residual_out", residual_out, "[..., H]", x.shape, x.dtype)
     return check.results(x, *int8_results(x, x.shape[-1], q, scale), z)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qops import _native as _native
 from qops.ops._checks import (
+    RULES,
     Checker,
     Results,
     check_silu_mul,
@@ -94,7 +95,7 @@ def silu_mul_int8(  # pyright: ignore[reportInconsistentOverload]: by position o
 
 
 def cases_of_silu_mul_int8(run: Run) -> None:
-    from qops._check_cases import RULES, activations
+    from qops._check_cases import activations
     from qops.ops.quantize_int8 import quantize_int8_ref
     from qops.ops.silu_mul import silu_mul
 
@@ -119,5 +120,5 @@ def _(
     scale: Tensor | None = None,
 ) -> Results:
     like, sizes = check_silu_mul(check, gate_up, gate, up, rounding)
-    check.quantize_rule(rule)
+    check.one_of(rule, "rule", *RULES)
     return check.results(like, *int8_results(like, sizes[-1], q, scale))

@@ -190,7 +190,7 @@ ERRORS = {
     "unsigned": (
         {"scales": int8(2, 2, 10, 16).view(torch.uint8)},
         RuntimeError,
-        "scales must have dtype float32, float16 or bfloat16, got uint8",
+        "scales must have dtype float32, float16 or bfloat16, or int8 of two levels, got uint8",
     ),
     "strides": (
         {"scales": int8(2, 2, 16, 10).transpose(2, 3)},
@@ -243,6 +243,10 @@ def test_fake_tensors_of_a_gpu_refuse_them(bits):
 
 
 BLOCK_ERRORS = {
+    "unsigned": (
+        {"down_scales": int8(32, 1, 10, 16).view(torch.uint8)},
+        "down_scales must have dtype float32, float16 or bfloat16, or int8 of two levels, got uint8",
+    ),
     "rank": (
         {"down_scales": int8(32, 8, 16)},
         r"down_scales must have shape \[S, K / 256, 2 \+ 256 / G, 16\]",
