@@ -28,6 +28,8 @@ using torch::stable::Tensor;
 class Checker {
  public:
   explicit constexpr Checker(const char* op) : op_(op) {}
+  // Of one of the layers that the op computes, by the number that messages give it.
+  constexpr Checker(const char* op, int64_t layer) : op_(op), layer_(layer) {}
 
   constexpr const char* op() const { return op_; }
 
@@ -97,9 +99,14 @@ class Checker {
   // 0.6 us a tensor, so in grad mode alone. The typed functions of Python look for tangents in every mode.
   void refuse_grad(const Tensor& t, const char* arg) const;
   DType one_of_float(ScalarType dtype, const char* arg, const char* verb, const char* or_else = "") const;
-  std::string prefix() const { return std::string("qops.") + op_ + ": "; }
+  std::string prefix() const {
+    const std::string of_layer = layer_ == kNoLayer ? "" : "layer " + std::to_string(layer_) + ": ";
+    return std::string("qops.") + op_ + ": " + of_layer;
+  }
 
+  static constexpr int64_t kNoLayer = -1;
   const char* op_;
+  int64_t layer_ = kNoLayer;
 };
 
 std::string to_string(Sizes sizes);

@@ -355,6 +355,7 @@ enum Setting {
   kRotates,
   kWindow,
   kFirstPosition,
+  kNumber,
   kSettings
 };
 
@@ -362,9 +363,9 @@ using Tensors = std::vector<std::optional<Tensor>>;
 
 // One layer's share of the lists.
 struct Layer {
-  const Checker& check;
   const std::optional<Tensor>* parts;
   const int64_t* settings;
+  Checker check{check_layers.op(), settings[kNumber]};
 
   const Tensor& needed(size_t part) const {
     if (!parts[part]) check.unsupported(std::string(kParts[part]) + " must be a tensor, got None");
@@ -407,7 +408,7 @@ Tensor decoder_layers(const Tensor& x, const Tensors& weights, const std::vector
   std::vector<MlpBlockParams> mlp(layers);
   std::vector<Bad> bad(layers);
   for (size_t i = 0; i < layers; ++i) {
-    const Layer layer{check, weights.data() + i * kPartCount, settings.data() + i * kSettings};
+    const Layer layer{weights.data() + i * kPartCount, settings.data() + i * kSettings};
     const auto& part = layer.parts;
     const bool rotates = layer.settings[kRotates] != 0;
     const AttentionTensors attends{{layer.needed(kNorm), part[kNorm + 1]},
@@ -425,12 +426,12 @@ Tensor decoder_layers(const Tensor& x, const Tensors& weights, const std::vector
                                    0.0,
                                    layer.settings[kWindow],
                                    layer.settings[kFirstPosition]};
-    take_attention_block(check, x, style, attends, bad[i].attention, &bad[i].position, attention[i]);
+    take_attention_block(layer.check, x, style, attends, bad[i].attention, &bad[i].position, attention[i]);
     const MlpTensors mixes{{layer.needed(kMlpNorm), part[kMlpNorm + 1], kParts[kMlpNorm], kParts[kMlpNorm + 1]},
                            layer.linear(kGateUpPart, kGateUpKind),
                            layer.linear(kDownPart, kDownKind),
                            layer.settings[kMixed] != 0};
-    take_mlp(check, x, style, mixes, bad[i].mlp, mlp[i]);
+    take_mlp(layer.check, x, style, mixes, bad[i].mlp, mlp[i]);
   }
   std::vector<int64_t> sizes{static_cast<int64_t>(layers)};
   sizes.insert(sizes.end(), x.sizes().begin(), x.sizes().end());
@@ -452,8 +453,9 @@ Tensor decoder_layers(const Tensor& x, const Tensors& weights, const std::vector
   const Status status = device::run(check, &device::kernels::decoder_layers, p, y);
   if (status == Status::kIndexOutOfRange) {
     for (size_t i = 0; i < layers; ++i) {
-      refuse_bad_indices(check, attention[i]);
-      refuse_bad_indices(check, mlp[i]);
+      const Checker of_layer(check.op(), settings[i * kSettings + kNumber]);
+      refuse_bad_indices(of_layer, attention[i]);
+      refuse_bad_indices(of_layer, mlp[i]);
     }
     const auto rotates = [](const AttentionBlockParams& of) { return of.rotary.pairs > 0; };
     refuse_bad_position(check, std::find_if(attention.begin(), attention.end(), rotates)->rotary);

@@ -27,7 +27,7 @@ from qops.nn import MLP, MergedLinear, RMSNorm
 from qops.nn.hooks import newest_hook
 from qops.nn.mlp import rows_rule
 from qops.ops._checks import INT4_KINDS, MAX_DECODE_TOKENS
-from qops.ops.decoder_block import INPUTS
+from qops.ops.decoder_block import INPUTS, SETTINGS
 
 # What linears multiply: one of INPUTS. Of others no block operator computes it.
 _INPUTS: dict[type, int] = {
@@ -45,6 +45,7 @@ _FUNCTIONS = [(kind, "forward", kind.forward) for kind in (MLP, MergedLinear, RM
 _FUNCTIONS += [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)]
 
 
+_WINDOW, _FIRST_POSITION = SETTINGS.index("window"), SETTINGS.index("first_position")
 # Where tensors stand that a half does not have.
 _NOTHING: dict[str, Any] = {}
 
@@ -317,7 +318,7 @@ class Plan:
             if attention.parts() is None or mlp.parts() is None:
                 break
             self.halves.append(halves)
-            numbers = (mlp.mixed, attention.rotates, attention.window, 0)
+            numbers = (mlp.mixed, attention.rotates, attention.window, 0, attention.layer_idx)
             self.settings += (*attention.kinds, *mlp.kinds, *map(int, numbers))
             tensors += attention.tensors + mlp.tensors
             entries += attention.entries + mlp.entries
@@ -352,10 +353,10 @@ class Plan:
         each = len(self.settings) // len(self.halves)
         settings = self.settings[: each * len(growths)]
         for index, growth in enumerate(growths):
-            last = each * (index + 1)
-            settings[last - 1] = growth.room.first_position
+            start = each * index
+            settings[start + _FIRST_POSITION] = growth.room.first_position
             if has_mask:
-                settings[last - 2] = 0
+                settings[start + _WINDOW] = 0
         return settings
 
 

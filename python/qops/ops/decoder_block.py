@@ -355,7 +355,7 @@ def cases_of_decoder_layers(run: Run) -> None:
         kept = [(k.clone(), v.clone()) for k, v in zip(keys, values, strict=True)]
         weights = [part[name] for part in parts for name in PARTS]
         window = {"window": 7, "first_position": 100}
-        numbers = [part[name] for name in _NUMBERS] + [1, 1, *window.values()]  # mixed, rotated
+        numbers = [part[name] for name in _NUMBERS] + [1, 1, *window.values(), 0]  # mixed, rotated
         scale, given = d**-0.5, {"cos": cos, "sin": sin, "positions": None}
         y = ops.decoder_layers.default(x, weights, 3 * numbers, **style, scale=scale, **given, keys=keys, values=values)
         run.keep(y, *keys, *values)
@@ -526,7 +526,7 @@ PARTS = (
 )
 _LINEARS = ("qkv", "o", "gate_up", "down")
 _NUMBERS = tuple(f"{name}_{of}" for name in _LINEARS for of in ("kind", "input"))
-SETTINGS = (*_NUMBERS, "mixed_gate_up", "rotates", "window", "first_position")
+SETTINGS = (*_NUMBERS, "mixed_gate_up", "rotates", "window", "first_position", "number")  # that errors give a layer
 _TABLES = ("cos", "sin", "positions")
 _ATTENTION_PARTS = PARTS.index("mlp_norm")
 _NEEDED = ("norm", "qkv", "qkv_scales", "o", "o_scales", "mlp_norm", "gate_up", "gate_up_scales", "down", "down_scales")
@@ -562,15 +562,16 @@ def _(
         part: dict[str, Any] = dict(zip(PARTS, weights[index * len(PARTS) :], strict=False))
         number = dict(zip(SETTINGS, settings[index * len(SETTINGS) :], strict=False))
         cache = {"keys": keys[index], "values": values[index]}
-        check.tensors({"x": x, **part, **cache}, [name for name in PARTS if name not in _NEEDED])
+        of_layer = Checker(f"decoder_layers: layer {number['number']}", gives=True)
+        of_layer.tensors({"x": x, **part, **cache}, [name for name in PARTS if name not in _NEEDED])
         tables = (cos, sin, positions) if number["rotates"] else (None, None, None)
         of_attention = {name: part[name] for name in PARTS[:_ATTENTION_PARTS]} | dict(zip(_TABLES, tables, strict=True))
         of_attention |= {name: number[name] for name in (*_NUMBERS[:4], "window", "first_position")}
-        _attention_block(check, x, scale=scale, mask=mask, **of_attention, **cache, **style)
+        _attention_block(of_layer, x, scale=scale, mask=mask, **of_attention, **cache, **style)
         norm, post_norm, *names = PARTS[_ATTENTION_PARTS:]
         of_mlp = {name: part[name] for name in names} | {"norm": part[norm], "post_norm": part[post_norm]}
         of_mlp |= {name: number[name] for name in (*_NUMBERS[4:], "mixed_gate_up")}
-        _mlp_block(check, x, norms=(norm, post_norm), **of_mlp, **style)
+        _mlp_block(of_layer, x, norms=(norm, post_norm), **of_mlp, **style)
     return check.new_empty(x, (layers, *x.shape))
 
 

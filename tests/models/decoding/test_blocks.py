@@ -341,6 +341,23 @@ def test_what_is_replaced_is_noticed_at_the_next_step(made):
     assert counts[0] == 3, "a half that stayed with the chain"
 
 
+def test_errors_name_the_layer():
+    """That is wrong, by the number that the model gives it, whatever layers are called; and what of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        model = quantize_model(random_model("llama", dtype=torch.bfloat16, num_hidden_layers=5), "int4")
+    layers = model.model.layers
+    for called, wrong in (([0, 1, 2, 3, 4], 2), ([1, 2, 4], 4)):
+        model.model.layers = torch.nn.ModuleList([layers[index] for index in called])
+        cache, _ = begun(model)
+        buffers = layers[wrong].mlp.down_proj.weight._buffers
+        scales = buffers["scales"]
+        buffers["scales"] = scales.double()
+        text = rf"^qops\.decoder_layers: layer {wrong}: down_scales must have dtype float32, .*, got float64$"
+        with pytest.raises(RuntimeError, match=text):
+            steps(model, cache, [9])
+        buffers["scales"] = scales
+
+
 def test_norms_changed_in_place(made):
     weight = made.model.layers[1].input_layernorm.weight
 

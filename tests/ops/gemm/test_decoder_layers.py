@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from typing import Any
 
 import pytest
@@ -29,9 +30,10 @@ def of_layers(layers: list[Layer]) -> dict[str, Any]:
     first = layers[0][0]
     found: dict[str, Any] = {name: first[name] for name in ("x", *STYLE, "scale", *TABLES, "mask")}
     parts, settings = [], []
-    for attention, mlp in layers:
+    for number, (attention, mlp) in enumerate(layers):
         norms = {"mlp_norm": mlp["norm"], "mlp_post_norm": mlp["post_norm"]}
         every = {**mlp, **attention, **norms, "rotates": any(attention[name] is not None for name in TABLES)}
+        every["number"] = number
         parts += [every[name] for name in PARTS]
         settings += [int(every[name]) for name in SETTINGS]
     caches = {name: [attention[name] for attention, _ in layers] for name in ("keys", "values")}
@@ -161,8 +163,29 @@ def test_lists_of_a_wrong_length():
 def test_parts_that_are_needed(part):
     given = of_layers([layer(torch.float32, 1, 1, 4, i) for i in range(3)])
     given["weights"][len(PARTS) + PARTS.index(part)] = None
-    text = f"RuntimeError: qops.decoder_layers: {part} must be a tensor, got None"
+    text = f"RuntimeError: qops.decoder_layers: layer 1: {part} must be a tensor, got None"
     assert texts(given) == [text, text]
+
+
+def test_errors_name_the_layer_by_its_number():
+    """Of the checks, of the kernels and of both blocks; what is wrong of the numbers that stay without one."""
+    for part, value, text in (
+        ("o_scales", torch.ones(4), r"o_scales must have shape \[S, K / group_size, 16\] with S = 4, got \[4\]"),
+        ("mlp_norm", torch.ones(9), r"mlp_norm must have shape \[H\] = \[64\], got \[9\]"),
+        ("k_norm", torch.ones(9), r"k_norm must have shape \[D\] = \[16\], got \[9\]"),
+        ("qkv_perm", torch.full((64,), -3).int(), r"qkv_perm must hold indices in 0 \.\. 63, got -3"),
+        ("down_perm", torch.full((96,), 96).int(), r"down_perm must hold indices in 0 \.\. 95, got 96"),
+    ):
+        for index, number in ((0, 7), (2, 2**40)):
+            given = of_layers([layer(torch.float32, 1, 1, 4, i) for i in range(3)])
+            given["weights"][index * len(PARTS) + PARTS.index(part)] = value
+            given["settings"][(index + 1) * len(SETTINGS) - 1] = number
+            for found in texts(given, fakes="perm" not in part):
+                assert re.fullmatch(f"ValueError: qops.decoder_layers: layer {number}: {text}", found), found
+    given = of_layers([layer(torch.float32, 1, 1, 4, i, positions=torch.int64) for i in range(3)])
+    given["positions"] = torch.full_like(given["positions"], -1)
+    (found,) = texts(given, fakes=False)
+    assert found.startswith("ValueError: qops.decoder_layers: positions must ")
 
 
 def as_one_layer(op: str, a: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +225,7 @@ def test_what_a_block_refuses_is_refused_with_its_words(op):
             given = as_one_layer(op, a)
             # What the stable ABI has no name for, fake tensors have one for.
             fakes = all(fault.fake for fault in call.faults) and "another dtype" not in text
-            of_layer = "qops.decoder_layers: "
+            of_layer = "qops.decoder_layers: layer 0: "
             expected = text.replace(f"qops.{op}: ", of_layer)
             if op == "mlp_block":
                 for name in ("norm", "post_norm"):
