@@ -52,6 +52,15 @@ inline void not_negative(const Checker& check, int64_t value, const char* arg) {
   if (value < 0 || value > int64_t{1} << 62) check.refuse(arg, "lie in 0 .. 2^62", std::to_string(value));
 }
 
+// Of whoever asks for a plan.
+inline void check_heads(const Checker& check, const DecodeAttentionParams& p) {
+  const bool fits = p.kv_heads == 0 ? p.q_heads == 0 : p.q_heads % p.kv_heads == 0;
+  check.require(fits, "q_heads", "be a multiple of kv_heads = " + std::to_string(p.kv_heads),
+                std::to_string(p.q_heads));
+  constexpr int64_t kMost = int64_t{1} << 48;  // of what plans count
+  check.require(p.q_heads == 0 || p.d <= kMost / p.q_heads, "d", "be so small that Hq D <= 2^48", std::to_string(p.d));
+}
+
 // Keys and values by their arguments' names.
 struct Cache {
   const Tensor &k, &v;

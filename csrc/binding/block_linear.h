@@ -32,6 +32,19 @@ inline int64_t columns_of(const Checker& check, const Tensor& packed, const char
   return packed.size(1) / elements;
 }
 
+// More columns of int8 than sums can hold are refused.
+inline void check_columns_of_int8(const Checker& check, const LinearNames& names, const BlockLinear& linear) {
+  if (linear.input == BlockInput::kFloat) return;
+  const bool zero_points = has_zero_points(linear.input);
+  const int64_t of_8_bits = zero_points ? kMaxInt8ColumnsWithZeroPoint : kMaxInt8Columns;
+  const int64_t most = linear.has_8_bits ? of_8_bits : kMaxInt4Int8Columns;
+  if (linear.product.k <= most) return;
+  check.refuse(names.packed,
+               "have at most " + std::to_string(most) + " columns for an input of int8" +
+                   (zero_points ? " with zero points" : ""),
+               std::to_string(linear.product.k));
+}
+
 // What multiplies the weight, whose other arguments have been taken.
 inline void take_input(const Checker& check, const LinearNames& names, const LinearTensors& t, BlockLinear& linear) {
   const WeightOnlyGemmParams& p = linear.product;
@@ -46,13 +59,8 @@ inline void take_input(const Checker& check, const LinearNames& names, const Lin
   }
   linear.input = static_cast<BlockInput>(t.input);
   if (linear.input == BlockInput::kFloat) return;
-  const auto at_most = [&](int64_t columns, const char* when) {
-    if (p.k <= columns) return;
-    check.refuse(names.packed, "have at most " + std::to_string(columns) + " columns for an input of int8" + when,
-                 std::to_string(p.k));
-  };
   if (!linear.has_8_bits) {
-    at_most(kMaxInt4Int8Columns, "");
+    check_columns_of_int8(check, names, linear);
     if (p.group_size > kMaxInt4Int8Group) {
       check.refuse(names.scales,
                    "have groups of at most " + std::to_string(kMaxInt4Int8Group) + " columns for an input of int8",
@@ -68,8 +76,7 @@ inline void take_input(const Checker& check, const LinearNames& names, const Lin
                  std::to_string(p.k / p.group_size) + " groups");
   }
   if (t.perm) check.refuse(names.perm, "be None for a weight of 8 bits and an input of int8", "a tensor");
-  if (has_zero_points(linear.input)) return at_most(kMaxInt8ColumnsWithZeroPoint, " with zero points");
-  at_most(kMaxInt8Columns, "");
+  check_columns_of_int8(check, names, linear);
 }
 
 // The size of groups and the dtype of scales, by the shape of these.

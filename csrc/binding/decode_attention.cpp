@@ -17,12 +17,7 @@ void describe_call(DecodeAttentionParams& p, Visitor& v) {
   v.when_asked([&](const Checker& check) {
     check.require(p.t <= kMaxDecodeTokens, "t", "be at most 8", std::to_string(p.t));
     check.require(p.t <= p.s, "s", "be at least t = " + std::to_string(p.t), std::to_string(p.s));
-    const bool fits = p.kv_heads == 0 ? p.q_heads == 0 : p.q_heads % p.kv_heads == 0;
-    check.require(fits, "q_heads", "be a multiple of kv_heads = " + std::to_string(p.kv_heads),
-                  std::to_string(p.q_heads));
-    constexpr int64_t kMost = int64_t{1} << 48;  // of what plans count
-    check.require(p.q_heads == 0 || p.d <= kMost / p.q_heads, "d", "be so small that Hq D <= 2^48",
-                  std::to_string(p.d));
+    check_heads(check, p);
   });
 }
 

@@ -10,15 +10,45 @@
 
 namespace qops::binding {
 
+namespace {
+
+#define QOPS_LINEAR_NAMES(name) \
+  {#name, #name "_scales", #name "_zeros", #name "_perm", #name "_bias", #name "_kind", #name "_input"}
+constexpr LinearNames kGateUp = QOPS_LINEAR_NAMES(gate_up), kDown = QOPS_LINEAR_NAMES(down);
+constexpr LinearNames kQkv = QOPS_LINEAR_NAMES(qkv), kO = QOPS_LINEAR_NAMES(o);
+#undef QOPS_LINEAR_NAMES
+
+}  // namespace
+
 template <class Visitor>
-void describe_linear(BlockLinear& linear, const char* has_8_bits, const char* input, Visitor& v) {
+void describe_linear(BlockLinear& linear, const LinearNames& names, const char* has_8_bits, Visitor& v) {
   v.flag(has_8_bits, linear.has_8_bits);
-  v.choice(input, linear.input,
+  v.choice(names.input, linear.input,
            {"float", "127", "compressed-tensors", "torchao", "255", "compressed-tensors-asymmetric"});
   v.when_asked([&](const Checker& check) {
     const bool has_operator = linear.has_8_bits || !has_zero_points(linear.input);
-    check.require(has_operator, input, "have no zero points for a weight of 4 bits", "one with them");
+    check.require(has_operator, names.input, "have no zero points for a weight of 4 bits", "one with them");
+    check_columns_of_int8(check, names, linear);
   });
+}
+
+// The sizes of the first linear of a half, of rows that a norm gives, and of the last, whose rows are added to x.
+inline void follow_from(const Checker& check, const RmsNormParams& norm, BlockLinear& first, int64_t n,
+                        BlockLinear& last, int64_t k) {
+  check.require(norm.h > 0, "h", "be positive", "0");
+  if (norm.dtype == DType::kInt32) check.unsupported("dtype must be float32, float16 or bfloat16, got int32");
+  first.product.n = n;
+  last.product.k = k;
+  first.product.k = last.product.n = norm.h;
+}
+
+template <class Visitor>
+void describe_linears(MlpBlockParams& p, Visitor& v) {
+  v.when_asked([&](const Checker& check) {
+    follow_from(check, p.norm, p.gate_up, 2 * p.down.product.k, p.down, p.down.product.k);
+  });
+  describe_linear(p.gate_up, kGateUp, "gate_up_has_8_bits", v);
+  describe_linear(p.down, kDown, "down_has_8_bits", v);
 }
 
 template <class Visitor>
@@ -27,29 +57,27 @@ void describe_call(MlpBlockParams& p, Visitor& v) {
   v.size("h", p.norm.h, 8);
   v.size("columns", p.down.product.k, 8);
   v.dtype("dtype", p.norm.dtype);
-  describe_linear(p.gate_up, "gate_up_has_8_bits", "gate_up_input", v);
-  describe_linear(p.down, "down_has_8_bits", "down_input", v);
-  v.when_asked([&](const Checker&) {
-    p.gate_up.product.n = 2 * p.down.product.k;
-    p.gate_up.product.k = p.down.product.n = p.norm.h;
-  });
+  describe_linears(p, v);
 }
 
 template <class Visitor>
 void describe_call(AttentionBlockParams& p, Visitor& v) {
+  DecodeAttentionParams& heads = p.attention;
   v.rows("rows", p.norm.x_rows);
   v.size("h", p.norm.h, 8);
-  v.size("q_heads", p.attention.q_heads);
-  v.size("kv_heads", p.attention.kv_heads);
-  v.size("d", p.attention.d);
+  v.size("q_heads", heads.q_heads);
+  v.size("kv_heads", heads.kv_heads);
+  v.size("d", heads.d);
   v.dtype("dtype", p.norm.dtype);
-  describe_linear(p.qkv, "qkv_has_8_bits", "qkv_input", v);
-  describe_linear(p.o, "o_has_8_bits", "o_input", v);
-  v.when_asked([&](const Checker&) {
-    p.qkv.product.n = (p.attention.q_heads + 2 * p.attention.kv_heads) * p.attention.d;
-    p.o.product.k = p.attention.q_heads * p.attention.d;
-    p.qkv.product.k = p.o.product.n = p.norm.h;
+  v.when_asked([&](const Checker& check) {
+    check_heads(check, heads);
+    check.require(heads.q_heads > 0, "q_heads", "be positive", "0");  // and so are those that divide them
+    const int64_t columns = heads.q_heads * heads.d;
+    check.require(columns > 0 && columns % 8 == 0, "d", "make Hq D a positive multiple of 8", std::to_string(heads.d));
+    follow_from(check, p.norm, p.qkv, (heads.q_heads + 2 * heads.kv_heads) * heads.d, p.o, columns);
   });
+  describe_linear(p.qkv, kQkv, "qkv_has_8_bits", v);
+  describe_linear(p.o, kO, "o_has_8_bits", v);
 }
 
 // Of layers that are all like the first.
@@ -58,33 +86,17 @@ void describe_call(DecoderLayersParams& p, Visitor& v) {
   static thread_local AttentionBlockParams attention;
   static thread_local MlpBlockParams mlp;
   v.size("layers", p.layers);
-  if (p.attention == nullptr) {
-    attention = {};
-    mlp = {};
-    p.attention = &attention;
-    p.mlp = &mlp;
-  } else if (p.layers > 0) {
-    attention = p.attention[0];
-    mlp = p.mlp[0];
-  }
+  attention = p.attention == nullptr ? AttentionBlockParams{} : p.attention[0];
+  mlp = p.mlp == nullptr ? MlpBlockParams{} : p.mlp[0];
+  p.attention = &attention;
+  p.mlp = &mlp;
   describe_call(attention, v);
   v.size("columns", mlp.down.product.k, 8);
-  describe_linear(mlp.gate_up, "gate_up_has_8_bits", "gate_up_input", v);
-  describe_linear(mlp.down, "down_has_8_bits", "down_input", v);
-  v.when_asked([&](const Checker&) {
-    mlp.norm = attention.norm;
-    mlp.gate_up.product.n = 2 * mlp.down.product.k;
-    mlp.gate_up.product.k = mlp.down.product.n = attention.norm.h;
-  });
+  mlp.norm = attention.norm;
+  describe_linears(mlp, v);
 }
 
 namespace {
-
-#define QOPS_LINEAR_NAMES(name) \
-  {#name, #name "_scales", #name "_zeros", #name "_perm", #name "_bias", #name "_kind", #name "_input"}
-constexpr LinearNames kGateUp = QOPS_LINEAR_NAMES(gate_up), kDown = QOPS_LINEAR_NAMES(down);
-constexpr LinearNames kQkv = QOPS_LINEAR_NAMES(qkv), kO = QOPS_LINEAR_NAMES(o);
-#undef QOPS_LINEAR_NAMES
 
 void take_weight_of_norm(const Checker& check, const Tensor& weight, const char* arg, const Tensor& x,
                          RmsNormParams& p) {

@@ -91,6 +91,43 @@ def test_the_operators_are_the_public_ones():
         ("decode_attention", {"t": 9}, "qops.decode_attention: t must be at most 8, got 9"),
         ("decode_attention", {"s": 3}, "qops.decode_attention: s must be at least t = 4, got 3"),
         ("decode_attention", {"q_heads": 12}, "decode_attention: q_heads must be a multiple of kv_heads = 8, got 12"),
+        *(
+            (op, changes, f"qops.{op}: {error}")
+            for op in ("attention_block", "decoder_layers")
+            for changes, error in (
+                ({"h": 0}, "h must be positive, got 0"),
+                ({"q_heads": 12}, "q_heads must be a multiple of kv_heads = 8, got 12"),
+                ({"q_heads": 0}, "q_heads must be positive, got 0"),
+                ({"q_heads": 0, "kv_heads": 0}, "q_heads must be positive, got 0"),
+                ({"kv_heads": 0}, "q_heads must be a multiple of kv_heads = 0, got 32"),
+                ({"d": 0}, "d must make Hq D a positive multiple of 8, got 0"),
+                ({"q_heads": 2, "kv_heads": 1, "d": 6}, "d must make Hq D a positive multiple of 8, got 6"),
+                ({"d": 2**31, "q_heads": 2**31}, r"d must be so small that Hq D <= 2\^48, got 2147483648"),
+                (
+                    {"qkv_has_8_bits": True, "qkv_input": "torchao", "h": 131080},
+                    "qkv must have at most 131071 columns for an input of int8, got 131080",
+                ),
+                (
+                    {"o_has_8_bits": True, "o_input": "255", "q_heads": 1032},
+                    "o must have at most 65793 columns for an input of int8 with zero points, got 132096",
+                ),
+            )
+        ),
+        *(
+            (op, changes, f"qops.{op}: {error}")
+            for op in ("mlp_block", "decoder_layers")
+            for changes, error in (
+                ({"h": 0}, "h must be positive, got 0"),
+                (
+                    {"gate_up_input": "127", "h": 2**20},
+                    "gate_up must have at most 1048575 columns for an input of int8, got 1048576",
+                ),
+                (
+                    {"down_has_8_bits": True, "down_input": "255", "columns": 65800},
+                    "down must have at most 65793 columns for an input of int8 with zero points, got 65800",
+                ),
+            )
+        ),
         (
             "decode_attention",
             {"d": 2**31, "q_heads": 2**31},
@@ -105,7 +142,8 @@ def test_wrong_questions(op, changes, error):
 
 
 def test_what_has_no_kernel():
-    for op, dtype in (("rms_norm", "dtype"), ("int4_gemm", "dtype"), ("int4_int8_gemm", "out_dtype")):
+    blocks = [(op, "dtype") for op in BLOCKS]
+    for op, dtype in (("rms_norm", "dtype"), ("int4_gemm", "dtype"), ("int4_int8_gemm", "out_dtype"), *blocks):
         with pytest.raises(RuntimeError, match=f"qops.{op}: "):
             explain(op, **{dtype: torch.int32})
 
@@ -153,6 +191,14 @@ def test_empty_calls_compute_nothing():
     assert explain("decode_attention", d=0).endswith(" -> nothing to compute")
     for op in BLOCKS:
         assert explain(op, rows=0).endswith(" -> nothing to compute")
+
+
+def test_no_layers():
+    """Nothing of the question before."""
+    explain("decoder_layers", dtype=torch.float32, h=64)
+    assert explain("decoder_layers", layers=0).endswith(
+        " layers=0 rows=40 h=4096 q_heads=32 kv_heads=8 d=128 dtype=bfloat16 columns=4096 -> nothing to compute"
+    )
 
 
 def test_small_blocks_run_on_one_thread(threads):
