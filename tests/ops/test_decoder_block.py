@@ -254,6 +254,7 @@ def test_typed_functions(bits):
 
 def test_weights_that_a_typed_function_refuses():
     gate_up, down, mixed = block_weight(32, 16), block_weight(16, 16), block_weight(32, 16, mixed=True)
+    of_8_bits = block_weight(16, 16, bits=8, kind="offset")
     x, norm, cache = torch.ones(1, 1, 16), torch.ones(16), torch.zeros(1, 1, 3, 8)
     empty = torch.zeros(1, 1, 3, 0)
     cases = (
@@ -278,6 +279,23 @@ def test_weights_that_a_typed_function_refuses():
             lambda: qops.attention_block(x, norm, 1e-5, gate_up, down, empty, empty),
             ValueError,
             r"attention_block: keys must have shape .* divides the columns of o = 16, got \[1, 1, 3, 0\]",
+        ),
+        (
+            lambda: qops.mlp_block(x, norm, 1e-5, gate_up, down, gate_up_input="255"),
+            ValueError,
+            "mlp_block: gate_up_input must be 'float', '127', 'compressed-tensors' or 'torchao' for a weight of 4 "
+            "bits, got '255'",
+        ),
+        (
+            lambda: qops.attention_block(x, norm, 1e-5, gate_up, of_8_bits, cache, cache.clone(), o_input="128"),
+            ValueError,
+            "attention_block: o_input must be 'float', '127', 'compressed-tensors', 'torchao', '255' or "
+            "'compressed-tensors-asymmetric', got '128'",
+        ),
+        (
+            lambda: qops.mlp_block(x, norm, 1e-5, gate_up, of_8_bits, down_input="127"),
+            ValueError,
+            "mlp_block: down must have kind 'symmetric' with down_input = '127', got 'offset'",
         ),
         (
             lambda: qops.mlp_block(x, norm, 1e-5, block_weight(32, 16).unpack(), down),

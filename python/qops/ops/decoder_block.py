@@ -51,15 +51,20 @@ def linear_arguments(
         raise TypeError(f"qops.{op}: {arg} must be a qops.Int4Weight or a qops.Int8Weight, got {actual}")
     if weight.mixed_gate_up and not may_be_mixed:
         raise ValueError(f"qops.{op}: {arg} must have mixed_gate_up = False, got True")
-    if given not in INPUTS:
-        known = f"{', '.join(map(repr, INPUTS[:-1]))} or {INPUTS[-1]!r}"
-        raise ValueError(f"qops.{op}: {arg}_input must be {known}, got {given!r}")
     weight._require_packed()
     buffers = weight._buffers
     packed, scales = buffers["packed"], buffers["scales"]
     assert packed is not None
     assert scales is not None
     return packed, scales, buffers["zeros"], buffers["perm"], bias, KINDS.index(weight.kind), INPUTS.index(given)
+    has_8_bits = packed.dtype is torch.int8
+    if given not in INPUTS or not (has_8_bits or given in INPUTS[:ASYMMETRIC]):
+        *names, last = map(repr, INPUTS if has_8_bits else INPUTS[:ASYMMETRIC])
+        what = "" if has_8_bits else " for a weight of 4 bits"
+        raise ValueError(f"qops.{op}: {arg}_input must be {', '.join(names)} or {last}{what}, got {given!r}")
+    if has_8_bits and given != "float" and weight.kind != "symmetric":
+        requirement = f"have kind 'symmetric' with {arg}_input = {given!r}"
+        raise ValueError(f"qops.{op}: {arg} must {requirement}, got {weight.kind!r}")
 
 
 def mlp_block(
