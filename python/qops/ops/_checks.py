@@ -239,6 +239,18 @@ def require_weight(op: str, weight: object, expected: str) -> None:
         raise TypeError(f"qops.{op}: weight must be a qops.{expected}, got {name}")
 
 
+def require_tensor(op: str, arg: str, t: object) -> None:
+    """Where a call reads a tensor, or has no other, before the dispatcher looks at it."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"qops.{op}: {arg} must be a tensor, got {type(t).__name__}")
+
+
+def default_scale(op: str, arg: str, t: Tensor) -> float:
+    """``1 / sqrt(D)`` of a tensor [..., D]."""
+    require_tensor(op, arg, t)
+    return max(t.shape[-1] if t.dim() else 1, 1) ** -0.5
+
+
 def outputs(op: str, out: object, *names: str) -> tuple[Any, ...]:
     """The tensors of an argument ``out`` that holds several."""
     if not isinstance(out, tuple | list) or len(out) != len(names):

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from qops import _native as _native
-from qops.ops._checks import Checker, Result, Results, check_attention, derivatives_are_asked, fake, refuse_grad
+from qops.ops._checks import (
+    Checker,
+    Result,
+    Results,
+    check_attention,
+    default_scale,
+    derivatives_are_asked,
+    fake,
+    refuse_grad,
+)
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -70,6 +79,7 @@ def decode_attention(
     Raises:
         ValueError: shapes or strides do not fit, more than 8 tokens, a number is negative or not finite; ``out``
             overlaps an input.
+        TypeError: ``q`` is no tensor.
         RuntimeError: a dtype or device without a kernel; an input requires grad while grad mode is on.
 
     Source:
@@ -86,7 +96,7 @@ def decode_attention(
     if derivatives_are_asked():
         refuse_grad("decode_attention", q=q, k=k, v=v, out=out)
     if scale is None:
-        scale = 1.0 if q.shape[-1] == 0 else q.shape[-1] ** -0.5
+        scale = default_scale("decode_attention", "q", q)
     args = (q, k, v, scale, mask, window or 0, softcap or 0.0, first_position)
     if out is None:
         return torch.ops.qops.decode_attention.default(*args)

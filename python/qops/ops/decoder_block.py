@@ -23,6 +23,7 @@ from qops.ops._checks import (
     check_block_linear,
     check_positions,
     columns_of,
+    default_scale,
     derivatives_are_asked,
     fake,
     refuse_grad,
@@ -56,7 +57,6 @@ def linear_arguments(
     packed, scales = buffers["packed"], buffers["scales"]
     assert packed is not None
     assert scales is not None
-    return packed, scales, buffers["zeros"], buffers["perm"], bias, KINDS.index(weight.kind), INPUTS.index(given)
     has_8_bits = packed.dtype is torch.int8
     if given not in INPUTS or not (has_8_bits or given in INPUTS[:ASYMMETRIC]):
         *names, last = map(repr, INPUTS if has_8_bits else INPUTS[:ASYMMETRIC])
@@ -65,6 +65,7 @@ def linear_arguments(
     if has_8_bits and given != "float" and weight.kind != "symmetric":
         requirement = f"have kind 'symmetric' with {arg}_input = {given!r}"
         raise ValueError(f"qops.{op}: {arg} must {requirement}, got {weight.kind!r}")
+    return packed, scales, buffers["zeros"], buffers["perm"], bias, KINDS.index(weight.kind), INPUTS.index(given)
 
 
 def mlp_block(
@@ -205,7 +206,7 @@ def attention_block(
     Raises:
         ValueError: shapes or strides do not fit; a weight is mixed, or has no product with such an input; memory that
             is written overlaps another argument; a position or an index of a weight's ``perm`` is out of range.
-        TypeError: ``qkv`` or ``o`` is no weight.
+        TypeError: ``qkv`` or ``o`` is no weight, ``keys`` no tensor.
         RuntimeError: a dtype or device without a kernel; a weight is not packed; an input requires grad while grad mode
             is on.
 
@@ -251,7 +252,7 @@ def attention_block(
         keys,
         values,
         *linear_arguments("attention_block", "o", o, o_bias, o_input),
-        max(keys.shape[-1], 1) ** -0.5 if scale is None else scale,
+        default_scale("attention_block", "keys", keys) if scale is None else scale,
         mask,
         0 if window is None else window,
         0.0 if softcap is None else softcap,

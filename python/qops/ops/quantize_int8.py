@@ -20,6 +20,7 @@ from qops.ops._checks import (
     int8_results,
     outputs,
     refuse_grad,
+    require_tensor,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def quantize_int8(x: Tensor, rule: str = "127", *, out: tuple[Tensor, Tensor] | 
     """
     if derivatives_are_asked():
         refuse_grad("quantize_int8", x=x)
+    require_tensor("quantize_int8", "x", x)
     if out is None:
         return torch.ops.qops.quantize_int8.default(x, rule)
     q, scale = outputs("quantize_int8", out, "q", "scale")
@@ -130,6 +132,7 @@ def quantize_int8_asym(
     """
     if derivatives_are_asked():
         refuse_grad("quantize_int8_asym", x=x)
+    require_tensor("quantize_int8_asym", "x", x)
     if out is None:
         return torch.ops.qops.quantize_int8_asym.default(x, rule)
     q, scale, zero_point = outputs("quantize_int8_asym", out, "q", "scale", "zero_point")

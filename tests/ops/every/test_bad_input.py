@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -190,6 +192,70 @@ def test_typed_functions_name_what_is_no_weight_and_no_outputs():
         qops.quantize_int8(x, out=x)
     with pytest.raises(TypeError, match=text + "3 of them"):
         qops.quantize_int8(x, out=(x, x, x))
+
+
+X, ROWS8, NORM = torch.ones(1, 32), torch.zeros(1, 32, dtype=torch.int8), torch.ones(32)
+HEADS, TABLE, CACHE = torch.ones(1, 2, 16), torch.ones(1, 8), torch.zeros(1, 2, 5, 16)
+W4 = {n: qops.Int4Weight.quantize(torch.ones(n, 32), 16) for n in (32, 64, 96)}
+W8 = qops.Int8Weight.quantize(torch.eye(32))
+NORMED, TURNED = {"x": X, "weight": NORM, "eps": 0.1}, {"q": HEADS, "k": HEADS, "cos": TABLE, "sin": TABLE}
+TURNED_NORMED = {**TURNED, "q_weight": TABLE[0].repeat(2), "k_weight": TABLE[0].repeat(2), "eps": 0.1}
+CALLS = {
+    "add_rms_norm": {**NORMED, "residual": X},
+    "add_rms_norm_int8": {**NORMED, "residual": X},
+    "attention_block": {
+        **{"x": X[None], "norm": NORM, "eps": 0.1, "qkv": W4[96], "o": W4[32]},
+        **{"keys": CACHE, "values": CACHE.clone()},
+    },
+    "decode_attention": {"q": HEADS[None], "k": CACHE, "v": CACHE},
+    "int4_dequantize": {"weight": W4[32]},
+    "int4_gemm": {"x": X, "weight": W4[32]},
+    "int4_int8_gemm": {"q": ROWS8, "scale": X[0, :1], "weight": W4[32]},
+    "int8_gemm": {"q": ROWS8, "scale": X[0, :1], "weight": W8},
+    "int8_weight_only_gemm": {"x": X, "weight": W8},
+    "mlp_block": {"x": X, "norm": NORM, "eps": 0.1, "gate_up": W4[64], "down": W4[32]},
+    "qk_norm_rotary": TURNED_NORMED,
+    "qk_norm_rotary_": TURNED_NORMED,
+    "quantize_int8": {"x": X},
+    "quantize_int8_asym": {"x": X},
+    "quantize_int8_static": {"x": X, "scale": torch.tensor(1.0)},
+    "rms_norm": NORMED,
+    "rms_norm_int8": NORMED,
+    "rotary": TURNED,
+    "rotary_": TURNED,
+    "silu_mul": {"gate": X, "up": X},
+    "silu_mul_int8": {"gate": X, "up": X},
+}
+
+
+@pytest.mark.parametrize("op", qops.ops.__all__)
+def test_arguments_that_are_no_tensors_are_named(op):
+    """With what was expected and what came, whatever it is."""
+    call, given = getattr(qops, op), CALLS[op]
+    call(**{name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in given.items()})
+    optional = {
+        name: parameter
+        for name, parameter in inspect.signature(call).parameters.items()
+        if "Tensor" in str(parameter.annotation) and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
+    }
+    for name in {*given, *optional} - {"eps", *({"gate_up"} if "gate" in given else ())}:
+        for value in (None, [1.0], numpy.ones((1, 32)), "text", 3, torch.nn.Linear(2, 2), qops.Int4Weight):
+            if value is None and (name not in given or name in ("gate", "up")):
+                continue
+            with pytest.raises((TypeError, RuntimeError)) as error:
+                call(**{**given, name: value})
+            text, kind = str(error.value), type(value).__name__
+            assert re.match(rf"qops(\.{op}:|::{op}\(\)) ", text), text
+            assert re.search(rf"\b{name}\b", text) and re.search(r"[Tt]ensor|qops\.Int[48]Weight", text), text
+            assert re.search(rf"\b(got|found type) '?({kind}|{value if value is None else 1})\b", text), text
+
+
+def test_attention_of_tensors_without_dimensions():
+    one = torch.ones(())
+    with pytest.raises(ValueError, match=r"qops.decode_attention: q must have 4 dimensions \[B, T, Hq, D\], got 0"):
+        qops.decode_attention(one, CACHE, CACHE)
+    with pytest.raises(ValueError, match=r"qops.attention_block: keys must have 4 dimensions .*, got 0"):
+        qops.attention_block(**{**CALLS["attention_block"], "keys": one})
 
 
 def test_a_subclass_of_a_weight_is_one():
