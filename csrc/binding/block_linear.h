@@ -87,7 +87,8 @@ inline void take_groups(const Checker& check, const LinearNames& names, const Te
   if (take_scale_dtype(check, scales, names.scales, p)) {
     const int64_t codes = in_strips(4) ? scales.size(2) - 2 : 0;
     p.group_size = codes > 0 ? kSuperColumns / codes : 0;
-    p.super_shift = codes > 0 && kSuperColumns % codes == 0 ? super_shift_of(p.group_size) : 0;
+    // Of no other number of codes than 2, 4, 8 and 16 is it the size of a group that has one.
+    p.super_shift = super_shift_of(p.group_size);
     if (p.super_shift == 0 || p.k % kSuperColumns != 0 || scales.size(1) != p.k / kSuperColumns) {
       check.refuse(names.scales,
                    "have shape [S, K / 256, 2 + 256 / G, 16] with S = " + std::to_string(strips_of(p.n)) +

@@ -372,6 +372,24 @@ ERRORS = [
         "down_scales must have one group, or groups of a multiple of 16 columns that divides K = 96, got 12 groups",
     ),
     (mlp, {"down_scales": torch.ones(4, 6, 16).int()}, RuntimeError, "down_scales must have dtype .*, got int32"),
+    (
+        mlp,
+        {"down_scales": torch.ones(5, 6, 16)},
+        ValueError,
+        r"down_scales must have shape \[S, K / group_size, 16\] with S = 4, got \[5, 6, 16\]",
+    ),
+    (
+        mlp,
+        {"down_scales": torch.ones(4, 6, 15)},
+        ValueError,
+        r"down_scales must have shape \[S, K / group_size, 16\] with S = 4, got \[4, 6, 15\]",
+    ),
+    (mlp, {"down_scales": torch.ones(4, 0, 16)}, ValueError, "down_scales must have one group, or .* got 0 groups"),
+    (mlp, {"down_scales": torch.ones(4, 5, 16)}, ValueError, "down_scales must have one group, or .* got 5 groups"),
+    (mlp, {"down_scales": torch.ones(4, 16, 6).mT}, ValueError, "down_scales must be contiguous, got strides"),
+    (mlp, {"down_zeros": torch.ones(4, 16, 6).byte().mT}, ValueError, "down_zeros must be contiguous, got strides"),
+    (mlp, {"down_perm": torch.arange(192).int()[::2]}, ValueError, r"down_perm must be contiguous, got strides \[2\]"),
+    (mlp, {"down_bias": torch.ones(128)[::2]}, ValueError, "down_bias must have stride 1 in its last dimension, got 2"),
     (mlp, {"down_kind": 4}, ValueError, r"down_kind must be 0 \(symmetric\), 1 .* or 3 \(offset\), got 4"),
     (mlp, {"down_kind": 0}, ValueError, "down_zeros must be None for kind 0, got a tensor"),
     (mlp, {"down_zeros": None}, ValueError, "down_zeros must be given for this kind, got None"),
@@ -435,6 +453,12 @@ ERRORS = [
         {"o": torch.ones(4, 1024).char(), "o_kind": 1},
         ValueError,
         r"o_kind must be 0 \(symmetric\) or 3 \(offset\) for a weight of 8 bits, got 1",
+    ),
+    (
+        attention,
+        {"o": torch.ones(4, 1024).char(), "o_kind": 2},
+        ValueError,
+        r"o_kind must be 0 \(symmetric\) or 3 \(offset\) for a weight of 8 bits, got 2",
     ),
 ]
 

@@ -183,11 +183,14 @@ def test_wrong_configurations_are_refused():
     for kind in ("zero_point", "float_zero"):
         with pytest.raises(ValueError, match=f"int8 scales must be of kind symmetric or offset, got '{kind}'"):
             Int4Weight.from_canonical(**tensors, kind=kind)
-    for k, group_size in ((264, 264), (512, 256), (512, -1), (1536, 48)):
+    for k, group_size in ((264, 264), (512, 256), (512, -1), (1536, 48), (384, 32)):
         with pytest.raises(
             ValueError, match="int8 scales must be of groups of 16, 32, 64 or 128 and a K that is a mult"
         ):
             Int4Weight(k, 16, group_size, scale_dtype=torch.int8)
+    codes, levels = torch.full((8, 192), 136, dtype=torch.uint8), int8(8, 1, 10)
+    with pytest.raises(ValueError, match=r"int8 scales must have shape .* with K = 384, a multiple of 256, and G"):
+        Int4Weight.from_canonical(codes, levels, kind="symmetric")
     with pytest.raises(RuntimeError, match="zeros must have dtype float16, bfloat16 or float32, got int8"):
         Int4Weight(512, 16, 32, "offset", scale_dtype=torch.float32, zero_dtype=torch.int8)
     with pytest.raises(RuntimeError, match="scales must have dtype float16, bfloat16 or float32, got uint8"):

@@ -182,7 +182,7 @@ ERRORS = {
     "codes": ({"scales": int8(2, 2, 18, 16)}, ValueError, r"scales must .* = \[2, 2, 10, 16\], got \[2, 2, 18, 16\]"),
     "blocks": ({"scales": int8(2, 1, 10, 16)}, ValueError, r"scales must .* = \[2, 2, 10, 16\], got \[2, 1, 10, 16\]"),
     "group size": ({"group_size": 256}, ValueError, "scales must be floats but for groups of 16, 32, 64 or 128 and K"),
-    "group of 48": (
+    "group of 264": (
         NARROW | {"group_size": 264},
         ValueError,
         "scales must be floats but .* a multiple of 256, got int8 for groups of 264 and K = 264",
@@ -192,6 +192,12 @@ ERRORS = {
         RuntimeError,
         "scales must have dtype float32, float16 or bfloat16, or int8 of two levels, got uint8",
     ),
+    "K of 272": (
+        NARROW | {"packed": torch.zeros(2, 8 * 272, dtype=torch.uint8), "group_size": 16, "x": torch.zeros(2, 272)},
+        ValueError,
+        "scales must be floats but .* a multiple of 256, got int8 for groups of 16 and K = 272",
+    ),
+    "strips": ({"scales": int8(1, 2, 10, 16)}, ValueError, r"scales must .* = \[2, 2, 10, 16\], got \[1, 2, 10, 16\]"),
     "strides": (
         {"scales": int8(2, 2, 16, 10).transpose(2, 3)},
         ValueError,
@@ -242,6 +248,10 @@ def test_fake_tensors_of_a_gpu_refuse_them(bits):
             op(x, packed, scales, scales, None, None, 16, 32, *kind)
 
 
+OF_264_COLUMNS = {
+    **{"down": int8(32, 264 * 8).byte(), "gate_up": int8(33, 512 * 8).byte(), "gate_up_bias": None},
+    **{"gate_up_scales": torch.zeros(33, 1, 16), "gate_up_zeros": None, "gate_up_perm": None, "gate_up_kind": 0},
+}
 BLOCK_ERRORS = {
     "unsigned": (
         {"down_scales": int8(32, 1, 10, 16).view(torch.uint8)},
@@ -257,9 +267,20 @@ BLOCK_ERRORS = {
     ),
     "no codes": ({"down_scales": int8(32, 1, 2, 16)}, r"down_scales must have .* got \[32, 1, 2, 16\]"),
     "groups of 256": ({"down_scales": int8(32, 1, 3, 16)}, r"down_scales must have .* got \[32, 1, 3, 16\]"),
+    "strips": ({"down_scales": int8(31, 1, 10, 16)}, r"down_scales must have .* S = 32, .* got \[31, 1, 10, 16\]"),
+    "rows": ({"down_scales": int8(32, 1, 10, 15)}, r"down_scales must have .* got \[32, 1, 10, 15\]"),
+    "columns": (OF_264_COLUMNS, r"down_scales must have .* K = 264, .* got \[32, 1, 10, 16\]"),
+    "columns of one level": (
+        OF_264_COLUMNS | {"down_scales": torch.zeros(32, 16, 16), "down_zeros": None, "down_kind": 0},
+        "down_scales must have one group, or groups of a multiple of 16 columns that divides K = 264, got 16 groups",
+    ),
     "blocks": ({"down_scales": int8(32, 2, 10, 16)}, r"down_scales must have .* K = 256, .* got \[32, 2, 10, 16\]"),
     "kind": ({"down_kind": 2}, r"down_kind must be 0 \(symmetric\) or 3 \(offset\) with int8 scales, got 2"),
     "zeros": ({"down_zeros": torch.zeros(32, 8, 16)}, "down_zeros must have dtype int8, got float32"),
+    "zeros of others": (
+        {"down_zeros": int8(32, 1, 18, 16)},
+        r"down_zeros must have the shape of down_scales = \[32, 1, 10, 16\], got \[32, 1, 18, 16\]",
+    ),
 }
 
 
