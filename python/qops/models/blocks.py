@@ -43,8 +43,6 @@ _INPUTS: dict[type, int] = {
 # Functions of classes that are not called here, and that somebody may put others in the place of.
 _FUNCTIONS = [(kind, "forward", kind.forward) for kind in (MLP, MergedLinear, RMSNorm, *_INPUTS)]
 _FUNCTIONS += [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)]
-
-
 _WINDOW, _FIRST_POSITION = SETTINGS.index("window"), SETTINGS.index("first_position")
 # Where tensors stand that a half does not have.
 _NOTHING: dict[str, Any] = {}
