@@ -228,6 +228,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def account(sessions: Mapping[int, Session]) -> str:
+    """Where the time of a run went."""
+    lines = []
+    for threads, session in sessions.items():
+        spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in session.seconds.items())
+        lines.append(f"{threads} threads: {spent}")
+    return "\n".join(lines)
+
+
 def open_session(device: str, threads: int, protocol: samplers.Protocol, modules: Sequence[str]) -> Session:
     """With as many slots as the device's providers may prepare their calls in at a time."""
     slots = document.slots(threads) if device == "cpu" else [document.cpus()] * CUDA_SLOTS
@@ -265,6 +274,7 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] | None = None
         for session in sessions.values():
             session.close()
     print(table(results.rows))
+    print(account(sessions), file=sys.stderr)
     if wanted.device == "emulated":
         print("these are times of an emulator, no speeds")
     if early:

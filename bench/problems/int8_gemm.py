@@ -80,7 +80,8 @@ class Int8GemmOperator(Gemm):
         return [int_mm("torch.compile _int_mm", ("cuda",))]
 
     def providers(self) -> list[Provider]:
-        return [*super().providers(), Provider("onednn qlinear", self.name, ("cpu",), qlinear, self.accuracy)]
+        packed = Provider("onednn qlinear", self.name, ("cpu",), qlinear, self.accuracy, rebuilt=True)
+        return [*super().providers(), packed]
 
 
 def int_mm(name: str, devices: tuple[str, ...]) -> Formula:

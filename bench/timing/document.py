@@ -190,7 +190,10 @@ def inputs_text(kind: str) -> str:
             "cold: one call per copy in a CUDA graph, copies past 3 x L2, 100 MB and 8 of them; "
             "hot: the same input in each call, L2 as that leaves it; no flush"
         )
-    return "cold: copies past min(3 x last-level cache, caps), each weight another; hot: the same input in each call"
+    return (
+        "cold: copies past min(3 x last-level cache, caps), or, where each has to be built, fewer, between two reads "
+        "of which others read the rest; hot: the same input in each call"
+    )
 
 
 def _rounded(value: Any) -> Any:

@@ -78,7 +78,7 @@ class CpuLimit:
         ways = [(streams, past_cache) for streams in (1, 4) for past_cache in (0, 1)]
         samplers = [Sampler(calls(*way), protocol) for way in ways]
         self._sampler = min(samplers, key=lambda sampler: min(sampler.seconds() for _ in range(3)))
-        self.calls = self._sampler.calls
+        self.calls, self.made = self._sampler.calls, self._sampler.made
         if library().qops_peak(KINDS.index(self.kind), 1) == 0:
             self.kind = "f32"
         self._rounds = 1000
@@ -117,7 +117,7 @@ class CudaLimit:
         self._copied = CUDA_COPY_BYTES[device] if axes["cache"] == "cold" else max(1, moved // 2)
         source, target = (torch.zeros(self._copied, dtype=torch.uint8, device=place) for _ in range(2))
         self._copy = CudaSampler([functools.partial(target.copy_, source)], protocol)
-        self.calls = self._copy.calls
+        self.calls, self.made = self._copy.calls, self._copy.made
         n = CUDA_SIZES[device][self.kind]
         self._operations = 2 * n**3
         if self.kind == "int8":

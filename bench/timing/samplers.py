@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 import typing
@@ -31,9 +32,13 @@ class Protocol:
         least_rounds: but not fewer than this.
         sample_seconds: what the calls of a sample take together, at least.
         warm_up_seconds: of a provider before its calls are counted out.
+        long_call_seconds: a call that takes longer is a sample that nothing is called before: what caches and threads
+            need to wake up is less than a hundredth of it.
         rotation_cap_bytes: inputs rotate through three times the last-level cache, but no more than this: servers
             report caches of hundreds of megabytes, of which one process on a shared machine has a small part.
-        rotation_cap_copies: nor through more inputs; so many layers are more than a model has of one kind.
+        rotation_cap_copies: nor through more inputs; so many layers are more than a model has of one kind. Where each
+            is built on its own, there are as few as leave as many bytes between two reads of one, with what other
+            providers read meanwhile.
         slowest_call_seconds: a provider that takes longer is not timed.
         timeout_seconds: a provider that does not answer in this time is given up.
     """
@@ -43,6 +48,7 @@ class Protocol:
     least_rounds: int = 7
     sample_seconds: float = 2e-3
     warm_up_seconds: float = 20e-3
+    long_call_seconds: float = 50e-3
     rotation_cap_bytes: int = GIB // 2
     rotation_cap_copies: int = 128
     slowest_call_seconds: float = 2.0
@@ -62,6 +68,7 @@ EMULATED = Protocol(
     slowest_call_seconds=30.0,
 )
 
+MOST_CALLS = 1000
 # Some libraries hold a weight five times: with less than this part of the memory free, no copies are added.
 LEAST_FREE_MEMORY = 0.15
 
@@ -95,6 +102,13 @@ def rotation(bytes_per_input: int, cache_bytes: int, protocol: Protocol, memory_
     size = max(1, bytes_per_input)
     wanted = min(max(least, math.ceil(target / size)), protocol.rotation_cap_copies)
     return max(1, min(wanted, memory_bytes // size))
+
+
+def fewest(copies: int, bytes_per_input: int, calls: int, between_bytes: int) -> int:
+    """How many do for so many copies: between two reads of one pass as many bytes as all of these have, with what
+    others read between two samples, and none is read twice in a sample of so many calls."""
+    rounds = math.ceil(copies * bytes_per_input / (calls * bytes_per_input + between_bytes))
+    return min(copies, rounds * calls)
 
 
 def call_bytes(provider: Provider, axes: Axes) -> int:
@@ -142,22 +156,34 @@ class Sampled(typing.Protocol):
 
     calls: int
 
+    @property
+    def made(self) -> int:
+        """The calls of a sample with those that are not timed."""
+        ...
+
     def sample(self) -> dict[str, Any]:
         """``us``, and whatever else was measured."""
         ...
 
 
 class Sampler:
-    """Times batches of calls, in turn; each sample starts with calls that are not timed."""
+    """Times batches of calls, in turn; each sample starts with calls that are not timed, unless one takes long."""
 
-    def __init__(self, calls: Sequence[Callable[[], object]], protocol: Protocol) -> None:
+    def __init__(self, calls: Sequence[Callable[[], object]], protocol: Protocol, most_calls: int = MOST_CALLS) -> None:
         self._functions = calls
         self._next = 0
+        self._least_warm_up = 1
         self.calls = 1
         best, end = math.inf, time.perf_counter() + protocol.warm_up_seconds
         while best == math.inf or time.perf_counter() < end:
             best = min(best, self.seconds())
-        self.calls = max(1, min(1000, round(protocol.sample_seconds / best)))
+        self.calls = max(1, min(most_calls, round(protocol.sample_seconds / best)))
+        if best > protocol.long_call_seconds:
+            self._least_warm_up = 0
+
+    @property
+    def made(self) -> int:
+        return self.calls + max(self._least_warm_up, self.calls // 4)
 
     def batch(self, size: int) -> list[Callable[[], object]]:
         """The next calls."""
@@ -176,7 +202,7 @@ class Sampler:
     def seconds(self) -> float:
         """Per call, of one sample."""
         # After other processes have run here, the first calls find cold caches and sleeping threads.
-        self.run(self.batch(max(1, self.calls // 4)))
+        self.run(self.batch(self.made - self.calls))
         batch = self.batch(self.calls)
         start = time.perf_counter_ns()
         self.run(batch)
@@ -217,6 +243,10 @@ class CudaSampler:
         self._replays = max(1, min(1000, round(protocol.sample_seconds / (best * len(self._functions)))))
         self.calls = self._replays * len(self._functions)
 
+    @property
+    def made(self) -> int:
+        return self.calls + len(self._functions)
+
     def _run(self) -> None:
         if self._graph is not None:
             self._graph.replay()
@@ -238,10 +268,15 @@ class CudaSampler:
         return self._start.elapsed_time(self._end) * 1e-3 / self.calls
 
 
-def another(op: str, axes: Axes, device: str, problem: Any, seed: int) -> Any:
-    """The same numbers in other memory; for GEMMs other numbers, too, since libraries may merge equal weights."""
-    redrawn = problems.OPERATORS[op].redrawn
-    return problems.make(op, axes, devices.of_tensors(device), seed) if redrawn else copy.deepcopy(problem)
+def another(
+    provider: Provider, axes: Axes, device: str, problem: Any, call: Callable[[], Result], seed: int
+) -> Callable[[], Result]:
+    """The same call in other memory; of other numbers where libraries may merge equal weights."""
+    if not problems.OPERATORS[provider.op].redrawn:
+        return provider.build(copy.deepcopy(problem))
+    if device == "cpu" and not provider.rebuilt and isinstance(call, functools.partial):
+        return copy.deepcopy(call)  # all that it reads are its arguments
+    return provider.build(problems.make(provider.op, axes, devices.of_tensors(device), seed))
 
 
 def cache_bytes(device: str) -> int:
@@ -250,9 +285,12 @@ def cache_bytes(device: str) -> int:
 
 
 def prepare(
-    provider: Provider, axes: Axes, device: str, protocol: Protocol, memory_bytes: int
+    provider: Provider, axes: Axes, device: str, protocol: Protocol, memory_bytes: int, between_bytes: int = 0
 ) -> tuple[Sampled, dict[str, Any]]:
-    """Builds, verifies and calibrates a provider, whose inputs may take so much memory; with what its row says."""
+    """Builds, verifies and calibrates a provider, whose inputs may take so much memory; with what its row says.
+
+    ``between_bytes`` is what others read between two samples of it, at least.
+    """
     if reason := provider.unsupported(devices.of_providers(device), axes):
         raise Unsupported(reason)
     problem = problems.make(provider.op, axes, devices.of_tensors(device), seed=0)
@@ -264,14 +302,18 @@ def prepare(
         torch.cuda.synchronize()
     if (seconds := time.perf_counter() - start) > protocol.slowest_call_seconds:
         raise TimeoutError(f"a call takes {seconds:.1f} s, longer than is timed")
-    copies = 1
+    copies, most_calls = 1, MOST_CALLS
     if axes["cache"] == "cold":
-        copies = rotation(call_bytes(provider, axes), cache_bytes(device), protocol, memory_bytes, device)
+        moved = call_bytes(provider, axes)
+        copies = rotation(moved, cache_bytes(device), protocol, memory_bytes, device)
+        if device == "cpu" and provider.rebuilt:
+            hot = Sampler([call], protocol)  # cold calls are no faster: no sample has more
+            most_calls, copies = hot.calls, fewest(copies, moved, hot.made, between_bytes)
     calls = [call]
     while len(calls) < copies and (device != "cpu" or free_memory() > LEAST_FREE_MEMORY):
-        calls.append(provider.build(another(provider.op, axes, device, problem, len(calls))))
+        calls.append(another(provider, axes, device, problem, call, len(calls)))
     found = {"max_err": error.absolute, "rel_err": error.relative, "rotated_inputs": len(calls)}
     if device == "cpu":
-        return Sampler(calls, protocol), found
+        return Sampler(calls, protocol, most_calls), found
     graph = {} if provider.graph else {"graph": False}
     return CudaSampler(calls, protocol, graph=provider.graph), {**found, **graph}

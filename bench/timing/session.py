@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,7 +27,7 @@ from bench import problems
 from bench.peers import MODULES
 from bench.problems.shared.cases import Case
 from bench.problems.shared.provider import LIMIT, Provider
-from bench.timing import emulated
+from bench.timing import emulated, samplers
 from bench.timing.samplers import Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,11 +210,14 @@ class Session:
         self._device, self._protocol, self._clocks = device, protocol, clocks
         self._slots = slots
         emulator = str(emulated.build()) if device == "emulated" else None
-        self._start = functools.partial(WorkerProcess, device, slots[0], modules, protocol, emulator)
+        # They start on all slots in turn; before they do anything they are pinned to one.
+        starts = itertools.cycle(slots)
+        self._start = lambda: WorkerProcess(device, next(starts), modules, protocol, emulator)
         self._workers: dict[str, WorkerProcess] = {}
         self._crashes: Counter[tuple[str, str]] = Counter()
         self._hung: set[tuple[str, str]] = set()
         self.end = math.inf
+        self.seconds = dict.fromkeys(("preparing", "measuring", "releasing"), 0.0)
 
     def close(self) -> None:
         """Ends all workers, whatever they do."""
@@ -262,14 +266,26 @@ class Session:
         rows = {p.name: new_row(case, p.name, p.accuracy) for p in offered}
         rows[LIMIT] = new_row(case, LIMIT, "")
         try:
-            costs = self._prepare(case, rows)
-            self._measure(case, rows, rounds_of(list(costs.values()), self._protocol), list(costs))
+            with self._account("preparing"):
+                costs = self._prepare(case, rows, offered)
+            with self._account("measuring"):
+                self._measure(case, rows, rounds_of(list(costs.values()), self._protocol), list(costs))
         finally:
-            for name, worker in self._workers.items():
-                if worker.alive:
-                    with contextlib.suppress(Failure, TimeUp):
-                        self.ask(name, "release")
+            with self._account("releasing"):
+                for name in rows:
+                    if name in self._workers and self._workers[name].alive:
+                        with contextlib.suppress(Failure, TimeUp):
+                            self.ask(name, "release")
         return list(rows.values())
+
+    @contextlib.contextmanager
+    def _account(self, phase: str) -> Iterator[None]:
+        """Where the time of a run goes."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.monotonic() - start
 
     def _memory_bytes(self) -> int:
         """What all providers of a case may hold."""
@@ -277,24 +293,33 @@ class Session:
             return free_memory_bytes()
         return int(CUDA_MEMORY_SHARE * self.machine["memory_bytes"])
 
-    def _prepare(self, case: Case, rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-        """What a sample of each provider takes that can be timed."""
+    def _prepare(self, case: Case, rows: dict[str, dict[str, Any]], offered: Sequence[Provider]) -> dict[str, float]:
+        """What a sample of each provider takes that can be timed.
+
+        Last come those whose copies are built one by one: of these there are the fewer, the more all others read.
+        """
         memory_bytes = self._memory_bytes() // len(rows)
         free: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
         for slot in self._slots:
             free.put(slot)
         costs: dict[str, float] = {}
+        read: dict[str, int] = {}
+        call_bytes = {p.name: samplers.call_bytes(p, case.axes) for p in offered}
+        call_bytes[LIMIT] = rows[LIMIT]["bytes"]
+        rebuilt = {p.name for p in offered if p.rebuilt}
+        between_bytes = 0
 
         def prepare(name: str) -> None:
             slot = free.get()
             try:
                 with self._worker(name).on(slot, self._slots[0]):
                     asked = {"name": name, "op": case.op, "axes": case.axes, "memory_bytes": memory_bytes}
-                    found = self.ask(name, "prepare", case.op, **asked)
+                    found = self.ask(name, "prepare", case.op, **asked, between_bytes=between_bytes)
             except Failure as failure:
                 rows[name]["error"] = str(failure)
             else:
                 costs[name] = found.pop("seconds")
+                read[name] = found.pop("made") * call_bytes[name]
                 rows[name].update(found)
             finally:
                 free.put(slot)
@@ -305,13 +330,16 @@ class Session:
                 self._worker(name)
         with ThreadPoolExecutor(len(self._slots)) as pool:
             try:
-                for future in [pool.submit(prepare, name) for name in rows if name != LIMIT]:
+                for future in [pool.submit(prepare, name) for name in rows if name != LIMIT and name not in rebuilt]:
+                    future.result()
+                prepare(LIMIT)  # alone, as it takes all that there is
+                between_bytes = sum(read.values()) - max(read.values(), default=0)  # a round moves on past one
+                for future in [pool.submit(prepare, name) for name in rows if name in rebuilt]:
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.close()
                 raise
-        prepare(LIMIT)  # alone, as it takes all that there is
         return {name: costs[name] for name in rows if name in costs}
 
     def _measure(self, case: Case, rows: dict[str, dict[str, Any]], rounds: int, names: list[str]) -> None:

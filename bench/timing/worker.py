@@ -69,8 +69,9 @@ class Worker:
             "cuda": torch.version.cuda,
         }
 
-    def prepare(self, name: str, op: str, axes: Axes, memory_bytes: int) -> dict[str, Any]:
-        """Builds, verifies and calibrates; copies of the inputs may take so much memory."""
+    def prepare(self, name: str, op: str, axes: Axes, memory_bytes: int, between_bytes: int) -> dict[str, Any]:
+        """Builds, verifies and calibrates; copies of the inputs may take so much memory, and others read as much
+        between two samples."""
         if name == LIMIT:
             limit = (
                 limits.CpuLimit(op, axes, self._protocol, memory_bytes)
@@ -82,12 +83,18 @@ class Worker:
             provider = next(
                 p for p in providers.all(op, devices.of_providers(self._device), self._modules) if p.name == name
             )
-            sampled, found = samplers.prepare(provider, axes, self._device, self._protocol, memory_bytes)
+            sampled, found = samplers.prepare(provider, axes, self._device, self._protocol, memory_bytes, between_bytes)
         self._sampled[name] = sampled
-        gc.collect()
+        if self._device != "cpu":
+            gc.collect()  # its memory is scarcer
         start = time.perf_counter()
         self.sample(name)
-        return {**found, "calls_per_sample": sampled.calls, "seconds": time.perf_counter() - start}
+        return {
+            **found,
+            "calls_per_sample": sampled.calls,
+            "made": sampled.made,
+            "seconds": time.perf_counter() - start,
+        }
 
     def healthy(self) -> bool:
         """Whether CUDA works in this process: after an error in a kernel it never does again."""
@@ -108,7 +115,9 @@ class Worker:
         gc.collect()
         if self._device != "cpu":
             torch.cuda.empty_cache()
-        elif sys.platform == "linux":
+            return
+        gc.freeze()  # what is left is a compiler's, which takes 0.2 s to look through
+        if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -142,6 +151,7 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(options.threads)
     gc.disable()
+    gc.freeze()  # what was imported is not looked through after each case
     if options.emulator is not None:
         emulated.install(Path(options.emulator))
     with torch.inference_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +25,6 @@ from bench import problems, run
 from bench.peers import MODULES, providers
 from bench.problems.int4_gemm import Int4Gemm
 from bench.problems.int8_gemm import Int8Gemm
-from bench.problems.rms_norm import Norm
 from bench.problems.shared import cases
 from bench.problems.shared.cases import Case
 from bench.problems.shared.operator import SAMPLED_COLUMNS, SAMPLED_ROWS
@@ -174,15 +176,49 @@ def test_clocks_are_those_of_nvidia_smi(monkeypatch, tmp_path):
 
 
 def test_copies_have_weights_of_their_own():
-    axes = axes_of("int8_gemm")
-    first = problems.make("int8_gemm", axes)
-    second = samplers.another("int8_gemm", axes, "cpu", first, 1)
-    assert isinstance(first, Int8Gemm) and isinstance(second, Int8Gemm)
-    assert not torch.equal(first.codes, second.codes)
-    norm = problems.make("rms_norm", axes_of("rms_norm"))
-    other = samplers.another("rms_norm", axes_of("rms_norm"), "cpu", norm, 1)
-    assert isinstance(norm, Norm) and isinstance(other, Norm)
+    built: list[Any] = []
+
+    def build(problem: Any) -> Callable[[], Any]:
+        built.append(problem)
+        return functools.partial(torch.Tensor.abs, problem.codes)
+
+    def copied(provider: Provider) -> Callable[[], Any]:
+        first = problems.make(provider.op, axes_of(provider.op))
+        return samplers.another(provider, axes_of(provider.op), "cpu", first, provider.build(first), 1)
+
+    merging = Provider("a", "int8_gemm", ("cpu",), build, "exact", rebuilt=True)
+    copied(merging)
+    assert len(built) == 2 and not torch.equal(built[0].codes, built[1].codes)
+    other = copied(dataclasses.replace(merging, rebuilt=False))
+    assert isinstance(other, functools.partial) and len(built) == 3
+    assert torch.equal(other.args[0], built[2].codes) and other.args[0].data_ptr() != built[2].codes.data_ptr()
+    rows: list[Any] = []
+    copied(Provider("a", "rms_norm", ("cpu",), lambda problem: rows.append(problem) or (lambda: problem.x), "exact"))
+    norm, other = rows
     assert torch.equal(norm.x, other.x) and norm.x.data_ptr() != other.x.data_ptr()
+    hidden = Provider("a", "int8_gemm", ("cpu",), lambda problem: built.append(problem) or (lambda: None), "exact")
+    copied(hidden)
+    assert not torch.equal(built[-2].codes, built[-1].codes)
+
+
+def pointers(call: Any) -> set[int]:
+    """Of all tensors among the arguments of a call, also of those inside of weights."""
+    held = [*call.args, *(vars(argument) for argument in call.args if hasattr(argument, "__dict__"))]
+    return {leaf.data_ptr() for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor) and leaf.numel()}
+
+
+@pytest.mark.parametrize("op", [op for op in problems.OPS if problems.OPERATORS[op].redrawn])
+def test_what_is_copied_computes_the_same_from_other_memory(op):
+    axes = problems.cases(op, cases.EMULATED)[0].axes
+    for provider in providers.all(op, "cpu"):
+        if provider.missing() or provider.rebuilt or provider.unsupported("cpu", axes):
+            continue
+        problem = problems.make(op, axes)
+        call = provider.build(problem)
+        assert isinstance(call, functools.partial), f"{provider.name} is built for each copy"
+        other = samplers.another(provider, axes, "cpu", problem, call, 1)
+        assert len(pointers(call)) >= 2 and not pointers(call) & pointers(other)
+        assert all(map(torch.equal, tree_leaves(call()), tree_leaves(other())))
 
 
 def test_copies_leave_memory_free(monkeypatch):
@@ -225,7 +261,7 @@ class Asked(session.Session):
         self.asked: list[str] = []
         self.failing = failing
 
-    def _prepare(self, case, rows):
+    def _prepare(self, case, rows, offered):
         return dict.fromkeys(rows, 0.001)
 
     def ask(self, provider, method, op="", /, **arguments):
@@ -247,6 +283,13 @@ def test_providers_take_turns():
     assert [row["provider"] for row in rows] == [a, b, c]
     assert rows[0]["samples_us"] == [1.0, 6.0, 8.0, 10.0, 15.0, 17.0]
     assert rows[2]["peak_gflops"] == [1.0] * 6 and "peak_gflops" not in rows[0]
+
+
+def test_a_run_accounts_for_its_time():
+    asked = Asked()
+    assert run.account({2: asked}) == "2 threads: preparing 0 s, measuring 0 s, releasing 0 s"
+    asked.run(SMALL, offered("qops"))
+    assert asked.seconds["preparing"] > 0 and 0 < asked.seconds["measuring"] < 1
 
 
 def test_a_provider_that_fails_later_loses_its_row():

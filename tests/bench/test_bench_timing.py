@@ -54,6 +54,34 @@ def test_a_sample_is_the_time_of_one_call(monkeypatch, seconds, calls):
     assert len(clock.calls) == max(1, calls // 4) + calls  # the first ones warm up, and are not timed
 
 
+@pytest.mark.parametrize(("limit_us", "made"), [(900, 1), (1100, 2)])
+def test_a_long_call_is_not_warmed_up(monkeypatch, limit_us, made):
+    clock = Clock(monkeypatch)
+    protocol = dataclasses.replace(FAST, sample_seconds=0, long_call_seconds=1e-6 * limit_us)
+    sampler = samplers.Sampler([functools.partial(clock.call, 0)], protocol)
+    clock.calls.clear()
+    assert sampler.sample() == {"us": pytest.approx(1000)}
+    assert sampler.made == len(clock.calls) == made
+
+
+def test_a_sample_has_no_more_calls_than_inputs_were_built_for(monkeypatch):
+    clock = Clock(monkeypatch)
+    sampler = samplers.Sampler([functools.partial(clock.call, 0)], dataclasses.replace(FAST, sample_seconds=1), 8)
+    assert (sampler.calls, sampler.made) == (8, 10)
+
+
+@pytest.mark.parametrize("copies", [1, 13, 64, 128])
+def test_copies_that_are_built_are_as_few_as_others_allow(copies):
+    """Between two reads of one pass the bytes of all copies, and none comes twice in a sample."""
+    for calls in (1, 2, 3, 20, 125):
+        assert samplers.fewest(copies, 7, calls, between_bytes=0) == copies
+        assert samplers.fewest(copies, 7, calls, between_bytes=1 << 40) == min(copies, calls)
+        for between in (1, 10, 112, 5000):
+            few = samplers.fewest(copies, 7, calls, between)
+            assert few == copies or few // calls * (calls * 7 + between) >= copies * 7
+            assert few <= calls or (few // calls - 1) * (calls * 7 + between) < copies * 7
+
+
 def test_calls_rotate_through_the_inputs():
     seen: list[int] = []
     protocol = dataclasses.replace(FAST, sample_seconds=0)
@@ -202,7 +230,7 @@ class FakeWorker:
             raise session.Hang("no answer in 1 s") if fate == "hang" else session.Failure("crashed: killed by SIGSEGV")
         if method == "machine":
             return {"memory_bytes": 1000, "name": "a GPU"}
-        return {"seconds": 0.001} if method == "prepare" else {"us": 1.0}
+        return {"seconds": 0.001, "made": 2} if method == "prepare" else {"us": 1.0}
 
 
 class Asked(session.Session):

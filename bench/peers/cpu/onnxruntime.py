@@ -123,6 +123,7 @@ PROVIDERS = [
             f"{accuracy}; float32 in and out",
             REQUIRES,
             unsupported=_weight_only_unsupported,
+            rebuilt=True,
         )
         for op, build in (
             ("int4_gemm", int4_gemm),
@@ -139,5 +140,6 @@ PROVIDERS = [
         int8_gemm,
         "int8 activations again, one scale for all rows; float32 in and out; quantisation included",
         REQUIRES,
+        rebuilt=True,
     ),
 ]

@@ -80,6 +80,7 @@ PROVIDERS = [
         f"{accuracy}; float32 in and out",
         REQUIRES,
         unsupported=unsupported(),
+        rebuilt=True,
     )
     for op, build in (
         ("int4_gemm", int4_gemm),

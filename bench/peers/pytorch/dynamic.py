@@ -35,6 +35,7 @@ PROVIDERS = [
         ("cpu",),
         functools.partial(build, engine),
         "int8 activations again, one scale for all rows; float32 in and out; quantisation included",
+        rebuilt=True,
     )
     for engine in ("onednn", "fbgemm")
 ]

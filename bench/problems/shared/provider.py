@@ -42,6 +42,9 @@ class Provider:
         graph: whether the call can be captured into a CUDA graph.
         unsupported: takes a device and axes; why that case cannot run, None when it can.
         weight_bits: of a weight as the call reads it, where that is not as the problem stores it: 16 for a dense GEMM.
+        rebuilt: whether copies of its call on a CPU have to be built one by one, of other numbers, since its library
+            merges equal weights or holds them where they cannot be copied. Other calls are best a ``functools.partial``
+            of what they read, which is copied as it is.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Provider:
     graph: bool = True
     unsupported: Callable[[str, Axes], str | None] = _always
     weight_bits: int | None = None
+    rebuilt: bool = False
 
     def missing(self) -> list[str]:
         """The distributions that are not installed."""
