@@ -25,7 +25,7 @@ enum class Status : int32_t {
   kOk,
   kUnsupported,  // no kernel for this combination; the binding should have refused it
   kOutOfMemory,
-  kIndexOutOfRange,  // a position or perm lies outside its table; nothing was written
+  kIndexOutOfRange,  // a position, perm or id lies outside its table; nothing was written
   kLaunchFailed,     // CUDA refused the launch
 };
 
@@ -218,6 +218,12 @@ QOPS_ALWAYS_INLINE constexpr int64_t unmixed_row(int64_t packed_row, int64_t n) 
 }
 static_assert(unmixed_row(7, 48) == 7 && unmixed_row(8, 48) == 24 && unmixed_row(17, 48) == 9);
 
+// The inverse.
+QOPS_ALWAYS_INLINE constexpr int64_t mixed_row(int64_t row, int64_t n) {
+  return row % (n / 2) / 8 * kStripRows + row % 8 + (row < n / 2 ? 0 : 8);
+}
+static_assert(mixed_row(7, 48) == 7 && mixed_row(24, 48) == 8 && mixed_row(9, 48) == 17 && mixed_row(47, 48) == 47);
+
 // What becomes of t = R(x @ w.T + bias).
 enum class Epilogue : int32_t {
   kNone,     // y = t, or R(t + residual)
@@ -291,6 +297,27 @@ struct Int4DequantizeParams {
   int64_t n;
   int64_t k;
   int64_t group_size;
+};
+
+// Rows of an 8-bit weight as numbers, columns in the order in which they are stored.
+struct Int8EmbeddingParams {
+  const void* ids;     // [tokens]
+  bool ids_are_int64;  // else int32
+  int64_t tokens;
+  const void* packed;
+  const void* scales;
+  const void* zeros;  // of kOffset, else null
+  void* y;            // contiguous [tokens, K]
+  DType dtype;        // of y
+  DType scale_dtype;
+  DType zero_dtype;
+  int32_t super_shift;  // as in WeightOnlyGemmParams
+  WeightKind kind;      // kSymmetric, here s q, or kOffset
+  bool is_mixed;        // see mixed_row(); ids are of canonical rows
+  int64_t n;
+  int64_t k;
+  int64_t group_size;
+  int64_t* bad_id;  // set when the result is kIndexOutOfRange
 };
 
 // y = R(fmaf(s_x, (q - zero_point) @ w.T * s_w, bias)), or the integer product itself where dtype is kInt32, which has
@@ -462,6 +489,7 @@ struct SiluMulInt8Params {
   ON_CPU(int4_int8_gemm, Int4Int8GemmParams)               \
   ANYWHERE(int4_pack, WeightPackParams)                    \
   ANYWHERE(int4_unpack, WeightPackParams)                  \
+  ON_CPU(int8_embedding, Int8EmbeddingParams)              \
   ANYWHERE(int8_gemm, Int8GemmParams)                      \
   ANYWHERE(int8_pack, WeightPackParams)                    \
   ANYWHERE(int8_unpack, WeightPackParams)                  \

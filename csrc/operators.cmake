@@ -8,6 +8,7 @@ set(QOPS_OPERATORS
   int4_dequantize
   int4_gemm
   int4_int8_gemm
+  int8_embedding
   int8_gemm
   int8_weight_only_gemm
   qk_norm_rotary

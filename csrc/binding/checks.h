@@ -39,6 +39,10 @@ class Checker {
   [[noreturn]] void refuse(const char* arg, const std::string& requirement, const std::string& actual) const {
     fail(std::string(arg) + " must " + requirement + ", got " + actual);
   }
+  // Of an index that a tensor holds, where Python's callers expect an IndexError.
+  [[noreturn]] void refuse_index(const char* arg, const std::string& requirement, int64_t actual) const {
+    throw std::out_of_range(prefix() + arg + " must " + requirement + ", got " + std::to_string(actual));
+  }
   // Where building the two texts costs more than the call can spare, ask first and then refuse().
   void require(bool ok, const char* arg, const std::string& requirement, const std::string& actual) const {
     if (!ok) refuse(arg, requirement, actual);

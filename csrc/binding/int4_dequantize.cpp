@@ -22,8 +22,7 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const std::op
   p.dtype = check.as_float_dtype(dtype, "dtype");
   take_weight(check, packed, ScalarType::Byte, 8, scales, out_features, group_size, p);
   take_zeros(check, kind, zeros, scales, p);
-  check.require(!mixed_gate_up || p.n % 16 == 0, "out_features",
-                "be a multiple of 16, for gate and up, with mixed_gate_up", std::to_string(p.n));
+  check_mixed(check, mixed_gate_up, p.n);
   p.is_mixed = mixed_gate_up;
   Tensor w = check.new_tensor(packed, {p.n, p.k}, dtype);
   p.w = w.mutable_data_ptr();

@@ -62,6 +62,9 @@ void define_schemas(Library& m) {
   m.def("int4_pack(Tensor qweight) -> Tensor");
   m.def("int4_unpack(Tensor packed, int out_features) -> Tensor");
   m.def(
+      "int8_embedding(Tensor ids, Tensor packed, Tensor scales, Tensor? zeros, int out_features, int group_size, "
+      "ScalarType dtype, bool mixed_gate_up=False) -> Tensor");
+  m.def(
       "int8_gemm(Tensor q, Tensor scale, Tensor? zero_point, Tensor packed, Tensor w_scale, Tensor? bias, "
       "int out_features, ScalarType out_dtype) -> Tensor");
   m.def(

@@ -158,4 +158,9 @@ void take_zeros(const Checker& check, int64_t kind, const std::optional<Tensor>&
   p.zeros = zeros->const_data_ptr();
 }
 
+inline void check_mixed(const Checker& check, bool mixed_gate_up, int64_t n) {
+  if (!mixed_gate_up || n % 16 == 0) return;
+  check.refuse("out_features", "be a multiple of 16, for gate and up, with mixed_gate_up", std::to_string(n));
+}
+
 }  // namespace qops::binding

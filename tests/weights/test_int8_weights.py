@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from qops.nn import MLP, Int8Embedding, Int8Linear, Int8WeightOnlyLinear, dense_
 from qops.testing import assert_bitwise, generator
 from qops.weights import Int8Weight
 from tests.support.ops.exact import fraction, round_to_float32
-from tests.support.ops.random_weights import SCALE_DTYPES, assert_tensors_equal, empty_like, random_int8
+from tests.support.ops.random_weights import (
+    SCALE_DTYPES,
+    assert_tensors_equal,
+    empty_like,
+    random_int8,
+    random_levels,
+)
 
 KINDS = Int8Weight.KINDS
 FORMS = tuple(itertools.product(KINDS, (False, True)))
@@ -128,6 +135,49 @@ def test_rows_refuse_ids_out_of_range(bad, pack, kind, act_order):
         weight.rows(torch.tensor([[0, bad], [39, -50]]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_scales_of_two_levels(kind):
+    for group_size, mixed in itertools.product((16, 32, 64, 128), (False, True)):
+        weight = random_levels(48, 512, group_size, kind, bits=8, act_order=group_size == 32)[1]
+        whole, ids = weight.dequantize(), torch.arange(48).flip(0)
+        assert_bitwise((weight.mix_gate_up() if mixed else weight).rows(ids), whole[ids])
+        assert_bitwise(copy.deepcopy(weight).unpack().rows(ids), whole[ids])
+
+
+@pytest.mark.parametrize("kind, act_order", FORMS)
+def test_rows_are_within_half_a_unit_of_float64(kind, act_order):
+    weight = random_int8(104, 240, 16, kind, scale_dtype=torch.float32, act_order=act_order)[1]
+    ids = torch.randint(104, (300,), generator=generator(1))
+    tensors = weight.canonical()
+    stored = tensors["qweight"].double() * tensors["scales"].double().repeat_interleave(16, 1)
+    if kind == "offset":
+        stored += tensors["zeros"].double().repeat_interleave(16, 1)
+    want = stored if not act_order else torch.empty_like(stored).index_copy_(1, tensors["perm"].long(), stored)
+    for dtype, bits in ((torch.float32, 24), (torch.bfloat16, 8), (torch.float16, 11)):
+        error = (weight.rows(ids, dtype).double() - want[ids]).abs()
+        # Rounded to float32 first; the least float16 is 2^-24.
+        assert bool((error <= want[ids].abs() * (2.0**-bits + 2.0**-24) + 2.0**-25).all())
+
+
+def test_rows_in_other_dtypes_and_of_ids_that_lie_apart():
+    for pack in (True, False):
+        weight = random_int8(40, 48, 16, "offset", pack=pack)[1]
+        ids = torch.randint(40, (6, 4, 2), generator=generator(1))
+        for dtype in (torch.float64, torch.float8_e4m3fn):
+            want = weight.dequantize(dtype).view(torch.uint8).view(40, -1)
+            assert torch.equal(weight.rows(ids, dtype).view(torch.uint8).view(6, 4, 2, -1), want[ids])
+        for apart in (ids[::2, :, 0], ids.permute(2, 1, 0), ids[:, :1].expand(6, 9, 2)):
+            assert_bitwise(weight.rows(apart), weight.dequantize()[apart])
+
+
+def test_threads_do_not_matter_to_rows(threads):
+    weight, ids = random_int8(200, 576, 32, "offset")[1], torch.arange(200).repeat(4)
+    threads(1)
+    alone = weight.rows(ids, torch.bfloat16)
+    threads(2)
+    assert_bitwise(weight.rows(ids, torch.bfloat16), alone)
+
+
 def test_rows_refuse_ids_of_other_dtypes():
     weight = random_int8(40, 48, 16)[1]
     for ids in (None, [0, 1], 3):
@@ -146,6 +196,53 @@ def test_rows_compile_into_one_graph(kind, act_order):
         compiled = torch.compile(weight.rows, fullgraph=True, backend="inductor")
         for ids in (torch.tensor([39, 0, 7]), torch.tensor([1])):
             assert torch.equal(compiled(ids), weight.rows(ids))
+
+
+def test_a_compiled_graph_names_an_id_that_is_out_of_range():
+    torch._dynamo.reset()
+    with torch.inference_mode(False), torch.no_grad():
+        compiled = torch.compile(random_int8(40, 48, 16)[1].rows, fullgraph=True, backend="aot_eager")
+        text = r"^qops\.int8_embedding: ids must lie in 0 \.\.\. N - 1, with N = 40 rows, got 40$"
+        with pytest.raises(IndexError, match=text):
+            compiled(torch.tensor([0, 40]))
+
+
+def embedding_arguments(device: str, **changes: Any) -> dict[str, Any]:
+    weight = random_int8(24, 64, 32, "offset")[1]
+    values: dict[str, Any] = {
+        "ids": torch.tensor([[23, 0]]),
+        **{name: getattr(weight, name) for name in ("packed", "scales", "zeros")},
+        **{"out_features": 24, "group_size": 32, "dtype": torch.bfloat16},
+        **changes,
+    }
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()}
+
+
+EMBEDDING_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "ids dtype": ({"ids": torch.ones(2)}, RuntimeError, "ids must have dtype int32 or int64, got float32"),
+    "ids apart": ({"ids": torch.tensor([[0, 1], [2, 3]]).T}, ValueError, "ids must be contiguous, got strides .*"),
+    "dtype": ({"dtype": torch.float64}, RuntimeError, "dtype must be float32, float16 or bfloat16, got float64"),
+    "packed": ({"packed": torch.zeros(2, 8)}, RuntimeError, "packed must have dtype int8, got float32"),
+    "group": ({"group_size": 24}, ValueError, "group_size must be K = 64 or a multiple of 16 that divides it, got 24"),
+    "zeros": ({"zeros": torch.zeros(2, 2, 8)}, ValueError, "zeros must have the shape of scales = .*, got"),
+    "gate_up": ({"mixed_gate_up": True}, ValueError, "out_features must be a multiple of 16, .*, got 24"),
+}
+
+
+@pytest.mark.parametrize("case", EMBEDDING_ERRORS)
+def test_errors_of_the_operator_are_the_same_with_fake_tensors(case):
+    changes, error, text = EMBEDDING_ERRORS[case]
+    messages = []
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=rf"^qops\.int8_embedding: {text}") as caught:
+            torch.ops.qops.int8_embedding(**embedding_arguments(device, **changes))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_opcheck_of_the_operator():
+    with torch.inference_mode(False), torch.no_grad():
+        torch.library.opcheck(torch.ops.qops.int8_embedding.default, tuple(embedding_arguments("cpu").values()))
 
 
 # Construction and state ----------------------------------------------------------------------------------------------

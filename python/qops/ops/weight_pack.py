@@ -1,12 +1,14 @@
-"""int4_pack, int4_unpack, int8_pack, int8_unpack, check_layout: fake kernels of the packing ops behind qops.weights.
+"""int4_pack, int4_unpack, int8_pack, int8_unpack, int8_embedding, check_layout: fake kernels of what weights call.
 
 The layouts stand in csrc/cpu/weight_pack.cpp, for a GPU in csrc/int4_layout.h and csrc/int8_layout.h. A GPU's pads K
 to a multiple of 64, and unpacking gives the columns of padding too. These ops have no public wrapper: Int4Weight and
-Int8Weight call them. check_layout stands in exported models alone, before each use of a packed weight.
+Int8Weight call them. check_layout stands in exported models alone, before each use of a packed weight. int8_embedding
+is Int8Weight.rows() on a CPU, but for the order of columns.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +17,15 @@ from torch.fx.node import has_side_effect
 
 from qops import _native as _native
 from qops._layout import STRIP_ROWS, column_step, layout_of, stored_columns, strips_of
-from qops.ops._checks import Checker, Results, fake
+from qops.ops._checks import (
+    FLOAT_DTYPES,
+    INT4_KINDS,
+    Checker,
+    Results,
+    check_packed_weight,
+    check_zeros,
+    fake,
+)
 
 if TYPE_CHECKING:
     from qops._check_cases import Run
@@ -62,6 +72,20 @@ def cases_of_int8_pack(run: Run) -> None:
 cases_of_int4_unpack, cases_of_int8_unpack = cases_of_int4_pack, cases_of_int8_pack
 
 
+def cases_of_int8_embedding(run: Run) -> None:
+    from qops._check_cases import ROWS, int8_cases, moved
+
+    for w, dtype, index in int8_cases(run):
+        n, mixed = w.out_features, index % 2 == 0 and w.out_features % 16 == 0
+        ids = run.integers(0, n, ROWS[-1], dtype=(torch.int32, torch.int64)[index % 2])
+        buffers = moved(run, w, mixed)._buffers
+        weight = {name: buffers[name] for name in ("packed", "scales", "zeros")}
+        config = {"out_features": n, "group_size": w.group_size, "dtype": dtype, "mixed_gate_up": mixed}
+        (rows,) = run.rows(partial(torch.ops.qops.int8_embedding.default, **weight, **config), ids, out=False)
+        want = w.dequantize(dtype)[ids.long()]
+        run.same(rows, want if w.perm is None else want[:, w.perm.long()], "rows of Int8Weight.dequantize")
+
+
 @fake("int4_pack", "int8_pack")
 def _(check: Checker, qweight: Tensor) -> Results:
     dtype, codes = (torch.uint8, 2) if check.op == "int4_pack" else (torch.int8, 1)
@@ -91,6 +115,30 @@ def _(check: Checker, packed: Tensor, out_features: int) -> Results:
     check.require(packed.shape[1] % row == 0, "packed", requirement, lambda: str(packed.shape[1]))
     check.contiguous(packed, "packed")
     return check.new_empty(packed, (out_features, packed.shape[1] // STRIP_ROWS))
+
+
+@fake("int8_embedding")
+def _(
+    check: Checker,
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    out_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+    mixed_gate_up: bool = False,
+) -> Results:
+    check.index_dtype(ids, "ids")
+    check.supported(
+        dtype in FLOAT_DTYPES, "dtype", "be float32, float16 or bfloat16", str(dtype).removeprefix("torch.")
+    )
+    k = check_packed_weight(check, packed, scales, out_features, group_size, bits=8)
+    check_zeros(check, INT4_KINDS.index("symmetric" if zeros is None else "offset"), zeros, scales, bits=8)
+    requirement = "be a multiple of 16, for gate and up, with mixed_gate_up"
+    check.require(not mixed_gate_up or out_features % 16 == 0, "out_features", requirement, lambda: str(out_features))
+    check.contiguous(ids, "ids")
+    return check.new_empty(ids, (*ids.shape, k), dtype)
 
 
 @fake("check_layout")

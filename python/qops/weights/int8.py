@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qops import _layout
 from qops._layout import STRIP_ROWS, strips_of, widen_levels
+from qops.ops._checks import FLOAT_DTYPES
 from qops.weights.requirements import (
     dtype_name,
     group_size_from_scales,
@@ -272,7 +273,6 @@ class Int8Weight(QuantizedWeight):
 
         return gguf.int8_weight(blocks, qtype, pack=pack)
 
-    @torch.no_grad()
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Looks up rows, as an embedding does: ``dequantize(dtype)[ids]`` without the other rows.
 
@@ -293,7 +293,6 @@ class Int8Weight(QuantizedWeight):
             raise RuntimeError(f"{self._name()}.rows: ids must have dtype int32 or int64, got {dtype_name(ids.dtype)}")
         if self.is_packed:
             self._name_layout()
-        ids = ids.long()
         try:
             return self._rows_at(ids, dtype)
         except IndexError:
@@ -304,38 +303,44 @@ class Int8Weight(QuantizedWeight):
             raise IndexError(f"{self._name()}.rows: {text}") from None
 
     def _rows_at(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        buffers = self._buffers
+        packed, perm = buffers.get("packed"), buffers["perm"]
+        if packed is None or _layout.has_gpu_layout(packed.device):
+            found = self._rows_by_torch(ids.long()).to(dtype)
+        else:
+            numbers, config = (buffers["scales"], buffers["zeros"]), (self.out_features, self.group_size)
+            written = dtype if dtype in FLOAT_DTYPES else torch.float32
+            found = torch.ops.qops.int8_embedding.default(
+                ids.contiguous(), packed, *numbers, *config, written, self.mixed_gate_up
+            ).to(dtype)
+        return found if perm is None else torch.empty_like(found).index_copy_(-1, perm.long(), found)
+
+    @torch.no_grad()
+    def _rows_by_torch(self, ids: Tensor) -> Tensor:
+        """Of a weight that is not packed, or lies on a GPU; columns in stored order."""
         n, k, strips = self.out_features, self.in_features, strips_of(self.out_features)
         inside, row = (ids >= 0) & (ids < n), ids
-        if self.is_packed and self.mixed_gate_up:
-            half = max(n // 2, 1)
-            row = ids % half // 8 * STRIP_ROWS + ids // half * 8 + ids % 8
-        # An id out of range, the padding rows' too, becomes a strip that does not exist, so that indexing itself
+        # An id out of range, the padding rows' too, becomes a row or strip that does not exist, so that indexing itself
         # refuses it: no look at the values, which would break the graph or wait for a GPU.
-        strip = torch.where(inside, row // STRIP_ROWS, strips)
-        lane = row % STRIP_ROWS
-        if self.is_packed and _layout.has_gpu_layout(self.device):
+        if self.is_packed:
+            if self.mixed_gate_up:
+                half = max(n // 2, 1)
+                row = ids % half // 8 * STRIP_ROWS + ids // half * 8 + ids % 8
+            strip, lane = torch.where(inside, row // STRIP_ROWS, strips), row % STRIP_ROWS
+            at: Any = (strip, slice(None), lane)
             # A row is four lanes of one half of their registers: blocks of 32 columns, four columns of each lane.
             words = self.packed.view(strips, -1, STRIP_ROWS // 2, 4, 2, 2, 4)[strip, :, lane % 8, :, :, lane // 8]
             qweight = words.transpose(-3, -2).flatten(-4)[..., :k]
-        elif self.is_packed:
-            qweight = self.packed.view(strips, k // 4, STRIP_ROWS, 4)[strip, :, lane]
         else:
-            qweight = self.qweight[torch.where(inside, ids, n)]
-        at = (strip, slice(None), lane) if self.is_packed else torch.where(inside, ids, n)
+            at = torch.where(inside, ids, n)
+            qweight = self.qweight[at]
         scales, zeros = (None if t is None else self._numbers_at(t, at) for t in (self.scales, self.zeros))
         assert scales is not None
-        found = scale_codes(qweight.reshape(*ids.shape, k), scales, zeros, may_look=False).to(dtype)
-        return found if self.perm is None else torch.empty_like(found).index_copy_(-1, self.perm.long(), found)
+        return scale_codes(qweight.reshape(*ids.shape, k), scales, zeros, may_look=False)
 
     def _numbers_at(self, numbers: Tensor, at: Any) -> Tensor:
-        """Scales or offsets of some rows, [..., K/G]. ``at``: of a packed weight strip, all, row of the strip."""
-        if not self.has_levels:
-            return numbers[at]
-        if not self.is_packed:
-            return widen_levels(numbers[at])
-        strip, _, lane = at
-        halves = numbers[:, :, :2].flatten(2).view(torch.float16)[strip, :, lane]
-        return (halves.unsqueeze(-1).float() * numbers[strip, :, 2:, lane].float()).flatten(-2)
+        """Scales or offsets of some rows, [..., K/G]; a GPU's are of one level."""
+        return widen_levels(numbers[at]) if self.has_levels else numbers[at]
 
     @staticmethod
     def _pack_codes(qweight: Tensor) -> Tensor:

@@ -42,12 +42,17 @@ LAYER_FILES_OF = {
     ("bench", "decoder_block"): "attention_block",
     ("bench", "int4_int8_gemm"): "int4_gemm",
     ("python/qops/ops", "int4_int8_gemm"): "int4_gemm",
+    ("python/qops/ops", "int8_embedding"): "weight_pack",
     ("csrc/binding", "qk_norm_rotary"): "rotary",
     ("csrc/binding", "rms_norm_int8"): "rms_norm",
     ("csrc/binding", "silu_mul_int8"): "silu_mul",
 }
 # Used through qops.Int4Weight, qops.Int8Weight and fused models alone: no public function, no benchmark.
-INTERNAL_OPS = frozenset({"check_layout", "decoder_layers", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack"})
+INTERNAL_OPS = frozenset(
+    {"check_layout", "decoder_layers", "int4_pack", "int4_unpack", "int8_embedding", "int8_pack", "int8_unpack"}
+)
+# Tests that do not stand in tests/ops: of operators that weights alone call.
+TESTS_OF = {"int8_embedding": "tests/weights/test_int8_weights.py", "weight_pack": "tests/weights/test_weights.py"}
 # What stands upon the problems, and what reads results without torch.
 BENCH_LAYERS = {
     "bench/problems/": ("bench.peers", "bench.timing", "bench.reporting", "bench.run"),
@@ -356,7 +361,7 @@ def stem_of(op: str, layer: str = "") -> str:
 def files_of(op: str) -> list[str]:
     """Where an operator lives, one file on every layer."""
     files = [f"{layer}/{stem_of(op, layer)}.cpp" for layer in ("csrc/binding", "csrc/cpu")]
-    tests = "tests/weights/test_weights.py" if stem_of(op) == "weight_pack" else f"tests/ops/test_{stem_of(op)}.py"
+    tests = TESTS_OF.get(stem_of(op), f"tests/ops/test_{stem_of(op)}.py")
     files += [f"python/qops/ops/{stem_of(op, 'python/qops/ops')}.py", tests]
     return files if op in INTERNAL_OPS else [*files, f"bench/problems/{stem_of(op, 'bench')}.py"]
 

@@ -151,3 +151,15 @@ def int4_dequantize_exact(codes: Tensor, scales: Tensor, zeros: Tensor | None, k
 def nibbles(qweight: Tensor) -> Tensor:
     """Canonical bytes [N, K/2] to codes [N, K]; the even one lies low."""
     return torch.stack((qweight & 15, qweight >> 4), dim=-1).flatten(1)
+
+
+def int8_embedding_exact(codes: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """All rows by the contract of int8_embedding; codes int8 [N, K], scales and zeros [N, groups]."""
+    n, k = codes.shape
+    if n == 0 or k == 0:
+        return torch.empty((n, k), dtype=dtype)
+    q = codes.float().view(n, scales.shape[1], -1).numpy()
+    s = scales.float().unsqueeze(-1).numpy()
+    with np.errstate(all="ignore"):
+        w = s * q if zeros is None else fma(s, q, zeros.float().unsqueeze(-1).numpy())
+    return torch.from_numpy(w).view(n, k).to(dtype)
