@@ -288,11 +288,10 @@ class Int8Weight(QuantizedWeight):
             TypeError: ``ids`` are no tensor.
             RuntimeError: ``ids`` are not int32 or int64.
         """
-        require_tensor(f"{self._name()}.rows", "ids", ids)
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise RuntimeError(f"{self._name()}.rows: ids must have dtype int32 or int64, got {dtype_name(ids.dtype)}")
-        if self.is_packed:
-            self._name_layout()
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+            name = f"{self._name()}.rows"
+            require_tensor(name, "ids", ids)
+            raise RuntimeError(f"{name}: ids must have dtype int32 or int64, got {dtype_name(ids.dtype)}")
         try:
             return self._rows_at(ids, dtype)
         except IndexError:
@@ -303,16 +302,19 @@ class Int8Weight(QuantizedWeight):
             raise IndexError(f"{self._name()}.rows: {text}") from None
 
     def _rows_at(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        # Module.__getattr__ would take 0.6 us for each of them.
         buffers = self._buffers
         packed, perm = buffers.get("packed"), buffers["perm"]
+        if packed is not None:
+            self._name_layout()
         if packed is None or _layout.has_gpu_layout(packed.device):
-            found = self._rows_by_torch(ids.long()).to(dtype)
+            found = self._rows_by_torch(ids.long())
         else:
             numbers, config = (buffers["scales"], buffers["zeros"]), (self.out_features, self.group_size)
             written = dtype if dtype in FLOAT_DTYPES else torch.float32
-            found = torch.ops.qops.int8_embedding.default(
-                ids.contiguous(), packed, *numbers, *config, written, self.mixed_gate_up
-            ).to(dtype)
+            args = (ids.contiguous(), packed, *numbers, *config, written, self.mixed_gate_up)
+            found = torch.ops.qops.int8_embedding.default(*args)
+        found = found if found.dtype == dtype else found.to(dtype)
         return found if perm is None else torch.empty_like(found).index_copy_(-1, perm.long(), found)
 
     @torch.no_grad()
