@@ -177,8 +177,8 @@ inline BlockScale block_scale(float a, int digits) {
 // A row of x as digits, in one pass. Each vector of them goes to out.digits(block, k, digit, bytes, lanes), with k from
 // the block's beginning, and what belongs to a block to out.end_block(block, sums of the digits, scale). Returns
 // whether the row needs four digits; two are then not enough.
-template <class T, class Out>
-inline bool write_digits(const T* row, const int32_t* perm, const Blocks& blocks, int digits, const Out& out) {
+template <int kDigits, class T, class Out>
+inline bool write_digits(const T* row, const int32_t* perm, const Blocks& blocks, const Out& out) {
   FourDigits four;
   for (Block b(blocks); b.index < blocks.count; b.next(blocks)) {
     float x[kMaxBlock];
@@ -191,28 +191,28 @@ inline bool write_digits(const T* row, const int32_t* perm, const Blocks& blocks
     });
     const float most = bit_cast<float>(max_lanes(largest));
     four.add_block(most, sum_lanes(sum), b.size);
-    const BlockScale s = block_scale(most, digits);
+    const BlockScale s = block_scale(most, kDigits);
     // A factor of 0 (block of zeros, NaN or infinity) times a non-finite x would be NaN: clear the bits instead.
     const I32x16 keep = set1(s.inverse == 0.0f ? int32_t{0} : int32_t{-1});
-    I32x16 sums[4];
-    for (I32x16& digit_sum : sums) digit_sum = set1(int32_t{0});
+    I32x16 sums[kDigits];
+    QOPS_UNROLL for (I32x16& digit_sum : sums) digit_sum = set1(int32_t{0});
     for (int64_t k = 0; k < b.size; k += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, b.size - k);
       const F32x16 scaled = load_n(x + k, n) * set1(s.pre) * set1(s.inverse);
       const I32x16 v = to_int(as_float(as_int(scaled) & keep));
       const I32x16 byte = set1(int32_t{0xff});
-      const I32x16 digit[4] = {digits == 2 ? shift_right<8>(v) : shift_right<24>(v),
-                               (digits == 2 ? v : shift_right<16>(v)) & byte, shift_right<8>(v) & byte, v & byte};
-      for (int d = 0; d < digits; ++d) {
+      const I32x16 digit[4] = {kDigits == 2 ? shift_right<8>(v) : shift_right<24>(v),
+                               (kDigits == 2 ? v : shift_right<16>(v)) & byte, shift_right<8>(v) & byte, v & byte};
+      QOPS_UNROLL for (int d = 0; d < kDigits; ++d) {
         sums[d] = sums[d] + digit[d];
         out.digits(b, k, d, digit[d], n);
       }
     }
-    int32_t digit_sums[4] = {};
-    for (int d = 0; d < digits; ++d) digit_sums[d] = sum_lanes(sums[d]);
+    int32_t digit_sums[kDigits];
+    QOPS_UNROLL for (int d = 0; d < kDigits; ++d) digit_sums[d] = sum_lanes(sums[d]);
     out.end_block(b, digit_sums, s.scale);
   }
-  return digits == 2 && four.needed<T>();
+  return kDigits == 2 && four.needed<T>();
 }
 
 // sx * (sum of v).
@@ -467,7 +467,10 @@ inline void write_tile(const WeightOnlyGemmParams& p, const Blocks& blocks, cons
   for (int r = 0; r < tile.rows; ++r) {
     const int64_t row = tile.row[r];
     const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-    if (write_digits(x, p.perm, blocks, tile.digits, TileRow::of<Codes>(p, tile, r))) digits_of_row[row] = 4;
+    const TileRow out = TileRow::of<Codes>(p, tile, r);
+    const bool needs_four =
+        tile.digits == 2 ? write_digits<2>(x, p.perm, blocks, out) : write_digits<4>(x, p.perm, blocks, out);
+    if (needs_four) digits_of_row[row] = 4;
   }
 }
 

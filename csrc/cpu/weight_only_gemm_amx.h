@@ -487,7 +487,7 @@ inline Status tiled_weight_only_gemm(const WeightOnlyGemmParams& p, const Thread
           continue;
         }
         const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(first + row);
-        digits_of_row[first + row] = write_digits(x, p.perm, blocks, 2, out) ? 4 : 2;
+        digits_of_row[first + row] = write_digits<2>(x, p.perm, blocks, out) ? 4 : 2;
       }
     });
     parallel_for(pool, cut.chunks * cut.parts, 1, [&](int64_t begin, int64_t end) {

@@ -238,7 +238,7 @@ inline Status few_rows_int4_gemm(const WeightOnlyGemmParams& p, const ThreadPool
   parallel_for(pool, m, 1 + (16 << 10) / p.k, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-      digits_of_row[row] = write_digits(x, p.perm, blocks, 2, RowOfTiles(tiles, row)) ? 4 : 2;
+      digits_of_row[row] = write_digits<2>(x, p.perm, blocks, RowOfTiles(tiles, row)) ? 4 : 2;
     }
   });
 
