@@ -13,12 +13,31 @@ inline constexpr int kTileRows = 16;
 inline constexpr int kTileRowBytes = 64;
 inline constexpr int kTileBytes = kTileRows * kTileRowBytes;
 
-// This thread's eight tiles, of that size but for the first `few`, which have `rows` rows, from here to the end of the
-// scope. What the tiles held before is lost. Other libraries configure tiles for themselves, so none of ours outlive a
-// task.
+struct TileShape {
+  int rows = kTileRows, row_bytes = kTileRowBytes;
+};
+
+// This thread's eight tiles from here to the end of the scope. What they held before is lost. Other libraries configure
+// tiles for themselves, so none of ours outlive a task.
 class TileScope {
  public:
+  // The first `few` have `rows` rows.
   explicit TileScope(int few = 0, int rows = kTileRows) {
+    configure([&](int tile) { return TileShape{tile < few ? rows : kTileRows}; });
+  }
+  // Tiles 4 and 5, whose rows are of x, and 6 and 7, of w, hold just so many columns.
+  static TileScope of_columns(int columns) { return TileScope(TileShape{kTileRows, columns}, TileShape{columns / 4}); }
+  ~TileScope() { asm volatile("tilerelease"); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+
+ private:
+  TileScope(TileShape x, TileShape w) {
+    configure([&](int tile) { return tile < 4 ? TileShape() : tile < 6 ? x : w; });
+  }
+
+  template <class F>
+  static void configure(const F& shape_of) {
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -26,14 +45,12 @@ class TileScope {
     } config;
     static_assert(sizeof(config) == 64);
     for (int tile = 0; tile < 8; ++tile) {
-      config.row_bytes[tile] = kTileRowBytes;
-      config.rows[tile] = static_cast<uint8_t>(tile < few ? rows : kTileRows);
+      const TileShape shape = shape_of(tile);
+      config.row_bytes[tile] = static_cast<uint16_t>(shape.row_bytes);
+      config.rows[tile] = static_cast<uint8_t>(shape.rows);
     }
     asm volatile("ldtilecfg %0" : : "m"(config));
   }
-  ~TileScope() { asm volatile("tilerelease"); }
-  TileScope(const TileScope&) = delete;
-  TileScope& operator=(const TileScope&) = delete;
 };
 
 template <int kTile>
@@ -67,7 +84,16 @@ inline void dot_tiles_unsigned_x() {
 inline B8x64 subtract_bytes(B8x64 a, B8x64 b) { return {_mm512_sub_epi8(a.v, b.v)}; }
 inline void store(uint8_t* p, B8x64 a) { _mm512_storeu_si512(p, a.v); }
 
+// Shifts left by 8 as vpshufb: shifts of 512 bits have one port, which the floating-point operations need beside tiles.
+inline I32x16 shift_left_a_byte(I32x16 a) {
+  const __m512i from = _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, 1, 2, -1, 4, 5, 6, -1, 8, 9, 10, -1, 12, 13, 14));
+  return {_mm512_shuffle_epi8(a.v, from)};
+}
+
 // Always inlined, as prefetch() is.
 QOPS_ALWAYS_INLINE void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+QOPS_ALWAYS_INLINE void prefetch_to_write(const void* p) {
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+}
 
 }  // namespace qops::cpu::QOPS_ISA_NS

@@ -88,15 +88,17 @@ def test_slices_and_passes(bits, kind):
 @pytest.mark.parametrize("bits", (4, 8))
 def test_many_rows_of_many_columns(bits, threads):
     """More rows than are packed at a time, few strips for many threads, enough of them to fetch codes ahead; few rows
-    of as many columns."""
-    for n, k, m in ((200, 4096, 150), (24, 16384, 70), (16, 512, 300), (1000, 4096, 7), (88, 16384, 4)):
-        w = make_weight(n, k, 128, bits, "offset")
+    of as many columns, and one tile of them, which meets more blocks at a time."""
+    many = ((200, 4096, 150, 128), (24, 16384, 70, 128), (16, 512, 300, 128), (104, 2560, 200, 32))
+    few = ((1000, 4096, 7, 128), (88, 16384, 4, 128), (56, 16384, 16, 128), (40, 6400, 13, 32), (40, 2400, 15, 16))
+    for n, k, m, group_size in (*many, *few):
+        w = make_weight(n, k, group_size, bits, "offset")
         x = activations(m, k, torch.bfloat16, 0)
         threads(1)
         want = row_by_row(functools.partial(gemm, w=w), x)
         for count in (1, 2, 3):
             threads(count)
-            assert_bitwise(gemm(x, w), want, f"{n} x {k}, {count} threads")
+            assert_bitwise(gemm(x, w), want, f"{n} x {k}, groups of {group_size}, {count} threads")
 
 
 def test_rows_of_four_digits_alone():
