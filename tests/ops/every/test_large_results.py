@@ -1,5 +1,8 @@
 """Results past the size of the caches are written another way: the bits are those of their parts."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -66,3 +69,26 @@ def test_parts_of_many_rows_have_their_bits(name: str, dtype: torch.dtype) -> No
         part = CALLS[name](x[begin : begin + 512], y[begin : begin + 512], begin)
         pairs = [(whole, part)] if isinstance(whole, torch.Tensor) else zip(whole, part, strict=True)
         assert all(torch.equal(bits(a[begin : begin + 512]), bits(b)) for a, b in pairs)
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    """Of the memory mapping there, as /proc/self/smaps shows them."""
+    there = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            there = int(found[1], 16) <= address < int(found[2], 16)
+        elif there and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages in this kernel")
+def test_large_results_lie_in_huge_pages() -> None:
+    if not flags_of_mapping(torch.empty(1).data_ptr()):
+        pytest.skip("this kernel shows no flags of mappings")
+    size = 48 << 20  # malloc gives back so much, and gets it anew
+    for _ in range(2):
+        y = qops.rms_norm(torch.ones(size // 4096 // 4, 4096), torch.ones(4096), 1e-5)
+        assert "hg" in flags_of_mapping(y.data_ptr() + size // 2)
+    # The first and last page may hold something else as well.
+    assert "hg" not in flags_of_mapping(y.data_ptr())

@@ -192,6 +192,11 @@ LAYERS = (
         {},
     ),
     Layer(
+        r"csrc/binding/huge_pages\.h",
+        (_STD, r"<sys/mman\.h>"),
+        {},
+    ),
+    Layer(
         r"csrc/binding/plan\.cpp",  # stderr, from any thread
         (_STD, r"<(cstdio|mutex)>", r'"binding/plan\.h"'),
         {},
@@ -221,7 +226,10 @@ CONFINED = {
         "raw assembly",
     ),
     r"\b__shared__\b": (r"csrc/cuda/port\.cuh", "declarations of shared memory"),
-    r"<(unistd|sys/\w+)\.h>": (r"csrc/cpu/cpu_dispatch\.cpp|tests/emulator/.*", "system calls"),
+    r"<(unistd|sys/\w+)\.h>": (
+        r"csrc/cpu/cpu_dispatch\.cpp|csrc/binding/huge_pages\.h|tests/emulator/.*",
+        "system calls",
+    ),
     r"<<<": (NOWHERE, "kernel launches by syntax"),
     r"<Python\.h>": (r"csrc/binding/registration(_cuda)?\.cpp", "Python"),
     _OUTPUT: (r"csrc/binding/plan\.cpp", "output and exits"),
