@@ -2,7 +2,8 @@
 //
 // Bound by memory, which one pass halves: a head is read once from DRAM, its normalised elements go no further than L1,
 // rounded to the dtype there as rms_norm rounds them, and are written once, rotated. The arithmetic: cpu/norm_row.h,
-// cpu/rotate_head.h.
+// cpu/rotate_head.h. It takes 2.5 times a copy of as many bytes past the caches for heads of 128 bfloat16 and 4.5 times
+// for heads of 64 (one thread of Sapphire Rapids).
 #include "cpu/norm_row.h"
 #include "cpu/rotate_head.h"
 #include "cpu/row_buffers.h"
@@ -120,14 +121,16 @@ Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
   }
   // A buffer holds the token's angles and one head.
   const int64_t floats = 2 * angle_floats + p.d;
-  return for_rows_with_buffer<float>(pool, tokens, grain, floats, [&](int64_t token, float* buffer) {
+  const int64_t ahead_by = rows_ahead((p.q.heads + p.k.heads) * p.d * static_cast<int64_t>(sizeof(T)));
+  const bool streams = streams_q || streams_k;
+  return for_rows_with_buffer<float>(pool, tokens, grain, floats, streams, [&](int64_t token, float* buffer) {
     const Angles angles{buffer, buffer + angle_floats};
     T* normed = reinterpret_cast<T*>(buffer + 2 * angle_floats);
     load_all_angles<A>(p, token, angles);
     if (is_dense) {
       order_as_pairs<T>(angles.cos, p.pairs);
       order_as_pairs<T>(angles.sin, p.pairs);
-      const int64_t next = token + 1 < tokens ? token + 1 : token;
+      const int64_t next = std::min(token + ahead_by, tokens - 1);
       const auto both = [&](const auto& heads) {
         heads(p.q, q_weight, streams_q);
         heads(p.k, k_weight, streams_k);
@@ -139,7 +142,6 @@ Status run(const QkNormRotaryParams& params, const ThreadPool& pool) {
           : both([&](const RotaryHeads& heads, const float* weight, bool streams) {
               norm_and_rotate_dense<false, T>(p, params.style, heads, weight, streams, token, next, angles);
             });
-      if (streams_q || streams_k) end_stream();
       return;
     }
     norm_and_rotate<T>(p, params.style, p.q, q_weight, token, angles, normed);

@@ -1,6 +1,8 @@
 // rotary: turns pairs of elements of every head of q and k by an angle that depends on the token's position.
 //
 // Bound by memory: every element is read and written once. The arithmetic: cpu/rotate_head.h.
+#include <algorithm>
+
 #include "cpu/rotate_head.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
@@ -55,6 +57,7 @@ template <class T, class W>
 void run(const RotaryParams& p, const ThreadPool& pool) {
   // 16 K elements are about 4 us of work, some four times what waking a thread costs.
   const int64_t grain = 1 + (16 << 10) / ((p.q.heads + p.k.heads) * p.d + 1);
+  const int64_t ahead_by = rows_ahead((p.q.heads + p.k.heads) * p.d * static_cast<int64_t>(sizeof(T)));
   const bool is_dense = rotates_whole_halves(p);
   const bool streams_q = is_dense && streams_heads<T>(p, p.q), streams_k = is_dense && streams_heads<T>(p, p.k);
   parallel_for(pool, p.q.x_tokens.count, grain, [&](int64_t begin, int64_t end) {
@@ -67,7 +70,7 @@ void run(const RotaryParams& p, const ThreadPool& pool) {
         load_angles<W>(p, position, 0, p.pairs, angles);
         order_as_pairs<T>(cos, p.pairs);
         order_as_pairs<T>(sin, p.pairs);
-        const int64_t next = token + 1 < end ? token + 1 : token;
+        const int64_t next = std::min(token + ahead_by, end - 1);
         streams_q ? rotate_dense_heads<true, T>(p, p.q, token, next, angles)
                   : rotate_dense_heads<false, T>(p, p.q, token, next, angles);
         streams_k ? rotate_dense_heads<true, T>(p, p.k, token, next, angles)

@@ -1,12 +1,20 @@
-// Fetching the next row while a kernel works on one: the caches' own prefetchers stop at the end of a page.
+// Fetching a row that comes next while a kernel works on one: the caches' own prefetchers stop at the end of a page.
 //
-// A kernel takes a row in two passes, and fetches half of the next one in each, so that memory is asked evenly.
+// A kernel takes a row in two passes, and fetches half of the other one in each, so that memory is asked evenly.
 // rms_norm of 2,048 rows of 4,096 bfloat16 in place takes 0.69x of the time (Sapphire Rapids, one thread).
 #pragma once
 
 #include "cpu/simd.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
+
+// How many rows further the one to fetch is. Of narrow rows not the next one: memory answers in 0.1 to 0.2 us, and a
+// row of 576 bfloat16 is normalised in 0.1. 2,048 of those in place take 0.80x of the time, quantize_int8 of them 0.84x
+// (Sapphire Rapids, one thread).
+inline int64_t rows_ahead(int64_t row_bytes) {
+  constexpr int64_t kAheadBytes = 8 << 10;
+  return 1 + kAheadBytes / (row_bytes + 1);
+}
 
 // The lines of some elements side by side.
 template <class T>

@@ -9,8 +9,10 @@
 namespace qops::cpu::QOPS_ISA_NS {
 
 // Calls f(row, buffer) for every row; the buffer holds `columns` elements of T and is used by no other row meanwhile.
+// `streams`: whether f may stream(). The end of that waits until memory has all, so it comes once for all rows.
 template <class T, class F>
-inline Status for_rows_with_buffer(const ThreadPool& pool, int64_t rows, int64_t grain, int64_t columns, const F& f) {
+inline Status for_rows_with_buffer(const ThreadPool& pool, int64_t rows, int64_t grain, int64_t columns, bool streams,
+                                   const F& f) {
   if (rows == 0) return Status::kOk;
   if (pool.listener != nullptr) [[unlikely]] {
     tell_tasks(pool, rows, grain);
@@ -28,6 +30,7 @@ inline Status for_rows_with_buffer(const ThreadPool& pool, int64_t rows, int64_t
     for (int64_t part = begin; part < end; ++part) {
       for (int64_t row = first_row(part); row < first_row(part + 1); ++row) f(row, buffers + part * stride);
     }
+    if (streams) end_stream();
   });
   return Status::kOk;
 }
