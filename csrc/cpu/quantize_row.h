@@ -47,16 +47,19 @@ inline float largest_magnitude(const T* x, int64_t k, const Ahead& ahead = {}) {
   return bit_cast<float>(max_lanes(most));
 }
 
-// q = rne(f(x)), clamped to -128 .. 127. f(x) must fit int16.
+inline I32x16 as_codes(const F32x16& v) { return to_int(v); }
+inline I32x16 as_codes(const I32x16& v) { return v; }
+
+// q = rne(f(x)), or f(x) where that is an integer, clamped to -128 .. 127. f(x) must fit int16.
 template <bool kStream, class T, class F, class Ahead = NothingAhead>
 inline void quantise_elements(const T* x, int64_t k, int8_t* q, const F& f, const Ahead& ahead = {}) {
   int64_t i = 0;
   for (; i + kPair <= k; i += kPair) {
     fetch_half(ahead, k / 2 + i / 2, kPair);
     const F32x32 v = load_pair(x + i);
-    store_saturated_pair<kStream, T>(q + i, to_int(f(v.a)), to_int(f(v.b)));
+    store_saturated_pair<kStream, T>(q + i, as_codes(f(v.a)), as_codes(f(v.b)));
   }
-  for (; i < k; i += kLanes) store_saturated_n(q + i, to_int(f(load_n(x + i, k - i))), k - i);
+  for (; i < k; i += kLanes) store_saturated_n(q + i, as_codes(f(load_n(x + i, k - i))), k - i);
 }
 
 // x to the codes of quantize_int8_static, before they are rounded and clamped.
@@ -133,46 +136,47 @@ inline void quantise_row(const T* x, int64_t k, const Int8Output& out, int64_t r
   }
 }
 
-// The least and the largest value of a row and 0; NaN counts as 0.
+// The least and the largest value of a row and 0; NaN where one on that side of 0 is.
 struct Bounds {
   float low;
   float high;
 };
 
-template <class T>
-inline Bounds bounds_with_zero(const T* x, int64_t k) {
-  F32x16 low = set1(0.0f), high = low;
+// In one pass, as the bits of floats of one sign have the order of their magnitudes, NaN above all.
+template <class T, class Ahead>
+inline Bounds bounds_with_zero(const T* x, int64_t k, const Ahead& ahead) {
+  constexpr int64_t kPairs = 8;
+  const I32x16 sign = set1(std::numeric_limits<int32_t>::min());
+  I32x16 above = set1(0), below = above;
   const auto take = [&](F32x16 v) {
-    low = min(v, low);  // the second argument where v is NaN
-    high = max(v, high);
+    const I32x16 bits = as_int(v);
+    above = max(above, bits);
+    below = max(below, bits + sign);  // its sum wraps; negative where v is not
   };
   int64_t i = 0;
-  for (; i + kPair <= k; i += kPair) {
-    const F32x32 v = load_pair(x + i);
-    take(v.a);
-    take(v.b);
+  for (; i + kPairs * kPair <= k; i += kPairs * kPair) {
+    fetch_half(ahead, i / 2, kPairs * kPair);
+    if constexpr (kAlternates<T>) {
+      I32x16 largest, least;
+      largest_on_both_sides(x + i, kPairs, largest, least);
+      above = max(above, largest);
+      below = max(below, least);
+    } else {
+      for (int64_t j = i; j < i + kPairs * kPair; j += kLanes) take(load(x + j));
+    }
   }
   for (; i < k; i += kLanes) take(load_n(x + i, k - i));
-  float lows[kLanes], highs[kLanes];
-  store(lows, low);
-  store(highs, high);
-  Bounds range{0.0f, 0.0f};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    range.low = lows[lane] < range.low ? lows[lane] : range.low;
-    range.high = highs[lane] > range.high ? highs[lane] : range.high;
-  }
-  return range;
+  return {0.0f - bit_cast<float>(max_lanes(below)), bit_cast<float>(max_lanes(above))};
 }
 
 template <bool kStream, class T, class Ahead>
 inline void quantise_row_255(const T* x, int64_t row, const QuantizeInt8AsymParams& p, const Ahead& ahead) {
   int8_t* q = p.q + row * p.k;
-  const float a = largest_magnitude(x, p.k, ahead);
-  const Bounds range = bounds_with_zero(x, p.k);
-  const float width = range.high - range.low;
+  const Bounds range = bounds_with_zero(x, p.k, ahead);
+  const float width = range.high - range.low;  // NaN where an element is
   const float scale = width / 255.0f;
   const float factor = 1.0f / scale;
-  const bool finite = a < kInfinity && width < kInfinity;
+  const bool finite = width < kInfinity;
   if (!finite || factor == kInfinity) {
     p.scale[row] = finite ? 0.0f : kNaN;
     p.zero_point[row] = 0;
@@ -182,18 +186,18 @@ inline void quantise_row_255(const T* x, int64_t row, const QuantizeInt8AsymPara
   const int32_t zero_point = -128 - static_cast<int32_t>(std::nearbyint(range.low / scale));
   p.scale[row] = scale;
   p.zero_point[row] = zero_point;
-  const F32x16 f = set1(factor), offset = set1(static_cast<float>(zero_point));
-  quantise_elements<kStream>(x, p.k, q, [&](F32x16 v) { return round_to_integer(v * f) + offset; }, ahead);
+  const F32x16 f = set1(factor);
+  const I32x16 offset = set1(zero_point);
+  quantise_elements<kStream>(x, p.k, q, [&](F32x16 v) { return to_int(v * f) + offset; }, ahead);
 }
 
 template <bool kStream, class T, class Ahead>
 inline void quantise_row_asym_compressed_tensors(const T* x, int64_t row, const QuantizeInt8AsymParams& p,
                                                  const Ahead& ahead) {
   int8_t* q = p.q + row * p.k;
-  const float a = largest_magnitude(x, p.k, ahead);
-  const Bounds range = bounds_with_zero(x, p.k);
+  const Bounds range = bounds_with_zero(x, p.k, ahead);
   const float scale = round_to<T>(round_to<T>(range.high - range.low) / 255.0f);
-  const bool is_nan = a != a;
+  const bool is_nan = range.low != range.low || range.high != range.high;
   if (is_nan || scale == kInfinity) {
     p.scale[row] = is_nan ? kNaN : kInfinity;
     p.zero_point[row] = 0;

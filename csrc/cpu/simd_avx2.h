@@ -404,6 +404,21 @@ inline I32x16 largest_magnitudes(const BFloat16* p, int64_t pairs) {
   const __m256i odd = _mm256_and_si256(most, _mm256_set1_epi32(-0x10000));
   return {_mm256_slli_epi32(most, 16), odd};
 }
+// Of 32 * pairs bfloat16: the largest of `above` is the magnitude of the largest one, or 0 where that is below 0; the
+// largest of `below` that of the least one, or 0 where that is above 0.
+inline void largest_on_both_sides(const BFloat16* p, int64_t pairs, I32x16& above, I32x16& below) {
+  __m256i most = _mm256_setzero_si256(), least = most;
+  const __m256i* words = reinterpret_cast<const __m256i*>(p);
+  for (int64_t i = 0; i < 2 * pairs; ++i) {
+    const __m256i some = _mm256_loadu_si256(words + i);
+    most = _mm256_max_epi16(most, some);
+    least = _mm256_max_epu16(least, some);
+  }
+  least = _mm256_subs_epu16(least, _mm256_set1_epi16(-0x8000));
+  const __m256i odd = _mm256_set1_epi32(-0x10000);
+  above = {_mm256_slli_epi32(most, 16), _mm256_and_si256(most, odd)};
+  below = {_mm256_slli_epi32(least, 16), _mm256_and_si256(least, odd)};
+}
 // Each lane clamped to -128 .. 127, even and odd ones in turn. The lanes must fit int16.
 template <bool kStream>
 inline void store_saturated_alternate(int8_t* p, I32x16 even, I32x16 odd) {

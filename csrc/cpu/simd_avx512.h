@@ -270,6 +270,22 @@ inline I32x16 largest_magnitudes(const BFloat16* p, int64_t pairs) {
   const __m512i odd = _mm512_and_si512(most, _mm512_set1_epi32(-0x10000));
   return {_mm512_max_epi32(_mm512_slli_epi32(most, 16), odd)};
 }
+// Of 32 * pairs bfloat16: the largest of `above` is the magnitude of the largest one, or 0 where that is below 0; the
+// largest of `below` that of the least one, or 0 where that is above 0.
+inline void largest_on_both_sides(const BFloat16* p, int64_t pairs, I32x16& above, I32x16& below) {
+  __m512i most = _mm512_setzero_si512(), least = most;
+  for (int64_t i = 0; i < pairs; ++i) {
+    const __m512i words = _mm512_loadu_si512(p + 32 * i);
+    most = _mm512_max_epi16(most, words);
+    least = _mm512_max_epu16(least, words);
+  }
+  least = _mm512_subs_epu16(least, _mm512_set1_epi16(-0x8000));
+  const auto larger_half = [](__m512i words) {
+    return _mm512_max_epi32(_mm512_slli_epi32(words, 16), _mm512_and_si512(words, _mm512_set1_epi32(-0x10000)));
+  };
+  above = {larger_half(most)};
+  below = {larger_half(least)};
+}
 // Each lane clamped to -128 .. 127, even and odd ones in turn. The lanes must fit int16.
 template <bool kStream>
 inline void store_saturated_alternate(int8_t* p, I32x16 even, I32x16 odd) {

@@ -341,6 +341,18 @@ inline I32x16 largest_magnitudes(const BFloat16* p, int64_t pairs) {
   }
   return set1(static_cast<int32_t>(most << 16));
 }
+// Of 32 * pairs bfloat16: the largest of `above` is the magnitude of the largest one, or 0 where that is below 0; the
+// largest of `below` that of the least one, or 0 where that is above 0.
+inline void largest_on_both_sides(const BFloat16* p, int64_t pairs, I32x16& above, I32x16& below) {
+  uint32_t most[2] = {0, 0};  // by sign
+  for (int64_t i = 0; i < 32 * pairs; ++i) {
+    const uint32_t magnitude = p[i].bits & 0x7fffu;
+    uint32_t& side = most[p[i].bits >> 15];
+    side = magnitude > side ? magnitude : side;
+  }
+  above = set1(static_cast<int32_t>(most[0] << 16));
+  below = set1(static_cast<int32_t>(most[1] << 16));
+}
 // Each lane clamped to -128 .. 127, even and odd ones in turn. The lanes must fit int16.
 template <bool kStream>
 inline void store_saturated_alternate(int8_t* p, const I32x16& even, const I32x16& odd) {

@@ -139,6 +139,21 @@ def test_asym_bits_follow_the_contract(dtype, rule):
         assert_same(qops.quantize_int8_asym(x, rule), quantize_int8_asym_ref(x, rule), what)
 
 
+@pytest.mark.parametrize("rule", ASYM_RULES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_asym_sees_single_values_wherever_they_stand(dtype, rule):
+    """Of rows in whole blocks and of their ends: the only negative or positive value, NaN of either sign, zeros."""
+    negative_nan = torch.tensor(-1, dtype=torch.int32).view(torch.float32).item()
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for k, places in ((32, (0, 17, 31)), (700, (0, 31, 255, 256, 511, 512, 543, 544, 699))):
+        for others in (0.0, -0.0, 0.75, -0.75):
+            for value in (3.0, -3.0, tiny, -tiny, 0.0, -0.0, NAN, negative_nan, INF, -INF):
+                x = torch.full((len(places), k), others, dtype=dtype)
+                x[range(len(places)), places] = torch.tensor(value, dtype=torch.float32).to(dtype)
+                what = f"K={k} {value} among {others}"
+                assert_same(qops.quantize_int8_asym(x, rule), quantize_int8_asym_ref(x, rule), what)
+
+
 def test_asym_rounds_the_quotient_of_symmetric_rows():
     """low / scale is 127.5 within a rounding where the range is symmetric, and half of all such rows need the very
     quotient: low * (1 / scale) gives one zero point in five another value."""
