@@ -213,7 +213,7 @@ FAULTS = {
     "attention_mask, one token": ("llama", method(AttentionHalf, "step", without_mask_in_a_step)),
     "attention, one token": ("llama", method(AttentionHalf, "step", scaled_in_a_step)),
     "MLP, one token": ("llama", method(MlpHalf, "step", scaled_in_a_step)),
-    "layers ahead": ("llama", method(Run, "next", mirrored_ahead)),
+    "layers ahead": ("llama", method(Run, "_taken", mirrored_ahead)),
     "cache": ("llama", attention_gets(without_cache)),
     "cache of another layer": ("llama", built(lambda layer: setattr(layer.self_attn, "layer_idx", 0))),
     "position_ids": ("llama", without("position_ids")),

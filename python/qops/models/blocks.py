@@ -21,13 +21,13 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from qops import _layout, nn
-from qops._noticed import Noticed
 from qops.models.rooms import Growth, layer_of, room_for, writes_counted
 from qops.nn import MLP, MergedLinear, RMSNorm
 from qops.nn.hooks import newest_hook
 from qops.nn.mlp import rows_rule
 from qops.ops._checks import INT4_KINDS, MAX_DECODE_TOKENS
 from qops.ops.decoder_block import INPUTS, SETTINGS
+from qops.weights.noticed import Noticed
 
 # What linears multiply: one of INPUTS. Of others no block operator computes it.
 _INPUTS: dict[type, int] = {
@@ -44,8 +44,9 @@ _INPUTS: dict[type, int] = {
 _FUNCTIONS = [(kind, "forward", kind.forward) for kind in (MLP, MergedLinear, RMSNorm, *_INPUTS)]
 _FUNCTIONS += [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)]
 _WINDOW, _FIRST_POSITION = SETTINGS.index("window"), SETTINGS.index("first_position")
-# Where tensors stand that a half does not have.
-_NOTHING: dict[str, Any] = {}
+# The attributes of a module that has no tensor, and where in them a half looks for one that it does not have.
+_NOTHING: dict[str, Any] = {"_buffers": {}}
+_NO_TENSOR = (_NOTHING, "_buffers", "", False)
 
 
 class _Unknown(Exception):
@@ -69,7 +70,7 @@ class Places:
         self.settled: list[tuple[dict[str, Any], str, Any]] = []
         self.entries: list[tuple[dict[str, Any], str, Any]] = []
         self.kinds: list[int] = []
-        self.tensors: list[tuple[dict[str, Any], str, bool]] = []
+        self.tensors: list[tuple[dict[str, Any], str, str, bool]] = []
         try:
             self.look(layer, first, last)
             self.is_known = True
@@ -103,15 +104,11 @@ class Places:
     def parts(self) -> list[Any] | None:
         """What it is made of, now, in the order of `decoder_block.PARTS`; None where a weight is not packed."""
         parts: list[Any] = []
-        for owner, name, is_needed in self.tensors:
-            parts.append(owner.get(name))
+        for module, kind, name, is_needed in self.tensors:
+            parts.append(module[kind].get(name))
             if is_needed and parts[-1] is None:
                 return None
         return parts
-
-    def skip(self) -> None:
-        """A tensor that this half does not have."""
-        self.tensors.append((_NOTHING, "", False))
 
     def add_norm(self, norm: Any, reader: Any = None) -> Style:
         """The weight of a norm that gives dense rows, or int8 as the linear that reads them would make of those."""
@@ -120,7 +117,7 @@ class Places:
         rule = self.settle(norm, "int8")
         if rule is not None and rule != rows_rule(reader):
             raise _Unknown
-        self.tensors.append((norm.__dict__["_parameters"], "weight", True))
+        self.tensors.append((norm.__dict__, "_parameters", "weight", True))
         return Style(*(self.settle(norm, name) for name in Style._fields))
 
     def add_linear(self, linear: Any) -> None:
@@ -131,20 +128,19 @@ class Places:
             raise _Unknown
         own = linear.__dict__
         weight = self.entry(own["_modules"], "weight")
-        buffers = self.settle(weight, "_buffers")  # another one where it is packed or unpacked
+        self.settle(weight, "_layout")  # another one where it is packed or unpacked
         if not weight.is_packed or weight.device.type != "cpu":
             raise _Unknown
-        self.tensors += [
-            (buffers, name, name in ("packed", "scales")) for name in ("packed", "scales", "zeros", "perm")
-        ]
-        self.tensors.append((own["_parameters"], "bias", False))
+        for name in ("packed", "scales", "zeros", "perm"):
+            self.tensors.append((weight.__dict__, "_buffers", name, name in ("packed", "scales")))
+        self.tensors.append((own, "_parameters", "bias", False))
         self.kinds += (INT4_KINDS.index(self.settle(weight, "kind")), _INPUTS[type(linear)])
 
     def add_norms(self, modules: dict[str, Any], first: str, last: str | None, reader: Any) -> None:
         """The norms before and, where there is one, after a half, and what they share. `reader`: of the first."""
         self.style = self.add_norm(self.entry(modules, first), reader)
         if last is None:
-            self.skip()
+            self.tensors.append(_NO_TENSOR)
         elif self.add_norm(self.entry(modules, last)) != self.style:
             raise _Unknown
 
@@ -224,7 +220,7 @@ class AttentionHalf(Places):
         for name in ("q_norm", "k_norm"):
             norm = self.entry(parts, name)
             if norm is None:
-                self.skip()
+                self.tensors.append(_NO_TENSOR)
             elif self.add_norm(norm) != self.style:
                 raise _Unknown
         self.add_linear(self.entry(parts, "o_proj"))
@@ -303,7 +299,7 @@ class Plan:
         self.halves: list[Halves] = []
         self.settings: list[int] = []
         self.common: Any = None
-        tensors: list[tuple[dict[str, Any], str, bool]] = []
+        tensors: list[tuple[dict[str, Any], str, str, bool]] = []
         entries: list[tuple[dict[str, Any], str, Any]] = []
         for layer in layers:
             halves = None if layer is None else layer.known_halves()
@@ -321,7 +317,7 @@ class Plan:
             tensors += attention.tensors + mlp.tensors
             entries += attention.entries + mlp.entries
         self.is_whole = len(self.halves) == len(layers)
-        self.tensors = [owner for owner, _, _ in tensors], [name for _, name, _ in tensors]
+        self.tensors = [[place[i] for place in tensors] for i in range(3)]
         self.entries = [owner for owner, _, _ in entries], [name for _, name, _ in entries]
         self.values = [value for _, _, value in entries]
         own = weakref.ref(self)
@@ -342,9 +338,9 @@ class Plan:
 
     def weights(self, count: int) -> list[Any]:
         """Of so many layers."""
-        owners, names = self.tensors
-        each = len(owners) // len(self.halves)
-        return list(map(dict.get, owners[: each * count], names))
+        modules, kinds, names = self.tensors
+        each = len(modules) // len(self.halves)
+        return list(map(dict.get, map(dict.get, modules[: each * count], kinds), names))
 
     def settings_of(self, growths: list[Growth], has_mask: bool) -> list[int]:
         """Of the layers whose caches grow so."""

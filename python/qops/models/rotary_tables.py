@@ -105,7 +105,8 @@ class RotaryTables(nn.Module):
             return None
         if getattr(rotary, "rope_type", None) not in _STEADY or is_watched(rotary):
             return None
-        frequencies, position, rows = rotary.inv_freq, int(position_ids), self.rows
+        frequencies, rows = rotary.inv_freq, self.rows
+        position = position_ids.tolist()[0][0]
         key = frequencies, version_of(frequencies), rotary.attention_scaling
         if rows is None or rows.frequencies is not key[0] or (rows.version, rows.scaling) != key[1:]:
             rows = None

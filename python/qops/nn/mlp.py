@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qops._noticed import Noticed
 from qops.nn.activations import Int8Rows
 from qops.nn.linears import QuantizedLinear, dense_linear, into_stream
 from qops.nn.merged_state import merge_names, restore_names
@@ -17,6 +16,7 @@ from qops.ops import (
     silu_mul,
     silu_mul_int8,
 )
+from qops.weights.noticed import Noticed
 
 
 class MergedLinear(Noticed):

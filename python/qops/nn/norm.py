@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from qops._noticed import Noticed
 from qops.nn.activations import Int8Rows, frozen, in_dtype_of, with_dense_rows
 from qops.ops import (
     add_rms_norm,
@@ -14,6 +13,7 @@ from qops.ops import (
     rms_norm,
     rms_norm_int8,
 )
+from qops.weights.noticed import Noticed
 
 
 class RMSNorm(Noticed):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qops._noticed import Noticed
+from qops.weights.noticed import Noticed
 from qops.weights.state import QuantizedWeight
 
 # Where accelerate leaves its hook on a module.

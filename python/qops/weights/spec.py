@@ -17,7 +17,7 @@ from qops._layout import (
     levels_shape,
     widen_levels,
 )
-from qops._noticed import Noticed
+from qops.weights.noticed import Noticed
 from qops.weights.requirements import (
     require_dtype,
     require_int,
