@@ -340,7 +340,8 @@ class Plan:
         """Of so many layers."""
         modules, kinds, names = self.tensors
         each = len(modules) // len(self.halves)
-        return list(map(dict.get, map(dict.get, modules[: each * count], kinds), names))
+        get: Any = dict.get
+        return list(map(get, map(get, modules[: each * count], kinds), names))
 
     def settings_of(self, growths: list[Growth], has_mask: bool) -> list[int]:
         """Of the layers whose caches grow so."""
