@@ -54,6 +54,7 @@ class _Rows(NamedTuple):
     frequencies: torch.Tensor
     version: int | None
     scaling: float
+    function: Callable[..., Any]
 
 
 class RotaryTables(nn.Module):
@@ -107,8 +108,8 @@ class RotaryTables(nn.Module):
             return None
         frequencies, rows = rotary.inv_freq, self.rows
         position = position_ids.tolist()[0][0]
-        key = frequencies, version_of(frequencies), rotary.attention_scaling
-        if rows is None or rows.frequencies is not key[0] or (rows.version, rows.scaling) != key[1:]:
+        key = frequencies, version_of(frequencies), rotary.attention_scaling, type(rotary).forward
+        if rows is None or rows.frequencies is not key[0] or (rows.version, rows.scaling, rows.function) != key[1:]:
             rows = None
         if rows is None or not rows.first <= position < rows.first + _ROWS:
             if key[1] is None or not type(rotary).__module__.startswith("transformers."):
