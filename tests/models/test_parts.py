@@ -242,6 +242,7 @@ def test_tables_of_one_token_are_those_that_transformers_computes(change, monkey
         got, want = tables_of(tables, position), tables_of(plain, position)
         assert_bitwise(got.cos, want.cos)
         assert_bitwise(got.sin, want.sin)
+    assert tables.rows is not None and plain.rows is None
     calls, kind = Counter(), type(tables.rotary)
     if change == "class":
         whole = kind.forward

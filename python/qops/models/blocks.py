@@ -400,7 +400,7 @@ class Run:
     def is_next(self, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> bool:
         """Whether a layer is called on just what the one before has given, and with the same."""
         same = x is self.output and mask is self.mask and cache is self.cache and shared is self.shared
-        return same and version_of(x) == self.version
+        return same and _version(x) == self.version
 
     def take(self, layer: Any, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> torch.Tensor | None:
         """x after a layer that was computed ahead of this call, where nothing at all has changed since."""
@@ -481,11 +481,11 @@ class Run:
 
     def give(self, output: torch.Tensor) -> torch.Tensor:
         """Notes what a layer gives."""
-        self.output, self.version = output, version_of(output)
+        self.output, self.version = output, _version(output)
         return output
 
 
-def version_of(x: torch.Tensor) -> int | None:
+def _version(x: torch.Tensor) -> int | None:
     """Changes where x is written; None of a tensor of inference mode, of which nobody knows."""
     return None if x.is_inference() else x._version
 

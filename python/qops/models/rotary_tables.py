@@ -13,7 +13,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qops.models.blocks import Run, may_step, version_of
+from qops.models.blocks import Run, may_step
 from qops.models.rooms import writes_counted
 from qops.nn.hooks import is_watched
 from qops.weights.requirements import moved
@@ -51,10 +51,7 @@ class _Rows(NamedTuple):
     first: int
     cos: torch.Tensor
     sin: torch.Tensor
-    frequencies: torch.Tensor
-    version: int | None
-    scaling: float
-    function: Callable[..., Any]
+    source: tuple[Any, ...]
 
 
 class RotaryTables(nn.Module):
@@ -102,22 +99,22 @@ class RotaryTables(nn.Module):
         Transformers' module takes 65 us a token, as long as two layers of a small model.
         """
         rotary = self.rotary
-        if position_ids.numel() != 1 or position_ids.device.type != "cpu" or position_ids.dtype is not torch.long:
+        if position_ids.shape != (1, 1) or position_ids.device.type != "cpu" or position_ids.dtype is not torch.long:
             return None
         if getattr(rotary, "rope_type", None) not in _STEADY or is_watched(rotary):
             return None
         frequencies, rows = rotary.inv_freq, self.rows
+        is_theirs = type(rotary).__module__.startswith("transformers.")
+        if not is_theirs or frequencies.device.type != "cpu" or frequencies.requires_grad:
+            return None
         position = position_ids.tolist()[0][0]
-        key = frequencies, version_of(frequencies), rotary.attention_scaling, type(rotary).forward
-        if rows is None or rows.frequencies is not key[0] or (rows.version, rows.scaling, rows.function) != key[1:]:
-            rows = None
-        if rows is None or not rows.first <= position < rows.first + _ROWS:
-            if key[1] is None or not type(rotary).__module__.startswith("transformers."):
-                return None
+        # Their values, as tensors of inference mode count no writes.
+        source = frequencies.tolist(), rotary.attention_scaling, type(rotary).forward
+        if rows is None or rows.source != source or not rows.first <= position < rows.first + _ROWS:
             first = position - position % _ROWS
             with writes_counted():
                 ids = torch.arange(first, first + _ROWS)[None]
-                rows = _Rows(first, *self._computed(frequencies, ids), *key)
+                rows = _Rows(first, *self._computed(frequencies, ids), source)
             self.__dict__["rows"] = rows
         at = position - rows.first
         return rows.cos[at : at + 1], rows.sin[at : at + 1]
