@@ -1,6 +1,7 @@
 // Memory for one call of a kernel.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 
@@ -23,7 +24,8 @@ class Pieces {
   }
 
  protected:
-  static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+  static constexpr size_t kAlignment = 64;
+  static size_t round_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
   char* memory_;
 
@@ -31,14 +33,22 @@ class Pieces {
   size_t used_ = 0;
 };
 
+// Aligned by hand: glibc before 2.38 does not find the memory again that aligned_alloc() has given and free() has taken
+// back, and a process that decodes grew by 20 KB a forward without end.
 class Scratch : public Pieces {
  public:
-  explicit Scratch(size_t bytes) : Pieces(std::aligned_alloc(64, round_up(bytes + 1))) {}
-  ~Scratch() { std::free(memory_); }
+  explicit Scratch(size_t bytes) : Scratch(std::malloc(bytes + kAlignment), nullptr) {}
+  ~Scratch() { std::free(whole_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  bool ok() const { return memory_ != nullptr; }
+  bool ok() const { return whole_ != nullptr; }
+
+ private:
+  Scratch(void* whole, std::nullptr_t)
+      : Pieces(reinterpret_cast<void*>(round_up(reinterpret_cast<uintptr_t>(whole)))), whole_(whole) {}
+
+  void* const whole_;
 };
 
 }  // namespace qops::cpu::QOPS_ISA_NS
