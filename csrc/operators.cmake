@@ -5,6 +5,7 @@
 set(QOPS_OPERATORS
   decode_attention
   decoder_block
+  decoder_layers
   int4_dequantize
   int4_gemm
   int4_int8_gemm
@@ -25,10 +26,11 @@ set(qops_amx_sources "")
 set(qops_cuda_sources "")
 set(qops_binding_sources "${CMAKE_CURRENT_LIST_DIR}/binding/checks.cpp" "${CMAKE_CURRENT_LIST_DIR}/binding/plan.cpp")
 foreach(op IN LISTS QOPS_OPERATORS)
-  list(APPEND qops_cpu_sources "${CMAKE_CURRENT_LIST_DIR}/cpu/${op}.cpp")
+  file(GLOB cpu CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/cpu/${op}.cpp")
   file(GLOB amx CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/cpu/${op}_amx.cpp")
   file(GLOB binding CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/binding/${op}.cpp")
   file(GLOB cuda CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/cuda/${op}.cu" "${CMAKE_CURRENT_LIST_DIR}/cuda/${op}_*.cu")
+  list(APPEND qops_cpu_sources ${cpu})
   list(APPEND qops_amx_sources ${amx})
   list(APPEND qops_binding_sources ${binding})
   list(APPEND qops_cuda_sources ${cuda})

@@ -123,9 +123,8 @@ inline BlockLinear take_linear(const Checker& check, const LinearNames& names, c
   p.dtype = dtype;
   p.n = n;
   p.k = k;
-  const std::string shape = "[N, K] = [" + std::to_string(n) + ", " + std::to_string(k) + "]";
   if (t.packed.size(0) != strips_of(n) || columns != k) {
-    check.refuse(names.packed, "hold a weight " + shape,
+    check.refuse(names.packed, "hold a weight [N, K] = [" + std::to_string(n) + ", " + std::to_string(k) + "]",
                  std::to_string(t.packed.size(0)) + " strips of " + std::to_string(columns) + " columns");
   }
   take_groups(check, names, t.scales, p);

@@ -38,7 +38,13 @@ void define_schemas(Library& m) {
   m.def(
       "decoder_layers(Tensor x, Tensor?[] weights, int[] settings, float eps, float weight_offset, str rounding, "
       "float scale, Tensor? cos, Tensor? sin, Tensor? positions, Tensor(a!)[] keys, Tensor(b!)[] values, "
-      "Tensor? mask=None) -> Tensor");
+      "Tensor? mask=None) -> Tensor[]");
+  m.def(
+      "decoder_layers.planned(Tensor x, Tensor plan, Tensor? cos, Tensor? sin, Tensor? positions, Tensor(a!)[] keys, "
+      "Tensor(b!)[] values, int[] first_positions, Tensor? mask=None) -> Tensor[]");
+  m.def(
+      "decoder_plan(Tensor?[] weights, int[] settings, float eps, float weight_offset, str rounding, float scale) "
+      "-> Tensor");
   m.def(
       "mlp_block(Tensor x, Tensor norm, Tensor? post_norm, float eps, float weight_offset, str rounding, "
       "Tensor gate_up, Tensor gate_up_scales, Tensor? gate_up_zeros, Tensor? gate_up_perm, Tensor? gate_up_bias, "

@@ -254,11 +254,16 @@ def mlp_chain(
     return x + (y if post_norm is None else ops.rms_norm(y, post_norm, **style))
 
 
-def linear_parts(
-    run: Run, shapes: dict[str, tuple[int, int]], weight: Callable[..., Any], given: str
+def layer_parts(
+    run: Run,
+    dtype: torch.dtype,
+    norms: dict[str, int],
+    shapes: dict[str, tuple[int, int]],
+    weight: Callable[..., Any],
+    given: str,
 ) -> dict[str, Any]:
-    """Linears as arguments of decoder_layers, gate and up mixed."""
-    parts: dict[str, Any] = {}
+    """Norms and linears of a layer as arguments of decoder_layers, gate and up mixed."""
+    parts: dict[str, Any] = {name: run.there(run.random(n, dtype=dtype, outliers=False)) for name, n in norms.items()}
     for name, shape in shapes.items():
         made = moved(run, weight(*shape), mixed=name == "gate_up")
         linear = linear_arguments("decoder_layers", name, made, None, given, may_be_mixed=True)

@@ -203,7 +203,8 @@ def test_copies_have_weights_of_their_own():
 
 def pointers(call: Any) -> set[int]:
     """Of all tensors among the arguments of a call, also of those inside of weights."""
-    held = [*call.args, *(vars(argument) for argument in call.args if hasattr(argument, "__dict__"))]
+    inside = [value for argument in call.args for value in getattr(argument, "__dict__", {}).values()]
+    held = [*call.args, *(dict(value) if isinstance(value, dict) else value for value in inside)]
     return {leaf.data_ptr() for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor) and leaf.numel()}
 
 

@@ -284,15 +284,3 @@ def test_tables_that_grow_with_the_sequence_are_computed_for_each_token(rope_typ
     fresh = tables.rotary(torch.zeros(1), torch.tensor([[4000]]))[0][0, :, :16]
     assert_bitwise(later.cos, fresh)
     assert first.cos.shape == later.cos.shape
-
-
-def test_a_slice_of_all_layers_is_the_list_of_them():
-    model = quantize_model(random_model("llama", dtype=torch.bfloat16, num_hidden_layers=3))
-    layers = model.model.layers
-    for whole in (layers[:3], layers[:], layers[:99], layers[0:3:1], layers[-3:]):
-        assert whole is layers
-    for part in (layers[:2], layers[1:], layers[::-1], layers[::2], layers[:0]):
-        assert type(part) is type(layers) and part is not layers
-    assert list(layers[::-1]) == [layers[2], layers[1], layers[0]] == [layers[-1], layers[-2], layers[-3]]
-    model.config.num_hidden_layers = 2
-    assert model(IDS).logits.shape[:2] == IDS.shape

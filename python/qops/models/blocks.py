@@ -13,21 +13,21 @@ This module imports Transformers.
 
 from __future__ import annotations
 
-import operator
 import weakref
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from qops import _layout, nn
-from qops.models.rooms import Growth, layer_of, room_for, writes_counted
+from qops.models.rooms import STACKS, Growth, Stack, layer_of, room_for, writes_counted
 from qops.nn import MLP, MergedLinear, RMSNorm
 from qops.nn.hooks import newest_hook
 from qops.nn.mlp import rows_rule
 from qops.ops._checks import INT4_KINDS, MAX_DECODE_TOKENS
-from qops.ops.decoder_block import INPUTS, SETTINGS
-from qops.weights.noticed import Noticed
+from qops.ops.decoder_block import INPUTS, PARTS, SETTINGS
+from qops.weights.noticed import Entries, Noticed, tell_of_change
 
 # What linears multiply: one of INPUTS. Of others no block operator computes it.
 _INPUTS: dict[type, int] = {
@@ -43,6 +43,8 @@ _INPUTS: dict[type, int] = {
 # Functions of classes that are not called here, and that somebody may put others in the place of.
 _FUNCTIONS = [(kind, "forward", kind.forward) for kind in (MLP, MergedLinear, RMSNorm, *_INPUTS)]
 _FUNCTIONS += [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)]
+# Whose operators are torch's alone.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _WINDOW, _FIRST_POSITION = SETTINGS.index("window"), SETTINGS.index("first_position")
 # The attributes of a module that has no tensor, and where in them a half looks for one that it does not have.
 _NOTHING: dict[str, Any] = {"_buffers": {}}
@@ -65,10 +67,12 @@ class Places:
     """
 
     style: Style
+    # A class whose forward has to be this function.
+    function: tuple[Any, Any] | None = None
 
     def __init__(self, layer: Any, first: str, last: str | None) -> None:
         self.settled: list[tuple[dict[str, Any], str, Any]] = []
-        self.entries: list[tuple[dict[str, Any], str, Any]] = []
+        self.entries: list[tuple[dict[str, Any], str, Any, type]] = []
         self.kinds: list[int] = []
         self.tensors: list[tuple[dict[str, Any], str, str, bool]] = []
         try:
@@ -90,16 +94,18 @@ class Places:
     def entry(self, owner: dict[str, Any], name: str) -> Any:
         """What stands there, and has to; who puts something else there need not set an attribute."""
         value = owner.get(name)
-        self.entries.append((owner, name, value))
+        self.entries.append((owner, name, value, type(value)))
         return value
 
     def hold(self) -> bool:
         """Whether all that was settled stands."""
-        for found in (self.settled, self.entries):
-            for owner, name, value in found:
-                if owner.get(name) is not value:
-                    return False
-        return True
+        for owner, name, value in self.settled:
+            if owner.get(name) is not value:
+                return False
+        for owner, name, value, kind in self.entries:
+            if owner.get(name) is not value or type(value) is not kind:
+                return False
+        return self.function is None or self.function[0].forward is self.function[1]
 
     def parts(self) -> list[Any] | None:
         """What it is made of, now, in the order of `decoder_block.PARTS`; None where a weight is not packed."""
@@ -161,6 +167,9 @@ class Halves:
     """
 
     def __init__(self, layer: Any) -> None:
+        for module in layer.modules():
+            if isinstance(module, Noticed):
+                module._count_entries()
         after = ("post_attention_layernorm", "post_feedforward_layernorm") if layer.sandwich else (None, None)
         # What is not known may come to be, where what was in the way goes.
         attention = AttentionHalf(layer, "input_layernorm", after[0])
@@ -168,6 +177,13 @@ class Halves:
         self.all = attention, mlp
         self.attention = attention if attention.is_known else None
         self.mlp = mlp if mlp.is_known else None
+        self.owner = weakref.ref(layer)
+        tell_of_change(self)
+
+    def let_go(self) -> None:
+        """The layer looks anew. Whoever works with this goes on: it may be another thread that changes a module."""
+        if (layer := self.owner()) is not None and layer.__dict__["halves"] is self:
+            layer.__dict__["halves"] = None
 
     def hold(self) -> bool:
         """Whether what was found stands."""
@@ -212,6 +228,10 @@ class AttentionHalf(Places):
         modules = layer.__dict__["_modules"]
         attention = self.entry(modules, "self_attn")
         if not isinstance(attention, Attention):
+            raise _Unknown
+        kind: Any = type(attention)
+        self.function = kind, kind.forward
+        if kind.forward is not kind.own_forward:
             raise _Unknown
         parts = attention.__dict__["_modules"]
         qkv = self.entry(parts, "qkv_proj")
@@ -281,26 +301,33 @@ class AttentionHalf(Places):
 
 
 class Plan:
-    """Layers in a row as `decoder_layers` takes them: where their tensors stand, and what has to stay as it is.
+    """Layers in a row as `decoder_layers` takes them: where their parts stand, and what has to stay as it is.
 
-    Attributes are settled as long as nobody sets any; who puts another module into the place of one need not, and
-    tensors are looked up in each call. It keeps no layer alive, and lets go of all when one of them goes.
+    All that is settled as long as nobody sets an attribute or an entry of a module of ours. It keeps no layer alive.
+    Tensors it does, but the first layer keeps it for as long only, and not when another one goes.
 
     Attributes:
         halves: of each layer that is known, up to the first that is not.
         common: what the layers of one call share.
         settings: of each layer, one after another, as where there is no mask.
+        weights: of each layer, one after another.
+        indices: of their layers of a cache.
+        is_causal: where all are, or none is; else None.
+        handle: what `decoder_layers` knows weights and settings by; None where a tensor is of a class of its own.
         is_whole: whether all layers are known.
     """
 
     def __init__(self, layers: list[Any]) -> None:
+        # Norms may be given other rules by a look, which is a change.
+        layers = [layers[0], *(layer if layer is not None and layer.known_halves() else None for layer in layers[1:])]
         self.hook, self.changes = newest_hook(), Noticed.changes
         self.followers = [weakref.ref(layer) for layer in layers[1:] if layer is not None]
         self.halves: list[Halves] = []
         self.settings: list[int] = []
+        self.weights: list[Any] = []
         self.common: Any = None
-        tensors: list[tuple[dict[str, Any], str, str, bool]] = []
-        entries: list[tuple[dict[str, Any], str, Any]] = []
+        self.extras: list[tuple[dict[str, Any], str, Any, type]] = []
+        self.functions = {(type(layer), type(layer).forward) for layer in layers if layer is not None}
         for layer in layers:
             halves = None if layer is None else layer.known_halves()
             if halves is None or halves.attention is None or halves.mlp is None:
@@ -309,50 +336,82 @@ class Plan:
             self.common = self.common or (*attention.style, attention.scale)
             if (*attention.style, attention.scale) != self.common or mlp.style != attention.style:
                 break
-            if attention.parts() is None or mlp.parts() is None:
+            weights = attention.parts(), mlp.parts()
+            if weights[0] is None or weights[1] is None:
                 break
             self.halves.append(halves)
             numbers = (mlp.mixed, attention.rotates, attention.window, 0, attention.layer_idx)
             self.settings += (*attention.kinds, *mlp.kinds, *map(int, numbers))
-            tensors += attention.tensors + mlp.tensors
-            entries += attention.entries + mlp.entries
+            self.weights += weights[0] + weights[1]
+            self.functions.add(attention.function)
+            self.extras += [entry for entry in attention.entries if type(entry[0]) is not Entries]
         self.is_whole = len(self.halves) == len(layers)
-        self.tensors = [[place[i] for place in tensors] for i in range(3)]
-        self.entries = [owner for owner, _, _ in entries], [name for _, name, _ in entries]
-        self.values = [value for _, _, value in entries]
-        own = weakref.ref(self)
+        self.indices = tuple(halves.all[0].layer_idx for halves in self.halves)
+        causal = {halves.all[0].is_causal for halves in self.halves}
+        self.is_causal = causal.pop() if len(causal) == 1 else None
+        self.handle: Any = None
+        # A class of its own may do something else in the place of our operators.
+        if len(self.halves) > 1 and all(t is None or type(t) in _PLAIN for t in self.weights):
+            self.handle = torch.ops.qops.decoder_plan.default(self.weights, self.settings, *self.common)
+        own, self.owner = weakref.ref(self), weakref.ref(layers[0])
 
         def forget(_: Any) -> None:
             if (plan := own()) is not None:
-                plan.__dict__.clear()
-                plan.followers = []
+                plan.let_go()
 
         self.watches = [weakref.ref(layer, forget) for layer in layers[1:] if layer is not None]
+        tell_of_change(self)
+
+    def let_go(self) -> None:
+        """The first layer does not keep it any more. Whoever works with it goes on."""
+        if (layer := self.owner()) is not None and layer.__dict__["plan"] is self:
+            layer.__dict__["plan"] = None
 
     def holds(self, followers: list[weakref.ref[Any]]) -> bool:
         """Whether it is of these layers behind the first, and they are as they were."""
         if self.followers != followers or self.hook != newest_hook() or self.changes != Noticed.changes:
             return False
-        # In C from end to end: there are 17 in a layer.
-        return all(map(operator.is_, map(dict.get, *self.entries), self.values))
+        if any(kind.forward is not function for kind, function in self.functions):
+            return False
+        return all(owner.get(name) is value for owner, name, value, _ in self.extras)
 
-    def weights(self, count: int) -> list[Any]:
-        """Of so many layers."""
-        modules, kinds, names = self.tensors
-        each = len(modules) // len(self.halves)
-        get: Any = dict.get
-        return list(map(get, map(get, modules[: each * count], kinds), names))
+    def growths(self, x: torch.Tensor, mask: Any, cache: Any) -> list[Growth]:
+        """Where the keys and values of x go, up to the first layer for which the chain has to put them there."""
+        if not self.halves:
+            return []
+        stack = STACKS.get(cache) if type(cache) is DynamicCache else None
+        if stack is not None and (found := stack.growths(self.indices, cache, x.shape[1])) is not None:
+            return found if decodes(x, found[0].room.keys, mask, bool(self.is_causal)) else []
+        growths: list[Growth] = []
+        caches: set[int] = set()
+        for halves in self.halves:
+            growth = halves.all[0].growth(x, mask, cache)
+            # A layer that stands there twice appends twice.
+            if growth is None or not growth.is_in_place or id(growth.layer) in caches:
+                break
+            caches.add(id(growth.layer))
+            growths.append(growth)
+        if self.is_causal is not None and len(growths) == len(self.halves):
+            stack = Stack.of_growths(self.indices, growths)
+            if stack is not None:
+                STACKS[cache] = stack
+        return growths
 
-    def settings_of(self, growths: list[Growth], has_mask: bool) -> list[int]:
-        """Of the layers whose caches grow so."""
-        each = len(self.settings) // len(self.halves)
+    def outputs(self, x: torch.Tensor, growths: list[Growth], shared: Any, mask: Any) -> list[torch.Tensor]:
+        """x after each of the layers whose caches grow so, with the new keys and values in their rooms."""
+        tables = shared.cos, shared.sin, shared.positions
+        caches = [growth.room.keys for growth in growths], [growth.room.values for growth in growths]
+        first_positions = [growth.room.first_position for growth in growths]
+        call = torch.ops.qops.decoder_layers
+        if self.handle is not None and type(x) in _PLAIN:
+            return call.planned(x, self.handle, *tables, *caches, first_positions, mask)
+        each = len(SETTINGS)
         settings = self.settings[: each * len(growths)]
-        for index, growth in enumerate(growths):
-            start = each * index
-            settings[start + _FIRST_POSITION] = growth.room.first_position
-            if has_mask:
-                settings[start + _WINDOW] = 0
-        return settings
+        settings[_FIRST_POSITION::each] = first_positions
+        if mask is not None:
+            settings[_WINDOW::each] = [0] * len(growths)
+        weights = self.weights[: len(PARTS) * len(growths)]
+        return call.default(x, weights, settings, *self.common, *tables, *caches, mask)
 
 
 class Ahead(NamedTuple):
@@ -384,9 +443,13 @@ class Run:
     Attributes:
         is_ours: whether the classes of modules and caches do what block operators do in their place.
         changes, hook: of attributes of modules, and the newest one, when layers were computed.
+        tokens: of each sequence, that they were computed for.
     """
 
-    __slots__ = ("ahead", "cache", "changes", "followers", "hook", "is_ours", "mask", "output", "shared", "version")
+    __slots__ = (
+        *("ahead", "cache", "changes", "followers", "hook", "is_ours"),
+        *("mask", "output", "shared", "tokens", "version"),
+    )
 
     def __init__(self) -> None:
         self.is_ours = all(getattr(kind, name) is function for kind, name, function in _FUNCTIONS)
@@ -394,26 +457,27 @@ class Run:
         self.ahead: list[Ahead] = []  # the next one last
         self.output: torch.Tensor | None = None
         self.version: int | None = None
-        self.changes = self.hook = 0
+        self.changes = self.hook = self.tokens = 0
         self.mask = self.cache = self.shared = None
 
     def is_next(self, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> bool:
         """Whether a layer is called on just what the one before has given, and with the same."""
         same = x is self.output and mask is self.mask and cache is self.cache and shared is self.shared
-        return same and _version(x) == self.version
+        # Of a tensor of inference mode nobody knows whether it was written.
+        return same and (self.version is None or x._version == self.version)
 
     def take(self, layer: Any, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> torch.Tensor | None:
         """x after a layer that was computed ahead of this call, where nothing at all has changed since."""
         if self.changes != Noticed.changes or self.hook != newest_hook() or not self.is_next(x, shared, mask, cache):
             return None
-        output = self._taken(layer, x)
+        output = self._taken(layer)
         return None if output is None else self.give(output)
 
     def next(self, layer: Any, x: torch.Tensor, shared: Any, mask: Any, cache: Any) -> torch.Tensor | None:
         """x after the layer that is called now, where it has been computed or is, with others, now."""
         if self.is_next(x, shared, mask, cache):
             if self.ahead and (self.changes == Noticed.changes or self.ahead[-1].halves.hold()):
-                output = self._taken(layer, x)
+                output = self._taken(layer)
                 if output is not None:
                     return output
             self.ahead.clear()
@@ -430,16 +494,17 @@ class Run:
         with writes_counted():
             return self.lead(layer, expected, x, shared)
 
-    def _taken(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    def _taken(self, layer: Any) -> torch.Tensor | None:
         """What the next layer gives, which now has been called; None where this is another, or its cache is."""
-        ahead = self.ahead[-1]
-        growth = ahead.growth
-        if ahead.layer() is not layer or not growth.holds or growth.room.written != ahead.written:
+        of, _, (slot, keys, values, room), output, written = self.ahead[-1]
+        if of() is not layer or slot.keys is not keys or slot.values is not values:
+            return None
+        if room.all_keys._version + room.all_values._version != written:
             return None
         self.ahead.pop()
-        self.followers.append(ahead.layer)
-        growth.take(x)
-        return ahead.output
+        self.followers.append(of)
+        room.take(slot, self.tokens)
+        return output
 
     def lead(self, layer: Any, expected: list[weakref.ref[Any]], x: torch.Tensor, shared: Any) -> torch.Tensor | None:
         """x after a layer that is computed with those expected; None where there are not two to compute."""
@@ -447,33 +512,13 @@ class Run:
         if plan is None or not plan.holds(expected):
             plan = Plan([layer, *(reference() for reference in expected)])
             layer.__dict__["plan"] = plan if plan.is_whole else None
-        growths: list[Growth] = []
-        caches: set[int] = set()
-        for halves in plan.halves:
-            growth = halves.all[0].growth(x, self.mask, self.cache)
-            # A layer that stands there twice appends twice.
-            if growth is None or not growth.is_in_place or id(growth.layer) in caches:
-                break
-            caches.add(id(growth.layer))
-            growths.append(growth)
+        growths = plan.growths(x, self.mask, self.cache)
         if len(growths) < 2:
             return None
-        outputs = torch.ops.qops.decoder_layers.default(
-            x,
-            plan.weights(len(growths)),
-            plan.settings_of(growths, self.mask is not None),
-            *plan.common,
-            shared.cos,
-            shared.sin,
-            shared.positions,
-            [growth.room.keys for growth in growths],
-            [growth.room.values for growth in growths],
-            self.mask,
-        ).unbind()
-        self.changes, self.hook = plan.changes, plan.hook
-        # No views for others: those of no_grad cannot be written with gradients.
+        outputs = plan.outputs(x, growths, shared, self.mask)
+        self.changes, self.hook, self.tokens = plan.changes, plan.hook, x.shape[1]
         rows = zip([weakref.ref(layer), *plan.followers], plan.halves, growths, outputs, strict=False)
-        self.ahead = [Ahead(of, halves, growth, y.data, growth.room.written) for of, halves, growth, y in rows]
+        self.ahead = [Ahead(of, halves, growth, y, growth.room.written) for of, halves, growth, y in rows]
         self.ahead.reverse()
         first = self.ahead.pop()
         first.growth.take(x)
@@ -481,13 +526,8 @@ class Run:
 
     def give(self, output: torch.Tensor) -> torch.Tensor:
         """Notes what a layer gives."""
-        self.output, self.version = output, _version(output)
+        self.output, self.version = output, None if output.is_inference() else output._version
         return output
-
-
-def _version(x: torch.Tensor) -> int | None:
-    """Changes where x is written; None of a tensor of inference mode, of which nobody knows."""
-    return None if x.is_inference() else x._version
 
 
 def may_step(x: torch.Tensor) -> bool:
@@ -499,6 +539,10 @@ def may_step(x: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and 1 <= x.shape[1] <= MAX_DECODE_TOKENS
         and not torch.is_autocast_enabled("cpu")
+        # Neither tangents nor a tracer, nor tensors of a class of their own, see what block operators do.
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and type(x) in _PLAIN
     )
 
 

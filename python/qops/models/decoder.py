@@ -45,6 +45,7 @@ from qops.nn.linears import into_stream
 from qops.nn.mlp import rows_rule
 from qops.nn.offload import Offloadable
 from qops.ops import decode_attention, qk_norm_rotary_, rotary, rotary_
+from qops.weights.noticed import Noticed
 
 # A module for each name below a layer, in Transformers' terms ("self_attn.q_proj", "input_layernorm").
 Part = Callable[[str], Any]
@@ -240,6 +241,7 @@ class Attention(MergingModule):
 
     def __init__(self, original: Any, part: Part):
         nn.Module.__init__(self)
+        self._count_entries()
         self.__dict__.update({name: value for name, value in vars(original).items() if not name.startswith("_")})
         self.parameter_names = _named(type(original))
         keyword = cache_keyword(type(original))
@@ -365,17 +367,7 @@ def fused_mlp(original: Any, part: Part) -> MLP:
     return make(*linears, None if _is_silu(act) else act)
 
 
-class Layers(nn.ModuleList):
-    """The layers of a model, of which Transformers makes a copy in each forward: `layers[:num_hidden_layers]`.
-
-    A list of modules is a module, and to make one of 30 takes 85 us, as long as three layers of a small model need.
-    """
-
-    def __getitem__(self, index: Any) -> Any:
-        """Itself for a slice of all of them."""
-        if isinstance(index, slice) and range(len(self))[index] == range(len(self)):
-            return self
-        return super().__getitem__(index)
+_is_compiling = torch.compiler.is_compiling
 
 
 def fuse(layer: Any, part: Part, known: Known, index: int) -> Any:
@@ -414,6 +406,7 @@ class DecoderLayer(Offloadable):
 
     def __init__(self, original: Any, part: Part):
         nn.Module.__init__(self)
+        self._count_entries()
         self.parameter_names = _named(type(original))
         self.sandwich = hasattr(original, "pre_feedforward_layernorm")
         self.self_attn = original.self_attn
@@ -428,13 +421,16 @@ class DecoderLayer(Offloadable):
         # Layers that were called one after the other behind this one, the last time and the time before.
         self.followers: tuple[list[weakref.ref[Any]], list[weakref.ref[Any]]] = ([], [])
         self.plan: Plan | None = None
-        self._look_for_hooks()
+        # The rules that its norms were given, and what the layer looked at then.
+        self.rules: dict[str, tuple[int, str | None]] = {}
+        self.looked, self.watched = (-1, -1), False
+        self._is_watched_within()
         self._be_hooked()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What was computed ahead of this call, without all that torch does around a forward; else as any module."""
         shared = kwargs.get("position_embeddings")
-        if not torch.compiler.is_compiling() and type(shared) is Shared and shared.run.ahead and len(args) == 1:
+        if not _is_compiling() and type(shared) is Shared and shared.run.ahead and len(args) == 1:
             own = self.__dict__
             is_seen = own["_forward_hooks"] or own["_forward_pre_hooks"]  # those that record do not count as watching
             if not is_seen and own["step_keywords"].issuperset(kwargs):
@@ -446,10 +442,8 @@ class DecoderLayer(Offloadable):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Transformers' arguments and result."""
         _by_name(self, args, kwargs)
-        if newest_hook() != self.newest_hook or self.watched or torch.compiler.is_compiling():
-            self._look_for_hooks()
-            if self.watched:
-                return self._one_after_the_other(hidden_states, kwargs)
+        if self._is_watched_within():
+            return self._one_after_the_other(hidden_states, kwargs)
         shared = kwargs.get("position_embeddings")
         if not isinstance(shared, Shared) or not shared.decodes or self.training:
             return self._mlp_half(self._attention_half(hidden_states, kwargs))
@@ -478,7 +472,8 @@ class DecoderLayer(Offloadable):
 
     def known_halves(self) -> Halves | None:
         """What block operators compute of this layer without a call; None where somebody watches."""
-        if newest_hook() != self.newest_hook or self.watched or self.training or is_watched(self):
+        kind: Any = type(self)
+        if self._is_watched_within() or self.training or is_watched(self) or kind.forward is not kind.own_forward:
             return None
         return self._known_halves()
 
@@ -508,7 +503,8 @@ class DecoderLayer(Offloadable):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies look for what they have themselves."""
-        return {**self.__dict__, "halves": None, "followers": ([], []), "plan": None}
+        mine = {"halves": None, "followers": ([], []), "plan": None, "looked": (-1, -1), "rules": {}}
+        return {**self.__dict__, **mine}
 
     def _one_after_the_other(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -520,15 +516,32 @@ class DecoderLayer(Offloadable):
             output = self.post_feedforward_layernorm(output)
         return hidden_states + output
 
-    def _look_for_hooks(self) -> None:
-        """Norms that a hook may watch emit no 8-bit activations."""
-        # Every hook of the process gets a number, so that an unchanged one spares the look at 20 modules.
-        self.newest_hook = newest_hook()
-        self.watched = any(is_watched(module) for module in self.modules() if module is not self)
+    def _is_watched_within(self) -> bool:
+        """Whether a hook watches a part: then norms emit no 8-bit activations."""
+        if _is_compiling():
+            return self._look()
+        own = self.__dict__
+        # Every hook of the process has a number and every change of a module counts, so 20 modules are spared the look;
+        # but a hook that goes leaves no trace.
+        if own["watched"] or own["looked"] != (newest_hook(), Noticed.changes):
+            own["watched"] = self._look()
+            own["looked"] = newest_hook(), Noticed.changes
+        return own["watched"]
+
+    def _look(self) -> bool:
+        watched = any(is_watched(module) for module in self.modules() if module is not self)
         after_input = self.self_attn.qkv_proj if isinstance(self.self_attn, Attention) else None
         after_attention = self.mlp.gate_up_proj if isinstance(self.mlp, MLP) else None
-        self.input_layernorm.int8 = None if self.watched else rows_rule(after_input)
-        getattr(self, self.before_mlp).int8 = None if self.watched else rows_rule(after_attention)
+        for name, reader in (("input_layernorm", after_input), (self.before_mlp, after_attention)):
+            norm, rule = getattr(self, name), None if watched else rows_rule(reader)
+            if not isinstance(norm, RMSNorm):
+                continue
+            # What somebody has set stays, until something else is to be read or given.
+            if _is_compiling() or self.rules.get(name) != (id(norm), rule):
+                norm.int8 = rule
+            if not _is_compiling():
+                self.rules[name] = id(norm), rule
+        return watched
 
 
 def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -559,7 +572,10 @@ def _is_silu(act: Callable[[torch.Tensor], torch.Tensor]) -> bool:
 @functools.cache
 def fused_class(base: type, original: type) -> Any:
     """`base` as a subclass of Transformers' class, by which Transformers finds layers to record and to checkpoint."""
-    return type(f"Fused{original.__name__}", (base, original), {"__doc__": base.__doc__})
+    fused: Any = type(f"Fused{original.__name__}", (base, original), {"__doc__": base.__doc__})
+    # Where somebody puts another function in its place, that is called.
+    fused.own_forward = fused.forward
+    return fused
 
 
 def __getattr__(name: str) -> Any:

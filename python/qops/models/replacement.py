@@ -322,7 +322,8 @@ def replace_parts(
         replace_one_by_one("")
         return Fusion(not_fused, proof, {})
 
-    from qops.models.decoder import Layers, fuse
+    from qops.models.decoder import fuse
+    from qops.models.layers import Layers
     from qops.models.rotary_tables import RotaryTables
 
     decoder = model.model

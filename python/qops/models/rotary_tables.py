@@ -20,6 +20,7 @@ from qops.weights.requirements import moved
 
 # Rows of tables that are computed at a time where tokens come one by one.
 _ROWS = 256
+_LAST = 1 << 40
 # Whose frequencies are the same at every position.
 _STEADY = frozenset(("default", "linear", "llama3", "yarn"))
 
@@ -53,6 +54,11 @@ class _Rows(NamedTuple):
     sin: torch.Tensor
     source: tuple[Any, ...]
 
+    @property
+    def written(self) -> int:
+        """Counts writes: callers get views."""
+        return self.cos._version + self.sin._version
+
 
 class RotaryTables(nn.Module):
     """Transformers' rotary embedding, which computes every RoPE scaling, in the form that `qops.rotary` takes.
@@ -69,6 +75,7 @@ class RotaryTables(nn.Module):
         self.rotary = _before_a_cast(rotary, config)
         self.config = config
         self.rows: _Rows | None = None
+        self.written = 0
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryTables:
         return super()._apply(lambda tensor: moved(tensor, fn), recurse)
@@ -110,12 +117,15 @@ class RotaryTables(nn.Module):
         position = position_ids.tolist()[0][0]
         # Their values, as tensors of inference mode count no writes.
         source = frequencies.tolist(), rotary.attention_scaling, type(rotary).forward
-        if rows is None or rows.source != source or not rows.first <= position < rows.first + _ROWS:
+        if position > _LAST:
+            return None
+        is_there = rows is not None and rows.source == source and rows.first <= position < rows.first + _ROWS
+        if rows is None or not is_there or rows.written != self.written:
             first = position - position % _ROWS
             with writes_counted():
-                ids = torch.arange(first, first + _ROWS)[None]
+                ids = torch.arange(first, first + _ROWS, device=position_ids.device)[None]
                 rows = _Rows(first, *self._computed(frequencies, ids), source)
-            self.__dict__["rows"] = rows
+            self.__dict__.update(rows=rows, written=rows.written)
         at = position - rows.first
         return rows.cos[at : at + 1], rows.sin[at : at + 1]
 

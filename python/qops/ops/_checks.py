@@ -42,7 +42,7 @@ class Result(NamedTuple):
     dtype: torch.dtype
 
 
-Results = Tensor | tuple[Tensor, ...] | None
+Results = Tensor | tuple[Tensor, ...] | list[Tensor] | None
 
 
 class Checker:

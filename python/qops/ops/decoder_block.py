@@ -337,7 +337,7 @@ def cases_of_attention_block(run: Run) -> None:
 
 
 def cases_of_decoder_layers(run: Run) -> None:
-    from qops._check_cases import blocks, linear_parts
+    from qops._check_cases import blocks, layer_parts
 
     (q_heads, kv_heads, d), h, columns, past = (6, 2, 24), 80, 48, 130
     shapes = {"qkv": ((q_heads + 2 * kv_heads) * d, h), "o": (h, q_heads * d)}
@@ -349,11 +349,7 @@ def cases_of_decoder_layers(run: Run) -> None:
         x = run.there(run.random(batch, t, h, dtype=dtype))
         angles = torch.arange(past + t)[:, None] / 1e4 ** (torch.arange(0, d, 2) / d)
         cos, sin = (run.there(table) for table in (angles.cos(), angles.sin()))
-        parts: list[dict[str, Any]] = []
-        for _ in range(3):
-            part = {name: run.there(run.random(n, dtype=dtype, outliers=False)) for name, n in norms.items()}
-            part |= linear_parts(run, shapes, weight, given_to)
-            parts.append(part)
+        parts = [layer_parts(run, dtype, norms, shapes, weight, given_to) for _ in range(3)]
         keys, values = (
             [run.there(run.random(batch, kv_heads, past + t, d, dtype=dtype, outliers=False)) for _ in parts]
             for _ in range(2)
@@ -361,10 +357,15 @@ def cases_of_decoder_layers(run: Run) -> None:
         kept = [(k.clone(), v.clone()) for k, v in zip(keys, values, strict=True)]
         weights = [part[name] for part in parts for name in PARTS]
         window = {"window": 7, "first_position": 100}
-        numbers = [part[name] for name in _NUMBERS] + [1, 1, *window.values(), 0]  # mixed, rotated
+        numbers = [parts[0][name] for name in _NUMBERS] + [1, 1, *window.values(), 0]  # mixed, rotated
         scale, given = d**-0.5, {"cos": cos, "sin": sin, "positions": None}
-        y = ops.decoder_layers.default(x, weights, 3 * numbers, **style, scale=scale, **given, keys=keys, values=values)
-        run.keep(y, *keys, *values)
+        given_once = {"weights": weights, "settings": 3 * numbers, **style, "scale": scale}
+        caches = {"keys": [k.clone() for k, _ in kept], "values": [v.clone() for _, v in kept]}
+        y = ops.decoder_layers.default(x, **given_once, **given, keys=keys, values=values)
+        plan, first = ops.decoder_plan.default(**given_once), 3 * [window["first_position"]]
+        planned = ops.decoder_layers.planned(x, plan=plan, first_positions=first, **given, **caches)
+        run.keep(*y, *keys, *values)
+        run.same(tuple(planned), tuple(y), "layers by their lists")
         for found, part, (k, v) in zip(y, parts, kept, strict=True):
             of = {name: part[name] for name in (*attention, *_NUMBERS[:4])}
             x = ops.attention_block.default(x, **of, **style, **given, keys=k, values=v, scale=scale, **window)
@@ -373,6 +374,9 @@ def cases_of_decoder_layers(run: Run) -> None:
             x = ops.mlp_block.default(x, **of, **style)
             run.same(found, x, "the blocks of a layer")
         run.same((*keys, *values), tuple(cache for kind in zip(*kept, strict=True) for cache in kind), "the caches")
+
+
+cases_of_decoder_plan = cases_of_decoder_layers
 
 
 def _check_norms(
@@ -539,46 +543,44 @@ _NEEDED = ("norm", "qkv", "qkv_scales", "o", "o_scales", "mlp_norm", "gate_up", 
 
 
 @fake("decoder_layers")
-def _(
-    check: Checker,
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    settings: Sequence[int],
-    eps: float,
-    weight_offset: float,
-    rounding: str,
-    scale: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    mask: Tensor | None = None,
-) -> Results:
+def _(check: Checker, x: Tensor, *, keys: Any, values: Any, mask: Tensor | None = None, **given: Any) -> Results:
     layers = len(keys)
-    for arg, found, each in (
-        ("values", values, 1),
-        ("weights", weights, len(PARTS)),
-        ("settings", settings, len(SETTINGS)),
-    ):
-        requirement = f"hold {each} for each of {layers} layers"
-        check.require(len(found) == layers * each, arg, requirement, lambda found=found: str(len(found)))
-    style: dict[str, Any] = {"eps": eps, "weight_offset": weight_offset, "rounding": rounding}
+    _check_counts(check, layers, values=(values, 1))
+    if "plan" in given:  # of which a fake tensor knows nothing
+        _check_counts(check, layers, first_positions=(given["first_positions"], 1))
+        return [check.new_empty(x, x.shape) for _ in keys]
+    _check_counts(check, layers, weights=(given["weights"], len(PARTS)), settings=(given["settings"], len(SETTINGS)))
+    style = {name: given[name] for name in ("eps", "weight_offset", "rounding")}
     for index in range(layers):
-        part: dict[str, Any] = dict(zip(PARTS, weights[index * len(PARTS) :], strict=False))
-        number = dict(zip(SETTINGS, settings[index * len(SETTINGS) :], strict=False))
+        part: dict[str, Any] = dict(zip(PARTS, given["weights"][index * len(PARTS) :], strict=False))
+        number = dict(zip(SETTINGS, given["settings"][index * len(SETTINGS) :], strict=False))
         cache = {"keys": keys[index], "values": values[index]}
         of_layer = Checker(f"decoder_layers: layer {number['number']}", gives=True)
         of_layer.tensors({"x": x, **part, **cache}, [name for name in PARTS if name not in _NEEDED])
-        tables = (cos, sin, positions) if number["rotates"] else (None, None, None)
-        of_attention = {name: part[name] for name in PARTS[:_ATTENTION_PARTS]} | dict(zip(_TABLES, tables, strict=True))
+        of_attention = {name: part[name] for name in PARTS[:_ATTENTION_PARTS]}
+        of_attention |= {name: given[name] if number["rotates"] else None for name in _TABLES}
         of_attention |= {name: number[name] for name in (*_NUMBERS[:4], "window", "first_position")}
-        _attention_block(of_layer, x, scale=scale, mask=mask, **of_attention, **cache, **style)
+        _attention_block(of_layer, x, scale=given["scale"], mask=mask, **of_attention, **cache, **style)
         norm, post_norm, *names = PARTS[_ATTENTION_PARTS:]
         of_mlp = {name: part[name] for name in names} | {"norm": part[norm], "post_norm": part[post_norm]}
         of_mlp |= {name: number[name] for name in (*_NUMBERS[4:], "mixed_gate_up")}
         _mlp_block(of_layer, x, norms=(norm, post_norm), **of_mlp, **style)
-    return check.new_empty(x, (layers, *x.shape))
+    return [check.new_empty(x, x.shape) for _ in keys]
+
+
+@fake("decoder_plan")
+def _(check: Checker, weights: Any, settings: Any, **_: Any) -> Results:
+    layers = len(settings) // len(SETTINGS)
+    check.require(layers > 0, "settings", "hold those of a layer", lambda: str(len(settings)))
+    _check_counts(check, layers, settings=(settings, len(SETTINGS)), weights=(weights, len(PARTS)))
+    check.tensors({"norm": weights[0]}, [])
+    return weights[0].new_empty(1, dtype=torch.uint8)
+
+
+def _check_counts(check: Checker, layers: int, **lists: tuple[Sequence[Any], int]) -> None:
+    for arg, (found, each) in lists.items():
+        requirement = f"hold {each} for each of {layers} layers"
+        check.require(len(found) == layers * each, arg, requirement, lambda found=found: str(len(found)))
 
 
 def _check_rotary(

@@ -77,10 +77,11 @@ def lines_of(text: str) -> dict[str, str]:
     return dict(re.findall(r"^ *(FAILED|case|what|again|qops|isa|cpu): (.*)$", text, flags=re.MULTILINE))
 
 
-# Of weights and of the tokens of a step there are never so many rows.
+# Of weights and of the tokens of a step there are never so many rows, and a plan has none: it stands for a list.
 FAULTS = [
     pytest.param(op, overload, spoil, id=f"{op}.{overload} {spoil.__name__}")
     for (op, overload), spoil in itertools.product(OVERLOADS, (element, last_of_130_rows, unwritten_row))
+    if op != "decoder_plan"
     if spoil is not last_of_130_rows or op not in (*WEIGHTS, "attention_block", "decoder_layers")
 ]
 

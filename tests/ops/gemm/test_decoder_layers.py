@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import re
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,7 +43,7 @@ def of_layers(layers: list[Layer]) -> dict[str, Any]:
     return {**found, "weights": parts, "settings": settings, **caches}
 
 
-def chain(layers: list[Layer]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def chain(layers: list[Layer]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """What every layer gives, and the caches as they are then."""
     first, outputs, keys, values = layers[0][0], [], [], []
     x = first["x"]
@@ -53,18 +56,37 @@ def chain(layers: list[Layer]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         outputs.append(x)
         keys.append(k)
         values.append(v)
-    return torch.stack(outputs), keys, values
+    return outputs, keys, values
+
+
+def plan_of(given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """What `decoder_plan` gives, and the other arguments of `decoder_layers.planned`."""
+    names = ("weights", "settings", *STYLE, "scale")
+    rest = {name: value for name, value in given.items() if name not in names}
+    rest["first_positions"] = given["settings"][SETTINGS.index("first_position") :: len(SETTINGS)]
+    return torch.ops.qops.decoder_plan(**{name: given[name] for name in names}), rest
+
+
+def planned(given: dict[str, Any]) -> list[Tensor]:
+    """The same call by a plan."""
+    plan, rest = plan_of(given)
+    return OP.planned(**rest, plan=plan)
 
 
 def check(layers: list[Layer], what: object = "") -> None:
     want, keys, values = chain(layers)
     given = of_layers(layers)
-    got = OP(**given)
-    assert got.is_contiguous()
-    assert_bitwise(got, want, f"{what}")
-    for name, caches in (("keys", keys), ("values", values)):
-        for cache, expected in zip(given[name], caches, strict=True):
-            assert_bitwise(cache, expected, f"{name} of {what}")
+    before = {name: [cache.clone() for cache in given[name]] for name in ("keys", "values")}
+    for call in (lambda: OP(**given), lambda: planned(given)):
+        for name, caches in before.items():
+            for cache, held in zip(given[name], caches, strict=True):
+                cache.copy_(held)
+        for index, (y, expected) in enumerate(zip(call(), want, strict=True)):
+            assert y.is_contiguous()
+            assert_bitwise(y, expected, f"layer {index} of {what}")
+        for name, caches in (("keys", keys), ("values", values)):
+            for cache, expected in zip(given[name], caches, strict=True):
+                assert_bitwise(cache, expected, f"{name} of {what}")
 
 
 def layer(dtype: torch.dtype, batch: int, t: int, past: int, seed: int, **more: Any) -> Layer:
@@ -113,7 +135,7 @@ def test_layers_may_share_a_cache_and_weights():
     for _ in range(3):
         x = torch.ops.qops.mlp_block(**{**mlp, "x": torch.ops.qops.attention_block(**{**attention, "x": x, **cache})})
         want.append(x)
-    assert_bitwise(OP(**given), torch.stack(want))
+    assert_bitwise(torch.stack(OP(**given)), torch.stack(want))
     for name, expected in cache.items():
         assert_bitwise(attention[name], expected, name)
 
@@ -121,13 +143,14 @@ def test_layers_may_share_a_cache_and_weights():
 @pytest.mark.parametrize("sizes", [(0, 1), (2, 0)], ids=str)
 def test_nothing_to_compute(sizes):
     layers = [layer(torch.float32, *sizes, 4, i) for i in range(2)]
-    assert OP(**of_layers(layers)).shape == (2, *sizes, 64)
+    for call in (lambda given: OP(**given), planned):
+        assert [y.shape for y in call(of_layers(layers))] == [(*sizes, 64)] * 2
     none = of_layers(layers) | {"weights": [], "settings": [], "keys": [], "values": []}
-    assert OP(**none).shape == (0, *sizes, 64)
+    assert OP(**none) == []
 
 
 def texts(given: dict[str, Any], *, fakes: bool = True) -> list[str]:
-    """The errors of a call with tensors and with fake ones, nothing being written."""
+    """The errors of a call with tensors and with fake ones, nothing being written; those by a plan are the same."""
     caches = [
         cache
         for cache in (*given["keys"], *given["values"])
@@ -141,11 +164,18 @@ def texts(given: dict[str, Any], *, fakes: bool = True) -> list[str]:
             return [faked(item) for item in value]
         return mode.from_tensor(value) if isinstance(value, Tensor) else value
 
+    def text_of(call: Callable[..., Any], arguments: dict[str, Any]) -> str:
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            call(arguments)
+        return f"{type(error.value).__name__}: {error.value}"
+
     calls = [given, {name: faked(value) for name, value in given.items()}] if fakes else [given]
     for arguments in calls:
-        with pytest.raises((ValueError, RuntimeError)) as error:
-            OP(**arguments)
-        found.append(f"{type(error.value).__name__}: {error.value}")
+        found.append(text_of(lambda arguments: OP(**arguments), arguments))
+    # A plan counts its layers by its settings, and knows its device by the first norm. Beside a mask it has no window.
+    fits = len(given["settings"]) == len(SETTINGS) * len(given["keys"]) and given["weights"][0] is not None
+    if fits and (given["mask"] is None or ": window must " not in found[0]):
+        assert text_of(planned, given).replace("qops.decoder_plan: ", "qops.decoder_layers: ") == found[0]
     for cache, held in zip(caches, before, strict=True):
         assert_bitwise(cache, held)
     return found
@@ -233,3 +263,150 @@ def test_what_a_block_refuses_is_refused_with_its_words(op):
             assert set(texts(given, fakes=fakes)) == {expected}
             seen.append(text)
     assert len(set(seen)) > 25
+
+
+# Plans ---------------------------------------------------------------------------------------------------------------
+
+
+def some_layers(count: int = 3, **more: Any) -> dict[str, Any]:
+    return of_layers([layer(torch.float32, 1, 2, 6, i, **more) for i in range(count)])
+
+
+def check_as_given(plan: Tensor, rest: dict[str, Any], given: dict[str, Any]) -> None:
+    """A call by the plan gives and writes what one with everything does."""
+    before = {name: [cache.clone() for cache in given[name]] for name in ("keys", "values")}
+    want, written = OP(**given), {name: [cache.clone() for cache in given[name]] for name in before}
+    for name, caches in before.items():
+        for cache, held in zip(given[name], caches, strict=True):
+            cache.copy_(held)
+    for index, (y, expected) in enumerate(zip(OP.planned(**rest, plan=plan), want, strict=True)):
+        assert_bitwise(y, expected, f"layer {index}")
+    for name, caches in written.items():
+        for cache, expected in zip(given[name], caches, strict=True):
+            assert_bitwise(cache, expected, name)
+
+
+def test_a_plan_serves_many_calls():
+    given = some_layers()
+    plan, rest = plan_of(given)
+    for _ in range(3):
+        check_as_given(plan, rest, given)
+        rest["x"] = given["x"] = OP.planned(**rest, plan=plan)[-1]
+
+
+def test_a_plan_of_more_layers_than_there_are_caches_computes_the_first():
+    given = some_layers(4)
+    plan, rest = plan_of(given)
+    for count in (0, 1, 3):
+        lists = {name: rest[name][:count] for name in ("keys", "values", "first_positions")}
+        of_each = {"weights": len(PARTS), "settings": len(SETTINGS), "keys": 1, "values": 1}
+        fewer = {**given, **{name: given[name][: each * count] for name, each in of_each.items()}}
+        check_as_given(plan, {**rest, **lists}, fewer)
+
+
+def test_lists_that_a_plan_does_not_fit():
+    given = some_layers()
+    plan, rest = plan_of(given)
+    more = {name: [*rest[name], rest[name][0]] for name in ("keys", "values", "first_positions")}
+    text = "qops.decoder_layers: keys must hold one for each layer of the plan = 3 at most, got 4"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        OP.planned(**{**rest, **more}, plan=plan)
+    for name in ("values", "first_positions"):
+        for wrong in (rest[name][:2], more[name]):
+            text = f"qops.decoder_layers: {name} must hold 1 for each of 3 layers, got {len(wrong)}"
+            with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+                OP.planned(**{**rest, name: wrong}, plan=plan)
+    settings = given["settings"]
+    for wrong, text in (
+        ([], "settings must hold those of a layer, got 0"),
+        (settings[:9], "settings must hold those of a layer, got 9"),
+        (settings[:-1], f"settings must hold {len(SETTINGS)} for each of 2 layers, got {len(settings) - 1}"),
+        (settings[: len(SETTINGS)], f"weights must hold {len(PARTS)} for each of 1 layers, got {3 * len(PARTS)}"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'qops.decoder_plan: {text}')}$"):
+            plan_of({**given, "settings": wrong})
+    with pytest.raises(RuntimeError, match=r"^qops\.decoder_plan: norm must be a tensor, got None$"):
+        plan_of({**given, "weights": [None, *given["weights"][1:]]})
+
+
+def test_another_tensor_than_a_plan():
+    """A copy of one, a view behind it, and memory of any other kind; a view of all of it is as good as itself."""
+    given = some_layers()
+    plan, rest = plan_of(given)
+    text = r"^qops\.decoder_layers: plan must be what decoder_plan has given, got another tensor$"
+    for other in (plan.clone(), plan[1:], torch.ones(1, dtype=torch.uint8), torch.zeros(0), given["x"]):
+        with pytest.raises(ValueError, match=text):
+            OP.planned(**rest, plan=other)
+    with pytest.raises(RuntimeError, match=r"^qops\.decoder_layers: plan must be on cpu, got meta$"):
+        OP.planned(**rest, plan=plan.to("meta"))
+    check_as_given(plan.view(-1), rest, given)
+
+
+def test_a_window_does_not_count_beside_a_mask():
+    """Transformers' masks have it in them."""
+    given, windowed = some_layers(), some_layers(how={"window": 3})
+    _, rest = plan_of(given)
+    plan, _ = plan_of(windowed)
+    every = given | {"mask": torch.ones(1, 1, 2, 8, dtype=torch.bool)}
+    every["mask"][..., 1:3] = False
+    check_as_given(plan, rest | {"mask": every["mask"]}, every)
+    apart = OP.planned(**rest, plan=plan)[-1] - OP(**given)[-1]
+    assert apart.abs().max() > 0, "without a mask it counts"
+
+
+def test_tensors_of_a_plan_that_are_changed_in_place():
+    given = some_layers()
+    plan, rest = plan_of(given)
+    kept = [y.clone() for y in OP.planned(**rest, plan=plan)]
+
+    def check_seen(index: int, change: Callable[[], object]) -> None:
+        """By layer `index`, and not by those before it."""
+        change()
+        check_as_given(plan, rest, given)
+        got = OP.planned(**rest, plan=plan)
+        assert [torch.equal(y, before) for y, before in zip(got, kept, strict=True)] == [n < index for n in range(3)]
+        kept[:] = got
+
+    def part(index: int, name: str) -> Tensor:
+        return given["weights"][index * len(PARTS) + PARTS.index(name)]
+
+    check_seen(2, lambda: part(2, "norm").mul_(2))
+    check_seen(1, lambda: part(1, "down_scales").neg_())
+    check_seen(0, lambda: part(0, "o").bitwise_xor_(7))
+    norm, scales = part(2, "mlp_norm"), part(1, "qkv_scales")
+    check_seen(2, lambda: setattr(norm, "data", 3 * norm.data))
+    check_seen(1, lambda: setattr(scales, "data", (2 * scales).clone()))
+    part(1, "norm").resize_(72)
+    text = r"^qops\.decoder_layers: layer 1: norm must have shape \[H\] = \[64\], got \[72\]$"
+    with pytest.raises(ValueError, match=text):
+        OP.planned(**rest, plan=plan)
+
+
+def test_a_plan_keeps_its_tensors_as_long_as_somebody_keeps_it():
+    given = some_layers()
+    plan, rest = plan_of(given)
+    want = OP(**given)
+    tensors = [weakref.ref(tensor) for tensor in given["weights"] if tensor is not None]
+    gc.disable()
+    try:
+        del given
+        view = plan[:]
+        del plan
+        assert all(tensor() is not None for tensor in tensors)
+        assert_bitwise(OP.planned(**rest, plan=view)[-1], want[-1])
+        del view
+        assert all(tensor() is None for tensor in tensors)
+    finally:
+        gc.enable()
+
+
+def test_plans_do_not_know_each_other():
+    """Of two with the same tensors, one may go; a new one may have its memory."""
+    given = some_layers()
+    first, rest = plan_of(given)
+    for _ in range(20):
+        second, _ = plan_of(some_layers() | {"scale": 0.5})
+        del first
+        first, _ = plan_of(given)
+        check_as_given(first, rest, given)
+        check_as_given(second, rest, given | {"scale": 0.5})

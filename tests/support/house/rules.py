@@ -23,7 +23,7 @@ FILES_OF = {
     "add_rms_norm": "rms_norm",
     "add_rms_norm_int8": "rms_norm_int8",
     "attention_block": "decoder_block",
-    "decoder_layers": "decoder_block",
+    "decoder_plan": "decoder_layers",
     "mlp_block": "decoder_block",
     "quantize_int8_asym": "quantize_int8",
     "quantize_int8_static": "quantize_int8",
@@ -41,6 +41,8 @@ FILES_OF = {
 LAYER_FILES_OF = {
     ("bench", "decoder_block"): "attention_block",
     ("bench", "int4_int8_gemm"): "int4_gemm",
+    ("csrc/cpu", "decoder_layers"): "decoder_block",
+    ("python/qops/ops", "decoder_layers"): "decoder_block",
     ("python/qops/ops", "int4_int8_gemm"): "int4_gemm",
     ("python/qops/ops", "int8_embedding"): "weight_pack",
     ("csrc/binding", "qk_norm_rotary"): "rotary",
@@ -49,10 +51,17 @@ LAYER_FILES_OF = {
 }
 # Used through qops.Int4Weight, qops.Int8Weight and fused models alone: no public function, no benchmark.
 INTERNAL_OPS = frozenset(
-    {"check_layout", "decoder_layers", "int4_pack", "int4_unpack", "int8_embedding", "int8_pack", "int8_unpack"}
+    {
+        *("check_layout", "decoder_layers", "decoder_plan", "int8_embedding"),
+        *("int4_pack", "int4_unpack", "int8_pack", "int8_unpack"),
+    }
 )
-# Tests that do not stand in tests/ops: of operators that weights alone call.
-TESTS_OF = {"int8_embedding": "tests/weights/test_int8_weights.py", "weight_pack": "tests/weights/test_weights.py"}
+# Tests that stand elsewhere: of operators that weights or fused models alone call.
+TESTS_OF = {
+    "decoder_layers": "tests/ops/gemm/test_decoder_layers.py",
+    "int8_embedding": "tests/weights/test_int8_weights.py",
+    "weight_pack": "tests/weights/test_weights.py",
+}
 # What stands upon the problems, and what reads results without torch.
 BENCH_LAYERS = {
     "bench/problems/": ("bench.peers", "bench.timing", "bench.reporting", "bench.run"),

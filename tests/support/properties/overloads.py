@@ -28,7 +28,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 # What takes lists of the arguments of others: test_decoder_layers.py puts calls of those into lists.
-OF_LISTS = ("decoder_layers",)
+OF_LISTS = ("decoder_layers", "decoder_plan")
 
 
 def overloads() -> dict[str, Any]:
