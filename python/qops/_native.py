@@ -59,8 +59,9 @@ def _refuse_cuda(overload: str) -> Callable[..., NoReturn]:
         name, _, variant = overload.removeprefix("qops::").partition(".")
         schema = getattr(getattr(torch.ops.qops, name), variant or "default")._schema
         given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
+        items = ((arg, t) for arg, value in given.items() for t in (value if isinstance(value, list) else [value]))
         # torch calls a GPU of a ROCm torch cuda too.
-        arg, device = next((arg, t.device) for arg, t in given.items() if isinstance(t, torch.Tensor) and t.is_cuda)
+        arg, device = next((arg, t.device) for arg, t in items if isinstance(t, torch.Tensor) and t.is_cuda)
         raise RuntimeError(f"qops.{name}: {arg} must be on a CPU, as qops {why}, got {device}")
 
     return refuse

@@ -38,7 +38,7 @@ def argument(schema_type: str) -> object:
     if schema_type == "Tensor":
         return OnGpu(2, 8)
     if schema_type.startswith("List"):
-        return []
+        return [OnGpu(2, 8)] if "Tensor" in schema_type else []
     known = {"int": 8, "float": 1.0, "bool": False, "str": "127", "ScalarType": torch.float32}
     return None if schema_type.startswith("Optional") else known[schema_type]
 
@@ -56,9 +56,14 @@ def test_every_operator_says_why(overload):
     name, _, variant = overload.partition(".")
     operator = getattr(getattr(torch.ops.qops, name), variant or "default")
     given = {a.name: argument(str(a.type)) for a in operator._schema.arguments}
-    tensors = [arg for arg, value in given.items() if isinstance(value, OnGpu)]
-    for moved in (tensors[0], tensors[-1]):  # one tensor on a GPU is enough
-        here = {arg: torch.ones(2, 8) if arg in tensors and arg != moved else value for arg, value in given.items()}
+    on_cpu = {
+        arg: [torch.ones(2, 8)] if isinstance(value, list) else torch.ones(2, 8)
+        for arg, value in given.items()
+        if isinstance(value, OnGpu) or (isinstance(value, list) and value)
+    }
+    names = list(on_cpu)
+    for moved in (names[0], names[-1]):  # one tensor on a GPU is enough
+        here = {**given, **{arg: tensors for arg, tensors in on_cpu.items() if arg != moved}}
         with pytest.raises(RuntimeError, match=f"^{refusal(name, moved)}$"), torch._C._DisableTorchDispatch():
             operator(**here)
 
