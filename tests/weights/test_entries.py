@@ -123,3 +123,17 @@ def test_attributes():
         check_counts(change)
     norm = RMSNorm(torch.ones(8), 1e-6)
     check_counts(lambda: norm.load_state_dict({"weight": torch.zeros(8)}, assign=True))
+
+
+def test_who_is_told_sees_what_was_written():
+    """What is found between a count and a write would stand, and be of what was there before."""
+    module, seen = nn.Module.__new__(Noticed), []
+    Noticed.__init__(module)
+
+    class Looks(Plan):
+        def let_go(self):
+            seen.append(module._buffers.get("here"))
+
+    keeper, other = Looks(), torch.ones(1)
+    module._buffers["here"] = other
+    assert len(seen) == 1 and seen[0] is other, keeper

@@ -496,14 +496,12 @@ class Run:
 
     def _taken(self, layer: Any) -> torch.Tensor | None:
         """What the next layer gives, which now has been called; None where this is another, or its cache is."""
-        of, _, (slot, keys, values, room), output, written = self.ahead[-1]
-        if of() is not layer or slot.keys is not keys or slot.values is not values:
-            return None
-        if room.all_keys._version + room.all_values._version != written:
+        of, _, growth, output, written = self.ahead[-1]
+        if of() is not layer or not growth.holds or growth.room.written != written:
             return None
         self.ahead.pop()
         self.followers.append(of)
-        room.take(slot, self.tokens)
+        growth.room.take(growth.layer, self.tokens)
         return output
 
     def lead(self, layer: Any, expected: list[weakref.ref[Any]], x: torch.Tensor, shared: Any) -> torch.Tensor | None:

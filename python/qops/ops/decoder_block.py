@@ -574,7 +574,7 @@ def _(check: Checker, weights: Any, settings: Any, **_: Any) -> Results:
     check.require(layers > 0, "settings", "hold those of a layer", lambda: str(len(settings)))
     _check_counts(check, layers, settings=(settings, len(SETTINGS)), weights=(weights, len(PARTS)))
     check.tensors({"norm": weights[0]}, [])
-    return weights[0].new_empty(1, dtype=torch.uint8)
+    return weights[0].new_empty(16, dtype=torch.uint8)
 
 
 def _check_counts(check: Checker, layers: int, **lists: tuple[Sequence[Any], int]) -> None:

@@ -23,8 +23,10 @@ def _counts(name: str) -> None:
     write = getattr(dict, name)
 
     def noticed(self: Entries, *args: Any, **kwargs: Any) -> Any:
-        Noticed._changed()
-        return write(self, *args, **kwargs)
+        try:
+            return write(self, *args, **kwargs)
+        finally:  # who looks from then on sees what was written
+            Noticed._changed()
 
     setattr(Entries, name, noticed)
 

@@ -410,3 +410,11 @@ def test_plans_do_not_know_each_other():
         first, _ = plan_of(given)
         check_as_given(first, rest, given)
         check_as_given(second, rest, given | {"scale": 0.5})
+
+
+def test_a_fake_plan_is_like_a_real_one():
+    given, mode = some_layers(), FakeTensorMode()
+    names = ("weights", "settings", *STYLE, "scale")
+    fakes = [t if t is None else mode.from_tensor(t) for t in given["weights"]]
+    plan, fake = plan_of(given)[0], torch.ops.qops.decoder_plan(**{n: given[n] for n in names} | {"weights": fakes})
+    assert (fake.shape, fake.dtype, fake.device) == (plan.shape, plan.dtype, plan.device)
