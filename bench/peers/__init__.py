@@ -9,6 +9,7 @@ MODULES = (
     "bench.peers.pytorch.compiled",
     "bench.peers.pytorch.int4pack",
     "bench.peers.pytorch.dynamic",
+    "bench.peers.cpu.ggml",
     "bench.peers.cpu.onnxruntime",
     "bench.peers.cpu.openvino",
     "bench.peers.cpu.zentorch",

@@ -26,7 +26,7 @@ README = (ROOT / "bench" / "peers" / "README.md").read_text()
 OWN = ("bench.peers.ours", "bench.peers.pytorch.compiled")
 PACKAGES = (
     *("onnxruntime", "onnx", "openvino", "zentorch", "vllm", "sgl_kernel", "fbgemm_gpu"),
-    *("humming", "gemlite", "quack", "flashinfer", "liger_kernel", "triton"),
+    *("llama_cpp", "ik_llama_cpp", "humming", "gemlite", "quack", "flashinfer", "liger_kernel", "triton"),
 )
 # K = 576 and N = 192 are multiples of 64 alone; one group over K; several rows.
 GEMM_SHAPES = ((1, 256, 512, 64), (5, 192, 576, 32), (3, 128, 256, 256))
@@ -72,7 +72,7 @@ def axes_of(op: str) -> list[dict[str, int | str]]:
     if op in ("rms_norm", "add_rms_norm"):
         return [{"T": t, "H": h} | dtype for t, h in ROW_SHAPES for dtype in dtypes]
     shapes = [dict(zip("MNKG", shape, strict=True)) | dtype for shape in GEMM_SHAPES for dtype in dtypes]
-    kinds = ("symmetric", "zero_point", "offset") if op == "int4_gemm" else ("",)
+    kinds = ("symmetric", "zero_point", "offset") if op in ("int4_gemm", "int4_int8_gemm") else ("",)
     return [shape | ({"kind": kind} if kind else {}) for shape in shapes for kind in kinds]
 
 
@@ -271,4 +271,5 @@ def test_extra_has_the_releases_of_the_table():
     versions = {package: version for _, package, version, how, *_ in rows() if how.startswith("pip")}
     versions |= dict(re.findall(r"pip, with (\w+) ([\d.]+)", README))
     assert found == versions
-    assert set(found) == {name for p in peers() if p.devices == ("cpu",) for name in p.requires}
+    built = {package.replace("-", "_") for _, package, _, how, *_ in rows() if "whole-models" in how}
+    assert set(found) == {name for p in peers() if p.devices == ("cpu",) for name in p.requires} - built and built
