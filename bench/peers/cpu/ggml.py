@@ -29,8 +29,8 @@ from bench.problems.shared.provider import Provider
 
 GROUP = 32
 F32, Q4_0, Q4_1 = 0, 2, 3  # enum ggml_type
-# Of a context that holds no data: some tensors, and the graph.
-CONTEXT_BYTES = 1 << 20
+# Of the context of all products of a process, which holds no data; ik_llama.cpp has no more than 64 contexts.
+CONTEXT_BYTES = 1 << 28
 LOG_WARN, LOG_ERROR = 3, 4  # enum ggml_log_level
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, _POINTER)
@@ -42,21 +42,22 @@ class _Parameters(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", _POINTER), ("no_alloc", ctypes.c_bool))
 
 
-# Result and arguments, as declared in ggml.h, ggml-alloc.h and ggml-backend.h.
+# Result and arguments, as declared in ggml.h, ggml-cpu.h and ggml-backend.h.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_init": (_POINTER, _Parameters),
-    "ggml_free": (None, _POINTER),
     "ggml_new_tensor_2d": (_POINTER, _POINTER, ctypes.c_int, _INT64, _INT64),
     "ggml_mul_mat": (_POINTER, _POINTER, _POINTER, _POINTER),
     "ggml_get_data": (_POINTER, _POINTER),
-    "ggml_nbytes": (ctypes.c_size_t, _POINTER),
-    "ggml_new_graph": (_POINTER, _POINTER),
+    "ggml_new_graph_custom": (_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_bool),
     "ggml_build_forward_expand": (None, _POINTER, _POINTER),
     "ggml_backend_cpu_init": (_POINTER,),
     "ggml_backend_cpu_set_n_threads": (None, _POINTER, ctypes.c_int),
     "ggml_backend_cpu_buffer_type": (_POINTER,),
-    "ggml_backend_alloc_ctx_tensors_from_buft": (_POINTER, _POINTER, _POINTER),
+    "ggml_backend_buft_get_alloc_size": (ctypes.c_size_t, _POINTER, _POINTER),
+    "ggml_backend_buft_alloc_buffer": (_POINTER, _POINTER, ctypes.c_size_t),
+    "ggml_backend_buffer_get_base": (_POINTER, _POINTER),
     "ggml_backend_buffer_free": (None, _POINTER),
+    "ggml_backend_tensor_alloc": (None, _POINTER, _POINTER, _POINTER),
     "ggml_backend_tensor_set": (None, _POINTER, _POINTER, ctypes.c_size_t, ctypes.c_size_t),
     "ggml_backend_graph_compute": (ctypes.c_int, _POINTER, _POINTER),
 }
@@ -113,6 +114,7 @@ class Library:
         self("ggml_backend_cpu_set_n_threads", self.backend, torch.get_num_threads())
         self.plain = self("ggml_backend_cpu_buffer_type")
         self.extra = self._extra_buffer_types() if has_extra_buffers else []
+        self.context = self("ggml_init", _Parameters(CONTEXT_BYTES, None, True))
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         return self.functions[name](*arguments)
@@ -129,6 +131,15 @@ class Library:
             types.append(found[len(types)])
         return types
 
+    def allocate(self, tensor: int, buffer_type: int) -> int:
+        """A buffer for it alone."""
+        size = self("ggml_backend_buft_get_alloc_size", buffer_type, tensor)
+        buffer = self("ggml_backend_buft_alloc_buffer", buffer_type, size)
+        if not buffer:
+            raise MemoryError(f"ggml has no {size} bytes")
+        self("ggml_backend_tensor_alloc", buffer, tensor, self("ggml_backend_buffer_get_base", buffer))
+        return buffer
+
     def takes(self, product: int, buffer_type: int) -> bool:
         """Whether the backend computes it of weights in this type of buffer; the plain one is always taken."""
         return buffer_type == self.plain or self("ggml_backend_dev_supports_op", self.device, product)
@@ -144,37 +155,24 @@ class Product:
 
     def __init__(self, library: Library, form: int, blocks: np.ndarray, x: Tensor) -> None:
         (m, k), n = x.shape, blocks.shape[0]
+        given = library("ggml_new_tensor_2d", library.context, F32, k, m)
         for buffer_type in [*library.extra, library.plain]:
-            held: list[tuple[str, int]] = []
-            weight = self._tensor(library, held, form, (k, n), buffer_type)
-            given = self._tensor(library, held, F32, (k, m), library.plain)
-            context = library("ggml_init", _Parameters(CONTEXT_BYTES, None, True))
-            held.append(("ggml_free", context))
-            y = library("ggml_mul_mat", context, weight, given)
+            weight = library("ggml_new_tensor_2d", library.context, form, k, n)
+            buffer = library.allocate(weight, buffer_type)
+            y = library("ggml_mul_mat", library.context, weight, given)
             if library.takes(y, buffer_type):
                 break
-            _free(library, held)
-        buffer = library("ggml_backend_alloc_ctx_tensors_from_buft", context, library.plain)
-        held.append(("ggml_backend_buffer_free", buffer))
-        self._graph, self._library = library("ggml_new_graph", context), library
+            library("ggml_backend_buffer_free", buffer)
+        buffers = [buffer, library.allocate(given, library.plain), library.allocate(y, library.plain)]
+        self._library, self._graph = library, library("ggml_new_graph_custom", library.context, 4, False)
         library("ggml_build_forward_expand", self._graph, y)
         # ggml counts the bytes of weights that it is given in the form of the file, not in the one of the buffer.
         for tensor, values in ((weight, blocks), (given, x.float().contiguous().numpy())):
             library("ggml_backend_tensor_set", tensor, values.ctypes.data, 0, values.nbytes)
         memory = (ctypes.c_float * (m * n)).from_address(library("ggml_get_data", y))
         # It lives as long as the result is looked at.
-        weakref.finalize(memory, _free, library, held)
+        weakref.finalize(memory, _free, library, buffers)
         self._result = torch.frombuffer(memory, dtype=torch.float32).view(m, n)
-
-    def _tensor(self, library: Library, held: list[tuple[str, int]], form: int, sizes: Any, buffer_type: int) -> int:
-        context = library("ggml_init", _Parameters(CONTEXT_BYTES, None, True))
-        held.append(("ggml_free", context))
-        tensor = library("ggml_new_tensor_2d", context, form, *sizes)
-        buffer = library("ggml_backend_alloc_ctx_tensors_from_buft", context, buffer_type)
-        if not buffer:
-            raise MemoryError(f"ggml cannot hold a tensor of {sizes}")
-        held.append(("ggml_backend_buffer_free", buffer))
-        return tensor
 
     def __call__(self) -> Tensor:
         if status := self._library("ggml_backend_graph_compute", self._library.backend, self._graph):
@@ -182,9 +180,9 @@ class Product:
         return self._result
 
 
-def _free(library: Library, held: list[tuple[str, int]]) -> None:
-    for function, pointer in reversed(held):
-        library(function, pointer)
+def _free(library: Library, buffers: list[int]) -> None:
+    for buffer in buffers:
+        library("ggml_backend_buffer_free", buffer)
 
 
 def quantised(p: Int4Gemm) -> tuple[int, np.ndarray]:
