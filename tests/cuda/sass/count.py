@@ -1,8 +1,8 @@
-"""What a unit of a kernel's work costs: instructions by pipe, cycles of a multiprocessor, and which of them bound it."""
+"""What a unit of a kernel's work costs: instructions by pipe, cycles of a multiprocessor, and what bounds it."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from .disassembly import Kernel
@@ -57,7 +57,7 @@ def steady(flow: Flow, goal: Goal, in_loop: bool) -> Path:
     Raises:
         NoPath: no path has as much of `goal.least`.
     """
-    first = goal.most[:1]
+    first = next(([label] for label in goal.most if label in flow.labels_in_loops), [])
 
     def met(path: Path) -> int:
         return sum(min(path.count(label), n) for label, n in goal.least.items())
@@ -65,7 +65,7 @@ def steady(flow: Flow, goal: Goal, in_loop: bool) -> Path:
     # The innermost loop that does the work: around it there is more of everything else.
     found = flow.steady_loop(goal, lambda path: (*map(path.count, first), met(path))) if in_loop else None
     if in_loop and (found is None or not any(map(found[1].count, [*first, *goal.least]))):
-        raise NoPath(f"{flow.kernel.name} (sm_{flow.kernel.arch}): no loop with {[*first, *goal.least]}")
+        raise NoPath(f"{flow.kernel.name} (sm_{flow.kernel.arch}): no loop with {[*goal.most, *goal.least]}")
     path = found[1] if found else flow.whole(goal)
     missing = {label: (path.count(label), n) for label, n in goal.least.items() if path.count(label) < n}
     if missing:
@@ -77,12 +77,12 @@ def steady(flow: Flow, goal: Goal, in_loop: bool) -> Path:
 def measure(kernel: Kernel, work: Work, flow: Flow | None = None) -> Count:
     flow = flow or Flow(kernel)
     machine = machine_of(kernel.arch)
-    opcodes: Counter[str] = Counter()
+    opcodes: defaultdict[str, float] = defaultdict(float)
     stalls = 0.0
     for share, goal in work.ways:
         path = steady(flow, goal, work.in_loop)
         for opcode, n in path.opcodes.items():
-            opcodes[opcode] += share * n * work.warps / work.units  # type: ignore[assignment]
+            opcodes[opcode] += share * n * work.warps / work.units
         stalls += share * path.stalls / work.units
     cycles = cycles_of(opcodes, machine)
     if work.dram:
@@ -99,11 +99,9 @@ def guess(kernel: Kernel, flow: Flow) -> Work:
     """For a kernel that nothing is known of: a turn of the loop with the most tensor instructions, else of the one that
     moves most, else all of the kernel."""
     names = {instruction.name for instruction in kernel.code}
-    in_loops = {name for loop in flow.loops for n in loop.body for name in flow.blocks[n].counts}
-    for label in ("TENSOR", "COPY"):
-        if label in in_loops:
-            return Work("a turn of the loop", ((1, Goal(most=("TENSOR", "COPY"))),))
-    if {"LOAD", "STORE"} & in_loops:
+    if {"TENSOR", "COPY"} & flow.labels_in_loops:
+        return Work("a turn of the loop", ((1, Goal(most=("TENSOR", "COPY"))),))
+    if {"LOAD", "STORE"} & flow.labels_in_loops:
         return Work("a turn of the loop", ((1, Goal(most=("LOAD", "STORE"))),))
     most = ("LOAD", "STORE") if {"LDG", "STG"} & names else ()
     return Work("the kernel", ((1, Goal(most=most)),), in_loop=False)

@@ -71,8 +71,8 @@ class Instruction(NamedTuple):
 
     @property
     def is_conditional(self) -> bool:
-        """Of a branch or exit: its guard, or a predicate among its operands ("BRA P0, 0x120", "BRA.DIV UR4, 0x90")."""
-        return bool(self.guard or re.match(r"[!~]?U?[PR]\w*", self.operands))
+        """Of a branch or exit: its guard, or a condition among its operands ("BRA P0, 0x120", "BRA.DIV UR4, 0x90")."""
+        return bool(self.guard or (self.name in ("BRA", "JMP", "EXIT") and re.match(r"[!~]?U?[PR]", self.operands)))
 
 
 @dataclass
@@ -85,13 +85,14 @@ class Kernel:
     registers: int = 0
     static_shared: int = 0
     max_threads: int | None = None  # of __launch_bounds__
+    compiler: str = ""  # "13.0"
     tables: bytes = b""  # constant bank 2: where the jump tables of BRX are
     name: str = field(default="")  # demangled
 
 
 def instructions_of(text: str) -> list[Instruction]:
     return [
-        # What never executes takes its slot and nothing else: before the copies of older architectures stand "@!PT LDS".
+        # What never executes takes its slot and nothing else: "@!PT LDS" stands before many copies.
         Instruction(int(address, 16), guard, "NOP" if guard == "@!PT" else opcode, operands, int(high, 16))
         for address, guard, opcode, operands, _, high in _LINE.findall(text)
     ]
@@ -146,7 +147,9 @@ def _describe(kernels: list[Kernel], elf: bytes) -> None:
             symbol, count = struct.unpack("<II", value)
             (at,) = struct.unpack_from("<I", symbols, 24 * symbol)
             registers[strings[at : strings.index(b"\0", at)].decode()] = count
+    release = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", sections.get(".note.nv.tkinfo", (0, b""))[1])
     for kernel in kernels:
+        kernel.compiler = release[1].decode() if release else ""
         kernel.registers = registers[kernel.symbol]
         kernel.static_shared = sections.get(f".nv.shared.{kernel.symbol}", (0, b""))[0]
         if int(kernel.arch.rstrip("af")) >= 90 and kernel.static_shared:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -61,9 +61,13 @@ class Block:
 
     @cached_property
     def counts(self) -> Counter[str]:
+        """Of what goals name. Of two neighbours with the same instruction and opposite guards one executes."""
         counts: Counter[str] = Counter()
+        before = None
         for instruction in self.code:
-            counts.update(classes_of(instruction.name))
+            if before is None or not are_opposite(before, instruction):
+                counts.update(classes_of(instruction.name))
+            before = instruction
         return counts
 
 
@@ -81,6 +85,7 @@ class Path:
     blocks: tuple[int, ...]
     times: tuple[int, ...]
     opcodes: Counter[str]
+    counts: Counter[str]  # of what goals name
     stalls: int  # cycles that the control codes state, of one warp that never waits for memory
 
     @property
@@ -88,7 +93,8 @@ class Path:
         return sum(self.opcodes.values())
 
     def count(self, label: str) -> int:
-        return sum(n for opcode, n in self.opcodes.items() if label in classes_of(opcode.partition(".")[0]))
+        """Of a goal's label."""
+        return self.counts[label]
 
 
 class Flow:
@@ -110,11 +116,25 @@ class Flow:
             self.block_at[code[start].address] = number
         for block, end in zip(self.blocks, [*starts[1:], len(code)], strict=True):
             last = block.code[-1]
-            falls = not ends_block(last) or last.is_conditional
             block.successors = [self.block_at[t] for t in jumps.get(end - 1, ()) if t in self.block_at]
+            falls = not ends_block(last) or last.is_conditional or last.name == "CALL"
             if falls and block.number + 1 < len(self.blocks):
                 block.successors.append(block.number + 1)
             block.is_end = last.name in ("EXIT", "RET", "KILL")
+        # ptxas also leaves loops by calls that never return: those are jumps.
+        self._functions: set[int] = {t for t in calls if t in self.block_at and self._returns(self.block_at[t])}
+        for block in self.blocks:
+            last = block.code[-1]
+            if last.name == "CALL" and last.target in self.block_at and last.target not in self._functions:
+                block.successors = [self.block_at[last.target], *(block.successors if last.guard else [])]
+
+    def _returns(self, entry: int) -> bool:
+        return any(self.blocks[number].code[-1].name == "RET" for number in self.order(entry))
+
+    def _function(self, instruction: Instruction) -> int | None:
+        """The block of what is called, by a call that returns."""
+        is_call = instruction.name == "CALL" and instruction.target in self._functions
+        return self.block_at[instruction.target] if is_call and instruction.target is not None else None
 
     def _targets(self, i: int) -> list[int]:
         instruction = self.kernel.code[i]
@@ -143,8 +163,11 @@ class Flow:
 
     def order(self, entry: int) -> list[int]:
         """Reverse postorder of what is reached from a block."""
+        return self._order(entry, [block.successors for block in self.blocks])
+
+    def _order(self, entry: int, successors_of: Sequence[list[int]]) -> list[int]:
         seen, postorder = {entry}, []
-        stack = [(entry, iter(self.blocks[entry].successors))]
+        stack = [(entry, iter(successors_of[entry]))]
         while stack:
             number, successors = stack[-1]
             following = next((s for s in successors if s not in seen), None)
@@ -153,7 +176,7 @@ class Flow:
                 stack.pop()
             else:
                 seen.add(following)
-                stack.append((following, iter(self.blocks[following].successors)))
+                stack.append((following, iter(successors_of[following])))
         return postorder[::-1]
 
     @cached_property
@@ -172,9 +195,12 @@ class Flow:
         return [Loop(h, frozenset(body), frozenset(latches)) for h, (body, latches) in sorted(found.items())]
 
     @cached_property
+    def labels_in_loops(self) -> set[str]:
+        return {label for loop in self.loops for number in loop.body for label in self.blocks[number].counts}
+
+    @cached_property
     def callees(self) -> list[int]:
-        targets = {i.target for block in self.blocks for i in block.code if i.name == "CALL"}
-        return sorted(self.block_at[t] for t in targets if t in self.block_at)
+        return sorted(self.block_at[target] for target in self._functions)
 
     @cached_property
     def _predecessors(self) -> dict[int, list[int]]:
@@ -219,6 +245,22 @@ class Flow:
                     changed = True
         return dominator
 
+    @cached_property
+    def _onward(self) -> tuple[list[list[int]], set[int]]:
+        """Edges of paths, and the latches behind which a kernel may end: no edge back to the header of a loop, but one
+        from its latches to wherever the loop is left. After the last turn that is what follows, and loops that are left
+        at their header would else never be entered."""
+        edges = [list(block.successors) for block in self.blocks]
+        last: set[int] = set()
+        for loop in self.loops:
+            exits = {s for n in loop.body for s in self.blocks[n].successors if s not in loop.body}
+            for latch in loop.latches:
+                edges[latch] = [s for s in edges[latch] if s != loop.header]
+                edges[latch] += sorted(exits - set(edges[latch]))
+            if any(self.blocks[n].is_end for n in loop.body):
+                last |= loop.latches
+        return edges, last
+
     # --- paths ---
 
     def whole(self, goal: Goal) -> Path:
@@ -236,6 +278,7 @@ class Flow:
     def called(self, entry: int) -> Path:
         """The cheapest way through a function, which division and the like are."""
         if entry not in self._called:
+            self._called[entry] = Path((), (), Counter(), Counter(), 0)  # what calls itself would never end
             self._called[entry] = self._best(entry, set(self.order(entry)), None, Goal(most=()))
         return self._called[entry]
 
@@ -243,7 +286,7 @@ class Flow:
     def _called(self) -> dict[int, Path]:
         return {}
 
-    def _times(self, region: set[int], header: int, goal: Goal) -> dict[int, int]:
+    def _times(self, region: set[int], header: int | None, goal: Goal) -> dict[int, int]:
         """How often the blocks of inner loops count."""
         times = dict.fromkeys(region, 1)
         if not goal.trips:
@@ -257,16 +300,18 @@ class Flow:
         return times
 
     def _cost(self, block: Block) -> int:
-        called = [self.called(self.block_at[i.target]) for i in block.code if i.name == "CALL" and i.target is not None]
-        return len(block.code) + sum(path.slots for path in called)
+        function = self._function(block.code[-1])
+        return len(block.code) + (self.called(function).slots if function is not None else 0)
 
     def _best(self, entry: int, region: set[int], latches: frozenset[int] | None, goal: Goal) -> Path:
-        order = [number for number in self.order(entry) if number in region]
+        edges, last = self._onward
+        within = [[s for s in found if s in region] if n in region else [] for n, found in enumerate(edges)]
+        order = self._order(entry, within)
         place = {number: i for i, number in enumerate(order)}
-        times = self._times(region, entry, goal)
+        times = self._times(region, None if latches is None else entry, goal)
         # Where the region is a loop its latches end it, else what leaves the kernel.
-        ends = {n for n in order if (self.blocks[n].is_end if latches is None else n in latches)}
-        onward = {n: [s for s in self.blocks[n].successors if place.get(s, -1) > place[n]] for n in order}
+        ends = {n for n in order if (self.blocks[n].is_end or n in last if latches is None else n in latches)}
+        onward = {n: [s for s in within[n] if place[s] > place[n]] for n in order}
         gains = {n: tuple(times[n] * self.blocks[n].counts[label] for label in goal.least) for n in order}
         # The most of each label that may come from a block on; nothing where no end can be reached.
         rest: dict[int, tuple[int, ...]] = {}
@@ -287,7 +332,7 @@ class Flow:
         finished: list[tuple[Key, tuple[int, Key]]] = []
         for number in order:
             block, n = self.blocks[number], times[number]
-            gain = tuple(n * block.counts[label] for label in goal.most) + (-n * self._cost(block),)
+            gain = (*(n * block.counts[label] for label in goal.most), -n * self._cost(block))
             for key, (score, _) in states.get(number, {}).items():
                 passed = tuple(map(min, least, map(add, key, gains[number])))
                 now = tuple(map(add, score, gain))
@@ -310,17 +355,19 @@ class Flow:
 
     def _path(self, path: list[int], times: dict[int, int]) -> Path:
         opcodes: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         stalls = 0
         for number in path:
+            counts.update({label: times[number] * n for label, n in self.blocks[number].counts.items()})
             for instruction in self.blocks[number].code:
                 opcodes[instruction.opcode] += times[number]
                 stalls += times[number] * max(instruction.control.stall, 1)
-                if instruction.name == "CALL" and instruction.target in self.block_at:
-                    called = self.called(self.block_at[instruction.target])
+                if (function := self._function(instruction)) is not None:
+                    called = self.called(function)
                     for opcode, n in called.opcodes.items():
                         opcodes[opcode] += times[number] * n
                     stalls += times[number] * called.stalls
-        return Path(tuple(path), tuple(times[number] for number in path), opcodes, stalls)
+        return Path(tuple(path), tuple(times[number] for number in path), opcodes, counts, stalls)
 
     def steady_loop(self, goal: Goal, rank: Callable[[Path], tuple[int, ...]]) -> tuple[Loop, Path] | None:
         """The loop whose steady path ranks highest and has, of those, the fewest instructions."""
@@ -348,8 +395,13 @@ class Flow:
         return min(found, default=None)
 
 
+def are_opposite(a: Instruction, b: Instruction) -> bool:
+    """Whether one of two executes: the same instruction under a predicate and under its negation."""
+    return a.opcode == b.opcode and a.guard != b.guard and a.guard.replace("!", "") == b.guard.replace("!", "") != ""
+
+
 def ends_block(instruction: Instruction) -> bool:
-    return instruction.name in ("BRA", "BRX", "JMP", "EXIT", "RET", "KILL")
+    return instruction.name in ("BRA", "BRX", "JMP", "CALL", "EXIT", "RET", "KILL")
 
 
 def dominates(dominator: dict[int, int], a: int, b: int) -> bool:

@@ -23,9 +23,9 @@ def _bytes(element: str) -> int:
 
 # --- products --------------------------------------------------------------------------------------------------------
 
-# Groups of 128 columns: with every second block of 64 one begins and one ends, so its scales are copied and read and its
-# sums are scaled. Where groups are not multiples of 64 they may end with each of the four steps of a block: groups of
-# 16 are what is counted.
+# Groups of 128 columns: with every second block of 64 one begins and one ends, so its scales are copied and read and
+# its sums are scaled. Where groups are not multiples of 64 they may end with each of the four steps of a block: groups
+# of 16 are what is counted.
 _GROUP = ("TENSOR", "COPY", "FFMA", "LDS")
 
 
@@ -109,17 +109,17 @@ def _int8(tokens: str, zero_points: str) -> list[Work]:
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
-_ROLLED = 8  # turns that are counted of loops over a row that has no bound
-
 
 class _Row:
-    """RowShape<threads, chunks, aligned> with elements of a type: how many accesses move its vectors."""
+    """RowShape<threads, chunks, aligned> with elements of a type: how many accesses move its vectors.
+
+    Where no vector is held, a row of one vector a lane is what is counted.
+    """
 
     def __init__(self, element: str, threads: str, chunks: str, aligned: str) -> None:
         self.aligned = aligned == "true"
         self.held = int(chunks)
-        self.vectors = self.held or _ROLLED
-        self.trips = {} if self.held else {"*": _ROLLED}
+        self.vectors = self.held or 1
         self.warps = int(threads) // 32
         self.passes = 1 if self.held else 2  # over x, where it is not held
         self.size = _bytes(element)
@@ -127,9 +127,9 @@ class _Row:
         self.wide = self.vectors * (self.size // 2 if self.aligned else _VECTOR)
         self.codes = self.vectors * (1 if self.aligned else _VECTOR)
 
-    def work(self, least: dict[str, int], bytes_of_element: float, label: str = "", most: tuple[str, ...] = ()) -> Work:
+    def work(self, least: dict[str, int], bytes_of_element: float, label: str = "") -> Work:
         # All warps of a row take the same path; a unit is a vector of one of them.
-        goal = Goal(most=most, least=least, trips=self.trips)
+        goal = Goal(most=(), least=least)
         return Work(
             _HEAD,
             ((1, goal),),
@@ -184,18 +184,15 @@ def _heads(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
     row = _Row(element, threads, chunks, aligned)
     turns = max(1, row.vectors // 2)
     of_turn = row.size // 2 if row.aligned else _VECTOR
-    trips = {"*": _ROLLED} if not row.held else {"STG": turns}
-    turned = _ROLLED if not row.held else turns
-    least = {"LOAD": (row.passes + 1) * row.wide + 2 * turned * of_turn, "STORE": 2 * turned * of_turn}
-    size = 256 * row.vectors * row.warps
-    unit = "a head of 128 (half of the lanes idle) or 256" if size == 256 else f"a head of {size}"
+    least = {"LOAD": (row.passes + 1) * row.wide + 2 * turns * of_turn, "STORE": 2 * turns * of_turn}
+    size = _WARP_VECTOR * row.vectors * row.warps
     return [
         Work(
-            unit if row.held else "2048 elements a warp of a head",
-            ((1, Goal(most=(), least=least, trips=trips)),),
+            f"a head of {size}" + (", or one of 128, which leaves half of the lanes idle" if size == 256 else ""),
+            ((1, Goal(most=(), least=least, trips={"STORE": turns})),),
             in_loop=False,
-            warps=row.warps if row.held else 1,
-            dram=2 * row.size * (size if row.held else _WARP_VECTOR * _ROLLED),
+            warps=row.warps,
+            dram=2 * row.size * size,
         )
     ]
 

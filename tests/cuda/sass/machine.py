@@ -4,8 +4,8 @@ Sources of the rates, by the letters below:
 
 - G: CUDA C++ Best Practices Guide 13, "Throughput of Native Arithmetic Instructions": results a cycle and
   multiprocessor, by compute capability; 32 results are an instruction of a warp.
-- N: Nsight Compute's documentation, "Pipelines": which pipe executes what. IMAD and dot products go to the heavy half of
-  the FMA pipe, 16 lanes a scheduler; conversions share a unit with MUFU.
+- N: Nsight Compute's documentation, "Pipelines": which pipe executes what. IMAD and dot products go to the heavy half
+  of the FMA pipe, 16 lanes a scheduler; conversions share a unit with MUFU.
 - W: NVIDIA's whitepapers and data sheets of A100, H100, Ada and RTX Blackwell: peaks of the tensor cores, bandwidths,
   multiprocessors and clocks.
 - M: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking"
@@ -17,7 +17,7 @@ No rate of the uniform datapath and of branches is published; they take issue sl
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -203,7 +203,7 @@ def machine_of(arch: str) -> Machine:
 def cycles_of(opcodes: Mapping[str, float], machine: Machine) -> dict[str, float]:
     """The least cycles that a multiprocessor takes for these instructions of warps, by what executes them; the largest
     of them bounds the rest: they run side by side."""
-    cycles: Counter[str] = Counter()
+    cycles: defaultdict[str, float] = defaultdict(float)
     for opcode, n in opcodes.items():
         cycles["issue"] += n / machine.rates["issue"]
         pipe, name = pipe_of(opcode), opcode.partition(".")[0]
@@ -221,7 +221,7 @@ def cycles_of(opcodes: Mapping[str, float], machine: Machine) -> dict[str, float
 
 
 def by_pipe(opcodes: Mapping[str, float]) -> dict[str, float]:
-    counts: Counter[str] = Counter()
+    counts: defaultdict[str, float] = defaultdict(float)
     for opcode, n in opcodes.items():
         pipe = pipe_of(opcode)
         counts[pipe if pipe in PIPES else "other"] += n
