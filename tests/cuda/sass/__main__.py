@@ -6,21 +6,20 @@ import argparse
 import re
 from pathlib import Path
 
-from .count import guess, steady
-from .disassembly import Kernel, kernels_of
-from .flow import Flow
-from .flow import Path as SteadyPath
-from .kernels import short, works_of
-from .report import describe, rows_of, write
+from tests.cuda.sass.count import guess, steady
+from tests.cuda.sass.disassembly import Kernel, kernels_of
+from tests.cuda.sass.flow import Flow
+from tests.cuda.sass.kernels import short, works_of
+from tests.cuda.sass.report import describe, rows_of, write
 
 
 def listing(kernel: Kernel) -> str:
     """The machine code of the steady paths, a block after the other."""
     flow, lines = Flow(kernel), []
-    works = works_of(kernel.name)
+    works = works_of(kernel.name, kernel.arch)
     for work in [guess(kernel, flow)] if works is None else works:
         for share, goal in work.ways:
-            path: SteadyPath = steady(flow, goal, work.in_loop)
+            path = steady(flow, goal, work.in_loop)
             lines.append(f"--- {work.label} {share:g} of the units: {path.slots} instructions")
             for number, times in zip(path.blocks, path.times, strict=True):
                 lines.append(f"block {number}" + (f", {times} times" if times > 1 else ""))

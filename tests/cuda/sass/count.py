@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from .disassembly import Kernel
-from .flow import Flow, Goal, NoPath, Path
-from .machine import by_pipe, cycles_of, machine_of
+from tests.cuda.sass.disassembly import Kernel
+from tests.cuda.sass.flow import Flow, Goal, NoPath, Path
+from tests.cuda.sass.machine import by_pipe, cycles_of, machine_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from operator import add, lt
 
-from .disassembly import Instruction, Kernel
+from tests.cuda.sass.disassembly import Instruction, Kernel
 
 TENSOR = frozenset({"HMMA", "IMMA", "DMMA", "BMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA", "BGMMA"})
 COPY = frozenset({"LDGSTS", "UBLKCP", "UTMALDG", "UBLKPF"})
@@ -34,9 +34,15 @@ class NoPath(ValueError):
 
 
 @cache
-def classes_of(name: str) -> tuple[str, ...]:
-    """What a goal may call an instruction: its name without modifiers, and the classes that have it."""
-    return (name, *(label for label, names in CLASSES.items() if name in names))
+def labels_of(opcode: str) -> tuple[str, ...]:
+    """What a goal may call an instruction: its name without modifiers, the classes that have it, and of a load from
+    shared memory also its width in bits, "LDS.32"."""
+    name, *modifiers = opcode.split(".")
+    labels = [name, *(label for label, names in CLASSES.items() if name in names)]
+    if name == "LDS":
+        widths = [m.lstrip("US") for m in modifiers if m.lstrip("US") in ("8", "16", "64", "128")]
+        labels.append(f"LDS.{widths[0] if widths else 32}")
+    return tuple(labels)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Goal:
     """Which path is steady: of those with the most of `most`, in this order, and then with at least `least` of each of
     these (no more are looked for), the one of the fewest instructions.
 
-    Both name instructions (``"FFMA"``) or CLASSES of them (``"TENSOR"``).
+    Both are labels: instructions (``"FFMA"``) or CLASSES of them (``"TENSOR"``).
     """
 
     most: tuple[str, ...] = ("TENSOR", "COPY")
@@ -66,7 +72,7 @@ class Block:
         before = None
         for instruction in self.code:
             if before is None or not are_opposite(before, instruction):
-                counts.update(classes_of(instruction.name))
+                counts.update(labels_of(instruction.opcode))
             before = instruction
         return counts
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from .count import Work
-from .flow import Goal
+from tests.cuda.sass.count import Work
+from tests.cuda.sass.flow import Goal
 
 # Elements of a vector of a lane, and of the vectors of a warp.
 _VECTOR, _WARP_VECTOR = 8, 256
@@ -26,7 +26,8 @@ def _bytes(element: str) -> int:
 # Groups of 128 columns: with every second block of 64 one begins and one ends, so its scales are copied and read and
 # its sums are scaled. Where groups are not multiples of 64 they may end with each of the four steps of a block: groups
 # of 16 are what is counted.
-_GROUP = ("TENSOR", "COPY", "FFMA", "LDS")
+# 16-bit scales: a lane reads those of its two rows as 32 bits; float32 would be shorter.
+_GROUP = ("TENSOR", "COPY", "FFMA", "LDS", "LDS.32")
 
 
 def _group_ways(fine: bool, products: int, copies: int, trips: dict[str, int]) -> tuple[tuple[float, Goal], ...]:
@@ -65,14 +66,12 @@ def _few_strips(products: int, copies: int, strips: int) -> tuple[tuple[float, G
     """Strips that are not there are branched around, one by one: as much as is needed of what each strip brings."""
     inside = Goal(most=(), least={"TENSOR": products, "COPY": copies})
     # The codes of four strips are read by instructions with predicates, the scales of each behind a branch.
-    group = {"TENSOR": products, "COPY": copies + 1, "FFMA": products, "LDS": 4 + strips}
+    group = {"TENSOR": products, "COPY": copies + 1, "FFMA": products, "LDS": 4 + strips, "LDS.32": strips}
     return (0.5, inside), (0.5, Goal(most=(), least=group))
 
 
 def _tiled(tokens: str, fine: str, offset: str) -> list[Work]:
     n, is_fine, has_offset = int(tokens), fine == "true", offset == "true"
-    if n > (64 if has_offset else 128):
-        return []
     products = 4 * (n // 16) * (2 + has_offset)
     # The rows of x are copied in a loop that is not unrolled.
     ways = _group_ways(is_fine, products, 1 + n // 32, {"LDGSTS": n // 32})
@@ -253,6 +252,23 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
 }
 
 
+# What a reader looks for first: bfloat16, groups of whole blocks, no zero points, rows of 4096 and heads of 128.
+SHOWN = (
+    "decode_kernel<bf16, 1, false, false>",
+    "decode_kernel<bf16, 2, false, false>",
+    *(f"tiled_kernel<bf16, {tokens}, false, false>" for tokens in (32, 64, 128)),
+    *(f"int8_gemm_kernel<{tokens}, false>" for tokens in (8, 16, 32, 64, 128)),
+    "norm_kernel<bf16, RowShape<128, 4, true>",
+    "quantize_kernel<bf16, RowShape<128, 4, true>",
+    "asym_kernel<bf16, RowShape<128, 4, true>",
+    "static_kernel<bf16, RowShape<128, 4, true>",
+    "silu_mul_kernel<bf16, RowShape<128, 4, true>",
+    "qk_norm_rotary_kernel<bf16, RowShape<32, 1, true>",
+    "rotary_kernel<bf16, true>",
+    "dequantize_kernel<bf16>",
+)
+
+
 def short(name: str) -> str:
     """`norm_kernel<float, RowShape<32, 1, true>, false>` of a demangled name."""
     for noise in ("(anonymous namespace)::", "qops::cuda::", "void "):
@@ -260,9 +276,15 @@ def short(name: str) -> str:
     return name.partition("(")[0].replace("> >", ">>").replace("__nv_bfloat16", "bf16").replace("__half", "half")
 
 
-def works_of(name: str) -> list[Work] | None:
-    """Of a kernel, by its demangled name; none for an instance that has no work on any architecture; None for one that
-    has no row."""
+# Instances that are compiled to nothing from an architecture on: max_tile_tokens() of int4_config.h.
+_EMPTY = ((r"tiled_kernel<\w+, 128,", 120),)
+
+
+def works_of(name: str, arch: str) -> list[Work] | None:
+    """Of a kernel, by its demangled name; none for an instance that has no work on this architecture ("90a"); None for
+    one that has no row."""
+    if any(re.search(pattern, name) and int(arch.rstrip("af")) >= first for pattern, first in _EMPTY):
+        return []
     for pattern, works in _TABLE.items():
         if found := re.search(rf"(?<!\w){pattern}", name):
             return works(*found.groups())

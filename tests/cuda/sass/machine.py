@@ -21,8 +21,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .disassembly import RESERVED_SHARED
-from .flow import TENSOR
+from tests.cuda.sass.disassembly import RESERVED_SHARED
+from tests.cuda.sass.flow import TENSOR
 
 # --- pipes -----------------------------------------------------------------------------------------------------------
 

@@ -7,16 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .count import Count, guess, measure
-from .disassembly import Kernel
-from .flow import Flow
-from .kernels import short, works_of
-from .machine import PIPES, machine_of
+from tests.cuda.sass.count import Count, guess, measure
+from tests.cuda.sass.disassembly import Kernel
+from tests.cuda.sass.flow import Flow
+from tests.cuda.sass.kernels import SHOWN, short, works_of
+from tests.cuda.sass.machine import PIPES, machine_of
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE, BUDGET = ROOT / "bench/results/SLOTS.md", ROOT / "tests/data/cuda_slots.json"
 GROWTH = 1.03
 REGENERATE = "python -m tests.cuda.sass --write build/cuda-check/csrc/cuda/CMakeFiles/_C_cuda.dir/*.cu.o"
+_SHOWN_PIPES, _VECTOR_PIPES = PIPES[:6], PIPES[:5]
 _BOUNDS = ("issue", "alu", "fma", "imad", "xu", "lsu", "shared", "tensor", "l2", "dram")
 
 
@@ -48,7 +49,7 @@ def rows_of(kernels: Iterable[Kernel], guesses: bool = False) -> list[Row]:
     """
     rows = []
     for kernel in kernels:
-        works = works_of(kernel.name)
+        works = works_of(kernel.name, kernel.arch)
         if works is None and not guesses:
             raise LookupError(f"{kernel.name} has no row in tests/cuda/sass/kernels.py: what is a unit of its work?")
         flow = Flow(kernel)
@@ -98,7 +99,8 @@ of all warps that do the unit, by pipe, and the least cycles that a multiprocess
 bounds the kernel; nothing here knows of latency, and no GPU has been asked. `tests/cuda/sass` says what a steady path
 is, and has the rates and bandwidths with their sources. Shared memory: wavefronts if there are no bank conflicts, which
 the emulator's tracer looks for. `alone`: cycles that a warp takes for its part by the stalls in its code. `first`:
-instructions up to the first load or copy from global memory, by the shortest way.
+instructions up to the first load or copy from global memory, by the shortest way. Up to `tensor` instructions, from
+`issue` to `DRAM` cycles; `pipe` is the fullest of the first five pipes.
 
 Groups of int4 have 128 columns, or 16 where a kernel is compiled for small ones; scales are 16-bit, and there are zero
 points in kernels for float zeros alone. Rows: symmetric rule 127, the cheaper rounding, weights of x's dtype; a row
@@ -107,16 +109,20 @@ a weight is read once.
 """
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown, of one architecture and family."""
-    head = ["instance", "slots", *PIPES[:6], "issue", "alu", "fma", "imad", "xu", "lsu", "shared", "tensor"]
-    head += ["L2", "DRAM", "bound", "alone", "first", "registers", "blocks"]
+def table(rows: list[Row], whole_names: bool = False) -> str:
+    """Markdown, of one architecture; of one family, whose name need not be said, or of several."""
+    head = ["instance", "slots", *_SHOWN_PIPES, "issue", "pipe", "shared", "tensor", "L2", "DRAM", "bound"]
+    head += ["alone", "first", "registers", "blocks"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
     for row in rows:
         count = row.count
-        cells = [row.key.partition("<")[2].replace(">", "", 1) or row.key, _number(count.slots)]
-        cells += [_number(count.pipes.get(pipe, 0)) for pipe in PIPES[:6]]
-        cells += [_number(count.cycles.get(name, 0)) for name in _BOUNDS]
+        instance = row.kernel[len(row.family) + 1 : -1]
+        name = f"`{row.kernel}`" if whole_names or not instance else instance
+        cells = [f"{name} {count.work.label}".rstrip(), _number(count.slots)]
+        cells += [_number(count.pipes.get(pipe, 0)) for pipe in _SHOWN_PIPES]
+        pipe = max(_VECTOR_PIPES, key=lambda name: count.cycles.get(name, 0))
+        cells += [_number(count.cycles["issue"]), f"{pipe} {_number(count.cycles.get(pipe, 0))}"]
+        cells += [_number(count.cycles.get(name, 0)) for name in ("shared", "tensor", "l2", "dram")]
         cells += [count.bound, _number(count.stalls), str(count.prologue), str(count.kernel.registers)]
         cells.append(str(count.blocks))
         lines.append("| " + " | ".join(cells) + " |")
@@ -127,13 +133,13 @@ def section(arch: str, rows: list[Row]) -> str:
     machine = machine_of(arch)
     l2 = f"{_number(machine.l2)} bytes a cycle from L2" if machine.l2 else "no rate of L2"
     text = f"## sm_{arch}: {machine.gpu}\n\n{machine.dram:.1f} bytes a cycle from DRAM, {l2}, of a multiprocessor.\n"
-    families = dict.fromkeys(row.family for row in rows)
-    for family in families:
+    text += f"\n### What is used most, sm_{arch}\n\n"
+    text += table([row for row in rows if any(row.key.startswith(shown) for shown in SHOWN)], whole_names=True)
+    for family in dict.fromkeys(row.family for row in rows):
         of_family = [row for row in rows if row.family == family]
         units = dict.fromkeys(row.count.work.unit for row in of_family)
         said = "; ".join(units) if len(units) <= 3 else f"from {next(iter(units))} to {list(units)[-1]}"
-        text += f"\n### {family}, sm_{arch}\n\nA unit: {said}. Left of `issue` instructions, right of it cycles.\n\n"
-        text += table(of_family)
+        text += f"\n### {family}, sm_{arch}\n\nA unit: {said}.\n\n{table(of_family)}"
     return text
 
 

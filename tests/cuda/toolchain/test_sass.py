@@ -132,6 +132,15 @@ def test_a_loop_is_counted_by_pipe():
     assert count.cycles["l2"] == 10 and count.cycles["dram"] == pytest.approx(1300 / 13, rel=0.01)
 
 
+def test_paths_have_shares():
+    flow = flow_of(
+        "loop:", "HMMA.16816.F32 R8, R4, R6, R8", "@P1 BRA on", *["FADD R1, R1, R2"] * 4, "on:", "@P0 BRA loop"
+    )
+    work = Work("a turn", ((0.75, Goal()), (0.25, Goal(most=("FADD",)))))
+    count = measure(flow.kernel, work, flow)
+    assert count.slots == 0.75 * 3 + 0.25 * 7 and count.stalls == count.slots and count.opcodes["FADD"] == 1
+
+
 def test_a_branch_around_a_rare_block_is_taken():
     flow = flow_of(
         "loop:", "HMMA.16816.F32 R8, R4, R6, R8", "@!P1 BRA on", *["FADD R1, R1, R2"] * 9, "on:", "@P0 BRA loop", "EXIT"
@@ -150,8 +159,11 @@ def test_of_two_opposite_instructions_one_executes():
     flow = flow_of("loop:", *pair, "@P2 LDGSTS.E.128 [R5], [R2.64]", "@P0 BRA loop", "EXIT")
     path = steady(flow, Goal(), True)
     assert path.count("COPY") == 2 and path.slots == 4
-    a, b = instructions_of(assembled("FADD R1, R1, R2", "FADD R1, R1, R2"))
-    assert not are_opposite(a, b)
+    always, again, once, twice, never = instructions_of(
+        assembled(*["FADD R1, R1, R2"] * 2, *["@P1 FADD R1, R1, R2"] * 2, "@!P1 FADD R1, R1, R2")
+    )
+    assert are_opposite(twice, never) and are_opposite(never, twice)
+    assert not any(are_opposite(*pair) for pair in ((always, again), (again, once), (once, twice), (always, never)))
 
 
 def test_copies_are_asked_for_up_to_a_number():
@@ -173,6 +185,18 @@ def test_copies_are_asked_for_up_to_a_number():
     assert slots(flow, Goal()) == slots(flow, Goal(most=(), least={"TENSOR": 1, "COPY": 3})) == 7
     with pytest.raises(NoPath, match="3 of 4 COPY"):
         slots(flow, Goal(most=(), least={"TENSOR": 1, "COPY": 4}))
+
+
+def test_loads_from_shared_memory_have_widths():
+    flow = flow_of(
+        "loop:", "@P1 BRA wide", "LDS R1, [R2]", "PRMT R3, R1, R1", "BRA on", "wide:", "LDS.64 R2, [R2]", "on:",
+        "LDS.U16 R5, [R2]", "@P0 BRA loop", "EXIT",
+    )  # fmt: skip
+    assert slots(flow, Goal(most=("LDS",))) == 4
+    assert slots(flow, Goal(most=("LDS", "LDS.32"))) == slots(flow, Goal(most=(), least={"LDS.32": 1})) == 6
+    assert (
+        slots(flow, Goal(most=("LDS", "LDS.64"))) == 4 and steady(flow, Goal(most=("LDS.16",)), True).count("LDS") == 2
+    )
 
 
 def test_what_excludes_each_other_is_no_path():
@@ -212,10 +236,11 @@ def test_inner_loops_turn_as_often_as_the_goal_says():
     assert slots(flow, Goal(most=("STORE",))) == 6
     assert slots(flow, Goal(most=("STORE",), trips={"LDG": 5})) == 3 + 5 * 3
     assert slots(flow, Goal(most=("STORE",), trips={"FADD": 5})) == 6
-    # The loop that does the work is the innermost one that has all of it.
+    # The loop that does the work is the innermost one that has all of it; once through it is once.
     assert slots(flow, Goal(most=("LOAD",))) == 3
+    assert slots(flow, Goal(most=(), least={"LOAD": 1}, trips={"LOAD": 5})) == 3
     path = steady(flow, Goal(most=(), least={"LOAD": 4}, trips={"*": 4}), in_loop=False)
-    assert path.slots == 1 + 1 + 4 * 3 + 2 + 1 and path.count("FMUL") == 4
+    assert path.slots == path.stalls == 1 + 1 + 4 * 3 + 2 + 1 and path.count("FMUL") == 4
 
 
 def test_of_several_loops_the_one_with_the_products_is_steady():
@@ -368,11 +393,11 @@ def test_the_tool_can_be_lifted_out():
         if path.stem not in known:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.module in known, f"{path.name}: {node.module}"
-            elif isinstance(node, ast.ImportFrom | ast.Import):
+            if isinstance(node, ast.ImportFrom | ast.Import):
                 modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-                assert {module.partition(".")[0] for module in modules} <= sys.stdlib_module_names, path.name
+                ours = {module.removeprefix("tests.cuda.sass.") for module in modules if module.startswith("tests.")}
+                others = {module.partition(".")[0] for module in modules if not module.startswith("tests.")}
+                assert ours <= known and others <= sys.stdlib_module_names, f"{path.name}: {modules}"
 
 
 def test_every_kernel_has_a_row():
@@ -385,8 +410,10 @@ def test_every_kernel_has_a_row():
     assert kernels.short(f"void qops::cuda::(anonymous namespace)::norm_kernel<__half, {shape}, false>(int)") == (
         "norm_kernel<half, RowShape<32, 1, true>, false>"
     )
-    assert len(kernels.works_of(f"void norm_kernel<__half, {shape}, false>(int)") or []) == 2
-    assert kernels.works_of("void another_norm_kernel<float>(int)") is None
+    assert len(kernels.works_of(f"void norm_kernel<__half, {shape}, false>(int)", "80") or []) == 2
+    assert kernels.works_of("void another_norm_kernel<float>(int)", "80") is None
+    large = "void tiled_kernel<__half, 128, true, false>(int)"
+    assert len(kernels.works_of(large, "90a") or []) == 1 and kernels.works_of(large, "120") == []
 
 
 # --- what nvcc makes -------------------------------------------------------------------------------------------------
