@@ -10,12 +10,10 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.cuda import cuda_tools
 from tests.support.cuda.cuda_budgets import BUDGETS, KERNELS, budget, shape_of
@@ -40,22 +38,6 @@ class Compiled:
     @property
     def shape(self) -> str:
         return shape_of(self.instance)
-
-
-@pytest.fixture(scope="module")
-def log(request) -> str:
-    """What the build of the preset printed."""
-    cuda_tools.require_nvcc()
-    archs = request.config.getoption("--cuda-archs")
-    options = {
-        "QOPS_CUDA_ARCHS": archs,
-        "QOPS_TORCH_DIR": Path(torch.__file__).parent,
-        "Python_EXECUTABLE": sys.executable,
-        "CMAKE_MAKE_PROGRAM": cuda_tools.ninja(),
-    }
-    cmake = cuda_tools.cmake()
-    checked(cmake, "--preset", "cuda-check", *(f"-D{name}={value}" for name, value in options.items()), cwd=ROOT)
-    return checked(cmake, "--build", "--preset", "cuda-check", "--clean-first", cwd=ROOT)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""What machine code for NVIDIA GPUs costs, read without one: README.md beside this file."""

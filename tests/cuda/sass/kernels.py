@@ -1,0 +1,291 @@
+"""The kernels of csrc/cuda: the unit of work of each, and the path that does it. All that this tool knows of qops.
+
+A kernel's row says in `least` what its steady path has to hold. A rewritten kernel that does its work otherwise (by
+bulk copies, say) fails with what is missing, and its row is changed with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from tests.cuda.sass.count import Work
+from tests.cuda.sass.flow import Goal
+
+# Elements of a vector of a lane, and of the vectors of a warp.
+_VECTOR, _WARP_VECTOR = 8, 256
+_HEAD = "a warp's vector, 256 elements"
+
+
+def _bytes(element: str) -> int:
+    return 4 if element == "float" else 2
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+# Groups of 128 columns: with every second block of 64 one begins and one ends, so its scales are copied and read and
+# its sums are scaled. Where groups are not multiples of 64 they may end with each of the four steps of a block: groups
+# of 16 are what is counted.
+# 16-bit scales: a lane reads those of its two rows as 32 bits; float32 would be shorter.
+_GROUP = ("TENSOR", "COPY", "FFMA", "LDS", "LDS.32")
+
+
+def _group_ways(fine: bool, products: int, copies: int, trips: dict[str, int]) -> tuple[tuple[float, Goal], ...]:
+    boundary = Goal(most=_GROUP, least={"TENSOR": products}, trips=trips)
+    if fine:
+        return ((1, boundary),)
+    return ((0.5, Goal(most=(), least={"TENSOR": products, "COPY": copies}, trips=trips)), (0.5, boundary))
+
+
+def _scale_bytes(strips: int, fine: bool, offset: bool) -> float:
+    """Of 64 columns, with scales of two bytes and float zeros of four."""
+    return strips * 16 * (4 if fine else 0.5) * (6 if offset else 2)
+
+
+def _decode(tiles: str, fine: str, offset: str) -> list[Work]:
+    tokens, is_fine, has_offset = 8 * int(tiles), fine == "true", offset == "true"
+    works = []
+    for strips in (4,) if is_fine else (4, 2):
+        # Each fragment of codes meets each tile of tokens, and so does that of ones.
+        products, copies = 4 * int(tiles) * (strips + has_offset), 4 + tokens // 4
+        weights = 512 * strips + _scale_bytes(strips, is_fine, has_offset)
+        works.append(
+            Work(
+                f"64 columns x {strips} strips of a warp",
+                _group_ways(is_fine, products, copies, {}) if strips == 4 else _few_strips(products, copies, strips),
+                dram=weights,
+                l2=weights + 128 * tokens,
+                blocks=1,
+                label=f"{strips} strips",
+            )
+        )
+    return works
+
+
+def _few_strips(products: int, copies: int, strips: int) -> tuple[tuple[float, Goal], ...]:
+    """Strips that are not there are branched around, one by one: as much as is needed of what each strip brings."""
+    inside = Goal(most=(), least={"TENSOR": products, "COPY": copies})
+    # The codes of four strips are read by instructions with predicates, the scales of each behind a branch.
+    group = {"TENSOR": products, "COPY": copies + 1, "FFMA": products, "LDS": 4 + strips, "LDS.32": strips}
+    return (0.5, inside), (0.5, Goal(most=(), least=group))
+
+
+def _tiled(tokens: str, fine: str, offset: str) -> list[Work]:
+    n, is_fine, has_offset = int(tokens), fine == "true", offset == "true"
+    products = 4 * (n // 16) * (2 + has_offset)
+    # The rows of x are copied in a loop that is not unrolled.
+    ways = _group_ways(is_fine, products, 1 + n // 32, {"LDGSTS": n // 32})
+    weights = 4096 + _scale_bytes(8, is_fine, has_offset)
+    return [
+        Work(
+            f"64 columns x 128 rows x {n} tokens of a block",
+            ways,
+            warps=8,
+            dram=weights,
+            l2=weights + 128 * n,
+            blocks=2 if n == 32 and not has_offset else 1,
+        )
+    ]
+
+
+def _int8(tokens: str, zero_points: str) -> list[Work]:
+    n = int(tokens)
+    warps = 4 if n >= 64 else 8
+    products = {8: 2, 16: 4, 32: 8, 64: 32, 128: 64}[n]
+    copies = 8 * 2 // warps + -(-n * 4 // (32 * warps))
+    least = {"TENSOR": products, "COPY": copies, **({"IDP": products // 2} if zero_points == "true" and n < 64 else {})}
+    return [
+        Work(
+            f"64 columns x 128 rows x {n} tokens of a block",
+            ((1, Goal(most=("TENSOR",), least=least)),),
+            warps=warps,
+            dram=8192 if n <= 64 else 0,
+            l2=8192 + 64 * n,
+            blocks=2,
+        )
+    ]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+class _Row:
+    """RowShape<threads, chunks, aligned> with elements of a type: how many accesses move its vectors.
+
+    Where no vector is held, a row of one vector a lane is what is counted.
+    """
+
+    def __init__(self, element: str, threads: str, chunks: str, aligned: str) -> None:
+        self.aligned = aligned == "true"
+        self.held = int(chunks)
+        self.vectors = self.held or 1
+        self.warps = int(threads) // 32
+        self.passes = 1 if self.held else 2  # over x, where it is not held
+        self.size = _bytes(element)
+        # Accesses of a vector: 16 bytes each, or an element.
+        self.wide = self.vectors * (self.size // 2 if self.aligned else _VECTOR)
+        self.codes = self.vectors * (1 if self.aligned else _VECTOR)
+
+    def work(self, least: dict[str, int], bytes_of_element: float, label: str = "") -> Work:
+        # All warps of a row take the same path; a unit is a vector of one of them.
+        goal = Goal(most=(), least=least)
+        return Work(
+            _HEAD,
+            ((1, goal),),
+            in_loop=False,
+            units=self.vectors,
+            dram=_WARP_VECTOR * bytes_of_element,
+            label=label,
+        )
+
+
+def _norm(element: str, threads: str, chunks: str, aligned: str, is_int8: str) -> list[Work]:
+    row = _Row(element, threads, chunks, aligned)
+    coded = is_int8 == "true"
+    passes = row.passes + (1 if coded and not row.held else 0)
+    out = row.codes if coded else row.wide
+    weights = row.wide * (passes - 1 if not row.held else 1)
+    sizes = row.size + (1 if coded else row.size)
+    least = {"LOAD": passes * row.wide + weights, "STORE": out + (1 if coded else 0)}
+    more = {"LOAD": least["LOAD"] + row.wide, "STORE": least["STORE"] + row.wide}
+    if coded:
+        least, more = ({**each, "F2I": _VECTOR * row.vectors} for each in (least, more))
+    return [row.work(least, sizes), row.work(more, sizes + 2 * row.size, "residual")]
+
+
+def _quantize(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
+    row = _Row(element, threads, chunks, aligned)
+    least = {"LOAD": row.passes * row.wide, "STORE": row.codes + 1, "F2I": _VECTOR * row.vectors}
+    return [row.work(least, row.size + 1)]
+
+
+def _asym(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
+    row = _Row(element, threads, chunks, aligned)
+    least = {"LOAD": row.passes * row.wide, "STORE": row.codes + 2, "F2I": _VECTOR * row.vectors}
+    return [row.work(least, row.size + 1)]
+
+
+def _static(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
+    row = _Row(element, threads, chunks, aligned)
+    return [row.work({"LOAD": row.wide, "STORE": row.codes, "F2I": _VECTOR * row.vectors}, row.size + 1)]
+
+
+def _silu(element: str, threads: str, chunks: str, aligned: str, is_int8: str) -> list[Work]:
+    row = _Row(element, threads, chunks, aligned)
+    if is_int8 == "false":
+        return [row.work({"LOAD": 2 * row.wide, "STORE": row.wide}, 3 * row.size)]
+    least = {"LOAD": 2 * row.passes * row.wide, "STORE": row.codes + 1, "F2I": _VECTOR * row.vectors}
+    return [row.work(least, 2 * row.size + 1)]
+
+
+def _heads(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
+    """Halves, with cos and sin of the same type, one position a token. A lane turns two vectors at a time."""
+    row = _Row(element, threads, chunks, aligned)
+    turns = max(1, row.vectors // 2)
+    of_turn = row.size // 2 if row.aligned else _VECTOR
+    least = {"LOAD": (row.passes + 1) * row.wide + 2 * turns * of_turn, "STORE": 2 * turns * of_turn}
+    size = _WARP_VECTOR * row.vectors * row.warps
+    return [
+        Work(
+            f"a head of {size}" + (", or one of 128, which leaves half of the lanes idle" if size == 256 else ""),
+            ((1, Goal(most=(), least=least, trips={"STORE": turns})),),
+            in_loop=False,
+            warps=row.warps,
+            dram=2 * row.size * size,
+        )
+    ]
+
+
+def _rotary(element: str, aligned: str) -> list[Work]:
+    n = _bytes(element) // 2 if aligned == "true" else _VECTOR
+    goal = Goal(most=(), least={"LOAD": 4 * n, "STORE": 2 * n})
+    return [Work("two vectors of a warp, 512 elements", ((1, goal),), dram=1024 * _bytes(element))]
+
+
+# --- what comes before and after -------------------------------------------------------------------------------------
+
+
+def _once(unit: str, loads: int, stores: int, dram: float, in_loop: bool = False) -> list[Work]:
+    goal = Goal(most=(), least={"LOAD": loads, "STORE": stores})
+    return [Work(unit, ((1, goal),), in_loop=in_loop, dram=dram)]
+
+
+def _dequantize(element: str) -> list[Work]:
+    stores = 2 * _bytes(element)
+    return _once("16 x 64 weights of a warp", 2, stores, 512 + 1024 * _bytes(element), in_loop=True)
+
+
+def _pack(packs: str) -> list[Work]:
+    loads, stores = (4, 1) if packs == "true" else (1, 4)
+    return _once("a block of 16 x 64 weights of a warp", loads, stores, 1024)
+
+
+def _int8_pack(packs: str) -> list[Work]:
+    loads, stores = (4, 1) if packs == "true" else (1, 4)
+    return _once("a fragment of 16 x 32 weights of a warp", loads, stores, 1024)
+
+
+def _finish(_: str, slices: str) -> list[Work]:
+    return _once("256 sums of a warp", 2 * int(slices), 1, 0)
+
+
+_T, _BOOL, _INT = r"(float|__half|__nv_bfloat16)", r"(true|false)", r"(\d+)"
+_SHAPE = rf"qops::cuda::RowShape<{_INT}, {_INT}, {_BOOL}> ?"
+_TABLE: dict[str, Callable[..., list[Work]]] = {
+    rf"decode_kernel<\w+, {_INT}, {_BOOL}, {_BOOL}>": _decode,
+    rf"tiled_kernel<\w+, {_INT}, {_BOOL}, {_BOOL}>": _tiled,
+    rf"int8_gemm_kernel<{_INT}, {_BOOL}>": _int8,
+    rf"norm_kernel<{_T}, {_SHAPE}, {_BOOL}>": _norm,
+    rf"quantize_kernel<{_T}, {_SHAPE}>": _quantize,
+    rf"asym_kernel<{_T}, {_SHAPE}>": _asym,
+    rf"static_kernel<{_T}, {_SHAPE}>": _static,
+    rf"silu_mul_kernel<{_T}, {_SHAPE}, {_BOOL}>": _silu,
+    rf"qk_norm_rotary_kernel<{_T}, {_SHAPE}>": _heads,
+    rf"rotary_kernel<{_T}, {_BOOL}>": _rotary,
+    rf"dequantize_kernel<{_T}>": _dequantize,
+    rf"int8_pack_kernel<{_BOOL}>": _int8_pack,
+    rf"pack_kernel<{_BOOL}>": _pack,
+    rf"finish_kernel<{_T}, {_INT}>": _finish,
+    r"gather_kernel<\w+>": lambda: _once("256 elements of a warp", 8, 1, 1024),
+    r"int8_gemm_add_kernel": lambda: _once("128 sums of a warp, of two blocks", 2, 1, 0),
+    r"int8_gemm_copy_kernel": lambda: _once("256 elements of a warp", 8, 1, 512),
+}
+
+
+# What a reader looks for first: bfloat16, groups of whole blocks, no zero points, rows of 4096 and heads of 128.
+SHOWN = (
+    "decode_kernel<bf16, 1, false, false>",
+    "decode_kernel<bf16, 2, false, false>",
+    *(f"tiled_kernel<bf16, {tokens}, false, false>" for tokens in (32, 64, 128)),
+    *(f"int8_gemm_kernel<{tokens}, false>" for tokens in (8, 16, 32, 64, 128)),
+    "norm_kernel<bf16, RowShape<128, 4, true>",
+    "quantize_kernel<bf16, RowShape<128, 4, true>",
+    "asym_kernel<bf16, RowShape<128, 4, true>",
+    "static_kernel<bf16, RowShape<128, 4, true>",
+    "silu_mul_kernel<bf16, RowShape<128, 4, true>",
+    "qk_norm_rotary_kernel<bf16, RowShape<32, 1, true>",
+    "rotary_kernel<bf16, true>",
+    "dequantize_kernel<bf16>",
+)
+
+
+def short(name: str) -> str:
+    """`norm_kernel<float, RowShape<32, 1, true>, false>` of a demangled name."""
+    for noise in ("(anonymous namespace)::", "qops::cuda::", "void "):
+        name = name.replace(noise, "")
+    return name.partition("(")[0].replace("> >", ">>").replace("__nv_bfloat16", "bf16").replace("__half", "half")
+
+
+# Instances that are compiled to nothing from an architecture on: max_tile_tokens() of int4_config.h.
+_EMPTY = ((r"tiled_kernel<\w+, 128,", 120),)
+
+
+def works_of(name: str, arch: str) -> list[Work] | None:
+    """Of a kernel, by its demangled name; none for an instance that has no work on this architecture ("90a"); None for
+    one that has no row."""
+    if any(re.search(pattern, name) and int(arch.rstrip("af")) >= first for pattern, first in _EMPTY):
+        return []
+    for pattern, works in _TABLE.items():
+        if found := re.search(rf"(?<!\w){pattern}", name):
+            return works(*found.groups())
+    return None
