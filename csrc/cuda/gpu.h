@@ -38,25 +38,48 @@ struct TilePosition {
   int64_t token_tile, row_tile;
 };
 
-// Eight tiles of tokens pass over the rows of w together, so that tiles which run at one time share both.
+// Eight tiles of tokens pass over the rows of w together, so that tiles which run at one time share both. Of less than
+// 2^31 tiles, as a division of 64 bits takes a thread a hundred instructions.
 QOPS_ALWAYS_INLINE constexpr TilePosition tile_position(int64_t tile, int64_t token_tiles, int64_t row_tiles) {
-  constexpr int64_t kGroup = 8;
-  const int64_t group = tile / (kGroup * row_tiles), within = tile % (kGroup * row_tiles);
-  const int64_t left = token_tiles - group * kGroup, size = left < kGroup ? left : kGroup;
+  constexpr uint32_t kGroup = 8;
+  const uint32_t number = static_cast<uint32_t>(tile), of_group = kGroup * static_cast<uint32_t>(row_tiles);
+  const uint32_t group = number / of_group, within = number - group * of_group;
+  const uint32_t left = static_cast<uint32_t>(token_tiles) - group * kGroup, size = left < kGroup ? left : kGroup;
   return {group * kGroup + within % size, within / size};
 }
 
 namespace model {
 
-// Of a multiprocessor: bytes that reach it in a cycle, from memory and from L2; cycles of an mma of 16 rows and 8
+// Of a multiprocessor: instructions that it issues in a cycle, and of 100 slots how many are taken to be filled; bytes
+// that reach it in a cycle from L2; cycles of an mma of 16 rows and 8
 // tokens, m16n8k16 of 16-bit numbers or m16n8k32 of 8-bit ones; what starting a kernel and filling its ring costs.
-inline constexpr int64_t kBytesPerCycle = 16;
+inline constexpr int64_t kSlotsPerCycle = 4;
+inline constexpr int64_t kSlotsFilled = 62;
+inline constexpr int64_t kCyclesOfWarpSlot = 2;  // of a warp that nobody competes with
 inline constexpr int64_t kL2BytesPerCycle = 40;
 inline constexpr int64_t kCyclesPerMma = 2;
 inline constexpr int64_t kStart = 2000;
 inline constexpr int64_t kNextKernel = 2000;
 // Of the shared memory of each block, by CUDA.
 inline constexpr int64_t kReserved = 1024;
+
+// Bytes that reach a multiprocessor in a cycle from memory: those of the largest GPU of an architecture by its data
+// sheet, A100 80GB SXM 2039 GB/s, 108 at 1.41 GHz; RTX 3090 936, 82 at 1.70; RTX 4090 1008, 128 at 2.52; H100 SXM 3352,
+// 132 at 1.755; B200 8000, 148 at 1.85; Thor 273, 20 at 1.575; RTX 5090 1792, 170 at 2.41.
+constexpr int64_t bytes_per_cycle(Gpu gpu) {
+  switch (gpu.arch) {
+    case 80: return 13;
+    case 86: return 7;
+    case 89: return 3;
+    case 90: return 14;
+    case 110: return 9;
+    case 120:
+    case 121: return 4;
+    default: return gpu.arch >= 100 ? 29 : 13;
+  }
+}
+
+constexpr int64_t cycles_of_slots(int64_t instructions) { return instructions * 100 / (kSlotsPerCycle * kSlotsFilled); }
 
 // A kernel that adds what another one has left.
 constexpr int64_t second_kernel(int64_t scratch_bytes, Gpu gpu) {

@@ -19,7 +19,16 @@ QOPS_ALWAYS_INLINE constexpr Range blocks_of_slice(int64_t blocks, int64_t slice
 
 inline constexpr int kGemmThreads = 256;
 inline constexpr int kGemmWarps = kGemmThreads / 32;
-inline constexpr int kMaxStages = 10;
+// How many stages a ring may have. The instruction that waits for copies has their number in it, and a choice among
+// many would cost the loops many instructions.
+inline constexpr int kRingStages[] = {10, 8, 6, 4, 3, 2};
+// The most that fit; 0 if not two do.
+constexpr int ring_stages(int64_t stage_bytes, int64_t room) {
+  for (const int stages : kRingStages) {
+    if (stages * stage_bytes <= room) return stages;
+  }
+  return 0;
+}
 
 // --- shared memory of one stage of a ring: one block of 64 columns ---------------------------------------------------
 
@@ -57,8 +66,9 @@ constexpr bool is_fine(int64_t k, int64_t group_size) {
 
 // --- the plan --------------------------------------------------------------------------------------------------------
 
-inline constexpr int kDecodeTokens = 16;    // rows of x up to which there is a decode kernel
-inline constexpr int kMaxStripsOfWarp = 4;  // of the decode kernel: that share a fragment of x
+inline constexpr int kDecodeTokens = 16;  // rows of x up to which there is a decode kernel
+// How many strips a warp of the decode kernel takes at a time, which share a fragment of x.
+inline constexpr int kStripsOfWarp[] = {4, 2};
 inline constexpr int kTileTokens[] = {32, 64, 128};
 // The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes
 // spilled), and its shared memory does not fit on sm_120.
@@ -88,11 +98,13 @@ struct GemmPlan {
   int64_t time;  // by the model
   int tokens;    // of a tile that the kernel is compiled for: a multiple of 8
   int k_parts;   // 1, 2, 4 or 8 blocks share slices; above 1, a second kernel adds them
-  // Decode: into how many ranges the strips are cut, one for each block of a part, and the most strips that a warp
-  // takes at a time. Dense: strips that are dequantised at a time, and rows of x that are multiplied with them at a
-  // time.
+  // Decode: into how many ranges the strips are cut, one for each block of a part; how many strips a warp takes at a
+  // time; and the stages of x: as many as of codes, or all of a slice where x is copied once for all strips. Dense:
+  // strips that are dequantised at a time, and rows of x that are multiplied with them at a time.
   int64_t ranges;
   int64_t strips;
+  int x_stages;
+  bool keeps_x;
   int64_t rows;
   // Tiled: tiles of `live` tokens, in eights, x 128 rows of w. The kernel leaves out what it could hold beyond. The
   // first `whole` of them have a block each, the others k_parts. Blocks take items in turns.
@@ -103,8 +115,9 @@ struct GemmPlan {
   QOPS_ALWAYS_INLINE constexpr int64_t items() const { return whole + (tiles() - whole) * k_parts; }
   QOPS_ALWAYS_INLINE constexpr Item item(int64_t index) const {
     if (index < whole) return {index, 0, kSlices};
+    const uint32_t beyond = static_cast<uint32_t>(index - whole), parts = static_cast<uint32_t>(k_parts);
     const int slices = kSlices / k_parts;
-    return {whole + (index - whole) / k_parts, static_cast<int>((index - whole) % k_parts) * slices, slices};
+    return {whole + beyond / parts, static_cast<int>(beyond % parts) * slices, slices};
   }
 
   QOPS_ALWAYS_INLINE constexpr TilePosition position(int64_t tile) const {
@@ -127,31 +140,41 @@ namespace plan {
 
 using namespace model;
 
-// What turning the codes of a stage into fragments adds, in cycles.
-inline constexpr int64_t kCyclesOfCodes = 96;
+// Instructions that a warp of the decode kernel issues for 64 columns: of up to 8 and up to 16 rows of x, of 4 and of 2
+// strips; and all warps of the tiled kernel: whatever the tokens, and for each 8 of them, of up to 64 and of up to 128.
+inline constexpr int64_t kDecodeSlots[2][2] = {{300, 180}, {340, 205}};
+inline constexpr int64_t kTiledSlots = 1140, kTiledSlotsOfEight[2] = {67, 98};
 
 // Blocks of the decode kernel, one for each multiprocessor: each takes some strips and all slices of its part.
-constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_parts, Gpu gpu) {
+constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_parts, int strips_of_warp, Gpu gpu) {
   const int64_t strips = int4::strips(n), blocks = int4::blocks(k);
   GemmPlan p{};
   p.kind = GemmPlan::Kind::kDecode;
   p.tokens = m <= 8 ? 8 : 16;
   p.k_parts = k_parts;
+  p.strips = strips_of_warp;
   p.ranges = max_of(1, min_of(strips, gpu.multiprocessors / k_parts));
   p.blocks = p.ranges * k_parts;
   const int64_t of_block = ceil_div(strips, p.ranges), of_warp = ceil_div(of_block, k_parts);
-  // Passes of as many strips as there is room for with two stages or more, none much smaller than the others.
-  const int64_t sums = 4 * p.tokens * sum_stride(kMaxStripsOfWarp);
-  int64_t stage = 0;
-  for (int64_t most = kMaxStripsOfWarp; most > 0 && p.stages < 2; --most) {
-    p.strips = max_of(1, ceil_div(of_warp, max_of(1, ceil_div(of_warp, most))));
-    stage = kGemmWarps * (p.strips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes);
-    p.stages = static_cast<int>(min_of(kMaxStages, (gpu.shared_bytes - sums) / stage));
-  }
-  p.shared_bytes = sums + p.stages * stage;
+  const int64_t passes = ceil_div(of_warp, p.strips), slice_blocks = ceil_div(blocks, kSlices);
+  const int64_t sums = 4 * p.tokens * sum_stride(strips_of_warp);
+  const int64_t codes = kGemmWarps * p.strips * strip_stage_bytes(fine), x = kGemmWarps * p.tokens * kTokenStageBytes;
+  // With a ring of x, and with all of x.
+  p.stages = ring_stages(codes + x, gpu.shared_bytes - sums);
+  const int beside_x = ring_stages(codes, gpu.shared_bytes - sums - slice_blocks * x);
+  p.keeps_x = passes > 1 && beside_x >= max_of(2, p.stages);
+  if (p.keeps_x) p.stages = beside_x;
+  p.x_stages = p.keeps_x ? static_cast<int>(slice_blocks) : p.stages;
+  p.shared_bytes = sums + p.stages * codes + p.x_stages * x;
   const int64_t block_bytes = of_block * int4::strip_bytes(k) / k_parts;
-  const int64_t x_bytes = ceil_div(of_block, p.strips) * m * 2 * int4::kBlockColumns * blocks / k_parts;
-  p.time = kStart + max_of(block_bytes / kBytesPerCycle, (block_bytes + x_bytes) / kL2BytesPerCycle);
+  const int64_t x_bytes = (p.keeps_x ? 1 : passes) * m * 2 * int4::kBlockColumns * blocks;
+  // Of all warps, of which some may have one strip more than others, and of one alone.
+  const int64_t slots = slice_blocks * kDecodeSlots[p.tokens / 16][strips_of_warp == 2], more = of_block % k_parts;
+  const int64_t all =
+      more * ceil_div(of_block / k_parts + 1, p.strips) + (k_parts - more) * ceil_div(of_block / k_parts, p.strips);
+  const int64_t issue = max_of(cycles_of_slots(kSlices / k_parts * all * slots), passes * slots * kCyclesOfWarpSlot);
+  const int64_t memory = max_of(block_bytes / bytes_per_cycle(gpu), (block_bytes + x_bytes) / kL2BytesPerCycle);
+  p.time = kStart + max_of(memory, issue);
   if (k_parts > 1) p.time += second_kernel(p.scratch_bytes(m, n, k), gpu);
   return p;
 }
@@ -171,7 +194,7 @@ constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, bool offset
   const int64_t room = (gpu.shared_bytes + kReserved) / resident - kReserved;
   const int64_t sums = 4 * p.tokens * sum_stride(kTileStrips);
   const int64_t stage = kTileStrips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes;
-  p.stages = static_cast<int>(min_of(kMaxStages, (room - sums) / stage));
+  p.stages = ring_stages(stage, room - sums);
   p.shared_bytes = sums + p.stages * stage;
 
   const int64_t most_blocks = gpu.multiprocessors * resident;
@@ -182,7 +205,8 @@ constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, bool offset
   const int64_t of_multiprocessor = ceil_div(p.whole, gpu.multiprocessors) * blocks +
                                     ceil_div(shared_items, gpu.multiprocessors) * ceil_div(blocks, k_parts);
   const int64_t codes = kTileStrips * int4::kBlockBytes, copies = (codes + live * kTokenStageBytes) / kL2BytesPerCycle;
-  const int64_t unit = max_of(max_of(mma, copies) + kCyclesOfCodes, codes / kBytesPerCycle);
+  const int64_t slots = kTiledSlots + kTiledSlotsOfEight[p.tokens / 128] * (live / 8);
+  const int64_t unit = max_of(max_of(mma, cycles_of_slots(slots)), max_of(copies, codes / bytes_per_cycle(gpu)));
   p.time = kStart + of_multiprocessor * unit;
   if (p.whole < p.tiles()) p.time += second_kernel(p.scratch_bytes(m, n, k), gpu);
   return p;
@@ -243,7 +267,10 @@ constexpr GemmPlan plan_int4_gemm(const GemmShape& shape) {
     if (p.stages >= 2 && p.scratch_bytes(m, n, k) <= kMostScratch) consider(p);
   };
   for (int k_parts = 1; k_parts <= kSlices; k_parts *= 2) {
-    if (m <= kDecodeTokens && k_parts <= gpu.multiprocessors) consider_ours(plan::decode(m, n, k, fine, k_parts, gpu));
+    for (const int strips : kStripsOfWarp) {
+      if (m > kDecodeTokens || k_parts > gpu.multiprocessors) break;
+      consider_ours(plan::decode(m, n, k, fine, k_parts, strips, gpu));
+    }
     for (int live = 16; live <= max_tile_tokens(offset, gpu.arch); live += 8) {
       consider_ours(plan::tiled(m, n, k, fine, offset, live, k_parts, false, gpu));
       if (k_parts > 1) consider_ours(plan::tiled(m, n, k, fine, offset, live, k_parts, true, gpu));
@@ -253,6 +280,60 @@ constexpr GemmPlan plan_int4_gemm(const GemmShape& shape) {
     if (const GemmPlan p = plan::dense(m, n, k, gpu); p.blocks > 0) consider(p);
   }
   return best;
+}
+
+// What the decode kernel works with, so that no thread divides: numbers of 32 bits. A weight has less than 2^32 blocks
+// of 512 bytes.
+struct DecodeWork {
+  uint32_t blocks;                 // of 64 columns in K
+  uint32_t chunks;                 // of 8 columns
+  uint32_t parts_log, slices_log;  // k_parts is 1 << parts_log, the slices of a block are 1 << slices_log
+  uint32_t strips, longer;         // of a range; the first `longer` ranges have one more
+  int stages;
+  bool keeps_x;
+  uint32_t ring_bytes;              // of a warp
+  uint32_t x_of_stage, x_of_block;  // bytes between two stages of x: of a ring, or of the blocks of a slice
+};
+
+// What a warp multiplies: a share of the strips of its block's range, over the blocks of one slice of K.
+struct DecodeShare {
+  uint32_t slice;
+  uint32_t first_strip, strips;
+  uint32_t first_block, blocks;
+};
+
+constexpr DecodeWork decode_work(const GemmPlan& plan, int64_t n, int64_t k) {
+  const auto narrow = [](int64_t value) { return static_cast<uint32_t>(value); };
+  const int64_t strips = int4::strips(n), x_bytes = plan.tokens * kTokenStageBytes;
+  const int64_t rings = plan.shared_bytes - 4 * plan.tokens * sum_stride(static_cast<int>(plan.strips));
+  uint32_t parts_log = 0;
+  while (1 << parts_log < plan.k_parts) ++parts_log;
+  return {narrow(int4::blocks(k)),
+          narrow(k / 8),
+          parts_log,
+          3 - parts_log,
+          narrow(strips / plan.ranges),
+          narrow(strips % plan.ranges),
+          plan.stages,
+          plan.keeps_x,
+          narrow(rings / kGemmWarps),
+          plan.keeps_x ? 0 : narrow(x_bytes),
+          plan.keeps_x ? narrow(x_bytes) : 0};
+}
+
+QOPS_ALWAYS_INLINE constexpr DecodeShare decode_share(const DecodeWork& work, uint32_t block, uint32_t warp) {
+  const uint32_t range = block >> work.parts_log, part = block - (range << work.parts_log);
+  const uint32_t turn = warp >> work.slices_log;
+  const uint32_t begin = range * work.strips + (range < work.longer ? range : work.longer);
+  const uint32_t count = work.strips + (range < work.longer ? 1 : 0), first = count * turn >> work.parts_log;
+  DecodeShare share{};
+  share.slice = (part << work.slices_log) + warp - (turn << work.slices_log);
+  share.first_strip = begin + first;
+  share.strips = (count * (turn + 1) >> work.parts_log) - first;
+  // As blocks_of_slice().
+  share.first_block = work.blocks * share.slice / kSlices;
+  share.blocks = work.blocks * (share.slice + 1) / kSlices - share.first_block;
+  return share;
 }
 
 // Plans that were asked for lately. To search for one takes 2 us; a model asks for few different ones, each twice a

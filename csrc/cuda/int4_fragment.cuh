@@ -27,20 +27,33 @@ QOPS_DEVICE void copy_codes(uint32_t shared, const uint8_t* source, uint64_t pol
 #endif
 }
 
-// Until at most `pending` of this thread's newest groups of copies are in flight; pending < kMaxStages - 1.
-QOPS_DEVICE void wait_for_copies(int pending) {
-  switch (pending) {
-    case 0: return ptx::cp_async_wait<0>();
-    case 1: return ptx::cp_async_wait<1>();
-    case 2: return ptx::cp_async_wait<2>();
-    case 3: return ptx::cp_async_wait<3>();
-    case 4: return ptx::cp_async_wait<4>();
-    case 5: return ptx::cp_async_wait<5>();
-    case 6: return ptx::cp_async_wait<6>();
-    case 7: return ptx::cp_async_wait<7>();
-    default: return ptx::cp_async_wait<kMaxStages - 2>();
-  }
+// Until all but `stages` - 2 of this thread's newest groups of copies have landed, of a ring of one of kRingStages: the
+// more stages, the fewer instructions.
+QOPS_DEVICE void wait_for_stage(int stages) {
+  ptx::cp_async_wait<8>();
+  if (stages == 10) return;
+  ptx::cp_async_wait<6>();
+  if (stages == 8) return;
+  ptx::cp_async_wait<4>();
+  if (stages == 6) return;
+  ptx::cp_async_wait<2>();
+  if (stages == 4) return;
+  ptx::cp_async_wait<1>();
+  if (stages == 2) ptx::cp_async_wait<0>();
 }
+
+// --- values that loops keep ------------------------------------------------------------------------------------------
+
+// The value of a lane, as something that the compiler does not work out anew in each step of a loop.
+QOPS_DEVICE uint32_t held(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+template <class T>
+QOPS_DEVICE const T* held(const T* pointer, int lane) {
+  const uint64_t address = reinterpret_cast<uint64_t>(pointer);
+  const uint64_t high = held(static_cast<uint32_t>(address >> 32), lane);
+  return reinterpret_cast<const T*>(high << 32 | held(static_cast<uint32_t>(address), lane));
+}
+// Of all lanes alike, and known to be: branches on it are not taken to diverge.
+QOPS_DEVICE uint32_t uniform(uint32_t value) { return held(value, 0); }
 
 // --- codes to fragments ----------------------------------------------------------------------------------------------
 
@@ -198,37 +211,26 @@ struct RowScales {
   uint32_t zero[2];
   float offset[2];
 
-  // `slot`: of the strip in the stage; `index`: of the group in it.
-  template <bool kFine>
-  QOPS_DEVICE void load(const ScaleSource& source, const uint8_t* slot, int index, int lane) {
-    const int pair = lane / 4;
-    const uint8_t* scales = slot + index * source.scale_bytes;
-    const uint8_t* zeros = slot + kGroupRowBytes * groups_of_stage(kFine) + index * source.zero_bytes;
-    if (source.dtype == DType::kFloat32) {
-      const float2 both = reinterpret_cast<const float2*>(scales)[pair];
-      scale[0] = both.x;
-      scale[1] = both.y;
-    } else {
-      const uint32_t both = reinterpret_cast<const uint32_t*>(scales)[pair];
+  QOPS_DEVICE void set_zeros(uint32_t z0, uint32_t z1) {
+    zero[0] = zero_pair<T>(0, z0);
+    zero[1] = zero_pair<T>(1, z1);
+  }
+  // Of the pair of rows at `scales` and `zeros`.
+  QOPS_DEVICE void load_float32(const float2* scales) {
+    scale[0] = scales->x;
+    scale[1] = scales->y;
+  }
+  template <class Scale>
+  QOPS_DEVICE void load_16_bits(const uint32_t* scales) {
+    scale[0] = widen(from_bits<Scale>(*scales & 0xffff));
+    scale[1] = widen(from_bits<Scale>(*scales >> 16));
+  }
+  QOPS_DEVICE void load_zeros(const uint16_t* zeros) { set_zeros(*zeros & 0xff, *zeros >> 8); }
+  QOPS_DEVICE void load_offsets(const float2* zeros, bool is_offset) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t bits = both >> (16 * i) & 0xffff;
-        scale[i] = source.dtype == DType::kFloat16 ? widen(from_bits<__half>(bits)) : __uint_as_float(bits << 16);
-      }
-    }
-    if constexpr (kOffset) {
-      const float2 both = reinterpret_cast<const float2*>(zeros)[pair];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float z = i == 0 ? both.x : both.y;
-        offset[i] = source.kind == WeightKind::kOffset ? fmaf(scale[i], 8.0f, z) : scale[i] * (8.0f - z);
-        zero[i] = zero_pair<T>(i, 8);
-      }
-    } else {
-      uint32_t both = 0x0808;
-      if (source.kind == WeightKind::kZeroPoint) both = reinterpret_cast<const uint16_t*>(zeros)[pair];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) zero[i] = zero_pair<T>(i, both >> (8 * i) & 0xff);
+    for (int i = 0; i < 2; ++i) {
+      const float z = i == 0 ? zeros->x : zeros->y;
+      offset[i] = is_offset ? fmaf(scale[i], 8.0f, z) : scale[i] * (8.0f - z);
     }
   }
 };
@@ -243,6 +245,12 @@ struct WarpSums {
   float x_sum[kTiles][4];
   RowScales<T, kOffset> scales[kStrips];
 
+  // Once: the zeros of weights that have no zero points.
+  QOPS_DEVICE void begin() {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) scales[s].set_zeros(8, 8);
+  }
+
   QOPS_DEVICE void begin_slice() {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -255,10 +263,39 @@ struct WarpSums {
     }
   }
 
-  QOPS_DEVICE void end_group(int count) {
+  // `slots`: of the first strip in a stage; `index`: of the group in it.
+  QOPS_DEVICE void load_scales(const ScaleSource& source, const uint8_t* slots, int index, int lane) {
+    const int pair = lane / 4;
+    const auto each = [&](const auto& load) {
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) load(scales[s], s * scale_bytes_of_strip(kFine));
+    };
+    const uint8_t* of_scales = slots + index * source.scale_bytes;
+    const auto at = [&]<class U>(const uint8_t* first, int strip, const U*) {
+      return reinterpret_cast<const U*>(first + strip) + pair;
+    };
+    constexpr float2* kFloats = nullptr;
+    constexpr uint32_t* kWords = nullptr;
+    if (source.dtype == DType::kBFloat16) {
+      each([&](auto& rows, int strip) { rows.template load_16_bits<__nv_bfloat16>(at(of_scales, strip, kWords)); });
+    } else if (source.dtype == DType::kFloat16) {
+      each([&](auto& rows, int strip) { rows.template load_16_bits<__half>(at(of_scales, strip, kWords)); });
+    } else {
+      each([&](auto& rows, int strip) { rows.load_float32(at(of_scales, strip, kFloats)); });
+    }
+    const uint8_t* zeros = slots + kGroupRowBytes * groups_of_stage(kFine) + index * source.zero_bytes;
+    if constexpr (kOffset) {
+      const bool is_offset = source.kind == WeightKind::kOffset;
+      each([&](auto& rows, int strip) { rows.load_offsets(at(zeros, strip, kFloats), is_offset); });
+    } else if (source.kind == WeightKind::kZeroPoint) {
+      constexpr uint16_t* kPairs = nullptr;
+      each([&](auto& rows, int strip) { rows.load_zeros(at(zeros, strip, kPairs)); });
+    }
+  }
+
+  QOPS_DEVICE void end_group() {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
-      if (s >= count) continue;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -278,48 +315,48 @@ struct WarpSums {
     }
   }
 
+  // Of x_address(): x lies at multiples of 128 bytes.
+  static constexpr uint32_t kOtherHalf = 64;
+  static_assert(x_address(0, 1, 5) == (x_address(0, 0, 5) ^ kOtherHalf));
+
   // One block of 64 columns. `codes` and `slots`: of the first strip, the next ones behind it; `x`: x_address() of
-  // this lane for the first tile, in shared memory; tokens from there on. `is_first`, `is_last`: of the slice. Tiles
-  // from `tiles` on are left out where kAllTiles does not say that there are none.
+  // this lane for the first tile, in shared memory; tokens from there on. Where groups are whole blocks: `begins`: a
+  // group, and its end is the caller's, end_group(). Else it says whether nothing came before in these strips, and
+  // `is_last` whether this block is the last one of its slice. Tiles from `tiles` on are left out where kAllTiles does
+  // not say that there are none.
   template <bool kAllTiles = true>
-  QOPS_DEVICE void add_block(const uint8_t* codes, const uint8_t* slots, uint32_t x, int lane, int count,
-                             const ScaleSource& source, GroupWalk<kFine>& walk, bool is_first, bool is_last,
+  QOPS_DEVICE void add_block(const uint8_t* codes, const uint8_t* slots, uint32_t x, int lane,
+                             const ScaleSource& source, GroupWalk<kFine>& walk, bool begins, bool is_last,
                              int tiles = kTiles) {
+    [[maybe_unused]] const int first_group = walk.group;
     uint32_t raw[kStrips][4];
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
-      if (s >= count) continue;
       const uint4 words = *reinterpret_cast<const uint4*>(codes + s * int4::kBlockBytes + lane * int4::kLaneBytes);
       raw[s][0] = words.x;
       raw[s][1] = words.y;
       raw[s][2] = words.z;
       raw[s][3] = words.w;
     }
-    const int first_group = walk.group;
     uint32_t b[kTiles][4];
 #pragma unroll
     for (int j = 0; j < int4::kSteps; ++j) {
       if (j % 2 == 0) {
-        const uint32_t base = x + (x_address(0, j / 2, lane) - x_address(0, 0, lane));
+        const uint32_t base = j == 0 ? x : x ^ kOtherHalf;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
           if (kAllTiles || t < tiles) ptx::ldmatrix_x4(b[t], base + 8 * t * kTokenStageBytes);
         }
       }
-      if ((kFine || j == 0) && ((j == 0 && is_first) || walk.begins(source))) {
-        if (!kFine || walk.group < source.groups) {
-#pragma unroll
-          for (int s = 0; s < kStrips; ++s) {
-            if (s < count) {
-              scales[s].template load<kFine>(source, slots + s * scale_bytes_of_strip(kFine), walk.group - first_group,
-                                             lane);
-            }
-          }
+      if constexpr (kFine) {
+        if (((j == 0 && begins) || walk.begins(source)) && walk.group < source.groups) {
+          load_scales(source, slots, walk.group - first_group, lane);
         }
+      } else if (j == 0 && begins) {
+        load_scales(source, slots, 0, lane);
       }
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
-        if (s >= count) continue;
         uint32_t a[4];
         dequantise<T>(raw[s][j], scales[s].zero, a);
 #pragma unroll
@@ -335,9 +372,9 @@ struct WarpSums {
           if (kAllTiles || t < tiles) multiply<T>(x_sum[t], ones, {b[t][j % 2 * 2], b[t][j % 2 * 2 + 1]});
         }
       }
-      if (kFine || j == int4::kSteps - 1) {
+      if constexpr (kFine) {
         const bool ended = walk.next(source);
-        if (ended || (j == int4::kSteps - 1 && is_last)) end_group(count);
+        if (ended || (j == int4::kSteps - 1 && is_last)) end_group();
       }
     }
   }

@@ -1,9 +1,10 @@
 // int4_gemm for up to 16 rows of x: bound by reading the weights.
 //
 // One block per multiprocessor takes a range of strips. Its 8 warps are the 8 slices of K: each reads the codes of its
-// slice of up to 4 strips at a time, a pass, multiplies them with the fragments of x that they share, and keeps all
-// sums in registers; so a warp is a stream of its own, with a ring of cp.async stages that nobody else touches, and the
-// main loop has no barrier but __syncwarp.
+// slice of 4 strips at a time, or of 2, a pass, multiplies them with the fragments of x that they share, and keeps all
+// sums in registers; so a warp is a stream of its own, with rings of cp.async stages that nobody else touches, and the
+// main loop has no barrier but __syncwarp. Where x of a slice fits into shared memory beside the ring of codes it is
+// copied once for all passes.
 //
 //               K, in blocks of 64 columns ->
 //               slice 0      slice 1            slice 7
@@ -26,18 +27,22 @@
 //              | wp 4 | wp 5 | 6 | wp 7 || wp 4 | wp 5 | 6 | wp 7 | second half
 //              +======+======+===+======++======+======+===+======+
 //
-// Budget of a stage of a warp, s strips and M tokens (64 columns; s = 4):
+// Budget of a stage of a warp, s strips and M tokens (64 columns, groups of 128):
 //   from DRAM          512 s bytes of codes, each once, in full 512-byte lines; scales once per group
 //   from L2            128 M of x: no more than the codes for M <= 4 s (16 at s = 4; 8 at s = 2, as N = 4096 has on 132
 //                      multiprocessors, where M = 16 reads twice the bytes of the codes from L2)
 //   shared memory      1024 s (codes in and out) + 128 M (x in) + 1024 (M <= 8) or 2048 (x out): at s = 4 between 2.6
 //                      (M = 1) and 4 times (M = 16) the bytes of the codes. At 14 bytes of codes a cycle, 3 TB/s over
 //                      132 x 1.7 GHz, that is 36 to 56 of the 128 bytes that a cycle can move
-//   issue slots        per k16 step and strip, 256 weights, in the machine code of sm_80, 90a and 120: 4 lop3, 1 (fp16)
-//                      or 3 shifts, 4 subtractions, 3 of the branch around strips that are not there, 1 or 2 mma, 14
-//                      to 19 in all; at 27 weights a cycle 1.5 to 2 of 4 slots
-//   in flight          (stages - 1) x 8 x 512 s bytes of codes: 112 KB at 8 stages (sm_90, M <= 8), 64 KB at 5 (sm_80),
-//                      32 KB at 3 (99 KB of shared memory)
+//   issue slots        bfloat16 on sm_90a (bench/results/SLOTS.md): 295 for s = 4 and 182 for s = 2 (M <= 8), 330 and
+//                      197 (M <= 16). Of the 182, 88 make fragments of the codes and 8 multiply; at 4 a cycle they are
+//                      46 cycles where the bytes from DRAM take 81, and 74 at 62 %
+//   in flight          (stages - 1) x 8 x 512 s bytes of codes: 112 KB at 8 stages of 4 strips (sm_90, M <= 8), 48 KB
+//                      at 4 (sm_80), 32 KB at 3 (99 KB of shared memory)
+// What keeps the loop short: strips and stages of a ring are few numbers that are compiled in; pointers run; branches
+// that all lanes of a warp take alike are known to be such (uniform()), so that nothing is set up for their meeting
+// again; what the compiler would work out anew in each step stands behind a shuffle (held()); strips that a last pass
+// lacks are copied twice instead of branched around.
 // M in 17 .. 32 would read 2 bytes of x from L2 for each byte of codes here: the tiled kernel shares x among its warps.
 #include "cuda/int4_gemm.cuh"
 
@@ -45,133 +50,208 @@ namespace qops::cuda {
 namespace {
 
 constexpr int kFree = kGemmWarps;  // the barrier at which warp 0 learns that the sums have been read
-constexpr int kSumStride = sum_stride(kMaxStripsOfWarp);
 
-// What a warp multiplies: `strips` of w over the blocks of one slice of K, in passes of as many strips as it has sums
-// for.
-struct Share {
-  int slice, passes;
-  Range strips, blocks;
+// What a warp multiplies, in passes of kStrips strips. The last pass may have fewer: those that are missing are the
+// last one once more, whose sums nobody reads, so that the loop has no branch around them.
+template <int kStrips>
+struct Share : DecodeShare {
+  uint32_t passes;
 
-  QOPS_DEVICE Share(const WeightOnlyGemmParams& p, const GemmPlan& plan, int warp) {
-    const int slices_of_block = kSlices / plan.k_parts;
-    const Range of_block = part_of({0, int4::strips(p.n)}, blockIdx.x / plan.k_parts, plan.ranges);
-    slice = static_cast<int>(blockIdx.x) % plan.k_parts * slices_of_block + warp % slices_of_block;
-    strips = part_of(of_block, warp / slices_of_block, plan.k_parts);
-    passes = static_cast<int>(ceil_div(strips.size(), static_cast<int>(plan.strips)));
-    blocks = blocks_of_slice(int4::blocks(p.k), slice);
+  QOPS_DEVICE Share(const DecodeWork& work, uint32_t warp)
+      : DecodeShare(decode_share(work, blockIdx.x, warp)), passes((strips + kStrips - 1) / kStrips) {
+    blocks = uniform(blocks);
   }
 
-  QOPS_DEVICE Range strips_of(int pass) const { return part_of(strips, pass, passes); }
-};
-
-// The ring of a warp. A stage: codes of each strip, scales of each strip, 64 columns of x.
-template <int kTokens, bool kFine>
-struct Ring {
-  int slots_at, x_at, stage_bytes;
-  uint8_t* at;
-  uint32_t address;
-
-  QOPS_DEVICE Ring(const GemmPlan& plan, int warp, uint8_t* rings) {
-    const int strips = static_cast<int>(plan.strips);
-    slots_at = strips * int4::kBlockBytes;
-    x_at = slots_at + strips * scale_bytes_of_strip(kFine);
-    stage_bytes = x_at + kTokens * kTokenStageBytes;
-    at = rings + warp * plan.stages * stage_bytes;
-    address = ptx::shared_address(at);
+  QOPS_DEVICE uint32_t first_of(uint32_t pass) const { return first_strip + pass * kStrips; }
+  QOPS_DEVICE int count_of(uint32_t pass) const {
+    return static_cast<int>(min(strips - pass * kStrips, uint32_t{kStrips}));
+  }
+  QOPS_DEVICE uint32_t strip(uint32_t pass, uint32_t i) const {
+    return first_strip + min(pass * kStrips + i, strips - 1);
   }
 };
 
-// What a warp copies into its ring: the blocks of its slice, pass after pass.
-template <class T, int kTokens, bool kFine>
+// The rings of a warp, in shared memory: of codes and scales of each strip, and of 64 columns of x.
+template <int kTokens, int kStrips, bool kFine>
+struct Rings {
+  static constexpr int kScaleBytes = scale_bytes_of_strip(kFine);
+  static constexpr int kSlotsAt = kStrips * int4::kBlockBytes;
+  static constexpr int kStageBytes = kSlotsAt + kStrips * kScaleBytes;
+
+  uint8_t* codes;
+  uint32_t address, x;  // of both
+
+  QOPS_DEVICE Rings(const DecodeWork& work, uint32_t warp, uint8_t* rings)
+      : codes(rings + uniform(warp * work.ring_bytes)),
+        address(ptx::shared_address(codes)),
+        x(address + work.stages * kStageBytes) {}
+};
+
+// Where a warp is in its rings: block by block of its slice, pass after pass.
+struct Position {
+  uint32_t stage = 0, block = 0;
+
+  QOPS_DEVICE uint32_t x_offset(const DecodeWork& work) const {
+    return stage * work.x_of_stage + block * work.x_of_block;
+  }
+  // To the next block; whether the pass ends.
+  QOPS_DEVICE bool next(const DecodeWork& work, uint32_t blocks) {
+    if (++stage == static_cast<uint32_t>(work.stages)) stage = 0;
+    return ++block == blocks;
+  }
+};
+
+// What a warp copies into its rings.
+template <class T, int kTokens, int kStrips, bool kFine>
 class Source {
  public:
-  QOPS_DEVICE Source(const WeightOnlyGemmParams& p, const Share& share, int lane)
-      : policy_(ptx::policy_evict_first()),
-        rows_(static_cast<int>(p.x_rows.count)),
-        pass_(share.blocks.size() == 0 ? share.passes : 0),
-        block_(share.blocks.begin) {
+  using WarpShare = Share<kStrips>;
+  using WarpRings = Rings<kTokens, kStrips, kFine>;
+
+  // Begins to copy the first block.
+  QOPS_DEVICE Source(const WeightOnlyGemmParams& p, const DecodeWork& work, const ScaleSource& scales,
+                     const WarpShare& share, const WarpRings& rings, int lane)
+      : policy_(ptx::policy_evict_first()), codes_to_(held(rings.address + lane * int4::kLaneBytes, lane)) {
+    const bool is_idle = share.blocks == 0 || share.strips == 0;
+    if (!is_idle) {
+      find_codes(p, work, share, lane);
+      copy_strips();
+    }
+    const int rows = static_cast<int>(p.x_rows.count);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int token = lane / 8 + 4 * i;
-      x_[i] = static_cast<const T*>(p.x) + (token < rows_ ? p.x_rows.offset(token) : 0);
+      x_[i] = held(static_cast<const T*>(p.x) + (token < rows ? p.x_rows.offset(token) : 0), lane);
     }
-  }
-
-  // Begins to copy the next block, if there is one. Commits in any case, as those who wait count commits.
-  QOPS_DEVICE void copy_next(const WeightOnlyGemmParams& p, const GemmPlan& plan, const ScaleSource& scales,
-                             const Share& share, const Ring<kTokens, kFine>& ring, int lane) {
-    if (pass_ < share.passes) {
-      const bool is_first = block_ == share.blocks.begin;
-      if (is_first) {
-        strips_ = share.strips_of(pass_);
-        walk_.seek(scales, static_cast<int>(block_));
-      }
-      const uint32_t stage = ring.address + stage_ * ring.stage_bytes;
-      copy_strips(p, stage, lane);
-      copy_tokens(p, stage + ring.x_at, lane);
-      copy_scales(scales, stage + ring.slots_at, is_first, lane);
-      if (++block_ == share.blocks.end) {
-        block_ = share.blocks.begin;
-        ++pass_;
-      }
-      if (++stage_ == plan.stages) stage_ = 0;
+    tokens_ = static_cast<int>(held(static_cast<uint32_t>(rows - lane / 8), lane));
+    x_to_ = held(rings.x + x_place(lane / 8, lane % 8), lane);
+    chunk_ = share.first_block * kChunks + lane % 8;
+    if (is_idle) {
+      pass_ = share.passes;
+    } else {
+      first_.seek(scales, static_cast<int>(share.first_block));
+      find_scales(scales, share, lane);
+      copy_tokens(work);
+      copy_scales(scales, share, rings, lane);
+      advance(p, work, scales, share, lane);
     }
     ptx::cp_async_commit();
   }
 
+  // Begins to copy the next block, if there is one. Commits in any case, as those who wait count commits.
+  QOPS_DEVICE void copy_next(const WeightOnlyGemmParams& p, const DecodeWork& work, const ScaleSource& scales,
+                             const WarpShare& share, const WarpRings& rings, int lane) {
+    if (pass_ < share.passes) {
+      copy_strips();
+      copy_tokens(work);
+      copy_scales(scales, share, rings, lane);
+      advance(p, work, scales, share, lane);
+    }
+    ptx::cp_async_commit();
+  }
+
+  // Where groups stand at the first block of the slice.
+  QOPS_DEVICE const GroupWalk<kFine>& first() const { return first_; }
+
  private:
   static constexpr int kCopies = kTokens / 4;  // of x by each lane and stage
+  static constexpr int kChunks = int4::kBlockColumns / 8;
 
-  QOPS_DEVICE void copy_strips(const WeightOnlyGemmParams& p, uint32_t target, int lane) const {
-    const int64_t strip_bytes = int4::strip_bytes(p.k);
-    const uint8_t* codes = static_cast<const uint8_t*>(p.packed) + strips_.begin * strip_bytes +
-                           block_ * int4::kBlockBytes + lane * int4::kLaneBytes;
-    const int count = static_cast<int>(strips_.size());
+  QOPS_DEVICE void find_codes(const WeightOnlyGemmParams& p, const DecodeWork& work, const WarpShare& share, int lane) {
+    const uint8_t* packed = static_cast<const uint8_t*>(p.packed) + lane * int4::kLaneBytes;
 #pragma unroll
-    for (int s = 0; s < kMaxStripsOfWarp; ++s) {
-      if (s < count) {
-        copy_codes(target + s * int4::kBlockBytes + lane * int4::kLaneBytes, codes + s * strip_bytes, policy_);
-      }
+    for (int s = 0; s < kStrips; ++s) {
+      const uint32_t block = share.strip(pass_, s) * work.blocks + share.first_block;
+      codes_[s] = packed + uint64_t{block} * int4::kBlockBytes;
     }
   }
 
-  QOPS_DEVICE void copy_tokens(const WeightOnlyGemmParams& p, uint32_t target, int lane) const {
-    const int64_t column = block_ * int4::kBlockColumns + lane % 8 * 8;
-    const bool inside = column < p.k;  // K ends at a multiple of 8
+  // Of the first group of the slice. Where groups are whole blocks a lane has a piece of 16 bytes of those of one
+  // strip.
+  QOPS_DEVICE void find_scales(const ScaleSource& scales, const WarpShare& share, int lane) {
+    walk_ = first_;
+    if constexpr (!kFine) {
+      constexpr int kPieces = ScaleSource::kPieces<kFine>;
+      const int piece = lane % kPieces, at = 16 * (piece % (kPieces / 2));
+      const bool of_zeros = piece >= kPieces / 2;
+      scale_bytes_ = of_zeros ? scales.zero_bytes : scales.scale_bytes;
+      has_scales_ = at < static_cast<int>(scale_bytes_) && lane / kPieces < kStrips;
+      const int64_t group = int64_t{share.strip(pass_, lane / kPieces)} * scales.groups + walk_.group;
+      scales_ = (of_zeros ? scales.zeros : scales.scales) + group * scale_bytes_ + at;
+      until_scales_ = 0;
+    }
+  }
+
+  QOPS_DEVICE void copy_strips() const {
+    const uint32_t target = codes_to_ + at_.stage * WarpRings::kStageBytes;
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      copy_codes(target + s * int4::kBlockBytes, codes_[s], policy_);
+    }
+  }
+
+  QOPS_DEVICE void copy_tokens(const DecodeWork& work) const {
+    const bool inside = chunk_ < work.chunks;  // K ends at a multiple of 8
+    const uint64_t column = uint64_t{min(chunk_, work.chunks - 1)} * 8;
+    const uint32_t target = x_to_ + at_.x_offset(work);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int token = lane / 8 + 4 * i;
-      if (token < rows_) {
-        ptx::cp_async_cg_zfill(target + x_place(token, lane % 8), x_[i] + (inside ? column : 0), inside ? 16 : 0);
-      }
+      // Four tokens on, the permutation of chunks is that of the other half.
+      const uint32_t place = (i % 2 == 0 ? target : target ^ 64) + 4 * i * kTokenStageBytes;
+      if (4 * i < tokens_) ptx::cp_async_cg_zfill(place, x_[i] + column, inside ? 16 : 0);
     }
   }
 
-  // Where groups are whole blocks, in the first block of each group alone.
-  QOPS_DEVICE void copy_scales(const ScaleSource& scales, uint32_t target, bool is_first, int lane) {
-    const bool begins = walk_.begins(scales);
-    const int group = walk_.group, touched = walk_.next_block(scales);
-    if (!kFine && !is_first && !begins) return;
-    constexpr int kPieces = ScaleSource::kPieces<kFine>;
-    const int count = static_cast<int>(strips_.size());
+  QOPS_DEVICE void copy_scales(const ScaleSource& scales, const WarpShare& share, const WarpRings& rings, int lane) {
+    if constexpr (kFine) {
+      const uint32_t slots = rings.address + at_.stage * WarpRings::kStageBytes + WarpRings::kSlotsAt;
+      const int group = walk_.group, touched = walk_.next_block(scales);
 #pragma unroll
-    for (int s = 0; s < kMaxStripsOfWarp; s += 32 / kPieces) {
-      const int strip = s + lane / kPieces;
-      if (strip < count) {
-        scales.template copy<kFine>(target + strip * scale_bytes_of_strip(kFine), strips_.begin + strip, group,
-                                    min(touched, scales.groups - group), lane % kPieces);
+      for (int s = 0; s < kStrips; ++s) {
+        scales.template copy<true>(slots + s * WarpRings::kScaleBytes, share.strip(pass_, s), group,
+                                   min(touched, scales.groups - group), lane);
       }
+    } else {
+      // In the first block of each group alone.
+      if (until_scales_ == 0) {
+        const uint32_t target = codes_to_ + at_.stage * WarpRings::kStageBytes + WarpRings::kSlotsAt;
+        if (has_scales_) ptx::cp_async_cg(target, scales_);
+        scales_ += scale_bytes_;
+        until_scales_ = walk_.left;
+        walk_.left = scales.units_of_group;
+      }
+      --until_scales_;
+    }
+  }
+
+  QOPS_DEVICE void advance(const WeightOnlyGemmParams& p, const DecodeWork& work, const ScaleSource& scales,
+                           const WarpShare& share, int lane) {
+    chunk_ += kChunks;
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) codes_[s] += int4::kBlockBytes;
+    if (at_.next(work, share.blocks)) {
+      at_.block = 0;
+      ++pass_;
+      chunk_ -= share.blocks * kChunks;
+      if (work.keeps_x) tokens_ = 0;  // all of them are there
+      find_codes(p, work, share, lane);
+      find_scales(scales, share, lane);
     }
   }
 
   uint64_t policy_;
-  int rows_;
+  uint32_t codes_to_, x_to_;       // of the lane in the first stage
+  const uint8_t* codes_[kStrips];  // of the lane
+  const uint8_t* scales_;          // of the lane in the next group
+  uint32_t scale_bytes_;           // of a group
+  bool has_scales_;
+  int until_scales_;  // blocks
   const T* x_[kCopies];
-  int pass_, stage_ = 0;
-  int64_t block_;
-  Range strips_{};  // of the pass
-  GroupWalk<kFine> walk_;
+  int tokens_;  // of x that are to be copied, from the lane's first one on
+  uint32_t pass_ = 0;
+  Position at_;
+  uint32_t chunk_;  // of the lane, of a row of x
+  GroupWalk<kFine> first_, walk_;
 };
 
 // Calls f(token, row, sum) for the sums of a pass that a lane has; row: from the first one of its strips on.
@@ -192,13 +272,13 @@ QOPS_DEVICE void for_sums(const Sums& sums, int count, int lane, const F& f) {
 
 // To scratch, for the kernel that adds slices.
 template <class Sums>
-QOPS_DEVICE void store_slice(const WeightOnlyGemmParams& p, const Sums& sums, int slice, Range strips, int lane,
-                             float* slices) {
+QOPS_DEVICE void store_slice(const WeightOnlyGemmParams& p, const Sums& sums, uint32_t slice, uint32_t first_strip,
+                             int count, int lane, float* slices) {
   const int rows = static_cast<int>(p.x_rows.count);
   const int64_t columns = int4::strips(p.n) * kStripRows;
-  for_sums(sums, static_cast<int>(strips.size()), lane, [&](int token, int row, float total) {
+  for_sums(sums, count, lane, [&](int token, int row, float total) {
     if (token < rows) {
-      slices[(static_cast<int64_t>(slice) * rows + token) * columns + strips.begin * kStripRows + row] = total;
+      slices[(int64_t{slice} * rows + token) * columns + int64_t{first_strip} * kStripRows + row] = total;
     }
   });
 }
@@ -213,7 +293,7 @@ QOPS_DEVICE bool hand_on(const Sums& sums, int count, int warp, int lane, bool i
     ptx::bar_sync(kFree, 64);
   }
   for_sums(sums, count, lane, [&](int token, int row, float total) {
-    float& sum = shared_sums[token * kSumStride + row];
+    float& sum = shared_sums[token * sum_stride(Sums::kStripCount) + row];
     sum = warp == 0 ? total : sum + total;
   });
   if (warp < kGemmWarps - 1) {
@@ -225,56 +305,67 @@ QOPS_DEVICE bool hand_on(const Sums& sums, int count, int warp, int lane, bool i
 }
 
 // By one warp: y of the strips whose sums are complete.
-template <class T>
-QOPS_DEVICE void finish_strips(const WeightOnlyGemmParams& p, Alignment aligned, Range strips, int lane,
-                               const float* shared_sums) {
+template <class T, int kStrips>
+QOPS_DEVICE void finish_strips(const WeightOnlyGemmParams& p, Alignment aligned, uint32_t first_strip, int count,
+                               int lane, const float* shared_sums) {
   const int rows = static_cast<int>(p.x_rows.count);
-  const int chunks = static_cast<int>(strips.size()) * (kStripRows / kVector);
+  const int chunks = count * (kStripRows / kVector);
+  const int64_t column0 = int64_t{first_strip} * kStripRows;
   for (int i = lane; i < rows * chunks; i += 32) {
     const int token = i / chunks, row = i % chunks * kVector;
-    const int64_t n = strips.begin * kStripRows + row;
-    if (n < p.n) {
-      finish_sums<T>(p, aligned, token, n, [&](int64_t column, Vector& v) {
-        load<true>(shared_sums + token * kSumStride + (column - strips.begin * kStripRows), kVector, v);
+    if (column0 + row < p.n) {
+      finish_sums<T>(p, aligned, token, column0 + row, [&](int64_t column, Vector& v) {
+        load<true>(shared_sums + token * sum_stride(kStrips) + (column - column0), kVector, v);
       });
     }
   }
 }
 
-template <class T, int kTiles, bool kFine, bool kOffset>
+template <class T, int kTiles, int kStrips, bool kFine, bool kOffset>
 __global__ void __launch_bounds__(kGemmThreads, 1)
-    decode_kernel(const __grid_constant__ WeightOnlyGemmParams p, const __grid_constant__ GemmPlan plan,
+    decode_kernel(const __grid_constant__ WeightOnlyGemmParams p, const __grid_constant__ DecodeWork work,
                   const __grid_constant__ ScaleSource scales, const Alignment aligned, float* slices) {
   QOPS_DYNAMIC_SHARED(shared);
   constexpr int kTokens = 8 * kTiles;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = static_cast<int>(uniform(threadIdx.x / 32));
   float* shared_sums = reinterpret_cast<float*>(shared);
-  const Share share(p, plan, warp);
-  const Ring<kTokens, kFine> ring(plan, warp, shared + kTokens * kSumStride * sizeof(float));
-  Source<T, kTokens, kFine> source(p, share, lane);
-  for (int i = 1; i < plan.stages; ++i) source.copy_next(p, plan, scales, share, ring, lane);
+  const Share<kStrips> share(work, warp);
+  const Rings<kTokens, kStrips, kFine> rings(work, warp, shared + kTokens * sum_stride(kStrips) * sizeof(float));
+  Source<T, kTokens, kStrips, kFine> source(p, work, scales, share, rings, lane);
+  for (int i = 2; i < work.stages; ++i) source.copy_next(p, work, scales, share, rings, lane);
 
-  WarpSums<T, kMaxStripsOfWarp, kTiles, kFine, kOffset> sums;
-  GroupWalk<kFine> walk;
-  int stage = 0;
-  for (int pass = 0; pass < share.passes; ++pass) {
-    const Range strips = share.strips_of(pass), blocks = share.blocks;
-    const int count = static_cast<int>(strips.size());
+  WarpSums<T, kStrips, kTiles, kFine, kOffset> sums;
+  sums.begin();
+  const uint32_t x_from = held(rings.x + x_address(0, 0, lane), lane);
+  Position at;
+  for (uint32_t pass = 0; pass < share.passes; ++pass) {
     sums.begin_slice();
-    if (blocks.size() > 0) walk.seek(scales, static_cast<int>(blocks.begin));
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      wait_for_copies(plan.stages - 2);
-      __syncwarp();  // what all lanes have copied is there; and all have read the stage that is filled next
-      source.copy_next(p, plan, scales, share, ring, lane);
-      const int at = stage * ring.stage_bytes;
-      sums.add_block(ring.at + at, ring.at + at + ring.slots_at, ring.address + at + ring.x_at + x_address(0, 0, lane),
-                     lane, count, scales, walk, block == blocks.begin, block + 1 == blocks.end);
-      if (++stage == plan.stages) stage = 0;
+    GroupWalk<kFine> walk = source.first();
+    at.block = 0;
+    while (at.block < share.blocks) {
+      // Blocks of a group, or all.
+      const uint32_t left = share.blocks - at.block;
+      const uint32_t end = at.block + (kFine ? left : min(left, static_cast<uint32_t>(walk.left)));
+      walk.left = kFine ? walk.left : scales.units_of_group;
+      bool begins = true, ends = false;
+      do {
+        wait_for_stage(work.stages);
+        __syncwarp();  // what all lanes have copied is there; and all have read the stage that is filled next
+        source.copy_next(p, work, scales, share, rings, lane);
+        const uint8_t* codes = rings.codes + at.stage * rings.kStageBytes;
+        const uint32_t x = x_from + at.x_offset(work);
+        sums.add_block(codes, codes + rings.kSlotsAt, x, lane, scales, walk, begins, at.block + 1 == end);
+        begins = false;
+        ends = at.next(work, end);
+      } while (!ends);
+      if constexpr (!kFine) sums.end_group();
     }
-    if (plan.k_parts > 1) {
-      store_slice(p, sums, share.slice, strips, lane, slices);
+    const uint32_t first_strip = share.first_of(pass);
+    const int count = share.count_of(pass);
+    if (work.parts_log > 0) {
+      store_slice(p, sums, share.slice, first_strip, count, lane, slices);
     } else if (hand_on(sums, count, warp, lane, pass == 0, shared_sums)) {
-      finish_strips<T>(p, aligned, strips, lane, shared_sums);
+      finish_strips<T, kStrips>(p, aligned, first_strip, count, lane, shared_sums);
       if (pass + 1 < share.passes) ptx::bar_arrive(kFree, 64);
     }
   }
@@ -285,11 +376,13 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 Status int4_gemm_decode(const Int4Job& job, const Queue& queue) {
   return with_int4_kernel(job.p, [&](auto element, auto fine, auto offset) {
     using T = decltype(element);
-    const auto kernel = job.plan.tokens == 8 ? &decode_kernel<T, 1, fine.value, offset.value>
-                                             : &decode_kernel<T, 2, fine.value, offset.value>;
+    const auto kernel = job.plan.tokens == 8 ? job.plan.strips == 2 ? &decode_kernel<T, 1, 2, fine.value, offset.value>
+                                                                    : &decode_kernel<T, 1, 4, fine.value, offset.value>
+                        : job.plan.strips == 2 ? &decode_kernel<T, 2, 2, fine.value, offset.value>
+                                               : &decode_kernel<T, 2, 4, fine.value, offset.value>;
     return launch(kernel, dim3(static_cast<unsigned>(job.plan.blocks)), dim3(kGemmThreads),
-                  static_cast<size_t>(job.plan.shared_bytes), queue, job.p, job.plan, ScaleSource(job.p), job.aligned,
-                  job.sums);
+                  static_cast<size_t>(job.plan.shared_bytes), queue, job.p, decode_work(job.plan, job.p.n, job.p.k),
+                  ScaleSource(job.p), job.aligned, job.sums);
   });
 }
 

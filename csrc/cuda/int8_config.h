@@ -158,8 +158,8 @@ namespace model {
 
 using namespace cuda::model;
 
-// Of kBytesPerCycle: what a multiprocessor gets if others leave theirs.
-inline constexpr int64_t kMostBytesPerCycle = 20;
+// From memory, of any GPU: what a multiprocessor gets, and what if others leave theirs.
+inline constexpr int64_t kBytesPerCycle = 16, kMostBytesPerCycle = 20;
 // A block is not worth its start for fewer.
 inline constexpr int64_t kLeastUnits = 4;
 

@@ -473,12 +473,13 @@ def test_every_synchronisation_is_missed_when_it_is_gone(emulated, emulator):
         (3, 200, 1024, 1, 90),
         (12, 200, 1024, 1, 90),
         (5, 24, 16384, 132, 90),
+        (13, 24, 16384, 132, 80),
         (40, 200, 1024, 1, 90),
         (40, 200, 64, 1, 90),  # slices of no columns
         (20, 136, 4608, 132, 90),
     )
     stages = {plan_of(m, n, k, 64, "zero_point", sms, arch).stages for m, n, k, sms, arch in calls}
-    assert stages == set(range(2, 11)), stages  # each waits at a place of its own
+    assert stages == {2, 3, 4, 6, 8, 10}, stages  # each waits at a place of its own
 
     def run(seed: int, left_out: str) -> list[Tensor]:
         results = []
@@ -490,8 +491,8 @@ def test_every_synchronisation_is_missed_when_it_is_gone(emulated, emulator):
     want = run(1, "")
     places = [place for place in emulated.synchronisations() if place.startswith(("int4_gemm", "int4_fragment"))]
     files = collections.Counter(place.partition(":")[0] for place in places)
-    # Waits for copies of 9 rings, the commits of two places; barriers of warps and blocks.
-    assert files == {"int4_fragment.cuh": 9, "int4_gemm_decode.cu": 7, "int4_gemm_tiled.cu": 5}, places
+    # Waits for copies of 6 rings, the commits of two places; barriers of warps and blocks.
+    assert files == {"int4_fragment.cuh": 6, "int4_gemm_decode.cu": 8, "int4_gemm_tiled.cu": 4}, places
     print("each of these is missed when it is gone:", *places, sep="\n  ")
     for place in places:
         for seed in range(12):

@@ -230,7 +230,7 @@ def test_a_limit_is_set_once_and_to_its_maximum(runtime, arch):
     most = Counter(values[0] for values in found.values())
     assert most.pop(OPT_IN[arch]) >= 2
     assert most and all(OPT_IN[arch] - KIB < bytes_ < OPT_IN[arch] for bytes_ in most)
-    assert len({launch.shared for launch in launches(record)}) > 4
+    assert len({launch.shared for launch in launches(record)}) >= 4
 
 
 def test_a_limit_is_set_once_by_all_threads(runtime):

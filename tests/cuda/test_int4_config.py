@@ -65,7 +65,11 @@ def test_every_shape_has_a_plan_that_fits():
         if plan.kind == DECODE:
             # All blocks run at a time, each has something to do, and a warp never takes more than it has room for.
             assert plan.blocks <= gpu.multiprocessors and plan.blocks == plan.ranges * plan.k_parts, question
-            assert plan.ranges <= strips and m <= plan.tokens <= 16 and 1 <= plan.strips <= 4, question
+            assert plan.ranges <= strips and m <= plan.tokens <= 16 and plan.strips in (2, 4), question
+            # The waits of the kernel know these; all of x of a slice, or a ring beside that of the codes.
+            assert plan.stages in (2, 3, 4, 6, 8, 10), question
+            blocks = -(-k // 64)
+            assert plan.x_stages == (-(-blocks // 8) if plan.keeps_x else plan.stages), question
             assert plan.shared_bytes <= gpu.shared_bytes, question
             assert plan.scratch_bytes == (plan.k_parts > 1) * 8 * m * strips * 16 * 4, question
         else:
@@ -117,16 +121,18 @@ def test_a_plan_that_may_round_is_not_found_for_a_call_that_may_not():
 
 
 def test_time_never_falls_with_more_rows():
-    """Nor does it jump where one more row takes another tile, but for where the decode kernel ends."""
+    """Nor does it jump where one more row takes another tile, but for where the decode kernel ends: the tiled one
+    issues twice as many instructions for as many codes, as each of its warps reads and multiplies all tokens."""
     for gpu, (n, k), may_round in itertools.product(GPUS, LAYERS, (False, True)):
         rows = range(1, 1100)
         times = [p.time for p in plans([Question(m, n, k, 128, 0, gpu, may_round) for m in rows])]
         for m, (a, b) in enumerate(itertools.pairwise(times), 1):
-            assert a <= b <= (1.6 if m == 16 else 1.35) * a, (gpu, n, k, m, a, b)
+            assert a <= b <= {16: 2.2, 64: 2, 128: 1.8}.get(m, 1.55) * a, (gpu, n, k, m, a, b)
 
 
 def test_the_crossover_to_cublas():
-    """From some M on, for good, on GPUs where cuBLAS has instructions of its own, and only if weights may be rounded.
+    """From some M on, but for rows that fill the tiles of our kernel just so, on GPUs where cuBLAS has instructions of
+    its own, and only if weights may be rounded.
 
     The numbers are those of a model that no measurement has fitted yet.
     """
@@ -134,21 +140,23 @@ def test_the_crossover_to_cublas():
     for gpu, layer in itertools.product(GPUS, LAYERS):
         kinds = [p.kind for p in plans([Question(m, *layer, 128, 0, gpu, True) for m in rows])]
         first = kinds.index(DENSE) if DENSE in kinds else len(kinds)
-        assert DENSE not in kinds[:first] and set(kinds[first:]) <= {DENSE}, (gpu, layer)
+        last = max(m for m, kind in zip(rows, kinds, strict=True) if kind == TILED)
+        assert set(kinds) <= {TILED, DENSE} and (first == len(kinds) or last < 2 * rows[first]), (gpu, layer)
         assert (first < len(kinds)) == (gpu.arch == 90), (gpu, layer)
         if gpu == H100:
-            assert 128 <= rows[first] <= 1024, (layer, rows[first])
+            assert 96 <= rows[first] <= 1024, (layer, rows[first])
         assert DENSE not in {p.kind for p in plans([Question(m, *layer, 128, 0, gpu) for m in rows])}
 
 
-# (N, K) by multiprocessors where the share is smaller, because by the model the second kernel of a split K costs more:
-# small layers, and some of 29 MB.
+# (N, K) by multiprocessors where the share is smaller, because by the model the second kernel of a split K costs more,
+# or because a warp issues as many instructions for some strips as for one or two more. (Where weights take longer to
+# come than to multiply, on 128 and 170 multiprocessors, they are shared out.)
 UNBALANCED = {
-    108: {(6144, 4096), (4096, 4096), (3584, 3584), (4608, 3584), (1280, 8192)},
-    114: {(6144, 4096), (4096, 4096), (8192, 8192), (4608, 3584), (1280, 8192)},
-    128: {(3584, 3584), (4608, 3584), (1280, 8192), (7168, 8192)},
-    132: {(3584, 3584), (4608, 3584), (1280, 8192), (7168, 8192)},
-    170: {(6144, 4096), (4096, 4096), (3584, 3584), (4608, 3584), (7168, 8192)},
+    108: {(6144, 4096), (4096, 4096), (3584, 3584), (4608, 3584)},
+    114: {(6144, 4096), (4096, 4096), (4608, 3584)},
+    128: set(),
+    132: {(3584, 3584), (4608, 3584), (3584, 18944)},
+    170: {(4608, 3584)},
 }
 
 
@@ -169,10 +177,13 @@ def test_a_row_is_computed_in_balanced_shares(gpu):
     assert {layer for layer, share in shares.items() if share < 0.9} == UNBALANCED[gpu.multiprocessors]
 
 
-# (N, K, M) with fewer bytes of weights under way on an H100, in KiB: too few strips for its multiprocessors.
+# (N, K, M) with fewer bytes of weights under way, in KiB, by multiprocessors: too few strips for them.
 FEW_UNDER_WAY = {
-    **{(1280, 8192, m): 36 for m in (1, 8, 16, 17, 32)},
-    **{(n, n, 16): 56 for n in (3584, 4096)},
+    108: {(1280, 8192, m): 20 for m in (17, 32)},
+    132: {
+        **{(1280, 8192, m): 36 for m in (17, 32)},
+        **{(n, k, 16): 56 for n in (1280, 3584, 4096, 10240) for k in (3584, 4096, 8192, 14336, 18944)},
+    },
 }
 
 
@@ -189,7 +200,7 @@ def test_bytes_in_flight_and_of_x():
             else:
                 under_way = (plan.stages - 1) * 8 * 512 * -(-plan.blocks // gpu.multiprocessors)
                 assert 128 * min(m, plan.live) <= 8 * 512, (gpu, n, k, m)
-            least = FEW_UNDER_WAY.get((n, k, m), needed) if gpu == H100 else needed
+            least = FEW_UNDER_WAY[gpu.multiprocessors].get((n, k, m), needed)
             assert under_way >= least * KIB, (gpu, n, k, m, under_way)
 
 

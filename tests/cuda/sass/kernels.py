@@ -30,11 +30,15 @@ def _bytes(element: str) -> int:
 _GROUP = ("TENSOR", "COPY", "FFMA", "LDS", "LDS.32")
 
 
-def _group_ways(fine: bool, products: int, copies: int, trips: dict[str, int]) -> tuple[tuple[float, Goal], ...]:
-    boundary = Goal(most=_GROUP, least={"TENSOR": products}, trips=trips)
+def _group_ways(fine: bool, strips: int, tiles: int, offset: bool, copies: int) -> tuple[tuple[float, Goal], ...]:
+    """Of a warp of so many strips of w and tiles of eight tokens. `copies`: but for those of scales."""
+    # Each fragment of codes meets each tile of tokens, and so does that of ones.
+    products = {"TENSOR": 4 * tiles * (strips + offset), "COPY": copies}
     if fine:
-        return ((1, boundary),)
-    return ((0.5, Goal(most=(), least={"TENSOR": products, "COPY": copies}, trips=trips)), (0.5, boundary))
+        return ((1, Goal(most=_GROUP, least=products)),)
+    # Four sums of a tile and strip are scaled once, and have the sum of x added.
+    boundary = products | {"COPY": copies + 1, "FFMA": 4 * tiles * strips * (1 + offset), "LDS.32": strips}
+    return (0.5, Goal(most=(), least=products)), (0.5, Goal(most=(), least=boundary))
 
 
 def _scale_bytes(strips: int, fine: bool, offset: bool) -> float:
@@ -42,44 +46,28 @@ def _scale_bytes(strips: int, fine: bool, offset: bool) -> float:
     return strips * 16 * (4 if fine else 0.5) * (6 if offset else 2)
 
 
-def _decode(tiles: str, fine: str, offset: str) -> list[Work]:
-    tokens, is_fine, has_offset = 8 * int(tiles), fine == "true", offset == "true"
-    works = []
-    for strips in (4,) if is_fine else (4, 2):
-        # Each fragment of codes meets each tile of tokens, and so does that of ones.
-        products, copies = 4 * int(tiles) * (strips + has_offset), 4 + tokens // 4
-        weights = 512 * strips + _scale_bytes(strips, is_fine, has_offset)
-        works.append(
-            Work(
-                f"64 columns x {strips} strips of a warp",
-                _group_ways(is_fine, products, copies, {}) if strips == 4 else _few_strips(products, copies, strips),
-                dram=weights,
-                l2=weights + 128 * tokens,
-                blocks=1,
-                label=f"{strips} strips",
-            )
+def _decode(tiles: str, strips: str, fine: str, offset: str) -> list[Work]:
+    n, tokens, is_fine, has_offset = int(strips), 8 * int(tiles), fine == "true", offset == "true"
+    weights = 512 * n + _scale_bytes(n, is_fine, has_offset)
+    return [
+        Work(
+            f"64 columns x {n} strips of a warp",
+            _group_ways(is_fine, n, int(tiles), has_offset, n + tokens // 4),
+            dram=weights,
+            l2=weights + 128 * tokens,
+            blocks=1,
         )
-    return works
-
-
-def _few_strips(products: int, copies: int, strips: int) -> tuple[tuple[float, Goal], ...]:
-    """Strips that are not there are branched around, one by one: as much as is needed of what each strip brings."""
-    inside = Goal(most=(), least={"TENSOR": products, "COPY": copies})
-    # The codes of four strips are read by instructions with predicates, the scales of each behind a branch.
-    group = {"TENSOR": products, "COPY": copies + 1, "FFMA": products, "LDS": 4 + strips, "LDS.32": strips}
-    return (0.5, inside), (0.5, Goal(most=(), least=group))
+    ]
 
 
 def _tiled(tokens: str, fine: str, offset: str) -> list[Work]:
     n, is_fine, has_offset = int(tokens), fine == "true", offset == "true"
-    products = 4 * (n // 16) * (2 + has_offset)
-    # The rows of x are copied in a loop that is not unrolled.
-    ways = _group_ways(is_fine, products, 1 + n // 32, {"LDGSTS": n // 32})
+    strips, tiles = (1, n // 8) if n <= 64 else (2, n // 16)
     weights = 4096 + _scale_bytes(8, is_fine, has_offset)
     return [
         Work(
             f"64 columns x 128 rows x {n} tokens of a block",
-            ways,
+            _group_ways(is_fine, strips, tiles, has_offset, 1 + n // 32),
             warps=8,
             dram=weights,
             l2=weights + 128 * n,
@@ -232,7 +220,7 @@ def _finish(_: str, slices: str) -> list[Work]:
 _T, _BOOL, _INT = r"(float|__half|__nv_bfloat16)", r"(true|false)", r"(\d+)"
 _SHAPE = rf"qops::cuda::RowShape<{_INT}, {_INT}, {_BOOL}> ?"
 _TABLE: dict[str, Callable[..., list[Work]]] = {
-    rf"decode_kernel<\w+, {_INT}, {_BOOL}, {_BOOL}>": _decode,
+    rf"decode_kernel<\w+, {_INT}, {_INT}, {_BOOL}, {_BOOL}>": _decode,
     rf"tiled_kernel<\w+, {_INT}, {_BOOL}, {_BOOL}>": _tiled,
     rf"int8_gemm_kernel<{_INT}, {_BOOL}>": _int8,
     rf"norm_kernel<{_T}, {_SHAPE}, {_BOOL}>": _norm,
@@ -254,8 +242,7 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
 
 # What a reader looks for first: bfloat16, groups of whole blocks, no zero points, rows of 4096 and heads of 128.
 SHOWN = (
-    "decode_kernel<bf16, 1, false, false>",
-    "decode_kernel<bf16, 2, false, false>",
+    *(f"decode_kernel<bf16, {tiles}, {strips}, false, false>" for tiles in (1, 2) for strips in (4, 2)),
     *(f"tiled_kernel<bf16, {tokens}, false, false>" for tokens in (32, 64, 128)),
     *(f"int8_gemm_kernel<{tokens}, false>" for tokens in (8, 16, 32, 64, 128)),
     "norm_kernel<bf16, RowShape<128, 4, true>",

@@ -52,7 +52,7 @@ void report_banks() {
   for (const int bytes : {2, 4}) {  // of a scale: pairs of rows, at the place of the upper one
     report("scales", 2 * bytes, [&](int lane) { return bytes * int4::scale_place(lane / 4); });
   }
-  for (const int strips : {kMaxStripsOfWarp, kTileStrips}) {
+  for (const int strips : {kStripsOfWarp[0], kStripsOfWarp[1], kTileStrips}) {
     for (int i = 0; i < 4; ++i) {
       report("sums", 4, [&](int lane) { return 4 * (sum_token(lane, i) * sum_stride(strips) + sum_row(lane, i)); });
     }
@@ -62,6 +62,26 @@ void report_banks() {
   for (const bool fine : {false, true}) {
     std::printf("stage %d\n", strip_stage_bytes(fine) % 128);
   }
+}
+
+// Whether the warps of the decode kernel take each slice of each strip once, with the blocks of the canonical order.
+bool shares_are_whole(const GemmPlan& plan, int64_t n, int64_t k) {
+  const DecodeWork work = decode_work(plan, n, k);
+  std::vector<int> taken(static_cast<std::size_t>(int4::strips(n) * kSlices));
+  for (uint32_t block = 0; block < plan.blocks; ++block) {
+    for (uint32_t warp = 0; warp < kGemmWarps; ++warp) {
+      const DecodeShare share = decode_share(work, block, warp);
+      const Range blocks = blocks_of_slice(int4::blocks(k), share.slice);
+      if (share.first_block != blocks.begin || share.blocks != blocks.size()) return false;
+      for (uint32_t strip = share.first_strip; strip < share.first_strip + share.strips; ++strip) {
+        ++taken.at(static_cast<std::size_t>(strip * kSlices + share.slice));
+      }
+    }
+  }
+  for (const int times : taken) {
+    if (times != 1) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -83,9 +103,13 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "the cache has another plan for M = %lld, N = %lld, K = %lld\n", m, n, k);
       return 1;
     }
+    if (p.kind == GemmPlan::Kind::kDecode && !shares_are_whole(p, n, k)) {
+      std::fprintf(stderr, "warps do not share M = %lld, N = %lld, K = %lld\n", m, n, k);
+      return 1;
+    }
     const auto print = [](auto... values) { (std::printf("%lld ", static_cast<long long>(values)), ...); };
-    print(p.kind, p.stages, p.shared_bytes, p.blocks, p.time, p.tokens, p.k_parts, p.ranges, p.strips, p.rows, p.live,
-          p.token_tiles, p.row_tiles, p.whole, p.scratch_bytes(m, n, k), cache.searches());
+    print(p.kind, p.stages, p.shared_bytes, p.blocks, p.time, p.tokens, p.k_parts, p.ranges, p.strips, p.x_stages,
+          p.keeps_x, p.rows, p.live, p.token_tiles, p.row_tiles, p.whole, p.scratch_bytes(m, n, k), cache.searches());
     std::printf("\n");
   }
 }

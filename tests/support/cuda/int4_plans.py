@@ -36,6 +36,8 @@ class Plan:
     k_parts: int
     ranges: int
     strips: int
+    x_stages: int
+    keeps_x: int
     rows: int
     live: int
     token_tiles: int
