@@ -17,6 +17,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -26,7 +27,7 @@ from qops.nn import MLP, MergedLinear, RMSNorm
 from qops.nn.hooks import newest_hook
 from qops.nn.mlp import rows_rule
 from qops.ops._checks import INT4_KINDS, MAX_DECODE_TOKENS
-from qops.ops.decoder_block import INPUTS, PARTS, SETTINGS
+from qops.ops.decoder_block import INPUTS
 from qops.weights.noticed import Entries, Noticed, tell_of_change
 
 # What linears multiply: one of INPUTS. Of others no block operator computes it.
@@ -42,10 +43,12 @@ _INPUTS: dict[type, int] = {
 }
 # Functions of classes that are not called here, and that somebody may put others in the place of.
 _FUNCTIONS = [(kind, "forward", kind.forward) for kind in (MLP, MergedLinear, RMSNorm, *_INPUTS)]
+# Tracers put theirs there.
+_FUNCTIONS += [(torch.nn.Module, "__call__", torch.nn.Module._wrapped_call_impl)]
+_FUNCTIONS += [(torch.nn.Module, "_call_impl", torch.nn.Module._call_impl)]
 _FUNCTIONS += [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)]
 # Whose operators are torch's alone.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_WINDOW, _FIRST_POSITION = SETTINGS.index("window"), SETTINGS.index("first_position")
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 # The attributes of a module that has no tensor, and where in them a half looks for one that it does not have.
 _NOTHING: dict[str, Any] = {"_buffers": {}}
 _NO_TENSOR = (_NOTHING, "_buffers", "", False)
@@ -255,7 +258,6 @@ class AttentionHalf(Places):
         self.settle(attention, "is_causal")
         self.is_causal = attention.is_causal
         extras = self.settle(attention, "extras")
-        self.window = self.entry(extras, "sliding_window") or 0
         if self.entry(extras, "softcap") is not None:  # which Transformers' SDPA does not apply
             raise _Unknown
 
@@ -279,7 +281,7 @@ class AttentionHalf(Places):
             *o,
             self.scale,
             mask,
-            self.window if mask is None else 0,
+            0,  # as Transformers' SDPA, for which windows are a matter of masks and caches
             0.0,
             room.first_position,
         )
@@ -309,11 +311,11 @@ class Plan:
     Attributes:
         halves: of each layer that is known, up to the first that is not.
         common: what the layers of one call share.
-        settings: of each layer, one after another, as where there is no mask.
+        settings: of each layer, one after another.
         weights: of each layer, one after another.
         indices: of their layers of a cache.
         is_causal: where all are, or none is; else None.
-        handle: what `decoder_layers` knows weights and settings by; None where a tensor is of a class of its own.
+        handle: what `decoder_layers` knows weights and settings by; None of a single layer.
         is_whole: whether all layers are known.
     """
 
@@ -337,10 +339,15 @@ class Plan:
             if (*attention.style, attention.scale) != self.common or mlp.style != attention.style:
                 break
             weights = attention.parts(), mlp.parts()
-            if weights[0] is None or weights[1] is None:
+            # A class of its own may do something else in the place of our operators, and is not seen in lists.
+            if (
+                weights[0] is None
+                or weights[1] is None
+                or any(type(t) not in _PLAIN for t in (*weights[0], *weights[1]))
+            ):
                 break
             self.halves.append(halves)
-            numbers = (mlp.mixed, attention.rotates, attention.window, 0, attention.layer_idx)
+            numbers = (mlp.mixed, attention.rotates, 0, 0, attention.layer_idx)
             self.settings += (*attention.kinds, *mlp.kinds, *map(int, numbers))
             self.weights += weights[0] + weights[1]
             self.functions.add(attention.function)
@@ -350,8 +357,7 @@ class Plan:
         causal = {halves.all[0].is_causal for halves in self.halves}
         self.is_causal = causal.pop() if len(causal) == 1 else None
         self.handle: Any = None
-        # A class of its own may do something else in the place of our operators.
-        if len(self.halves) > 1 and all(t is None or type(t) in _PLAIN for t in self.weights):
+        if len(self.halves) > 1:
             self.handle = torch.ops.qops.decoder_plan.default(self.weights, self.settings, *self.common)
         own, self.owner = weakref.ref(self), weakref.ref(layers[0])
 
@@ -402,16 +408,7 @@ class Plan:
         tables = shared.cos, shared.sin, shared.positions
         caches = [growth.room.keys for growth in growths], [growth.room.values for growth in growths]
         first_positions = [growth.room.first_position for growth in growths]
-        call = torch.ops.qops.decoder_layers
-        if self.handle is not None and type(x) in _PLAIN:
-            return call.planned(x, self.handle, *tables, *caches, first_positions, mask)
-        each = len(SETTINGS)
-        settings = self.settings[: each * len(growths)]
-        settings[_FIRST_POSITION::each] = first_positions
-        if mask is not None:
-            settings[_WINDOW::each] = [0] * len(growths)
-        weights = self.weights[: len(PARTS) * len(growths)]
-        return call.default(x, weights, settings, *self.common, *tables, *caches, mask)
+        return torch.ops.qops.decoder_layers.planned(x, self.handle, *tables, *caches, first_positions, mask)
 
 
 class Ahead(NamedTuple):
@@ -536,10 +533,13 @@ def may_step(x: torch.Tensor) -> bool:
         and not _layout.has_gpu_layout(x.device)
         and not torch.compiler.is_compiling()
         and 1 <= x.shape[1] <= MAX_DECODE_TOKENS
+        and x.stride(2) == 1
         and not torch.is_autocast_enabled("cpu")
-        # Neither tangents nor a tracer, nor tensors of a class of their own, see what block operators do.
+        # Neither tangents, tracers, modes and transforms, nor tensors of a class of their own, see what blocks do.
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and _functorch.peek_interpreter_stack() is None
         and type(x) in _PLAIN
     )
 

@@ -296,8 +296,7 @@ class Attention(MergingModule):
                 key,
                 value,
                 self.scaling,
-                mask=attention_mask,
-                window=None if attention_mask is not None else self.extras.get("sliding_window"),
+                mask=attention_mask,  # windows are a matter of masks and caches, as for Transformers' SDPA
                 first_position=first_position(cache, self.layer_idx, key),
             )
             return into_stream(self.o_proj, output.view(batch, tokens, -1), residual), None

@@ -163,6 +163,7 @@ class Stack:
             return None
         # A layer of the cache that has got an attribute may do something else.
         is_theirs = len(cache.layers) > max(indices) and self.found(cache.layers) == self.layers
+        is_theirs = is_theirs and set(map(type, self.layers)) == {DynamicLayer}
         if not is_theirs or list(map(len, states)) != self.sizes:
             return None
         for name, last in (("keys", self.keys), ("values", self.values)):

@@ -66,6 +66,11 @@ class Noticed(nn.Module):
         super().__delattr__(name)
         Noticed._changed()
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Tensors that somebody else holds cannot be swapped, which torch may be asked to do here.
+        Noticed._changed()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _count_entries(self) -> None:
         own = self.__dict__
         for kind in _KINDS:
