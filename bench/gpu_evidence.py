@@ -57,7 +57,7 @@ PROVIDER_SECONDS = 30.0
 # A whole model of 32 layers and its dense twin take minutes to make and to verify.
 WHOLE_MODEL_SECONDS, PART_OF_THE_MODEL = 240.0, 8
 # Files without a test for a GPU: they would have shown nothing. Of the others, what inductor compiles takes minutes.
-WITHOUT_GPU = ("test_cuda_compile", "test_cuda_instances", "test_cuda_missing")
+WITHOUT_GPU = ("test_cuda_compile", "test_cuda_instances", "test_cuda_missing", "test_cuda_slots")
 GPU_TESTS = "gpu and not compile"
 REHEARSED_TESTS = "not gpu and begin_anywhere"
 # A few minutes under a sanitizer: every kernel, aligned and not, with and without values past the row's end.

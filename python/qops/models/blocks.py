@@ -49,6 +49,7 @@ _FUNCTIONS += [(torch.nn.Module, "_call_impl", torch.nn.Module._call_impl)]
 _FUNCTIONS += [(kind, "update", kind.update) for kind in (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)]
 # Whose operators are torch's alone.
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # of make_fx
 # The attributes of a module that has no tensor, and where in them a half looks for one that it does not have.
 _NOTHING: dict[str, Any] = {"_buffers": {}}
 _NO_TENSOR = (_NOTHING, "_buffers", "", False)
@@ -535,10 +536,10 @@ def may_step(x: torch.Tensor) -> bool:
         and 1 <= x.shape[1] <= MAX_DECODE_TOKENS
         and x.stride(2) == 1
         and not torch.is_autocast_enabled("cpu")
-        # Neither tangents, tracers, modes and transforms, nor tensors of a class of their own, see what blocks do.
+        # Neither tangents, tracers and transforms, nor tensors of a class of their own, see what block operators do.
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_dispatch_mode(_PROXY) is None
         and _functorch.peek_interpreter_stack() is None
         and type(x) in _PLAIN
     )

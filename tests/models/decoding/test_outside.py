@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from qops import quantize_model
 from qops.testing import assert_bitwise
-from tests.support.models.block_runs import IDS, counted
+from tests.support.models.block_runs import IDS
 from tests.support.models.families import random_model
 
 
@@ -86,25 +85,6 @@ def test_a_graph_that_is_traced_from_a_step_takes_positions():
     graph = make_fx(run)(x, torch.tensor([[12]]))
     for position in (12, 30):
         check_close(graph(x, torch.tensor([[position]])), run(x, torch.tensor([[position]])))
-
-
-def test_a_mode_sees_the_operators_of_the_chain():
-    """Who replaces an operator by a mode means it, whatever would be one with it else."""
-    model, _ = pair()
-    seen = []
-
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    cache = warm(model)
-    with counted() as counts, Mode():
-        step(model, cache)
-    assert counts == [0, 0] and any("rms_norm" in name for name in seen)
-    with counted() as counts:
-        step(model, cache)
-    assert counts == [3, 3]
 
 
 def test_layers_of_a_cache_whose_class_changes():
