@@ -142,8 +142,8 @@ using namespace model;
 
 // Instructions that a warp of the decode kernel issues for 64 columns: of up to 8 and up to 16 rows of x, of 4 and of 2
 // strips; and all warps of the tiled kernel: whatever the tokens, and for each 8 of them, of up to 64 and of up to 128.
-inline constexpr int64_t kDecodeSlots[2][2] = {{300, 180}, {340, 205}};
-inline constexpr int64_t kTiledSlots = 1140, kTiledSlotsOfEight[2] = {67, 98};
+inline constexpr int64_t kDecodeSlots[2][2] = {{296, 184}, {331, 203}};
+inline constexpr int64_t kTiledSlots = 1120, kTiledSlotsOfEight[2] = {71, 96};
 
 // Blocks of the decode kernel, one for each multiprocessor: each takes some strips and all slices of its part.
 constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_parts, int strips_of_warp, Gpu gpu) {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 
 import pytest
 
 from bench.problems.shared.cases import LAYERS as LINEARS
 from tests.support.cuda import int4_plans
-from tests.support.cuda.cuda_tools import checked
+from tests.support.cuda.cuda_tools import ROOT, checked
 from tests.support.cuda.int4_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans, searches
 
 KIB = 1024
@@ -148,11 +150,32 @@ def test_the_crossover_to_cublas():
         assert DENSE not in {p.kind for p in plans([Question(m, *layer, 128, 0, gpu) for m in rows])}
 
 
+def test_the_model_has_the_instructions_of_the_machine_code():
+    """Those of bfloat16 with groups of whole blocks on sm_90a, within 10 %; tests/data/cuda_slots.json has them all."""
+    text = (ROOT / "csrc/cuda/int4_config.h").read_text()
+    slots = json.loads((ROOT / "tests/data/cuda_slots.json").read_text())["slots"]
+
+    def constants(name: str) -> list[int]:
+        found = re.search(rf"\b{name}(?:\[2\])* = ([^;a-zA-Z]*\d}}*)[;,]", text)
+        assert found is not None, name
+        return [int(number) for number in re.findall(r"\d+", found[1])]
+
+    def counted(kernel: str, sizes: str) -> float:
+        return slots[f"{kernel}<bf16, {sizes}, false, false>"]["90a"]
+
+    decode = dict(zip(("1, 4", "1, 2", "2, 4", "2, 2"), constants("kDecodeSlots"), strict=True))
+    (base,), (few, many) = constants("kTiledSlots"), constants("kTiledSlotsOfEight")
+    tiled = {"32": base + 4 * few, "64": base + 8 * few, "128": base + 16 * many}
+    for kernel, modelled in (("decode_kernel", decode), ("tiled_kernel", tiled)):
+        for sizes, instructions in modelled.items():
+            assert abs(instructions / counted(kernel, sizes) - 1) <= 0.1, (kernel, sizes)
+
+
 # (N, K) by multiprocessors where the share is smaller, because by the model the second kernel of a split K costs more,
 # or because a warp issues as many instructions for some strips as for one or two more. (Where weights take longer to
 # come than to multiply, on 128 and 170 multiprocessors, they are shared out.)
 UNBALANCED = {
-    108: {(6144, 4096), (4096, 4096), (3584, 3584), (4608, 3584)},
+    108: {(6144, 4096), (4096, 4096), (3584, 3584), (4608, 3584), (4096, 14336)},
     114: {(6144, 4096), (4096, 4096), (4608, 3584)},
     128: set(),
     132: {(3584, 3584), (4608, 3584), (3584, 18944)},
