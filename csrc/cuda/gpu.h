@@ -51,8 +51,8 @@ QOPS_ALWAYS_INLINE constexpr TilePosition tile_position(int64_t tile, int64_t to
 namespace model {
 
 // Of a multiprocessor: instructions that it issues in a cycle, and of 100 slots how many are taken to be filled; bytes
-// that reach it in a cycle from L2; cycles of an mma of 16 rows and 8
-// tokens, m16n8k16 of 16-bit numbers or m16n8k32 of 8-bit ones; what starting a kernel and filling its ring costs.
+// that reach it in a cycle from L2; cycles of an mma of 16 rows and 8 tokens, m16n8k16 of 16-bit numbers or m16n8k32 of
+// 8-bit ones; what starting a kernel and filling its ring costs.
 inline constexpr int64_t kSlotsPerCycle = 4;
 inline constexpr int64_t kSlotsFilled = 62;
 inline constexpr int64_t kCyclesOfWarpSlot = 2;  // of a warp that nobody competes with

@@ -220,7 +220,7 @@ def test_a_limit_is_set_once_and_to_its_maximum(runtime, arch):
     heads(small)()  # so that the emulator has seen the arrays that nvcc would know of
     heads(large)()
     runtime.configure(1, 2, "", arch, next(unseen))
-    gemms = [int4_gemm(3, n, 1024, batch_invariant=True) for n in (8, 3200, 40, 6400)]
+    gemms = [int4_gemm(m, n, 1024, batch_invariant=True) for m, n in ((3, 8), (3, 3200), (12, 40), (3, 40), (3, 6400))]
     gemms += [int8_gemm(m, 40, 72) for m in (8, 1, 40)]
     record = recorded(runtime, lambda: [call() for call in (*gemms, *gemms, heads(small), heads(large), heads(small))])
     shared = {launch.kernel: launch.shared for launch in launches(record) if launch.shared > 0}
@@ -230,7 +230,7 @@ def test_a_limit_is_set_once_and_to_its_maximum(runtime, arch):
     most = Counter(values[0] for values in found.values())
     assert most.pop(OPT_IN[arch]) >= 2
     assert most and all(OPT_IN[arch] - KIB < bytes_ < OPT_IN[arch] for bytes_ in most)
-    assert len({launch.shared for launch in launches(record)}) >= 4
+    assert len({launch.shared for launch in launches(record)}) > 4
 
 
 def test_a_limit_is_set_once_by_all_threads(runtime):

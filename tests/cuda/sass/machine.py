@@ -118,6 +118,7 @@ def _per_cycle(gigabytes: float, multiprocessors: int, gigahertz: float) -> floa
 
 
 _AMPERE = {"issue": 4, "alu": 2, "imad": 2, "xu": 0.5, "lsu": 1, "fp64": 1 / 16}  # G, N: alike from 8.0 to 9.0
+_HALVES = {"fma": 4, "HADD2": 2, "HFMA2": 2, "HMUL2": 2, "BF16": 2}  # G: no more results of 16 bits than of 32
 MACHINES: dict[str, Machine] = {
     "80": Machine(
         "A100 80 GB SXM",
@@ -132,7 +133,7 @@ MACHINES: dict[str, Machine] = {
     ),
     "86": Machine(
         "A40",
-        {**_AMPERE, "fma": 4, "HADD2": 2, "HFMA2": 2, "HMUL2": 2, "BF16": 2},
+        {**_AMPERE, **_HALVES},
         {16: 512, 8: 1024},
         48,
         16,
@@ -142,7 +143,7 @@ MACHINES: dict[str, Machine] = {
     ),
     "89": Machine(
         "L40S",
-        {**_AMPERE, "fma": 4, "HADD2": 2, "HFMA2": 2, "HMUL2": 2, "BF16": 2},
+        {**_AMPERE, **_HALVES},
         {16: 512, 8: 1024},
         48,
         24,
@@ -163,7 +164,7 @@ MACHINES: dict[str, Machine] = {
     ),
     "100": Machine(
         "B200",
-        {**_AMPERE, "fma": 4, "HADD2": 2, "HFMA2": 2, "HMUL2": 2, "BF16": 2, "fp64": 2},
+        {**_AMPERE, **_HALVES, "fp64": 2},
         {16: 1024, 8: 2048},  # of mma.sync as much as an A100 has; the rest is tcgen05's
         64,
         32,
@@ -176,11 +177,7 @@ MACHINES: dict[str, Machine] = {
         # G: integer additions, minima and comparisons at full rate; 2 results of float to int a cycle.
         {
             **_AMPERE,
-            "fma": 4,
-            "HADD2": 2,
-            "HFMA2": 2,
-            "HMUL2": 2,
-            "BF16": 2,
+            **_HALVES,
             **dict.fromkeys(("IADD3", "VIADD", "IMNMX", "VIMNMX", "VIADDMNMX", "ISETP"), 4),
             "F2I": 1 / 16,
         },
