@@ -61,6 +61,7 @@ PROSE = {
     "contributing.html": "CONTRIBUTING.md",
     "emulator.html": "tests/emulator/README.md",
     "peers.html": "bench/peers/README.md",
+    "stopwatch.html": "tests/cuda/sass/README.md",
 }
 # Overrides of nn.Module that users do not call.
 _HOOKS = ("extra_repr",)

@@ -4,6 +4,7 @@ on the architecture.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def test_links_between_sources_become_links_between_pages():
     there, images = build.linked("docs/operators.md", text)
     assert there == f"[a](index.html#operators) [b](speed.html) ![c]({plot}) [d](https://x.y) [e](#f) [g](../gone.md)"
     assert images == [plot]
+
+
+@pytest.mark.parametrize("source", build.PROSE.values())
+def test_what_prose_links_to_has_a_page(source):
+    text, images = build.linked(source, (ROOT / source).read_text())
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = set(re.findall(r"\]\(([^)#\s:]+)[)#]", text))
+    assert links <= {*build.PROSE, *images, *map(build.page_of, build.MODULES)}
 
 
 def test_public_api():
