@@ -49,6 +49,8 @@ struct Rows {
   }
 };
 
+QOPS_ALWAYS_INLINE Rows dense_rows(int64_t rows, int64_t columns) { return Rows{rows, 1, {rows}, {columns}}; }
+
 // Somebody who asks a kernel what it is about to do: it tells them, one fact at a time, and does nothing else. Where
 // `text` is null the fact is a number.
 struct PlanListener {
@@ -277,9 +279,11 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
 };
 
 // int4_gemm of quantised rows: x is int8 with a scale a row, dtype that of residual and y alone.
+// x is int8, or of `dtype` and quantised first, as quantize_int8 does.
 struct Int4Int8GemmParams : WeightOnlyGemmParams {
-  const float* x_scale;
-  Rows x_scale_rows;  // strides of 0: one scale for all rows
+  const float* x_scale;  // null where x is quantised first
+  Rows x_scale_rows;     // strides of 0: one scale for all rows
+  QuantizeRule rule;     // of that
 };
 
 // The weights of an int4 GEMM as numbers, columns in the order in which they are stored.

@@ -6,21 +6,12 @@
 
 namespace qops::binding {
 
-inline void check_limits(const Checker& check, const char* arg, int64_t k, int64_t group_size) {
-  if (k > kMaxInt4Int8Columns) {
-    check.refuse(arg, "have at most " + std::to_string(kMaxInt4Int8Columns) + " columns", std::to_string(k));
-  }
-  if (group_size > kMaxInt4Int8Group) {
-    check.refuse("group_size", "be at most " + std::to_string(kMaxInt4Int8Group), std::to_string(group_size));
-  }
-}
-
 template <class Visitor>
 void describe_call(Int4Int8GemmParams& p, Visitor& v) {
   describe_product(p.x_rows, p.n, p.k, v);
   describe_groups(p, v);
   v.dtype("out_dtype", p.dtype);
-  v.when_asked([&](const Checker& check) { check_limits(check, "k", p.k, p.group_size); });
+  v.when_asked([&](const Checker& check) { check_limits_of_int8(check, "k", p.k, p.group_size); });
   describe_kind(p, v);
   v.given("perm", p.perm);
   describe_epilogue(p, v);
@@ -59,7 +50,7 @@ Int4Int8GemmParams checked(const Tensor& q, const Tensor& scale, const Tensor& p
   take_weight(check, packed, ScalarType::Byte, 8, scales, out_features, group_size, p);
   const int64_t columns = q.size(q.dim() - 1);
   if (columns != p.k) check.refuse("q", "have last dimension K = " + std::to_string(p.k), std::to_string(columns));
-  check_limits(check, "q", p.k, group_size);
+  check_limits_of_int8(check, "q", p.k, group_size);
   check.dense_last_dim(q, "q");
   p.x_rows = check.rows(q, "q");
   p.x_scale_rows = per_row(check, scale, "scale", q, p.x_rows.count);
@@ -146,6 +137,51 @@ void int4_int8_gemm_fused_out(const Tensor& q, const Tensor& scale, const Tensor
   run(p, out);
 }
 
+// quantize_int8 and the product in one operator, bit for bit: of few rows a second one would cost as much as a fifth of
+// the call.
+Int4Int8GemmParams checked_floats(const Tensor& x, std::string_view rule, const Tensor& packed, const Tensor& scales,
+                                  const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
+                                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size,
+                                  int64_t kind, const std::optional<Tensor>& residual, bool silu_mul,
+                                  const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point) {
+  Int4Int8GemmParams p{};
+  static_cast<WeightOnlyGemmParams&>(p) =
+      weight_only_gemm_params(check, x, packed, ScalarType::Byte, 8, scales, bias, out_features, group_size);
+  check_limits_of_int8(check, "x", p.k, group_size);
+  p.rule = check.quantize_rule(rule);
+  take_zeros(check, kind, zeros, scales, p);
+  take_perm(check, perm, x, p);
+  take_epilogue(check, x, residual, silu_mul, out_scale, out_zero_point, p);
+  return p;
+}
+
+Tensor int4_int8_gemm_of_floats(const Tensor& x, std::string_view rule, const Tensor& packed, const Tensor& scales,
+                                const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
+                                const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size,
+                                int64_t kind, const std::optional<Tensor>& residual, bool silu_mul,
+                                const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point) {
+  Int4Int8GemmParams p = checked_floats(x, rule, packed, scales, zeros, perm, bias, out_features, group_size, kind,
+                                        residual, silu_mul, out_scale, out_zero_point);
+  Tensor y = new_output(check, x, p);
+  run(p, y);
+  return y;
+}
+
+void int4_int8_gemm_of_floats_out(const Tensor& x, std::string_view rule, const Tensor& packed, const Tensor& scales,
+                                  const std::optional<Tensor>& zeros, const std::optional<Tensor>& perm,
+                                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size,
+                                  int64_t kind, const std::optional<Tensor>& residual, bool silu_mul,
+                                  const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
+                                  const Tensor& out) {
+  Int4Int8GemmParams p = checked_floats(x, rule, packed, scales, zeros, perm, bias, out_features, group_size, kind,
+                                        residual, silu_mul, out_scale, out_zero_point);
+  check_output(check, out, x, packed, scales, zeros, perm, bias, p);
+  if (out_scale) check.no_overlap(out, "out", *out_scale, "out_scale");
+  if (out_zero_point) check.no_overlap(out, "out", *out_zero_point, "out_zero_point");
+  if (residual) check.no_overlap_unless_same(out, "out", *residual, "residual");
+  run(p, out);
+}
+
 }  // namespace
 
 QOPS_REGISTER(m) {
@@ -153,6 +189,8 @@ QOPS_REGISTER(m) {
   m.impl("int4_int8_gemm.out", TORCH_BOX(&int4_int8_gemm_out));
   m.impl("int4_int8_gemm.fused", TORCH_BOX(&int4_int8_gemm_fused));
   m.impl("int4_int8_gemm.fused_out", TORCH_BOX(&int4_int8_gemm_fused_out));
+  m.impl("int4_int8_gemm.of_floats", TORCH_BOX(&int4_int8_gemm_of_floats));
+  m.impl("int4_int8_gemm.of_floats_out", TORCH_BOX(&int4_int8_gemm_of_floats_out));
 }
 
 QOPS_EXPLAIN(int4_int8_gemm, Int4Int8GemmParams, int4_int8_gemm)

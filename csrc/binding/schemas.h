@@ -64,6 +64,15 @@ void define_schemas(Library& m) {
       "int4_int8_gemm.fused_out(Tensor q, Tensor scale, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, "
       "Tensor? bias, int out_features, int group_size, int kind, ScalarType out_dtype, Tensor? residual=None, "
       "bool silu_mul=False, Tensor? out_scale=None, Tensor? out_zero_point=None, *, Tensor(a!) out) -> ()");
+  // Of x, which it rounds to int8 first.
+  m.def(
+      "int4_int8_gemm.of_floats(Tensor x, str rule, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, "
+      "Tensor? bias, int out_features, int group_size, int kind, Tensor? residual=None, bool silu_mul=False, "
+      "Tensor? out_scale=None, Tensor? out_zero_point=None) -> Tensor");
+  m.def(
+      "int4_int8_gemm.of_floats_out(Tensor x, str rule, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, "
+      "Tensor? bias, int out_features, int group_size, int kind, Tensor? residual=None, bool silu_mul=False, "
+      "Tensor? out_scale=None, Tensor? out_zero_point=None, *, Tensor(a!) out) -> ()");
   m.def("check_layout(Tensor packed, str layout) -> ()");
   m.def("int4_pack(Tensor qweight) -> Tensor");
   m.def("int4_unpack(Tensor packed, int out_features) -> Tensor");

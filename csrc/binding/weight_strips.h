@@ -34,6 +34,16 @@ inline void check_alignment(const Checker& check, const Tensor& packed, const ch
 inline constexpr int64_t kMaxInt8Columns = 131071, kMaxInt8ColumnsWithZeroPoint = 65793;
 inline constexpr int64_t kMaxInt4Int8Columns = 1048575, kMaxInt4Int8Group = 131071;
 
+// Of a weight of 4 bits that multiplies rows of int8; arg: what has its columns.
+inline void check_limits_of_int8(const Checker& check, const char* arg, int64_t k, int64_t group_size) {
+  if (k > kMaxInt4Int8Columns) {
+    check.refuse(arg, "have at most " + std::to_string(kMaxInt4Int8Columns) + " columns", std::to_string(k));
+  }
+  if (group_size > kMaxInt4Int8Group) {
+    check.refuse("group_size", "be at most " + std::to_string(kMaxInt4Int8Group), std::to_string(group_size));
+  }
+}
+
 inline void check_group_size(const Checker& check, int64_t k, int64_t group_size) {
   if (group_size != k && (group_size <= 0 || group_size % 16 != 0 || k % group_size != 0)) {
     check.refuse("group_size", "be K = " + std::to_string(k) + " or a multiple of 16 that divides it",

@@ -94,7 +94,7 @@ class BlockProduct {
   void with_operator(const void* x, void* y, const Quantised& rows, const F& f) const {
     const WeightOnlyGemmParams& linear = linear_.product;
     const DType dtype = linear.dtype;
-    const Rows x_rows = dense_rows(linear.k), of_scales = dense_rows(1);
+    const Rows x_rows = dense_rows(rows_, linear.k), of_scales = dense_rows(rows_, 1);
     if (linear_.input != BlockInput::kFloat && linear_.has_8_bits) {
       Int8GemmParams p{};
       static_cast<EpilogueParams&>(p) = linear;
@@ -129,8 +129,6 @@ class BlockProduct {
     const WeightOnlyGemmParams& of_floats = p;
     f(of_floats, linear_.has_8_bits ? int8_weight_only_team_product(dtype) : int4_team_product(dtype));
   }
-
-  Rows dense_rows(int64_t columns) const { return Rows{rows_, 1, {rows_}, {columns}}; }
 
   const BlockLinear& linear_;
   const int64_t rows_;

@@ -45,6 +45,9 @@ struct GroupNumbers {
     if constexpr (kLevels) return super_of(group, strip) + codes_at(group);
     return static_cast<const char*>(numbers) + (strip * strip_size + group * kStripRows) * number_bytes;
   }
+  const char* address(int64_t group, int64_t strip) const {
+    return super_shift == 0 ? address<false>(group, strip) : address<true>(group, strip);
+  }
 
  private:
   int64_t super_bytes() const { return kStripRows * (2 + (int64_t{1} << super_shift)); }

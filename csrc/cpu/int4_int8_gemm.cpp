@@ -25,7 +25,9 @@ constexpr int kTileRows = kVectorRegisters >= 32 ? 8 : 4;
 constexpr int strips_of_tile(int rows) { return kVectorRegisters >= 32 ? (rows <= 6 ? 4 : 3) : (rows <= 2 ? 2 : 1); }
 // How far ahead of the codes memory is asked for. Without that, 4 strips of 32 KiB at once reach 75 % of what can be
 // read, and one strip 57 %.
-constexpr int64_t kFetchBytes = 3072;
+constexpr int64_t kFetchBytes = 1024;
+// Where a tile's strips are no longer than this together, what the next ones hold is fetched in their place.
+constexpr int64_t kShortStrips = 64 << 10;
 // Strips of weights that stay in L2 while every tile of x passes over them.
 constexpr int64_t kChunk = 12;
 
@@ -88,6 +90,7 @@ void multiply_tile(const Params& p, const Slices& slices, const Tile& tile, int6
   const char* w = static_cast<const char*>(p.packed) + strip * strip_bytes;
   const auto [scales, zeros] = numbers_of(p, slices.groups);
   const uint8_t* x = tile.words;
+  const int64_t ahead = Strips * strip_bytes <= kShortStrips ? Strips * strip_bytes : kFetchBytes;
   F32x16 y[Strips][Rows];
   QOPS_UNROLL for (int s = 0; s < Strips; ++s) { QOPS_UNROLL for (int r = 0; r < Rows; ++r) y[s][r] = set1(0.0f); }
   int64_t group = 0;
@@ -99,11 +102,16 @@ void multiply_tile(const Params& p, const Slices& slices, const Tile& tile, int6
     for (const int64_t end = slices.begin(slice); group < end; ++group) {
       const int32_t* x_sums = tile.sums + group * Rows;
       I32x16 sum[Strips][Rows];
-      QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
-        const I32x16 zero = p.kind == WeightKind::kZeroPoint
-                                ? load(reinterpret_cast<const uint8_t*>(zeros.address<false>(group, strip + s)))
-                                : set1(int32_t{8});
-        QOPS_UNROLL for (int r = 0; r < Rows; ++r) sum[s][r] = zero * set1(-x_sums[r]);
+      // Products of vectors of int32 take two operations on one port: as long as 4 dot products.
+      QOPS_UNROLL for (int r = 0; r < Rows; ++r) {
+        const I32x16 of_eights = set1(-8 * x_sums[r]);
+        QOPS_UNROLL for (int s = 0; s < Strips; ++s) sum[s][r] = of_eights;
+      }
+      if (p.kind == WeightKind::kZeroPoint) {
+        QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
+          const I32x16 zero = load(reinterpret_cast<const uint8_t*>(zeros.address<false>(group, strip + s)));
+          QOPS_UNROLL for (int r = 0; r < Rows; ++r) sum[s][r] = zero * set1(-x_sums[r]);
+        }
       }
       for (int64_t left = p.group_size / 8; left > 0;) {
         const int64_t now = std::min<int64_t>(left, kShortDots / 2);
@@ -115,7 +123,7 @@ void multiply_tile(const Params& p, const Slices& slices, const Tile& tile, int6
         for (int64_t n = now; n > 0; --n, w += 64) {
           B8x64 codes[Strips];
           QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
-            prefetch(w + s * strip_bytes + kFetchBytes);
+            prefetch(w + s * strip_bytes + ahead);
             codes[s] = load_bytes(w + s * strip_bytes);
           }
           QOPS_UNROLL for (int half = 0; half < 2; ++half, x += 4 * Rows) {
@@ -135,6 +143,10 @@ void multiply_tile(const Params& p, const Slices& slices, const Tile& tile, int6
       }
       QOPS_UNROLL for (int s = 0; s < Strips; ++s) {
         const F32x16 scale = scales.load(group, strip + s);
+        if constexpr (Strips >= 4) {
+          prefetch(scales.address(group, strip + s + Strips));
+          if (p.zeros != nullptr) prefetch(zeros.address(group, strip + s + Strips));
+        }
         QOPS_UNROLL for (int r = 0; r < Rows; ++r) total[s][r] = fma(scale, to_float(sum[s][r]), total[s][r]);
         if (!has_float_zeros(p.kind)) continue;
         const F32x16 offset = offset_of(p, scale, zeros.load(group, strip + s));
@@ -211,13 +223,26 @@ Status run(const Params& p, const ThreadPool& pool) {
   if (p.perm != nullptr && !perm_is_valid(p)) return Status::kIndexOutOfRange;
   if (m == 0 || p.n == 0) return Status::kOk;
   const Slices slices(p);
-  Scratch scratch(Tiles::bytes(p, slices));
+  Scratch scratch(QuantisedRows::bytes(p, m) + Tiles::bytes(p, slices));
   if (!scratch.ok()) return Status::kOutOfMemory;
+  const QuantisedRows quantised(p, m, scratch);
   const Tiles tiles(p, slices, Pieces(scratch.take<char>(0)));
-  parallel_for(pool, tiles.count, 1 + (16 << 10) / (p.k * kTileRows + 1),
-               [&](int64_t begin, int64_t end) { pack_tiles(p, slices, tiles, begin, end); });
+  Params of_int8 = p;
+  if (p.x_scale == nullptr) {
+    of_int8.x = quantised.q;
+    of_int8.x_rows = dense_rows(m, p.k);
+    of_int8.x_scale = quantised.scale;
+    of_int8.x_scale_rows = dense_rows(m, 1);
+  }
+  parallel_for(pool, tiles.count, 1 + (16 << 10) / (p.k * kTileRows + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end && p.x_scale == nullptr; ++t) {
+      const Tile tile = tiles.at(t);
+      for (int64_t row = tile.first; row < tile.first + tile.rows; ++row) quantised.quantise<T>(p, row, row);
+    }
+    pack_tiles(of_int8, slices, tiles, begin, end);
+  });
   parallel_for(pool, strips, grain,
-               [&](int64_t begin, int64_t end) { multiply_tiles<T>(p, slices, tiles, begin, end); });
+               [&](int64_t begin, int64_t end) { multiply_tiles<T>(of_int8, slices, tiles, begin, end); });
   return Status::kOk;
 }
 

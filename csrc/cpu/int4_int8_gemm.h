@@ -5,6 +5,8 @@
 
 #include "cpu/gemm_epilogue.h"
 #include "cpu/group_numbers.h"
+#include "cpu/quantize_row.h"
+#include "cpu/scratch.h"
 #include "cpu/simd.h"
 
 namespace qops::cpu::QOPS_ISA_NS {
@@ -29,6 +31,27 @@ inline bool perm_is_valid(const Int4Int8GemmParams& p) {
   }
   return true;
 }
+
+// Rows [0, rows) of int8 in memory of the call, where x is of floats and quantised first: nothing else.
+struct QuantisedRows {
+  int8_t* q = nullptr;
+  float* scale = nullptr;
+
+  static size_t bytes(const Int4Int8GemmParams& p, int64_t rows) {
+    return p.x_scale != nullptr ? 0 : Pieces::bytes<int8_t>(rows * p.k) + Pieces::bytes<float>(rows);
+  }
+  QuantisedRows(const Int4Int8GemmParams& p, int64_t rows, Pieces& memory) {
+    if (p.x_scale != nullptr) return;
+    q = memory.take<int8_t>(rows * p.k);
+    scale = memory.take<float>(rows);
+  }
+
+  // Of row `row` of x, in the place of row `at`.
+  template <class T>
+  void quantise(const Int4Int8GemmParams& p, int64_t row, int64_t at) const {
+    quantise_row(static_cast<const T*>(p.x) + p.x_rows.offset(row), p.k, Int8Output{q, scale, p.rule}, at);
+  }
+};
 
 // Columns [begin, begin + n) of a row of x in packed order, n <= 64, and zeros behind them; returns their sum in lanes.
 inline I32x16 copy_columns(const Int4Int8GemmParams& p, const int8_t* x, int64_t begin, int64_t n, uint8_t* to) {

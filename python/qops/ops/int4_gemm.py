@@ -16,6 +16,7 @@ from qops._layout import group_count
 from qops.ops._checks import FLOAT_DTYPES as OUT_DTYPES
 from qops.ops._checks import INT4_KINDS as KINDS
 from qops.ops._checks import (
+    RULES,
     Checker,
     Result,
     Results,
@@ -127,19 +128,16 @@ def int4_gemm(
     """
     if derivatives_are_asked():
         refuse_grad("int4_gemm", x=x, bias=bias, residual=residual, out_scale=out_scale, out=out)
-    if activation is not None or rule != "127":
+    in_int8 = activation is not None or rule != "127"
+    if in_int8:
         _require_int8(activation, rule)
-        q, scale = torch.ops.qops.quantize_int8.default(x, rule)
-        more = {"residual": residual, "silu_mul": silu_mul, "out_scale": out_scale, "out_zero_point": out_zero_point}
-        return int4_int8_gemm(q, scale, weight, bias, out_dtype=x.dtype, out=out, **more)
     require_weight("int4_gemm", weight, "Int4Weight")
     weight._require_packed()
     if silu_mul != weight.mixed_gate_up:
         refuse_mixed("int4_gemm", silu_mul)
     # Module.__getattr__ would take 0.6 us for each of them, as much as half the operator's own overhead.
     buffers = weight._buffers
-    args = (
-        x,
+    args: tuple[Any, ...] = (
         buffers["packed"],
         buffers["scales"],
         buffers["zeros"],
@@ -148,8 +146,14 @@ def int4_gemm(
         weight.out_features,
         weight.group_size,
         KINDS.index(weight.kind),
-        batch_invariant,
     )
+    if in_int8:
+        args = (x, rule, *args, residual, silu_mul, out_scale, out_zero_point)
+        if out is None:
+            return torch.ops.qops.int4_int8_gemm.of_floats(*args)
+        torch.ops.qops.int4_int8_gemm.of_floats_out(*args, out=out)
+        return out
+    args = (x, *args, batch_invariant)
     op = torch.ops.qops.int4_gemm
     if silu_mul or residual is not None or out_scale is not None or out_zero_point is not None:
         args += (residual, silu_mul, out_scale, out_zero_point)
@@ -370,6 +374,7 @@ def cases_of_int4_gemm(run: Run) -> None:
 def cases_of_int4_int8_gemm(run: Run) -> None:
     from qops._check_cases import ROWS, epilogues, int4_cases, moved
     from qops._numerics import FLOAT_DTYPES
+    from qops.ops.quantize_int8 import quantize_int8_ref
 
     for w, dtype, index in int4_cases(run):
         n, k = w.out_features, w.in_features
@@ -378,8 +383,17 @@ def cases_of_int4_int8_gemm(run: Run) -> None:
         product = partial(int4_int8_gemm, weight=moved(run, w), bias=run.there(bias), out_dtype=dtype)
         (y,) = run.rows(product, q, scale)
         run.same(y, int4_int8_gemm_exact(q, scale, w, bias, dtype), "the contract's operations")
+        x, rule = run.random(ROWS[-1], k, dtype=dtype), RULES[index % 3]
+        of_floats = partial(int4_gemm, weight=moved(run, w), bias=run.there(bias), activation="int8", rule=rule)
+        want = int4_int8_gemm_exact(*quantize_int8_ref(x, rule), w, bias, dtype)
+        run.same(run.rows(of_floats, x), want, "of floats: the contract's operations")
         mixed = partial(product, weight=moved(run, w, mixed=True)) if n % 16 == 0 else None
         epilogues(run, product, mixed, y, q, scale)
+
+
+def _check_limits_of_int8(check: Checker, arg: str, k: int, group_size: int) -> None:
+    check.require(k <= MAX_K, arg, f"have at most {MAX_K} columns", lambda: str(k))
+    check.require(group_size <= MAX_GROUP, "group_size", f"be at most {MAX_GROUP}", lambda: str(group_size))
 
 
 @fake("int4_gemm")
@@ -409,8 +423,6 @@ def _(
 @fake("int4_int8_gemm")
 def _(
     check: Checker,
-    q: Tensor,
-    scale: Tensor,
     packed: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
@@ -419,6 +431,10 @@ def _(
     out_features: int,
     group_size: int,
     kind: int,
+    q: Tensor | None = None,
+    scale: Tensor | None = None,
+    x: Tensor | None = None,
+    rule: str = "127",
     out_dtype: torch.dtype | None = None,
     residual: Tensor | None = None,
     silu_mul: bool = False,
@@ -426,6 +442,13 @@ def _(
     out_zero_point: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Results:
+    if x is not None:  # `.of_floats` and `.of_floats_out`
+        check_weight_only(check, x, packed, scales, zeros, perm, bias, out_features, group_size, kind, bits=4)
+        _check_limits_of_int8(check, "x", x.shape[-1], group_size)
+        check.one_of(rule, "rule", *RULES)
+        y = check_epilogue(check, x, out_features, x.dtype, residual, silu_mul, out_scale, out_zero_point)
+        return check.results(x, Result("out", out, *y))
+    assert q is not None and scale is not None
     subject = "out_dtype must be"
     if out_dtype is None:  # `.out` has none
         assert out is not None
@@ -436,8 +459,7 @@ def _(
     check.at_least_1d(q, "q")
     k = check_packed_weight(check, packed, scales, out_features, group_size, bits=4)
     check.require(q.shape[-1] == k, "q", f"have last dimension K = {k}", lambda: str(q.shape[-1]))
-    check.require(k <= MAX_K, "q", f"have at most {MAX_K} columns", lambda: str(k))
-    check.require(group_size <= MAX_GROUP, "group_size", f"be at most {MAX_GROUP}", lambda: str(group_size))
+    _check_limits_of_int8(check, "q", k, group_size)
     check.dense_last_dim(q, "q")
     check.rows(q, "q")
     check.per_row(scale, "scale", q)

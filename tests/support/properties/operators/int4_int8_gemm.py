@@ -9,6 +9,7 @@ from torch import Tensor
 
 import qops
 from qops.ops.int4_gemm import KINDS
+from qops.ops.quantize_int8 import quantize_int8_ref
 from qops.testing import FLOAT_DTYPES, generator
 from tests.support.ops.contracts import int4_int8_gemm_exact, mix_gate_up, packed
 from tests.support.properties.property_calls import Call, Fault, Result
@@ -27,7 +28,17 @@ from tests.support.properties.property_gemm import (
     untyped,
     weight_ways,
 )
-from tests.support.properties.property_rows import F32, INT8, Ways, finish, give_outputs, output_ways, zero_dim
+from tests.support.properties.property_rows import (
+    BAD_RULES,
+    F32,
+    INT8,
+    RULES,
+    Ways,
+    finish,
+    give_outputs,
+    output_ways,
+    zero_dim,
+)
 
 
 def int4_int8_gemm(s: Sampler) -> Call:
@@ -50,11 +61,10 @@ def int4_int8_gemm(s: Sampler) -> Call:
     if s.one_in(3):
         perm = torch.randperm(k, generator=rng).int() if exact else torch.randint(max(k, 1), (k,), generator=rng).int()
     out_dtype = s.dtype()
+    of_floats = s.one_in(3)  # which become rows of int8 in the call
     rows = () if s.one_in(4) else leading
     mixed = mix_gate_up if epilogue == "silu_mul" else lambda rows: rows
     arguments: dict[str, Any] = {
-        "q": s.rows(s.values((*leading, k), INT8)),
-        "scale": s.strided(s.values(rows, F32)) if rows else s.values((), F32),
         "packed": packed(mixed(codes), 4),
         "scales": strips(mixed(scales)),
         "zeros": None if zeros is None else strips(mixed(zeros)),
@@ -64,21 +74,30 @@ def int4_int8_gemm(s: Sampler) -> Call:
         "group_size": k // groups if groups else 0,
         "kind": KINDS.index(kind),
     }
+    if of_floats:
+        arguments |= {"x": s.rows(s.values((*leading, k), out_dtype)), "rule": s.choice(RULES)}
+    else:
+        scale = s.strided(s.values(rows, F32)) if rows else s.values((), F32)
+        arguments |= {"q": s.rows(s.values((*leading, k), INT8)), "scale": scale}
     asked = epilogue_of(s, epilogue, (*leading, n), out_dtype)
-    if fused:
-        arguments |= {"out_dtype": out_dtype, **asked}
+    if fused or of_floats:
+        arguments |= asked if of_floats else {"out_dtype": out_dtype, **asked}
 
     def expected(a: dict[str, Any]) -> tuple[Tensor, ...]:
-        y = int4_int8_gemm_exact(a["q"], a["scale"], codes, scales, zeros, kind, perm, a["bias"], out_dtype)
+        q, scale = quantize_int8_ref(a["x"], a["rule"]) if of_floats else (a["q"], a["scale"])
+        y = int4_int8_gemm_exact(q, scale, codes, scales, zeros, kind, perm, a["bias"], out_dtype)
         return (after_epilogue(a, y),)
 
     columns = n // 2 if epilogue == "silu_mul" else n
     results: list[Result] = [((*leading, columns), INT8 if epilogue == "out_scale" else out_dtype)]
-    call = Call("int4_int8_gemm", "fused" if fused else "default", arguments, expected, results)
+    overload, overload_out = ("fused", "fused_out") if fused else ("default", "out")
+    if of_floats:
+        overload, overload_out = "of_floats", "of_floats_out"
+    call = Call("int4_int8_gemm", overload, arguments, expected, results)
     if s.one_in(2):
-        call.overload = "fused_out" if fused else "out"
+        call.overload = overload_out
         give_outputs(s, call, "out", replaces=[("out", "residual")] if epilogue == "residual" else ())
-    else:
+    elif not of_floats:
         arguments["out_dtype"] = out_dtype
     if exact and n > 0 and k > 0:
         qweight = codes[:, 0::2] | codes[:, 1::2] << 4
@@ -88,6 +107,8 @@ def int4_int8_gemm(s: Sampler) -> Call:
 
         def public(a: dict[str, Any], weight: Any) -> object:
             rest = {name: a[name] for name in ("out_dtype", "out", *asked) if name in a}
+            if of_floats:
+                return qops.int4_gemm(a["x"], weight, a["bias"], activation="int8", rule=a["rule"], **rest)
             return qops.int4_int8_gemm(a["q"], a["scale"], weight, a["bias"], **rest)
 
         give_weight(call, public, weight)
@@ -96,7 +117,9 @@ def int4_int8_gemm(s: Sampler) -> Call:
 
 def int4_int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
     a = call.arguments
+    rows = "x" if "x" in a else "q"
     dtypes = {
+        "x": FLOAT_DTYPES,
         "q": (INT8,),
         "scale": (F32,),
         "packed": (torch.uint8,),
@@ -112,8 +135,8 @@ def int4_int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
     optional = ["bias", "perm", "zeros", *extra]
 
     def columns() -> Fault:
-        a["q"] = torch.ones((2, k + s.choice((1, 8, -1) if k > 0 else (1, 8))), dtype=INT8)
-        return Fault(("q",), (ValueError,))
+        a[rows] = torch.ones((2, k + s.choice((1, 8, -1) if k > 0 else (1, 8))), dtype=a[rows].dtype)
+        return Fault((rows,), (ValueError,))
 
     def bad_perm() -> Fault | None:
         if a["perm"] is None or k == 0:
@@ -132,33 +155,37 @@ def int4_int8_gemm_ways(s: Sampler, call: Call, k: int) -> Ways:
         a["packed"] = torch.zeros((-(-a["out_features"] // 16), 8 * wide), dtype=torch.uint8)
         a["scales"] = torch.zeros((a["packed"].shape[0], wide // g, 16))
         a["zeros"], a["perm"], a["kind"], a["group_size"] = None, None, 0, g
-        a["q"] = torch.zeros((*a["q"].shape[:-1], 1), dtype=INT8).expand(*a["q"].shape[:-1], wide)
-        return Fault(("q", "group_size"), (ValueError,))
+        a[rows] = torch.zeros((*a[rows].shape[:-1], 1), dtype=a[rows].dtype).expand(*a[rows].shape[:-1], wide)
+        return Fault((rows, "group_size"), (ValueError,))
 
     def scale_rows() -> Fault:
         a["scale"] = torch.zeros((*a["q"].shape[:-1], 3))
         return Fault(("scale",), (ValueError,))
 
-    inputs = [name for name in ("q", "scale", *inner, "bias", *extra) if a[name] is not None and name != "perm"]
+    of_rows = ("x",) if rows == "x" else ("q", "scale")
+    inputs = [name for name in (*of_rows, *inner, "bias", *extra) if a[name] is not None and name != "perm"]
     ways = [
         *s.tensor_faults(call, dtypes, call.written, optional),
         *output_ways(s, call, inputs),
-        *s.last_dim(call, "q", *(["bias"] if a["bias"] is not None else [])),
-        *zero_dim(s, call, "q"),
+        *s.last_dim(call, rows, *(["bias"] if a["bias"] is not None else [])),
+        *zero_dim(s, call, rows),
         *s.not_contiguous(call, *inner),
-        *s.shapes(call, inner, ["q", "scales"]),
+        *s.shapes(call, inner, [rows, "scales"]),
         *(s.shapes(call, ["bias"]) if a["bias"] is not None else []),
         *size_ways(s, call, k, grouped=True),
-        *s.requires_grad(call, "scale", "bias"),
-        ("q", columns),
+        *s.requires_grad(call, "x" if rows == "x" else "scale", "bias"),
+        (rows, columns),
         ("perm", bad_perm),
-        ("scale q", scale_rows),
         ("zeros scales", zeros_or_none),
-        ("q packed scales zeros perm kind group_size out_features", too_large),
+        (f"{rows} packed scales zeros perm kind group_size out_features", too_large),
         *s.scalar(call, "kind", (-1, 4, *INT64[3:])),
     ]
-    if call.overload.startswith("fused"):
-        ways += epilogue_ways(s, call, "q")
+    if rows == "x":
+        ways += s.scalar(call, "rule", BAD_RULES)
+    else:
+        ways.append(("scale q", scale_rows))
+    if call.overload.startswith(("fused", "of_floats")):
+        ways += epilogue_ways(s, call, rows)
     if "out_dtype" in a:
         bad = (torch.float64, torch.int8, torch.int32, torch.bool, torch.float8_e5m2)
         ways += s.scalar(call, "out_dtype", bad, (RuntimeError,))[:2]
