@@ -89,13 +89,18 @@ QOPS_DEVICE V combine_warps(V value, V* shared, const F& combine) {
   }
 }
 
-// Steps 2 and 3 of row_tree.h.
-template <class Shape>
-QOPS_DEVICE float sum_of_row(const Vector& partials, float* shared) {
+// Step 2 of row_tree.h.
+QOPS_DEVICE float sum_of_vector(const Vector& partials) {
   float fours[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) fours[i] = partials[i] + partials[i + 4];
-  float sum = (fours[0] + fours[2]) + (fours[1] + fours[3]);
+  return (fours[0] + fours[2]) + (fours[1] + fours[3]);
+}
+
+// Steps 2 and 3.
+template <class Shape>
+QOPS_DEVICE float sum_of_row(const Vector& partials, float* shared) {
+  float sum = sum_of_vector(partials);
 #pragma unroll
   for (int stride = kWarp / 2; stride > 0; stride /= 2) sum += __shfl_xor_sync(kAllLanes, sum, stride);
   return combine_warps<Shape>(sum, shared, [](float a, float b) { return a + b; });

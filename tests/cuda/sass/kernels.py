@@ -184,6 +184,23 @@ def _heads(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
     ]
 
 
+def _small_heads(element: str, lanes: str, interleaved: str) -> list[Work]:
+    """Likewise, of a vector a lane; weights of the same type."""
+    wide = _bytes(element) // 2
+    # Squares, norm and four turns of a lane: where a position is outside of the tables, there are no turns.
+    least = {"LOAD": 2 * wide + 2, "STORE": wide if interleaved == "true" else 2, "FMUL": 2 * _VECTOR + 16}
+    size = _VECTOR * int(lanes)
+    return [
+        Work(
+            f"a head of {size}",
+            ((1, Goal(most=(), least=least)),),
+            in_loop=False,
+            units=32 // int(lanes),
+            dram=2 * _bytes(element) * size,
+        )
+    ]
+
+
 def _rotary(element: str, aligned: str) -> list[Work]:
     n = _bytes(element) // 2 if aligned == "true" else _VECTOR
     goal = Goal(most=(), least={"LOAD": 4 * n, "STORE": 2 * n})
@@ -229,6 +246,7 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
     rf"static_kernel<{_T}, {_SHAPE}>": _static,
     rf"silu_mul_kernel<{_T}, {_SHAPE}, {_BOOL}>": _silu,
     rf"qk_norm_rotary_kernel<{_T}, {_SHAPE}>": _heads,
+    rf"heads_kernel<{_T}, {_INT}, {_BOOL}>": _small_heads,
     rf"rotary_kernel<{_T}, {_BOOL}>": _rotary,
     rf"dequantize_kernel<{_T}>": _dequantize,
     rf"int8_pack_kernel<{_BOOL}>": _int8_pack,
