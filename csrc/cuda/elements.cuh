@@ -97,6 +97,15 @@ QOPS_DEVICE void narrow_words(const float (&v)[kCount], uint32_t* words) {
   }
 }
 
+// R(x * y) of elements of 16 bits in y's place. A product of two of them has at most 22 bits, so float32 would hold it
+// before R(), which then rounds the same. (Where float32 lacks bits, below 2^-149, a product of bfloat16's 16 bits is
+// less than 2^-134 and rounds to 0 either way.)
+template <class T>
+QOPS_DEVICE void multiply_words(const uint32_t (&x)[kWords<T>], uint32_t (&y)[kWords<T>]) {
+#pragma unroll
+  for (int i = 0; i < kWords<T>; ++i) y[i] = pair_bits(__hmul2(pair_of<T>(x[i]), pair_of<T>(y[i])));
+}
+
 // Whole vectors at multiples of 16 bytes.
 template <class T>
 QOPS_DEVICE void load_words(const T* p, uint32_t (&words)[kWords<T>]) {
@@ -117,6 +126,52 @@ QOPS_DEVICE void store_words(T* p, const uint32_t (&words)[kWords<T>]) {
   }
 }
 
+// Either of them, of the first n elements; zeros behind them.
+template <bool kAligned, class T>
+QOPS_DEVICE void load_words(const T* p, int64_t n, uint32_t (&words)[kWords<T>]) {
+  if constexpr (kAligned) {
+    load_words(p, words);
+  } else if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) words[i] = i < n ? __float_as_uint(p[i]) : 0;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      words[i] = (2 * i < n ? to_bits(p[2 * i]) : 0) | (2 * i + 1 < n ? to_bits(p[2 * i + 1]) : 0) << 16;
+    }
+  }
+}
+
+template <bool kAligned, class T>
+QOPS_DEVICE void store_words(T* p, int64_t n, const uint32_t (&words)[kWords<T>]) {
+  if constexpr (kAligned) {
+    store_words(p, words);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i >= n) continue;
+      if constexpr (sizeof(T) == 4) {
+        p[i] = __uint_as_float(words[i]);
+      } else {
+        p[i] = from_bits<T>(words[i / 2] >> (i % 2 * 16) & 0xffff);
+      }
+    }
+  }
+}
+
+template <class T>
+QOPS_DEVICE void clear_behind(int64_t n, uint32_t (&words)[kWords<T>]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (i < n) continue;
+    if constexpr (sizeof(T) == 4) {
+      words[i] = 0;
+    } else {
+      words[i / 2] &= i % 2 == 0 ? 0xffff0000u : 0xffffu;
+    }
+  }
+}
+
 // Half a vector at a multiple of its size.
 template <class T>
 QOPS_DEVICE void load_half(const T* p, float (&v)[kVector / 2]) {
@@ -128,15 +183,6 @@ QOPS_DEVICE void load_half(const T* p, float (&v)[kVector / 2]) {
     const uint2 bits = *reinterpret_cast<const uint2*>(p);
     const uint32_t words[2] = {bits.x, bits.y};
     widen_words<T>(words, v);
-  }
-}
-
-template <class T>
-QOPS_DEVICE void store_half(T* p, const uint32_t (&words)[kWords<T> / 2]) {
-  if constexpr (sizeof(T) == 4) {
-    *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
-  } else {
-    *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
   }
 }
 
@@ -183,6 +229,19 @@ QOPS_DEVICE void store_int8(int8_t* p, int64_t n, const int (&q)[kVector]) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       if (i < n) p[i] = static_cast<int8_t>(q[i]);
+    }
+  }
+}
+
+// The same of bytes.
+template <bool kAligned>
+QOPS_DEVICE void store_codes(int8_t* p, int64_t n, const uint32_t (&codes)[2]) {
+  if constexpr (kAligned) {
+    *reinterpret_cast<uint2*>(p) = make_uint2(codes[0], codes[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < n) p[i] = static_cast<int8_t>(codes[i / 4] >> (i % 4 * 8));
     }
   }
 }

@@ -16,29 +16,41 @@ QOPS_DEVICE float rstd_of_row(const Vector& partials, int64_t h, const RmsNormSt
   return 1.0f / sqrtf(sum_of_row<Shape>(partials, shared) / static_cast<float>(h) + style.eps);
 }
 
-// R(R(z * rstd) * w) with weights of 16 bits of the same type, both as words. A product of two such elements has at
-// most 22 bits, so float32 holds it before R(), which then rounds the same. (Where float32 lacks bits, below 2^-149, a
-// product of bfloat16's 16 bits is less than 2^-134 and rounds to 0 either way.)
+// R(R(z * rstd) * w) with weights of T, which has 16 bits, both as words.
 template <class T>
 QOPS_DEVICE void normalise_words(const Vector& z, const uint32_t (&weight)[kWords<T>], float rstd,
-                                 uint32_t (&words)[kWords<T>]) {
+                                 uint32_t (&y)[kWords<T>]) {
   Vector normed;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) normed[i] = z[i] * rstd;
-  narrow_words<T>(normed, words);
-#pragma unroll
-  for (int i = 0; i < kWords<T>; ++i) words[i] = pair_bits(__hmul2(pair_of<T>(words[i]), pair_of<T>(weight[i])));
+  narrow_words<T>(normed, y);
+  multiply_words<T>(weight, y);
 }
 
-// z becomes y, rounded to T.
-template <class T>
-QOPS_DEVICE void normalise(Vector& z, const Vector& weight, float rstd, const RmsNormStyle& style) {
+// y, rounded to T, of z and the weights from `at` on.
+template <bool kAligned, class T>
+QOPS_DEVICE void normalise(const Vector& z, const void* weight, DType dtype, int64_t at, int64_t n, float rstd,
+                           const RmsNormStyle& style, uint32_t (&y)[kWords<T>]) {
+  if constexpr (sizeof(T) == 2) {
+    if (dtype == kDTypeOf<T> && style.round_before_weight) {
+      uint32_t w[kWords<T>];
+      load_words<kAligned>(static_cast<const T*>(weight) + at, n, w);
+      return normalise_words<T>(z, w, rstd, y);
+    }
+  }
+  Vector normed, w;
+  load<kAligned>(weight, dtype, at, n, w);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) normed[i] = z[i] * rstd;
+  if (style.round_before_weight) {
+    narrow_words<T>(normed, y);
+    widen_words<T>(y, normed);
+  }
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    const float normed = z[i] * rstd;
-    z[i] = round_to<T>(style.round_before_weight ? round_to<T>(normed) * weight[i]
-                                                 : normed * (weight[i] + style.weight_offset));
+    normed[i] = normed[i] * (style.round_before_weight ? w[i] : w[i] + style.weight_offset);
   }
+  narrow_words<T>(normed, y);
 }
 
 }  // namespace qops::cuda

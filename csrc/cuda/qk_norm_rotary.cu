@@ -2,15 +2,16 @@
 //
 // Idea: one pass, so that a head is read once and written once. Heads of at most 256 elements (heads_kernel) stay in
 // registers: 8, 16 or 32 lanes have a head, a vector each, so a warp has two heads of 128. Two lanes whose vectors are
-// partners exchange halves of what the norm has rounded (two shuffles), and each turns four pairs. Longer heads, and
-// those that are not aligned, wait normalised in shared memory for their partners (qk_norm_rotary_kernel, on the rows
-// of row.cuh, which are the heads).
+// partners exchange halves of what the norm has rounded, turn four pairs each, and exchange again, two shuffles each
+// time. Longer heads, and those that are not aligned, wait normalised in shared memory for their partners
+// (qk_norm_rotary_kernel, on the rows of row.cuh, which are the heads).
 //
 // Bytes and operations: the 512 bytes of a head of 128 in bf16 take 39 cycles of an H100's multiprocessor. heads_kernel
 // has 112 instructions for it, which are 28 cycles (a warp for each head had 544): memory bounds it if 72 % of the
-// issue slots are used, and at 62 % it would have to be 98. Of the 224 of a warp with two heads 130 compute: 24 turn
+// issue slots are used, and at 62 % it would have to be 98. Of the 224 of a warp with two heads 137 compute: 24 turn
 // pairs, 24 widen (x, halves, angles), 23 square and add, 24 make 1 / sqrt and look twice for values that are rare, 20
-// scale and round, 8 exchange, and 7 load or store. The others make addresses, of which 23 only read parameters.
+// scale and round, 16 exchange, and 6 load or store. The others make addresses and guards; 23 of them only read
+// parameters.
 #include "cuda/norm_row.cuh"
 #include "cuda/rotate_head.cuh"
 
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
   const RotaryParams& p = params.rotary;
   const int64_t all_heads = p.q.heads + p.k.heads;
   const int64_t row = row_of_thread<Shape>();
-  if (row >= p.q.x_tokens.count * all_heads) return;  // a whole warp; heads of several warps have a block each
+  if (is_beyond<Shape>(row, p.q.x_tokens.count * all_heads)) return;
   const int64_t token = row / all_heads;
   const bool is_q = row % all_heads < p.q.heads;
   const int64_t head = row % all_heads - (is_q ? 0 : p.q.heads);
@@ -47,11 +48,11 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
   });
   const float rstd = rstd_of_row<Shape>(partials, p.d, params.style, sums);
   for_chunks<Shape>(p.d, [&](int chunk, int64_t at, int64_t n) {
-    Vector v, w;
+    Vector v;
+    uint32_t words[kWords<T>];
     held.get(chunk, at, n, v, read);
-    load<Shape::kAligned>(weight, weight_dtype, at, n, w);
-    normalise<T>(v, w, rstd, params.style);
-    store<Shape::kAligned>(normed + at, n, v);
+    normalise<Shape::kAligned, T>(v, weight, weight_dtype, at, n, rstd, params.style, words);
+    store_words<Shape::kAligned>(normed + at, n, words);
   });
   if constexpr (Shape::kThreads == kWarp) {
     __syncwarp();
@@ -172,40 +173,31 @@ __global__ void __launch_bounds__(kThreads, 8) heads_kernel(const __grid_constan
   if (side.is_packed) {
     normalise_words<T>(z, w, rstd, words);
   } else {
-    Vector weight;
-    load<true>(side.weight, side.weight_dtype, at, kVector, weight);
-    normalise<T>(z, weight, rstd, p.style);
-    narrow_words<T>(z, words);
+    normalise<true, T>(z, side.weight, side.weight_dtype, at, kVector, rstd, p.style, words);
   }
 
-  T* y = const_cast<T*>(at_byte<T>(side.y, offset_of(side.y_strides, head)));
   if constexpr (kInterleaved) {
-    if (!is_there) return;
-    if (turns) {
-      Vector v, turned;
-      widen_words<T>(words, v);
+    Vector v, turned;
+    widen_words<T>(words, v);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        turned[2 * i] = v[2 * i] * cos[i] - v[2 * i + 1] * sin[i];
-        turned[2 * i + 1] = v[2 * i + 1] * cos[i] + v[2 * i] * sin[i];
-      }
-      narrow_words<T>(turned, words);
+    for (int i = 0; i < 4; ++i) {
+      turned[2 * i] = v[2 * i] * cos[i] - v[2 * i + 1] * sin[i];
+      turned[2 * i + 1] = v[2 * i + 1] * cos[i] + v[2 * i] * sin[i];
     }
-    store_words(y + at, words);
+    if (turns) narrow_words<T>(turned, words);
   } else {
     constexpr int kHalf = kWords<T> / 2;
     uint32_t x1[kHalf], x2[kHalf];
+    float a[4], b[4], y1[4], y2[4];
+    const auto of_partner = [&](uint32_t word) {
+      return __shfl_sync(kAllLanes, word, static_cast<int>(partner), kLanes);
+    };
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
-      const uint32_t sent = is_first ? words[kHalf + i] : words[i];
-      const uint32_t got = __shfl_sync(kAllLanes, sent, static_cast<int>(partner), kLanes);
+      const uint32_t got = of_partner(is_first ? words[kHalf + i] : words[i]);
       x1[i] = is_first ? words[i] : got;
       x2[i] = is_first ? got : words[kHalf + i];
     }
-    __syncwarp();  // y may be x, and the partner writes where this lane has read
-    if (!is_there) return;
-    if (!turns) return store_words(y + at, words);
-    float a[4], b[4], y1[4], y2[4];
     widen_words<T>(x1, a);
     widen_words<T>(x2, b);
 #pragma unroll
@@ -215,8 +207,16 @@ __global__ void __launch_bounds__(kThreads, 8) heads_kernel(const __grid_constan
     }
     narrow_words<T>(y1, x1);
     narrow_words<T>(y2, x2);
-    store_half(y + first, x1);
-    store_half(y + first + p.half * kVector, x2);
+    // And back: y may be x, so a lane writes what it has read and no other.
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const uint32_t got = of_partner(is_first ? x2[i] : x1[i]);
+      if (turns) words[i] = is_first ? x1[i] : got;
+      if (turns) words[kHalf + i] = is_first ? got : x2[i];
+    }
+  }
+  if (is_there) {
+    store_words(const_cast<T*>(at_byte<T>(side.y, offset_of(side.y_strides, head))) + at, words);
   }
 }
 

@@ -8,39 +8,29 @@
 namespace qops::cuda {
 namespace {
 
-template <class T, bool kAligned>
-QOPS_DEVICE void gated(const T* gate, const T* up, int64_t n, bool round_before_up, Vector& y) {
-  Vector u;
-  load<kAligned>(gate, n, y);
-  load<kAligned>(up, n, u);
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) y[i] = gated_value<T>(y[i], u[i], round_before_up);
-}
-
 template <class T, class Shape, bool kInt8>
 __global__ void __launch_bounds__(Shape::kBlock, 1)
     silu_mul_kernel(const __grid_constant__ SiluMulParams p, const __grid_constant__ Int8Output out) {
   QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
-  if (row >= p.gate_rows.count) return;  // a whole warp; rows of several warps have a block each
+  if (is_beyond<Shape>(row, p.gate_rows.count)) return;
   const T* gate = static_cast<const T*>(p.gate) + p.gate_rows.offset(row);
   const T* up = static_cast<const T*>(p.up) + p.up_rows.offset(row);
+  const auto read = [&](int64_t at, int64_t n, uint32_t (&y)[kWords<T>]) {
+    uint32_t g[kWords<T>], u[kWords<T>];
+    load_words<Shape::kAligned>(gate + at, n, g);
+    load_words<Shape::kAligned>(up + at, n, u);
+    gated<T>(g, u, p.round_before_up, y);
+  };
   if constexpr (!kInt8) {
     for_chunks<Shape>(p.columns, [&](int, int64_t at, int64_t n) {
-      Vector y;
-      gated<T, Shape::kAligned>(gate + at, up + at, n, p.round_before_up, y);
-      store<Shape::kAligned>(static_cast<T*>(p.y) + row * p.columns + at, n, y);
+      uint32_t y[kWords<T>];
+      read(at, n, y);
+      store_words<Shape::kAligned>(static_cast<T*>(p.y) + row * p.columns + at, n, y);
     });
   } else {
-    const auto read = [&](int64_t at, int64_t n, Vector& y) {
-      gated<T, Shape::kAligned>(gate + at, up + at, n, p.round_before_up, y);
-    };
-    Held<Shape> held;
-    if constexpr (Shape::kHeld) {
-      for_chunks<Shape>(p.columns, [&](int chunk, int64_t at, int64_t n) { read(at, n, held.vectors[chunk]); });
-    }
     quantise_row<T, Shape>(row, p.columns, out, maxima,
-                           [&](int chunk, int64_t at, int64_t n, Vector& y) { held.get(chunk, at, n, y, read); });
+                           [&](int, int64_t at, int64_t n, uint32_t (&y)[kWords<T>]) { read(at, n, y); });
   }
 }
 

@@ -228,7 +228,7 @@ WASTE = (
         2,
         "32 bytes a lane: its second access takes the rest of a sector",
     ),
-    Waste("^finish_kernel", "global", r"^elements\.cuh:\d+ < int4_gemm\.cu", 2, "likewise, of sums"),
+    Waste("^finish_kernel", "global", r"^elements\.cuh.* < int4_gemm\.cu", 2, "likewise, of sums"),
     Waste("^decode_kernel|^tiled_kernel", "shared", r"< int4_gemm\.cuh", 2.5, "sums, once a tile: 32 bytes a lane"),
     Waste(
         "^decode_kernel",

@@ -137,32 +137,33 @@ def _norm(element: str, threads: str, chunks: str, aligned: str, is_int8: str) -
     least = {"LOAD": passes * row.wide + weights, "STORE": out + (1 if coded else 0)}
     more = {"LOAD": least["LOAD"] + row.wide, "STORE": least["STORE"] + row.wide}
     if coded:
-        least, more = ({**each, "F2I": _VECTOR * row.vectors} for each in (least, more))
+        # Squares, norm and codes.
+        least, more = ({**each, "FMUL": 3 * _VECTOR * row.vectors} for each in (least, more))
     return [row.work(least, sizes), row.work(more, sizes + 2 * row.size, "residual")]
 
 
 def _quantize(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
     row = _Row(element, threads, chunks, aligned)
-    least = {"LOAD": row.passes * row.wide, "STORE": row.codes + 1, "F2I": _VECTOR * row.vectors}
+    least = {"LOAD": row.passes * row.wide, "STORE": row.codes + 1, "FMUL": _VECTOR * row.vectors}
     return [row.work(least, row.size + 1)]
 
 
 def _asym(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
     row = _Row(element, threads, chunks, aligned)
-    least = {"LOAD": row.passes * row.wide, "STORE": row.codes + 2, "F2I": _VECTOR * row.vectors}
+    least = {"LOAD": row.passes * row.wide, "STORE": row.codes + 2, "FMUL": _VECTOR * row.vectors}
     return [row.work(least, row.size + 1)]
 
 
 def _static(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
     row = _Row(element, threads, chunks, aligned)
-    return [row.work({"LOAD": row.wide, "STORE": row.codes, "F2I": _VECTOR * row.vectors}, row.size + 1)]
+    return [row.work({"LOAD": row.wide, "STORE": row.codes, "FMUL": _VECTOR * row.vectors}, row.size + 1)]
 
 
 def _silu(element: str, threads: str, chunks: str, aligned: str, is_int8: str) -> list[Work]:
     row = _Row(element, threads, chunks, aligned)
     if is_int8 == "false":
         return [row.work({"LOAD": 2 * row.wide, "STORE": row.wide}, 3 * row.size)]
-    least = {"LOAD": 2 * row.passes * row.wide, "STORE": row.codes + 1, "F2I": _VECTOR * row.vectors}
+    least = {"LOAD": 2 * row.passes * row.wide, "STORE": row.codes + 1, "FMUL": 4 * _VECTOR * row.vectors}
     return [row.work(least, 2 * row.size + 1)]
 
 
@@ -184,11 +185,11 @@ def _heads(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
     ]
 
 
-def _small_heads(element: str, lanes: str, interleaved: str) -> list[Work]:
+def _small_heads(element: str, lanes: str, _: str) -> list[Work]:
     """Likewise, of a vector a lane; weights of the same type."""
     wide = _bytes(element) // 2
     # Squares, norm and four turns of a lane: where a position is outside of the tables, there are no turns.
-    least = {"LOAD": 2 * wide + 2, "STORE": wide if interleaved == "true" else 2, "FMUL": 2 * _VECTOR + 16}
+    least = {"LOAD": 2 * wide + 2, "STORE": wide, "FMUL": 2 * _VECTOR + 16}
     size = _VECTOR * int(lanes)
     return [
         Work(
