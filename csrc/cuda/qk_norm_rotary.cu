@@ -7,11 +7,11 @@
 // (qk_norm_rotary_kernel, on the rows of row.cuh, which are the heads).
 //
 // Bytes and operations: the 512 bytes of a head of 128 in bf16 take 39 cycles of an H100's multiprocessor. heads_kernel
-// has 112 instructions for it, which are 28 cycles (a warp for each head had 544): memory bounds it if 72 % of the
-// issue slots are used, and at 62 % it would have to be 98. Of the 224 of a warp with two heads 137 compute: 24 turn
+// has 118 instructions for it, which are 30 cycles (a warp for each head had 544): memory bounds it if 75 % of the
+// issue slots are used, and at 62 % it would have to be 98. Of the 236 of a warp with two heads 137 compute: 24 turn
 // pairs, 24 widen (x, halves, angles), 23 square and add, 24 make 1 / sqrt and look twice for values that are rare, 20
 // scale and round, 16 exchange, and 6 load or store. The others make addresses and guards; 23 of them only read
-// parameters.
+// parameters, and 12 are for tables of the other type.
 #include "cuda/norm_row.cuh"
 #include "cuda/rotate_head.cuh"
 

@@ -1,6 +1,12 @@
 // quantize_int8, quantize_int8_asym and quantize_int8_static.
 //
-// Bound by memory: a row is read once and its codes are written once; 3 bytes an element in bf16.
+// Idea: a row is read once and waits in registers as it was, two elements of 16 bits in a word, for its scale; its
+// codes are written once. The extremes of words are found two elements at a time, the rule is asked once a row, and
+// from sm_90 on one instruction rounds, clamps and packs two codes.
+//
+// Bytes and operations: 3 bytes an element in bf16. Rows of 4096 on an H100: 47.5 instructions for 256 elements of a
+// warp (5.9 an element: 1 to widen, 1 to multiply, 0.5 to round and pack, 0.5 for the extremes, the rest once a row or
+// access), 12 cycles of a multiprocessor, where memory takes 59.
 #include "cuda/quantize_row.cuh"
 
 namespace qops::cuda {

@@ -1,7 +1,10 @@
 // rms_norm, add_rms_norm and their int8 forms, one row for a group of threads (row.cuh).
 //
-// Bound by memory: x (and residual) are read once, y (and the sum) written once; 4 bytes an element in bf16, 8 with a
-// residual. The order of the sum: row_tree.h.
+// Idea: x (and residual) are read once, y (and the sum) written once. The order of the sum: row_tree.h. Weights of 16
+// bits like x are multiplied two elements at a time.
+//
+// Bytes and operations: 4 bytes an element in bf16, 8 with a residual. Rows of 4096 in bf16 on an H100: 79 instructions
+// for 256 elements of a warp, 20 cycles of a multiprocessor, where memory takes 79.
 #include "cuda/norm_row.cuh"
 #include "cuda/quantize_row.cuh"
 

@@ -1,7 +1,12 @@
 // silu_mul and silu_mul_int8.
 //
-// Bound by memory: gate and up are read once and the product is written once; 6 bytes an output element in bf16, 5 as
-// int8. exp and silu are those of the CPU (exp_poly.h), operation by operation, so the bits are the same.
+// Idea: gate and up are read once and the product is written once, eight elements of a lane at a time. exp and silu are
+// those of the CPU (exp_poly.h), so the bits are the same; where a gate has 16 bits and R(silu(gate)) is all that is
+// wanted, the division is a reciprocal with one correction (gate.cuh), and up is multiplied two elements at a time.
+//
+// Bytes and operations: 6 bytes an output element in bf16, 5 as int8. Rows of 4096 in bf16 on an H100: 201 instructions
+// for 256 elements of a warp, 50 cycles of a multiprocessor, where memory takes 118; 235 as int8, 59 of 98. Of the 25
+// an element 11 are exp, 6 the quotient, 3 conversions; rounding="fp32" and float32 divide and take more.
 #include "cuda/gate.cuh"
 #include "cuda/quantize_row.cuh"
 

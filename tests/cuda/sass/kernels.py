@@ -186,10 +186,10 @@ def _heads(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
 
 
 def _small_heads(element: str, lanes: str, _: str) -> list[Work]:
-    """Likewise, of a vector a lane; weights of the same type."""
+    """Likewise, of a vector a lane, with weights of the same type."""
     wide = _bytes(element) // 2
-    # Squares, norm and four turns of a lane: where a position is outside of the tables, there are no turns.
-    least = {"LOAD": 2 * wide + 2, "STORE": wide, "FMUL": 2 * _VECTOR + 16}
+    # x, weights, and cos and sin by two guarded loads each; by one in float32, with both words of a position.
+    least = {"LOAD": 2 * wide + 4, "STORE": wide}
     size = _VECTOR * int(lanes)
     return [
         Work(
@@ -269,7 +269,7 @@ SHOWN = (
     "asym_kernel<bf16, RowShape<128, 4, true>",
     "static_kernel<bf16, RowShape<128, 4, true>",
     "silu_mul_kernel<bf16, RowShape<128, 4, true>",
-    "qk_norm_rotary_kernel<bf16, RowShape<32, 1, true>",
+    "heads_kernel<bf16, 16, false>",
     "rotary_kernel<bf16, true>",
     "dequantize_kernel<bf16>",
 )
