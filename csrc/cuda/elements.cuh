@@ -62,9 +62,14 @@ inline constexpr DType kDTypeOf = std::is_same_v<T, float>    ? DType::kFloat32
                                   : std::is_same_v<T, __half> ? DType::kFloat16
                                                               : DType::kBFloat16;
 
-// Eight elements as they lie in memory, in words.
+// Eight elements as they lie in memory.
 template <class T>
 inline constexpr int kWords = kVector * static_cast<int>(sizeof(T)) / 4;
+template <class T>
+using Words = uint32_t[kWords<T>];
+
+// Eight int8.
+using Codes = uint32_t[2];
 
 // Words of elements to float32 and back, two elements of 16 bits by each conversion.
 template <class T, int kCount>
@@ -101,14 +106,14 @@ QOPS_DEVICE void narrow_words(const float (&v)[kCount], uint32_t* words) {
 // before R(), which then rounds the same. (Where float32 lacks bits, below 2^-149, a product of bfloat16's 16 bits is
 // less than 2^-134 and rounds to 0 either way.)
 template <class T>
-QOPS_DEVICE void multiply_words(const uint32_t (&x)[kWords<T>], uint32_t (&y)[kWords<T>]) {
+QOPS_DEVICE void multiply_words(const Words<T>& x, Words<T>& y) {
 #pragma unroll
   for (int i = 0; i < kWords<T>; ++i) y[i] = pair_bits(__hmul2(pair_of<T>(x[i]), pair_of<T>(y[i])));
 }
 
 // Whole vectors at multiples of 16 bytes.
 template <class T>
-QOPS_DEVICE void load_words(const T* p, uint32_t (&words)[kWords<T>]) {
+QOPS_DEVICE void load_words(const T* p, Words<T>& words) {
 #pragma unroll
   for (int piece = 0; piece < kWords<T> / 4; ++piece) {
     const uint4 bits = reinterpret_cast<const uint4*>(p)[piece];
@@ -118,7 +123,7 @@ QOPS_DEVICE void load_words(const T* p, uint32_t (&words)[kWords<T>]) {
 }
 
 template <class T>
-QOPS_DEVICE void store_words(T* p, const uint32_t (&words)[kWords<T>]) {
+QOPS_DEVICE void store_words(T* p, const Words<T>& words) {
 #pragma unroll
   for (int piece = 0; piece < kWords<T> / 4; ++piece) {
     reinterpret_cast<uint4*>(p)[piece] =
@@ -128,7 +133,7 @@ QOPS_DEVICE void store_words(T* p, const uint32_t (&words)[kWords<T>]) {
 
 // Either of them, of the first n elements; zeros behind them.
 template <bool kAligned, class T>
-QOPS_DEVICE void load_words(const T* p, int64_t n, uint32_t (&words)[kWords<T>]) {
+QOPS_DEVICE void load_words(const T* p, int64_t n, Words<T>& words) {
   if constexpr (kAligned) {
     load_words(p, words);
   } else if constexpr (sizeof(T) == 4) {
@@ -143,7 +148,7 @@ QOPS_DEVICE void load_words(const T* p, int64_t n, uint32_t (&words)[kWords<T>])
 }
 
 template <bool kAligned, class T>
-QOPS_DEVICE void store_words(T* p, int64_t n, const uint32_t (&words)[kWords<T>]) {
+QOPS_DEVICE void store_words(T* p, int64_t n, const Words<T>& words) {
   if constexpr (kAligned) {
     store_words(p, words);
   } else {
@@ -160,7 +165,7 @@ QOPS_DEVICE void store_words(T* p, int64_t n, const uint32_t (&words)[kWords<T>]
 }
 
 template <class T>
-QOPS_DEVICE void clear_behind(int64_t n, uint32_t (&words)[kWords<T>]) {
+QOPS_DEVICE void clear_behind(int64_t n, Words<T>& words) {
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     if (i < n) continue;
@@ -190,7 +195,7 @@ QOPS_DEVICE void load_half(const T* p, float (&v)[kVector / 2]) {
 template <bool kAligned, class T>
 QOPS_DEVICE void load(const T* p, int64_t n, Vector& v) {
   if constexpr (kAligned) {
-    uint32_t words[kWords<T>];
+    Words<T> words;
     load_words(p, words);
     widen_words<T>(words, v);
   } else {
@@ -203,7 +208,7 @@ QOPS_DEVICE void load(const T* p, int64_t n, Vector& v) {
 template <bool kAligned, class T>
 QOPS_DEVICE void store(T* p, int64_t n, const Vector& v) {
   if constexpr (kAligned) {
-    uint32_t words[kWords<T>];
+    Words<T> words;
     narrow_words<T>(v, words);
     store_words(p, words);
   } else {
@@ -235,7 +240,7 @@ QOPS_DEVICE void store_int8(int8_t* p, int64_t n, const int (&q)[kVector]) {
 
 // The same of bytes.
 template <bool kAligned>
-QOPS_DEVICE void store_codes(int8_t* p, int64_t n, const uint32_t (&codes)[2]) {
+QOPS_DEVICE void store_codes(int8_t* p, int64_t n, const Codes& codes) {
   if constexpr (kAligned) {
     *reinterpret_cast<uint2*>(p) = make_uint2(codes[0], codes[1]);
   } else {

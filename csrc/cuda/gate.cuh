@@ -75,8 +75,7 @@ QOPS_DEVICE float rounded_silu(float gate) {
 
 // R(R(silu(gate)) * up) or R(silu(gate) * up), with vectors as words.
 template <class T>
-QOPS_DEVICE void gated(const uint32_t (&gate)[kWords<T>], const uint32_t (&up)[kWords<T>], bool round_before_up,
-                       uint32_t (&y)[kWords<T>]) {
+QOPS_DEVICE void gated(const Words<T>& gate, const Words<T>& up, bool round_before_up, Words<T>& y) {
   Vector g;
   widen_words<T>(gate, g);
   if constexpr (sizeof(T) == 2) {

@@ -18,8 +18,7 @@ QOPS_DEVICE float rstd_of_row(const Vector& partials, int64_t h, const RmsNormSt
 
 // R(R(z * rstd) * w) with weights of T, which has 16 bits, both as words.
 template <class T>
-QOPS_DEVICE void normalise_words(const Vector& z, const uint32_t (&weight)[kWords<T>], float rstd,
-                                 uint32_t (&y)[kWords<T>]) {
+QOPS_DEVICE void normalise_words(const Vector& z, const Words<T>& weight, float rstd, Words<T>& y) {
   Vector normed;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) normed[i] = z[i] * rstd;
@@ -30,10 +29,10 @@ QOPS_DEVICE void normalise_words(const Vector& z, const uint32_t (&weight)[kWord
 // y, rounded to T, of z and the weights from `at` on.
 template <bool kAligned, class T>
 QOPS_DEVICE void normalise(const Vector& z, const void* weight, DType dtype, int64_t at, int64_t n, float rstd,
-                           const RmsNormStyle& style, uint32_t (&y)[kWords<T>]) {
+                           const RmsNormStyle& style, Words<T>& y) {
   if constexpr (sizeof(T) == 2) {
     if (dtype == kDTypeOf<T> && style.round_before_weight) {
-      uint32_t w[kWords<T>];
+      Words<T> w;
       load_words<kAligned>(static_cast<const T*>(weight) + at, n, w);
       return normalise_words<T>(z, w, rstd, y);
     }

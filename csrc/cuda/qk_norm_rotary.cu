@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
   const float rstd = rstd_of_row<Shape>(partials, p.d, params.style, sums);
   for_chunks<Shape>(p.d, [&](int chunk, int64_t at, int64_t n) {
     Vector v;
-    uint32_t words[kWords<T>];
+    Words<T> words;
     held.get(chunk, at, n, v, read);
     normalise<Shape::kAligned, T>(v, weight, weight_dtype, at, n, rstd, params.style, words);
     store_words<Shape::kAligned>(normed + at, n, words);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 8) heads_kernel(const __grid_constan
   const bool is_there = head < side.heads && lane < p.vectors;
 
   // Everything is asked for before the first wait.
-  uint32_t words[kWords<T>] = {}, w[kWords<T>] = {};
+  Words<T> words = {}, w = {};
   if (is_there) load_words(at_byte<T>(side.x, offset_of(side.x_strides, head)) + at, words);
   if (side.is_packed) load_words(static_cast<const T*>(side.weight) + at, w);
   const bool is_first = lane < p.half, turns = lane < p.turning;

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) quantize_kernel(const __grid
   const int64_t row = row_of_thread<Shape>();
   if (is_beyond<Shape>(row, p.x_rows.count)) return;
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-  quantise_row<T, Shape>(row, p.k, p.out, maxima, [&](int, int64_t at, int64_t n, uint32_t (&words)[kWords<T>]) {
+  quantise_row<T, Shape>(row, p.k, p.out, maxima, [&](int, int64_t at, int64_t n, Words<T>& words) {
     load_words<Shape::kAligned>(x + at, n, words);
   });
 }
@@ -55,7 +55,7 @@ struct AsymQuantizer {
 
   // Of a row that is not zero. What is not divided lies within 2^9, so that sums with kToInteger are integers.
   template <bool kDivides>
-  QOPS_DEVICE void codes_of(const uint32_t (&words)[kWords<T>], uint32_t (&codes)[2]) const {
+  QOPS_DEVICE void codes_of(const Words<T>& words, Codes& codes) const {
     Vector v;
     widen_words<T>(words, v);
     const float back = kToInteger - static_cast<float>(zero_point);
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) asym_kernel(const __grid_con
   const int64_t row = row_of_thread<Shape>();
   if (is_beyond<Shape>(row, p.x_rows.count)) return;
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-  uint32_t held[Shape::kHeld ? Shape::kChunks : 1][kWords<T>];
+  Words<T> held[Shape::kHeld ? Shape::kChunks : 1];
   const auto read = [&](int chunk, int64_t at, int64_t n) { load_words<Shape::kAligned>(x + at, n, held[chunk]); };
   if constexpr (Shape::kHeld) for_chunks<Shape>(p.k, read);
 
@@ -94,20 +94,18 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) asym_kernel(const __grid_con
   int8_t* q = p.q + row * p.k;
   const auto store = [&](const auto& codes_of) {
     for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) {
-      uint32_t codes[2] = {};
+      Codes codes = {};
       if constexpr (!Shape::kHeld) read(chunk, at, n);
       codes_of(held[chunk], codes);
       store_codes<Shape::kAligned>(q + at, n, codes);
     });
   };
-  using Words = uint32_t[kWords<T>];
-  using Codes = uint32_t[2];
   if (quantizer.is_zero) {
-    store([](const Words&, Codes&) {});
+    store([](const Words<T>&, Codes&) {});
   } else if (!p.divides) {
-    store([&](const Words& of_x, Codes& codes) { quantizer.template codes_of<false>(of_x, codes); });
+    store([&](const Words<T>& of_x, Codes& codes) { quantizer.template codes_of<false>(of_x, codes); });
   } else {
-    store([&](const Words& of_x, Codes& codes) { quantizer.template codes_of<true>(of_x, codes); });
+    store([&](const Words<T>& of_x, Codes& codes) { quantizer.template codes_of<true>(of_x, codes); });
   }
 }
 
@@ -121,7 +119,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1) static_kernel(const __grid_c
   const auto store = [&](const auto& code_of) {
     for_chunks<Shape>(p.k, [&](int, int64_t at, int64_t n) {
       Vector v;
-      uint32_t codes[2];
+      Codes codes;
       load<Shape::kAligned>(x + at, n, v);
 #pragma unroll
       for (float& value : v) value = code_of(value);

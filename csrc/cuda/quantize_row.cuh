@@ -30,7 +30,7 @@ struct Extremes {
 template <class T, bool kSigned>
 class ExtremesOfWords {
  public:
-  QOPS_DEVICE void add(const uint32_t (&words)[kWords<T>]) {
+  QOPS_DEVICE void add(const Words<T>& words) {
 #pragma unroll
     for (const uint32_t word : words) {
       if constexpr (sizeof(T) == 4) {
@@ -74,7 +74,7 @@ QOPS_DEVICE float from_magnitude(uint32_t bits) {
 }
 
 // Eight floats, rounded to integers and clamped to [-128, 127]; NaN gives 0.
-QOPS_DEVICE void round_to_codes(const Vector& v, uint32_t (&codes)[2]) {
+QOPS_DEVICE void round_to_codes(const Vector& v, Codes& codes) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float* four = v + 4 * i;
@@ -133,7 +133,7 @@ struct RowQuantizer {
 
   // Of a row that is not zero: no element is infinite or NaN.
   template <bool kIsDivided>
-  QOPS_DEVICE void codes_of(const uint32_t (&words)[kWords<T>], uint32_t (&codes)[2]) const {
+  QOPS_DEVICE void codes_of(const Words<T>& words, Codes& codes) const {
     Vector v;
     widen_words<T>(words, v);
 #pragma unroll
@@ -172,8 +172,8 @@ QOPS_DEVICE int divided_code(float x, float scale, int zero_point) {
 // factor.
 template <class T, class Shape, class Read>
 QOPS_DEVICE void quantise_row(int64_t row, int64_t columns, const Int8Output& out, uint32_t* shared, const Read& read) {
-  uint32_t held[Shape::kHeld ? Shape::kChunks : 1][kWords<T>];
-  const auto get = [&](int chunk, int64_t at, int64_t n, uint32_t (&words)[kWords<T>]) {
+  Words<T> held[Shape::kHeld ? Shape::kChunks : 1];
+  const auto get = [&](int chunk, int64_t at, int64_t n, Words<T>& words) {
     read(chunk, at, n, words);
     if constexpr (!Shape::kAligned) clear_behind<T>(n, words);
   };
@@ -191,21 +191,19 @@ QOPS_DEVICE void quantise_row(int64_t row, int64_t columns, const Int8Output& ou
   int8_t* q = out.q + row * columns;
   const auto store = [&](const auto& codes_of) {
     for_chunks<Shape>(columns, [&](int chunk, int64_t at, int64_t n) {
-      uint32_t codes[2] = {};
+      Codes codes = {};
       if constexpr (!Shape::kHeld) get(chunk, at, n, held[chunk]);
       codes_of(held[chunk], codes);
       store_codes<Shape::kAligned>(q + at, n, codes);
     });
   };
-  using Words = uint32_t[kWords<T>];
-  using Codes = uint32_t[2];
   // The rule is asked once a row.
   if (quantizer.is_zero) {
-    store([](const Words&, Codes&) {});
+    store([](const Words<T>&, Codes&) {});
   } else if (out.rule != QuantizeRule::kCompressedTensors) {
-    store([&](const Words& words, Codes& codes) { quantizer.template codes_of<false>(words, codes); });
+    store([&](const Words<T>& words, Codes& codes) { quantizer.template codes_of<false>(words, codes); });
   } else {
-    store([&](const Words& words, Codes& codes) { quantizer.template codes_of<true>(words, codes); });
+    store([&](const Words<T>& words, Codes& codes) { quantizer.template codes_of<true>(words, codes); });
   }
 }
 

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
     load<Shape::kAligned>(x + at, n, z);
     if (residual != nullptr) {
       Vector r;
-      uint32_t words[kWords<T>];
+      Words<T> words;
       load<Shape::kAligned>(residual + at, n, r);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) z[i] += r[i];
@@ -49,14 +49,14 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
   const auto read = [&](int64_t at, int64_t n, Vector& z) {
     load<Shape::kAligned>((residual != nullptr ? sum : x) + at, n, z);
   };
-  const auto finish = [&](int chunk, int64_t at, int64_t n, uint32_t (&y)[kWords<T>]) {
+  const auto finish = [&](int chunk, int64_t at, int64_t n, Words<T>& y) {
     Vector z;
     held.get(chunk, at, n, z, read);
     normalise<Shape::kAligned, T>(z, p.weight, p.weight_dtype, at, n, rstd, p.style, y);
   };
   if constexpr (!kInt8) {
     for_chunks<Shape>(p.h, [&](int chunk, int64_t at, int64_t n) {
-      uint32_t y[kWords<T>];
+      Words<T> y;
       finish(chunk, at, n, y);
       store_words<Shape::kAligned>(static_cast<T*>(p.y) + row * p.h + at, n, y);
     });

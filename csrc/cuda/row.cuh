@@ -51,8 +51,8 @@ QOPS_DEVICE void for_chunks(int64_t columns, const F& f) {
   const uint32_t first = kVector * thread_of_row<Shape>();
   if constexpr (Shape::kHeld) {
 #pragma unroll
-    for (uint32_t chunk = 0; chunk < Shape::kChunks; ++chunk) {
-      const uint32_t at = first + chunk * kStride;
+    for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
+      const uint32_t at = first + static_cast<uint32_t>(chunk) * kStride;
       if (chunk < Shape::kFull || at < static_cast<uint32_t>(columns)) f(chunk, int64_t{at}, columns - at);
     }
   } else {

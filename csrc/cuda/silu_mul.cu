@@ -21,21 +21,21 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
   if (is_beyond<Shape>(row, p.gate_rows.count)) return;
   const T* gate = static_cast<const T*>(p.gate) + p.gate_rows.offset(row);
   const T* up = static_cast<const T*>(p.up) + p.up_rows.offset(row);
-  const auto read = [&](int64_t at, int64_t n, uint32_t (&y)[kWords<T>]) {
-    uint32_t g[kWords<T>], u[kWords<T>];
+  const auto read = [&](int64_t at, int64_t n, Words<T>& y) {
+    Words<T> g, u;
     load_words<Shape::kAligned>(gate + at, n, g);
     load_words<Shape::kAligned>(up + at, n, u);
     gated<T>(g, u, p.round_before_up, y);
   };
   if constexpr (!kInt8) {
     for_chunks<Shape>(p.columns, [&](int, int64_t at, int64_t n) {
-      uint32_t y[kWords<T>];
+      Words<T> y;
       read(at, n, y);
       store_words<Shape::kAligned>(static_cast<T*>(p.y) + row * p.columns + at, n, y);
     });
   } else {
     quantise_row<T, Shape>(row, p.columns, out, maxima,
-                           [&](int, int64_t at, int64_t n, uint32_t (&y)[kWords<T>]) { read(at, n, y); });
+                           [&](int, int64_t at, int64_t n, Words<T>& y) { read(at, n, y); });
   }
 }
 
