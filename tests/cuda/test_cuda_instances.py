@@ -97,7 +97,7 @@ def test_heads(fifo, dtype, d):
     # Half of a head turns: no thread holds both elements of a pair, and the other half is copied.
     cos, sin = (torch.linspace(i, 1, 2 * (d // 4)).view(2, d // 4).to(dtype) for i in range(2))
     assert_same(EMULATED, "rotary", q, k, cos, sin)
-    for interleaved in (False, True):
+    for interleaved in (False, True) if d <= 256 else (False,):  # of which longer heads have no instance
         assert_same(EMULATED, "qk_norm_rotary", q, k, w, w, cos, sin, 1e-6, None, interleaved)
         # In place: what a lane writes, another one has read.
         heads = [(q.clone(), k.clone()) for _ in range(2)]
