@@ -44,10 +44,11 @@ QOPS_DEVICE void normalise(const Vector& z, const void* weight, DType dtype, int
   if (style.round_before_weight) {
     narrow_words<T>(normed, y);
     widen_words<T>(y, normed);
-  }
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    normed[i] = normed[i] * (style.round_before_weight ? w[i] : w[i] + style.weight_offset);
+    for (int i = 0; i < kVector; ++i) normed[i] *= w[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) normed[i] *= w[i] + style.weight_offset;
   }
   narrow_words<T>(normed, y);
 }
