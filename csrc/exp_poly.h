@@ -16,13 +16,12 @@
 
 namespace qops {
 
+inline constexpr float kInverseLn2 = 0x1.715476p+0f;
+
+// exp(r) of x and n.
 template <class V>
-QOPS_ALWAYS_INLINE V exp_poly(V x) {
+QOPS_ALWAYS_INLINE V exp_of_rest(V x, V n) {
   const auto c = [&](float value) { return broadcast(value, x); };
-  // Beyond these bounds the result is 0 or infinite, and n stays within scale_by_power_of_two's range. With the bound
-  // as first argument a NaN passes.
-  x = min(c(89.0f), max(c(-104.0f), x));
-  const V n = round_to_integer(x * c(0x1.715476p+0f));  // 1 / ln 2
   V r = fma(n, c(-0x1.62e430p-1f), x);
   r = fma(n, c(0x1.05c610p-29f), r);
   V p = c(0x1.6a244cp-10f);
@@ -31,8 +30,17 @@ QOPS_ALWAYS_INLINE V exp_poly(V x) {
   p = fma(p, r, c(0x1.555492p-3f));
   p = fma(p, r, c(0x1.fffffcp-2f));
   p = fma(p, r, c(1.0f));
-  p = fma(p, r, c(1.0f));
-  return scale_by_power_of_two(p, n);
+  return fma(p, r, c(1.0f));
+}
+
+template <class V>
+QOPS_ALWAYS_INLINE V exp_poly(V x) {
+  const auto c = [&](float value) { return broadcast(value, x); };
+  // Beyond these bounds the result is 0 or infinite, and n stays within scale_by_power_of_two's range. With the bound
+  // as first argument a NaN passes.
+  x = min(c(89.0f), max(c(-104.0f), x));
+  const V n = round_to_integer(x * c(kInverseLn2));
+  return scale_by_power_of_two(exp_of_rest(x, n), n);
 }
 
 // g / (1 + exp(-g)) as written: -0 below -88.7228, where exp overflows, and NaN (inf / inf) for -inf. Above -88.7228

@@ -21,6 +21,7 @@ struct EightOf {
   Alignment aligned;
 
   QOPS_DEVICE float rounded(float x) const { return round_to<T>(x); }
+  QOPS_DEVICE float rounded_silu(float t) const { return cuda::rounded_silu<T>(t); }
 
   QOPS_DEVICE void load_residual(const void* residual, int64_t at, Vector& v) const {
     const T* row = static_cast<const T*>(residual) + at;
@@ -60,6 +61,7 @@ struct Four {
   QOPS_DEVICE float rounded(float x) const {
     return dtype == DType::kFloat32 ? x : dtype == DType::kFloat16 ? round_to<__half>(x) : round_to<__nv_bfloat16>(x);
   }
+  QOPS_DEVICE float rounded_silu(float t) const { return rounded(silu(lanes::Lane{t}).v); }
 
   static QOPS_DEVICE void load(const void* values, DType dtype, int64_t at, bool any, float (&four)[4]) {
     Vector v;
@@ -110,8 +112,7 @@ struct Four {
   QOPS_DEVICE void store_halves(E* row, const float (&v)[4]) const {
     if (is_aligned) {
       uint32_t words[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) words[i] = to_bits(narrow<E>(v[2 * i])) | to_bits(narrow<E>(v[2 * i + 1])) << 16;
+      narrow_words<E>(v, words);
       *reinterpret_cast<uint2*>(row) = make_uint2(words[0], words[1]);
     } else {
 #pragma unroll
@@ -129,7 +130,7 @@ QOPS_DEVICE void finish(const EpilogueParams& p, const Columns& columns, void* y
     float u[Columns::kCount];
     up(u);
 #pragma unroll
-    for (int i = 0; i < Columns::kCount; ++i) t[i] = columns.rounded(silu(lanes::Lane{t[i]}).v) * u[i];
+    for (int i = 0; i < Columns::kCount; ++i) t[i] = columns.rounded_silu(t[i]) * u[i];
     if (stores) columns.store(y, m * (n / 2) + column, t);
   } else if (p.epilogue == Epilogue::kInt8) {
     const StaticQuantizer quantizer(p.out_scale, p.out_zero_point);

@@ -215,6 +215,20 @@ __device__ __forceinline__ int32_t cvt_rni_sat_s8(float x) {
   return d;
 }
 
+// cvt.pack.sat.s8.s32.b32, sm_72: b and then a, clamped to [-128, 127], in the lower two bytes, c's lower two above
+__device__ __forceinline__ uint32_t cvt_pack_sat_s8(int32_t a, int32_t b, uint32_t c) {
+  uint32_t d;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// rcp.approx.ftz.f32, sm_20: 1 / x, within an ulp or so; what is subnormal is 0 before and after
+__device__ __forceinline__ float rcp_approx(float x) {
+  float d;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+
 // --- global memory with cache hints ----------------------------------------------------------------------------------
 // .nc is for memory that nobody writes while the kernel runs.
 

@@ -1,6 +1,12 @@
 // quantize_int8, quantize_int8_asym and quantize_int8_static.
 //
-// Bound by memory: a row is read once and its codes are written once; 3 bytes an element in bf16.
+// Idea: a row is read once and waits in registers as it was, two elements of 16 bits in a word, for its scale; its
+// codes are written once. The extremes of words are found two elements at a time, the rule is asked once a row, and
+// from sm_90 on one instruction rounds, clamps and packs two codes.
+//
+// Bytes and operations: 3 bytes an element in bf16. Rows of 4096 on an H100: 47.5 instructions for 256 elements of a
+// warp (5.9 an element: 1 to widen, 1 to multiply, 0.5 to round and pack, 0.5 for the extremes, the rest once a row or
+// access), 12 cycles of a multiprocessor, where memory takes 59.
 #include "cuda/quantize_row.cuh"
 
 namespace qops::cuda {
@@ -10,15 +16,11 @@ template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kBlock, 1) quantize_kernel(const __grid_constant__ QuantizeInt8Params p) {
   QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
-  if (row >= p.x_rows.count) return;  // a whole warp; rows of several warps have a block each
+  if (is_beyond<Shape>(row, p.x_rows.count)) return;
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-  const auto read = [&](int64_t at, int64_t n, Vector& v) { load<Shape::kAligned>(x + at, n, v); };
-  Held<Shape> held;
-  if constexpr (Shape::kHeld) {
-    for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) { read(at, n, held.vectors[chunk]); });
-  }
-  quantise_row<T, Shape>(row, p.k, p.out, maxima,
-                         [&](int chunk, int64_t at, int64_t n, Vector& v) { held.get(chunk, at, n, v, read); });
+  quantise_row<T, Shape>(row, p.k, p.out, maxima, [&](int, int64_t at, int64_t n, Words<T>& words) {
+    load_words<Shape::kAligned>(x + at, n, words);
+  });
 }
 
 // How a row is quantised, from its largest magnitude a and its range.
@@ -51,73 +53,92 @@ struct AsymQuantizer {
     scale = !finite ? nan : is_zero ? 0.0f : scale;
   }
 
-  QOPS_DEVICE int code(bool divides, float x) const {
-    if (is_zero) return 0;
-    if (divides) return divided_code<T>(x, by, zero_point);
-    const int q = __float2int_rn(x * by) + zero_point;
-    return q < -128 ? -128 : q > 127 ? 127 : q;
+  // Of a row that is not zero. What is not divided lies within 2^9, so that sums with kToInteger are integers.
+  template <bool kDivides>
+  QOPS_DEVICE void codes_of(const Words<T>& words, Codes& codes) const {
+    Vector v;
+    widen_words<T>(words, v);
+    const float back = kToInteger - static_cast<float>(zero_point);
+#pragma unroll
+    for (float& x : v) {
+      x = kDivides ? static_cast<float>(divided_code<T>(x, by, zero_point)) : (x * by + kToInteger) - back;
+    }
+    round_to_codes(v, codes);
   }
 };
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kBlock, 1) asym_kernel(const __grid_constant__ QuantizeInt8AsymParams p) {
-  QOPS_SHARED(uint32_t, maxima, 3 * Shape::kWarps);
+  QOPS_SHARED(uint32_t, maxima, 2 * Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
-  if (row >= p.x_rows.count) return;
+  if (is_beyond<Shape>(row, p.x_rows.count)) return;
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-  const auto read = [&](int64_t at, int64_t n, Vector& v) { load<Shape::kAligned>(x + at, n, v); };
-  Held<Shape> held;
-  if constexpr (Shape::kHeld) {
-    for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) { read(at, n, held.vectors[chunk]); });
-  }
+  Words<T> held[Shape::kHeld ? Shape::kChunks : 1];
+  const auto read = [&](int chunk, int64_t at, int64_t n) { load_words<Shape::kAligned>(x + at, n, held[chunk]); };
+  if constexpr (Shape::kHeld) for_chunks<Shape>(p.k, read);
 
-  // The range takes in 0; NaN counts as 0 there, and shows in the magnitude.
-  uint32_t most = 0, high = 0, negated_low = 0;  // floats that are not negative have the order of their bits
+  ExtremesOfWords<T, true> of_thread;
   for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) {
-    Vector v;
-    held.get(chunk, at, n, v, read);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const uint32_t m = magnitude(v[i]);
-      most = m > most ? m : most;
-      if (v[i] > 0.0f) high = m > high ? m : high;
-      if (v[i] < 0.0f) negated_low = m > negated_low ? m : negated_low;
-    }
+    if constexpr (!Shape::kHeld) read(chunk, at, n);
+    of_thread.add(held[chunk]);
   });
-  const float a = __uint_as_float(max_of_row<Shape>(most, maxima));
-  const float top = __uint_as_float(max_of_row<Shape>(high, maxima + Shape::kWarps));
-  const float low = -__uint_as_float(max_of_row<Shape>(negated_low, maxima + 2 * Shape::kWarps));
-  const AsymQuantizer<T> quantizer(p.divides, a, low, top);
+  const Extremes extremes = of_thread.get();
+  const uint32_t high = max_of_row<Shape>(extremes.high, maxima);
+  const uint32_t negated_low = max_of_row<Shape>(extremes.negated_low, maxima + Shape::kWarps);
+  const float a = from_magnitude<T>(Extremes{high, negated_low}.magnitude());
+  const AsymQuantizer<T> quantizer(p.divides, a, -from_magnitude<T>(negated_low), from_magnitude<T>(high));
   if (thread_of_row<Shape>() == 0) {
     p.scale[row] = quantizer.scale;
     p.zero_point[row] = quantizer.zero_point;
   }
-  for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) {
-    Vector v;
-    held.get(chunk, at, n, v, read);
-    int q[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) q[i] = quantizer.code(p.divides, v[i]);
-    store_int8<Shape::kAligned>(p.q + row * p.k + at, n, q);
-  });
+  int8_t* q = p.q + row * p.k;
+  const auto store = [&](const auto& codes_of) {
+    for_chunks<Shape>(p.k, [&](int chunk, int64_t at, int64_t n) {
+      Codes codes = {};
+      if constexpr (!Shape::kHeld) read(chunk, at, n);
+      codes_of(held[chunk], codes);
+      store_codes<Shape::kAligned>(q + at, n, codes);
+    });
+  };
+  if (quantizer.is_zero) {
+    store([](const Words<T>&, Codes&) {});
+  } else if (!p.divides) {
+    store([&](const Words<T>& of_x, Codes& codes) { quantizer.template codes_of<false>(of_x, codes); });
+  } else {
+    store([&](const Words<T>& of_x, Codes& codes) { quantizer.template codes_of<true>(of_x, codes); });
+  }
 }
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kBlock, 1) static_kernel(const __grid_constant__ QuantizeInt8StaticParams p) {
   const int64_t row = row_of_thread<Shape>();
-  if (row >= p.x_rows.count) return;
+  if (is_beyond<Shape>(row, p.x_rows.count)) return;
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
   const StaticQuantizer quantizer(p.scale, p.zero_point);
-  for_chunks<Shape>(p.k, [&](int, int64_t at, int64_t n) {
-    Vector v;
-    load<Shape::kAligned>(x + at, n, v);
-    int q[kVector];
+  int8_t* q = p.q + row * p.k;
+  const auto store = [&](const auto& code_of) {
+    for_chunks<Shape>(p.k, [&](int, int64_t at, int64_t n) {
+      Vector v;
+      Codes codes;
+      load<Shape::kAligned>(x + at, n, v);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      q[i] = p.divides ? divided_code<T>(v[i], *p.scale, quantizer.zero_point) : quantizer.code(v[i]);
-    }
-    store_int8<Shape::kAligned>(p.q + row * p.k + at, n, q);
-  });
+      for (float& value : v) value = code_of(value);
+      round_to_codes(v, codes);
+      store_codes<Shape::kAligned>(q + at, n, codes);
+    });
+  };
+  if (p.divides) {
+    store([&](float v) { return static_cast<float>(divided_code<T>(v, *p.scale, quantizer.zero_point)); });
+  } else if (quantizer.zero_point == 0) {
+    store([&](float v) { return v * quantizer.factor; });
+  } else {
+    // What is beyond 2^22 is not exact, and clamped.
+    const float back = kToInteger - static_cast<float>(quantizer.zero_point);
+    store([&](float v) {
+      const float scaled = v * quantizer.factor;
+      return ((scaled == scaled ? scaled : 0.0f) + kToInteger) - back;
+    });
+  }
 }
 
 template <class Params, class F>

@@ -1,7 +1,10 @@
 // rms_norm, add_rms_norm and their int8 forms, one row for a group of threads (row.cuh).
 //
-// Bound by memory: x (and residual) are read once, y (and the sum) written once; 4 bytes an element in bf16, 8 with a
-// residual. The order of the sum: row_tree.h.
+// Idea: x (and residual) are read once, y (and the sum) written once. The order of the sum: row_tree.h. Weights of 16
+// bits like x are multiplied two elements at a time.
+//
+// Bytes and operations: 4 bytes an element in bf16, 8 with a residual. Rows of 4096 in bf16 on an H100: 79 instructions
+// for 256 elements of a warp, 20 cycles of a multiprocessor, where memory takes 79.
 #include "cuda/norm_row.cuh"
 #include "cuda/quantize_row.cuh"
 
@@ -14,7 +17,7 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
   QOPS_SHARED(float, sums, Shape::kWarps);
   QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
-  if (row >= p.x_rows.count) return;  // a whole warp; rows of several warps have a block each
+  if (is_beyond<Shape>(row, p.x_rows.count)) return;
   const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
   const T* residual = nullptr;
   T* sum = nullptr;
@@ -30,10 +33,13 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
     load<Shape::kAligned>(x + at, n, z);
     if (residual != nullptr) {
       Vector r;
+      Words<T> words;
       load<Shape::kAligned>(residual + at, n, r);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) z[i] = round_to<T>(z[i] + r[i]);
-      store<Shape::kAligned>(sum + at, n, z);
+      for (int i = 0; i < kVector; ++i) z[i] += r[i];
+      narrow_words<T>(z, words);
+      store_words<Shape::kAligned>(sum + at, n, words);
+      widen_words<T>(words, z);
     }
     add_squares(z, partials);
   });
@@ -43,28 +49,19 @@ __global__ void __launch_bounds__(Shape::kBlock, 1)
   const auto read = [&](int64_t at, int64_t n, Vector& z) {
     load<Shape::kAligned>((residual != nullptr ? sum : x) + at, n, z);
   };
-  const auto finish = [&](int64_t at, int64_t n, Vector& z) {
-    Vector w;
-    load<Shape::kAligned>(p.weight, p.weight_dtype, at, n, w);
-    normalise<T>(z, w, rstd, p.style);
+  const auto finish = [&](int chunk, int64_t at, int64_t n, Words<T>& y) {
+    Vector z;
+    held.get(chunk, at, n, z, read);
+    normalise<Shape::kAligned, T>(z, p.weight, p.weight_dtype, at, n, rstd, p.style, y);
   };
   if constexpr (!kInt8) {
     for_chunks<Shape>(p.h, [&](int chunk, int64_t at, int64_t n) {
-      Vector y;
-      held.get(chunk, at, n, y, read);
-      finish(at, n, y);
-      store<Shape::kAligned>(static_cast<T*>(p.y) + row * p.h + at, n, y);
+      Words<T> y;
+      finish(chunk, at, n, y);
+      store_words<Shape::kAligned>(static_cast<T*>(p.y) + row * p.h + at, n, y);
     });
   } else {
-    if constexpr (Shape::kHeld) {
-      for_chunks<Shape>(p.h, [&](int chunk, int64_t at, int64_t n) { finish(at, n, held.vectors[chunk]); });
-    }
-    quantise_row<T, Shape>(row, p.h, out, maxima, [&](int chunk, int64_t at, int64_t n, Vector& y) {
-      held.get(chunk, at, n, y, [&](int64_t at, int64_t n, Vector& z) {
-        read(at, n, z);
-        finish(at, n, z);
-      });
-    });
+    quantise_row<T, Shape>(row, p.h, out, maxima, finish);
   }
 }
 

@@ -144,4 +144,13 @@ inline bool aligned(const RotaryParams& p) {
          p.sin_row_stride * size % 16 == 0 && multiple_of_16(p.cos) && multiple_of_16(p.sin);
 }
 
+// Whether every four angles from a multiple of four on may be read at once.
+inline bool four_at_a_time(const RotaryParams& p) {
+  const auto fits = [&](const void* table, int64_t row_stride, int64_t stride) {
+    const uintptr_t bytes = 4 * size_of(p.table_dtype);
+    return reinterpret_cast<uintptr_t>(table) % bytes == 0 && row_stride % 4 == 0 && stride == 1;
+  };
+  return p.pairs % 4 == 0 && fits(p.cos, p.cos_row_stride, p.cos_stride) && fits(p.sin, p.sin_row_stride, p.sin_stride);
+}
+
 }  // namespace qops::cuda

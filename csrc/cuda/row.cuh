@@ -24,28 +24,36 @@ struct RowShape {
   static constexpr int kRowsOfBlock = kThreads == kWarp ? kWarpsOfRows : 1;
   static constexpr int kBlock = kThreads * kRowsOfBlock;
   static constexpr bool kHeld = kChunks > 0;
+  static constexpr int kFull = kChunks / 2;  // so many of them lie in every row that has this shape: with_row_shape()
 };
 
 template <class Shape>
 QOPS_DEVICE int64_t row_of_thread() {
-  return static_cast<int64_t>(blockIdx.x) * Shape::kRowsOfBlock + threadIdx.x / Shape::kThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * Shape::kRowsOfBlock;
+  return Shape::kRowsOfBlock == 1 ? first : first + threadIdx.x / Shape::kThreads;
+}
+
+// Of threads in the last block, whose rows there are not: whole warps.
+template <class Shape>
+QOPS_DEVICE bool is_beyond(int64_t row, int64_t rows) {
+  return Shape::kRowsOfBlock > 1 && row >= rows;
 }
 
 template <class Shape>
 QOPS_DEVICE int thread_of_row() {
-  return threadIdx.x % Shape::kThreads;
+  return Shape::kRowsOfBlock == 1 ? threadIdx.x : threadIdx.x % Shape::kThreads;
 }
 
 // Calls f(chunk, at, n) for each vector of the thread: its first element, and how many of it are elements of the row.
 template <class Shape, class F>
 QOPS_DEVICE void for_chunks(int64_t columns, const F& f) {
-  constexpr int64_t kStride = int64_t{kVector} * Shape::kThreads;
-  const int64_t first = int64_t{kVector} * thread_of_row<Shape>();
+  constexpr uint32_t kStride = kVector * Shape::kThreads;
+  const uint32_t first = kVector * thread_of_row<Shape>();
   if constexpr (Shape::kHeld) {
 #pragma unroll
     for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
-      const int64_t at = first + chunk * kStride;
-      if (at < columns) f(chunk, at, columns - at);
+      const uint32_t at = first + static_cast<uint32_t>(chunk) * kStride;
+      if (chunk < Shape::kFull || at < static_cast<uint32_t>(columns)) f(chunk, int64_t{at}, columns - at);
     }
   } else {
     for (int64_t at = first; at < columns; at += kStride) f(0, at, columns - at);
@@ -89,13 +97,18 @@ QOPS_DEVICE V combine_warps(V value, V* shared, const F& combine) {
   }
 }
 
-// Steps 2 and 3 of row_tree.h.
-template <class Shape>
-QOPS_DEVICE float sum_of_row(const Vector& partials, float* shared) {
+// Step 2 of row_tree.h.
+QOPS_DEVICE float sum_of_vector(const Vector& partials) {
   float fours[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) fours[i] = partials[i] + partials[i + 4];
-  float sum = (fours[0] + fours[2]) + (fours[1] + fours[3]);
+  return (fours[0] + fours[2]) + (fours[1] + fours[3]);
+}
+
+// Steps 2 and 3.
+template <class Shape>
+QOPS_DEVICE float sum_of_row(const Vector& partials, float* shared) {
+  float sum = sum_of_vector(partials);
 #pragma unroll
   for (int stride = kWarp / 2; stride > 0; stride /= 2) sum += __shfl_xor_sync(kAllLanes, sum, stride);
   return combine_warps<Shape>(sum, shared, [](float a, float b) { return a + b; });
@@ -129,7 +142,8 @@ Status with_element(DType dtype, const F& run) {
   }
 }
 
-// Calls run(Shape{}) with the shape for rows of this length.
+// Calls run(Shape{}) with the shape for rows of this length: the one with the fewest chunks, so that more than half of
+// these begin and end within the row.
 template <class F>
 Status with_row_shape(int64_t columns, bool is_aligned, const F& run) {
   const int threads = row_threads(columns);

@@ -1,46 +1,41 @@
 // silu_mul and silu_mul_int8.
 //
-// Bound by memory: gate and up are read once and the product is written once; 6 bytes an output element in bf16, 5 as
-// int8. exp and silu are those of the CPU (exp_poly.h), operation by operation, so the bits are the same.
+// Idea: gate and up are read once and the product is written once, eight elements of a lane at a time. exp and silu are
+// those of the CPU (exp_poly.h), so the bits are the same; where a gate has 16 bits and R(silu(gate)) is all that is
+// wanted, the division is a reciprocal with one correction (gate.cuh), and up is multiplied two elements at a time.
+//
+// Bytes and operations: 6 bytes an output element in bf16, 5 as int8. Rows of 4096 in bf16 on an H100: 201 instructions
+// for 256 elements of a warp, 50 cycles of a multiprocessor, where memory takes 118; 235 as int8, 59 of 98. Of the 25
+// an element 11 are exp, 6 the quotient, 3 conversions; rounding="fp32" and float32 divide and take more.
 #include "cuda/gate.cuh"
 #include "cuda/quantize_row.cuh"
 
 namespace qops::cuda {
 namespace {
 
-template <class T, bool kAligned>
-QOPS_DEVICE void gated(const T* gate, const T* up, int64_t n, bool round_before_up, Vector& y) {
-  Vector u;
-  load<kAligned>(gate, n, y);
-  load<kAligned>(up, n, u);
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) y[i] = gated_value<T>(y[i], u[i], round_before_up);
-}
-
 template <class T, class Shape, bool kInt8>
 __global__ void __launch_bounds__(Shape::kBlock, 1)
     silu_mul_kernel(const __grid_constant__ SiluMulParams p, const __grid_constant__ Int8Output out) {
   QOPS_SHARED(uint32_t, maxima, Shape::kWarps);
   const int64_t row = row_of_thread<Shape>();
-  if (row >= p.gate_rows.count) return;  // a whole warp; rows of several warps have a block each
+  if (is_beyond<Shape>(row, p.gate_rows.count)) return;
   const T* gate = static_cast<const T*>(p.gate) + p.gate_rows.offset(row);
   const T* up = static_cast<const T*>(p.up) + p.up_rows.offset(row);
+  const auto read = [&](int64_t at, int64_t n, Words<T>& y) {
+    Words<T> g, u;
+    load_words<Shape::kAligned>(gate + at, n, g);
+    load_words<Shape::kAligned>(up + at, n, u);
+    gated<T>(g, u, p.round_before_up, y);
+  };
   if constexpr (!kInt8) {
     for_chunks<Shape>(p.columns, [&](int, int64_t at, int64_t n) {
-      Vector y;
-      gated<T, Shape::kAligned>(gate + at, up + at, n, p.round_before_up, y);
-      store<Shape::kAligned>(static_cast<T*>(p.y) + row * p.columns + at, n, y);
+      Words<T> y;
+      read(at, n, y);
+      store_words<Shape::kAligned>(static_cast<T*>(p.y) + row * p.columns + at, n, y);
     });
   } else {
-    const auto read = [&](int64_t at, int64_t n, Vector& y) {
-      gated<T, Shape::kAligned>(gate + at, up + at, n, p.round_before_up, y);
-    };
-    Held<Shape> held;
-    if constexpr (Shape::kHeld) {
-      for_chunks<Shape>(p.columns, [&](int chunk, int64_t at, int64_t n) { read(at, n, held.vectors[chunk]); });
-    }
     quantise_row<T, Shape>(row, p.columns, out, maxima,
-                           [&](int chunk, int64_t at, int64_t n, Vector& y) { held.get(chunk, at, n, y, read); });
+                           [&](int, int64_t at, int64_t n, Words<T>& y) { read(at, n, y); });
   }
 }
 

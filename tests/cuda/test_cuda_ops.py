@@ -77,6 +77,16 @@ def test_values_that_are_not_finite(each):
         assert_same(each, "rms_norm", x, w, 0.0)
 
 
+def test_short_divisions_have_the_bits_of_divisions(tmp_path):
+    """All gates and magnitudes of 16 bits, with whatever reciprocal the hardware may have; what is far off shows."""
+    root, program = cuda_tools.ROOT, str(tmp_path / "quotients")
+    include = [f"-I{path}" for path in (root / "csrc", root / "tests", cuda_tools.require_cuda_include())]
+    options = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", *include]
+    cuda_tools.checked("g++", *options, str(root / "tests/support/cuda/quotients.cpp"), "-o", program)
+    assert cuda_tools.checked(program, "2").splitlines() == ["1301120 tried, 0 differ"]
+    assert not cuda_tools.checked(program, "200").endswith(" 0 differ\n")
+
+
 def test_what_lies_behind_a_row_does_not_count(each):
     """The squares underflow, so with eps = 0 the factor is infinite, and 0 times it NaN."""
     for rule in ("127", "compressed-tensors", "torchao"):
@@ -180,7 +190,7 @@ def test_every_synchronisation_is_missed_when_it_is_gone(emulated):
             w = torch.ones(h)
             results += torch.ops.qops_emu.rms_norm_int8(x, w, 1e-5)
             results += torch.ops.qops_emu.quantize_int8_asym(x)
-        for d in (128, 2048):
+        for d in (128, 512, 2048):  # in registers, for a warp, for more
             q = random_activations(3, 2, d, dtype=torch.bfloat16, seed=d)
             # Partners in other threads; at R = D a thread of the wider head holds its own.
             cos = sin = torch.linspace(0, 1, 3 * d // 4).view(3, d // 4)

@@ -137,32 +137,33 @@ def _norm(element: str, threads: str, chunks: str, aligned: str, is_int8: str) -
     least = {"LOAD": passes * row.wide + weights, "STORE": out + (1 if coded else 0)}
     more = {"LOAD": least["LOAD"] + row.wide, "STORE": least["STORE"] + row.wide}
     if coded:
-        least, more = ({**each, "F2I": _VECTOR * row.vectors} for each in (least, more))
+        # Squares, norm and codes.
+        least, more = ({**each, "FMUL": 3 * _VECTOR * row.vectors} for each in (least, more))
     return [row.work(least, sizes), row.work(more, sizes + 2 * row.size, "residual")]
 
 
 def _quantize(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
     row = _Row(element, threads, chunks, aligned)
-    least = {"LOAD": row.passes * row.wide, "STORE": row.codes + 1, "F2I": _VECTOR * row.vectors}
+    least = {"LOAD": row.passes * row.wide, "STORE": row.codes + 1, "FMUL": _VECTOR * row.vectors}
     return [row.work(least, row.size + 1)]
 
 
 def _asym(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
     row = _Row(element, threads, chunks, aligned)
-    least = {"LOAD": row.passes * row.wide, "STORE": row.codes + 2, "F2I": _VECTOR * row.vectors}
+    least = {"LOAD": row.passes * row.wide, "STORE": row.codes + 2, "FMUL": _VECTOR * row.vectors}
     return [row.work(least, row.size + 1)]
 
 
 def _static(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
     row = _Row(element, threads, chunks, aligned)
-    return [row.work({"LOAD": row.wide, "STORE": row.codes, "F2I": _VECTOR * row.vectors}, row.size + 1)]
+    return [row.work({"LOAD": row.wide, "STORE": row.codes, "FMUL": _VECTOR * row.vectors}, row.size + 1)]
 
 
 def _silu(element: str, threads: str, chunks: str, aligned: str, is_int8: str) -> list[Work]:
     row = _Row(element, threads, chunks, aligned)
     if is_int8 == "false":
         return [row.work({"LOAD": 2 * row.wide, "STORE": row.wide}, 3 * row.size)]
-    least = {"LOAD": 2 * row.passes * row.wide, "STORE": row.codes + 1, "F2I": _VECTOR * row.vectors}
+    least = {"LOAD": 2 * row.passes * row.wide, "STORE": row.codes + 1, "FMUL": 4 * _VECTOR * row.vectors}
     return [row.work(least, 2 * row.size + 1)]
 
 
@@ -180,6 +181,23 @@ def _heads(element: str, threads: str, chunks: str, aligned: str) -> list[Work]:
             in_loop=False,
             warps=row.warps,
             dram=2 * row.size * size,
+        )
+    ]
+
+
+def _small_heads(element: str, lanes: str, _: str) -> list[Work]:
+    """Likewise, of a vector a lane, with weights of the same type."""
+    wide = _bytes(element) // 2
+    # x, weights, and cos and sin by two guarded loads each; by one in float32, with both words of a position.
+    least = {"LOAD": 2 * wide + 4, "STORE": wide}
+    size = _VECTOR * int(lanes)
+    return [
+        Work(
+            f"a head of {size}",
+            ((1, Goal(most=(), least=least)),),
+            in_loop=False,
+            units=32 // int(lanes),
+            dram=2 * _bytes(element) * size,
         )
     ]
 
@@ -229,6 +247,7 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
     rf"static_kernel<{_T}, {_SHAPE}>": _static,
     rf"silu_mul_kernel<{_T}, {_SHAPE}, {_BOOL}>": _silu,
     rf"qk_norm_rotary_kernel<{_T}, {_SHAPE}>": _heads,
+    rf"heads_kernel<{_T}, {_INT}, {_BOOL}>": _small_heads,
     rf"rotary_kernel<{_T}, {_BOOL}>": _rotary,
     rf"dequantize_kernel<{_T}>": _dequantize,
     rf"int8_pack_kernel<{_BOOL}>": _int8_pack,
@@ -250,7 +269,7 @@ SHOWN = (
     "asym_kernel<bf16, RowShape<128, 4, true>",
     "static_kernel<bf16, RowShape<128, 4, true>",
     "silu_mul_kernel<bf16, RowShape<128, 4, true>",
-    "qk_norm_rotary_kernel<bf16, RowShape<32, 1, true>",
+    "heads_kernel<bf16, 16, false>",
     "rotary_kernel<bf16, true>",
     "dequantize_kernel<bf16>",
 )

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cmath>
+#include <cstddef>
 #include <limits>
 
 #include "emulator/cases/harness.h"
@@ -75,9 +77,27 @@ void run_conversions() {
                            kInfinity,
                            -kInfinity,
                            std::numeric_limits<float>::quiet_NaN()};
-  const Vector<int> want = {0, 2, 2, 0, -2, 126, 127, 127, -128, -128, 127, -128, 0};
-  auto y = poisoned<int>(x.size());
+  Vector<int> want = {0, 2, 2, 0, -2, 126, 127, 127, -128, -128, 127, -128, 0};
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    want.push_back(0x56780000 | (want[x.size() - 1 - i] & 0xff) << 8 | (want[i] & 0xff));
+  }
+  auto y = poisoned<int>(2 * x.size());
   launch(small::conversions, 1, 32, 0, x.data(), y.data(), static_cast<int>(x.size()));
+  require_equal(y, want);
+}
+
+// Within 2 ulp; nothing subnormal goes in or comes out.
+void run_reciprocals() {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const Vector<float> x = {1.0f,        -3.0f,     0x1.fffffep+5f, 0x1p+125f, -0x1p-126f,
+                           0x1.8p+126f, 0x1p-127f, 0.0f,           -kInfinity};
+  const Vector<float> want = {1.0f,      -1.0f / 3.0f, 1.0f / 0x1.fffffep+5f, 0x1p-125f, -0x1p+126f, 0.0f, kInfinity,
+                              kInfinity, -0.0f};
+  auto y = poisoned<float>(x.size());
+  launch(small::reciprocals, 1, 32, 0, x.data(), y.data(), static_cast<int>(x.size()));
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    if (std::abs(y[i] - want[i]) <= std::abs(want[i]) * 0x1p-22f) y[i] = want[i];
+  }
   require_equal(y, want);
 }
 
@@ -113,6 +133,7 @@ constexpr Case kCases[] = {
     {Kind::kSound, "warp_results", run_warp_results},
     {Kind::kSound, "counts", run_counts},
     {Kind::kSound, "conversions", run_conversions},
+    {Kind::kSound, "reciprocals", run_reciprocals},
     {Kind::kSound, "launch_1024_threads", run_launch<90, 1, 1024, 0>},
     {Kind::kPlanted, "launch_1025_threads", run_launch<90, 1, 1025, 0>},
     {Kind::kPlanted, "launch_grid_too_high", run_launch<90, 65536, 32, 0>},

@@ -63,6 +63,8 @@ __global__ void numbers(const uint32_t* x, uint32_t* y, float f) {
   y[0] = ptx::lop3<0>(x[0], x[1], x[2]) + ptx::lop3<0xea>(x[0], x[1], x[2]) + ptx::lop3<255>(x[0], x[1], x[2]);
   y[1] = ptx::prmt(x[0], x[1], 0x5410) + ptx::prmt(x[0], x[1], x[2]);
   y[2] = ptx::cvt_rni_sat_s8(f);
+  y[3] = ptx::cvt_pack_sat_s8(x[0], x[1], x[2]);
+  y[4] = __float_as_uint(ptx::rcp_approx(f));
 }
 
 __global__ void hints(const uint4* x, const uint2* x2, const uint32_t* x1, uint4* y, uint2* y2, uint32_t* y1) {

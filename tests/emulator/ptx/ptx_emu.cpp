@@ -298,6 +298,20 @@ int32_t cvt_rni_sat_s8(float x) {
   return static_cast<int32_t>(std::clamp(std::nearbyint(x), -128.0f, 127.0f));
 }
 
+uint32_t cvt_pack_sat_s8(int32_t a, int32_t b, uint32_t c) {
+  const auto byte = [](int32_t value) { return static_cast<uint32_t>(std::clamp(value, -128, 127)) & 0xff; };
+  return c << 16 | byte(a) << 8 | byte(b);
+}
+
+// The nearest number or one of its neighbours, by the launch's seed: what rests on more than the bound shows.
+float rcp_approx(float x) {
+  const auto flushed = [](float value) { return std::fpclassify(value) == FP_SUBNORMAL ? value * 0.0f : value; };
+  const float nearest = flushed(1.0f / flushed(x));
+  if (!std::isnormal(nearest)) return nearest;
+  const uint64_t bits = (std::bit_cast<uint32_t>(x) + options().seed) * 0x9e3779b97f4a7c15u;
+  return flushed(std::bit_cast<float>(std::bit_cast<uint32_t>(nearest) + static_cast<uint32_t>(bits >> 40) % 3 - 1));
+}
+
 // --- global memory ---------------------------------------------------------------------------------------------------
 
 uint64_t policy_evict_first() { return kEvictFirst; }

@@ -66,6 +66,8 @@ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 }
 uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector);
 int32_t cvt_rni_sat_s8(float x);
+uint32_t cvt_pack_sat_s8(int32_t a, int32_t b, uint32_t c);
+float rcp_approx(float x);
 
 uint64_t policy_evict_first();
 uint64_t policy_evict_last();

@@ -63,7 +63,14 @@ __global__ void counts(const int* x, int* y, float* sums, unsigned long long* ex
 }
 
 __global__ void conversions(const float* x, int* y, int n) {
-  for (int i = threadIdx.x; i < n; i += blockDim.x) y[i] = ptx::cvt_rni_sat_s8(x[i]);
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    y[i] = ptx::cvt_rni_sat_s8(x[i]);
+    y[n + i] = ptx::cvt_pack_sat_s8(__float2int_rn(x[n - 1 - i]), __float2int_rn(x[i]), 0x12345678);
+  }
+}
+
+__global__ void reciprocals(const float* x, float* y, int n) {
+  for (int i = threadIdx.x; i < n; i += blockDim.x) y[i] = ptx::rcp_approx(x[i]);
 }
 
 __global__ void nothing() {}
