@@ -1,8 +1,5 @@
-// Of the CPU alone: there is no CUDA kernel yet.
 #include "binding/device.h"
 #include "binding/weight_only_gemm.h"
-
-#if !defined(QOPS_CUDA)
 
 namespace qops::binding {
 
@@ -91,6 +88,15 @@ void check_out(const Tensor& out, const Tensor& q, const Tensor& scale, const Te
 
 void run(Int4Int8GemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
+#if defined(QOPS_CUDA)
+  // From the allocator of torch, for this call, as int4_gemm's.
+  const int64_t bytes = device::scratch_bytes(&cuda::int4_int8_gemm_scratch_bytes, p, y);
+  std::optional<Tensor> scratch;
+  if (bytes > 0) {
+    scratch = check.new_tensor(y, {bytes}, ScalarType::Byte);
+    p.scratch = scratch->mutable_data_ptr();
+  }
+#endif
   run_product(check, &device::kernels::int4_int8_gemm, p, y);
 }
 
@@ -158,5 +164,3 @@ QOPS_REGISTER(m) {
 QOPS_EXPLAIN(int4_int8_gemm, Int4Int8GemmParams, int4_int8_gemm)
 
 }  // namespace qops::binding
-
-#endif

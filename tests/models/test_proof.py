@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
 import qops.models.proof
 from qops import load_model, quantize_model, save_model
@@ -47,16 +46,8 @@ def test_the_installed_transformers_agrees(family, scheme, dtype):
         model = quantize_model(random_model(family, dtype=dtype), scheme)
     fusion = model.qops_fusion
     assert fusion.not_fused is None and is_fused(model)
-    error, rounded = map(float, re.findall(r"(\d\S*e-\d+)", fusion.proof + (" 1e-9" if scheme == "int4" else "")))
-    assert 0 < error < 3e-6 and 0 < rounded < 3e-2, fusion.proof
-
-
-def test_activations_that_round_the_other_way_are_no_fault():
-    """Of these random layers most rows then differ by 1e-2: proven is what does not round."""
-    torch.manual_seed(5)
-    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=2, **wide)).bfloat16()
-    assert quantize_model(model, "int8").qops_fusion.not_fused is None
+    error = float(fusion.proof.rpartition(" ")[2])
+    assert 0 < error < (3e-6 if scheme == "int4" else 2e-2), fusion.proof
 
 
 def test_one_layer_of_each_kind_is_run(monkeypatch):
@@ -473,5 +464,5 @@ def test_every_known_architecture_is_tried():
 
 def test_tolerances_of_most_rows_are_not_above_those_of_all():
     """Those of 16 bits are used on a GPU alone."""
-    for tolerance in (qops.models.proof.FLOAT32, qops.models.proof.INT8, *qops.models.proof.HALF.values()):
+    for tolerance in (qops.models.proof.FLOAT32, qops.models.proof.FLOAT32_INT8, *qops.models.proof.HALF.values()):
         assert 0 < tolerance.typical <= tolerance.largest < 1
