@@ -12,7 +12,7 @@
     check         `python -m qops check`: every kernel against its contract, at each level of the CPU and on the GPUs
     tests         the CUDA operators against the CPU's bits, streams, graphs, tensors past 2^31 elements; a process for
                   each file, side by side
-    gemms         int4_gemm and int8_gemm against cuBLAS, on the four layers of a Llama 3 8B
+    gemms         int4_gemm, int8_gemm and int4_int8_gemm against cuBLAS, on the four layers of a Llama 3 8B
     rows          everything that is bound by memory, at one token and at many
     decode        a decode loop of a Llama 3 8B with random 4-bit weights, and of its dense twin by cuBLAS, as CUDA
                   graphs; tokens a second are M / time; --depth N: with N layers; all 32 where there is time
@@ -63,7 +63,7 @@ REHEARSED_TESTS = "not gpu and begin_anywhere"
 # A few minutes under a sanitizer: every kernel, aligned and not, with and without values past the row's end.
 SANITIZED_TESTS = "gpu and (begin_anywhere or behind_a_row or heads or every_group_size or every_small_number)"
 # WITHOUT_CUDA_KERNEL, which nobody can import before qops is built.
-WITHOUT_KERNEL = ("!int4_int8_gemm", "!int8_weight_only_gemm", "!attention_block", "!decode_attention", "!mlp_block")
+WITHOUT_KERNEL = ("!int8_weight_only_gemm", "!attention_block", "!decode_attention", "!mlp_block")
 # The others' names begin with the type of a weight.
 ROW_OPS = ("!int*", *(op for op in WITHOUT_KERNEL if not op.startswith("!int")))
 # Models have stages of their own.
@@ -245,7 +245,10 @@ STAGES: dict[str, Stage] = {
     "check": Stage(check, 60),
     "tests": Stage(tests, 120, rehearsed_seconds=75),
     "gemms": Stage(
-        bench("gemms", ("int4_gemm", "int8_gemm"), "--layers", LAYERS, *ROWS, providers="qops,cublas*"), 165
+        bench(
+            "gemms", ("int4_gemm", "int8_gemm", "int4_int8_gemm"), "--layers", LAYERS, *ROWS, providers="qops,cublas*"
+        ),
+        165,
     ),
     "rows": Stage(bench("rows", ROW_OPS, "--rows", "1,4096", providers=EAGER), 60),
     "decode": Stage(bench("decode", ("int4_decode",)), 75),

@@ -275,7 +275,7 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   int64_t* bad_index;    // set to the value of perm when the result is kIndexOutOfRange
   bool batch_invariant;  // on a GPU: whether a row's bits must not depend on M
   DenseProduct product;  // on a GPU
-  void* scratch;         // of int4_gemm_scratch_bytes() bytes on a GPU
+  void* scratch;         // of int4_gemm_scratch_bytes() or int4_int8_gemm_scratch_bytes() bytes on a GPU
 };
 
 // int4_gemm of quantised rows: x is int8 with a scale a row, dtype that of residual and y alone.
@@ -490,7 +490,7 @@ struct SiluMulInt8Params {
   ON_CPU(decoder_layers, DecoderLayersParams)              \
   ANYWHERE(int4_dequantize, Int4DequantizeParams)          \
   ANYWHERE(int4_gemm, WeightOnlyGemmParams)                \
-  ON_CPU(int4_int8_gemm, Int4Int8GemmParams)               \
+  ANYWHERE(int4_int8_gemm, Int4Int8GemmParams)             \
   ANYWHERE(int4_pack, WeightPackParams)                    \
   ANYWHERE(int4_unpack, WeightPackParams)                  \
   ON_CPU(int8_embedding, Int8EmbeddingParams)              \
@@ -541,6 +541,7 @@ QOPS_FOR_EACH_CUDA_KERNEL(QOPS_DECLARE)
 
 // What they need of the current GPU's memory while they run.
 int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& params);
+int64_t int4_int8_gemm_scratch_bytes(const Int4Int8GemmParams& params);
 int64_t int8_gemm_scratch_bytes(const Int8GemmParams& params);
 
 }  // namespace cuda

@@ -1,8 +1,5 @@
-// Of the CPU alone: there is no CUDA kernel yet.
 #include "binding/device.h"
 #include "binding/weight_only_gemm.h"
-
-#if !defined(QOPS_CUDA)
 
 namespace qops::binding {
 
@@ -20,6 +17,9 @@ void describe_call(Int4Int8GemmParams& p, Visitor& v) {
 namespace {
 
 constexpr Checker check("int4_int8_gemm");
+#if defined(QOPS_CUDA)
+constexpr Checker check_quantize("quantize_int8");
+#endif
 
 // subject: "out must have dtype" or this.
 constexpr const char* kOutDtype = "out_dtype must be";
@@ -82,6 +82,15 @@ void check_out(const Tensor& out, const Tensor& q, const Tensor& scale, const Te
 
 void run(Int4Int8GemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
+#if defined(QOPS_CUDA)
+  // From the allocator of torch, for this call, as int4_gemm's.
+  const int64_t bytes = device::scratch_bytes(&cuda::int4_int8_gemm_scratch_bytes, p, y);
+  std::optional<Tensor> scratch;
+  if (bytes > 0) {
+    scratch = check.new_tensor(y, {bytes}, ScalarType::Byte);
+    p.scratch = scratch->mutable_data_ptr();
+  }
+#endif
   run_product(check, &device::kernels::int4_int8_gemm, p, y);
 }
 
@@ -137,6 +146,20 @@ void int4_int8_gemm_fused_out(const Tensor& q, const Tensor& scale, const Tensor
   run(p, out);
 }
 
+// y of x, which becomes int8 first: on a CPU inside of the kernel, on a GPU by a kernel before it.
+void run_of_floats(Int4Int8GemmParams& p, [[maybe_unused]] const Tensor& x, const Tensor& y) {
+#if defined(QOPS_CUDA)
+  const auto [q, scale] = new_int8_rows(check, x, p.k);
+  QuantizeInt8Params quantised{p.x, p.x_rows, p.dtype, p.k, int8_output(q, scale, p.rule)};
+  check_quantize.ok(device::run(check_quantize, &device::kernels::quantize_int8, quantised, q));
+  p.x = q.const_data_ptr();
+  p.x_rows = dense_rows(p.x_rows.count, p.k);
+  p.x_scale = scale.const_data_ptr<float>();
+  p.x_scale_rows = dense_rows(p.x_rows.count, 1);
+#endif
+  run(p, y);
+}
+
 // quantize_int8 and the product in one operator, bit for bit: of few rows a second one would cost as much as a fifth of
 // the call.
 Int4Int8GemmParams checked_floats(const Tensor& x, std::string_view rule, const Tensor& packed, const Tensor& scales,
@@ -163,7 +186,7 @@ Tensor int4_int8_gemm_of_floats(const Tensor& x, std::string_view rule, const Te
   Int4Int8GemmParams p = checked_floats(x, rule, packed, scales, zeros, perm, bias, out_features, group_size, kind,
                                         residual, silu_mul, out_scale, out_zero_point);
   Tensor y = new_output(check, x, p);
-  run(p, y);
+  run_of_floats(p, x, y);
   return y;
 }
 
@@ -179,7 +202,7 @@ void int4_int8_gemm_of_floats_out(const Tensor& x, std::string_view rule, const 
   if (out_scale) check.no_overlap(out, "out", *out_scale, "out_scale");
   if (out_zero_point) check.no_overlap(out, "out", *out_zero_point, "out_zero_point");
   if (residual) check.no_overlap_unless_same(out, "out", *residual, "residual");
-  run(p, out);
+  run_of_floats(p, x, out);
 }
 
 }  // namespace
@@ -196,5 +219,3 @@ QOPS_REGISTER(m) {
 QOPS_EXPLAIN(int4_int8_gemm, Int4Int8GemmParams, int4_int8_gemm)
 
 }  // namespace qops::binding
-
-#endif

@@ -10,6 +10,20 @@
 
 namespace qops::binding {
 
+// Of the three quantisers, whose fields have the same names.
+template <class Params, class Visitor>
+void describe_rows(Params& p, Visitor& v) {
+  v.rows("rows", p.x_rows);
+  v.size("k", p.k);
+  v.dtype("dtype", p.dtype);
+  v.when_asked([&](const Checker&) { p.x_rows.stride[0] = p.k; });
+}
+
+template <class Visitor>
+void describe_call(QuantizeInt8Params& p, Visitor& v) {
+  describe_rows(p, v);
+}
+
 inline std::pair<Tensor, Tensor> new_int8_rows(const Checker& check, const Tensor& x, int64_t k) {
   return {check.new_tensor(x, with_last_size(x, k), ScalarType::Char),
           check.new_tensor(x, leading_sizes(x), ScalarType::Float)};

@@ -5,19 +5,6 @@
 
 namespace qops::binding {
 
-// Of the three, whose fields have the same names.
-template <class Params, class Visitor>
-void describe_rows(Params& p, Visitor& v) {
-  v.rows("rows", p.x_rows);
-  v.size("k", p.k);
-  v.dtype("dtype", p.dtype);
-  v.when_asked([&](const Checker&) { p.x_rows.stride[0] = p.k; });
-}
-
-template <class Visitor>
-void describe_call(QuantizeInt8Params& p, Visitor& v) {
-  describe_rows(p, v);
-}
 template <class Visitor>
 void describe_call(QuantizeInt8AsymParams& p, Visitor& v) {
   describe_rows(p, v);

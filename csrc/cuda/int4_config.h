@@ -179,37 +179,57 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
   return p;
 }
 
-// Tiles of `live` x 128. `in_waves`: as many tiles as fill the GPU some times over have a block each.
-constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, bool offset, int live, int k_parts, bool in_waves,
-                         Gpu gpu) {
+// What a tiled kernel is to a plan: tokens that it is compiled for, the most blocks of it on a multiprocessor, bytes of
+// a stage of its ring, and for 64 columns the bytes of a token, instructions of all warps and cycles of the tensor
+// cores.
+struct TileCosts {
+  int tokens;
+  int64_t resident;
+  int64_t stage_bytes, token_bytes;
+  int64_t slots, mma;
+};
+
+// Tiles of `live` x 128. `in_waves`: as many tiles as fill the GPU some times over have a block each. part_blocks:
+// blocks of 64 columns of the longest of the k_parts.
+constexpr GemmPlan tiles(int64_t m, int64_t n, int64_t k, const TileCosts& costs, int live, int k_parts,
+                         int64_t part_blocks, bool in_waves, Gpu gpu) {
   GemmPlan p{};
   p.kind = GemmPlan::Kind::kTiled;
   p.live = live;
-  p.tokens = live <= kTileTokens[0] ? kTileTokens[0] : live <= kTileTokens[1] ? kTileTokens[1] : kTileTokens[2];
+  p.tokens = costs.tokens;
   p.k_parts = k_parts;
   p.strips = kTileStrips;
   p.token_tiles = ceil_div(m, live);
   p.row_tiles = ceil_div(n, kTileRows);
-  const int64_t resident = blocks_of_multiprocessor(p.tokens, offset);
-  const int64_t room = (gpu.shared_bytes + kReserved) / resident - kReserved;
+  const int64_t room = (gpu.shared_bytes + kReserved) / costs.resident - kReserved;
   const int64_t sums = 4 * p.tokens * sum_stride(kTileStrips);
-  const int64_t stage = kTileStrips * strip_stage_bytes(fine) + p.tokens * kTokenStageBytes;
-  p.stages = ring_stages(stage, room - sums);
-  p.shared_bytes = sums + p.stages * stage;
+  p.stages = ring_stages(costs.stage_bytes, room - sums);
+  p.shared_bytes = sums + p.stages * costs.stage_bytes;
 
-  const int64_t most_blocks = gpu.multiprocessors * resident;
+  const int64_t most_blocks = gpu.multiprocessors * costs.resident;
   p.whole = k_parts == 1 ? p.tiles() : in_waves ? p.tiles() / most_blocks * most_blocks : 0;
   p.blocks = min_of(p.items(), most_blocks);
-  const int64_t mma = int64_t{live} / 8 * kTileStrips * int4::kSteps * kCyclesPerMma;
-  const int64_t blocks = int4::blocks(k), shared_items = p.items() - p.whole;
-  const int64_t of_multiprocessor = ceil_div(p.whole, gpu.multiprocessors) * blocks +
-                                    ceil_div(shared_items, gpu.multiprocessors) * ceil_div(blocks, k_parts);
-  const int64_t codes = kTileStrips * int4::kBlockBytes, copies = (codes + live * kTokenStageBytes) / kL2BytesPerCycle;
-  const int64_t slots = kTiledSlots + kTiledSlotsOfEight[p.tokens / 128] * (live / 8);
-  const int64_t unit = max_of(max_of(mma, cycles_of_slots(slots)), max_of(copies, codes / bytes_per_cycle(gpu)));
+  const int64_t shared_items = p.items() - p.whole;
+  const int64_t of_multiprocessor = ceil_div(p.whole, gpu.multiprocessors) * int4::blocks(k) +
+                                    ceil_div(shared_items, gpu.multiprocessors) * part_blocks;
+  const int64_t codes = kTileStrips * int4::kBlockBytes, copies = (codes + live * costs.token_bytes) / kL2BytesPerCycle;
+  const int64_t unit =
+      max_of(max_of(costs.mma, cycles_of_slots(costs.slots)), max_of(copies, codes / bytes_per_cycle(gpu)));
   p.time = kStart + of_multiprocessor * unit;
   if (p.whole < p.tiles()) p.time += second_kernel(p.scratch_bytes(m, n, k), gpu);
   return p;
+}
+
+constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, bool offset, int live, int k_parts, bool in_waves,
+                         Gpu gpu) {
+  TileCosts c{};
+  c.tokens = live <= kTileTokens[0] ? kTileTokens[0] : live <= kTileTokens[1] ? kTileTokens[1] : kTileTokens[2];
+  c.resident = blocks_of_multiprocessor(c.tokens, offset);
+  c.token_bytes = kTokenStageBytes;
+  c.stage_bytes = kTileStrips * strip_stage_bytes(fine) + c.tokens * kTokenStageBytes;
+  c.slots = kTiledSlots + kTiledSlotsOfEight[c.tokens / 128] * (live / 8);
+  c.mma = int64_t{live} / 8 * kTileStrips * int4::kSteps * kCyclesPerMma;
+  return tiles(m, n, k, c, live, k_parts, ceil_div(int4::blocks(k), k_parts), in_waves, gpu);
 }
 
 // cuBLAS on weights that int4_dequantize has made, and a kernel that finishes its float32 sums: for as many strips at a
@@ -338,7 +358,8 @@ QOPS_ALWAYS_INLINE constexpr DecodeShare decode_share(const DecodeWork& work, ui
 
 // Plans that were asked for lately. To search for one takes 2 us; a model asks for few different ones, each twice a
 // call.
-class PlanCache {
+template <GemmPlan (*kSearch)(const GemmShape&)>
+class PlanCacheOf {
  public:
   const GemmPlan& operator()(const GemmShape& shape) {
     Found* const set = sets_[set_of(shape)];
@@ -347,7 +368,7 @@ class PlanCache {
     }
     ++searches_;
     for (int way = kWays - 1; way > 0; --way) set[way] = set[way - 1];
-    set[0] = {shape, plan_int4_gemm(shape)};
+    set[0] = {shape, kSearch(shape)};
     return set[0].plan;
   }
 
@@ -374,5 +395,6 @@ class PlanCache {
   Found sets_[1 << kSetBits][kWays]{};
   int64_t searches_ = 0;
 };
+using PlanCache = PlanCacheOf<&plan_int4_gemm>;
 
 }  // namespace qops::cuda

@@ -76,8 +76,9 @@ QOPS_DEVICE uint32_t subtract(uint32_t a, uint32_t b) {
 template <class T>
 inline constexpr uint32_t kBase = kIsHalf<T> ? 0x64006400u : 0x43004300u;
 
-// The pair to subtract for a zero point of 0 .. 16. fp16 reads row g + 8 four bits higher, as 1024 + 16 q, and takes it
-// down by fma(1024 + 16 q, 1 / 16, -(64 + z)), which is exact: half of the shifts are saved.
+// The pair to subtract for a zero point of 0 .. 16; for int8 rows what four codes are added to
+// (int4_int8_fragment.cuh). fp16 reads row g + 8 four bits higher, as 1024 + 16 q, and takes it down by fma(1024 + 16
+// q, 1 / 16, -(64 + z)), which is exact: half of the shifts are saved.
 template <class T>
 QOPS_DEVICE uint32_t zero_pair(int half_of_strip, uint32_t z) {
   if constexpr (kIsHalf<T>) {
@@ -235,6 +236,39 @@ struct RowScales {
   }
 };
 
+// Those of neighbouring strips. `slots`: of the first one in a stage; `index`: of the group in it. has_offset: whether
+// rows have offsets, by the kernel or by the kind.
+template <bool kFine, class Rows, int kStrips>
+QOPS_DEVICE void load_scales(Rows (&scales)[kStrips], const ScaleSource& source, bool has_offset, const uint8_t* slots,
+                             int index, int lane) {
+  const int pair = lane / 4;
+  const auto each = [&](const auto& load) {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) load(scales[s], s * scale_bytes_of_strip(kFine));
+  };
+  const uint8_t* of_scales = slots + index * source.scale_bytes;
+  const auto at = [&]<class U>(const uint8_t* first, int strip, const U*) {
+    return reinterpret_cast<const U*>(first + strip) + pair;
+  };
+  constexpr float2* kFloats = nullptr;
+  constexpr uint32_t* kWords = nullptr;
+  if (source.dtype == DType::kBFloat16) {
+    each([&](auto& rows, int strip) { rows.template load_16_bits<__nv_bfloat16>(at(of_scales, strip, kWords)); });
+  } else if (source.dtype == DType::kFloat16) {
+    each([&](auto& rows, int strip) { rows.template load_16_bits<__half>(at(of_scales, strip, kWords)); });
+  } else {
+    each([&](auto& rows, int strip) { rows.load_float32(at(of_scales, strip, kFloats)); });
+  }
+  const uint8_t* zeros = slots + kGroupRowBytes * groups_of_stage(kFine) + index * source.zero_bytes;
+  if (has_offset) {
+    const bool is_offset = source.kind == WeightKind::kOffset;
+    each([&](auto& rows, int strip) { rows.load_offsets(at(zeros, strip, kFloats), is_offset); });
+  } else if (source.kind == WeightKind::kZeroPoint) {
+    constexpr uint16_t* kPairs = nullptr;
+    each([&](auto& rows, int strip) { rows.load_zeros(at(zeros, strip, kPairs)); });
+  }
+}
+
 // The sums of a warp: kStrips strips x kTiles tiles of eight tokens. `total` is that of the slice so far, `part` of the
 // group; x_sum of x in the group.
 template <class T, int kStrips, int kTiles, bool kFine, bool kOffset>
@@ -260,36 +294,6 @@ struct WarpSums {
 #pragma unroll
         for (int s = 0; s < kStrips; ++s) total[s][t][i] = part[s][t][i] = 0.0f;
       }
-    }
-  }
-
-  // `slots`: of the first strip in a stage; `index`: of the group in it.
-  QOPS_DEVICE void load_scales(const ScaleSource& source, const uint8_t* slots, int index, int lane) {
-    const int pair = lane / 4;
-    const auto each = [&](const auto& load) {
-#pragma unroll
-      for (int s = 0; s < kStrips; ++s) load(scales[s], s * scale_bytes_of_strip(kFine));
-    };
-    const uint8_t* of_scales = slots + index * source.scale_bytes;
-    const auto at = [&]<class U>(const uint8_t* first, int strip, const U*) {
-      return reinterpret_cast<const U*>(first + strip) + pair;
-    };
-    constexpr float2* kFloats = nullptr;
-    constexpr uint32_t* kWords = nullptr;
-    if (source.dtype == DType::kBFloat16) {
-      each([&](auto& rows, int strip) { rows.template load_16_bits<__nv_bfloat16>(at(of_scales, strip, kWords)); });
-    } else if (source.dtype == DType::kFloat16) {
-      each([&](auto& rows, int strip) { rows.template load_16_bits<__half>(at(of_scales, strip, kWords)); });
-    } else {
-      each([&](auto& rows, int strip) { rows.load_float32(at(of_scales, strip, kFloats)); });
-    }
-    const uint8_t* zeros = slots + kGroupRowBytes * groups_of_stage(kFine) + index * source.zero_bytes;
-    if constexpr (kOffset) {
-      const bool is_offset = source.kind == WeightKind::kOffset;
-      each([&](auto& rows, int strip) { rows.load_offsets(at(zeros, strip, kFloats), is_offset); });
-    } else if (source.kind == WeightKind::kZeroPoint) {
-      constexpr uint16_t* kPairs = nullptr;
-      each([&](auto& rows, int strip) { rows.load_zeros(at(zeros, strip, kPairs)); });
     }
   }
 
@@ -350,10 +354,10 @@ struct WarpSums {
       }
       if constexpr (kFine) {
         if (((j == 0 && begins) || walk.begins(source)) && walk.group < source.groups) {
-          load_scales(source, slots, walk.group - first_group, lane);
+          load_scales<kFine>(scales, source, kOffset, slots, walk.group - first_group, lane);
         }
       } else if (j == 0 && begins) {
-        load_scales(source, slots, 0, lane);
+        load_scales<kFine>(scales, source, kOffset, slots, 0, lane);
       }
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {

@@ -13,7 +13,7 @@ import hashlib
 import importlib
 import itertools
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -299,8 +299,7 @@ def moved(run: Run, w: Any, mixed: bool = False) -> Any:
     return moved.mix_gate_up() if mixed else moved
 
 
-def int4_cases(run: Run) -> Iterator[tuple[Int4Weight, torch.dtype, int]]:
-    dtypes = tuple(dtype for dtype in FLOAT_DTYPES if not run.gpu or dtype != torch.float32)
+def int4_cases(run: Run, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[Int4Weight, torch.dtype, int]]:
     for index, ((n, k, g), kind, dtype) in enumerate(itertools.product(WEIGHTS, INT4_KINDS, dtypes)):
         scale_dtype, act_order = FLOAT_DTYPES[index // 2 % 3], index % 5 == 0
         order = "act-order" if act_order else ""

@@ -40,7 +40,7 @@ else:
 
 
 WITHOUT_CUDA_KERNEL = (
-    *("attention_block", "decode_attention", "decoder_layers", "decoder_plan", "int4_int8_gemm", "int8_embedding"),
+    *("attention_block", "decode_attention", "decoder_layers", "decoder_plan", "int8_embedding"),
     *("int8_weight_only_gemm", "mlp_block"),
 )
 """The operators that qops has no CUDA kernel of, in any build."""

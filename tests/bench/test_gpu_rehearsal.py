@@ -60,7 +60,7 @@ def test_the_evidence_command(tmp_path):
     rows = [row for stage in ("gemms", "rows") for row in json.loads((out / f"{stage}.json").read_text())["results"]]
     ours = {row["op"]: row for row in rows if row["provider"] == "qops"}
     rows_ops = {op for op in problems.OPS if not op.startswith("int")} - set(WITHOUT_CUDA_KERNEL)
-    assert set(ours) == {"int4_gemm", "int8_gemm", *rows_ops}
+    assert set(ours) == {"int4_gemm", "int8_gemm", "int4_int8_gemm", *rows_ops}
     assert {op for op, row in ours.items() if row["error"]} == set(PLANTED)
     reasons = {"int4_gemm": "killed by SIGSEGV", "int8_gemm": "no answer in 30 s", "silu_mul": "wrong result"}
     for op, reason in reasons.items():

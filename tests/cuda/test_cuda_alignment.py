@@ -111,6 +111,22 @@ def test_int4_gemm(backend, m, kind):
     Call("int4_gemm", "fused_out", arguments, {"out": torch.zeros_like(residual)}, layouts).check(backend)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", (3, 40))
+def test_int4_int8_gemm(backend, m, kind):
+    n, k = 48, 128
+    tensors, _ = random_int4(n, k, 32, kind, scale_dtype=torch.float16)
+    with gpu(backend):
+        w = made_there(backend, tensors, kind)
+    q, scale, _ = activations(m, k, 0)
+    residual = random_activations(m, n, dtype=torch.bfloat16, seed=m)
+    weight = {"packed": w.packed, "scales": w.scales, "zeros": w.zeros, "perm": None, "bias": torch.arange(n) / 7}
+    sizes = {"out_features": n, "group_size": 32, "kind": KINDS.index(kind), "out_dtype": torch.bfloat16}
+    arguments = {"q": q, "scale": scale, **weight, **sizes, "residual": residual}
+    layouts = {"q": ROWS, "residual": ROWS, "scales": (), "zeros": ()}  # as those of int4_gemm
+    Call("int4_int8_gemm", "fused_out", arguments, {"out": torch.zeros_like(residual)}, layouts).check(backend)
+
+
 @pytest.mark.parametrize("m", (3, 40))
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_int8_gemm(backend, dtype, m):

@@ -77,6 +77,10 @@ def test_what_is_said_is_what_is_launched(runtime, m):
             {"m": m, "n": n, "k": 512, "group_size": 64, "dtype": "bfloat16"},
             lambda: ops.int4_gemm(x, packed4, scales4, None, None, None, n, 64, 0),
         ),
+        "int4_int8_gemm": (
+            {"m": m, "n": n, "k": 512, "group_size": 64, "out_dtype": "bfloat16"},
+            lambda: ops.int4_int8_gemm(q, torch.ones(m), packed4, scales4, None, None, None, n, 64, 0, torch.bfloat16),
+        ),
         "int8_gemm": (
             {"m": m, "n": n, "k": 512, "out_dtype": "bfloat16"},
             lambda: ops.int8_gemm(q, torch.ones(m), None, packed8, scales8, None, n, torch.bfloat16),

@@ -287,6 +287,10 @@ def test_each_tensor_of_a_product_must_be_on_the_gpu():
             "packed": int8.packed,
             "w_scale": int8.scales,
         }
+        both = {name: rows[name] for name in ("q", "scale")} | weight | common | {"group_size": 32, "kind": 1}
+        arguments = {**both, "out_dtype": torch.bfloat16, **end, "out": out}
+        seen = refuses_each_tensor_elsewhere(torch.ops.qops.int4_int8_gemm.fused_out, arguments)
+        assert {"scale", "zeros", "perm", "bias", *end, "out"} <= seen
         arguments = {**rows, **common, "out_dtype": torch.bfloat16, **end, "out": out}
         seen = refuses_each_tensor_elsewhere(torch.ops.qops.int8_gemm.fused_out, arguments)
         assert {"scale", "zero_point", "w_scale", "bias", *end, "out"} <= seen

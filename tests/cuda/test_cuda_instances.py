@@ -42,6 +42,8 @@ INT4 = (
     (200, 272, 576, 2, 90),
 )
 INT4_SPLIT = ((5, 32, 4608, 132, 89), (32, 32, 576, 8, 89))
+INT4_INT8 = tuple((m, 144, 640, 1, 90) for m in (8, 32, 64, 128))
+INT4_INT8_SPLIT = ((5, 32, 4608, 8, 89), (40, 32, 2304, 8, 90))
 INT8 = tuple((m, 144, 640, 1, 89) for m in (8, 16, 32, 64, 128))
 INT8_SPLIT = (
     (8, 32, 1024, 8, 89),
@@ -125,6 +127,24 @@ def test_int4_gemm(fifo, dtype, fine, kind):
         assert_within(y, int4_gemm_ref(x, here), bound, f"{here}, M = {m}")
         if m == INT4[0][0]:  # from a copy
             assert_bitwise(EMULATED.ops.int4_gemm(strided_rows(x, 1), *weight), y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fine", (False, True), ids=("coarse", "fine"))
+def test_int4_int8_gemm(fifo, fine, kind):
+    for index, (m, n, k, multiprocessors, arch) in enumerate((*INT4_INT8, *INT4_INT8_SPLIT)):
+        split = (m, n, k, multiprocessors, arch) in INT4_INT8_SPLIT
+        tensors, here = random_int4(n, k, 32 if fine else k if split else 64, kind, seed=index)
+        with gpu(EMULATED):
+            w = made_there(EMULATED, tensors, kind)
+        fifo.configure(1, POLICIES["fifo"], "", arch, multiprocessors)
+        q, scale, _ = activations(m, k, index)
+        weight = (w.packed, w.scales, w.zeros, None, None, n, w.group_size, KINDS.index(kind), torch.bfloat16)
+        y = EMULATED.ops.int4_int8_gemm(q, scale, *weight)
+        assert_bitwise(y, qops.int4_int8_gemm(q, scale, here), f"{here}, M = {m}")
+        if m == INT4_INT8[0][0]:  # from a copy
+            far = torch.zeros(m, k + 8, dtype=torch.int8)[:, 1 : k + 1].copy_(q)
+            assert_bitwise(EMULATED.ops.int4_int8_gemm(far, scale, *weight), y)
 
 
 @pytest.mark.parametrize("asymmetric", (False, True), ids=("symmetric", "asymmetric"))
@@ -220,7 +240,7 @@ class Waste:
 
 WASTE = (
     Waste(r"RowShape<\d+, 0, false>|^rotary_kernel<\w+, false>", "", "", 9, "rows that begin anywhere, one by one"),
-    Waste("^gather_kernel|^int8_gemm_copy_kernel", "global", "", 9, "likewise"),
+    Waste("^(int4_int8_)?gather_kernel|^int8_gemm_copy_kernel", "global", "", 9, "likewise"),
     Waste(
         "_kernel<float",
         "",
@@ -241,6 +261,7 @@ WASTE = (
     Waste(
         "^int8_gemm_(add_)?kernel", "global", r"^elements\.cuh", 4, "scales of four columns, once a tile, one by one"
     ),
+    Waste("^int4_int8_add_kernel", "global", r"^elements\.cuh", 2, "scales of one group, once a row of w, one by one"),
     Waste("^int8_pack_kernel", "global", r"^weight_pack_int8\.cu", 2, "two instructions use each sector up"),
     Waste("^pack_kernel", "shared", r"^weight_pack_int4\.cu", 2, "once a weight"),
 )
@@ -260,7 +281,8 @@ def test_accesses_take_what_their_bytes_need(trace):
 
 def test_main_loops_have_no_bank_conflicts(trace):
     """No entry of WASTE may ever excuse them."""
-    for kernel, at_least in (("decode_kernel", 32), ("tiled_kernel", 20), ("int8_gemm_kernel", 10)):
+    counts = {"decode_kernel": 32, "tiled_kernel": 20, "int4_int8_gemm_kernel": 8, "int8_gemm_kernel": 10}
+    for kernel, at_least in counts.items():
         loops = [r for r in trace if r.kernel.startswith(kernel) and r.instruction.startswith(("ldmatrix", "cp.async"))]
         assert len({r.kernel for r in loops}) == at_least
         assert all(r.taken == r.least for r in loops if r.memory == "shared")

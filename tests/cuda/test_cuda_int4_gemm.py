@@ -410,14 +410,17 @@ def call_raw(ops: Any, device: str, op: str, k: int, n: int) -> None:
         ops.int8_gemm(q, torch.ones(3, device=device), None, packed, scales, None, n, torch.float32)
         return
     packed = ops.int4_pack(torch.zeros(16, 64, dtype=torch.uint8, device=device))
-    if op == "int4_gemm":
+    if op == "int4_int8_gemm":
+        q, scale = torch.zeros(3, k, dtype=torch.int8, device=device), torch.ones(3, device=device)
+        ops.int4_int8_gemm(q, scale, packed, scales, None, None, None, n, k, 0, torch.float32)
+    elif op == "int4_gemm":
         x = torch.ones(3, k, dtype=torch.float16, device=device)
         ops.int4_gemm(x, packed, scales, None, None, None, n, k, 0)
     else:
         ops.int4_dequantize(packed, scales, None, n, k, 0, torch.float32)
 
 
-@pytest.mark.parametrize("op", ["int4_gemm", "int4_dequantize", "int8_gemm"])
+@pytest.mark.parametrize("op", ["int4_gemm", "int4_int8_gemm", "int4_dequantize", "int8_gemm"])
 def test_sizes_are_multiples_of_8_for_raw_callers_too(backend, op):
     """K = 100 of a weight that is packed for 128: an error, the same one of the CPU, of a GPU and of fake tensors."""
 

@@ -67,6 +67,14 @@ def int8_gemm(m: int, n: int, k: int, shift: int = 0) -> Callable[[], Tensor]:
     return lambda: torch.ops.qops_emu.int8_gemm(q, torch.ones(m), None, packed, scales, None, n, torch.float32)
 
 
+def int4_int8_gemm(m: int, n: int, k: int, act_order: bool = False) -> Callable[[], Tensor]:
+    packed, scales = int4_weight(n, k)
+    q = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator(m))
+    perm = torch.randperm(k, generator=generator(1)).int() if act_order else None
+    weight = (packed, scales, None, perm, None, n, 64, 0, torch.float32)
+    return lambda: torch.ops.qops_emu.int4_int8_gemm(q, torch.ones(m), *weight)
+
+
 def row_call(name: str) -> Callable[[], Any]:
     """A call of this overload that runs a kernel."""
     op, _, overload = name.partition(".")
@@ -90,6 +98,8 @@ def weight_calls() -> dict[str, Callable[[], Any]]:
         "int4_gemm tiled": int4_gemm(40, 136, 576, torch.float16),
         "int4_gemm tiled, K shared": int4_gemm(20, 136, 2304, torch.float16, act_order=True),
         "int4_gemm dense": int4_gemm(300, 144, 384, act_order=True),
+        "int4_int8_gemm": int4_int8_gemm(40, 136, 576),
+        "int4_int8_gemm, K shared": int4_int8_gemm(5, 40, 4608, act_order=True),
         "int8_pack": lambda: ops.int8_pack(torch.ones(40, 64, dtype=torch.int8)),
         "int8_unpack": lambda: ops.int8_unpack(packed8, 40),
         "int8_gemm": int8_gemm(40, 136, 200),
@@ -102,7 +112,7 @@ WITH_SCRATCH = ("K shared", "dense")
 
 @pytest.fixture(scope="module")
 def calls(emulated) -> dict[str, Callable[[], Any]]:
-    """Of every operator, and of every way that int4_gemm and int8_gemm have."""
+    """Of every operator, and of every way that those with a weight have."""
     names = [f"{op}.{overload}" for op in ROW_OPS for overload in getattr(torch.ops.qops_emu, op).overloads()]
     found = {name: row_call(name) for name in names} | weight_calls()
     assert {name.partition(".")[0].partition(" ")[0].rstrip(",") for name in found} == emulated_operators() - {
@@ -162,6 +172,7 @@ def test_the_operator_that_multiplies_for_the_dense_plan_is_torchs(runtime):
 
 GEMMS_AND_WEIGHTS = (
     "int4_gemm",
+    "int4_int8_gemm",
     "int8_gemm",
     "int4_pack",
     "int4_unpack",
@@ -264,7 +275,7 @@ def test_a_limit_is_set_once_by_all_threads(runtime):
 def test_scratch_lives_until_the_last_launch(runtime, calls):
     """What is let go of holds NaN from then on, so that a kernel which still reads it has no chance in other tests."""
     with_scratch = [name for name in calls if name.endswith(WITH_SCRATCH)]
-    assert len(with_scratch) == 4
+    assert len(with_scratch) == 5
     for name in with_scratch:
         runtime.configure(1, 2, "", 90, 1 if name.endswith("dense") else 132)
         record = [line.split()[0] for line in recorded(runtime, calls[name])]
@@ -276,7 +287,7 @@ def test_scratch_lives_until_the_last_launch(runtime, calls):
 
 def test_calls_can_be_captured(runtime, calls):
     """The first call of a kernel on a GPU as well; nothing waits, and no memory comes from the driver."""
-    for name in ("int4_gemm decode", "int4_gemm tiled", "int8_gemm", "int4_gemm dense"):
+    for name in ("int4_gemm decode", "int4_gemm tiled", "int4_int8_gemm", "int8_gemm", "int4_gemm dense"):
         runtime.configure(1, 2, "", 90, 3)
         want = calls[name]()
         runtime.configure(1, 2, "", 90, next(unseen))

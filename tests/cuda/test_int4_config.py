@@ -1,4 +1,5 @@
-"""The plans of int4_gemm on a GPU (csrc/cuda/int4_config.h) and where its kernels' accesses to shared memory fall."""
+"""The plans of int4_gemm and int4_int8_gemm on a GPU (csrc/cuda/int4_config.h, csrc/cuda/int4_int8_config.h) and where
+the first one's accesses to shared memory fall."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 from bench.problems.shared.cases import LAYERS as LINEARS
 from tests.support.cuda import int4_plans
 from tests.support.cuda.cuda_tools import ROOT, checked
-from tests.support.cuda.int4_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans, searches
+from tests.support.cuda.int4_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, int8_plans, plans, searches
 
 KIB = 1024
 # An A100, H100 PCIe, RTX 4090, H100 SXM, RTX 5090.
@@ -87,6 +88,35 @@ def test_every_shape_has_a_plan_that_fits():
             assert plan.scratch_bytes == (plan.k_parts > 1) * 8 * shared * plan.live * 128 * 4, question
 
 
+def test_every_shape_of_int4_int8_gemm_has_a_plan_that_fits():
+    """And slices of K that are the contract's, which int4_plans.cpp looks at."""
+    sizes = (8, 24, 64, 72, 136, 1000, 4096, 28672)
+    questions = [
+        Question(m, n, k, group_size, kind, gpu)
+        for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 1000, 100000)
+        for n in sizes
+        for k in (0, *sizes, 4608)
+        for group_size in {k, 16, 64, 128, 192, 1536}
+        for kind in (0, 1, 3)
+        for gpu in (Gpu(1, 99 * KIB, 89), *GPUS)
+        if k == group_size or (k > 0 and k % group_size == 0)
+    ]
+    for question, plan in zip(questions, int8_plans(questions), strict=True):
+        m, n, _, _, _, gpu, _ = question
+        strips = -(-n // 16)
+        assert plan.kind == TILED and plan.tokens in (16, 32, 64, 128), question
+        assert plan.tokens // 2 < plan.live <= plan.tokens or plan.live == 8, question
+        assert 2 <= plan.stages <= 10 and (plan.stages > 2 or plan.tokens < 128), question
+        resident = 2 if plan.tokens <= 32 or (plan.tokens == 64 and gpu.arch >= 90) else 1
+        assert resident * (plan.shared_bytes + KIB) <= gpu.shared_bytes + KIB, question
+        assert (plan.token_tiles - 1) * plan.live < m <= plan.token_tiles * plan.live, question
+        assert plan.live % 8 == 0 and plan.row_tiles == -(-strips // 8) and plan.k_parts in (1, 2, 4, 8), question
+        shared = plan.token_tiles * plan.row_tiles - plan.whole
+        assert shared >= 0 and (plan.k_parts > 1 or shared == 0), question
+        assert plan.blocks == min(resident * gpu.multiprocessors, plan.whole + shared * plan.k_parts), question
+        assert plan.scratch_bytes == (plan.k_parts > 1) * 8 * shared * plan.live * 128 * 4 <= 32 << 20, question
+
+
 def test_scratch_of_cublas_is_bounded_for_every_m():
     """And no row is multiplied alone: where some are at a time, they fill a GPU."""
     sizes = [
@@ -132,6 +162,13 @@ def test_time_never_falls_with_more_rows():
             assert a <= b <= {16: 2.2, 64: 2, 128: 1.8}.get(m, 1.55) * a, (gpu, n, k, m, a, b)
 
 
+def test_time_of_int4_int8_gemm_never_falls_with_more_rows():
+    for gpu, (n, k) in itertools.product(GPUS, LAYERS):
+        times = [p.time for p in int8_plans([Question(m, n, k, 128, 0, gpu) for m in range(1, 1100)])]
+        for m, (a, b) in enumerate(itertools.pairwise(times), 1):
+            assert a <= b <= (2 if m in (32, 64, 128) else 1.6) * a, (gpu, n, k, m, a, b)
+
+
 def test_the_crossover_to_cublas():
     """From some M on, but for rows that fill the tiles of our kernel just so, on GPUs where cuBLAS has instructions of
     its own, and only if weights may be rounded.
@@ -152,10 +189,10 @@ def test_the_crossover_to_cublas():
 
 def test_the_model_has_the_instructions_of_the_machine_code():
     """Those of bfloat16 with groups of whole blocks on sm_90a, within 10 %; tests/data/cuda_slots.json has them all."""
-    text = (ROOT / "csrc/cuda/int4_config.h").read_text()
+    text, int8_text = ((ROOT / f"csrc/cuda/int4_{name}.h").read_text() for name in ("config", "int8_config"))
     slots = json.loads((ROOT / "tests/data/cuda_slots.json").read_text())["slots"]
 
-    def constants(name: str) -> list[int]:
+    def constants(name: str, text: str = text) -> list[int]:
         found = re.search(rf"\b{name}(?:\[2\])* = ([^;a-zA-Z]*\d}}*)[;,]", text)
         assert found is not None, name
         return [int(number) for number in re.findall(r"\d+", found[1])]
@@ -169,6 +206,10 @@ def test_the_model_has_the_instructions_of_the_machine_code():
     for kernel, modelled in (("decode_kernel", decode), ("tiled_kernel", tiled)):
         for sizes, instructions in modelled.items():
             assert abs(instructions / counted(kernel, sizes) - 1) <= 0.1, (kernel, sizes)
+    bases, of_eights = (constants(name, int8_text) for name in ("kSlots", "kSlotsOfEight"))
+    for tokens, many in ((16, 0), (32, 0), (64, 1), (128, 1)):
+        instructions = slots[f"int4_int8_gemm_kernel<{tokens}, false>"]["90a"]
+        assert abs((bases[many] + of_eights[many] * tokens // 8) / instructions - 1) <= 0.1, tokens
 
 
 # (N, K) by multiprocessors where the share is smaller, because by the model the second kernel of a split K costs more,

@@ -112,13 +112,17 @@ def _compare(
     device = final.weight.device
     # A model without storage is built on the CPU.
     device = torch.device("cpu") if device.type == "meta" else device
-    dtype = model.dtype if _layout.has_gpu_layout(device) else torch.float32
-    rounds = any(_rounds_input(part) for parts in layers for part in parts.values())
+    linears = [part for parts in layers for part in parts.values() if isinstance(part, QuantizedLinear)]
+    # In float32 wherever there are kernels of it.
+    on_gpu = _layout.has_gpu_layout(device)
+    takes_halves = on_gpu and any(linear.operator == "int4_gemm" for linear in linears)
+    dtype = model.dtype if takes_halves else torch.float32
+    rounds = any(map(_rounds_input, linears))
     names = ", ".join(map(str, dict.fromkeys(chosen)))
     what = f"layer {names} of {len(model.model.layers)} in {str(dtype).removeprefix('torch.')}"
     config = _small_config(model.config, chosen, dtype)
     run = partial(_compare_copies, model, known, config, chosen, final=final, dtype=dtype, device=device)
-    if not rounds or dtype != torch.float32:
+    if not rounds or on_gpu:
         result, not_fused = run(layers, limit=INT8 if rounds else HALF.get(dtype, FLOAT32))
         return f"{what}: {result}", not_fused
     plain = [{name: _without_rounding(part) for name, part in parts.items()} for parts in layers]

@@ -74,7 +74,7 @@ class Int4(Scheme):
 
 @dataclass(frozen=True)
 class W4A8(Int4):
-    """4-bit weights in groups, activations quantised per token (W4A8): :class:`qops.nn.Int4Int8Linear`. On a CPU alone.
+    """4-bit weights in groups, activations quantised per token (W4A8): :class:`qops.nn.Int4Int8Linear`.
 
     Args:
         group_size: as of :class:`qops.Int4`.

@@ -94,6 +94,29 @@ def _int8(tokens: str, zero_points: str) -> list[Work]:
     ]
 
 
+def _int4_int8(tokens: str, fine: str) -> list[Work]:
+    n, is_fine = int(tokens), fine == "true"
+    strips, tiles = (1, n // 8) if n <= 32 else (2, n // 16)
+    # A warp that puts x in order: of 16 and 32 tokens not all do. Groups of 16 end within an instruction's columns.
+    reordered = 4 if n <= 64 else 8
+    products = {"TENSOR": 2 * strips * tiles * (2 if is_fine else 1), "COPY": 1 + -(-n // 64), "PRMT": reordered}
+    ways: tuple[tuple[float, Goal], ...] = ((1, Goal(most=_GROUP, least=products)),)
+    if not is_fine:
+        boundary = products | {"COPY": products["COPY"] + 1, "FFMA": 4 * tiles * strips}
+        ways = ((0.5, Goal(most=(), least=products)), (0.5, Goal(most=(), least=boundary)))
+    weights = 4096 + _scale_bytes(8, is_fine, False)
+    return [
+        Work(
+            f"64 columns x 128 rows x {n} tokens of a block",
+            ways,
+            warps=8,
+            dram=weights,
+            l2=weights + 64 * n,
+            blocks=2 if n <= 64 else 1,
+        )
+    ]
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +264,7 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
     rf"decode_kernel<\w+, {_INT}, {_INT}, {_BOOL}, {_BOOL}>": _decode,
     rf"tiled_kernel<\w+, {_INT}, {_BOOL}, {_BOOL}>": _tiled,
     rf"int8_gemm_kernel<{_INT}, {_BOOL}>": _int8,
+    rf"int4_int8_gemm_kernel<{_INT}, {_BOOL}>": _int4_int8,
     rf"norm_kernel<{_T}, {_SHAPE}, {_BOOL}>": _norm,
     rf"quantize_kernel<{_T}, {_SHAPE}>": _quantize,
     rf"asym_kernel<{_T}, {_SHAPE}>": _asym,
@@ -255,6 +279,8 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
     rf"finish_kernel<{_T}, {_INT}>": _finish,
     r"gather_kernel<\w+>": lambda: _once("256 elements of a warp", 8, 1, 1024),
     r"int8_gemm_add_kernel": lambda: _once("128 sums of a warp, of two blocks", 2, 1, 0),
+    r"int4_int8_add_kernel": lambda: _once("128 sums of a warp", 8, 1, 0),
+    r"int4_int8_gather_kernel": lambda: _once("256 elements of a warp", 8, 1, 512),
     r"int8_gemm_copy_kernel": lambda: _once("256 elements of a warp", 8, 1, 512),
 }
 
@@ -263,6 +289,7 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
 SHOWN = (
     *(f"decode_kernel<bf16, {tiles}, {strips}, false, false>" for tiles in (1, 2) for strips in (4, 2)),
     *(f"tiled_kernel<bf16, {tokens}, false, false>" for tokens in (32, 64, 128)),
+    *(f"int4_int8_gemm_kernel<{tokens}, false>" for tokens in (16, 32, 64, 128)),
     *(f"int8_gemm_kernel<{tokens}, false>" for tokens in (8, 16, 32, 64, 128)),
     "norm_kernel<bf16, RowShape<128, 4, true>",
     "quantize_kernel<bf16, RowShape<128, 4, true>",

@@ -102,10 +102,10 @@ the emulator's tracer looks for. `alone`: cycles that a warp takes for its part 
 instructions up to the first load or copy from global memory, by the shortest way. Up to `tensor` instructions, from
 `issue` to `DRAM` cycles; `pipe` is the fullest of the first five pipes.
 
-Groups of int4 have 128 columns, or 16 where a kernel is compiled for small ones; scales are 16-bit, and there are zero
-points in kernels for float zeros alone. Rows: symmetric rule 127, the cheaper rounding, weights of x's dtype; a row
-that is too long to be held, or not aligned, has one vector a lane. DRAM and L2: at the machine's rates, if each byte of
-a weight is read once.
+Groups of int4 have 128 columns, or 16 where a kernel is compiled for small ones; scales are 16-bit (of int4_int8_gemm
+float32), and there are zero points in kernels for float zeros alone. Rows: symmetric rule 127, the cheaper rounding,
+weights of x's dtype; a row that is too long to be held, or not aligned, has one vector a lane. DRAM and L2: at the
+machine's rates, if each byte of a weight is read once.
 """
 
 

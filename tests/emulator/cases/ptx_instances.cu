@@ -53,9 +53,13 @@ __global__ void tensor_cores(const uint32_t* x, float* y, int32_t* z) {
   ptx::mma_m16n8k16_f16(d, a, b);
   ptx::mma_m16n8k16_bf16(d, a, b);
   ptx::mma_m16n8k32_s8(e, a, b);
+  const int32_t c[4] = {z[4], z[5], z[6], z[7]};
+  int32_t f[4];
+  ptx::mma_m16n8k32_s8_from(f, a, b, c);
   for (int i = 0; i < 4; ++i) {
     y[i] = d[i];
     z[i] = e[i];
+    z[i + 4] = f[i];
   }
 }
 

@@ -278,6 +278,11 @@ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site at) {
   mma("mma.m16n8k32.s8", d, a, b, combine_mma_s8, at);
 }
+void mma_m16n8k32_s8_from(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4],
+                          Site at) {
+  std::copy(std::begin(c), std::end(c), std::begin(d));
+  mma_m16n8k32_s8(d, a, b, at);
+}
 
 // --- bits and numbers ------------------------------------------------------------------------------------------------
 

@@ -54,6 +54,8 @@ void stmatrix_x4_trans(uint32_t shared, const uint32_t (&s)[4], Site at = Site::
 void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site at = Site::current());
 void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site at = Site::current());
 void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site at = Site::current());
+void mma_m16n8k32_s8_from(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4],
+                          Site at = Site::current());
 
 template <int kTable>
   requires(kTable >= 0 && kTable <= 255)

@@ -46,6 +46,26 @@ def test_rows_of_int4_gemm(emulated, m, more, tmp_path):
 
 @pytest.mark.parametrize("more", (0, 1), ids=("aligned", "copied"))
 @pytest.mark.parametrize("m", (3, 40))
+def test_rows_of_int4_int8_gemm(emulated, m, more, tmp_path):
+    n, k = 48, 128
+    tensors, _ = random_int4(n, k, 64, "zero_point")
+    with gpu(EMULATED):
+        w = made_there(EMULATED, tensors, "zero_point")
+    q, scale, _ = activations(m, k, 0)
+    residual = random_activations(m, n, dtype=torch.bfloat16, seed=m)
+    rest = (w.packed, w.scales, w.zeros, None, None, n, 64, KINDS.index("zero_point"), torch.bfloat16)
+    want = EMULATED.ops.int4_int8_gemm.fused(q, scale, *rest, residual=residual)
+    far_scale = far(scale[:, None], tmp_path / "s", more)[:, 0]
+    for name, (a, s, r) in {
+        "q": (far(q, tmp_path / "q", more), scale, residual),
+        "scale": (q, far_scale, residual),
+        "residual": (q, scale, far(residual, tmp_path / "y", more)),
+    }.items():
+        assert_bitwise(EMULATED.ops.int4_int8_gemm.fused(a, s, *rest, residual=r), want, f"{name} of {m} rows")
+
+
+@pytest.mark.parametrize("more", (0, 1), ids=("aligned", "copied"))
+@pytest.mark.parametrize("m", (3, 40))
 def test_rows_of_int8_gemm(emulated, m, more, tmp_path):
     n, k = 48, 128
     w, (q, scale, zero_point) = make_weight(n, k, 0), activations(m, k, 0)

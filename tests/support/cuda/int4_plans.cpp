@@ -1,12 +1,13 @@
 // Reads lines "m n k group_size kind may_round multiprocessors shared_bytes arch" and prints what
-// csrc/cuda/int4_config.h plans for them, and how many times a cache of plans had to search so far; with an argument,
-// what its index functions say about banks of shared memory instead.
+// csrc/cuda/int4_config.h plans for them, and how many times a cache of plans had to search so far; with "int8" what
+// csrc/cuda/int4_int8_config.h does; with "banks" what the index functions of the first say about banks of shared
+// memory instead.
 #include <cstdio>
 #include <cstring>
 #include <set>
 #include <vector>
 
-#include "cuda/int4_config.h"
+#include "cuda/int4_int8_config.h"
 
 using namespace qops;
 using namespace qops::cuda;
@@ -84,26 +85,36 @@ bool shares_are_whole(const GemmPlan& plan, int64_t n, int64_t k) {
   return true;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  if (argc > 1 && std::strcmp(argv[1], "banks") == 0) {
-    report_banks();
-    return 0;
+// Whether a plan's items take each tile and each block of K once, and its slices are those of the contract.
+bool slices_are_whole(const GemmShape& shape) {
+  const int4_int8::Slices slices(shape.k, shape.group_size, shape.kind);
+  const int64_t blocks = int4::blocks(shape.k);
+  int64_t unit = 64;  // least common multiple, by trial
+  while (shape.k > 0 && unit % shape.group_size != 0) unit += 64;
+  const int64_t units = ceil_div(shape.k, unit);
+  for (int slice = 0; slice <= kSlices; ++slice) {
+    const int64_t column = min_of(shape.k, units * slice / kSlices * unit);
+    const int64_t expected = slices.is_one_group ? blocks * slice / kSlices : ceil_div(column, 64);
+    if (slices.begin(slice) != expected) return false;
   }
+  return true;
+}
+
+template <GemmPlan (*kPlan)(const GemmShape&), class Check>
+int answer(const Check& check) {
   long long m, n, k, group_size, kind, may_round, multiprocessors, shared_bytes;
   int arch;
-  PlanCache cache;
+  PlanCacheOf<kPlan> cache;
   while (std::scanf("%lld %lld %lld %lld %lld %lld %lld %lld %d", &m, &n, &k, &group_size, &kind, &may_round,
                     &multiprocessors, &shared_bytes, &arch) == 9) {
     const GemmShape shape{
         m, n, k, group_size, static_cast<WeightKind>(kind), may_round != 0, {multiprocessors, shared_bytes, arch}};
-    const GemmPlan p = plan_int4_gemm(shape);
+    const GemmPlan p = kPlan(shape);
     if (const GemmPlan& cached = cache(shape); !(cached == p)) {
       std::fprintf(stderr, "the cache has another plan for M = %lld, N = %lld, K = %lld\n", m, n, k);
       return 1;
     }
-    if (p.kind == GemmPlan::Kind::kDecode && !shares_are_whole(p, n, k)) {
+    if (!check(shape, p)) {
       std::fprintf(stderr, "warps do not share M = %lld, N = %lld, K = %lld\n", m, n, k);
       return 1;
     }
@@ -112,4 +123,20 @@ int main(int argc, char** argv) {
           p.keeps_x, p.rows, p.live, p.token_tiles, p.row_tiles, p.whole, p.scratch_bytes(m, n, k), cache.searches());
     std::printf("\n");
   }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "banks") == 0) {
+    report_banks();
+    return 0;
+  }
+  if (argc > 1)
+    return answer<&int4_int8::plan_int4_int8_gemm>(
+        [](const GemmShape& shape, const GemmPlan&) { return slices_are_whole(shape); });
+  return answer<&plan_int4_gemm>([](const GemmShape& shape, const GemmPlan& p) {
+    return p.kind != GemmPlan::Kind::kDecode || shares_are_whole(p, shape.n, shape.k);
+  });
 }

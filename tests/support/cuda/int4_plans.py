@@ -1,4 +1,4 @@
-"""What csrc/cuda/int4_config.h plans, asked through int4_plans.cpp."""
+"""What csrc/cuda/int4_config.h and csrc/cuda/int4_int8_config.h plan, asked through int4_plans.cpp."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Gpu(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Of int4_gemm: GemmPlan, and the bytes of its scratch."""
+    """GemmPlan, and the bytes of its scratch."""
 
     kind: int
     stages: int
@@ -71,16 +71,21 @@ def program() -> Path:
     return path
 
 
-def answers(questions: Iterable[Question]) -> list[list[int]]:
+def answers(questions: Iterable[Question], *of: str) -> list[list[int]]:
     text = "".join(
         f"{q.m} {q.n} {q.k} {q.group_size} {q.kind} {q.may_round:d} {' '.join(map(str, q.gpu))}\n" for q in questions
     )
-    result = subprocess.run([str(program())], input=text, capture_output=True, text=True, check=True)
+    result = subprocess.run([str(program()), *of], input=text, capture_output=True, text=True, check=True)
     return [[*map(int, line.split())] for line in result.stdout.splitlines()]
 
 
 def plans(questions: Iterable[Question]) -> list[Plan]:
     return [Plan(*values[:-1]) for values in answers(questions)]
+
+
+def int8_plans(questions: Iterable[Question]) -> list[Plan]:
+    """Of int4_int8_gemm."""
+    return [Plan(*values[:-1]) for values in answers(questions, "int8")]
 
 
 def searches(questions: Iterable[Question]) -> list[int]:

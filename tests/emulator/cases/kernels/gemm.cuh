@@ -112,7 +112,12 @@ __global__ void gemm(const T* a, const T* b, Accumulator<T>* c, int m, int n, in
             mma<T>(acc[pair * 2], fragment_a, left);
           }
         }
-        mma<T>(acc[pair * 2 + 1], fragment_a, right);
+        if constexpr (sizeof(T) == 1) {
+          const int32_t (&sums)[4] = acc[pair * 2 + 1], before[4] = {sums[0], sums[1], sums[2], sums[3]};
+          ptx::mma_m16n8k32_s8_from(acc[pair * 2 + 1], fragment_a, right, before);
+        } else {
+          mma<T>(acc[pair * 2 + 1], fragment_a, right);
+        }
       }
     }
     if constexpr (kBug != Bug::kMissingBarrier) __syncthreads();

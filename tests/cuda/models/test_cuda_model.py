@@ -7,10 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qops
 from qops.models import quantize_model
-from qops.nn import Int4Linear
-from qops.testing import generator
+from qops.nn import Int4Int8Linear, Int4Linear
+from qops.testing import assert_bitwise, generator
 from tests.support.cuda.cuda_backend import gpu
-from tests.support.models.layerwise import assert_layers_accurate
+from tests.support.models.layerwise import assert_layers_accurate, hidden_states
 
 VOCAB = 96
 
@@ -45,3 +45,21 @@ def test_a_quantised_model_says_what_it_says_on_a_cpu(backend):
         assert_layers_accurate(model, ids)
         assert_layers_accurate(model, ids[:1, :3])
     assert torch.equal(got, want)
+
+
+def test_every_layer_of_a_w4a8_model_has_the_bits_of_the_cpu(backend):
+    """Norms and SiLU-mul hand it rows of int8."""
+    here = quantize_model(random_llama(), qops.W4A8(16))
+    with gpu(backend):
+        there = quantize_model(random_llama().to(backend.device), qops.W4A8(16))
+    assert sum(isinstance(module, Int4Int8Linear) for module in there.modules()) >= 8
+    assert there.qops_fusion.not_fused is None, there.qops_fusion
+    for tokens in (1, 9, 33):
+        ids = torch.arange(2 * tokens).view(2, tokens) * 7 % VOCAB
+        want = [*hidden_states(here, ids), here(ids).logits]
+        with gpu(backend):
+            ids = backend.on_device(ids)
+            got = [*hidden_states(there, ids), there(ids).logits]
+        if backend.device == "cpu":  # a GPU's attention is torch's own
+            for index, (a, b) in enumerate(zip(got, want, strict=True)):
+                assert_bitwise(a, b, f"{tokens} tokens, layer {index}")
