@@ -64,7 +64,12 @@ def int4_int8_gemm(s: Sampler) -> Call:
     of_floats = s.one_in(3)  # which become rows of int8 in the call
     rows = () if s.one_in(4) else leading
     mixed = mix_gate_up if epilogue == "silu_mul" else lambda rows: rows
-    arguments: dict[str, Any] = {
+    if of_floats:
+        given: dict[str, Any] = {"x": s.rows(s.values((*leading, k), out_dtype)), "rule": s.choice(RULES)}
+    else:
+        given = {"q": s.rows(s.values((*leading, k), INT8))}
+        given["scale"] = s.strided(s.values(rows, F32)) if rows else s.values((), F32)
+    arguments = given | {
         "packed": packed(mixed(codes), 4),
         "scales": strips(mixed(scales)),
         "zeros": None if zeros is None else strips(mixed(zeros)),
@@ -74,11 +79,6 @@ def int4_int8_gemm(s: Sampler) -> Call:
         "group_size": k // groups if groups else 0,
         "kind": KINDS.index(kind),
     }
-    if of_floats:
-        arguments |= {"x": s.rows(s.values((*leading, k), out_dtype)), "rule": s.choice(RULES)}
-    else:
-        scale = s.strided(s.values(rows, F32)) if rows else s.values((), F32)
-        arguments |= {"q": s.rows(s.values((*leading, k), INT8)), "scale": scale}
     asked = epilogue_of(s, epilogue, (*leading, n), out_dtype)
     if fused or of_floats:
         arguments |= asked if of_floats else {"out_dtype": out_dtype, **asked}
