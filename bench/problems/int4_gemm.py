@@ -98,8 +98,5 @@ class Int4Int8GemmOperator(Int4GemmOperator):
     def ours(self, problem: Int4Gemm) -> Callable[[], Result]:
         return functools.partial(qops.int4_gemm, *problem.arguments(), activation="int8")
 
-    def unsupported(self, device: str, axes: Axes) -> str | None:
-        return "it has no CUDA kernel" if device == "cuda" else None
-
 
 OPERATORS = (Int4GemmOperator("int4_gemm"), Int4Int8GemmOperator("int4_int8_gemm"))

@@ -45,6 +45,7 @@ def test_the_evidence_command(tmp_path):
         ("build", "import"): "passed",
         ("check", "python -m qops check"): "passed",
         ("tests", "tests/cuda/test_cuda_int4_gemm.py"): "failed",
+        ("tests", "tests/cuda/test_cuda_int4_int8_gemm.py"): "passed",
         ("tests", "tests/cuda/test_cuda_int4_weights.py"): "passed",
         ("tests", "tests/cuda/test_cuda_int8_gemm.py"): "timed out",
         ("tests", "tests/cuda/test_cuda_ops.py"): "failed",
