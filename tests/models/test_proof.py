@@ -24,7 +24,7 @@ from qops.models.decoder import (
 )
 from qops.models.replacement import is_fused
 from qops.models.rotary_tables import RotaryTables, Shared
-from qops.nn import MLP, MergedLinear, RMSNorm, frozen
+from qops.nn import MLP, Int8Rows, MergedLinear, RMSNorm, frozen
 from tests.support.models.families import FUSED, IDS, PARTLY, random_model
 
 SCHEMES = ("int4", "int8")
@@ -297,6 +297,21 @@ def test_each_fault_is_noticed(fault, scheme, monkeypatch):
     assert not is_fused(model) and "failed" in report.proof
     assert report.not_fused in str(seen[0].message) and report.not_fused in str(report)
     assert torch.equal(model(IDS).logits, alone(IDS).logits)
+
+
+def test_faults_of_rows_in_int8_alone_are_noticed(monkeypatch):
+    """Which linears that do not round never see."""
+    forward = RMSNorm.forward
+
+    def doubled(self, x):
+        rows = forward(self, x)
+        return rows._replace(scale=2 * rows.scale) if isinstance(rows, Int8Rows) else rows
+
+    monkeypatch.setattr(RMSNorm, "forward", doubled)
+    with pytest.warns(UserWarning, match="the fused layers differ from Transformers' by"):
+        model = quantize_model(random_model("llama"), "int8")
+    monkeypatch.undo()
+    assert not is_fused(model) and "failed" in model.quantization_report.proof
 
 
 def test_the_difference_says_where_it_is(monkeypatch):
