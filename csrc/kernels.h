@@ -278,8 +278,8 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   void* scratch;         // of int4_gemm_scratch_bytes() or int4_int8_gemm_scratch_bytes() bytes on a GPU
 };
 
-// int4_gemm of quantised rows: x is int8 with a scale a row, dtype that of residual and y alone.
-// x is int8, or of `dtype` and quantised first, as quantize_int8 does.
+// int4_gemm of rows of int8: x is int8 with a scale a row, `dtype` that of residual and y; or x is of `dtype` as well,
+// and a CPU quantises it first, as quantize_int8 does.
 struct Int4Int8GemmParams : WeightOnlyGemmParams {
   const float* x_scale;  // null where x is quantised first
   Rows x_scale_rows;     // strides of 0: one scale for all rows

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from qops._native import _C
 from tests.support.cuda import cuda_tools
-from tests.support.cuda.cuda_backend import POLICIES, Backend, a_gpu, the_emulator
+from tests.support.cuda.cuda_backend import POLICIES, Backend, a_gpu, configure, the_emulator
 
 # One fixed set of calls for every day; `--hypothesis-profile=thorough` draws new ones each time.
 settings.register_profile(
@@ -83,6 +83,13 @@ def emulated(request) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def emulator(emulated) -> Iterator[Backend]:
+    """The backend, with the options of the emulator put back behind the test."""
+    yield Backend(torch.ops.qops_emu, "cpu")
+    configure(emulated)
 
 
 @pytest.fixture(autouse=True)

@@ -199,11 +199,7 @@ Status int4_gemm(const WeightOnlyGemmParams& p, const Queue& queue) {
     if (status != Status::kOk) return status;
     job.p.x = p.scratch;
     job.p.perm = nullptr;
-    job.p.x_rows = {};
-    job.p.x_rows.count = p.x_rows.count;
-    job.p.x_rows.dims = 1;
-    job.p.x_rows.size[0] = p.x_rows.count;
-    job.p.x_rows.stride[0] = p.k;
+    job.p.x_rows = dense_rows(p.x_rows.count, p.k);
   }
   const GemmPlan& plan = job.plan;
   if (plan.kind == GemmPlan::Kind::kDense) return multiply_dense(job, queue);

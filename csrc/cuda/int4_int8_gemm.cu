@@ -146,17 +146,10 @@ Status int4_int8_gemm(const Int4Int8GemmParams& params, const Queue& queue) {
     const Status status = launch_blocks(&int4_int8_gather_kernel, p.x_rows.count, kMaxThreads, 0, queue, p, scratch,
                                         copy_stride(p), x_scales);
     if (status != Status::kOk) return status;
-    const auto rows_of = [&](int64_t stride) {
-      Rows rows;
-      rows.count = rows.size[0] = params.x_rows.count;
-      rows.dims = 1;
-      rows.stride[0] = stride;
-      return rows;
-    };
     p.x = scratch;
-    p.x_rows = rows_of(copy_stride(params));
+    p.x_rows = dense_rows(p.x_rows.count, copy_stride(p));
     p.x_scale = x_scales;
-    p.x_scale_rows = rows_of(1);
+    p.x_scale_rows = dense_rows(p.x_rows.count, 1);
     p.perm = nullptr;
   }
   const Status status = int4_int8_gemm_tiled(job, queue);

@@ -98,9 +98,7 @@ Status int8_gemm(const Int8GemmParams& params, const Queue& queue) {
                                         kMaxThreads, 0, queue, p, scratch, copy_stride(p));
     if (status != Status::kOk) return status;
     p.q = scratch;
-    p.q_rows.dims = 1;
-    p.q_rows.size[0] = p.q_rows.count;
-    p.q_rows.stride[0] = copy_stride(p);
+    p.q_rows = dense_rows(p.q_rows.count, copy_stride(p));
   }
   const Status status = int8_gemm_tiled(job, queue);
   if (status != Status::kOk || !job.plan.split || job.plan.blocks == 1) return status;

@@ -22,7 +22,7 @@ from qops.testing import (
     strided_rows,
     weight_only_bound,
 )
-from tests.support.cuda.cuda_backend import POLICIES, Backend, gpu, made_there
+from tests.support.cuda.cuda_backend import POLICIES, Backend, configure, gpu, made_there
 from tests.support.cuda.int4_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, plans
 from tests.support.ops.random_weights import KINDS, SCALE_DTYPES, random_int4
 from tests.support.ops.weight_only_oracle import fma
@@ -72,18 +72,6 @@ def pair(backend: Backend, n: int, k: int, group_size: int, kind: str, **more: A
 def assert_right(y: Tensor, x: Tensor, w: qops.Int4Weight, bias: Tensor | None = None, **route: torch.dtype) -> None:
     bound = weight_only_bound(x, w, bias, gpu=True, **route)
     assert_within(y, int4_gemm_ref(x, w, bias), bound, f"{w} M = {x.shape[:-1].numel()} {x.dtype}")
-
-
-def configure(emulated, **changes: int) -> None:
-    options = {"seed": 1, "policy": POLICIES["prio"], "arch": 90, "multiprocessors": 132} | changes
-    emulated.configure(options["seed"], options["policy"], "", options["arch"], options["multiprocessors"])
-
-
-@pytest.fixture
-def emulator(emulated):
-    """The backend, with the options of the emulator put back behind the test."""
-    yield Backend(torch.ops.qops_emu, "cpu")
-    configure(emulated)
 
 
 # Accuracy ------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from qops.testing import (
     random_activations,
 )
 from tests.support.cuda import cuda_tools
-from tests.support.cuda.cuda_backend import POLICIES, Backend, gpu, made_there
+from tests.support.cuda.cuda_backend import Backend, configure, gpu, made_there
 from tests.support.cuda.int4_plans import Gpu, Plan, Question, int8_plans
 from tests.support.ops.random_weights import KINDS, random_int4
 from tests.support.properties.operators.int4_int8_gemm import int4_int8_gemm as int4_int8_gemm_calls
@@ -84,18 +84,6 @@ def call(backend: Backend, q: Tensor, scale: Tensor, w: qops.Int4Weight, bias: T
         more = {name: backend.on_device(value) for name, value in more.items()}
         return operator.fused(*there, *weight, *sizes, **more).cpu()
     return operator(*there, *weight, *sizes).cpu()
-
-
-def configure(emulated, **changes: int) -> None:
-    options = {"seed": 1, "policy": POLICIES["prio"], "arch": 90, "multiprocessors": 132} | changes
-    emulated.configure(options["seed"], options["policy"], "", options["arch"], options["multiprocessors"])
-
-
-@pytest.fixture
-def emulator(emulated):
-    """The backend, with the options of the emulator put back behind the test."""
-    yield Backend(torch.ops.qops_emu, "cpu")
-    configure(emulated)
 
 
 # Products ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ class Int4Int8Linear(Int8Input, Int4Linear):
     """y = x @ w.T + bias with an int4 weight and int8 activations (W4A8): :func:`qops.int4_int8_gemm` as a module.
 
     Activations are quantised per token (:func:`qops.quantize_int8`, rule "127") unless they come as :class:`Int8Rows`.
-    On a CPU alone.
 
     Args:
         weight: a :class:`qops.Int4Weight` [N, K].

@@ -22,6 +22,12 @@ from qops.testing import assert_bitwise
 POLICIES = {"fifo": 0, "random": 1, "prio": 2}
 
 
+def configure(emulated: Any, **changes: int) -> None:
+    """The options of the emulator: its own, but for these."""
+    options = {"seed": 1, "policy": POLICIES["prio"], "arch": 90, "multiprocessors": 132} | changes
+    emulated.configure(options["seed"], options["policy"], "", options["arch"], options["multiprocessors"])
+
+
 @dataclass(frozen=True)
 class Backend:
     """The namespace of the operators, and the device of its tensors."""
