@@ -25,7 +25,7 @@ constexpr int kTileRows = kVectorRegisters >= 32 ? 8 : 4;
 constexpr int strips_of_tile(int rows) { return kVectorRegisters >= 32 ? (rows <= 6 ? 4 : 3) : (rows <= 2 ? 2 : 1); }
 // How far ahead of the codes memory is asked for. Without that, 4 strips of 32 KiB at once reach 75 % of what can be
 // read, and one strip 57 %.
-constexpr int64_t kFetchBytes = 1024;
+constexpr int64_t kFetchBytes = 3072;
 // Where a tile's strips are no longer than this together, what the next ones hold is fetched in their place.
 constexpr int64_t kShortStrips = 64 << 10;
 // Strips of weights that stay in L2 while every tile of x passes over them.
