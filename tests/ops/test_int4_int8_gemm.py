@@ -27,7 +27,7 @@ SHAPES = (
     (72, 1056, 32),
     (24, 8, -1),
 )
-ROWS = (0, 1, 2, 3, 17, 50)  # with short groups tiles begin at 49
+ROWS = (0, 1, 2, 3, 17, 50)  # tiles begin at 11
 RULES = ("127", "compressed-tensors", "torchao")
 SCALE, ZERO_POINT = torch.tensor(0.05), torch.tensor(-7, dtype=torch.int32)
 

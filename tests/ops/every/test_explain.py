@@ -234,7 +234,7 @@ def test_amx_multiplies_many_rows():
             for op, least in (("int4_gemm", 12), ("int8_weight_only_gemm", 9))
             for m, dtype in ((least - 1, "float16"), (least, "float16"), (99, "float32"))
         ),
-        *(f'"int4_int8_gemm", m={m}, group_size=32, out_dtype=torch.float32' for m in (48, 49)),
+        *(f'"int4_int8_gemm", m={m}, group_size=32, out_dtype=torch.float32' for m in (10, 11)),
         *(f'"int4_gemm", m={m}, group_size=128, dtype=torch.bfloat16' for m in (4, 5, 8, 9)),
     ]
     calls = [f"qops.explain({call}, {rest})" for call in asked]
