@@ -112,6 +112,10 @@ struct GemmPlan {
   int64_t token_tiles, row_tiles, whole;
 
   QOPS_ALWAYS_INLINE constexpr int64_t tiles() const { return token_tiles * row_tiles; }
+  // Whether a second kernel adds what blocks leave of slices that they share.
+  QOPS_ALWAYS_INLINE constexpr bool has_second_kernel() const {
+    return kind == Kind::kDecode ? k_parts > 1 : whole < tiles();
+  }
   QOPS_ALWAYS_INLINE constexpr int64_t items() const { return whole + (tiles() - whole) * k_parts; }
   QOPS_ALWAYS_INLINE constexpr Item item(int64_t index) const {
     if (index < whole) return {index, 0, kSlices};

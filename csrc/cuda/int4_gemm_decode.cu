@@ -333,6 +333,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   const Rings<kTokens, kStrips, kFine> rings(work, warp, shared + kTokens * sum_stride(kStrips) * sizeof(float));
   Source<T, kTokens, kStrips, kFine> source(p, work, scales, share, rings, lane);
   for (int i = 2; i < work.stages; ++i) source.copy_next(p, work, scales, share, rings, lane);
+  if (work.parts_log > 0) let_second_kernel_start();
 
   WarpSums<T, kStrips, kTiles, kFine, kOffset> sums;
   sums.begin();

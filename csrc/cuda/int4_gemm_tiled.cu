@@ -201,6 +201,7 @@ __global__ void __launch_bounds__(kGemmThreads, blocks_of_multiprocessor(kTokens
 
   TileSource<T, kTokens, kFine> source(plan, ring_address);
   for (int i = 0; i + 1 < plan.stages; ++i) source.copy_next(p, plan, scales);
+  if (plan.whole < plan.tiles()) let_second_kernel_start();
   WarpSums<T, Warps::kStrips, kTiles, kFine, kOffset> warp_sums;
   warp_sums.begin();
   const int my_strip = warp % Warps::kOfRows * Warps::kStrips;

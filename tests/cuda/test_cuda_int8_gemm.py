@@ -547,6 +547,7 @@ SYNCHRONISATIONS = {
     "ptx::cp_async_wait<T::kStages - 2>();": 1,
     "__syncthreads();": 1,
     "__syncwarp();": 2,  # before and after eight tokens are read from where they are staged
+    "ptx::griddepcontrol_wait();": 1,  # of the kernel that adds
 }
 
 
