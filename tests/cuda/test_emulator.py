@@ -134,9 +134,13 @@ PLANTED = {
         fault=r"hangs: no thread has ended in \d+ switches.*warp 0: lane 0 can run;"
     ),
     "dependent_no_wait": Caught(fault="the end of the thread comes before griddepcontrol.wait"),
-    "dependent_idle_threads_leave": Caught(fault=r"thread \((4\d|5\d|6[0-3]),0,0\): the end of the thread comes before"),
+    "dependent_idle_threads_leave": Caught(
+        fault=r"thread \((4\d|5\d|6[0-3]),0,0\): the end of the thread comes before"
+    ),
     "dependent_reads_before": Caught(race=True),
-    "dependent_loads_before": Caught(fault="ld.global.nc comes before griddepcontrol.wait, in a kernel that depends on"),
+    "dependent_loads_before": Caught(
+        fault="ld.global.nc comes before griddepcontrol.wait, in a kernel that depends on"
+    ),
     "dependent_writes_before": Caught(fault="st.global.cs comes before griddepcontrol.wait"),
     "handoff_no_wait_for_empty": Caught(fault="deadlock", always=False),
     "handoff_no_arrival": Caught(fault=r"deadlock: .*warp 1: all waiting in bar.sync \(barrier 1, 64 threads\)"),
