@@ -110,13 +110,11 @@ class Source {
 
   // Begins to copy the first block.
   QOPS_DEVICE Source(const WeightOnlyGemmParams& p, const DecodeWork& work, const ScaleSource& scales,
-                     const WarpShare& share, const WarpRings& rings, int lane)
-      : policy_(ptx::policy_evict_first()), codes_to_(held(rings.address + lane * int4::kLaneBytes, lane)) {
+                     const WarpShare& share, const WarpRings& rings, int lane) {
     const bool is_idle = share.blocks == 0 || share.strips == 0;
-    if (!is_idle) {
-      find_codes(p, work, share, lane);
-      copy_strips();
-    }
+    if (!is_idle) copy_first_codes(p, work, share, rings, lane);
+    policy_ = ptx::policy_evict_first();
+    lane = static_cast<int>(held(static_cast<uint32_t>(lane), lane));  // nothing of what follows comes before
     const int rows = static_cast<int>(p.x_rows.count);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -156,6 +154,22 @@ class Source {
  private:
   static constexpr int kCopies = kTokens / 4;  // of x by each lane and stage
   static constexpr int kChunks = int4::kBlockColumns / 8;
+
+  // With little before the first copy, so that it is on its way soon: no policy, and a shuffle behind it.
+  QOPS_DEVICE void copy_first_codes(const WeightOnlyGemmParams& p, const DecodeWork& work, const WarpShare& share,
+                                    const WarpRings& rings, int lane) {
+    const uint32_t target = rings.address + lane * int4::kLaneBytes;
+    codes_[0] = static_cast<const uint8_t*>(p.packed) + lane * int4::kLaneBytes +
+                uint64_t{share.first_strip * work.blocks + share.first_block} * int4::kBlockBytes;
+    ptx::cp_async_cg(target, codes_[0]);
+    codes_to_ = held(target, lane);
+#pragma unroll
+    for (int s = 1; s < kStrips; ++s) {
+      codes_[s] =
+          codes_[0] + uint64_t{min(static_cast<uint32_t>(s), share.strips - 1) * work.blocks} * int4::kBlockBytes;
+      ptx::cp_async_cg(codes_to_ + s * int4::kBlockBytes, codes_[s]);
+    }
+  }
 
   QOPS_DEVICE void find_codes(const WeightOnlyGemmParams& p, const DecodeWork& work, const WarpShare& share, int lane) {
     const uint8_t* packed = static_cast<const uint8_t*>(p.packed) + lane * int4::kLaneBytes;
