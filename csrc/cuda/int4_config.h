@@ -66,7 +66,7 @@ constexpr bool is_fine(int64_t k, int64_t group_size) {
 
 // --- the plan --------------------------------------------------------------------------------------------------------
 
-inline constexpr int kDecodeTokens = 16;  // rows of x up to which there is a decode kernel
+inline constexpr int kDecodeTokens = 24;  // rows of x up to which there is a decode kernel
 // How many strips a warp of the decode kernel takes at a time, which share a fragment of x.
 inline constexpr int kStripsOfWarp[] = {4, 2};
 inline constexpr int kTileTokens[] = {32, 64, 128};
@@ -144,9 +144,9 @@ namespace plan {
 
 using namespace model;
 
-// Instructions that a warp of the decode kernel issues for 64 columns: of up to 8 and up to 16 rows of x, of 4 and of 2
+// Instructions that a warp of the decode kernel issues for 64 columns: of up to 8, 16 and 24 rows of x, of 4 and of 2
 // strips; and all warps of the tiled kernel: whatever the tokens, and for each 8 of them, of up to 64 and of up to 128.
-inline constexpr int64_t kDecodeSlots[2][2] = {{296, 184}, {331, 203}};
+inline constexpr int64_t kDecodeSlots[3][2] = {{296, 184}, {331, 203}, {367, 225}};
 inline constexpr int64_t kTiledSlots = 1120, kTiledSlotsOfEight[2] = {71, 96};
 
 // Blocks of the decode kernel, one for each multiprocessor: each takes some strips and all slices of its part.
@@ -154,7 +154,7 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
   const int64_t strips = int4::strips(n), blocks = int4::blocks(k);
   GemmPlan p{};
   p.kind = GemmPlan::Kind::kDecode;
-  p.tokens = m <= 8 ? 8 : 16;
+  p.tokens = static_cast<int>(8 * ceil_div(m, 8));
   p.k_parts = k_parts;
   p.strips = strips_of_warp;
   p.ranges = max_of(1, min_of(strips, gpu.multiprocessors / k_parts));
@@ -173,7 +173,7 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
   const int64_t block_bytes = of_block * int4::strip_bytes(k) / k_parts;
   const int64_t x_bytes = (p.keeps_x ? 1 : passes) * m * 2 * int4::kBlockColumns * blocks;
   // Of all warps, of which some may have one strip more than others, and of one alone.
-  const int64_t slots = slice_blocks * kDecodeSlots[p.tokens / 16][strips_of_warp == 2], more = of_block % k_parts;
+  const int64_t slots = slice_blocks * kDecodeSlots[p.tokens / 8 - 1][strips_of_warp == 2], more = of_block % k_parts;
   const int64_t all =
       more * ceil_div(of_block / k_parts + 1, p.strips) + (k_parts - more) * ceil_div(of_block / k_parts, p.strips);
   const int64_t issue = max_of(cycles_of_slots(kSlices / k_parts * all * slots), passes * slots * kCyclesOfWarpSlot);
