@@ -97,7 +97,7 @@ def weight_calls() -> dict[str, Callable[[], Any]]:
         "int4_gemm decode": int4_gemm(3, 40, 576),
         "int4_gemm decode, K shared": int4_gemm(3, 24, 8192),
         "int4_gemm tiled": int4_gemm(40, 136, 576, torch.float16),
-        "int4_gemm tiled, K shared": int4_gemm(20, 136, 2304, torch.float16, act_order=True),
+        "int4_gemm tiled, K shared": int4_gemm(28, 136, 2304, torch.float16, act_order=True),
         "int4_gemm dense": int4_gemm(300, 144, 384, act_order=True),
         "int4_int8_gemm": int4_int8_gemm(40, 136, 576),
         "int4_int8_gemm, K shared": int4_int8_gemm(5, 40, 4608, act_order=True),
