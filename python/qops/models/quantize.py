@@ -442,7 +442,8 @@ def _unquantizable(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str |
         return f"its weight is {linear.weight.dtype}"
     n, k = linear.weight.shape
     if n % 8 or k % 8:
-        return f"N = {n} and K = {k} must be multiples of 8"
+        sizes = " and ".join(f"{name} = {size}" for name, size in (("N", n), ("K", k)) if size % 8)
+        return f"{sizes} must be {'multiples' if n % 8 and k % 8 else 'a multiple'} of 8"
     return None
 
 

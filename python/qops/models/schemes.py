@@ -44,7 +44,8 @@ class Int4(Scheme):
 
     Args:
         group_size: columns of K that share a scale: a multiple of 16 that divides K, or -1 for one scale per row; None
-            takes, linear by linear, the largest of 128, 64, 32 and 16 that divides K.
+            takes, linear by linear, the largest of 128, 64, 32 and 16 that divides K, and one scale per row where none
+            does.
         symmetric: codes around 8, or with a zero point per group.
 
     Raises:

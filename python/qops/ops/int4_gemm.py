@@ -73,7 +73,7 @@ def int4_gemm(
         out_scale: float32, one element, positive and finite.
         out_zero_point: int32, one element in -128 ... 127; default 0.
         batch_invariant: one canonical order of summation for every M. That is so but for bfloat16 and many rows on some
-            GPUs (see below).
+            GPUs (see below), and so with ``activation="int8"``.
         activation: ``"int8"`` rounds the rows of x to 8 bits (W4A8): faster, and another contract.
         rule: of :func:`qops.quantize_int8`, with ``activation="int8"``.
         out: the tensor to write to, contiguous, sharing no memory with the inputs, but it may be ``residual`` itself;
