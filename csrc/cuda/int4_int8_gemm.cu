@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(kMaxThreads) int4_int8_add_kernel(const __grid
   const GemmPlan& plan = job.plan;
   const int64_t rows = (plan.tiles() - plan.whole) * plan.live;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x;
-  const int64_t row = i / (kTileRows / 4), column = i % (kTileRows / 4) * 4;
-  const TilePosition at = plan.position(plan.whole + min(row, rows - 1) / plan.live);
+  const int64_t row = min(i / (kTileRows / 4), rows - 1), column = i % (kTileRows / 4) * 4;
+  const TilePosition at = plan.position(plan.whole + row / plan.live);
   const int64_t m = at.token_tile * plan.live + row % plan.live, n = at.row_tile * kTileRows + column;
   ptx::griddepcontrol_wait();
-  if (row >= rows || m >= job.p.x_rows.count || n >= job.p.n) return;
+  if (i >= rows * (kTileRows / 4) || m >= job.p.x_rows.count || n >= job.p.n) return;
   int4_int8::finish_sums(job, m, n, [&](int64_t of, float (&t)[4]) {
     const float* first = job.sums + row * kTileRows + column + (of - n);
     const auto slice = [&](int index) { return *reinterpret_cast<const uint4*>(first + index * rows * kTileRows); };
