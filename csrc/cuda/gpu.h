@@ -50,13 +50,14 @@ QOPS_ALWAYS_INLINE constexpr TilePosition tile_position(int64_t tile, int64_t to
 
 namespace model {
 
-// Of a multiprocessor: instructions that it issues in a cycle, and of 100 slots how many are taken to be filled; cycles
-// of an mma of 16 rows and 8 tokens, m16n8k16 of 16-bit numbers or m16n8k32 of 8-bit ones; what starting a kernel and
-// filling its ring costs, and what it costs that another one follows. That a second kernel may begin before the first
-// one has ended (launch.h) is not in it: no figure is known of that.
+// Of a multiprocessor: instructions that it issues in a cycle, and of 100 slots how many are taken to be filled; bytes
+// that reach it in a cycle from L2; cycles of an mma of 16 rows and 8 tokens, m16n8k16 of 16-bit numbers or m16n8k32 of
+// 8-bit ones; what starting a kernel and filling its ring costs, and what it costs that another one follows. That a
+// second kernel may begin before the first one has ended (launch.h) is not in it: no figure is known of that.
 inline constexpr int64_t kSlotsPerCycle = 4;
 inline constexpr int64_t kSlotsFilled = 62;
 inline constexpr int64_t kCyclesOfWarpSlot = 2;  // of a warp that nobody competes with
+inline constexpr int64_t kL2BytesPerCycle = 40;
 inline constexpr int64_t kCyclesPerMma = 2;
 inline constexpr int64_t kStart = 2000;
 inline constexpr int64_t kNextKernel = 2000;
@@ -79,15 +80,11 @@ constexpr int64_t bytes_per_cycle(Gpu gpu) {
   }
 }
 
-// And from L2: A100 5120 of all 108 by its whitepaper; H100 what is known to be reached, 5.5 TB/s. Of the others
-// nothing is known, and something between is taken.
-constexpr int64_t l2_bytes_per_cycle(Gpu gpu) { return gpu.arch == 80 ? 47 : gpu.arch == 90 ? 24 : 40; }
-
 constexpr int64_t cycles_of_slots(int64_t instructions) { return instructions * 100 / (kSlotsPerCycle * kSlotsFilled); }
 
 // A kernel that adds what another one has left.
 constexpr int64_t second_kernel(int64_t scratch_bytes, Gpu gpu) {
-  return kNextKernel + 2 * scratch_bytes / (l2_bytes_per_cycle(gpu) * gpu.multiprocessors);
+  return kNextKernel + 2 * scratch_bytes / (kL2BytesPerCycle * gpu.multiprocessors);
 }
 
 }  // namespace model
