@@ -69,6 +69,8 @@ constexpr bool is_fine(int64_t k, int64_t group_size) {
 inline constexpr int kDecodeTokens = 24;  // rows of x up to which there is a decode kernel
 // How many strips a warp of the decode kernel takes at a time, which share a fragment of x.
 inline constexpr int kStripsOfWarp[] = {4, 2};
+// More than 16 rows take twice as many instructions where groups are fine, and kernels are not to be too many.
+QOPS_ALWAYS_INLINE constexpr bool has_decode_kernel(int64_t m, bool fine) { return m <= (fine ? 16 : kDecodeTokens); }
 inline constexpr int kTileTokens[] = {32, 64, 128};
 // The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes
 // spilled), and its shared memory does not fit on sm_120.
@@ -292,7 +294,7 @@ constexpr GemmPlan plan_int4_gemm(const GemmShape& shape) {
   };
   for (int k_parts = 1; k_parts <= kSlices; k_parts *= 2) {
     for (const int strips : kStripsOfWarp) {
-      if (m > kDecodeTokens || k_parts > gpu.multiprocessors) break;
+      if (!has_decode_kernel(m, fine) || k_parts > gpu.multiprocessors) break;
       consider_ours(plan::decode(m, n, k, fine, k_parts, strips, gpu));
     }
     for (int live = 16; live <= max_tile_tokens(offset, gpu.arch); live += 8) {

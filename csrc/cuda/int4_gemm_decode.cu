@@ -36,8 +36,8 @@
 //                      (M = 1) and 5 times (M = 24) the bytes of the codes. At 14 bytes of codes a cycle, 3 TB/s over
 //                      132 x 1.7 GHz, that is 36 to 70 of the 128 bytes that a cycle can move
 //   issue slots        bfloat16 on sm_90a (bench/results/SLOTS.md): 296 for s = 4 and 184 for s = 2 (M <= 8), 331 and
-//                      203 (M <= 16), 367 and 225 (M <= 24). Of the 184, 88 make fragments of the codes and 8 multiply;
-//                      at 4 a cycle they are 46 cycles where the bytes from DRAM take 81, and 74 at 62 %
+//                      203 (M <= 16), 367 and 225 (M <= 24). Of the 184, 88 make fragments of the codes and 8
+//                      multiply; at 4 a cycle they are 46 cycles where the bytes from DRAM take 81, and 74 at 62 %
 //   in flight          (stages - 1) x 8 x 512 s bytes of codes: 112 KB at 8 stages of 4 strips (sm_90, M <= 8), 48 KB
 //                      at 4 (sm_80; sm_90, M > 16), 32 KB at 3 (99 KB of shared memory)
 // What keeps the loop short: strips and stages of a ring are few numbers that are compiled in; pointers run; branches
@@ -392,13 +392,19 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 Status int4_gemm_decode(const Int4Job& job, const Queue& queue) {
   return with_int4_kernel(job.p, [&](auto element, auto fine, auto offset) {
     using T = decltype(element);
-    const auto of_tiles = [&]<int kTiles>(std::integral_constant<int, kTiles>) {
-      return job.plan.strips == 2 ? &decode_kernel<T, kTiles, 2, fine.value, offset.value>
-                                  : &decode_kernel<T, kTiles, 4, fine.value, offset.value>;
-    };
-    const auto kernel = job.plan.tokens == 8    ? of_tiles(std::integral_constant<int, 1>{})
-                        : job.plan.tokens == 16 ? of_tiles(std::integral_constant<int, 2>{})
-                                                : of_tiles(std::integral_constant<int, 3>{});
+    const bool few_strips = job.plan.strips == 2;
+    auto kernel = few_strips ? &decode_kernel<T, 1, 2, fine.value, offset.value>
+                             : &decode_kernel<T, 1, 4, fine.value, offset.value>;
+    if (job.plan.tokens == 16) {
+      kernel = few_strips ? &decode_kernel<T, 2, 2, fine.value, offset.value>
+                          : &decode_kernel<T, 2, 4, fine.value, offset.value>;
+    }
+    if constexpr (!fine.value) {
+      if (job.plan.tokens == 24) {
+        kernel =
+            few_strips ? &decode_kernel<T, 3, 2, false, offset.value> : &decode_kernel<T, 3, 4, false, offset.value>;
+      }
+    }
     return launch(kernel, dim3(static_cast<unsigned>(job.plan.blocks)), dim3(kGemmThreads),
                   static_cast<size_t>(job.plan.shared_bytes), queue, job.p, decode_work(job.plan, job.p.n, job.p.k),
                   ScaleSource(job.p), job.aligned, job.sums);

@@ -281,7 +281,7 @@ def test_accesses_take_what_their_bytes_need(trace):
 
 def test_main_loops_have_no_bank_conflicts(trace):
     """No entry of WASTE may ever excuse them."""
-    counts = {"decode_kernel": 48, "tiled_kernel": 20, "int4_int8_gemm_kernel": 8, "int8_gemm_kernel": 10}
+    counts = {"decode_kernel": 40, "tiled_kernel": 20, "int4_int8_gemm_kernel": 8, "int8_gemm_kernel": 10}
     for kernel, at_least in counts.items():
         loops = [r for r in trace if r.kernel.startswith(kernel) and r.instruction.startswith(("ldmatrix", "cp.async"))]
         assert len({r.kernel for r in loops}) == at_least

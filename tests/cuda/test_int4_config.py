@@ -241,8 +241,8 @@ def test_a_row_is_computed_in_balanced_shares(gpu):
     assert {layer for layer, share in shares.items() if share < 0.9} == UNBALANCED[gpu.multiprocessors]
 
 
-# (N, K, M) with fewer bytes of weights under way, in KiB, by multiprocessors: too few strips for them, or beside them 24
-# rows of x.
+# (N, K, M) with fewer bytes of weights under way, in KiB, by multiprocessors: too few strips for them, or 24 rows of x
+# beside them.
 FEW_UNDER_WAY = {
     108: {(1280, 8192, m): 20 for m in (24, 25, 32)},
     132: {
