@@ -10,6 +10,10 @@
 
 namespace qops::cuda {
 
+// By a kernel whose blocks share sums, as early as its first copies allow: the kernel that adds them may come and work
+// out where they will be. It comes when all blocks of this one have started, so that it keeps none of them out.
+QOPS_DEVICE void let_second_kernel_start() { ptx::griddepcontrol_launch_dependents(); }
+
 // Which addresses allow accesses of 16 bytes, decided on the host.
 struct Alignment {
   bool y, bias, residual;

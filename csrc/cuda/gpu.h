@@ -52,7 +52,8 @@ namespace model {
 
 // Of a multiprocessor: instructions that it issues in a cycle, and of 100 slots how many are taken to be filled; bytes
 // that reach it in a cycle from L2; cycles of an mma of 16 rows and 8 tokens, m16n8k16 of 16-bit numbers or m16n8k32 of
-// 8-bit ones; what starting a kernel and filling its ring costs.
+// 8-bit ones; what starting a kernel and filling its ring costs, and what it costs that another one follows. That a
+// second kernel may begin before the first one has ended (launch.h) is not in it: no figure is known of that.
 inline constexpr int64_t kSlotsPerCycle = 4;
 inline constexpr int64_t kSlotsFilled = 62;
 inline constexpr int64_t kCyclesOfWarpSlot = 2;  // of a warp that nobody competes with

@@ -66,9 +66,11 @@ constexpr bool is_fine(int64_t k, int64_t group_size) {
 
 // --- the plan --------------------------------------------------------------------------------------------------------
 
-inline constexpr int kDecodeTokens = 16;  // rows of x up to which there is a decode kernel
+inline constexpr int kDecodeTokens = 24;  // rows of x up to which there is a decode kernel
 // How many strips a warp of the decode kernel takes at a time, which share a fragment of x.
 inline constexpr int kStripsOfWarp[] = {4, 2};
+// More than 16 rows take twice as many instructions where groups are fine, and kernels are not to be too many.
+QOPS_ALWAYS_INLINE constexpr bool has_decode_kernel(int64_t m, bool fine) { return m <= (fine ? 16 : kDecodeTokens); }
 inline constexpr int kTileTokens[] = {32, 64, 128};
 // The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes
 // spilled), and its shared memory does not fit on sm_120.
@@ -112,6 +114,10 @@ struct GemmPlan {
   int64_t token_tiles, row_tiles, whole;
 
   QOPS_ALWAYS_INLINE constexpr int64_t tiles() const { return token_tiles * row_tiles; }
+  // Whether a second kernel adds what blocks leave of slices that they share.
+  QOPS_ALWAYS_INLINE constexpr bool has_second_kernel() const {
+    return kind == Kind::kDecode ? k_parts > 1 : whole < tiles();
+  }
   QOPS_ALWAYS_INLINE constexpr int64_t items() const { return whole + (tiles() - whole) * k_parts; }
   QOPS_ALWAYS_INLINE constexpr Item item(int64_t index) const {
     if (index < whole) return {index, 0, kSlices};
@@ -140,9 +146,9 @@ namespace plan {
 
 using namespace model;
 
-// Instructions that a warp of the decode kernel issues for 64 columns: of up to 8 and up to 16 rows of x, of 4 and of 2
+// Instructions that a warp of the decode kernel issues for 64 columns: of up to 8, 16 and 24 rows of x, of 4 and of 2
 // strips; and all warps of the tiled kernel: whatever the tokens, and for each 8 of them, of up to 64 and of up to 128.
-inline constexpr int64_t kDecodeSlots[2][2] = {{296, 184}, {331, 203}};
+inline constexpr int64_t kDecodeSlots[3][2] = {{296, 184}, {331, 203}, {367, 225}};
 inline constexpr int64_t kTiledSlots = 1120, kTiledSlotsOfEight[2] = {71, 96};
 
 // Blocks of the decode kernel, one for each multiprocessor: each takes some strips and all slices of its part.
@@ -150,7 +156,7 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
   const int64_t strips = int4::strips(n), blocks = int4::blocks(k);
   GemmPlan p{};
   p.kind = GemmPlan::Kind::kDecode;
-  p.tokens = m <= 8 ? 8 : 16;
+  p.tokens = static_cast<int>(8 * ceil_div(m, 8));
   p.k_parts = k_parts;
   p.strips = strips_of_warp;
   p.ranges = max_of(1, min_of(strips, gpu.multiprocessors / k_parts));
@@ -169,7 +175,7 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
   const int64_t block_bytes = of_block * int4::strip_bytes(k) / k_parts;
   const int64_t x_bytes = (p.keeps_x ? 1 : passes) * m * 2 * int4::kBlockColumns * blocks;
   // Of all warps, of which some may have one strip more than others, and of one alone.
-  const int64_t slots = slice_blocks * kDecodeSlots[p.tokens / 16][strips_of_warp == 2], more = of_block % k_parts;
+  const int64_t slots = slice_blocks * kDecodeSlots[p.tokens / 8 - 1][strips_of_warp == 2], more = of_block % k_parts;
   const int64_t all =
       more * ceil_div(of_block / k_parts + 1, p.strips) + (k_parts - more) * ceil_div(of_block / k_parts, p.strips);
   const int64_t issue = max_of(cycles_of_slots(kSlices / k_parts * all * slots), passes * slots * kCyclesOfWarpSlot);
@@ -288,7 +294,7 @@ constexpr GemmPlan plan_int4_gemm(const GemmShape& shape) {
   };
   for (int k_parts = 1; k_parts <= kSlices; k_parts *= 2) {
     for (const int strips : kStripsOfWarp) {
-      if (m > kDecodeTokens || k_parts > gpu.multiprocessors) break;
+      if (!has_decode_kernel(m, fine) || k_parts > gpu.multiprocessors) break;
       consider_ours(plan::decode(m, n, k, fine, k_parts, strips, gpu));
     }
     for (int live = 16; live <= max_tile_tokens(offset, gpu.arch); live += 8) {

@@ -43,21 +43,21 @@ struct Sums {
   bool of_tiles;
 };
 
-// Adds slices left to right and makes y of them.
+// Adds slices left to right and makes y of them. Where the product is ours it begins before that has ended.
 template <class T, int kCount>
 __global__ void __launch_bounds__(kMaxThreads)
     finish_kernel(const __grid_constant__ WeightOnlyGemmParams p, const __grid_constant__ GemmPlan plan,
                   const Alignment aligned, const Sums from) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x, chunks = from.columns / kVector;
-  if (i >= from.rows * chunks) return;
   const int64_t row = i / chunks, column = i % chunks * kVector;
   int64_t m = from.row0 + row, n = from.column0 + column;
   if (from.of_tiles) {
-    const TilePosition at = plan.position(plan.whole + row / plan.live);
+    const TilePosition at = plan.position(plan.whole + min(row, from.rows - 1) / plan.live);
     m = at.token_tile * plan.live + row % plan.live;
     n = at.row_tile * kTileRows + column;
   }
-  if (m >= p.x_rows.count || n >= p.n) return;
+  ptx::griddepcontrol_wait();
+  if (row >= from.rows || m >= p.x_rows.count || n >= p.n) return;
   finish_sums<T>(p, aligned, m, n, [&](int64_t at, Vector& sums) {
     const float* first = from.at + row * from.columns + column + (at - n);
     load<true>(first, kVector, sums);
@@ -80,10 +80,10 @@ Status with_16_bits(DType dtype, const F& run) {
   }
 }
 
-template <class T, int kCount>
-Status launch_finish(const Int4Job& job, const Sums& sums, const Queue& queue) {
+template <class T, int kCount, class Where>
+Status launch_finish(const Int4Job& job, const Sums& sums, const Where& where) {
   return launch_blocks(&finish_kernel<T, kCount>, ceil_div(sums.rows * (sums.columns / kVector), kMaxThreads),
-                       kMaxThreads, 0, queue, job.p, job.plan, job.aligned, sums);
+                       kMaxThreads, 0, where, job.p, job.plan, job.aligned, sums);
 }
 
 // cuBLAS and the tiled kernel take one stride for all rows.
@@ -205,12 +205,12 @@ Status int4_gemm(const WeightOnlyGemmParams& p, const Queue& queue) {
   if (plan.kind == GemmPlan::Kind::kDense) return multiply_dense(job, queue);
   const bool is_decode = plan.kind == GemmPlan::Kind::kDecode;
   const Status status = is_decode ? int4_gemm_decode(job, queue) : int4_gemm_tiled(job, queue);
-  if (status != Status::kOk || plan.k_parts == 1) return status;
+  if (status != Status::kOk || !plan.has_second_kernel()) return status;
   const int64_t rows = is_decode ? p.x_rows.count : (plan.tiles() - plan.whole) * plan.live;
   const int64_t columns = is_decode ? int4::strips(p.n) * kStripRows : kTileRows;
-  if (rows == 0) return Status::kOk;
   return with_16_bits(p.dtype, [&](auto element) {
-    return launch_finish<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode}, queue);
+    return launch_finish<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode},
+                                                     Dependent{queue.stream});
   });
 }
 

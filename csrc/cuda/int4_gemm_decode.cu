@@ -1,4 +1,4 @@
-// int4_gemm for up to 16 rows of x: bound by reading the weights.
+// int4_gemm for up to 24 rows of x: bound by reading the weights.
 //
 // One block per multiprocessor takes a range of strips. Its 8 warps are the 8 slices of K: each reads the codes of its
 // slice of 4 strips at a time, or of 2, a pass, multiplies them with the fragments of x that they share, and keeps all
@@ -30,20 +30,21 @@
 // Budget of a stage of a warp, s strips and M tokens (64 columns, groups of 128):
 //   from DRAM          512 s bytes of codes, each once, in full 512-byte lines; scales once per group
 //   from L2            128 M of x: no more than the codes for M <= 4 s (16 at s = 4; 8 at s = 2, as N = 4096 has on 132
-//                      multiprocessors, where M = 16 reads twice the bytes of the codes from L2)
-//   shared memory      1024 s (codes in and out) + 128 M (x in) + 1024 (M <= 8) or 2048 (x out): at s = 4 between 2.6
-//                      (M = 1) and 4 times (M = 16) the bytes of the codes. At 14 bytes of codes a cycle, 3 TB/s over
-//                      132 x 1.7 GHz, that is 36 to 56 of the 128 bytes that a cycle can move
+//                      multiprocessors, where M = 16 reads twice the bytes of the codes from L2), at M = 24 and s = 4
+//                      half as many more: 216 cycles at 24 bytes a cycle where the bytes from DRAM take 162
+//   shared memory      1024 s (codes in and out) + 128 M (x in) + 1024 for each 8 of M (x out): at s = 4 between 2.6
+//                      (M = 1) and 5 times (M = 24) the bytes of the codes. At 14 bytes of codes a cycle, 3 TB/s over
+//                      132 x 1.7 GHz, that is 36 to 70 of the 128 bytes that a cycle can move
 //   issue slots        bfloat16 on sm_90a (bench/results/SLOTS.md): 296 for s = 4 and 184 for s = 2 (M <= 8), 331 and
-//                      203 (M <= 16). Of the 184, 88 make fragments of the codes and 8 multiply; at 4 a cycle they are
-//                      46 cycles where the bytes from DRAM take 81, and 74 at 62 %
+//                      203 (M <= 16), 367 and 225 (M <= 24). Of the 184, 88 make fragments of the codes and 8
+//                      multiply; at 4 a cycle they are 46 cycles where the bytes from DRAM take 81, and 74 at 62 %
 //   in flight          (stages - 1) x 8 x 512 s bytes of codes: 112 KB at 8 stages of 4 strips (sm_90, M <= 8), 48 KB
-//                      at 4 (sm_80), 32 KB at 3 (99 KB of shared memory)
+//                      at 4 (sm_80; sm_90, M > 16), 32 KB at 3 (99 KB of shared memory)
 // What keeps the loop short: strips and stages of a ring are few numbers that are compiled in; pointers run; branches
 // that all lanes of a warp take alike are known to be such (uniform()), so that nothing is set up for their meeting
 // again; what the compiler would work out anew in each step stands behind a shuffle (held()); strips that a last pass
 // lacks are copied twice instead of branched around.
-// M in 17 .. 32 would read 2 bytes of x from L2 for each byte of codes here: the tiled kernel shares x among its warps.
+// M in 25 .. 32 would read 2 bytes of x from L2 for each byte of codes here: the tiled kernel shares x among its warps.
 #include "cuda/int4_gemm.cuh"
 
 namespace qops::cuda {
@@ -110,13 +111,11 @@ class Source {
 
   // Begins to copy the first block.
   QOPS_DEVICE Source(const WeightOnlyGemmParams& p, const DecodeWork& work, const ScaleSource& scales,
-                     const WarpShare& share, const WarpRings& rings, int lane)
-      : policy_(ptx::policy_evict_first()), codes_to_(held(rings.address + lane * int4::kLaneBytes, lane)) {
+                     const WarpShare& share, const WarpRings& rings, int lane) {
     const bool is_idle = share.blocks == 0 || share.strips == 0;
-    if (!is_idle) {
-      find_codes(p, work, share, lane);
-      copy_strips();
-    }
+    if (!is_idle) copy_first_codes(p, work, share, rings, lane);
+    policy_ = ptx::policy_evict_first();
+    lane = static_cast<int>(held(static_cast<uint32_t>(lane), lane));  // nothing of what follows comes before
     const int rows = static_cast<int>(p.x_rows.count);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -156,6 +155,22 @@ class Source {
  private:
   static constexpr int kCopies = kTokens / 4;  // of x by each lane and stage
   static constexpr int kChunks = int4::kBlockColumns / 8;
+
+  // With little before the first copy, so that it is on its way soon: no policy, and a shuffle behind it.
+  QOPS_DEVICE void copy_first_codes(const WeightOnlyGemmParams& p, const DecodeWork& work, const WarpShare& share,
+                                    const WarpRings& rings, int lane) {
+    const uint32_t target = rings.address + lane * int4::kLaneBytes;
+    codes_[0] = static_cast<const uint8_t*>(p.packed) + lane * int4::kLaneBytes +
+                uint64_t{share.first_strip * work.blocks + share.first_block} * int4::kBlockBytes;
+    ptx::cp_async_cg(target, codes_[0]);
+    codes_to_ = held(target, lane);
+#pragma unroll
+    for (int s = 1; s < kStrips; ++s) {
+      codes_[s] =
+          codes_[0] + uint64_t{min(static_cast<uint32_t>(s), share.strips - 1) * work.blocks} * int4::kBlockBytes;
+      ptx::cp_async_cg(codes_to_ + s * int4::kBlockBytes, codes_[s]);
+    }
+  }
 
   QOPS_DEVICE void find_codes(const WeightOnlyGemmParams& p, const DecodeWork& work, const WarpShare& share, int lane) {
     const uint8_t* packed = static_cast<const uint8_t*>(p.packed) + lane * int4::kLaneBytes;
@@ -333,6 +348,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   const Rings<kTokens, kStrips, kFine> rings(work, warp, shared + kTokens * sum_stride(kStrips) * sizeof(float));
   Source<T, kTokens, kStrips, kFine> source(p, work, scales, share, rings, lane);
   for (int i = 2; i < work.stages; ++i) source.copy_next(p, work, scales, share, rings, lane);
+  if (work.parts_log > 0) let_second_kernel_start();
 
   WarpSums<T, kStrips, kTiles, kFine, kOffset> sums;
   sums.begin();
@@ -376,10 +392,19 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 Status int4_gemm_decode(const Int4Job& job, const Queue& queue) {
   return with_int4_kernel(job.p, [&](auto element, auto fine, auto offset) {
     using T = decltype(element);
-    const auto kernel = job.plan.tokens == 8 ? job.plan.strips == 2 ? &decode_kernel<T, 1, 2, fine.value, offset.value>
-                                                                    : &decode_kernel<T, 1, 4, fine.value, offset.value>
-                        : job.plan.strips == 2 ? &decode_kernel<T, 2, 2, fine.value, offset.value>
-                                               : &decode_kernel<T, 2, 4, fine.value, offset.value>;
+    const bool few_strips = job.plan.strips == 2;
+    auto kernel = few_strips ? &decode_kernel<T, 1, 2, fine.value, offset.value>
+                             : &decode_kernel<T, 1, 4, fine.value, offset.value>;
+    if (job.plan.tokens == 16) {
+      kernel = few_strips ? &decode_kernel<T, 2, 2, fine.value, offset.value>
+                          : &decode_kernel<T, 2, 4, fine.value, offset.value>;
+    }
+    if constexpr (!fine.value) {
+      if (job.plan.tokens == 24) {
+        kernel =
+            few_strips ? &decode_kernel<T, 3, 2, false, offset.value> : &decode_kernel<T, 3, 4, false, offset.value>;
+      }
+    }
     return launch(kernel, dim3(static_cast<unsigned>(job.plan.blocks)), dim3(kGemmThreads),
                   static_cast<size_t>(job.plan.shared_bytes), queue, job.p, decode_work(job.plan, job.p.n, job.p.k),
                   ScaleSource(job.p), job.aligned, job.sums);

@@ -1,4 +1,4 @@
-// int4_gemm for more than 16 rows of x: tiles of up to 32, 64 or 128 tokens x 128 rows of w.
+// int4_gemm for more than 24 rows of x: tiles of up to 32, 64 or 128 tokens x 128 rows of w.
 //
 // 8 warps, each with one strip and all tokens: a code becomes a fragment once in a block, for 4 or 8 tiles of 8 tokens.
 // With 128 tokens, whose sums one warp does not hold, there are 4 warps along the rows (2 strips each) x 2 along the
@@ -18,7 +18,7 @@
 //            +---------------+---------------+
 //
 // Budget of a stage, 32 / 64 / 128 tokens (bfloat16 on sm_90a, groups of 128; bench/results/SLOTS.md):
-//   issue slots        1404 / 1688 / 2656 of 8 warps: 351 / 422 / 664 cycles at 4 a cycle
+//   issue slots        1404 / 1672 / 2656 of 8 warps: 351 / 418 / 664 cycles at 4 a cycle
 //   tensor cores       206 / 413 / 826 cycles at the 62 % of their rate that mma.sync reaches
 //   shared memory      408 / 696 / 792 cycles: with one strip a warp, each of 8 warps reads all tokens
 //   from DRAM          4 KB of codes, 325 cycles of a multiprocessor's share
@@ -201,6 +201,7 @@ __global__ void __launch_bounds__(kGemmThreads, blocks_of_multiprocessor(kTokens
 
   TileSource<T, kTokens, kFine> source(plan, ring_address);
   for (int i = 0; i + 1 < plan.stages; ++i) source.copy_next(p, plan, scales);
+  if (plan.whole < plan.tiles()) let_second_kernel_start();
   WarpSums<T, Warps::kStrips, kTiles, kFine, kOffset> warp_sums;
   warp_sums.begin();
   const int my_strip = warp % Warps::kOfRows * Warps::kStrips;

@@ -41,16 +41,17 @@ QOPS_DEVICE float total_of_group(const Int4Int8Job& job, int64_t n, int32_t sum)
   return fmaf(scale[0], static_cast<float>(sum >> job.format.shift), 0.0f);
 }
 
-// Adds the slices of the tiles that blocks share, left to right, and makes y of them: four columns a thread.
+// Adds the slices of the tiles that blocks share, left to right, and makes y of them: four columns a thread. It begins
+// before the product has ended.
 __global__ void __launch_bounds__(kMaxThreads) int4_int8_add_kernel(const __grid_constant__ Int4Int8Job job) {
   const GemmPlan& plan = job.plan;
   const int64_t rows = (plan.tiles() - plan.whole) * plan.live;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x;
-  const int64_t row = i / (kTileRows / 4), column = i % (kTileRows / 4) * 4;
-  if (row >= rows) return;
+  const int64_t row = min(i / (kTileRows / 4), rows - 1), column = i % (kTileRows / 4) * 4;
   const TilePosition at = plan.position(plan.whole + row / plan.live);
   const int64_t m = at.token_tile * plan.live + row % plan.live, n = at.row_tile * kTileRows + column;
-  if (m >= job.p.x_rows.count || n >= job.p.n) return;
+  ptx::griddepcontrol_wait();
+  if (i >= rows * (kTileRows / 4) || m >= job.p.x_rows.count || n >= job.p.n) return;
   int4_int8::finish_sums(job, m, n, [&](int64_t of, float (&t)[4]) {
     const float* first = job.sums + row * kTileRows + column + (of - n);
     const auto slice = [&](int index) { return *reinterpret_cast<const uint4*>(first + index * rows * kTileRows); };
@@ -154,9 +155,10 @@ Status int4_int8_gemm(const Int4Int8GemmParams& params, const Queue& queue) {
   }
   const Status status = int4_int8_gemm_tiled(job, queue);
   const GemmPlan& plan = job.plan;
-  if (status != Status::kOk || plan.whole == plan.tiles()) return status;
+  if (status != Status::kOk || !plan.has_second_kernel()) return status;
   const int64_t fours = (plan.tiles() - plan.whole) * plan.live * (kTileRows / 4);
-  return launch_blocks(&int4_int8_add_kernel, ceil_div(fours, kMaxThreads), kMaxThreads, 0, queue, job);
+  return launch_blocks(&int4_int8_add_kernel, ceil_div(fours, kMaxThreads), kMaxThreads, 0, Dependent{queue.stream},
+                       job);
 }
 
 }  // namespace qops::cuda

@@ -325,6 +325,7 @@ __global__ void __launch_bounds__(kGemmThreads, int4_int8::blocks_of_multiproces
   uint8_t* ring = shared + kTokens * int4_int8::kSumStride * sizeof(float);
   const uint32_t ring_address = ptx::shared_address(ring);
 
+  if (plan.whole < plan.tiles()) let_second_kernel_start();  // behind the first copies registers are short
   int4_int8::Source<kTokens, kFine> source(ring_address, plan.stages);
   for (int i = 0; i + 1 < plan.stages; ++i) source.copy_next(job, scales);
   wait_for_stage(plan.stages);

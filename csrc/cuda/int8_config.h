@@ -101,6 +101,7 @@ struct Plan {
   int64_t time;  // by the model
 
   QOPS_ALWAYS_INLINE constexpr int64_t tiles() const { return token_tiles * row_tiles; }
+  QOPS_ALWAYS_INLINE constexpr bool has_second_kernel() const { return split && blocks > 1; }
   QOPS_ALWAYS_INLINE constexpr int64_t units() const { return tiles() * k_blocks; }
   // Of the range of a block, of a split plan.
   QOPS_ALWAYS_INLINE constexpr int64_t first_unit(int64_t block) const { return units() * block / blocks; }

@@ -10,15 +10,17 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-// The tiles that blocks of the first kernel share: eight tokens of one each block, four sums a thread.
+// The tiles that blocks of the first kernel share: eight tokens of one each block, four sums a thread. It begins before
+// that kernel has ended.
 __global__ void __launch_bounds__(kMaxThreads) int8_gemm_add_kernel(const __grid_constant__ Int8Job job) {
   static_assert(kMaxThreads * 4 == 8 * kTileRows);
   const int8::Split split = job.plan.split_at(int64_t{blockIdx.x} + 1);
-  if (split.last < split.first) return;
   const int token = blockIdx.y * 8 + threadIdx.x / kWarp, column = threadIdx.x % kWarp * 4;
   const TilePosition at = job.plan.position(split.tile);
+  const int tokens = job.plan.tokens_of(at.token_tile);
+  ptx::griddepcontrol_wait();
+  if (split.last < split.first || token >= tokens) return;  // whole warps
   const int8::Columns columns(job, at.row_tile * kTileRows + column);
-  if (token >= job.plan.tokens_of(at.token_tile)) return;  // whole warps
   uint4 sums = make_uint4(0, 0, 0, 0);
   for (int64_t block = split.first; block <= split.last; ++block) {
     const int32_t* slot = job.partials + job.plan.slot(block, split.tile) * job.plan.slot_sums();
@@ -101,9 +103,9 @@ Status int8_gemm(const Int8GemmParams& params, const Queue& queue) {
     p.q_rows = dense_rows(p.q_rows.count, copy_stride(p));
   }
   const Status status = int8_gemm_tiled(job, queue);
-  if (status != Status::kOk || !job.plan.split || job.plan.blocks == 1) return status;
+  if (status != Status::kOk || !job.plan.has_second_kernel()) return status;
   const dim3 grid(static_cast<unsigned>(job.plan.blocks - 1), static_cast<unsigned>(job.plan.live_tokens / 8));
-  return launch(&int8_gemm_add_kernel, grid, dim3(kMaxThreads), 0, queue, job);
+  return launch(&int8_gemm_add_kernel, grid, dim3(kMaxThreads), 0, Dependent{queue.stream}, job);
 }
 
 }  // namespace qops::cuda

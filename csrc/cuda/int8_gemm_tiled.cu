@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(int8::Tile<kTokens>::kThreads, 2)
     source.copy(job, part, ring + stage * kStageBytes);
     ptx::cp_async_commit();
   }
+  if (job.plan.has_second_kernel()) let_second_kernel_start();
   int8::Sums<T, kZeroPoint> sums;
   int stage = 0;
   for (int64_t tile = part.first_tile; tile < part.end_tile; ++tile) {

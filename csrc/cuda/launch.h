@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <type_traits>
 #include <utility>
@@ -70,6 +71,28 @@ inline bool allow_shared_memory(const void* kernel) {
   return true;
 }
 
+// Whether the code of a kernel that the current GPU runs has an instruction that waits for the kernel before: a newer
+// GPU may run code that was compiled for an older one. Asked for once a thread; nothing where CUDA does not answer.
+inline std::optional<bool> can_wait(const void* kernel) {
+  thread_local std::vector<std::pair<AllowedKernels::Place, bool>> known;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return std::nullopt;
+  const AllowedKernels::Place place{kernel, device};
+  const auto found = std::find_if(known.begin(), known.end(), [&](const auto& of) { return of.first == place; });
+  if (found != known.end()) return found->second;
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return std::nullopt;
+  return known.emplace_back(place, attributes.ptxVersion >= 90).second;
+}
+
+template <class... Params>
+Status start(const cudaLaunchConfig_t& config, void (*kernel)(Params...), const std::type_identity_t<Params>&... args) {
+  if (config.dynamicSmemBytes > 0 && !allow_shared_memory(reinterpret_cast<const void*>(kernel))) {
+    return Status::kLaunchFailed;
+  }
+  return cudaLaunchKernelEx(&config, kernel, args...) == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+}
+
 // Runs kernel(args...) on `grid` blocks of `block` threads with `shared_bytes` of dynamic shared memory. Arguments
 // convert to the kernel's parameter types here, on the host. The stream is a stream and never a literal, so that no
 // caller falls back on the default stream by writing 0. In the emulator the launch has ended when this returns, and a
@@ -77,9 +100,29 @@ inline bool allow_shared_memory(const void* kernel) {
 template <class... Params, std::same_as<cudaStream_t> Stream>
 Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, Stream stream,
               const std::type_identity_t<Params>&... args) {
-  if (shared_bytes > 0 && !allow_shared_memory(reinterpret_cast<const void*>(kernel))) return Status::kLaunchFailed;
-  const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, nullptr, 0};  // no attributes
-  return cudaLaunchKernelEx(&config, kernel, args...) == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+  return start({grid, block, shared_bytes, stream, nullptr, 0}, kernel, args...);  // no attributes
+}
+
+// A stream, for a kernel that depends on the one launched just before on it.
+struct Dependent {
+  cudaStream_t stream;
+};
+
+// Likewise. The kernel may begin while the one before runs: when all blocks of that one have called
+// ptx::griddepcontrol_launch_dependents() or ended. So each of its threads has to call ptx::griddepcontrol_wait(), and
+// before it touches global memory: of what the other kernel writes nothing is there until then, and all of it is after.
+// The order of everything else stays, in a captured graph too: the one before has been launched as any other, after all
+// before it; this one cannot end before that one and lets nobody begin sooner, so that what follows comes after both.
+// Where GPU or code are older than sm_90 it begins when the one before has ended.
+template <class... Params>
+Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, const Dependent& where,
+              const std::type_identity_t<Params>&... args) {
+  const std::optional<bool> waits = can_wait(reinterpret_cast<const void*>(kernel));
+  if (!waits.has_value()) return Status::kLaunchFailed;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return start({grid, block, shared_bytes, where.stream, &attribute, *waits ? 1u : 0u}, kernel, args...);
 }
 
 inline void tell_gpu(PlanListener& listener, const Gpu& gpu) {
@@ -99,7 +142,7 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shar
   return Status::kOk;
 }
 
-// Likewise, of any number of blocks in one dimension. Where: a queue or a stream.
+// Likewise, of any number of blocks in one dimension. Where: a queue, a stream or a Dependent.
 template <class... Parameters, class Where, class... Arguments>
 Status launch_blocks(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared_bytes,
                      const Where& where, const Arguments&... arguments) {

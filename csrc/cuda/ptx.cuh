@@ -363,6 +363,23 @@ __device__ __forceinline__ void nanosleep(uint32_t nanoseconds) {
   asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
 }
 
+// --- between kernels -------------------------------------------------------------------------------------------------
+// Of a kernel that is launched as a Dependent (launch.h), and of the one before it; elsewhere nothing happens.
+
+// griddepcontrol.launch_dependents, sm_90: the next kernel may start once all blocks have come here or ended
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// griddepcontrol.wait, sm_90: until the kernel before has ended, and all that it has written is there
+__device__ __forceinline__ void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // --- inside a block --------------------------------------------------------------------------------------------------
 
 // bar.sync a, b, sm_20: whole warps, `threads` of them counting arrivals; 0 <= barrier < 16

@@ -396,6 +396,7 @@ def test_bytes_of_one_row(emulated, emulator):
 SYNCHRONISATIONS = {
     "ptx::cp_async_commit();": 1,
     "__syncthreads();": 5,
+    "ptx::griddepcontrol_wait();": 1,
 }
 
 

@@ -547,21 +547,27 @@ SYNCHRONISATIONS = {
     "ptx::cp_async_wait<T::kStages - 2>();": 1,
     "__syncthreads();": 1,
     "__syncwarp();": 2,  # before and after eight tokens are read from where they are staged
+    "ptx::griddepcontrol_wait();": 1,  # of the kernel that adds
 }
 
 
 def test_every_synchronisation_is_missed_when_it_is_gone(emulated):
     backend = Backend(torch.ops.qops_emu, "cpu")
     problems = []
-    # By the architecture, two blocks on a multiprocessor or one with a deep ring.
-    for arch, m, n, k in ((90, 3, 136, 1096), (89, 3, 136, 1096), (90, 65, 136, 712)):
+    # By the architecture, two blocks on a multiprocessor or one with a deep ring; and a tile that blocks share.
+    for where, m, n, k in (
+        ((90, 2), 3, 136, 1096),
+        ((89, 2), 3, 136, 1096),
+        ((90, 2), 65, 136, 712),
+        ((90, 8), 8, 32, 1024),
+    ):
         w, inputs = make_weight(n, k, m), activations(m, k, m)
-        problems.append((arch, w, *inputs, by_contract(*inputs[:2], w, zero_point=inputs[2])))
+        problems.append((where, w, *inputs, by_contract(*inputs[:2], w, zero_point=inputs[2])))
 
     def is_right(seed: int, left_out: str) -> bool:
         try:
-            for arch, w, q, s, z, want in problems:
-                emulated.configure(seed, seed % 3, left_out, arch, 2)
+            for where, w, q, s, z, want in problems:
+                emulated.configure(seed, seed % 3, left_out, *where)
                 got = product(backend, q, s, w, zero_point=z)
                 if not torch.equal(got.view(torch.int16), want.view(torch.int16)):
                     return False

@@ -6,6 +6,7 @@ and torch's side of GPUs are tests/emulator/runtime.cpp and tests/emulated/gpu_t
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torch import Tensor
 from qops.testing import assert_bitwise, generator, random_activations
 from tests.support.cuda.cuda_backend import emulated_operators
 from tests.support.cuda.int4_plans import DECODE, Gpu, Question, plans
-from tests.support.cuda.launch_records import launches, limits
+from tests.support.cuda.launch_records import kernel_names, launches, limits
 from tests.support.properties.overloads import ROW_OPS, valid_calls
 
 KIB = 1024
@@ -96,7 +97,7 @@ def weight_calls() -> dict[str, Callable[[], Any]]:
         "int4_gemm decode": int4_gemm(3, 40, 576),
         "int4_gemm decode, K shared": int4_gemm(3, 24, 8192),
         "int4_gemm tiled": int4_gemm(40, 136, 576, torch.float16),
-        "int4_gemm tiled, K shared": int4_gemm(20, 136, 2304, torch.float16, act_order=True),
+        "int4_gemm tiled, K shared": int4_gemm(28, 136, 2304, torch.float16, act_order=True),
         "int4_gemm dense": int4_gemm(300, 144, 384, act_order=True),
         "int4_int8_gemm": int4_int8_gemm(40, 136, 576),
         "int4_int8_gemm, K shared": int4_int8_gemm(5, 40, 4608, act_order=True),
@@ -212,6 +213,24 @@ def test_all_tensors_have_to_be_on_one_gpu(runtime, name):
             assert launches(runtime.take_calls()) == []
             seen += 1
     assert seen > 0 or len(tensors) == 1
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+def test_kernels_that_add_shared_sums_depend_on_the_product(runtime, calls, arch):
+    """From sm_90 on, and the product tells them that they may start; of no other launch is either true."""
+    names, found = kernel_names(runtime.__file__), set()
+    for name, call in calls.items():
+        for multiprocessors in (1, 132):
+            runtime.configure(1, 2, "", arch, multiprocessors)
+            made = launches(recorded(runtime, call))
+            # finish_kernel<T, 1> makes y of what cuBLAS has left.
+            adds = [re.search(r"finish_kernel<\w+, 8>|\w+_add_kernel", names[each.kernel]) for each in made]
+            found |= {each[0] for each in adds if each}
+            depends = [each is not None and arch >= 90 for each in adds]
+            assert [each.is_dependent for each in made] == depends, name
+            assert [each.has_told for each in made] == [*depends[1:], False], name
+            assert any(adds) or not (name.endswith("K shared") and multiprocessors == 132), name
+    assert len(found) == 4, found
 
 
 # Shared memory -------------------------------------------------------------------------------------------------------

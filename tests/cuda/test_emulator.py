@@ -102,6 +102,7 @@ class Caught:
     wrong: bool = False
     sanitizer: str = ""
     always: bool = True  # in every run, or else in some of SEEDS seeds under some policy
+    race: bool = False  # in the tracer's build alone: test_tracer.py
 
 
 SEEDS = 10
@@ -132,6 +133,15 @@ PLANTED = {
     "split_sum_waits_for_all_blocks": Caught(
         fault=r"hangs: no thread has ended in \d+ switches.*warp 0: lane 0 can run;"
     ),
+    "dependent_no_wait": Caught(fault="the end of the thread comes before griddepcontrol.wait"),
+    "dependent_idle_threads_leave": Caught(
+        fault=r"thread \((4\d|5\d|6[0-3]),0,0\): the end of the thread comes before"
+    ),
+    "dependent_reads_before": Caught(race=True),
+    "dependent_loads_before": Caught(
+        fault="ld.global.nc comes before griddepcontrol.wait, in a kernel that depends on"
+    ),
+    "dependent_writes_before": Caught(fault="st.global.cs comes before griddepcontrol.wait"),
     "handoff_no_wait_for_empty": Caught(fault="deadlock", always=False),
     "handoff_no_arrival": Caught(fault=r"deadlock: .*warp 1: all waiting in bar.sync \(barrier 1, 64 threads\)"),
     "handoff_counts_differ": Caught(fault=r"barrier 1 expects \d+ threads here, and \d+ at handoff.cuh:\d+"),
@@ -167,6 +177,8 @@ PLANTED = {
     "launch_1025_threads": Caught(fault=r"a block of \(1025,1,1\) threads: 1 to 1024"),
     "launch_grid_too_high": Caught(fault=r"a grid of \(1,65536,1\) blocks"),
     "launch_shared_past_sm_80": Caught(fault="166913 bytes of shared memory: sm_80 has 166912"),
+    "attribute_of_dependence_on_sm_89": Caught(fault="a dependent launch needs sm_90, this is sm_89"),
+    "attribute_of_no_such_launch": Caught(fault=r"cudaLaunchKernelEx: no attribute \d+ here"),
     "limit_past_sm_89": Caught(fault="101377 bytes of dynamic shared memory: beside 0 static ones sm_89 has 101376"),
     "limit_past_sm_90": Caught(fault="232449 bytes of dynamic shared memory: beside 0 static ones sm_90 has 232448"),
     "limit_missing": Caught(fault=r"49153 bytes of dynamic shared memory: 49152 are allowed \(cudaFuncSetAttribute\)"),
@@ -191,6 +203,10 @@ PLANTED = {
 }
 
 
+# No schedule is at fault.
+OF_A_LAUNCH = ("limit_", "stream_", "capture_", "attribute_")
+
+
 def test_every_planted_bug_is_in_the_table(plain):
     assert sorted(cases_of(plain, "planted")) == sorted(PLANTED)
     assert len(PLANTED) >= 20
@@ -202,7 +218,7 @@ def is_caught(run: Run, how: Caught) -> bool:
     return run.outcome == "fault" and re.search(how.fault, run.message) is not None
 
 
-@pytest.mark.parametrize("bug", [name for name, how in PLANTED.items() if not how.sanitizer])
+@pytest.mark.parametrize("bug", [name for name, how in PLANTED.items() if not (how.sanitizer or how.race)])
 def test_planted_bug_is_caught(plain, bug):
     how = PLANTED[bug]
     runs, report = run_cases(plain, SEEDS, bug)
@@ -213,7 +229,7 @@ def test_planted_bug_is_caught(plain, bug):
     else:
         assert len(missed) < len(runs)
     for run in runs:
-        if run.outcome == "fault" and not bug.startswith(("limit_", "stream_", "capture_")):  # no schedule is at fault
+        if run.outcome == "fault" and not bug.startswith(OF_A_LAUNCH):
             assert f"[seed {run.seed}, policy {run.policy}]" in run.message
 
 

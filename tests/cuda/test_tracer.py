@@ -50,6 +50,8 @@ def test_sound_kernels_have_no_races(traced):
 # Planted bugs under the schedule in which fewest of them change a result: what happens, and the line that races with
 # which earlier one, by its text. Some are more than a race, and a fault as well.
 RACES = {
+    "dependent_no_wait": ("read before griddepcontrol.wait", *["sum += parts["] * 2),
+    "dependent_reads_before": ("read before griddepcontrol.wait", *["sum = parts[row]"] * 2),
     "row_sums_missing_barrier": ("read after write", "total += partial[w]", "partial[warp] = sum"),
     "row_sums_missing_reuse_barrier": ("write after read", "partial[warp] = sum", "total += partial[w]"),
     "transpose_missing_barrier": (

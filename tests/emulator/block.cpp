@@ -248,6 +248,9 @@ void require_aligned(const void* pointer, std::size_t bytes, const char* instruc
 
 void begin_atomic(const void* pointer, std::size_t bytes, const char* instruction, const Site& at) {
   require_aligned(pointer, bytes, instruction, at);
+  if (array_of(*t_scheduler->current->warp->block, pointer) == nullptr) {
+    require_waited(*t_scheduler->current, instruction, at);
+  }
   pause();
   if constexpr (kTraced) {
     trace::access(pointer, bytes, trace::Access::kAtomicWrite, instruction, at);
@@ -260,6 +263,30 @@ void require_global(const void* pointer, std::size_t bytes, const char* instruct
   if (array_of(*t_scheduler->current->warp->block, pointer) != nullptr) {
     fault(at, "%s: the address %p is in shared memory", instruction, pointer);
   }
+  require_waited(*t_scheduler->current, instruction, at);
+}
+
+// --- dependent launches ----------------------------------------------------------------------------------------------
+// A launch has ended when the next one begins: nothing that a thread reads too early could be missing. So what counts
+// is that it has waited.
+
+void let_dependents_start() {
+  Block& block = *t_scheduler->current->warp->block;
+  if (!block.lets_dependents_start) ++t_scheduler->stats.blocks_told;
+  block.lets_dependents_start = true;
+}
+
+void wait_for_kernel_before(const char* instruction, const Site& at) {
+  if (!t_scheduler->is_dependent) return;
+  bool& has_waited = t_scheduler->current->has_waited;
+  has_waited = true;  // already for what is_left_out() does, which a tracer may see
+  has_waited = !is_left_out(instruction, at);
+  pause();
+}
+
+void require_waited(const Thread& thread, const char* what, const Site& at) {
+  if (!t_scheduler->is_dependent || thread.has_waited) return;
+  fault(at, "%s comes before griddepcontrol.wait, in a kernel that depends on the one before", what);
 }
 
 // --- late stores, asynchronous copies --------------------------------------------------------------------------------

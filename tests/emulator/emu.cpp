@@ -204,6 +204,7 @@ void switch_to_another(bool yielded) {
   (*scheduler.body)();
   Thread& self = *scheduler.current;
   require_no_copies(self);
+  require_waited(self, "the end of the thread", Site());
   Warp& warp = *self.warp;
   warp.live &= ~self.bit();
   scheduler.switches_at_exit = scheduler.stats.switches;
@@ -251,10 +252,12 @@ void start_block(Scheduler& scheduler, Block& block, uint3 index) {
   block.index = index;
   block.live_warps = static_cast<int>(block.warps.size());
   block.barriers.fill({});
+  block.lets_dependents_start = false;
   for (Thread& thread : block.threads) {
     thread.indices.block = index;
     thread.copies.clear();
     thread.group_ends.clear();
+    thread.has_waited = false;
     prepare(thread.fiber, scheduler.options.stack_bytes, run_thread);
   }
   for (Warp& warp : block.warps) {
@@ -354,6 +357,9 @@ Options& options() {
 }
 
 void fault(const Site& at, const char* format, ...) {
+  // What follows is no longer the thread's doing: the tracer is not to count it.
+  Thread* const self = t_scheduler == nullptr ? nullptr : t_scheduler->current;
+  if (self != nullptr) set_current(*t_scheduler, nullptr);
   va_list args;
   va_start(args, format);
   std::string text = format_text(format, args);
@@ -362,17 +368,20 @@ void fault(const Site& at, const char* format, ...) {
   if (t_scheduler == nullptr) throw Fault(text);
   Scheduler& scheduler = *t_scheduler;
   std::string where = scheduler.kernel + ": ";
-  if (Thread* thread = scheduler.current) {
-    where += "block " + triple(thread->indices.block) + " thread " + triple(thread->indices.thread) + ": ";
+  if (self != nullptr) {
+    where += "block " + triple(self->indices.block) + " thread " + triple(self->indices.thread) + ": ";
   }
   const std::string replay =
       " [seed " + std::to_string(scheduler.options.seed) + ", policy " + name_of(scheduler.options.policy) + "]";
   scheduler.fault = where + text + replay;
-  if (scheduler.current == nullptr) throw Fault(scheduler.fault);
-  Thread& self = *scheduler.current;
-  set_current(scheduler, nullptr);
-  leave_fiber(self.fiber, scheduler.main);
+  if (self == nullptr) throw Fault(scheduler.fault);
+  leave_fiber(self->fiber, scheduler.main);
   __builtin_trap();
+}
+
+int code_arch() {
+  const Options& now = options();
+  return now.code_arch != 0 ? now.code_arch : now.arch;
 }
 
 void require_arch(int arch, const char* instruction, const Site& at) {
@@ -403,7 +412,7 @@ std::string limits_violated(const Options& options, dim3 grid, dim3 block, std::
   return "";
 }
 
-Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
+Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, bool is_dependent,
              const std::function<void()>& thread_body) {
   if (t_scheduler != nullptr) fault(Site(), "a kernel launches another one");
   Scheduler scheduler;
@@ -411,6 +420,7 @@ Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes
   scheduler.kernel_address = kernel;
   scheduler.kernel = name_of_kernel(kernel);
   scheduler.dynamic_bytes = shared_bytes;
+  scheduler.is_dependent = is_dependent;
   scheduler.body = &thread_body;
   scheduler.random_state = scheduler.options.seed * 3 + static_cast<uint64_t>(scheduler.options.policy);
   // Everything that must be undone when a Fault passes.

@@ -33,6 +33,7 @@ struct Options {
   // any number of blocks runs.
   int arch = 90;
   int multiprocessors = 132;
+  int code_arch = 0;        // that kernels have been compiled for: an older one, or 0: the GPU's
   unsigned stream = 0;      // the number of the caller's stream, to which launches have to go; 0: the default stream
   bool captures = false;    // that stream is being captured into a graph
   std::string refused;      // a function of the runtime that fails: "cudaLaunchKernelEx"
@@ -88,19 +89,14 @@ std::vector<std::string> take_trace();
 std::size_t races_seen();
 
 struct Stats {
-  uint64_t switches = 0;  // between threads
+  uint64_t switches = 0;     // between threads
+  uint64_t blocks_told = 0;  // that have let dependents start
 };
 
-// Runs thread_body() once per CUDA thread. `kernel` is the function whose name messages give.
-Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
+// Runs thread_body() once per CUDA thread. `kernel` is the function whose name messages give. A dependent one may have
+// begun while the kernel before ran, so that each of its threads has to wait before it touches global memory.
+Stats launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, bool is_dependent,
              const std::function<void()>& thread_body);
-
-template <class... Params>
-Stats launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
-                    const std::type_identity_t<Params>&... args) {
-  return launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
-                [&]() __attribute__((no_sanitize_thread)) { kernel(args...); });
-}
 
 // --- inside a kernel -------------------------------------------------------------------------------------------------
 
@@ -133,8 +129,11 @@ void require_arch(int arch, const char* instruction, const Site& at);
 void require_aligned(const void* pointer, std::size_t bytes, const char* instruction, const Site& at);
 // Before an atomic instruction reads and writes: aligned, and others have run.
 void begin_atomic(const void* pointer, std::size_t bytes, const char* instruction, const Site& at);
-// Aligned, and not in shared memory.
+// Aligned, not in shared memory, and by a thread that has waited for the kernel before, where it has to.
 void require_global(const void* pointer, std::size_t bytes, const char* instruction, const Site& at);
+
+// The code that runs knows instructions of this architecture.
+int code_arch();
 
 // What lanes of one warp do together. The last lane of `mask` to come runs combine() for all of them.
 struct Collective {
@@ -197,6 +196,10 @@ void copy_async(uint8_t* destination, const void* source, int bytes, int source_
 void copies_commit(const Site& at);
 void copies_wait(std::size_t pending_groups, const Site& at);
 void copies_wait_all(const Site& at);
+
+// By this block: the kernel launched next, if it depends on this one, may start. And of that one: waits for this one.
+void let_dependents_start();
+void wait_for_kernel_before(const char* instruction, const Site& at);
 
 }  // namespace emu
 

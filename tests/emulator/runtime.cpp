@@ -110,12 +110,31 @@ void require_shared_bytes(const void* kernel, std::size_t static_bytes, std::siz
   }
 }
 
+bool is_dependent(const cudaLaunchConfig_t& config) {
+  bool found = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id != cudaLaunchAttributeProgrammaticStreamSerialization) {
+      fault(Site(), "cudaLaunchKernelEx: no attribute %d here", static_cast<int>(attribute.id));
+    }
+    found = found || attribute.val.programmaticStreamSerializationAllowed != 0;
+  }
+  if (found && options().arch < 90) fault(Site(), "a dependent launch needs sm_90, this is sm_%d", options().arch);
+  return found;
+}
+
+void finish(const cudaLaunchConfig_t& config, const void* kernel, const Stats& stats) {
+  const dim3 grid = config.gridDim;
+  if (stats.blocks_told == uint64_t{grid.x} * grid.y * grid.z) record("told " + hex(kernel));
+}
+
 cudaError_t admit(const cudaLaunchConfig_t& config, const void* kernel) {
   const int gpu = current_gpu();
   const dim3 grid = config.gridDim, block = config.blockDim;
   record("launch " + hex(kernel) + " gpu " + std::to_string(gpu) + " stream " + hex(config.stream) + " grid " +
          std::to_string(uint64_t{grid.x} * grid.y * grid.z) + " threads " +
-         std::to_string(block.x * block.y * block.z) + " shared " + std::to_string(config.dynamicSmemBytes));
+         std::to_string(block.x * block.y * block.z) + " shared " + std::to_string(config.dynamicSmemBytes) +
+         (is_dependent(config) ? " dependent" : ""));
   if (config.stream != stream_of(gpu)) {
     fault(Site(), "a launch on stream %p: the caller's on this GPU is %p", static_cast<void*>(config.stream),
           static_cast<void*>(stream_of(gpu)));
@@ -163,6 +182,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
   known.asked_for = true;
   *attributes = {};
   attributes->sharedSizeBytes = known.static_bytes;
+  attributes->ptxVersion = emu::code_arch();
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(emu::limit_of(known, gpu));
   return cudaSuccess;
 }

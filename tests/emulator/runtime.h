@@ -22,20 +22,24 @@ void set_current_gpu(int gpu);
 cudaStream_t stream_of(int gpu);
 
 // What the runtime has been asked by this OS thread, in order, while options().records: "gpu 1", "limit KERNEL 101376",
-// "launch KERNEL gpu 1 stream 0x... grid 3 threads 256 shared 99328". Others may add what belongs between them.
+// "launch KERNEL gpu 1 stream 0x... grid 3 threads 256 shared 99328", with "dependent" behind it where the launch is,
+// "told KERNEL" where all blocks of that launch have let dependents start. Others may add what belongs between them.
 void record(const std::string& call);
 std::vector<std::string> take_calls();
 
 // Asks everything of a launch that the runtime does; a misuse is a Fault.
 cudaError_t admit(const cudaLaunchConfig_t& config, const void* kernel);
+bool is_dependent(const cudaLaunchConfig_t& config);
+void finish(const cudaLaunchConfig_t& config, const void* kernel, const Stats& stats);
 
 template <class... Params>
 cudaError_t launch_kernel_ex(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                              const std::type_identity_t<Params>&... args) {
-  if (const cudaError_t error = admit(*config, reinterpret_cast<const void*>(kernel)); error != cudaSuccess) {
-    return error;
-  }
-  launch_kernel(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes, args...);
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  if (const cudaError_t error = admit(*config, address); error != cudaSuccess) return error;
+  const Stats stats = launch(address, config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                             is_dependent(*config), [&]() __attribute__((no_sanitize_thread)) { kernel(args...); });
+  finish(*config, address, stats);
   return cudaSuccess;
 }
 

@@ -47,6 +47,7 @@ struct Thread {
   Tally tally{};  // of the barrier that this thread has left last
   std::vector<AsyncCopy> copies;
   std::vector<std::size_t> group_ends;  // in `copies`, of the committed groups
+  bool has_waited = false;              // for the kernel before
 
   uint32_t bit() const { return 1u << indices.lane; }
 };
@@ -106,6 +107,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   int live_warps = 0;
+  bool lets_dependents_start = false;
   std::array<Barrier, kBarriers> barriers;
   std::vector<SharedArray> arrays;  // the first one is the dynamic one
   uint32_t next_address = 0;
@@ -118,6 +120,7 @@ struct Scheduler {
   const void* kernel_address = nullptr;
   std::string kernel;
   std::size_t dynamic_bytes = 0;
+  bool is_dependent = false;
   const std::function<void()>* body = nullptr;
   uint64_t random_state = 0;
   Fiber main;
@@ -150,5 +153,7 @@ void land_stores(Warp& warp);
 void lane_exited(Warp& warp);    // completes meetings that waited for it
 void warp_exited(Block& block);  // completes barriers that waited for it
 void require_no_copies(const Thread& thread);
+// Of a dependent launch: this would not be ordered behind the kernel before.
+void require_waited(const Thread& thread, const char* what, const Site& at);
 
 }  // namespace emu

@@ -287,7 +287,7 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
 
 # What a reader looks for first: bfloat16, groups of whole blocks, no zero points, rows of 4096 and heads of 128.
 SHOWN = (
-    *(f"decode_kernel<bf16, {tiles}, {strips}, false, false>" for tiles in (1, 2) for strips in (4, 2)),
+    *(f"decode_kernel<bf16, {tiles}, {strips}, false, false>" for tiles in (1, 2, 3) for strips in (4, 2)),
     *(f"tiled_kernel<bf16, {tokens}, false, false>" for tokens in (32, 64, 128)),
     *(f"int4_int8_gemm_kernel<{tokens}, false>" for tokens in (16, 32, 64, 128)),
     *(f"int8_gemm_kernel<{tokens}, false>" for tokens in (8, 16, 32, 64, 128)),

@@ -13,7 +13,7 @@ from tests.support.cuda.cuda_tools import EMULATOR, ROOT, checked
 GOLDEN = (ROOT / "tests/data/ptx_instances.txt").read_text()
 HEADER = (ROOT / "csrc/cuda/ptx.cuh").read_text()
 # What sm_80 lacks.
-NEWER = ("stmatrix.", "setmaxnreg.")
+NEWER = ("stmatrix.", "setmaxnreg.", "griddepcontrol.")
 
 
 def ptx(folder: Path, header: str, arch: str) -> str:

@@ -1,6 +1,7 @@
 #include <numeric>
 
 #include "emulator/cases/harness.h"
+#include "emulator/cases/kernels/dependent.cuh"
 #include "emulator/cases/kernels/handoff.cuh"
 #include "emulator/cases/kernels/row_sums.cuh"
 #include "emulator/cases/kernels/scan.cuh"
@@ -86,7 +87,31 @@ void run_handoff() {
   require_equal(y, want);
 }
 
+template <dependent::Bug kBug, int kArch = 90, int kCodeArch = 0>
+void run_dependent() {
+  constexpr int kParts = 5, kColumns = 3, kRows = 40;
+  emu::options().arch = kArch;
+  emu::options().code_arch = kCodeArch;
+  Random random(7);
+  const auto x = generate(kParts * kColumns * kRows, [&] { return random.integer(); });
+  auto parts = poisoned<float>(kParts * kRows), y = poisoned<float>(kRows);
+  launch_first(dependent::sum_parts<kBug>, kParts, dependent::kThreads, 0, x.data(), parts.data(), kColumns, kRows);
+  launch_dependent(dependent::add_parts<kBug>, 1, dependent::kThreads, 0, parts.data(), y.data(), kParts, kRows);
+  Vector<float> want(kRows, 0.0f);
+  for (int i = 0; i < kParts * kColumns * kRows; ++i) want[i % kRows] += x[i];
+  require_equal(y, want);
+}
+
 constexpr Case kCases[] = {
+    {Kind::kSound, "dependent", run_dependent<dependent::Bug::kNone>},
+    {Kind::kSound, "dependent_nobody_told", run_dependent<dependent::Bug::kNobodyTold>},
+    {Kind::kSound, "dependent_on_sm_80", run_dependent<dependent::Bug::kNone, 80>},
+    {Kind::kSound, "dependent_of_older_code", run_dependent<dependent::Bug::kNone, 100, 80>},
+    {Kind::kPlanted, "dependent_no_wait", run_dependent<dependent::Bug::kNoWait>},
+    {Kind::kPlanted, "dependent_idle_threads_leave", run_dependent<dependent::Bug::kIdleThreadsLeave>},
+    {Kind::kPlanted, "dependent_reads_before", run_dependent<dependent::Bug::kReadsBefore>},
+    {Kind::kPlanted, "dependent_loads_before", run_dependent<dependent::Bug::kLoadsBefore>},
+    {Kind::kPlanted, "dependent_writes_before", run_dependent<dependent::Bug::kWritesBefore>},
     {Kind::kSound, "row_sums", run_row_sums<row_sums::Bug::kNone>},
     {Kind::kSound, "row_sums_odd_stride", run_row_sums<row_sums::Bug::kNone, 73>},
     {Kind::kPlanted, "row_sums_missing_barrier", run_row_sums<row_sums::Bug::kMissingBarrier>},

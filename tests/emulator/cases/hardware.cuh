@@ -20,7 +20,7 @@ namespace emu {
 
 struct Options {
   uint64_t seed = 0;
-  int arch = 0;  // the GPU has its own
+  int arch = 0, code_arch = 0;  // the GPU has its own
 };
 
 inline Options& options() {
@@ -81,16 +81,44 @@ T there(const T& argument) {
   }
 }
 
+inline void copy_there() {
+  Arena& memory = arena();
+  check(cudaMemcpy(memory.gpu, memory.host, memory.used, cudaMemcpyHostToDevice), "copy to the GPU");
+}
+
+// When all that was launched has ended.
+inline void copy_back() {
+  Arena& memory = arena();
+  check(cudaStreamSynchronize(cudaStreamPerThread), "kernel");
+  check(cudaMemcpy(memory.host, memory.gpu, memory.used, cudaMemcpyDeviceToHost), "copy from the GPU");
+}
+
+inline void require_launched(qops::Status status) {
+  if (status != qops::Status::kOk) check(cudaGetLastError(), "launch");
+}
+
+// Of two kernels, the second of which depends on the first.
+template <class... Params>
+void launch_first(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                  const std::type_identity_t<Params>&... args) {
+  const cudaStream_t stream = cudaStreamPerThread;
+  copy_there();
+  require_launched(qops::cuda::launch(kernel, grid, block, shared_bytes, stream, there(args)...));
+}
+
+template <class... Params>
+void launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                      const std::type_identity_t<Params>&... args) {
+  const qops::cuda::Dependent where{cudaStreamPerThread};
+  require_launched(qops::cuda::launch(kernel, grid, block, shared_bytes, where, there(args)...));
+  copy_back();
+}
+
 template <class... Params>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
             const std::type_identity_t<Params>&... args) {
-  Arena& memory = arena();
-  const cudaStream_t stream = cudaStreamPerThread;
-  check(cudaMemcpy(memory.gpu, memory.host, memory.used, cudaMemcpyHostToDevice), "copy to the GPU");
-  const qops::Status status = qops::cuda::launch(kernel, grid, block, shared_bytes, stream, there(args)...);
-  if (status != qops::Status::kOk) check(cudaGetLastError(), "launch");
-  check(cudaStreamSynchronize(stream), "kernel");
-  check(cudaMemcpy(memory.host, memory.gpu, memory.used, cudaMemcpyDeviceToHost), "copy from the GPU");
+  launch_first(kernel, grid, block, shared_bytes, args...);
+  copy_back();
 }
 
 }  // namespace hardware

@@ -22,6 +22,8 @@ namespace cases {
 template <class T>
 using Vector = std::vector<T, hardware::Allocator<T>>;
 using hardware::launch;
+using hardware::launch_dependent;
+using hardware::launch_first;
 #else
 template <class T>
 using Vector = std::vector<T>;
@@ -30,6 +32,19 @@ template <class... Params>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
             const std::type_identity_t<Params>&... args) {
   static_cast<void>(qops::cuda::launch(kernel, grid, block, shared_bytes, cudaStream_t{}, args...));
+}
+
+// Nothing comes between it and a launch_dependent().
+template <class... Params>
+void launch_first(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                  const std::type_identity_t<Params>&... args) {
+  launch(kernel, grid, block, shared_bytes, args...);
+}
+
+template <class... Params>
+void launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                      const std::type_identity_t<Params>&... args) {
+  static_cast<void>(qops::cuda::launch(kernel, grid, block, shared_bytes, qops::cuda::Dependent{}, args...));
 }
 #endif
 

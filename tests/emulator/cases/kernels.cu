@@ -1,5 +1,6 @@
 // The sound kernels, for nvcc: what runs in the emulator is CUDA.
 #include "cuda/launch.h"
+#include "emulator/cases/kernels/dependent.cuh"
 #include "emulator/cases/kernels/dequantize.cuh"
 #include "emulator/cases/kernels/flip.cuh"
 #include "emulator/cases/kernels/gemm.cuh"
@@ -14,6 +15,8 @@
 #include "emulator/cases/kernels/split_sum.cuh"
 #include "emulator/cases/kernels/transpose.cuh"
 
+template __global__ void dependent::sum_parts<dependent::Bug::kNone>(const float*, float*, int, int);
+template __global__ void dependent::add_parts<dependent::Bug::kNone>(const float*, float*, int, int);
 template __global__ void dequantize::dequantize<dequantize::Bug::kNone>(const uint32_t*, uint32_t*, int);
 template __global__ void gemm::gemm<__half, gemm::Bug::kNone>(const __half*, const __half*, float*, int, int, int);
 template __global__ void gemm::gemm<__nv_bfloat16, gemm::Bug::kNone>(const __nv_bfloat16*, const __nv_bfloat16*, float*,

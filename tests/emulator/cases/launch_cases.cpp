@@ -3,7 +3,9 @@
 #include <array>
 #include <barrier>
 #include <exception>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "cuda/launch.h"
 #include "emulator/cases/cases.h"
@@ -187,7 +189,47 @@ void run_capture_synchronise_device() {
   static_cast<void>(cudaDeviceSynchronize());
 }
 
+void start_with(cudaLaunchAttributeID attribute) {
+  cudaLaunchAttribute attributes[1]{};
+  attributes[0].id = attribute;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{1, 32, 0, emu::stream_of(emu::current_gpu()), attributes, 1};
+  require(cudaLaunchKernelEx(&config, &nothing<8>) == cudaSuccess, "refused");
+}
+
+void run_dependence_on_sm_89() {
+  emu::options().arch = 89;
+  start_with(cudaLaunchAttributeProgrammaticStreamSerialization);
+}
+
+void run_another_attribute() { start_with(cudaLaunchAttributeCooperative); }
+
+// A launch depends on the one before where the code that runs can wait for it, asked of each GPU.
+void run_dependent_where_code_waits() {
+  emu::options().records = true;
+  emu::options().runs = false;
+  struct Gpu {
+    int arch, code_arch;
+    bool dependent;
+  };
+  for (const Gpu& gpu : {Gpu{90, 0, true}, {89, 0, false}, {100, 80, false}, {120, 0, true}, {90, 0, true}}) {
+    emu::options().arch = gpu.arch;
+    emu::options().code_arch = gpu.code_arch;
+    const qops::cuda::Dependent where{emu::stream_of(emu::current_gpu())};
+    require(qops::cuda::launch(&nothing<9>, 1, 32, 0, where) == qops::Status::kOk, "refused");
+    const std::vector<std::string> calls = emu::take_calls();
+    require(calls.size() == 1 && calls[0].ends_with(" dependent") == gpu.dependent, "another kind of launch");
+  }
+  emu::options().multiprocessors = 11;  // a GPU that nobody has asked
+  emu::options().refused = "cudaFuncGetAttributes";
+  const qops::cuda::Dependent last{emu::stream_of(emu::current_gpu())};
+  require(qops::cuda::launch(&nothing<9>, 1, 32, 0, last) == qops::Status::kLaunchFailed, "launched");
+}
+
 const Case kCases[] = {
+    {Kind::kPlanted, "attribute_of_dependence_on_sm_89", run_dependence_on_sm_89},
+    {Kind::kPlanted, "attribute_of_no_such_launch", run_another_attribute},
+    {Kind::kSound, "dependent_where_code_waits", run_dependent_where_code_waits},
     {Kind::kSound, "current_gpu", run_current_gpu},
     {Kind::kSound, "blocks_of_a_grid", run_blocks_of_a_grid},
     {Kind::kSound, "limit_beside_static_memory", run_limit_beside_static_memory},

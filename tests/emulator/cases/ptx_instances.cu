@@ -86,6 +86,11 @@ __global__ void between_blocks(uint32_t* x) {
   ptx::st_release(x + 1, ptx::atom_acq_rel_add(x + 2, 1));
 }
 
+__global__ void between_kernels() {
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
+}
+
 __global__ void __launch_bounds__(256, 1) inside_a_block(int threads) {
   ptx::bar_sync(1, 64);
   ptx::bar_sync(2, threads);

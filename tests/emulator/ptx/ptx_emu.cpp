@@ -388,6 +388,13 @@ void nanosleep(uint32_t nanoseconds, Site at) {
 
 // --- inside a block --------------------------------------------------------------------------------------------------
 
+void griddepcontrol_launch_dependents(Site) {
+  if (code_arch() >= 90) let_dependents_start();
+}
+void griddepcontrol_wait(Site at) {
+  if (code_arch() >= 90) wait_for_kernel_before("griddepcontrol.wait", at);
+}
+
 void bar_sync(int barrier, int threads, Site at) {
   if (threads == 0) fault(at, "bar.sync: needs a number of threads; __syncthreads() waits for all");
   barrier_sync("bar.sync", barrier, threads, at);

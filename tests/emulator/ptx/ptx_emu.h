@@ -90,6 +90,9 @@ void red_release_add(uint32_t* destination, uint32_t s, Site at = Site::current(
 uint32_t atom_acq_rel_add(uint32_t* destination, uint32_t s, Site at = Site::current());
 void nanosleep(uint32_t nanoseconds, Site at = Site::current());
 
+void griddepcontrol_launch_dependents(Site at = Site::current());
+void griddepcontrol_wait(Site at = Site::current());
+
 void bar_sync(int barrier, int threads, Site at = Site::current());
 void bar_arrive(int barrier, int threads, Site at = Site::current());
 template <int kRegisters>

@@ -352,6 +352,10 @@ void access_at(const Thread& thread, const void* address, std::size_t bytes, Acc
   count(thread, address, bytes, name, place);
   const bool shared = array_of(*thread.warp->block, address) != nullptr;
   const ThreadTrace& trace = trace_of(thread);
+  if (!shared && t_scheduler->is_dependent && !thread.has_waited) {
+    report(is_write(kind) ? "write before griddepcontrol.wait" : "read before griddepcontrol.wait", trace, place,
+           trace.id, place, false);
+  }
   for_cells(address, bytes, [&](Cell& cell) { check(cell, trace, kind, place, shared); });
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ class Launch:
     grid: int
     threads: int
     shared: int
+    is_dependent: bool  # on the launch before
+    has_told: bool  # the next one that it may start
 
 
 def launches(record: list[str]) -> list[Launch]:
@@ -26,8 +29,12 @@ def launches(record: list[str]) -> list[Launch]:
     for line in record:
         verb, *words = line.split()
         if verb == "launch":
-            kernel, gpu, stream, *others = words[0], words[2], words[4], words[6], words[8], words[10]
-            found.append(Launch(kernel, int(gpu), int(stream, 16), *map(int, others)))
+            gpu, stream, is_dependent = int(words[2]), int(words[4], 16), words[11:] == ["dependent"]
+            grid, threads, shared = map(int, words[6:11:2])
+            found.append(Launch(words[0], gpu, stream, grid, threads, shared, is_dependent, has_told=False))
+        elif verb == "told":
+            assert found[-1].kernel == words[0]
+            found[-1] = dataclasses.replace(found[-1], has_told=True)
     return found
 
 
