@@ -1,4 +1,4 @@
-// int4_gemm for up to 24 rows of x: bound by reading the weights.
+// int4_gemm for up to 24 rows of x, or 16 where groups are fine: bound by reading the weights.
 //
 // One block per multiprocessor takes a range of strips. Its 8 warps are the 8 slices of K: each reads the codes of its
 // slice of 4 strips at a time, or of 2, a pass, multiplies them with the fragments of x that they share, and keeps all

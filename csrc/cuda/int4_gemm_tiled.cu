@@ -1,4 +1,5 @@
-// int4_gemm for more than 24 rows of x: tiles of up to 32, 64 or 128 tokens x 128 rows of w.
+// int4_gemm for more than 24 rows of x, or 16 where groups are fine: tiles of up to 32, 64 or 128 tokens x 128 rows of
+// w.
 //
 // 8 warps, each with one strip and all tokens: a code becomes a fragment once in a block, for 4 or 8 tiles of 8 tokens.
 // With 128 tokens, whose sums one warp does not hold, there are 4 warps along the rows (2 strips each) x 2 along the

@@ -64,6 +64,17 @@ def test_bits_follow_the_contract(shape, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_more_rows_than_are_packed_at_a_time(kind, threads):
+    """256 are where there are tiles, whose blocks of rows and strips threads share in ranges."""
+    for seed, (n, k, group_size) in enumerate(((136, 1536, 128), (200, 1056, 32), (72, 1032, -1))):
+        threads(1 + 2 * (seed % 2))
+        _, w = random_int4(n, k, group_size, kind, act_order=seed == 1, seed=seed)
+        q, scale = activations(300, k, seed)
+        got = qops.int4_int8_gemm(q, scale, w, out_dtype=torch.bfloat16)
+        assert_bitwise(got, by_contract(q, scale, w), f"{n} x {k}, groups of {group_size}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_accuracy_against_float64(kind):
     """A group costs two roundings of the total at most, after one of its sum and two of the offset."""
     for seed, (n, k, group_size) in enumerate(SHAPES):
