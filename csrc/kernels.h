@@ -275,7 +275,7 @@ struct WeightOnlyGemmParams : EpilogueParams {  // of int4_gemm alone
   int64_t* bad_index;    // set to the value of perm when the result is kIndexOutOfRange
   bool batch_invariant;  // on a GPU: whether a row's bits must not depend on M
   DenseProduct product;  // on a GPU
-  void* scratch;         // of int4_gemm_scratch_bytes() or int4_int8_gemm_scratch_bytes() bytes on a GPU
+  void* scratch;         // of <op>_scratch_bytes() bytes on a GPU
 };
 
 // int4_gemm of rows of int8: x is int8 with a scale a row, `dtype` that of residual and y; or x is of `dtype` as well,
@@ -497,7 +497,7 @@ struct SiluMulInt8Params {
   ANYWHERE(int8_gemm, Int8GemmParams)                      \
   ANYWHERE(int8_pack, WeightPackParams)                    \
   ANYWHERE(int8_unpack, WeightPackParams)                  \
-  ON_CPU(int8_weight_only_gemm, WeightOnlyGemmParams)      \
+  ANYWHERE(int8_weight_only_gemm, WeightOnlyGemmParams)    \
   ON_CPU(mlp_block, MlpBlockParams)                        \
   ANYWHERE(qk_norm_rotary, QkNormRotaryParams)             \
   ANYWHERE(quantize_int8, QuantizeInt8Params)              \
@@ -543,6 +543,7 @@ QOPS_FOR_EACH_CUDA_KERNEL(QOPS_DECLARE)
 int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& params);
 int64_t int4_int8_gemm_scratch_bytes(const Int4Int8GemmParams& params);
 int64_t int8_gemm_scratch_bytes(const Int8GemmParams& params);
+int64_t int8_weight_only_gemm_scratch_bytes(const WeightOnlyGemmParams& params);
 
 }  // namespace cuda
 }  // namespace qops

@@ -3,6 +3,7 @@
 // torch that says that tensors in the CPU's memory are on a GPU.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -125,11 +126,17 @@ Status run(const Checker& check, Kernel<Params> kernel, const std::type_identity
   return kernel(params, {static_cast<cudaStream_t>(stream), nullptr});
 }
 
-// What a kernel needs of the memory of the device of `on` while it runs.
+// What a kernel needs of the memory of the device of `on` while it runs, in params.scratch: for this call, from the
+// allocator of torch, which keeps it from others until this stream is done with it.
 template <class Params>
-int64_t scratch_bytes(int64_t (*needed)(const Params&), const std::type_identity_t<Params>& params, const Tensor& on) {
+[[nodiscard]] std::optional<Tensor> take_scratch(const Checker& check, int64_t (*needed)(const Params&),
+                                                 std::type_identity_t<Params>& params, const Tensor& on) {
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-  return needed(params);
+  const int64_t bytes = needed(params);
+  if (bytes == 0) return std::nullopt;
+  std::optional<Tensor> scratch = check.new_tensor(on, {bytes}, ScalarType::Byte);
+  params.scratch = scratch->mutable_data_ptr();
+  return scratch;
 }
 
 inline std::string last_error() { return cudaGetErrorString(cudaGetLastError()); }

@@ -12,9 +12,7 @@ WeightOnlyGemmParams checked(const Tensor& x, const Tensor& packed, const Tensor
                              int64_t kind) {
   WeightOnlyGemmParams p =
       weight_only_gemm_params(check, x, packed, ScalarType::Byte, 8, scales, bias, out_features, group_size);
-  if (kGpuLayout && p.dtype == DType::kFloat32) {
-    check.unsupported("x must have dtype float16 or bfloat16 on a GPU, got float32");
-  }
+  check_dtype_of_x(check, p);
   take_zeros(check, kind, zeros, scales, p);
   take_perm(check, perm, x, p);
   return p;
@@ -26,13 +24,7 @@ void run(WeightOnlyGemmParams& p, const Tensor& y, bool batch_invariant) {
 #if defined(QOPS_CUDA)
   torch::stable::Device device = y.device();
   p.product = {&device::dense_product, &device};
-  // From the allocator of torch, for this call: it keeps the memory from others until this stream is done with it.
-  const int64_t bytes = device::scratch_bytes(&cuda::int4_gemm_scratch_bytes, p, y);
-  std::optional<Tensor> scratch;
-  if (bytes > 0) {
-    scratch = check.new_tensor(y, {bytes}, ScalarType::Byte);
-    p.scratch = scratch->mutable_data_ptr();
-  }
+  const std::optional<Tensor> scratch = device::take_scratch(check, &cuda::int4_gemm_scratch_bytes, p, y);
 #endif
   run_product(check, &device::kernels::int4_gemm, p, y);
 }

@@ -83,13 +83,7 @@ void check_out(const Tensor& out, const Tensor& q, const Tensor& scale, const Te
 void run(Int4Int8GemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
 #if defined(QOPS_CUDA)
-  // From the allocator of torch, for this call, as int4_gemm's.
-  const int64_t bytes = device::scratch_bytes(&cuda::int4_int8_gemm_scratch_bytes, p, y);
-  std::optional<Tensor> scratch;
-  if (bytes > 0) {
-    scratch = check.new_tensor(y, {bytes}, ScalarType::Byte);
-    p.scratch = scratch->mutable_data_ptr();
-  }
+  const std::optional<Tensor> scratch = device::take_scratch(check, &cuda::int4_int8_gemm_scratch_bytes, p, y);
 #endif
   run_product(check, &device::kernels::int4_int8_gemm, p, y);
 }

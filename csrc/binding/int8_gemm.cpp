@@ -125,13 +125,7 @@ void check_int8_output(const Tensor& out, const Tensor& q, const Tensor& scale, 
 void run(Int8GemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
 #if defined(QOPS_CUDA)
-  // From the allocator of torch, for this call: it keeps the memory from others until this stream is done with it.
-  const int64_t bytes = device::scratch_bytes(&cuda::int8_gemm_scratch_bytes, p, y);
-  std::optional<Tensor> scratch;
-  if (bytes > 0) {
-    scratch = check.new_tensor(y, {bytes}, ScalarType::Byte);
-    p.scratch = scratch->mutable_data_ptr();
-  }
+  const std::optional<Tensor> scratch = device::take_scratch(check, &cuda::int8_gemm_scratch_bytes, p, y);
 #endif
   check.ok(device::run(check, &device::kernels::int8_gemm, p, y));
 }

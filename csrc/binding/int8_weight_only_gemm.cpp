@@ -1,8 +1,5 @@
-// Of the CPU alone: there is no CUDA kernel yet.
 #include "binding/device.h"
 #include "binding/weight_only_gemm.h"
-
-#if !defined(QOPS_CUDA)
 
 namespace qops::binding {
 namespace {
@@ -14,6 +11,7 @@ WeightOnlyGemmParams checked(const Tensor& x, const Tensor& packed, const Tensor
                              const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
   WeightOnlyGemmParams p =
       weight_only_gemm_params(check, x, packed, ScalarType::Char, 16, scales, bias, out_features, group_size);
+  check_dtype_of_x(check, p);
   take_zeros(check, static_cast<int64_t>(zeros ? WeightKind::kOffset : WeightKind::kSymmetric), zeros, scales, p);
   take_perm(check, perm, x, p);
   return p;
@@ -21,6 +19,9 @@ WeightOnlyGemmParams checked(const Tensor& x, const Tensor& packed, const Tensor
 
 void run(WeightOnlyGemmParams& p, const Tensor& y) {
   p.y = y.mutable_data_ptr();
+#if defined(QOPS_CUDA)
+  const std::optional<Tensor> scratch = device::take_scratch(check, &cuda::int8_weight_only_gemm_scratch_bytes, p, y);
+#endif
   run_product(check, &device::kernels::int8_weight_only_gemm, p, y);
 }
 
@@ -52,5 +53,3 @@ QOPS_REGISTER(m) {
 QOPS_EXPLAIN(int8_weight_only_gemm, WeightOnlyGemmParams, int8_weight_only_gemm)
 
 }  // namespace qops::binding
-
-#endif

@@ -50,6 +50,13 @@ inline WeightOnlyGemmParams weight_only_gemm_params(const Checker& check, const 
   return p;
 }
 
+// Of x that is multiplied as it is.
+inline void check_dtype_of_x(const Checker& check, const WeightOnlyGemmParams& p) {
+  if (kGpuLayout && p.dtype == DType::kFloat32) {
+    check.unsupported("x must have dtype float16 or bfloat16 on a GPU, got float32");
+  }
+}
+
 // The order in which columns are stored.
 inline void take_perm(const Checker& check, const std::optional<Tensor>& perm, const Tensor& x,
                       WeightOnlyGemmParams& p) {

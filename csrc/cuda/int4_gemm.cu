@@ -1,9 +1,10 @@
-// int4_gemm: the plan, what comes before the product (x in packed order) and after it (slices of several blocks), and
-// the product of so many rows that weights are made into numbers first, for cuBLAS.
+// int4_gemm, and of int8_weight_only_gemm what is not the kernels for its codes: the plan, what comes before the
+// product (x in packed order) and after it (slices of several blocks); and the product of so many rows that weights of
+// 4 bits are made into numbers first, for cuBLAS.
 //
 // x is copied to scratch first where the weight has a permutation, where rows of x do not begin at multiples of 16
 // bytes, or where they have several strides and are many: 4 M K bytes of traffic in L2 and one more launch.
-#include "cuda/int4_gemm.cuh"
+#include "cuda/weight_only_gemm.cuh"
 
 namespace qops::cuda {
 namespace {
@@ -81,7 +82,7 @@ Status with_16_bits(DType dtype, const F& run) {
 }
 
 template <class T, int kCount, class Where>
-Status launch_finish(const Int4Job& job, const Sums& sums, const Where& where) {
+Status launch_finish(const WeightOnlyJob& job, const Sums& sums, const Where& where) {
   return launch_blocks(&finish_kernel<T, kCount>, ceil_div(sums.rows * (sums.columns / kVector), kMaxThreads),
                        kMaxThreads, 0, where, job.p, job.plan, job.aligned, sums);
 }
@@ -100,13 +101,13 @@ int64_t copy_bytes(const WeightOnlyGemmParams& p, const GemmPlan& plan) {
 }
 
 // No blocks where CUDA does not tell what the GPU is.
-GemmPlan plan_of(const WeightOnlyGemmParams& p) {
+GemmPlan plan_of(const WeightOnlyGemmParams& p, int bits) {
   thread_local PlanCache plans;
   const Gpu gpu = current_gpu();
   if (gpu.multiprocessors == 0) return {};
   // float16 cannot hold every weight, and a sum that it made infinite would be wrong.
   const bool may_round = p.dtype == DType::kBFloat16 && !p.batch_invariant;
-  return plans({p.x_rows.count, p.n, p.k, p.group_size, p.kind, may_round, gpu});
+  return plans({bits, p.x_rows.count, p.n, p.k, p.group_size, p.kind, may_round, gpu});
 }
 
 bool is_empty(const WeightOnlyGemmParams& p) { return p.x_rows.count == 0 || p.n == 0; }
@@ -115,7 +116,7 @@ bool is_empty(const WeightOnlyGemmParams& p) { return p.x_rows.count == 0 || p.n
 constexpr int64_t kMaxColumns = int64_t{1} << 34;
 
 // Some strips at a time: weights as numbers; and some rows at a time, their product with x, and y of its sums.
-Status multiply_dense(const Int4Job& job, const Queue& queue) {
+Status multiply_dense(const WeightOnlyJob& job, const Queue& queue) {
   const WeightOnlyGemmParams& p = job.p;
   const int64_t strips = int4::strips(p.n), groups = p.k / p.group_size, m = p.x_rows.count;
   const auto at = [](const void* array, int64_t bytes) {
@@ -164,24 +165,24 @@ void tell_plan(const WeightOnlyGemmParams& p, const GemmPlan& plan, PlanListener
     listener.tell("shared_bytes", plan.shared_bytes);
   }
   listener.tell("copies_x", copies_x(p, plan) ? "yes" : "no");
-  listener.tell("scratch_bytes", int4_gemm_scratch_bytes(p));
+  listener.tell("scratch_bytes", copy_bytes(p, plan) + plan.scratch_bytes(p.x_rows.count, p.n, p.k));
 }
 
 }  // namespace
 
-int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& p) {
+int64_t weight_only_gemm_scratch_bytes(const WeightOnlyGemmParams& p, int bits) {
   if (is_empty(p)) return 0;
-  const GemmPlan plan = plan_of(p);
+  const GemmPlan plan = plan_of(p, bits);
   return copy_bytes(p, plan) + plan.scratch_bytes(p.x_rows.count, p.n, p.k);
 }
 
-Status int4_gemm(const WeightOnlyGemmParams& p, const Queue& queue) {
+Status weight_only_gemm(const WeightOnlyGemmParams& p, const WeightOnlyKernels& kernels, const Queue& queue) {
   if (is_empty(p)) return Status::kOk;
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return Status::kUnsupported;
   if (p.k >= kMaxColumns || !multiple_of_16(p.packed) || !multiple_of_16(p.scales) || !multiple_of_16(p.zeros)) {
     return Status::kUnsupported;
   }
-  Int4Job job{p, plan_of(p), {}, nullptr};
+  WeightOnlyJob job{p, plan_of(p, kernels.bits), {}, nullptr};
   if (job.plan.blocks == 0) return Status::kLaunchFailed;
   if (job.plan.items() > 0x7fffffff) return Status::kUnsupported;
   if (queue.listener != nullptr) [[unlikely]] {
@@ -204,7 +205,7 @@ Status int4_gemm(const WeightOnlyGemmParams& p, const Queue& queue) {
   const GemmPlan& plan = job.plan;
   if (plan.kind == GemmPlan::Kind::kDense) return multiply_dense(job, queue);
   const bool is_decode = plan.kind == GemmPlan::Kind::kDecode;
-  const Status status = is_decode ? int4_gemm_decode(job, queue) : int4_gemm_tiled(job, queue);
+  const Status status = is_decode ? kernels.decode(job, queue) : kernels.tiled(job, queue);
   if (status != Status::kOk || !plan.has_second_kernel()) return status;
   const int64_t rows = is_decode ? p.x_rows.count : (plan.tiles() - plan.whole) * plan.live;
   const int64_t columns = is_decode ? int4::strips(p.n) * kStripRows : kTileRows;
@@ -212,6 +213,12 @@ Status int4_gemm(const WeightOnlyGemmParams& p, const Queue& queue) {
     return launch_finish<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode},
                                                      Dependent{queue.stream});
   });
+}
+
+int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& p) { return weight_only_gemm_scratch_bytes(p, 4); }
+
+Status int4_gemm(const WeightOnlyGemmParams& p, const Queue& queue) {
+  return weight_only_gemm(p, {4, &int4_gemm_decode, &int4_gemm_tiled}, queue);
 }
 
 }  // namespace qops::cuda

@@ -5,8 +5,8 @@
 // The times are those of gpu.h's model.
 #pragma once
 
-#include "cuda/int4_config.h"
 #include "cuda/int8_config.h"
+#include "cuda/weight_only_config.h"
 
 namespace qops::cuda::int4_int8 {
 
@@ -62,7 +62,7 @@ QOPS_ALWAYS_INLINE constexpr int sums_of_step(int tokens) { return tokens + 8; }
 QOPS_ALWAYS_INLINE constexpr int steps_of_stage(bool fine) { return fine ? int4::kSteps : 1; }
 // A whole number of times all banks, so that what is permuted within 128 bytes is so in every stage.
 QOPS_ALWAYS_INLINE constexpr int stage_bytes(int tokens, bool fine) {
-  const int bytes = kTileStrips * strip_stage_bytes(fine) + tokens * int8::kTokenBytes +
+  const int bytes = kTileStrips * strip_stage_bytes(4, fine) + tokens * int8::kTokenBytes +
                     4 * steps_of_stage(fine) * sums_of_step(tokens);
   return (bytes + 127) / 128 * 128;
 }
@@ -82,6 +82,7 @@ constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, const Slice
   cuda::plan::TileCosts c{};
   c.tokens = tokens_of_kernel(live);
   c.resident = blocks_of_multiprocessor(c.tokens, gpu.arch);
+  c.code_bytes = kTileStrips * int4::kBlockBytes;
   c.token_bytes = int8::kTokenBytes;
   c.stage_bytes = stage_bytes(c.tokens, fine);
   // A kernel of up to 64 tokens multiplies all that it has room for.
@@ -100,7 +101,7 @@ constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, const Slice
 
 // Total: some plan for every shape, with at least 2 stages, on every GPU with 99 KiB of shared memory.
 constexpr GemmPlan plan_int4_int8_gemm(const GemmShape& shape) {
-  const auto [m, n, k, group_size, kind, may_round, gpu] = shape;
+  const auto [bits, m, n, k, group_size, kind, may_round, gpu] = shape;
   const bool fine = is_fine(k, group_size);
   const Slices slices(k, group_size, kind);
   GemmPlan best{};

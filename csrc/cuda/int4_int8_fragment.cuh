@@ -13,8 +13,8 @@
 // converted.
 #pragma once
 
-#include "cuda/int4_fragment.cuh"
 #include "cuda/int4_int8_config.h"
+#include "cuda/weight_only_fragment.cuh"
 
 namespace qops::cuda::int4_int8 {
 
@@ -65,27 +65,20 @@ struct SumFormat {
 
 // Scales of a lane's two rows of a strip, for one group, and what else a kind has: zero points, 0x80 - z in each byte,
 // or the bits of offsets.
-struct RowNumbers {
-  float scale[2];
+struct RowNumbers : PairedScales {
+  static constexpr bool kHasZeroPoints = true;
   uint32_t more[2];
 
-  QOPS_DEVICE void load_float32(const float2* scales) {
-    scale[0] = scales->x;
-    scale[1] = scales->y;
+  QOPS_DEVICE void load_zeros(const uint8_t* zeros, int pair) {
+    const uint32_t two = reinterpret_cast<const uint16_t*>(zeros)[pair];
+    more[0] = (0x80 - (two & 0xff)) * 0x01010101u;
+    more[1] = (0x80 - (two >> 8)) * 0x01010101u;
   }
-  template <class Scale>
-  QOPS_DEVICE void load_16_bits(const uint32_t* scales) {
-    scale[0] = widen(from_bits<Scale>(*scales & 0xffff));
-    scale[1] = widen(from_bits<Scale>(*scales >> 16));
-  }
-  QOPS_DEVICE void load_zeros(const uint16_t* zeros) {
-    more[0] = (0x80 - (*zeros & 0xff)) * 0x01010101u;
-    more[1] = (0x80 - (*zeros >> 8)) * 0x01010101u;
-  }
-  QOPS_DEVICE void load_offsets(const float2* zeros, bool is_offset) {
+  QOPS_DEVICE void load_offsets(const uint8_t* zeros, int pair, bool is_offset) {
+    const float2 two = reinterpret_cast<const float2*>(zeros)[pair];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float z = i == 0 ? zeros->x : zeros->y;
+      const float z = i == 0 ? two.x : two.y;
       more[i] = __float_as_uint(is_offset ? fmaf(scale[i], 8.0f, z) : scale[i] * (8.0f - z));
     }
   }

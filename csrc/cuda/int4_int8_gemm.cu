@@ -98,7 +98,7 @@ GemmPlan plan_of(const Int4Int8GemmParams& p) {
   thread_local PlanCacheOf<&int4_int8::plan_int4_int8_gemm> plans;
   const Gpu gpu = current_gpu();
   if (gpu.multiprocessors == 0) return {};
-  return plans({p.x_rows.count, p.n, p.k, p.group_size, p.kind, false, gpu});
+  return plans({4, p.x_rows.count, p.n, p.k, p.group_size, p.kind, false, gpu});
 }
 
 bool is_empty(const Int4Int8GemmParams& p) { return p.x_rows.count == 0 || p.n == 0; }

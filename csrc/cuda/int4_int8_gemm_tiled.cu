@@ -428,7 +428,8 @@ Status run(const Int4Int8Job& job, const Queue& queue) {
   const auto kernel = is_fine(job.p.k, job.p.group_size) ? &int4_int8_gemm_kernel<kTokens, true>
                                                          : &int4_int8_gemm_kernel<kTokens, false>;
   return launch(kernel, dim3(static_cast<unsigned>(job.plan.blocks)), dim3(kGemmThreads),
-                static_cast<size_t>(job.plan.shared_bytes), queue, job, ScaleSource(job.p));
+                static_cast<size_t>(job.plan.shared_bytes), queue, job,
+                ScaleSource(job.p, is_fine(job.p.k, job.p.group_size)));
 }
 
 }  // namespace

@@ -79,6 +79,13 @@ __device__ __forceinline__ void cp_async_wait() {
 // cp.async.wait_all, sm_80: until every copy of this thread has landed, committed or not
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// --- words in shared memory ------------------------------------------------------------------------------------------
+
+// ld.shared.v2.u32: two neighbouring words, at a multiple of 8 bytes
+__device__ __forceinline__ void ld_shared(uint32_t (&d)[2], uint32_t shared) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "r"(shared) : "memory");
+}
+
 // --- matrices in shared memory ---------------------------------------------------------------------------------------
 // Lane 8 m + r gives the address of row r (16 bytes, 16-byte aligned) of matrix m; d[m] or s[m] of lane 4 r + c holds
 // elements 2c and 2c + 1 of row r (of column r where transposed).

@@ -41,7 +41,7 @@ else:
 
 WITHOUT_CUDA_KERNEL = (
     *("attention_block", "decode_attention", "decoder_layers", "decoder_plan", "int8_embedding"),
-    *("int8_weight_only_gemm", "mlp_block"),
+    "mlp_block",
 )
 """The operators that qops has no CUDA kernel of, in any build."""
 

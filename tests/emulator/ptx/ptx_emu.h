@@ -38,6 +38,8 @@ void cp_async_wait(Site at = Site::current()) {
 }
 void cp_async_wait_all(Site at = Site::current());
 
+void ld_shared(uint32_t (&d)[2], uint32_t shared, Site at = Site::current());
+
 void ldmatrix_x1(uint32_t (&d)[1], uint32_t shared, Site at = Site::current());
 void ldmatrix_x2(uint32_t (&d)[2], uint32_t shared, Site at = Site::current());
 void ldmatrix_x4(uint32_t (&d)[4], uint32_t shared, Site at = Site::current());

@@ -1,5 +1,5 @@
-// Reads lines "m n k group_size kind may_round multiprocessors shared_bytes arch" and prints what
-// csrc/cuda/int4_config.h plans for them, and how many times a cache of plans had to search so far; with "int8" what
+// Reads lines "bits m n k group_size kind may_round multiprocessors shared_bytes arch" and prints what
+// csrc/cuda/weight_only_config.h plans for them, and how many times a cache of plans had to search so far; with "int8" what
 // csrc/cuda/int4_int8_config.h does; with "banks" what the index functions of the first say about banks of shared
 // memory instead.
 #include <cstdio>
@@ -45,11 +45,16 @@ void report(const char* name, int bytes, const F& address) {
 void report_banks() {
   report("codes", 16, [](int lane) { return lane * int4::kLaneBytes; });
   for (int tile = 0; tile < 16; ++tile) {
-    for (int half = 0; half < 2; ++half) {
-      report("ldmatrix", 16, [&](int lane) { return x_address(tile, half, lane); });
+    for (const int step : {0, 2}) {
+      report("ldmatrix", 16, [&](int lane) { return x_address(4, tile, step, lane); });
+    }
+    for (int step = 0; step < int4::kSteps; ++step) {
+      report("x_beside_int8", 8, [&](int lane) { return x_address(8, tile, step, lane); });
     }
   }
-  report("x_copies", 16, [](int lane) { return x_place(lane / 8, lane % 8); });
+  for (const int bits : {4, 8}) {
+    report("x_copies", 16, [&](int lane) { return x_place(bits, lane / 8, lane % 8); });
+  }
   for (const int bytes : {2, 4}) {  // of a scale: pairs of rows, at the place of the upper one
     report("scales", 2 * bytes, [&](int lane) { return bytes * int4::scale_place(lane / 4); });
   }
@@ -61,7 +66,7 @@ void report_banks() {
   // Rows of x without their permutation: what the numbers above are measured against.
   report("rows_in_order", 16, [](int lane) { return lane % 8 * kTokenStageBytes + lane / 8 * 16; });
   for (const bool fine : {false, true}) {
-    std::printf("stage %d\n", strip_stage_bytes(fine) % 128);
+    for (const int bits : {4, 8}) std::printf("stage %d\n", strip_stage_bytes(bits, fine) % 128);
   }
 }
 
@@ -103,12 +108,12 @@ bool slices_are_whole(const GemmShape& shape) {
 template <GemmPlan (*kPlan)(const GemmShape&), class Check>
 int answer(const Check& check) {
   long long m, n, k, group_size, kind, may_round, multiprocessors, shared_bytes;
-  int arch;
+  int bits, arch;
   PlanCacheOf<kPlan> cache;
-  while (std::scanf("%lld %lld %lld %lld %lld %lld %lld %lld %d", &m, &n, &k, &group_size, &kind, &may_round,
-                    &multiprocessors, &shared_bytes, &arch) == 9) {
+  while (std::scanf("%d %lld %lld %lld %lld %lld %lld %lld %lld %d", &bits, &m, &n, &k, &group_size, &kind, &may_round,
+                    &multiprocessors, &shared_bytes, &arch) == 10) {
     const GemmShape shape{
-        m, n, k, group_size, static_cast<WeightKind>(kind), may_round != 0, {multiprocessors, shared_bytes, arch}};
+        bits, m, n, k, group_size, static_cast<WeightKind>(kind), may_round != 0, {multiprocessors, shared_bytes, arch}};
     const GemmPlan p = kPlan(shape);
     if (const GemmPlan& cached = cache(shape); !(cached == p)) {
       std::fprintf(stderr, "the cache has another plan for M = %lld, N = %lld, K = %lld\n", m, n, k);
@@ -136,7 +141,7 @@ int main(int argc, char** argv) {
   if (argc > 1)
     return answer<&int4_int8::plan_int4_int8_gemm>(
         [](const GemmShape& shape, const GemmPlan&) { return slices_are_whole(shape); });
-  return answer<&plan_int4_gemm>([](const GemmShape& shape, const GemmPlan& p) {
+  return answer<&plan_weight_only_gemm>([](const GemmShape& shape, const GemmPlan& p) {
     return p.kind != GemmPlan::Kind::kDecode || shares_are_whole(p, shape.n, shape.k);
   });
 }

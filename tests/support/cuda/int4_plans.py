@@ -1,4 +1,4 @@
-"""What csrc/cuda/int4_config.h and csrc/cuda/int4_int8_config.h plan, asked through int4_plans.cpp."""
+"""What csrc/cuda/weight_only_config.h and csrc/cuda/int4_int8_config.h plan, asked through int4_plans.cpp."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ class Question(NamedTuple):
     kind: int
     gpu: Gpu
     may_round: bool = False
+    bits: int = 4
 
 
 @functools.cache
@@ -73,7 +74,8 @@ def program() -> Path:
 
 def answers(questions: Iterable[Question], *of: str) -> list[list[int]]:
     text = "".join(
-        f"{q.m} {q.n} {q.k} {q.group_size} {q.kind} {q.may_round:d} {' '.join(map(str, q.gpu))}\n" for q in questions
+        f"{q.bits} {q.m} {q.n} {q.k} {q.group_size} {q.kind} {q.may_round:d} {' '.join(map(str, q.gpu))}\n"
+        for q in questions
     )
     result = subprocess.run([str(program()), *of], input=text, capture_output=True, text=True, check=True)
     return [[*map(int, line.split())] for line in result.stdout.splitlines()]

@@ -1,13 +1,14 @@
-// What int4_gemm.cu hands to the kernels of int4_gemm_decode.cu and int4_gemm_tiled.cu.
+// What int4_gemm.cu and int8_weight_only_gemm.cu hand to the kernels of weight_only_decode.cuh and
+// weight_only_tiled.cuh, and what comes before and after these: the first one has it, for both.
 #pragma once
 
 #include "cuda/gemm_epilogue.cuh"
-#include "cuda/int4_fragment.cuh"
 #include "cuda/launch.h"
+#include "cuda/weight_only_fragment.cuh"
 
 namespace qops::cuda {
 
-struct Int4Job {
+struct WeightOnlyJob {
   WeightOnlyGemmParams p;  // x in the packed order of columns, rows at multiples of 16 bytes
   GemmPlan plan;
   Alignment aligned;
@@ -47,20 +48,35 @@ QOPS_DEVICE void finish_sums(const WeightOnlyGemmParams& p, Alignment aligned, i
   });
 }
 
-Status int4_gemm_decode(const Int4Job& job, const Queue& queue);
-Status int4_gemm_tiled(const Int4Job& job, const Queue& queue);
+// The kernels for codes of so many bits.
+struct WeightOnlyKernels {
+  int bits;
+  Status (*decode)(const WeightOnlyJob& job, const Queue& queue);
+  Status (*tiled)(const WeightOnlyJob& job, const Queue& queue);
+};
+
+Status int4_gemm_decode(const WeightOnlyJob& job, const Queue& queue);
+Status int4_gemm_tiled(const WeightOnlyJob& job, const Queue& queue);
+Status int8_weight_only_gemm_decode(const WeightOnlyJob& job, const Queue& queue);
+Status int8_weight_only_gemm_tiled(const WeightOnlyJob& job, const Queue& queue);
+
+// The plan, x in packed order, the product, and the sums of several blocks; defined in int4_gemm.cu.
+Status weight_only_gemm(const WeightOnlyGemmParams& p, const WeightOnlyKernels& kernels, const Queue& queue);
+int64_t weight_only_gemm_scratch_bytes(const WeightOnlyGemmParams& p, int bits);
 
 // Calls run(T{}, fine, offset) with what both kernels are compiled for: element type, group size, kind.
-template <class F>
-Status with_int4_kernel(const WeightOnlyGemmParams& p, const F& run) {
+template <int kBits, class F>
+Status with_kernel(const WeightOnlyGemmParams& p, const F& run) {
   const auto with_type = [&](auto element) {
     const bool offset = has_float_zeros(p.kind);
-    if (is_fine(p.k, p.group_size)) {
+    if (has_fine_kernel(kBits, p.k, p.group_size, p.kind)) {
       return offset ? run(element, std::true_type{}, std::true_type{})
                     : run(element, std::true_type{}, std::false_type{});
     }
-    return offset ? run(element, std::false_type{}, std::true_type{})
-                  : run(element, std::false_type{}, std::false_type{});
+    if constexpr (kBits == 4) {
+      if (offset) return run(element, std::false_type{}, std::true_type{});
+    }
+    return run(element, std::false_type{}, std::false_type{});
   };
   switch (p.dtype) {
     case DType::kFloat16: return with_type(__half{});

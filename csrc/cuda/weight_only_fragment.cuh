@@ -1,5 +1,6 @@
-// What the kernels of int4_gemm share: from packed codes and scales in shared memory to float32 sums in the canonical
-// order.
+// What the kernels of int4_gemm and int8_weight_only_gemm share: from packed codes and scales in shared memory to
+// float32 sums in the canonical order. Codes of 4 and of 8 bits are two classes, int4_codes.cuh and int8_codes.cuh,
+// which make fragments of them.
 //
 // w is the A operand of mma.m16n8k16 (16 rows, a strip), tokens are the n8 side. Exact integers q - z go into the
 // product; the sum of a group, float32 from 0 on, is scaled once:
@@ -9,13 +10,15 @@
 #pragma once
 
 #include "cuda/elements.cuh"
-#include "cuda/int4_config.h"
 #include "cuda/ptx.cuh"
-#include "int4_layout.h"
+#include "cuda/weight_only_config.h"
 
 namespace qops::cuda {
 
 // --- copies ----------------------------------------------------------------------------------------------------------
+
+// What a warp copies, and reads, at a time.
+inline constexpr int kCopyBytes = 32 * int4::kLaneBytes;
 
 // 16 bytes of weights, which no other block reads. sm_120 refuses the hint where it can see that it is of no use to
 // it ("illegal instruction" in the wild), and does without.
@@ -55,63 +58,15 @@ QOPS_DEVICE const T* held(const T* pointer, int lane) {
 // Of all lanes alike, and known to be: branches on it are not taken to diverge.
 QOPS_DEVICE uint32_t uniform(uint32_t value) { return held(value, 0); }
 
-// --- codes to fragments ----------------------------------------------------------------------------------------------
+// --- products --------------------------------------------------------------------------------------------------------
 
 template <class T>
 inline constexpr bool kIsHalf = std::is_same_v<T, __half>;
 
+// a - b of pairs of T.
 template <class T>
 QOPS_DEVICE uint32_t subtract(uint32_t a, uint32_t b) {
-  if constexpr (kIsHalf<T>) {
-    const __half2 d = __hsub2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
-    return *reinterpret_cast<const uint32_t*>(&d);
-  } else {
-    const __nv_bfloat162 d =
-        __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
-    return *reinterpret_cast<const uint32_t*>(&d);
-  }
-}
-
-// A code as the low bits of the mantissa of 1024 (fp16) or 128 (bf16) is 1024 + q; what is subtracted is 1024 + z.
-template <class T>
-inline constexpr uint32_t kBase = kIsHalf<T> ? 0x64006400u : 0x43004300u;
-
-// The pair to subtract for a zero point of 0 .. 16; for int8 rows what four codes are added to
-// (int4_int8_fragment.cuh). fp16 reads row g + 8 four bits higher, as 1024 + 16 q, and takes it down by fma(1024 + 16
-// q, 1 / 16, -(64 + z)), which is exact: half of the shifts are saved.
-template <class T>
-QOPS_DEVICE uint32_t zero_pair(int half_of_strip, uint32_t z) {
-  if constexpr (kIsHalf<T>) {
-    // 64 + z in fp16: 0x5400 + 16 z up to 127.
-    return half_of_strip == 0 ? kBase<T> + z * 0x00010001u : 0xd400d400u + z * 0x00100010u;
-  } else {
-    return kBase<T> + z * 0x00010001u;
-  }
-}
-
-// The codes of one k16 step of a lane as its A fragment q - z. zero: of rows g and g + 8.
-template <class T>
-QOPS_DEVICE void dequantise(uint32_t word, const uint32_t (&zero)[2], uint32_t (&a)[4]) {
-  constexpr int kAndOr = 0xea;  // (a & b) | c
-  if constexpr (kIsHalf<T>) {
-    const __half2 sixteenth = __half2(__ushort_as_half(0x2c00), __ushort_as_half(0x2c00));
-    const uint32_t high = word >> 8;
-    const uint32_t low_rows[2] = {ptx::lop3<kAndOr>(word, 0x000f000fu, kBase<T>),
-                                  ptx::lop3<kAndOr>(high, 0x000f000fu, kBase<T>)};
-    const uint32_t high_rows[2] = {ptx::lop3<kAndOr>(word, 0x00f000f0u, kBase<T>),
-                                   ptx::lop3<kAndOr>(high, 0x00f000f0u, kBase<T>)};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      a[2 * i] = subtract<T>(low_rows[i], zero[0]);
-      const __half2 d = __hfma2(*reinterpret_cast<const __half2*>(&high_rows[i]), sixteenth,
-                                *reinterpret_cast<const __half2*>(&zero[1]));
-      a[2 * i + 1] = *reinterpret_cast<const uint32_t*>(&d);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[i] = subtract<T>(ptx::lop3<kAndOr>(word >> (4 * i), 0x000f000fu, kBase<T>), zero[i % 2]);
-  }
+  return pair_bits(__hsub2(pair_of<T>(a), pair_of<T>(b)));
 }
 
 template <class T>
@@ -137,11 +92,11 @@ struct ScaleSource {
   WeightKind kind;
   DType dtype;
 
-  explicit ScaleSource(const WeightOnlyGemmParams& p)
+  ScaleSource(const WeightOnlyGemmParams& p, bool fine)
       : scales(static_cast<const uint8_t*>(p.scales)),
         zeros(static_cast<const uint8_t*>(p.zeros)),
         groups(p.k == 0 ? 0 : static_cast<int>(p.k / p.group_size)),
-        units_of_group(units(p.k, p.group_size)),
+        units_of_group(units(p.k, p.group_size, fine)),
         scale_bytes(p.scale_dtype == DType::kFloat32 ? 64 : 32),
         zero_bytes(p.zeros == nullptr                 ? 0
                    : p.kind == WeightKind::kZeroPoint ? 16
@@ -149,8 +104,8 @@ struct ScaleSource {
         kind(p.kind),
         dtype(p.scale_dtype) {}
 
-  static int units(int64_t k, int64_t group_size) {
-    const int64_t of_block = is_fine(k, group_size) ? int4::kSteps : 1;
+  static int units(int64_t k, int64_t group_size, bool fine) {
+    const int64_t of_block = fine ? int4::kSteps : 1;
     return static_cast<int>(group_size == k ? int4::blocks(k) * of_block : group_size * of_block / int4::kBlockColumns);
   }
 
@@ -205,84 +160,67 @@ struct GroupWalk {
   }
 };
 
-// Scales and zeros of a lane's two rows of a strip, for one group.
-template <class T, bool kOffset>
-struct RowScales {
+// Scales of a lane's two rows of a strip, of one group, where they stand side by side.
+struct PairedScales {
   float scale[2];
-  uint32_t zero[2];
-  float offset[2];
 
-  QOPS_DEVICE void set_zeros(uint32_t z0, uint32_t z1) {
-    zero[0] = zero_pair<T>(0, z0);
-    zero[1] = zero_pair<T>(1, z1);
-  }
-  // Of the pair of rows at `scales` and `zeros`.
-  QOPS_DEVICE void load_float32(const float2* scales) {
-    scale[0] = scales->x;
-    scale[1] = scales->y;
+  QOPS_DEVICE void load_float32(const uint8_t* scales, int pair) {
+    const float2 two = reinterpret_cast<const float2*>(scales)[pair];
+    scale[0] = two.x;
+    scale[1] = two.y;
   }
   template <class Scale>
-  QOPS_DEVICE void load_16_bits(const uint32_t* scales) {
-    scale[0] = widen(from_bits<Scale>(*scales & 0xffff));
-    scale[1] = widen(from_bits<Scale>(*scales >> 16));
-  }
-  QOPS_DEVICE void load_zeros(const uint16_t* zeros) { set_zeros(*zeros & 0xff, *zeros >> 8); }
-  QOPS_DEVICE void load_offsets(const float2* zeros, bool is_offset) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float z = i == 0 ? zeros->x : zeros->y;
-      offset[i] = is_offset ? fmaf(scale[i], 8.0f, z) : scale[i] * (8.0f - z);
-    }
+  QOPS_DEVICE void load_16_bits(const uint8_t* scales, int pair) {
+    const uint32_t two = reinterpret_cast<const uint32_t*>(scales)[pair];
+    scale[0] = widen(from_bits<Scale>(two & 0xffff));
+    scale[1] = widen(from_bits<Scale>(two >> 16));
   }
 };
 
-// Those of neighbouring strips. `slots`: of the first one in a stage; `index`: of the group in it. has_offset: whether
-// rows have offsets, by the kernel or by the kind.
+// Scales of neighbouring strips, and what else their rows have. `slots`: of the first one in a stage; `index`: of the
+// group in it. has_offset: whether rows have offsets, by the kernel or by the kind.
 template <bool kFine, class Rows, int kStrips>
-QOPS_DEVICE void load_scales(Rows (&scales)[kStrips], const ScaleSource& source, bool has_offset, const uint8_t* slots,
+QOPS_DEVICE void load_scales(Rows (&rows)[kStrips], const ScaleSource& source, bool has_offset, const uint8_t* slots,
                              int index, int lane) {
   const int pair = lane / 4;
-  const auto each = [&](const auto& load) {
+  const auto each = [&](const uint8_t* first, const auto& load) {
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) load(scales[s], s * scale_bytes_of_strip(kFine));
+    for (int s = 0; s < kStrips; ++s) load(rows[s], first + s * scale_bytes_of_strip(kFine));
   };
-  const uint8_t* of_scales = slots + index * source.scale_bytes;
-  const auto at = [&]<class U>(const uint8_t* first, int strip, const U*) {
-    return reinterpret_cast<const U*>(first + strip) + pair;
-  };
-  constexpr float2* kFloats = nullptr;
-  constexpr uint32_t* kWords = nullptr;
+  const uint8_t* scales = slots + index * source.scale_bytes;
   if (source.dtype == DType::kBFloat16) {
-    each([&](auto& rows, int strip) { rows.template load_16_bits<__nv_bfloat16>(at(of_scales, strip, kWords)); });
+    each(scales, [&](Rows& of, const uint8_t* at) { of.template load_16_bits<__nv_bfloat16>(at, pair); });
   } else if (source.dtype == DType::kFloat16) {
-    each([&](auto& rows, int strip) { rows.template load_16_bits<__half>(at(of_scales, strip, kWords)); });
+    each(scales, [&](Rows& of, const uint8_t* at) { of.template load_16_bits<__half>(at, pair); });
   } else {
-    each([&](auto& rows, int strip) { rows.load_float32(at(of_scales, strip, kFloats)); });
+    each(scales, [&](Rows& of, const uint8_t* at) { of.load_float32(at, pair); });
   }
   const uint8_t* zeros = slots + kGroupRowBytes * groups_of_stage(kFine) + index * source.zero_bytes;
   if (has_offset) {
     const bool is_offset = source.kind == WeightKind::kOffset;
-    each([&](auto& rows, int strip) { rows.load_offsets(at(zeros, strip, kFloats), is_offset); });
-  } else if (source.kind == WeightKind::kZeroPoint) {
-    constexpr uint16_t* kPairs = nullptr;
-    each([&](auto& rows, int strip) { rows.load_zeros(at(zeros, strip, kPairs)); });
+    each(zeros, [&](Rows& of, const uint8_t* at) { of.load_offsets(at, pair, is_offset); });
+  } else if constexpr (Rows::kHasZeroPoints) {
+    if (source.kind == WeightKind::kZeroPoint) {
+      each(zeros, [&](Rows& of, const uint8_t* at) { of.load_zeros(at, pair); });
+    }
   }
 }
 
 // The sums of a warp: kStrips strips x kTiles tiles of eight tokens. `total` is that of the slice so far, `part` of the
 // group; x_sum of x in the group.
-template <class T, int kStrips, int kTiles, bool kFine, bool kOffset>
+template <class Codes, int kStrips, int kTiles, bool kFine, bool kOffset>
 struct WarpSums {
+  using T = typename Codes::Element;
   static constexpr int kStripCount = kStrips, kTileCount = kTiles;
   float total[kStrips][kTiles][4];
   float part[kStrips][kTiles][4];
   float x_sum[kTiles][4];
-  RowScales<T, kOffset> scales[kStrips];
+  typename Codes::template Rows<kOffset> rows[kStrips];
 
-  // Once: the zeros of weights that have no zero points.
+  // Once.
   QOPS_DEVICE void begin() {
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) scales[s].set_zeros(8, 8);
+    for (int s = 0; s < kStrips; ++s) rows[s].begin();
   }
 
   QOPS_DEVICE void begin_slice() {
@@ -304,8 +242,8 @@ struct WarpSums {
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          total[s][t][i] = fmaf(scales[s].scale[i / 2], part[s][t][i], total[s][t][i]);
-          if constexpr (kOffset) total[s][t][i] = fmaf(scales[s].offset[i / 2], x_sum[t][i % 2], total[s][t][i]);
+          total[s][t][i] = fmaf(rows[s].scale[i / 2], part[s][t][i], total[s][t][i]);
+          if constexpr (kOffset) total[s][t][i] = fmaf(rows[s].offset[i / 2], x_sum[t][i % 2], total[s][t][i]);
           part[s][t][i] = 0.0f;
         }
       }
@@ -319,10 +257,6 @@ struct WarpSums {
     }
   }
 
-  // Of x_address(): x lies at multiples of 128 bytes.
-  static constexpr uint32_t kOtherHalf = 64;
-  static_assert(x_address(0, 1, 5) == (x_address(0, 0, 5) ^ kOtherHalf));
-
   // One block of 64 columns. `codes` and `slots`: of the first strip, the next ones behind it; `x`: x_address() of
   // this lane for the first tile, in shared memory; tokens from there on. Where groups are whole blocks: `begins`: a
   // group, and its end is the caller's, end_group(). Else it says whether nothing came before in these strips, and
@@ -333,36 +267,39 @@ struct WarpSums {
                              const ScaleSource& source, GroupWalk<kFine>& walk, bool begins, bool is_last,
                              int tiles = kTiles) {
     [[maybe_unused]] const int first_group = walk.group;
+    constexpr int kStepsOfLoad = int4::kSteps * kCopyBytes / Codes::kBlockBytes;
     uint32_t raw[kStrips][4];
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      const uint4 words = *reinterpret_cast<const uint4*>(codes + s * int4::kBlockBytes + lane * int4::kLaneBytes);
-      raw[s][0] = words.x;
-      raw[s][1] = words.y;
-      raw[s][2] = words.z;
-      raw[s][3] = words.w;
-    }
     uint32_t b[kTiles][4];
 #pragma unroll
     for (int j = 0; j < int4::kSteps; ++j) {
+      if (j % kStepsOfLoad == 0) {
+#pragma unroll
+        for (int s = 0; s < kStrips; ++s) {
+          const uint8_t* at = codes + s * Codes::kBlockBytes + j / kStepsOfLoad * kCopyBytes;
+          const uint4 words = *reinterpret_cast<const uint4*>(at + lane * int4::kLaneBytes);
+          raw[s][0] = words.x;
+          raw[s][1] = words.y;
+          raw[s][2] = words.z;
+          raw[s][3] = words.w;
+        }
+      }
       if (j % 2 == 0) {
-        const uint32_t base = j == 0 ? x : x ^ kOtherHalf;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          if (kAllTiles || t < tiles) ptx::ldmatrix_x4(b[t], base + 8 * t * kTokenStageBytes);
+          if (kAllTiles || t < tiles) Codes::load_tokens(b[t], x, j, 8 * t * kTokenStageBytes);
         }
       }
       if constexpr (kFine) {
         if (((j == 0 && begins) || walk.begins(source)) && walk.group < source.groups) {
-          load_scales<kFine>(scales, source, kOffset, slots, walk.group - first_group, lane);
+          load_scales<kFine>(rows, source, kOffset, slots, walk.group - first_group, lane);
         }
       } else if (j == 0 && begins) {
-        load_scales<kFine>(scales, source, kOffset, slots, 0, lane);
+        load_scales<kFine>(rows, source, kOffset, slots, 0, lane);
       }
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
         uint32_t a[4];
-        dequantise<T>(raw[s][j], scales[s].zero, a);
+        Codes::dequantise(raw[s], j, rows[s], a);
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
           if (kAllTiles || t < tiles) multiply<T>(part[s][t], a, {b[t][j % 2 * 2], b[t][j % 2 * 2 + 1]});

@@ -1,12 +1,13 @@
-// How int4_gemm runs on a GPU, and which part of the product each block computes: pure functions of the shape and of
-// the GPU, that know nothing of epilogues. No plan of our kernels changes a bit of the result: the order of the sums is
-// that of the 8 slices of K.
+// How int4_gemm and int8_weight_only_gemm run on a GPU, and which part of the product each block computes: pure
+// functions of the shape and of the GPU, that know nothing of epilogues. No plan of our kernels changes a bit of the
+// result: the order of the sums is that of the 8 slices of K.
 //
 // The times are those of gpu.h's model. Each kind of plan takes longer for more rows, so the best one does, too.
 #pragma once
 
 #include "cuda/gpu.h"
 #include "int4_layout.h"
+#include "int8_layout.h"
 
 namespace qops::cuda {
 
@@ -32,24 +33,34 @@ constexpr int ring_stages(int64_t stage_bytes, int64_t room) {
 
 // --- shared memory of one stage of a ring: one block of 64 columns ---------------------------------------------------
 
+// Codes of 4 or 8 bits; strips and blocks of columns are the same of both.
+static_assert(int4::kBlockColumns == int8::kBlockColumns && int4::kLaneBytes == int8::kLaneBytes);
+QOPS_ALWAYS_INLINE constexpr int block_bytes(int bits) { return bits == 4 ? int4::kBlockBytes : int8::kBlockBytes; }
+QOPS_ALWAYS_INLINE constexpr int64_t strip_bytes(int bits, int64_t k) { return int4::blocks(k) * block_bytes(bits); }
+
 // Scales and zeros of a strip: of one group, or of the four that 64 columns can touch where groups are not multiples
 // of 64. Each row takes up to 4 bytes for its scale and 4 for its zero.
 inline constexpr int kGroupRowBytes = 4 * kStripRows;
 QOPS_ALWAYS_INLINE constexpr int groups_of_stage(bool fine) { return fine ? 4 : 1; }
 QOPS_ALWAYS_INLINE constexpr int scale_bytes_of_strip(bool fine) { return 2 * kGroupRowBytes * groups_of_stage(fine); }
-QOPS_ALWAYS_INLINE constexpr int strip_stage_bytes(bool fine) { return int4::kBlockBytes + scale_bytes_of_strip(fine); }
+QOPS_ALWAYS_INLINE constexpr int strip_stage_bytes(int bits, bool fine) {
+  return block_bytes(bits) + scale_bytes_of_strip(fine);
+}
 // 64 columns of a row of x.
 inline constexpr int kTokenStageBytes = 2 * int4::kBlockColumns;
 
-// Where 16 bytes of x lie in a stage: rows of 8 chunks, permuted so that eight rows of one column of chunks, which
-// ldmatrix reads at a time, are in different banks.
-QOPS_ALWAYS_INLINE constexpr int x_place(int token, int chunk) {
-  return token * kTokenStageBytes + ((chunk ^ token) & 7) * 16;
+// Where 16 bytes of x lie in a stage: rows of 8 chunks, permuted so that what is read at a time is in different banks.
+// Beside codes of 4 bits these are eight rows of one column of chunks, by ldmatrix. Of 8 bits a lane's code words are
+// four neighbouring columns (int8_layout.h), so it reads those of x, 8 bytes: half a warp, four rows of two chunks.
+QOPS_ALWAYS_INLINE constexpr int x_place(int bits, int token, int chunk) {
+  return token * kTokenStageBytes + ((chunk ^ (bits == 4 ? token : 2 * token)) & 7) * 16;
 }
 
-// What lane `lane` gives to ldmatrix for k16 steps 2 half and 2 half + 1 of eight tokens from `tile` on.
-QOPS_ALWAYS_INLINE constexpr int x_address(int tile, int half, int lane) {
-  return x_place(8 * tile + lane % 8, 4 * half + lane / 8);
+// What lane `lane` reads of k16 step `step` of eight tokens from `tile` on: of 4 bits the address that it gives to
+// ldmatrix, for an even step and the next one.
+QOPS_ALWAYS_INLINE constexpr int x_address(int bits, int tile, int step, int lane) {
+  if (bits == 4) return x_place(4, 8 * tile + lane % 8, 2 * step + lane / 8);
+  return x_place(8, 8 * tile + lane / 4, 2 * step + lane % 4 / 2) + lane % 2 * 8;
 }
 
 // Of a fragment of sums of 16 rows x 8 tokens: element i of a lane.
@@ -66,11 +77,21 @@ constexpr bool is_fine(int64_t k, int64_t group_size) {
 
 // --- the plan --------------------------------------------------------------------------------------------------------
 
+// Whether the kernel for groups that end anywhere is the one. Of 8 bits it is that of all weights with offsets, too:
+// these are few, and so are kernels to be.
+constexpr bool has_fine_kernel(int bits, int64_t k, int64_t group_size, WeightKind kind) {
+  return is_fine(k, group_size) || (bits == 8 && has_float_zeros(kind));
+}
+
 inline constexpr int kDecodeTokens = 24;  // rows of x up to which there is a decode kernel
-// How many strips a warp of the decode kernel takes at a time, which share a fragment of x.
+// How many strips a warp of the decode kernel takes at a time, which share a fragment of x. Two of 8 bits are as many
+// bytes as four of 4.
 inline constexpr int kStripsOfWarp[] = {4, 2};
+QOPS_ALWAYS_INLINE constexpr bool has_strips(int bits, int strips) { return bits == 4 || strips == 2; }
 // More than 16 rows take twice as many instructions where groups are fine, and kernels are not to be too many.
-QOPS_ALWAYS_INLINE constexpr bool has_decode_kernel(int64_t m, bool fine) { return m <= (fine ? 16 : kDecodeTokens); }
+QOPS_ALWAYS_INLINE constexpr bool has_decode_kernel(int bits, int64_t m, bool fine) {
+  return m <= (fine || bits == 8 ? 16 : kDecodeTokens);
+}
 inline constexpr int kTileTokens[] = {32, 64, 128};
 // The sums of x that offsets need do not fit beside those of a tile of 128 tokens (255 registers and 200 bytes
 // spilled), and its shared memory does not fit on sm_120.
@@ -150,9 +171,13 @@ using namespace model;
 // strips; and all warps of the tiled kernel: whatever the tokens, and for each 8 of them, of up to 64 and of up to 128.
 inline constexpr int64_t kDecodeSlots[3][2] = {{296, 184}, {331, 203}, {367, 225}};
 inline constexpr int64_t kTiledSlots = 1120, kTiledSlotsOfEight[2] = {71, 96};
+// Of 8 bits, of 2 strips.
+inline constexpr int64_t kDecodeSlotsOfInt8[2] = {226, 246};
+inline constexpr int64_t kTiledSlotsOfInt8 = 1280, kTiledSlotsOfEightOfInt8[2] = {71, 96};
 
 // Blocks of the decode kernel, one for each multiprocessor: each takes some strips and all slices of its part.
-constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_parts, int strips_of_warp, Gpu gpu) {
+constexpr GemmPlan decode(int bits, int64_t m, int64_t n, int64_t k, bool fine, int k_parts, int strips_of_warp,
+                          Gpu gpu) {
   const int64_t strips = int4::strips(n), blocks = int4::blocks(k);
   GemmPlan p{};
   p.kind = GemmPlan::Kind::kDecode;
@@ -164,7 +189,8 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
   const int64_t of_block = ceil_div(strips, p.ranges), of_warp = ceil_div(of_block, k_parts);
   const int64_t passes = ceil_div(of_warp, p.strips), slice_blocks = ceil_div(blocks, kSlices);
   const int64_t sums = 4 * p.tokens * sum_stride(strips_of_warp);
-  const int64_t codes = kGemmWarps * p.strips * strip_stage_bytes(fine), x = kGemmWarps * p.tokens * kTokenStageBytes;
+  const int64_t codes = kGemmWarps * p.strips * strip_stage_bytes(bits, fine),
+                x = kGemmWarps * p.tokens * kTokenStageBytes;
   // With a ring of x, and with all of x.
   p.stages = ring_stages(codes + x, gpu.shared_bytes - sums);
   const int beside_x = ring_stages(codes, gpu.shared_bytes - sums - slice_blocks * x);
@@ -172,26 +198,29 @@ constexpr GemmPlan decode(int64_t m, int64_t n, int64_t k, bool fine, int k_part
   if (p.keeps_x) p.stages = beside_x;
   p.x_stages = p.keeps_x ? static_cast<int>(slice_blocks) : p.stages;
   p.shared_bytes = sums + p.stages * codes + p.x_stages * x;
-  const int64_t block_bytes = of_block * int4::strip_bytes(k) / k_parts;
+  const int64_t code_bytes = of_block * strip_bytes(bits, k) / k_parts;
   const int64_t x_bytes = (p.keeps_x ? 1 : passes) * m * 2 * int4::kBlockColumns * blocks;
   // Of all warps, of which some may have one strip more than others, and of one alone.
-  const int64_t slots = slice_blocks * kDecodeSlots[p.tokens / 8 - 1][strips_of_warp == 2], more = of_block % k_parts;
+  const int eights = p.tokens / 8 - 1;
+  const int64_t slots =
+      slice_blocks * (bits == 4 ? kDecodeSlots[eights][strips_of_warp == 2] : kDecodeSlotsOfInt8[eights]);
+  const int64_t more = of_block % k_parts;
   const int64_t all =
       more * ceil_div(of_block / k_parts + 1, p.strips) + (k_parts - more) * ceil_div(of_block / k_parts, p.strips);
   const int64_t issue = max_of(cycles_of_slots(kSlices / k_parts * all * slots), passes * slots * kCyclesOfWarpSlot);
-  const int64_t memory = max_of(block_bytes / bytes_per_cycle(gpu), (block_bytes + x_bytes) / kL2BytesPerCycle);
+  const int64_t memory = max_of(code_bytes / bytes_per_cycle(gpu), (code_bytes + x_bytes) / kL2BytesPerCycle);
   p.time = kStart + max_of(memory, issue);
   if (k_parts > 1) p.time += second_kernel(p.scratch_bytes(m, n, k), gpu);
   return p;
 }
 
 // What a tiled kernel is to a plan: tokens that it is compiled for, the most blocks of it on a multiprocessor, bytes of
-// a stage of its ring, and for 64 columns the bytes of a token, instructions of all warps and cycles of the tensor
-// cores.
+// a stage of its ring, and for 64 columns the bytes of codes and of a token, instructions of all warps and cycles of
+// the tensor cores.
 struct TileCosts {
   int tokens;
   int64_t resident;
-  int64_t stage_bytes, token_bytes;
+  int64_t stage_bytes, code_bytes, token_bytes;
   int64_t slots, mma;
 };
 
@@ -218,22 +247,24 @@ constexpr GemmPlan tiles(int64_t m, int64_t n, int64_t k, const TileCosts& costs
   const int64_t shared_items = p.items() - p.whole;
   const int64_t of_multiprocessor = ceil_div(p.whole, gpu.multiprocessors) * int4::blocks(k) +
                                     ceil_div(shared_items, gpu.multiprocessors) * part_blocks;
-  const int64_t codes = kTileStrips * int4::kBlockBytes, copies = (codes + live * costs.token_bytes) / kL2BytesPerCycle;
+  const int64_t copies = (costs.code_bytes + live * costs.token_bytes) / kL2BytesPerCycle;
   const int64_t unit =
-      max_of(max_of(costs.mma, cycles_of_slots(costs.slots)), max_of(copies, codes / bytes_per_cycle(gpu)));
+      max_of(max_of(costs.mma, cycles_of_slots(costs.slots)), max_of(copies, costs.code_bytes / bytes_per_cycle(gpu)));
   p.time = kStart + of_multiprocessor * unit;
   if (p.whole < p.tiles()) p.time += second_kernel(p.scratch_bytes(m, n, k), gpu);
   return p;
 }
 
-constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, bool offset, int live, int k_parts, bool in_waves,
-                         Gpu gpu) {
+constexpr GemmPlan tiled(int bits, int64_t m, int64_t n, int64_t k, bool fine, bool offset, int live, int k_parts,
+                         bool in_waves, Gpu gpu) {
   TileCosts c{};
   c.tokens = live <= kTileTokens[0] ? kTileTokens[0] : live <= kTileTokens[1] ? kTileTokens[1] : kTileTokens[2];
   c.resident = blocks_of_multiprocessor(c.tokens, offset);
+  c.code_bytes = kTileStrips * block_bytes(bits);
   c.token_bytes = kTokenStageBytes;
-  c.stage_bytes = kTileStrips * strip_stage_bytes(fine) + c.tokens * kTokenStageBytes;
-  c.slots = kTiledSlots + kTiledSlotsOfEight[c.tokens / 128] * (live / 8);
+  c.stage_bytes = kTileStrips * strip_stage_bytes(bits, fine) + c.tokens * kTokenStageBytes;
+  c.slots = bits == 4 ? kTiledSlots + kTiledSlotsOfEight[c.tokens / 128] * (live / 8)
+                      : kTiledSlotsOfInt8 + kTiledSlotsOfEightOfInt8[c.tokens / 128] * (live / 8);
   c.mma = int64_t{live} / 8 * kTileStrips * int4::kSteps * kCyclesPerMma;
   return tiles(m, n, k, c, live, k_parts, ceil_div(int4::blocks(k), k_parts), in_waves, gpu);
 }
@@ -269,8 +300,10 @@ constexpr GemmPlan dense(int64_t m, int64_t n, int64_t k, Gpu gpu) {
 
 }  // namespace plan
 
-// What a plan depends on. may_round: whether the weights may be rounded to x's type, so that cuBLAS can multiply them.
+// What a plan depends on. may_round: whether the weights may be rounded to x's type, so that cuBLAS can multiply them;
+// there is no kernel that does so with codes of 8 bits.
 struct GemmShape {
+  int bits;
   int64_t m, n, k, group_size;
   WeightKind kind;
   bool may_round;
@@ -281,9 +314,9 @@ struct GemmShape {
 
 // Total: some plan for every shape, of our kernels one with at least 2 stages, on every GPU with 99 KiB of shared
 // memory.
-constexpr GemmPlan plan_int4_gemm(const GemmShape& shape) {
-  const auto [m, n, k, group_size, kind, may_round, gpu] = shape;
-  const bool fine = is_fine(k, group_size), offset = has_float_zeros(kind);
+constexpr GemmPlan plan_weight_only_gemm(const GemmShape& shape) {
+  const auto [bits, m, n, k, group_size, kind, may_round, gpu] = shape;
+  const bool fine = has_fine_kernel(bits, k, group_size, kind), offset = has_float_zeros(kind);
   GemmPlan best{};
   // Of equal plans the one with more blocks: it has more bytes under way.
   const auto consider = [&](const GemmPlan& p) {
@@ -294,15 +327,15 @@ constexpr GemmPlan plan_int4_gemm(const GemmShape& shape) {
   };
   for (int k_parts = 1; k_parts <= kSlices; k_parts *= 2) {
     for (const int strips : kStripsOfWarp) {
-      if (!has_decode_kernel(m, fine) || k_parts > gpu.multiprocessors) break;
-      consider_ours(plan::decode(m, n, k, fine, k_parts, strips, gpu));
+      if (!has_decode_kernel(bits, m, fine) || k_parts > gpu.multiprocessors) break;
+      if (has_strips(bits, strips)) consider_ours(plan::decode(bits, m, n, k, fine, k_parts, strips, gpu));
     }
     for (int live = 16; live <= max_tile_tokens(offset, gpu.arch); live += 8) {
-      consider_ours(plan::tiled(m, n, k, fine, offset, live, k_parts, false, gpu));
-      if (k_parts > 1) consider_ours(plan::tiled(m, n, k, fine, offset, live, k_parts, true, gpu));
+      consider_ours(plan::tiled(bits, m, n, k, fine, offset, live, k_parts, false, gpu));
+      if (k_parts > 1) consider_ours(plan::tiled(bits, m, n, k, fine, offset, live, k_parts, true, gpu));
     }
   }
-  if (may_round && m > kDecodeTokens && k > 0 && plan::has_faster_cublas(gpu)) {
+  if (may_round && bits == 4 && m > kDecodeTokens && k > 0 && plan::has_faster_cublas(gpu)) {
     if (const GemmPlan p = plan::dense(m, n, k, gpu); p.blocks > 0) consider(p);
   }
   return best;
@@ -390,7 +423,7 @@ class PlanCacheOf {
   // Sizes are multiples of powers of two, so only a product's upper bits depend on all of theirs.
   static constexpr uint64_t set_of(const GemmShape& shape) {
     uint64_t hash = 0;
-    const int64_t sizes[] = {shape.m, shape.n, shape.k, shape.group_size, shape.may_round};
+    const int64_t sizes[] = {shape.bits, shape.m, shape.n, shape.k, shape.group_size, shape.may_round};
     for (const int64_t size : sizes) {
       hash = (hash ^ static_cast<uint64_t>(size)) * 0x9e3779b97f4a7c15;
       hash ^= hash >> 32;
@@ -401,6 +434,6 @@ class PlanCacheOf {
   Found sets_[1 << kSetBits][kWays]{};
   int64_t searches_ = 0;
 };
-using PlanCache = PlanCacheOf<&plan_int4_gemm>;
+using PlanCache = PlanCacheOf<&plan_weight_only_gemm>;
 
 }  // namespace qops::cuda
