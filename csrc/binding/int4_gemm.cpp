@@ -12,7 +12,6 @@ WeightOnlyGemmParams checked(const Tensor& x, const Tensor& packed, const Tensor
                              int64_t kind) {
   WeightOnlyGemmParams p =
       weight_only_gemm_params(check, x, packed, ScalarType::Byte, 8, scales, bias, out_features, group_size);
-  check_dtype_of_x(check, p);
   take_zeros(check, kind, zeros, scales, p);
   take_perm(check, perm, x, p);
   return p;

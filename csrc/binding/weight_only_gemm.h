@@ -13,6 +13,7 @@ void describe_call(WeightOnlyGemmParams& p, Visitor& v) {
   v.dtype("dtype", p.dtype);
   if (v.op() != "int4_gemm") {
     v.given("zeros", p.zeros);
+    v.when_asked([&](const Checker&) { p.kind = p.zeros == nullptr ? WeightKind::kSymmetric : WeightKind::kOffset; });
     v.given("perm", p.perm);
     return;
   }
@@ -48,13 +49,6 @@ inline WeightOnlyGemmParams weight_only_gemm_params(const Checker& check, const 
   p.x_rows = check.rows(x, "x");
   p.x = x.const_data_ptr();
   return p;
-}
-
-// Of x that is multiplied as it is.
-inline void check_dtype_of_x(const Checker& check, const WeightOnlyGemmParams& p) {
-  if (kGpuLayout && p.dtype == DType::kFloat32) {
-    check.unsupported("x must have dtype float16 or bfloat16 on a GPU, got float32");
-  }
 }
 
 // The order in which columns are stored.

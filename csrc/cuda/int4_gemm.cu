@@ -4,12 +4,15 @@
 //
 // x is copied to scratch first where the weight has a permutation, where rows of x do not begin at multiples of 16
 // bytes, or where they have several strides and are many: 4 M K bytes of traffic in L2 and one more launch.
+// Rows of float32 become three of bfloat16 each, whose sums are added at the end: three times the rows, two launches
+// more, and all the bits of x. For a few rows, which reading the weights bounds, that is next to nothing.
 #include "cuda/weight_only_gemm.cuh"
 
 namespace qops::cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
+constexpr int kParts = 3;  // of bfloat16 in a float32
 
 // target[m, k] = x[m, perm[k]], eight columns a thread. An index out of range gives NaN: it cannot be told before the
 // launch.
@@ -33,6 +36,35 @@ __global__ void __launch_bounds__(kMaxThreads)
     words[pair] = halves[0] | halves[1] << 16;
   }
   *reinterpret_cast<uint4*>(target + m * p.k + k) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The same of x in float32, three rows for each: [3][rows][K] of bfloat16, the largest part last. Each has 8 of the 24
+// bits, cut and not rounded, so that none overflows and their sum is x (but for bits below 2^-133).
+__global__ void __launch_bounds__(kMaxThreads)
+    split_kernel(const __grid_constant__ WeightOnlyGemmParams p, int64_t row0, int64_t rows, uint16_t* target) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x, chunks = p.k / kVector;
+  if (i >= rows * chunks) return;
+  const int64_t m = i / chunks, k = i % chunks * kVector;
+  const float* x = static_cast<const float*>(p.x) + p.x_rows.offset(row0 + m);
+  uint32_t words[kParts][kVector / 2] = {};
+#pragma unroll
+  for (int e = 0; e < kVector; ++e) {
+    int64_t column = k + e;
+    if (p.perm != nullptr) column = p.perm[column];
+    float left = column >= 0 && column < p.k ? x[column] : __uint_as_float(0x7fffffffu);  // NaN
+#pragma unroll
+    for (int part = kParts - 1; part >= 0; --part) {
+      const uint32_t bits = __float_as_uint(left) & 0xffff0000u;
+      words[part][e / 2] |= e % 2 == 0 ? bits >> 16 : bits;
+      const float value = __uint_as_float(bits);
+      left = left == value ? 0.0f : left - value;  // of infinity nothing is left
+    }
+  }
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    *reinterpret_cast<uint4*>(target + (part * rows + m) * p.k + k) =
+        make_uint4(words[part][0], words[part][1], words[part][2], words[part][3]);
+  }
 }
 
 // Sums that another kernel has left, [slices][rows][columns]: of y's rows from `row0` and columns from `column0` on, or
@@ -72,13 +104,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   });
 }
 
+// By the type of x that kernels multiply.
 template <class F>
 Status with_16_bits(DType dtype, const F& run) {
-  switch (dtype) {
-    case DType::kFloat16: return run(__half{});
-    case DType::kBFloat16: return run(__nv_bfloat16{});
-    default: return Status::kUnsupported;
-  }
+  return dtype == DType::kFloat16 ? run(__half{}) : run(__nv_bfloat16{});
 }
 
 template <class T, int kCount, class Where>
@@ -87,8 +116,9 @@ Status launch_finish(const WeightOnlyJob& job, const Sums& sums, const Where& wh
                        kMaxThreads, 0, where, job.p, job.plan, job.aligned, sums);
 }
 
-// cuBLAS and the tiled kernel take one stride for all rows.
+// cuBLAS and the tiled kernel take one stride for all rows. (Of float32 x is what split_kernel has made.)
 bool copies_x(const WeightOnlyGemmParams& p, const GemmPlan& plan) {
+  if (p.dtype == DType::kFloat32) return false;
   return p.perm != nullptr || !aligned(p.x, p.x_rows, p.k, p.dtype) ||
          (plan.kind != GemmPlan::Kind::kDecode && p.x_rows.dims > 1);
 }
@@ -101,13 +131,13 @@ int64_t copy_bytes(const WeightOnlyGemmParams& p, const GemmPlan& plan) {
 }
 
 // No blocks where CUDA does not tell what the GPU is.
-GemmPlan plan_of(const WeightOnlyGemmParams& p, int bits) {
+GemmPlan plan_of(const WeightOnlyGemmParams& p, int64_t rows, int bits) {
   thread_local PlanCache plans;
   const Gpu gpu = current_gpu();
   if (gpu.multiprocessors == 0) return {};
   // float16 cannot hold every weight, and a sum that it made infinite would be wrong.
   const bool may_round = p.dtype == DType::kBFloat16 && !p.batch_invariant;
-  return plans({bits, p.x_rows.count, p.n, p.k, p.group_size, p.kind, may_round, gpu});
+  return plans({bits, rows, p.n, p.k, p.group_size, p.kind, may_round, gpu});
 }
 
 bool is_empty(const WeightOnlyGemmParams& p) { return p.x_rows.count == 0 || p.n == 0; }
@@ -149,7 +179,66 @@ Status multiply_dense(const WeightOnlyJob& job, const Queue& queue) {
   return Status::kOk;
 }
 
-void tell_plan(const WeightOnlyGemmParams& p, const GemmPlan& plan, PlanListener& listener) {
+// The product and, where blocks share it, its sums.
+Status multiply(const WeightOnlyJob& job, const WeightOnlyKernels& kernels, const Queue& queue) {
+  const GemmPlan& plan = job.plan;
+  const bool is_decode = plan.kind == GemmPlan::Kind::kDecode;
+  const Status status = is_decode ? kernels.decode(job, queue) : kernels.tiled(job, queue);
+  if (status != Status::kOk || !plan.has_second_kernel()) return status;
+  const int64_t rows = is_decode ? job.p.x_rows.count : (plan.tiles() - plan.whole) * plan.live;
+  const int64_t columns = is_decode ? int4::strips(job.p.n) * kStripRows : kTileRows;
+  return with_16_bits(job.p.dtype, [&](auto element) {
+    return launch_finish<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode},
+                                                     Dependent{queue.stream});
+  });
+}
+
+// What scratch has of rows of float32, some at a time: the sums of their parts, the parts, and what a product needs.
+struct Float32Rows {
+  int64_t at_a_time, last;
+  int64_t sums_bytes, parts_bytes, product_bytes;
+
+  Float32Rows(const WeightOnlyGemmParams& p, int bits) {
+    const int64_t m = p.x_rows.count, most = max_of(1, kMostScratch / (kParts * (2 * p.k + 4 * p.n)));
+    at_a_time = ceil_div(m, ceil_div(m, most));
+    last = m - (ceil_div(m, at_a_time) - 1) * at_a_time;
+    sums_bytes = padded(kParts * at_a_time * p.n * 4);
+    parts_bytes = padded(kParts * at_a_time * p.k * 2);
+    product_bytes = 0;
+    for (const int64_t rows : {at_a_time, last}) {
+      product_bytes = max_of(product_bytes, plan_of(p, kParts * rows, bits).scratch_bytes(kParts * rows, p.n, p.k));
+    }
+  }
+
+  int64_t bytes() const { return sums_bytes + parts_bytes + product_bytes; }
+};
+
+Status multiply_float32(const WeightOnlyJob& whole, const WeightOnlyKernels& kernels, const Queue& queue) {
+  const WeightOnlyGemmParams& p = whole.p;
+  const Float32Rows room(p, kernels.bits);
+  uint8_t* const scratch = static_cast<uint8_t*>(p.scratch);
+  uint8_t* const parts = scratch + room.sums_bytes;
+  for (int64_t first = 0; first < p.x_rows.count; first += room.at_a_time) {
+    const int64_t rows = min_of(room.at_a_time, p.x_rows.count - first);
+    Status status = launch_blocks(&split_kernel, ceil_div(rows * (p.k / kVector), kMaxThreads), kMaxThreads, 0, queue,
+                                  p, first, rows, reinterpret_cast<uint16_t*>(parts));
+    if (status != Status::kOk) return status;
+    WeightOnlyGemmParams product = p;
+    product.x = parts;
+    product.x_rows = dense_rows(kParts * rows, p.k);
+    product.y = scratch;
+    status = multiply(
+        {product, plan_of(p, kParts * rows, kernels.bits), {}, reinterpret_cast<float*>(parts + room.parts_bytes)},
+        kernels, queue);
+    if (status != Status::kOk) return status;
+    const Sums sums{reinterpret_cast<const float*>(scratch), rows, p.n, first, 0, false};
+    status = launch_finish<float, kParts>(whole, sums, queue);
+    if (status != Status::kOk) return status;
+  }
+  return Status::kOk;
+}
+
+void tell_plan(const WeightOnlyGemmParams& p, const GemmPlan& plan, int bits, PlanListener& listener) {
   tell_gpu(listener, current_gpu());
   const bool is_dense = plan.kind == GemmPlan::Kind::kDense;
   listener.tell("route", is_dense ? "dense" : plan.kind == GemmPlan::Kind::kDecode ? "decode" : "tiled");
@@ -164,33 +253,41 @@ void tell_plan(const WeightOnlyGemmParams& p, const GemmPlan& plan, PlanListener
     listener.tell("stages", plan.stages);
     listener.tell("shared_bytes", plan.shared_bytes);
   }
-  listener.tell("copies_x", copies_x(p, plan) ? "yes" : "no");
-  listener.tell("scratch_bytes", copy_bytes(p, plan) + plan.scratch_bytes(p.x_rows.count, p.n, p.k));
+  if (p.dtype == DType::kFloat32) {
+    listener.tell("parts_of_x", kParts);
+    listener.tell("rows", Float32Rows(p, bits).at_a_time);
+  } else {
+    listener.tell("copies_x", copies_x(p, plan) ? "yes" : "no");
+  }
+  listener.tell("scratch_bytes", weight_only_gemm_scratch_bytes(p, bits));
 }
 
 }  // namespace
 
 int64_t weight_only_gemm_scratch_bytes(const WeightOnlyGemmParams& p, int bits) {
   if (is_empty(p)) return 0;
-  const GemmPlan plan = plan_of(p, bits);
+  if (p.dtype == DType::kFloat32) return Float32Rows(p, bits).bytes();
+  const GemmPlan plan = plan_of(p, p.x_rows.count, bits);
   return copy_bytes(p, plan) + plan.scratch_bytes(p.x_rows.count, p.n, p.k);
 }
 
 Status weight_only_gemm(const WeightOnlyGemmParams& p, const WeightOnlyKernels& kernels, const Queue& queue) {
   if (is_empty(p)) return Status::kOk;
-  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return Status::kUnsupported;
   if (p.k >= kMaxColumns || !multiple_of_16(p.packed) || !multiple_of_16(p.scales) || !multiple_of_16(p.zeros)) {
     return Status::kUnsupported;
   }
-  WeightOnlyJob job{p, plan_of(p, kernels.bits), {}, nullptr};
+  const bool is_float32 = p.dtype == DType::kFloat32;
+  const int64_t rows = is_float32 ? kParts * Float32Rows(p, kernels.bits).at_a_time : p.x_rows.count;
+  WeightOnlyJob job{p, plan_of(p, rows, kernels.bits), {}, nullptr};
   if (job.plan.blocks == 0) return Status::kLaunchFailed;
   if (job.plan.items() > 0x7fffffff) return Status::kUnsupported;
   if (queue.listener != nullptr) [[unlikely]] {
-    tell_plan(p, job.plan, *queue.listener);
+    tell_plan(p, job.plan, kernels.bits, *queue.listener);
     return Status::kOk;
   }
   job.aligned = {multiple_of_16(p.y), multiple_of_16(p.bias),
                  p.residual != nullptr && aligned(p.residual, p.residual_rows, p.n, p.dtype)};
+  if (is_float32) return multiply_float32(job, kernels, queue);
   job.sums = reinterpret_cast<float*>(static_cast<uint8_t*>(p.scratch) + copy_bytes(p, job.plan));
   if (copies_x(p, job.plan)) {
     const Status status = with_16_bits(p.dtype, [&](auto element) {
@@ -202,17 +299,7 @@ Status weight_only_gemm(const WeightOnlyGemmParams& p, const WeightOnlyKernels& 
     job.p.perm = nullptr;
     job.p.x_rows = dense_rows(p.x_rows.count, p.k);
   }
-  const GemmPlan& plan = job.plan;
-  if (plan.kind == GemmPlan::Kind::kDense) return multiply_dense(job, queue);
-  const bool is_decode = plan.kind == GemmPlan::Kind::kDecode;
-  const Status status = is_decode ? kernels.decode(job, queue) : kernels.tiled(job, queue);
-  if (status != Status::kOk || !plan.has_second_kernel()) return status;
-  const int64_t rows = is_decode ? p.x_rows.count : (plan.tiles() - plan.whole) * plan.live;
-  const int64_t columns = is_decode ? int4::strips(p.n) * kStripRows : kTileRows;
-  return with_16_bits(p.dtype, [&](auto element) {
-    return launch_finish<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode},
-                                                     Dependent{queue.stream});
-  });
+  return job.plan.kind == GemmPlan::Kind::kDense ? multiply_dense(job, queue) : multiply(job, kernels, queue);
 }
 
 int64_t int4_gemm_scratch_bytes(const WeightOnlyGemmParams& p) { return weight_only_gemm_scratch_bytes(p, 4); }

@@ -172,8 +172,8 @@ using namespace model;
 inline constexpr int64_t kDecodeSlots[3][2] = {{296, 184}, {331, 203}, {367, 225}};
 inline constexpr int64_t kTiledSlots = 1120, kTiledSlotsOfEight[2] = {71, 96};
 // Of 8 bits, of 2 strips.
-inline constexpr int64_t kDecodeSlotsOfInt8[2] = {226, 246};
-inline constexpr int64_t kTiledSlotsOfInt8 = 1280, kTiledSlotsOfEightOfInt8[2] = {71, 96};
+inline constexpr int64_t kDecodeSlotsOfInt8[2] = {256, 282};
+inline constexpr int64_t kTiledSlotsOfInt8 = 1220, kTiledSlotsOfEightOfInt8[2] = {103, 132};
 
 // Blocks of the decode kernel, one for each multiprocessor: each takes some strips and all slices of its part.
 constexpr GemmPlan decode(int bits, int64_t m, int64_t n, int64_t k, bool fine, int k_parts, int strips_of_warp,

@@ -8,6 +8,8 @@
 
 namespace qops::cuda {
 
+// Rows of float32 are three of bfloat16, whose sum they are: with that dtype x has those, and y takes float32 sums,
+// [rows, n], of which nothing else becomes.
 struct WeightOnlyJob {
   WeightOnlyGemmParams p;  // x in the packed order of columns, rows at multiples of 16 bytes
   GemmPlan plan;
@@ -36,10 +38,16 @@ QOPS_DEVICE void add_bias(const WeightOnlyGemmParams& p, bool is_aligned, int64_
 // sums of eight columns from n on; of a mixed weight those of up are the next eight.
 template <class T, class Read>
 QOPS_DEVICE void finish_sums(const WeightOnlyGemmParams& p, Alignment aligned, int64_t m, int64_t n, const Read& read) {
+  Vector t;
+  if constexpr (sizeof(T) == 2) {
+    if (p.dtype == DType::kFloat32) {
+      read(n, t);
+      return store<true>(static_cast<float*>(p.y) + m * p.n + n, kVector, t);
+    }
+  }
   const bool is_mixed = p.epilogue == Epilogue::kSiluMul;
   if (is_mixed && n % kStripRows != 0) return;
   const int64_t column = is_mixed ? n / 2 : n;
-  Vector t;
   read(n, t);
   add_bias<T>(p, aligned.bias, column, t);
   finish(p, EightOf<T>{aligned}, p.y, p.n, m, column, true, t, [&](Vector& up) {
@@ -78,11 +86,7 @@ Status with_kernel(const WeightOnlyGemmParams& p, const F& run) {
     }
     return run(element, std::false_type{}, std::false_type{});
   };
-  switch (p.dtype) {
-    case DType::kFloat16: return with_type(__half{});
-    case DType::kBFloat16: return with_type(__nv_bfloat16{});
-    default: return Status::kUnsupported;
-  }
+  return p.dtype == DType::kFloat16 ? with_type(__half{}) : with_type(__nv_bfloat16{});
 }
 
 }  // namespace qops::cuda

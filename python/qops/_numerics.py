@@ -267,14 +267,15 @@ def weight_only_bound(
         offset = origin * scales + wide if weight.kind == "offset" else scales * (origin - wide)
         magnitude = magnitude + offset.abs()[..., None]
     magnitude = magnitude.view(n, k)
-    fixed_point = 2.0**-31 if x.dtype == torch.float32 else 1.001 * 2.0**-16
+    x32 = x.dtype == torch.float32
+    fixed_point = 2.0**-31 if x32 else 1.001 * 2.0**-16
     x = x.double().abs()
     rounding = 0.0 if rounded_to is None else x @ rounding_bound(weight.dequantize().cpu(), rounded_to).T
     if "perm" in canonical:
         x = x[..., canonical["perm"].long()]
     sums = x @ magnitude.T + (0 if bias is None else bias.double().abs())
-    if gpu:
-        return rounding + (k + 32) * UNIT * sums
+    if gpu:  # float32 is added in three parts: their magnitudes are a little more
+        return rounding + (1.01 * (k + 34) if x32 else k + 32) * UNIT * sums
     # A block's sum is exact; scaling it takes 5 roundings, its slice one or two a block, then 8 slices and the bias,
     # and the reference's weights one more.
     starts = [at for group in range(0, k, group_size) for at in range(group, group + group_size, _BLOCK)]

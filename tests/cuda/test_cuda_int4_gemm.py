@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qops
 from qops.ops.int4_gemm import int4_gemm_ref
 from qops.testing import (
+    FLOAT_DTYPES,
     assert_bitwise,
     assert_within,
     generator,
@@ -187,7 +188,7 @@ def test_adversarial_shapes(backend, m):
         if (index + m) % 4:
             continue
         pick = index // 4 + m
-        kind, dtype = KINDS[pick % 4], DTYPES[pick % 2]
+        kind, dtype = KINDS[pick % 4], FLOAT_DTYPES[(pick + index) % 3]
         more = {"scale_dtype": SCALE_DTYPES[pick % 3], "act_order": pick % 5 == 0, "seed": pick}
         w, here = pair(backend, n, k, group_size, kind, **more)
         x = random_activations(m, k, dtype=dtype, seed=pick)
@@ -328,7 +329,7 @@ def test_rows_do_not_depend_on_the_plan(emulated, emulator):
 
 
 def test_rows_that_begin_anywhere(backend):
-    for dtype, m in itertools.product(DTYPES, (3, 40)):
+    for dtype, m in itertools.product(FLOAT_DTYPES, (3, 40)):
         w, here = pair(backend, 40, 144, 48, "offset")
         memory = random_activations(m, 200, dtype=dtype, seed=m)
         dense = call(backend, memory[:, 8:152].clone(), w)
@@ -370,7 +371,7 @@ def test_bias_and_outputs_that_begin_anywhere(backend):
         assert_bitwise(out[1:].view(m, n).cpu(), y, "out")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_epilogues_round_where_the_operators_do(backend, dtype):
     """Each equals the chain of operators bit for bit, in both kernels and behind a split K."""
     for m, n, k in ((3, 48, 128), (40, 144, 128), (2, 32, 16384), (20, 144, 4608)):
@@ -429,10 +430,41 @@ def test_sizes_are_multiples_of_8_for_raw_callers_too(backend, op):
         call_raw(backend.ops, backend.device, op, k, 16)
 
 
-def test_float32_is_refused(backend):
-    w, _ = pair(backend, 16, 64, 64, "symmetric")
-    with pytest.raises(RuntimeError, match=r"x must have dtype float16 or bfloat16 on a GPU, got float32"):
-        call(backend, torch.ones(1, 64), w)
+# float32 -------------------------------------------------------------------------------------------------------------
+
+
+def test_all_bits_of_float32_count(backend):
+    """The identity picks every x out: three parts of it are the whole, also where bfloat16 would round to infinity."""
+    codes = torch.eye(64, dtype=torch.uint8) + 8
+    w = {"qweight": codes[:, ::2] | codes[:, 1::2] << 4, "scales": torch.ones(64, 1)}
+    with gpu(backend):
+        identity = made_there(backend, w, "symmetric")
+    x = torch.randint(2**32, (40, 64), generator=generator(1)).sub(2**31).int().view(torch.float32)
+    x = x.where(x.abs() > 2.0**-100, 1.0)  # whose last bits bfloat16 has
+    x[0, :4] = torch.tensor([3.4028235e38, -3.4028235e38, 0.0, -0.0])
+    x[1:3, 5] = torch.tensor([float("inf"), float("nan")])
+    for m in (3, 40):
+        y = call(backend, x[:m], identity)
+        finite = x[:m].isfinite().all(dim=-1)
+        assert torch.equal(y[finite], x[:m][finite])
+        assert bool(y[1, 5].isinf()) and not bool(y[~finite].isfinite().any())  # elsewhere 0 times what is not finite
+
+
+def test_rows_of_float32_do_not_depend_on_the_batch(emulated, emulator):
+    """Nor on how many of them scratch holds."""
+    m, n, k = 701, 4096, 64
+    problem = f"m={m}\nn={n}\nk={k}\ngroup_size={k}\ndtype=float32\nkind=zero_point"
+    said = dict(word.split("=") for word in emulated.explain("int4_gemm", problem).split(" -> ")[1].split())
+    assert (said["rows"], said["parts_of_x"]) == ("351", "3")  # the second time 350
+    w, here = pair(emulator, n, k, k, "zero_point", act_order=True)
+    x = random_activations(m, k, dtype=torch.float32, seed=1)
+    bias = torch.randn(n, generator=generator(1))
+    few = call(emulator, x[-5:], w, bias)
+    assert_right(few, x[-5:], here, bias)
+    configure(emulated, policy=POLICIES["fifo"], multiprocessors=8)
+    y = call(emulator, x, w, bias)
+    assert_bitwise(y[-5:], few)
+    assert_right(y[345:355], x[345:355], here, bias)
 
 
 # What the emulator sees ----------------------------------------------------------------------------------------------
@@ -483,10 +515,15 @@ def test_every_synchronisation_is_missed_when_it_is_gone(emulated, emulator):
         return results
 
     want = run(1, "")
-    places = [place for place in emulated.synchronisations() if place.startswith(("int4_gemm", "int4_fragment"))]
+    places = [place for place in emulated.synchronisations() if place.startswith(("int4_gemm", "weight_only"))]
     files = collections.Counter(place.partition(":")[0] for place in places)
     # Waits for copies of 6 rings, the commits of two places; barriers of warps and blocks; the second kernel's wait.
-    wanted = {"int4_fragment.cuh": 6, "int4_gemm.cu": 1, "int4_gemm_decode.cu": 8, "int4_gemm_tiled.cu": 4}
+    wanted = {
+        "int4_gemm.cu": 1,
+        "weight_only_decode.cuh": 8,
+        "weight_only_fragment.cuh": 6,
+        "weight_only_tiled.cuh": 4,
+    }
     assert files == wanted, places
     print("each of these is missed when it is gone:", *places, sep="\n  ")
     for place in places:

@@ -13,6 +13,7 @@ from torch import Tensor
 import qops
 from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm_ref
 from qops.testing import (
+    FLOAT_DTYPES,
     assert_bitwise,
     assert_within,
     generator,
@@ -94,7 +95,7 @@ def test_every_kernel(emulated, emulator, dtype, kind):
         assert_right(call(emulator, x, w), x, here)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_every_code_is_exact(backend, dtype):
     """Of every place of a fragment: a row of the identity picks one column of the weight."""
     codes = torch.arange(-128, 128, dtype=torch.int8).repeat_interleave(16).view(32, 128)
@@ -113,7 +114,7 @@ def test_adversarial_shapes(backend, m):
         if (index + m) % 4:
             continue
         pick = index // 4 + m
-        kind, dtype = KINDS[pick % 2], DTYPES[pick // 2 % 2]
+        kind, dtype = KINDS[pick % 2], FLOAT_DTYPES[(pick + index) % 3]
         more = {"scale_dtype": SCALE_DTYPES[pick % 3], "act_order": pick % 5 == 0, "seed": pick}
         w, here = pair(backend, n, k, group_size, kind, **more)
         x = random_activations(m, k, dtype=dtype, seed=pick)
@@ -242,7 +243,7 @@ def test_rows_do_not_depend_on_the_plan(emulated, emulator):
 
 
 def test_rows_that_begin_anywhere(backend):
-    for dtype, m in itertools.product(DTYPES, (3, 40)):
+    for dtype, m in itertools.product(FLOAT_DTYPES, (3, 40)):
         w, here = pair(backend, 40, 144, 48, "offset")
         memory = random_activations(m, 200, dtype=dtype, seed=m)
         dense = call(backend, memory[:, 8:152].clone(), w)
@@ -278,12 +279,6 @@ def test_bias_and_outputs_that_begin_anywhere(backend):
         weight = (w.packed, w.scales, w.zeros, w.perm, backend.on_device(memory[1:]), n, 64)
         backend.ops.int8_weight_only_gemm.out(backend.on_device(x), *weight, out=out[1:].view(m, n))
         assert_bitwise(out[1:].view(m, n).cpu(), y, "out")
-
-
-def test_float32_is_refused(backend):
-    w, _ = pair(backend, 16, 64, 64, "symmetric")
-    with pytest.raises(RuntimeError, match=r"x must have dtype float16 or bfloat16 on a GPU, got float32"):
-        call(backend, torch.ones(1, 64), w)
 
 
 # What the emulator sees ----------------------------------------------------------------------------------------------

@@ -26,18 +26,22 @@ def _bytes(element: str) -> int:
 # Groups of 128 columns: with every second block of 64 one begins and one ends, so its scales are copied and read and
 # its sums are scaled. Where groups are not multiples of 64 they may end with each of the four steps of a block: groups
 # of 16 are what is counted.
-# 16-bit scales: a lane reads those of its two rows as 32 bits; float32 would be shorter.
+# 16-bit scales: of 4-bit weights a lane reads those of its two rows as 32 bits, of 8-bit ones as two of 16; float32
+# would be shorter.
 _GROUP = ("TENSOR", "COPY", "FFMA", "LDS", "LDS.32")
 
 
-def _group_ways(fine: bool, strips: int, tiles: int, offset: bool, copies: int) -> tuple[tuple[float, Goal], ...]:
+def _group_ways(
+    fine: bool, strips: int, tiles: int, offset: bool, copies: int, bits: int = 4
+) -> tuple[tuple[float, Goal], ...]:
     """Of a warp of so many strips of w and tiles of eight tokens. `copies`: but for those of scales."""
     # Each fragment of codes meets each tile of tokens, and so does that of ones.
     products = {"TENSOR": 4 * tiles * (strips + offset), "COPY": copies}
     if fine:
-        return ((1, Goal(most=_GROUP, least=products)),)
+        return ((1, Goal(most=(*_GROUP, "LDS.16"), least=products)),)
+    scales = {"LDS.32": strips} if bits == 4 else {"LDS.16": 2 * strips}
     # Four sums of a tile and strip are scaled once, and have the sum of x added.
-    boundary = products | {"COPY": copies + 1, "FFMA": 4 * tiles * strips * (1 + offset), "LDS.32": strips}
+    boundary = products | {"COPY": copies + 1, "FFMA": 4 * tiles * strips * (1 + offset), **scales}
     return (0.5, Goal(most=(), least=products)), (0.5, Goal(most=(), least=boundary))
 
 
@@ -46,13 +50,13 @@ def _scale_bytes(strips: int, fine: bool, offset: bool) -> float:
     return strips * 16 * (4 if fine else 0.5) * (6 if offset else 2)
 
 
-def _decode(tiles: str, strips: str, fine: str, offset: str) -> list[Work]:
+def _decode(tiles: str, strips: str, fine: str, offset: str, bits: int = 4) -> list[Work]:
     n, tokens, is_fine, has_offset = int(strips), 8 * int(tiles), fine == "true", offset == "true"
-    weights = 512 * n + _scale_bytes(n, is_fine, has_offset)
+    weights = 128 * bits * n + _scale_bytes(n, is_fine, has_offset)
     return [
         Work(
             f"64 columns x {n} strips of a warp",
-            _group_ways(is_fine, n, int(tiles), has_offset, n + tokens // 4),
+            _group_ways(is_fine, n, int(tiles), has_offset, bits // 4 * n + tokens // 4, bits),
             dram=weights,
             l2=weights + 128 * tokens,
             blocks=1,
@@ -60,20 +64,28 @@ def _decode(tiles: str, strips: str, fine: str, offset: str) -> list[Work]:
     ]
 
 
-def _tiled(tokens: str, fine: str, offset: str) -> list[Work]:
+def _int8_decode(tiles: str, fine: str, offset: str) -> list[Work]:
+    return _decode(tiles, "2", fine, offset, bits=8)
+
+
+def _tiled(tokens: str, fine: str, offset: str, bits: int = 4) -> list[Work]:
     n, is_fine, has_offset = int(tokens), fine == "true", offset == "true"
     strips, tiles = (1, n // 8) if n <= 64 else (2, n // 16)
-    weights = 4096 + _scale_bytes(8, is_fine, has_offset)
+    weights = 1024 * bits + _scale_bytes(8, is_fine, has_offset)
     return [
         Work(
             f"64 columns x 128 rows x {n} tokens of a block",
-            _group_ways(is_fine, strips, tiles, has_offset, 1 + n // 32),
+            _group_ways(is_fine, strips, tiles, has_offset, bits // 4 + n // 32, bits),
             warps=8,
             dram=weights,
             l2=weights + 128 * n,
             blocks=2 if n == 32 and not has_offset else 1,
         )
     ]
+
+
+def _int8_tiled(tokens: str, fine: str, offset: str) -> list[Work]:
+    return _tiled(tokens, fine, offset, bits=8)
 
 
 def _int8(tokens: str, zero_points: str) -> list[Work]:
@@ -263,6 +275,8 @@ _SHAPE = rf"qops::cuda::RowShape<{_INT}, {_INT}, {_BOOL}> ?"
 _TABLE: dict[str, Callable[..., list[Work]]] = {
     rf"decode_kernel<\w+, {_INT}, {_INT}, {_BOOL}, {_BOOL}>": _decode,
     rf"tiled_kernel<\w+, {_INT}, {_BOOL}, {_BOOL}>": _tiled,
+    rf"int8_decode_kernel<\w+, {_INT}, {_BOOL}, {_BOOL}>": _int8_decode,
+    rf"int8_tiled_kernel<\w+, {_INT}, {_BOOL}, {_BOOL}>": _int8_tiled,
     rf"int8_gemm_kernel<{_INT}, {_BOOL}>": _int8,
     rf"int4_int8_gemm_kernel<{_INT}, {_BOOL}>": _int4_int8,
     rf"norm_kernel<{_T}, {_SHAPE}, {_BOOL}>": _norm,
@@ -289,6 +303,8 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
 SHOWN = (
     *(f"decode_kernel<bf16, {tiles}, {strips}, false, false>" for tiles in (1, 2, 3) for strips in (4, 2)),
     *(f"tiled_kernel<bf16, {tokens}, false, false>" for tokens in (32, 64, 128)),
+    *(f"int8_decode_kernel<bf16, {tiles}, false, false>" for tiles in (1, 2)),
+    *(f"int8_tiled_kernel<bf16, {tokens}, false, false>" for tokens in (32, 64, 128)),
     *(f"int4_int8_gemm_kernel<{tokens}, false>" for tokens in (16, 32, 64, 128)),
     *(f"int8_gemm_kernel<{tokens}, false>" for tokens in (8, 16, 32, 64, 128)),
     "norm_kernel<bf16, RowShape<128, 4, true>",
@@ -309,8 +325,8 @@ def short(name: str) -> str:
     return name.partition("(")[0].replace("> >", ">>").replace("__nv_bfloat16", "bf16").replace("__half", "half")
 
 
-# Instances that are compiled to nothing from an architecture on: max_tile_tokens() of int4_config.h.
-_EMPTY = ((r"tiled_kernel<\w+, 128,", 120),)
+# Instances that are compiled to nothing from an architecture on: max_tile_tokens() of weight_only_config.h.
+_EMPTY = ((r"(?:int8_)?tiled_kernel<\w+, 128,", 120),)
 
 
 def works_of(name: str, arch: str) -> list[Work] | None:
