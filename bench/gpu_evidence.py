@@ -63,9 +63,9 @@ REHEARSED_TESTS = "not gpu and begin_anywhere"
 # A few minutes under a sanitizer: every kernel, aligned and not, with and without values past the row's end.
 SANITIZED_TESTS = "gpu and (begin_anywhere or behind_a_row or heads or every_group_size or every_small_number)"
 # WITHOUT_CUDA_KERNEL, which nobody can import before qops is built.
-WITHOUT_KERNEL = ("!int8_weight_only_gemm", "!attention_block", "!decode_attention", "!mlp_block")
+WITHOUT_KERNEL = ("!attention_block", "!decode_attention", "!mlp_block")
 # The others' names begin with the type of a weight.
-ROW_OPS = ("!int*", *(op for op in WITHOUT_KERNEL if not op.startswith("!int")))
+ROW_OPS = ("!int*", *WITHOUT_KERNEL)
 # Models have stages of their own.
 NOT_OF_PEERS = ("!int8_layer", "!int4_decode", *WITHOUT_KERNEL)
 LAYERS = "llama3-8b qkv,llama3-8b o,llama3-8b gate_up,llama3-8b down"
@@ -249,6 +249,15 @@ STAGES: dict[str, Stage] = {
             "gemms", ("int4_gemm", "int8_gemm", "int4_int8_gemm"), "--layers", LAYERS, *ROWS, providers="qops,cublas*"
         ),
         165,
+    ),
+    "int8-weights": Stage(
+        bench(
+            "int8-weights",
+            ("int8_weight_only_gemm",),
+            *("--layers", LAYERS, "--rows", "1,16,64,1024"),
+            providers="qops,cublas*",
+        ),
+        45,
     ),
     "rows": Stage(bench("rows", ROW_OPS, "--rows", "1,4096", providers=EAGER), 60),
     "decode": Stage(bench("decode", ("int4_decode",)), 75),

@@ -62,8 +62,5 @@ class Int8WeightOnlyGemmOperator(WeightOnlyGemm):
         n, k, group, size = sizes_of(axes, "N K G dtype")
         return n * k + n * (k // group) * (size + OFFSET_BYTES * ("kind" in axes))
 
-    def unsupported(self, device: str, axes: Axes) -> str | None:
-        return "it has no CUDA kernel" if device == "cuda" else None
-
 
 OPERATORS = (Int8WeightOnlyGemmOperator("int8_weight_only_gemm"),)

@@ -273,6 +273,9 @@ int64_t weight_only_gemm_scratch_bytes(const WeightOnlyGemmParams& p, int bits) 
 
 Status weight_only_gemm(const WeightOnlyGemmParams& p, const WeightOnlyKernels& kernels, const Queue& queue) {
   if (is_empty(p)) return Status::kOk;
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat32) {
+    return Status::kUnsupported;
+  }
   if (p.k >= kMaxColumns || !multiple_of_16(p.packed) || !multiple_of_16(p.scales) || !multiple_of_16(p.zeros)) {
     return Status::kUnsupported;
   }

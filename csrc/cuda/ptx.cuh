@@ -81,7 +81,7 @@ __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wai
 
 // --- words in shared memory ------------------------------------------------------------------------------------------
 
-// ld.shared.v2.u32: two neighbouring words, at a multiple of 8 bytes
+// ld.shared.v2.u32, sm_20: two neighbouring words, at a multiple of 8 bytes
 __device__ __forceinline__ void ld_shared(uint32_t (&d)[2], uint32_t shared) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "r"(shared) : "memory");
 }

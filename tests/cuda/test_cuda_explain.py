@@ -81,6 +81,10 @@ def test_what_is_said_is_what_is_launched(runtime, m):
             {"m": m, "n": n, "k": 512, "group_size": 64, "out_dtype": "bfloat16"},
             lambda: ops.int4_int8_gemm(q, torch.ones(m), packed4, scales4, None, None, None, n, 64, 0, torch.bfloat16),
         ),
+        "int8_weight_only_gemm": (
+            {"m": m, "n": n, "k": 512, "group_size": 64, "dtype": "bfloat16"},
+            lambda: ops.int8_weight_only_gemm(x, packed8, torch.ones(9, 8, 16), None, None, None, n, 64),
+        ),
         "int8_gemm": (
             {"m": m, "n": n, "k": 512, "out_dtype": "bfloat16"},
             lambda: ops.int8_gemm(q, torch.ones(m), None, packed8, scales8, None, n, torch.bfloat16),
@@ -103,8 +107,17 @@ def test_what_is_said_is_what_is_launched(runtime, m):
 
 
 def test_what_a_gpu_has_no_kernel_for(runtime):
-    with pytest.raises(ValueError, match=r"op must be one of .*, got int8_weight_only_gemm"):
-        runtime.explain("int8_weight_only_gemm", "")
-    for dtype in ("float32", "int32"):
-        with pytest.raises(RuntimeError, match=r"qops.int4_gemm: "):
-            explain(runtime, "int4_gemm", m=1, n=64, k=64, group_size=64, dtype=dtype)
+    with pytest.raises(ValueError, match=r"op must be one of .*, got decode_attention"):
+        runtime.explain("decode_attention", "")
+    with pytest.raises(RuntimeError, match=r"qops.int4_gemm: "):
+        explain(runtime, "int4_gemm", m=1, n=64, k=64, group_size=64, dtype="int32")
+
+
+def test_rows_of_float32_are_three(runtime):
+    """As many as fit into scratch at a time; and an offset of 8-bit weights is another kernel's."""
+    for op, more in (("int4_gemm", {"kind": "offset"}), ("int8_weight_only_gemm", {"zeros": True})):
+        for m, rows, tokens in ((1, 1, 8), (5, 5, 16), (2000, 500, 64)):
+            said = explain(runtime, op, m=m, n=4096, k=512, group_size=64, dtype="float32", **more)
+            assert (int(said["rows"]), said["parts_of_x"], int(said["tokens"])) == (rows, "3", tokens), (op, m)
+            least = 3 * rows * (4 * 4096 + 2 * 512)
+            assert least <= int(said["scratch_bytes"]) <= least + (32 << 20), (op, m)

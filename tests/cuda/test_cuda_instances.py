@@ -13,6 +13,7 @@ import torch
 
 import qops
 from qops.ops.int4_gemm import int4_gemm_ref
+from qops.ops.int8_weight_only_gemm import int8_weight_only_gemm_ref
 from qops.testing import (
     FLOAT_DTYPES,
     assert_bitwise,
@@ -26,7 +27,7 @@ from tests.support.cuda.cuda_budgets import budget, shape_of
 from tests.support.cuda.cuda_tools import ROOT, build_emulated_operators, checked
 from tests.support.cuda.launch_records import kernel_names, launches
 from tests.support.ops.int8_gemm_oracle import activations, by_contract, make_weight
-from tests.support.ops.random_weights import KINDS, random_int4
+from tests.support.ops.random_weights import KINDS, random_int4, random_int8
 from tests.support.properties.overloads import SIZED, sized_call
 
 EMULATED = Backend(torch.ops.qops_emu, "cpu")
@@ -42,6 +43,13 @@ INT4 = (
     (200, 272, 576, 2, 90),
 )
 INT4_SPLIT = ((5, 32, 4608, 132, 89), (32, 32, 576, 8, 89))
+# Tiles of 8, 16, 32, 64 and 128 tokens.
+INT8_WEIGHTS = (
+    *((m, 48, 1152, 1, 90) for m in (5, 13)),
+    (32, 144, 640, 1, 90),
+    (64, 144, 640, 1, 89),
+    (200, 272, 576, 2, 90),
+)
 INT4_INT8 = tuple((m, 144, 640, 1, 90) for m in (8, 32, 64, 128))
 INT4_INT8_SPLIT = ((5, 32, 4608, 8, 89), (40, 32, 2304, 8, 90))
 INT8 = tuple((m, 144, 640, 1, 89) for m in (8, 16, 32, 64, 128))
@@ -127,6 +135,22 @@ def test_int4_gemm(fifo, dtype, fine, kind):
         assert_within(y, int4_gemm_ref(x, here), bound, f"{here}, M = {m}")
         if m == INT4[0][0]:  # from a copy
             assert_bitwise(EMULATED.ops.int4_gemm(strided_rows(x, 1), *weight), y)
+            in_parts = EMULATED.ops.int4_gemm(x.float(), *weight)
+            assert_within(in_parts, int4_gemm_ref(x, here), weight_only_bound(x.float(), here, gpu=True))
+
+
+@pytest.mark.parametrize(("fine", "kind"), ((False, "symmetric"), (True, "symmetric"), (True, "offset")), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_int8_weight_only_gemm(fifo, dtype, fine, kind):
+    for index, (m, n, k, multiprocessors, arch) in enumerate(INT8_WEIGHTS):
+        tensors, here = random_int8(n, k, 32 if fine else 64, kind, seed=index)
+        with gpu(EMULATED):
+            w = qops.Int8Weight.from_canonical(**tensors, kind=kind)
+        fifo.configure(1, POLICIES["fifo"], "", arch, multiprocessors)
+        x = random_activations(m, k, dtype=dtype, seed=index)
+        y = EMULATED.ops.int8_weight_only_gemm(x, w.packed, w.scales, w.zeros, None, None, n, w.group_size)
+        bound = weight_only_bound(x, here, gpu=True)
+        assert_within(y, int8_weight_only_gemm_ref(x, here), bound, f"{here}, M = {m}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,11 +273,17 @@ WASTE = (
         "32 bytes a lane: its second access takes the rest of a sector",
     ),
     Waste("^finish_kernel", "global", r"^elements\.cuh.* < int4_gemm\.cu", 2, "likewise, of sums"),
-    Waste("^decode_kernel|^tiled_kernel", "shared", r"< int4_gemm\.cuh", 2.5, "sums, once a tile: 32 bytes a lane"),
     Waste(
-        "^decode_kernel",
+        "^(int8_)?(decode|tiled)_kernel",
+        "shared",
+        r"< weight_only_gemm\.cuh",
+        2.5,
+        "sums, once a tile: 32 bytes a lane",
+    ),
+    Waste(
+        "^(int8_)?decode_kernel",
         "global",
-        r"^int4_(fragment\.cuh|gemm_decode\.cu)",
+        r"^weight_only_(fragment|decode)\.cuh",
         1.34,
         "scales and zeros of a strip: 16 bytes or 32",
     ),
@@ -282,7 +312,9 @@ def test_accesses_take_what_their_bytes_need(trace):
 def test_main_loops_have_no_bank_conflicts(trace):
     """No entry of WASTE may ever excuse them."""
     counts = {"decode_kernel": 40, "tiled_kernel": 20, "int4_int8_gemm_kernel": 8, "int8_gemm_kernel": 10}
+    counts |= {"int8_decode_kernel": 12, "int8_tiled_kernel": 16}
+    in_loops = ("ldmatrix", "ld.shared", "cp.async")
     for kernel, at_least in counts.items():
-        loops = [r for r in trace if r.kernel.startswith(kernel) and r.instruction.startswith(("ldmatrix", "cp.async"))]
+        loops = [r for r in trace if r.kernel.startswith(kernel) and r.instruction.startswith(in_loops)]
         assert len({r.kernel for r in loops}) == at_least
         assert all(r.taken == r.least for r in loops if r.memory == "shared")

@@ -1,5 +1,5 @@
-"""The plans of int4_gemm and int4_int8_gemm on a GPU (csrc/cuda/int4_config.h, csrc/cuda/int4_int8_config.h) and where
-the first one's accesses to shared memory fall."""
+"""The plans of int4_gemm, int8_weight_only_gemm and int4_int8_gemm on a GPU (csrc/cuda/weight_only_config.h,
+csrc/cuda/int4_int8_config.h) and where the first two's accesses to shared memory fall."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_shape_has_a_plan_that_fits():
         for gpu in (Gpu(1, 99 * KIB, 89), *GPUS)
     ]
     for question, plan in zip(questions, plans(questions), strict=True):
-        m, n, k, _, kind, gpu, may_round = question
+        m, n, k, _, kind, gpu, may_round, _ = question
         strips = -(-n // 16)
         assert plan.scratch_bytes <= 32 << 20, question
         if plan.kind == DENSE:
@@ -88,6 +88,34 @@ def test_every_shape_has_a_plan_that_fits():
             assert plan.scratch_bytes == (plan.k_parts > 1) * 8 * shared * plan.live * 128 * 4, question
 
 
+def test_every_shape_of_int8_weights_has_a_plan_that_fits():
+    sizes = (8, 24, 64, 72, 136, 1000, 4096, 28672)
+    questions = [
+        Question(m, n, k, group_size, kind, gpu, may_round=True, bits=8)
+        for m in (1, 8, 9, 16, 17, 24, 33, 64, 65, 128, 129, 1000, 100000)
+        for n in sizes
+        for k in (0, *sizes)
+        for group_size in {k, 16}
+        for kind in (0, 3)
+        for gpu in (Gpu(1, 99 * KIB, 89), *GPUS)
+    ]
+    for question, plan in zip(questions, plans(questions), strict=True):
+        m, n, k, _, kind, gpu, *_ = question
+        strips = -(-n // 16)
+        assert plan.scratch_bytes <= 32 << 20 and plan.stages in (2, 3, 4, 6, 8, 10), question
+        if plan.kind == DECODE:
+            assert plan.blocks == plan.ranges * plan.k_parts <= gpu.multiprocessors, question
+            assert plan.ranges <= strips and m <= plan.tokens <= 16 and plan.strips == 2, question
+            blocks = -(-k // 64)
+            assert plan.x_stages == (-(-blocks // 8) if plan.keeps_x else plan.stages), question
+            assert plan.shared_bytes <= gpu.shared_bytes, question
+        else:
+            assert plan.kind == TILED and plan.tokens in ((32, 64) if kind == 3 else (32, 64, 128)), question
+            resident = 2 if plan.tokens == 32 and kind == 0 else 1
+            assert resident * (plan.shared_bytes + KIB) <= gpu.shared_bytes + KIB, question
+            assert (plan.token_tiles - 1) * plan.live < m <= plan.token_tiles * plan.live, question
+
+
 def test_every_shape_of_int4_int8_gemm_has_a_plan_that_fits():
     """And slices of K that are the contract's, which int4_plans.cpp looks at."""
     sizes = (8, 24, 64, 72, 136, 1000, 4096, 28672)
@@ -102,7 +130,7 @@ def test_every_shape_of_int4_int8_gemm_has_a_plan_that_fits():
         if k == group_size or (k > 0 and k % group_size == 0)
     ]
     for question, plan in zip(questions, int8_plans(questions), strict=True):
-        m, n, _, _, _, gpu, _ = question
+        m, n, _, _, _, gpu, *_ = question
         strips = -(-n // 16)
         assert plan.kind == TILED and plan.tokens in (16, 32, 64, 128), question
         assert plan.tokens // 2 < plan.live <= plan.tokens or plan.live == 8, question
@@ -162,6 +190,13 @@ def test_time_never_falls_with_more_rows():
             assert a <= b <= {24: 2.2, 64: 2, 128: 1.8}.get(m, 1.55) * a, (gpu, n, k, m, a, b)
 
 
+def test_time_of_int8_weights_never_falls_with_more_rows():
+    for gpu, (n, k) in itertools.product(GPUS, LAYERS):
+        times = [p.time for p in plans([Question(m, n, k, 32, 0, gpu, bits=8) for m in range(1, 600)])]
+        for m, (a, b) in enumerate(itertools.pairwise(times), 1):
+            assert a <= b <= {16: 2, 64: 2, 128: 1.9}.get(m, 1.55) * a, (gpu, n, k, m, a, b)
+
+
 def test_time_of_int4_int8_gemm_never_falls_with_more_rows():
     for gpu, (n, k) in itertools.product(GPUS, LAYERS):
         times = [p.time for p in int8_plans([Question(m, n, k, 128, 0, gpu) for m in range(1, 1100)])]
@@ -189,7 +224,7 @@ def test_the_crossover_to_cublas():
 
 def test_the_model_has_the_instructions_of_the_machine_code():
     """Those of bfloat16 with groups of whole blocks on sm_90a, within 10 %; tests/data/cuda_slots.json has them all."""
-    text, int8_text = ((ROOT / f"csrc/cuda/int4_{name}.h").read_text() for name in ("config", "int8_config"))
+    text, int8_text = ((ROOT / f"csrc/cuda/{name}_config.h").read_text() for name in ("weight_only", "int4_int8"))
     slots = json.loads((ROOT / "tests/data/cuda_slots.json").read_text())["slots"]
 
     def constants(name: str, text: str = text) -> list[int]:
@@ -203,7 +238,15 @@ def test_the_model_has_the_instructions_of_the_machine_code():
     decode = dict(zip(("1, 4", "1, 2", "2, 4", "2, 2", "3, 4", "3, 2"), constants("kDecodeSlots"), strict=True))
     (base,), (few, many) = constants("kTiledSlots"), constants("kTiledSlotsOfEight")
     tiled = {"32": base + 4 * few, "64": base + 8 * few, "128": base + 16 * many}
-    for kernel, modelled in (("decode_kernel", decode), ("tiled_kernel", tiled)):
+    int8_decode = dict(zip(("1", "2"), constants("kDecodeSlotsOfInt8"), strict=True))
+    (base,), (few, many) = constants("kTiledSlotsOfInt8"), constants("kTiledSlotsOfEightOfInt8")
+    int8_tiled = {"32": base + 4 * few, "64": base + 8 * few, "128": base + 16 * many}
+    for kernel, modelled in (
+        ("decode_kernel", decode),
+        ("tiled_kernel", tiled),
+        ("int8_decode_kernel", int8_decode),
+        ("int8_tiled_kernel", int8_tiled),
+    ):
         for sizes, instructions in modelled.items():
             assert abs(instructions / counted(kernel, sizes) - 1) <= 0.1, (kernel, sizes)
     bases, of_eights = (constants(name, int8_text) for name in ("kSlots", "kSlotsOfEight"))
@@ -275,7 +318,7 @@ def test_shared_memory_has_no_bank_conflicts():
     lines = [line.split() for line in checked(str(int4_plans.program()), "banks").splitlines()]
     measured = {name: [float(value) for other, value in lines if other == name] for name, _ in lines}
     assert measured.pop("rows_in_order") == [8.0]  # the measure sees conflicts where there are some
-    assert measured.pop("stage") == [0.0, 0.0]  # all of these patterns begin at multiples of 128 bytes
-    assert set(measured) == {"codes", "ldmatrix", "x_copies", "scales", "sums"}
+    assert measured.pop("stage") == [0.0] * 4  # all of these patterns begin at multiples of 128 bytes
+    assert set(measured) == {"codes", "ldmatrix", "x_beside_int8", "x_copies", "scales", "sums"}
     for name, values in measured.items():
         assert set(values) == {1.0}, name

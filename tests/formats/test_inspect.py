@@ -234,10 +234,7 @@ def test_the_text(tmp_path, capsys):
     assert "dense: lm_head: N = 75 is no multiple of 8" in lines
     plan = rows["gate_up_proj"]
     assert plan[1:7] == ["2", "192", "x", "64", "int4_gemm", "1"] and plan[7].startswith("kernel=")
-    assert "cuda: down_proj: qops has no CUDA kernel of int8_weight_only_gemm" in lines
-    assert not any("takes no float32 activations" in line for line in lines)
-    assert main(["inspect", str(path), "--dtype", "float32"]) == 0
-    assert "int4_gemm takes no float32 activations on a GPU" in capsys.readouterr().out
+    assert not any("has no CUDA kernel" in line for line in lines)
 
 
 def test_json_and_options(tmp_path, capsys):

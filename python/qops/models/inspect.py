@@ -425,8 +425,6 @@ def _why_not_on_cuda(operator: str, problem: Mapping[str, Any]) -> str | None:
     """Of qops, wherever it is installed; what this installation lacks is another question."""
     if operator in WITHOUT_CUDA_KERNEL:
         return f"qops has no CUDA kernel of {operator}"
-    if operator == "int4_gemm" and problem["dtype"] == torch.float32:
-        return "int4_gemm takes no float32 activations on a GPU"
     return None
 
 

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qops import _layout
 from qops.models.decoder import Known, cache_keyword, fuse
 from qops.models.replacement import Replace, freeze, packed, without_autocast
 from qops.models.rotary_tables import RotaryTables
@@ -57,8 +56,6 @@ FLOAT32 = Tolerance(2e-5, 2e-4)
 # The same error sends one activation in 100,000 to the other side of a half, and rules with a / 127.5 put the largest
 # element of every row on one. Of random layers with 4096 columns 75 % of the rows have been 2e-2 apart.
 INT8 = Tolerance(1e-1, 5e-1)
-# On a GPU int4_gemm takes 16-bit activations alone.
-HALF = {torch.float16: Tolerance(4e-3, 2e-2), torch.bfloat16: Tolerance(3e-2, 1e-1)}
 
 
 class Proof(NamedTuple):
@@ -113,17 +110,12 @@ def _compare(
     # A model without storage is built on the CPU.
     device = torch.device("cpu") if device.type == "meta" else device
     linears = [part for parts in layers for part in parts.values() if isinstance(part, QuantizedLinear)]
-    # In float32 wherever there are kernels of it.
-    on_gpu = _layout.has_gpu_layout(device)
-    takes_halves = on_gpu and any(linear.operator == "int4_gemm" for linear in linears)
-    dtype = model.dtype if takes_halves else torch.float32
-    rounds = any(map(_rounds_input, linears))
     names = ", ".join(map(str, dict.fromkeys(chosen)))
-    what = f"layer {names} of {len(model.model.layers)} in {str(dtype).removeprefix('torch.')}"
-    config = _small_config(model.config, chosen, dtype)
-    run = partial(_compare_copies, model, known, config, chosen, final=final, dtype=dtype, device=device)
-    if not rounds or on_gpu:
-        result, not_fused = run(layers, limit=INT8 if rounds else HALF.get(dtype, FLOAT32))
+    what = f"layer {names} of {len(model.model.layers)} in float32"
+    config = _small_config(model.config, chosen)
+    run = partial(_compare_copies, model, known, config, chosen, final=final, device=device)
+    if not any(map(_rounds_input, linears)):
+        result, not_fused = run(layers, limit=FLOAT32)
         return f"{what}: {result}", not_fused
     plain = [{name: _without_rounding(part) for name, part in parts.items()} for parts in layers]
     result, not_fused = run(plain, limit=FLOAT32)
@@ -141,12 +133,11 @@ def _compare_copies(
     layers: list[dict[str, Any]],
     *,
     final: Any,
-    dtype: torch.dtype,
     device: torch.device,
     limit: Tolerance,
 ) -> tuple[str, str | None]:
     """(the result of one comparison; why the layers must not be fused, or None)"""
-    copies = partial(_Copy, model, known, config, chosen, layers, final, dtype, device)
+    copies = partial(_Copy, model, known, config, chosen, layers, final, device)
     try:
         theirs = copies().theirs()
         wanted, keywords = _run(theirs), _handed_on(theirs)
@@ -207,7 +198,7 @@ def _one_of_each_kind(model: Any, kind: Callable[[str], str]) -> list[int]:
     return list(first.values())
 
 
-def _small_config(config: Any, chosen: list[int], dtype: torch.dtype) -> Any:
+def _small_config(config: Any, chosen: list[int]) -> Any:
     small = copy.deepcopy(config)
     settings = _per_layer(config)
     small.num_hidden_layers = len(chosen)
@@ -218,7 +209,7 @@ def _small_config(config: Any, chosen: list[int], dtype: torch.dtype) -> Any:
     if getattr(small, "sliding_window", None):
         small.sliding_window = WINDOW
     small.output_hidden_states = small.output_attentions = False
-    small.dtype = dtype
+    small.dtype = torch.float32
     return small
 
 
@@ -246,14 +237,13 @@ class _Copy:
         chosen: list[int],
         layers: list[dict[str, Any]],
         final: Any,
-        dtype: torch.dtype,
         device: torch.device,
     ):
         from qops.models.load import skeleton
 
         self.known, self.chosen = known, chosen
-        self.layers, self.final, self.dtype, self.device = layers, final, dtype, device
-        self.decoder = skeleton(type(model.model), config, dtype)
+        self.layers, self.final, self.device = layers, final, device
+        self.decoder = skeleton(type(model.model), config, torch.float32)
         for layer, index in zip(self.decoder.layers, chosen, strict=True):
             if not known.mlps[index]:
                 layer.mlp = _Same()
@@ -261,7 +251,7 @@ class _Copy:
         self.rotary = copy.deepcopy(RotaryTables(model.model.rotary_emb, model.config).rotary).to(device)
         rows = torch.randn(VOCABULARY, config.hidden_size, generator=torch.Generator().manual_seed(0))
         # Small, as in trained models, so that what layers add stands out.
-        self.decoder.embed_tokens.weight = frozen((0.02 * rows).to(device, dtype))
+        self.decoder.embed_tokens.weight = frozen((0.02 * rows).to(device, torch.float32))
 
     def theirs(self) -> Any:
         """Of Transformers' layers."""
@@ -298,10 +288,10 @@ class _Copy:
         return freeze(packed(self.decoder))
 
     def _weight(self, tensor: torch.Tensor) -> nn.Parameter:
-        return frozen(tensor.to(self.device, self.dtype))
+        return frozen(tensor.to(self.device, torch.float32))
 
     def _part(self, part: Any) -> nn.Module:
-        """In the dtype of the proof, around the same quantised weight."""
+        """In float32, around the same quantised weight."""
         if isinstance(part, RMSNorm):
             return RMSNorm(
                 self._weight(part.weight), part.eps, weight_offset=part.weight_offset, rounding=part.rounding

@@ -314,8 +314,7 @@ def _plan(
     head = None if output is None else name_of(model, output)
     for device in dict.fromkeys(linears[name].weight.device for name in plan.linears):
         there = {name: chosen.linear for name, chosen in plan.linears.items() if linears[name].weight.device == device}
-        # Of a float32 model in bfloat16, too: a GPU has no float32 product of 4-bit weights, and its user may cast it.
-        require_kernels(caller, there, device, torch.bfloat16, head)
+        require_kernels(caller, there, device, model.dtype, head)
     if not plan.linears:
         reasons = Counter(plan.kept.values()).most_common(5)
         why = "; ".join(f"{count} x {reason}" for reason, count in reasons)

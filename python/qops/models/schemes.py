@@ -101,7 +101,7 @@ class Int8(Scheme):
 
 @dataclass(frozen=True)
 class Int8WeightOnly(Scheme):
-    """8-bit weights and dense activations (W8A16): :class:`qops.nn.Int8WeightOnlyLinear`. On a CPU alone.
+    """8-bit weights and dense activations (W8A16): :class:`qops.nn.Int8WeightOnlyLinear`.
 
     Args:
         group_size: columns of K that share a scale: a multiple of 16 that divides K, or -1 for one scale per row.

@@ -92,16 +92,17 @@ def int4_gemm(
         ``1.001 * 2^-16 sum_b a_b sum_{k in b} |w[n, k]|`` (two bytes a value), and
         ``2^-31 sum_b a_b sum_{k in b} |w[n, k]|`` for float32 and for rows whose outliers would make the first bound
         reach the rounding of the output (four bytes). NaN or infinity in a row makes all its outputs NaN.
-        On a GPU (float16 and bfloat16), exact integers ``q - z`` (``q - 8`` but for integer zeros) multiply x on the
+        On a GPU, exact integers ``q - z`` (``q - 8`` but for integer zeros) multiply x on the
         tensor cores: steps of 16 columns, in ascending k, give a float32 ``part`` of each group. Then
         ``total = fma(s, part, total)``, and with float zeros or offsets
         ``total = fma(o', sum of x in the group, total)`` with ``o' = s * (8 - zf)`` or ``fma(s, 8, o)``. K is cut into
         8 contiguous slices of whole blocks of 64 columns, slice i from block ``blocks * i // 8`` on; a group that a cut
         divides has a part on either side. The totals of the slices are added left to right, then the bias. So on
-        one type of GPU a row has the same bits for every M, position, grid and stream. An index of ``perm`` that is out
-        of range gives NaN; NaN and infinity in x spread as in a product of matrices.
+        one type of GPU a row has the same bits for every M, position, grid and stream. A row of float32 is three rows of
+        bfloat16 of 8 bits each, whose results before the bias are added, the smallest first. An index of ``perm`` that
+        is out of range gives NaN; NaN and infinity in x spread as in a product of matrices.
         One route rounds more, for bfloat16 x of many rows on GPUs of compute capability 9.x and 10.x, unless
-        ``batch_invariant``: where ``plan_int4_gemm`` (csrc/cuda/int4_config.h) expects it to be faster, the exact
+        ``batch_invariant``: where ``plan_weight_only_gemm`` (csrc/cuda/weight_only_config.h) expects it to be faster, the exact
         weights are rounded to float32 and to bfloat16 (:func:`qops.int4_dequantize`) and cuBLAS multiplies them with x,
         into float32 sums. (float16 cannot hold every weight.)
         ``residual``, ``silu_mul`` and ``out_scale`` give, bit for bit, what the separate operators give: y is rounded

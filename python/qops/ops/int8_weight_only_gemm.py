@@ -44,13 +44,17 @@ def int8_weight_only_gemm(
         ``y [..., N]``, contiguous, in the dtype of ``x``; ``out`` where it is given.
 
     Numerics:
-        As :func:`qops.int4_gemm` on a CPU: exact integer products of fixed-point activations with the codes, float32
+        As :func:`qops.int4_gemm`. On a CPU exact integer products of fixed-point activations with the codes, float32
         over blocks in a fixed order, one rounding; the same error bounds, the same bits for every M, thread count and
         ISA level. An offset adds ``o`` times the sum of a block's activations after that block's products.
+        On a GPU exact codes q multiply x on the tensor cores, in the order of :func:`qops.int4_gemm` but for the 16
+        columns of a step, which are added as one instruction adds them; ``total = fma(s, part, total)`` and with
+        offsets ``total = fma(o, sum of x in the group, total)``. No route rounds a weight, so on one type of GPU a row
+        has the same bits for every M. An index of ``perm`` that is out of range gives NaN.
 
     Raises:
-        ValueError: shapes or strides do not fit; the weight mixes gate and up; a ``perm`` index is out of range;
-            ``out`` overlaps an input.
+        ValueError: shapes or strides do not fit; the weight mixes gate and up; a ``perm`` index is out of range (on a GPU
+            nobody looks at it); ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
             mode is on.
 

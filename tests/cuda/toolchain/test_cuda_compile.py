@@ -173,10 +173,10 @@ def test_products_and_sums_are_rounded_one_by_one(log, tmp_path):
 
 
 def test_the_number_of_gemm_kernels_is_within_budget(compiled):
-    """120 for each architecture with those of int8 x int8, which are 10, and of int8 weights, which are to come."""
+    """120 for each architecture with those of int8 x int8, which are 10."""
     params = re.compile("WeightOnlyGemmParams|Int4Int8")
     for arch in {c.arch for c in compiled}:
-        assert sum(c.arch == arch and params.search(c.instance) is not None for c in compiled) <= 76, arch
+        assert sum(c.arch == arch and params.search(c.instance) is not None for c in compiled) <= 110, arch
 
 
 def machine_code(source: str) -> list[tuple[str, str]]:

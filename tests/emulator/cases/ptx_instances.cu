@@ -36,6 +36,8 @@ __global__ void matrices(uint32_t* y, uint2* y2, uint4* y4) {
   ptx::st_cs(y, one[0]);
   ptx::st_cs(y2, make_uint2(two[0], two[1]));
   ptx::st_cs(y4, make_uint4(four[0], four[1], four[2], four[3]));
+  ptx::ld_shared(two, shared);
+  ptx::st_cs(y2, make_uint2(two[0], two[1]));
 #if __CUDA_ARCH__ >= 900
   ptx::stmatrix_x1(shared, one);
   ptx::stmatrix_x2(shared, two);

@@ -40,7 +40,8 @@ __global__ void copies(const uint8_t* x, uint4* y, uint32_t size) {
   }
 }
 
-// y = x through every width of ldmatrix and stmatrix, straight and transposed twice: 7 matrices of 8 x 8 each time.
+// y = x through every width of ldmatrix and stmatrix, straight and transposed twice: 7 matrices of 8 x 8 each time;
+// then by words of 8 bytes.
 __global__ void matrices(const uint16_t* x, uint16_t* y) {
   constexpr int kElements = 7 * 64;
   QOPS_SHARED(uint16_t, from, kElements);
@@ -64,7 +65,11 @@ __global__ void matrices(const uint16_t* x, uint16_t* y) {
   ptx::stmatrix_x2_trans(row(to + kElements, 1, 2), two);
   ptx::stmatrix_x4_trans(row(to + kElements, 3, 4), four);
   __syncwarp();
-  for (int i = threadIdx.x; i < 2 * kElements; i += 32) y[i] = to[i];
+  for (int i = threadIdx.x; i < kElements / 2; i += 32) {
+    uint32_t words[2];
+    ptx::ld_shared(words, ptx::shared_address(to + 4 * i));
+    reinterpret_cast<uint2*>(y)[i] = make_uint2(words[0], words[1]);
+  }
 }
 
 // y = x by loads and stores of every width and hint: 4, 8 and three times 16 bytes, from offsets 0, 8, 16, 32 and 48.
