@@ -30,6 +30,25 @@ QOPS_ALWAYS_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a 
 constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// n / divisor for n below 2^31, by what the host has worked out: a division takes a thread some twenty instructions,
+// one of 64 bits a hundred.
+struct Division {
+  uint32_t multiplier = 0x80000001u;
+  int shift = 31;
+
+  constexpr Division() = default;
+  // With 2^(shift - 31) the first power of two that is not below the divisor, multiplier * divisor is above 2^shift by
+  // at most the divisor, so that n * multiplier / 2^shift is above n / divisor by less than 1 / divisor.
+  explicit constexpr Division(uint32_t divisor) {
+    while (uint32_t{1} << (shift - 31) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>((uint64_t{1} << shift) / divisor + 1);
+  }
+
+  QOPS_ALWAYS_INLINE constexpr uint32_t operator()(uint32_t n) const {
+    return static_cast<uint32_t>(uint64_t{n} * multiplier >> shift);
+  }
+};
+
 // Of w: what a block of a tiled kernel takes.
 inline constexpr int kTileStrips = 8;
 inline constexpr int kTileRows = kTileStrips * kStripRows;
@@ -42,6 +61,7 @@ struct TilePosition {
 // 2^31 tiles, as a division of 64 bits takes a thread a hundred instructions.
 QOPS_ALWAYS_INLINE constexpr TilePosition tile_position(int64_t tile, int64_t token_tiles, int64_t row_tiles) {
   constexpr uint32_t kGroup = 8;
+  if (token_tiles == 1) return {0, tile};
   const uint32_t number = static_cast<uint32_t>(tile), of_group = kGroup * static_cast<uint32_t>(row_tiles);
   const uint32_t group = number / of_group, within = number - group * of_group;
   const uint32_t left = static_cast<uint32_t>(token_tiles) - group * kGroup, size = left < kGroup ? left : kGroup;

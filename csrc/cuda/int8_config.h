@@ -79,7 +79,7 @@ inline constexpr uint32_t kNextFragment = 32;
 // What a block computes: tiles first_tile .. end_tile - 1, of the first one from block first_k of K on, of the last one
 // up to end_k.
 struct Part {
-  int64_t first_tile, end_tile;
+  int first_tile, end_tile;
   int first_k, end_k;
 };
 
@@ -99,41 +99,55 @@ struct Plan {
   int64_t token_tiles, row_tiles;
   int64_t blocks;
   int64_t time;  // by the model
+  // By prepare(): tiles, or units of a split plan, of a block; how many blocks have one more; and how to divide.
+  uint32_t each, more;
+  Division by_blocks, by_k;
+
+  constexpr void prepare() {
+    const int64_t all = split ? units() : tiles();
+    each = static_cast<uint32_t>(all / blocks);
+    more = static_cast<uint32_t>(all % blocks);
+    by_blocks = Division(static_cast<uint32_t>(blocks));
+    by_k = Division(static_cast<uint32_t>(max_of(k_blocks, 1)));
+  }
 
   QOPS_ALWAYS_INLINE constexpr int64_t tiles() const { return token_tiles * row_tiles; }
   QOPS_ALWAYS_INLINE constexpr bool has_second_kernel() const { return split && blocks > 1; }
   QOPS_ALWAYS_INLINE constexpr int64_t units() const { return tiles() * k_blocks; }
-  // Of the range of a block, of a split plan.
-  QOPS_ALWAYS_INLINE constexpr int64_t first_unit(int64_t block) const { return units() * block / blocks; }
+  // Of the range of a block, of a split plan: units * block / blocks.
+  QOPS_ALWAYS_INLINE constexpr uint32_t first_unit(uint32_t block) const {
+    return each * block + by_blocks(more * block);
+  }
 
   // Whole tiles: one more for each of the first blocks. Multiprocessor i runs blocks i and i + multiprocessors as a
   // rule, so that none has more than one tile more than the others.
-  QOPS_ALWAYS_INLINE constexpr Part part(int64_t block) const {
+  QOPS_ALWAYS_INLINE constexpr Part part(uint32_t block) const {
     if (!split) {
-      const int64_t each = tiles() / blocks, more = tiles() % blocks;
-      const int64_t first = block * each + (block < more ? block : more);
-      return {first, first + each + (block < more ? 1 : 0), 0, k_blocks};
+      const uint32_t first = block * each + (block < more ? block : more);
+      return {static_cast<int>(first), static_cast<int>(first + each + (block < more ? 1 : 0)), 0, k_blocks};
     }
-    const int64_t begin = first_unit(block), end = first_unit(block + 1), end_tile = ceil_div(end, k_blocks);
-    return {begin / k_blocks, end_tile, static_cast<int>(begin % k_blocks),
-            static_cast<int>(end - (end_tile - 1) * k_blocks)};
+    const uint32_t of_tile = static_cast<uint32_t>(k_blocks), begin = first_unit(block), end = first_unit(block + 1);
+    const uint32_t tile = by_k(begin), last = by_k(end - 1);
+    return {static_cast<int>(tile), static_cast<int>(last + 1), static_cast<int>(begin - tile * of_tile),
+            static_cast<int>(end - last * of_tile)};
   }
 
   // The block that computes a unit, of a split plan.
   QOPS_ALWAYS_INLINE constexpr int64_t block_of(int64_t unit) const { return ((unit + 1) * blocks - 1) / units(); }
 
   // The tile that the range of `block` begins inside of, told for one block of each such tile.
-  QOPS_ALWAYS_INLINE constexpr Split split_at(int64_t block) const {
-    const int64_t unit = first_unit(block), tile = unit / k_blocks;
-    if (unit % k_blocks == 0) return {tile, 0, -1};
+  QOPS_ALWAYS_INLINE constexpr Split split_at(uint32_t block) const {
+    const uint32_t unit = first_unit(block);
+    const int64_t tile = by_k(unit);
+    if (unit == tile * k_blocks) return {tile, 0, -1};
     const int64_t first = block_of(tile * k_blocks);
     if (block != first + 1) return {tile, 0, -1};
     return {tile, first, block_of((tile + 1) * k_blocks - 1)};
   }
 
   // Sums [slot][token][row] of tiles that blocks share: a block has two at most, the first and the last of its range.
-  QOPS_ALWAYS_INLINE constexpr int64_t slot(int64_t block, int64_t tile) const {
-    return 2 * block + (tile == first_unit(block) / k_blocks ? 0 : 1);
+  QOPS_ALWAYS_INLINE constexpr int64_t slot(uint32_t block, int64_t tile) const {
+    return 2 * int64_t{block} + (tile == by_k(first_unit(block)) ? 0 : 1);
   }
   QOPS_ALWAYS_INLINE constexpr int64_t slot_sums() const { return int64_t{live_tokens} * kTileRows; }
   constexpr int64_t scratch_bytes() const { return split ? 2 * blocks * slot_sums() * 4 : 0; }
@@ -161,8 +175,8 @@ using namespace cuda::model;
 
 // From memory, of any GPU: what a multiprocessor gets, and what if others leave theirs.
 inline constexpr int64_t kBytesPerCycle = 16, kMostBytesPerCycle = 20;
-// A block is not worth its start for fewer.
-inline constexpr int64_t kLeastUnits = 4;
+// A block is not worth its start for fewer; and ranges are numbers of 32 bits.
+inline constexpr int64_t kLeastUnits = 4, kMostUnits = int64_t{1} << 30;
 
 constexpr int64_t blocks_per_multiprocessor(TileShape tile, Gpu gpu) {
   return max_of(1, min_of(2, (gpu.shared_bytes + kReserved) / (tile.shared_bytes(tile.stages) + kReserved)));
@@ -197,6 +211,7 @@ constexpr Plan plan(int64_t m, int64_t n, int64_t k, TokenLimit limit, bool spli
     const int64_t sums = slots * min_of(m, limit.tokens) * kTileRows * 4;  // written and read
     p.time += second_kernel(sums, gpu);
   }
+  p.prepare();
   return p;
 }
 
@@ -208,6 +223,7 @@ constexpr Plan plan_int8_gemm(int64_t m, int64_t n, int64_t k, Gpu gpu) {
   for (const TokenLimit limit : kTokenLimits) {
     for (int splits = 0; splits < (k == 0 ? 1 : 2); ++splits) {
       const Plan p = model::plan(m, n, k, limit, splits == 1, gpu);
+      if (p.split && p.units() > model::kMostUnits) continue;
       if (best.blocks == 0 || p.time <= best.time) best = p;
     }
     if (m <= limit.tokens) break;

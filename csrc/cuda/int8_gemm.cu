@@ -14,7 +14,7 @@ constexpr int kMaxThreads = 256;
 // that kernel has ended.
 __global__ void __launch_bounds__(kMaxThreads) int8_gemm_add_kernel(const __grid_constant__ Int8Job job) {
   static_assert(kMaxThreads * 4 == 8 * kTileRows);
-  const int8::Split split = job.plan.split_at(int64_t{blockIdx.x} + 1);
+  const int8::Split split = job.plan.split_at(blockIdx.x + 1);
   const int token = blockIdx.y * 8 + threadIdx.x / kWarp, column = threadIdx.x % kWarp * 4;
   const TilePosition at = job.plan.position(split.tile);
   const int tokens = job.plan.tokens_of(at.token_tile);
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kMaxThreads) int8_gemm_add_kernel(const __grid
   const int8::Columns columns(job, at.row_tile * kTileRows + column);
   uint4 sums = make_uint4(0, 0, 0, 0);
   for (int64_t block = split.first; block <= split.last; ++block) {
-    const int32_t* slot = job.partials + job.plan.slot(block, split.tile) * job.plan.slot_sums();
+    const int32_t* slot = job.partials + job.plan.slot(static_cast<uint32_t>(block), split.tile) * job.plan.slot_sums();
     const uint4 more = *reinterpret_cast<const uint4*>(slot + token * kTileRows + column);
     sums = make_uint4(sums.x + more.x, sums.y + more.y, sums.z + more.z, sums.w + more.w);
   }
@@ -86,7 +86,7 @@ Status int8_gemm(const Int8GemmParams& params, const Queue& queue) {
   Int8Job job{params, plan_of(params), {}, {}};
   if (job.plan.blocks == 0) return Status::kLaunchFailed;
   Int8GemmParams& p = job.p;
-  if (!multiple_of_16(p.packed)) return Status::kUnsupported;
+  if (!multiple_of_16(p.packed) || job.plan.tiles() > 0x7fffffff) return Status::kUnsupported;
   if (queue.listener != nullptr) [[unlikely]] {
     tell_plan(p, job.plan, *queue.listener);
     return Status::kOk;

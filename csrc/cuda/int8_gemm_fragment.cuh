@@ -72,7 +72,7 @@ class Source {
     }
   }
 
-  int64_t tile_;
+  int tile_;
   int k_;
   int strips_left_;  // of w, from this thread's first one on
   const uint8_t* weights_;

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(int8::Tile<kTokens>::kThreads, 2)
   if (job.plan.has_second_kernel()) let_second_kernel_start();
   int8::Sums<T, kZeroPoint> sums;
   int stage = 0;
-  for (int64_t tile = part.first_tile; tile < part.end_tile; ++tile) {
+  for (int tile = part.first_tile; tile < part.end_tile; ++tile) {
     const int begin = tile == part.first_tile ? part.first_k : 0;
     const int end = tile + 1 == part.end_tile ? part.end_k : job.plan.k_blocks;
     sums.clear();

@@ -1,6 +1,6 @@
 // Reads lines "bits m n k group_size kind may_round multiprocessors shared_bytes arch" and prints what
-// csrc/cuda/weight_only_config.h plans for them, and how many times a cache of plans had to search so far; with "int8" what
-// csrc/cuda/int4_int8_config.h does; with "banks" what the index functions of the first say about banks of shared
+// csrc/cuda/weight_only_config.h plans for them, and how many times a cache of plans had to search so far; with "int8"
+// what csrc/cuda/int4_int8_config.h does; with "banks" what the index functions of the first say about banks of shared
 // memory instead.
 #include <cstdio>
 #include <cstring>
@@ -112,8 +112,14 @@ int answer(const Check& check) {
   PlanCacheOf<kPlan> cache;
   while (std::scanf("%d %lld %lld %lld %lld %lld %lld %lld %lld %d", &bits, &m, &n, &k, &group_size, &kind, &may_round,
                     &multiprocessors, &shared_bytes, &arch) == 10) {
-    const GemmShape shape{
-        bits, m, n, k, group_size, static_cast<WeightKind>(kind), may_round != 0, {multiprocessors, shared_bytes, arch}};
+    const GemmShape shape{bits,
+                          m,
+                          n,
+                          k,
+                          group_size,
+                          static_cast<WeightKind>(kind),
+                          may_round != 0,
+                          {multiprocessors, shared_bytes, arch}};
     const GemmPlan p = kPlan(shape);
     if (const GemmPlan& cached = cache(shape); !(cached == p)) {
       std::fprintf(stderr, "the cache has another plan for M = %lld, N = %lld, K = %lld\n", m, n, k);

@@ -117,9 +117,22 @@ int check_all() {
       }
     }
   }
-  // Total, wherever sizes end; nothing overflows.
-  for (const int log_m : {0, 20, 40}) {
-    const int64_t m = int64_t{1} << log_m, n = int64_t{1} << (43 - log_m);
+  // Of divisors and numbers at their ends, and around each multiple.
+  for (const uint32_t divisor : {1u, 2u, 3u, 5u, 7u, 64u, 65u, 131u, 264u, 2047u, 2049u, 65535u, 65537u, 1000003u,
+                                 (1u << 30) - 1, 1u << 30, (1u << 30) + 1, (1u << 31) - 1}) {
+    const Division by(divisor);
+    for (uint64_t of = 0; of < (uint64_t{1} << 31); of += divisor * (1 + (uint64_t{1} << 31) / divisor / 1000)) {
+      for (const uint64_t n : {of, of + divisor - 1, of + divisor / 2, of == 0 ? 0 : of - 1}) {
+        if (n < uint64_t{1} << 31 && by(static_cast<uint32_t>(n)) != n / divisor) fail("a wrong quotient", {});
+      }
+    }
+    for (uint32_t n = (1u << 31) - 1000; n < 1u << 31; ++n) {
+      if (by(n) != n / divisor) fail("a wrong quotient", {});
+    }
+  }
+  // Total, up to the tiles that 31 bits number; nothing overflows.
+  for (const int log_m : {0, 20, 37}) {
+    const int64_t m = int64_t{1} << log_m, n = int64_t{1} << (37 - log_m);
     const int8::Plan p = int8::plan_int8_gemm(m, n, 131064, kH100);
     if (p.blocks <= 0 || p.units() <= 0 || p.part(p.blocks - 1).end_tile != p.tiles()) fail("overflow", p);
   }
