@@ -203,7 +203,7 @@ constexpr Plan plan(int64_t m, int64_t n, int64_t k, TokenLimit limit, bool spli
   const int64_t token_tiles = ceil_div(limit.tokens / 8, tile.token_warps) * tile.token_warps;
   const int64_t mma = token_tiles * kTileStrips * kFragments * kCyclesPerMma;
   const int64_t from_memory = kWeightBytes / (kMostBytesPerCycle * p.token_tiles);
-  const int64_t from_l2 = (kWeightBytes + limit.tokens * kTokenBytes) / kL2BytesPerCycle;
+  const int64_t from_l2 = (kWeightBytes + limit.tokens * kTokenBytes) / l2_bytes_per_cycle(gpu);
   const int64_t memory = strips(n) * strip_bytes(k) / (kBytesPerCycle * gpu.multiprocessors);
   p.time = kStart + max_of(of_multiprocessor * max_of(max_of(mma, from_memory), from_l2), memory);
   if (split) {

@@ -208,7 +208,7 @@ constexpr GemmPlan decode(int bits, int64_t m, int64_t n, int64_t k, bool fine, 
   const int64_t all =
       more * ceil_div(of_block / k_parts + 1, p.strips) + (k_parts - more) * ceil_div(of_block / k_parts, p.strips);
   const int64_t issue = max_of(cycles_of_slots(kSlices / k_parts * all * slots), passes * slots * kCyclesOfWarpSlot);
-  const int64_t memory = max_of(code_bytes / bytes_per_cycle(gpu), (code_bytes + x_bytes) / kL2BytesPerCycle);
+  const int64_t memory = max_of(code_bytes / bytes_per_cycle(gpu), (code_bytes + x_bytes) / l2_bytes_per_cycle(gpu));
   p.time = kStart + max_of(memory, issue);
   if (k_parts > 1) p.time += second_kernel(p.scratch_bytes(m, n, k), gpu);
   return p;
@@ -247,7 +247,7 @@ constexpr GemmPlan tiles(int64_t m, int64_t n, int64_t k, const TileCosts& costs
   const int64_t shared_items = p.items() - p.whole;
   const int64_t of_multiprocessor = ceil_div(p.whole, gpu.multiprocessors) * int4::blocks(k) +
                                     ceil_div(shared_items, gpu.multiprocessors) * part_blocks;
-  const int64_t copies = (costs.code_bytes + live * costs.token_bytes) / kL2BytesPerCycle;
+  const int64_t copies = (costs.code_bytes + live * costs.token_bytes) / l2_bytes_per_cycle(gpu);
   const int64_t unit =
       max_of(max_of(costs.mma, cycles_of_slots(costs.slots)), max_of(copies, costs.code_bytes / bytes_per_cycle(gpu)));
   p.time = kStart + of_multiprocessor * unit;
@@ -293,7 +293,7 @@ constexpr GemmPlan dense(int64_t m, int64_t n, int64_t k, Gpu gpu) {
   p.rows = ceil_div(m, row_passes);
   p.blocks = 1;
   const int64_t bytes = n * int4::blocks(k) * int4::kBlockBytes / kStripRows + 2 * 2 * n * k + 2 * 4 * m * n;
-  p.time = passes * (1 + 2 * row_passes) * kNextKernel + bytes / (kL2BytesPerCycle * gpu.multiprocessors) +
+  p.time = passes * (1 + 2 * row_passes) * kNextKernel + bytes / (l2_bytes_per_cycle(gpu) * gpu.multiprocessors) +
            m * n * k / (kMostOfPeak * gpu.multiprocessors);
   return p;
 }

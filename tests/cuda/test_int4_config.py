@@ -10,6 +10,7 @@ import re
 import pytest
 
 from bench.problems.shared.cases import LAYERS as LINEARS
+from tests.cuda.sass.machine import machine_of
 from tests.support.cuda import int4_plans
 from tests.support.cuda.cuda_tools import ROOT, checked
 from tests.support.cuda.int4_plans import DECODE, DENSE, TILED, Gpu, Plan, Question, int8_plans, plans, searches
@@ -215,7 +216,7 @@ def test_the_crossover_to_cublas():
         kinds = [p.kind for p in plans([Question(m, *layer, 128, 0, gpu, True) for m in rows])]
         first = kinds.index(DENSE) if DENSE in kinds else len(kinds)
         last = max(m for m, kind in zip(rows, kinds, strict=True) if kind == TILED)
-        assert set(kinds) <= {TILED, DENSE} and (first == len(kinds) or last < 2 * rows[first]), (gpu, layer)
+        assert set(kinds) <= {TILED, DENSE} and (first == len(kinds) or last < 2.5 * rows[first]), (gpu, layer)
         assert (first < len(kinds)) == (gpu.arch == 90), (gpu, layer)
         if gpu == H100:
             assert 96 <= rows[first] <= 1024, (layer, rows[first])
@@ -277,6 +278,16 @@ def balance(plan: Plan, n: int, multiprocessors: int) -> float:
     return strips * 8 / (multiprocessors * -(-strips // plan.ranges) * (8 // plan.k_parts))
 
 
+def test_the_model_has_the_bandwidths_of_the_stopwatch():
+    """Those of L2 where something is known of it, and those of memory, of which the stopwatch takes nine tenths."""
+    text = (ROOT / "csrc/cuda/gpu.h").read_text()
+    (a100, h100) = re.findall(r"gpu\.arch == (?:80|90) \? (\d+)", text)
+    for arch, l2 in (("80", a100), ("90", h100)):
+        assert int(l2) == int(machine_of(arch).l2), arch
+        (dram,) = re.findall(rf"case {arch}: return (\d+);", text)
+        assert abs(int(dram) * 0.9 / machine_of(arch).dram - 1) < 0.05, arch
+
+
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: str(gpu.multiprocessors))
 def test_a_row_is_computed_in_balanced_shares(gpu):
     found = plans([Question(1, n, k, 128, 0, gpu) for n, k in LAYERS])
@@ -290,8 +301,8 @@ FEW_UNDER_WAY = {
     108: {(1280, 8192, m): 20 for m in (24, 25, 32)},
     132: {
         **{(n, k, 24): 40 for n, k in LAYERS},
-        **{(1280, 8192, m): 36 for m in (24, 25, 32)},
-        **{(n, k, 16): 56 for n in (1280, 3584, 4096, 10240) for k in (3584, 4096, 8192, 14336, 18944)},
+        **{(1280, 8192, m): 36 for m in (16, 24, 25, 32)},
+        **{(n, k, 16): 56 for n in (3584, 4096, 10240, 28672) for k in (3584, 4096, 8192, 14336, 18944)},
     },
 }
 
