@@ -279,7 +279,7 @@ def test_benchmarks_are_given_what_they_need(on_a_gpu, monkeypatch):
     monkeypatch.setattr(Evidence, "run_bench", run_bench)
     on_a_gpu.commit = "abc"
     plans: dict[str, run.Plan] = {}
-    for stage in ("gemms", "rows", "decode", "chain", "peers"):
+    for stage in ("gemms", "int8-weights", "rows", "decode", "chain", "peers"):
         on_a_gpu.deadline = time.monotonic() + gpu_evidence.STAGES[stage].seconds
         gpu_evidence.STAGES[stage].run(on_a_gpu)
         command = commands[stage]
@@ -297,9 +297,8 @@ def test_benchmarks_are_given_what_they_need(on_a_gpu, monkeypatch):
     assert {p.name for p in plans["gemms"].offered["int4_gemm"]} == {"qops", "cublas F.linear"}
     assert {case.axes["T"] for case in plans["rows"].cases} == {1, 4096}
     assert {case.op for case in plans["chain"].cases} == {"int8_layer"}
-    assert {case.op for case in (*plans["rows"].cases, *plans["gemms"].cases)} | {"int4_dequantize"} == {
-        case.op for case in plans["peers"].cases
-    }
+    ours = {case.op for stage in ("rows", "gemms", "int8-weights") for case in plans[stage].cases}
+    assert ours | {"int4_dequantize"} == {case.op for case in plans["peers"].cases}
 
 
 @pytest.mark.parametrize(("seconds", "asked", "depth"), [(75, None, 8), (300, None, 32), (75, 3, 3), (300, 3, 3)])
