@@ -75,7 +75,7 @@ using namespace model;
 
 // Instructions that all warps of a block issue for 64 columns, of groups of 128: whatever the tokens, and for each 8 of
 // them, of kernels of up to 32 and of more.
-inline constexpr int64_t kSlots[2] = {788, 900}, kSlotsOfEight[2] = {104, 69};
+inline constexpr int64_t kSlots[2] = {812, 984}, kSlotsOfEight[2] = {84, 58};
 
 constexpr GemmPlan tiled(int64_t m, int64_t n, int64_t k, bool fine, const Slices& slices, int live, int k_parts,
                          bool in_waves, Gpu gpu) {

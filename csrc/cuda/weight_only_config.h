@@ -169,11 +169,11 @@ using namespace model;
 
 // Instructions that a warp of the decode kernel issues for 64 columns: of up to 8, 16 and 24 rows of x, of 4 and of 2
 // strips; and all warps of the tiled kernel: whatever the tokens, and for each 8 of them, of up to 64 and of up to 128.
-inline constexpr int64_t kDecodeSlots[3][2] = {{296, 184}, {331, 203}, {367, 225}};
-inline constexpr int64_t kTiledSlots = 1120, kTiledSlotsOfEight[2] = {71, 96};
+inline constexpr int64_t kDecodeSlots[3][2] = {{296, 185}, {331, 208}, {367, 225}};
+inline constexpr int64_t kTiledSlots = 924, kTiledSlotsOfEight[2] = {96, 112};
 // Of 8 bits, of 2 strips.
-inline constexpr int64_t kDecodeSlotsOfInt8[2] = {256, 282};
-inline constexpr int64_t kTiledSlotsOfInt8 = 1220, kTiledSlotsOfEightOfInt8[2] = {103, 132};
+inline constexpr int64_t kDecodeSlotsOfInt8[2] = {260, 285};
+inline constexpr int64_t kTiledSlotsOfInt8 = 1152, kTiledSlotsOfEightOfInt8[2] = {112, 137};
 
 // Blocks of the decode kernel, one for each multiprocessor: each takes some strips and all slices of its part.
 constexpr GemmPlan decode(int bits, int64_t m, int64_t n, int64_t k, bool fine, int k_parts, int strips_of_warp,
@@ -269,13 +269,16 @@ constexpr GemmPlan tiled(int bits, int64_t m, int64_t n, int64_t k, bool fine, b
   return tiles(m, n, k, c, live, k_parts, ceil_div(int4::blocks(k), k_parts), in_waves, gpu);
 }
 
-// cuBLAS on weights that int4_dequantize has made, and a kernel that finishes its float32 sums: for as many strips at a
-// time as scratch holds with the sums of all rows; if that is less than a tile of cuBLAS, for a tile, and for as many
-// rows at a time as scratch holds then. For GPUs on which cuBLAS has instructions that the tiled kernel has not (wgmma
-// of sm_90, tcgen05 of sm_100 and sm_103).
+// cuBLAS on weights that int4_dequantize has made, and a kernel that finishes its float32 sums: some strips at a time,
+// as many as scratch holds with the sums of all rows; if that is less than a tile of cuBLAS, a tile, and as many rows
+// at a time as scratch holds then. For GPUs on which cuBLAS has instructions that the tiled kernel has not (wgmma of
+// sm_90, tcgen05 of sm_100 and sm_103).
 constexpr bool has_faster_cublas(Gpu gpu) { return gpu.arch >= 90 && gpu.arch < 120; }
 
-// No plan (blocks = 0) where scratch does not hold the weights of a tile and enough rows: K of more than 120,000.
+// Not a share of the memory that is free: a call has the same plan, and bits, in every run.
+inline constexpr int64_t kMostDenseScratch = int64_t{128} << 20;
+
+// No plan (blocks = 0) where scratch does not hold the weights of a tile and enough rows: K of more than 500,000.
 constexpr GemmPlan dense(int64_t m, int64_t n, int64_t k, Gpu gpu) {
   constexpr int64_t kMostOfPeak = 1600;  // multiplications of bf16 in a cycle, of wgmma's 2048
   constexpr int64_t kLeastStrips = 8;    // a tile of cuBLAS
@@ -283,11 +286,11 @@ constexpr GemmPlan dense(int64_t m, int64_t n, int64_t k, Gpu gpu) {
   GemmPlan p{};
   p.kind = GemmPlan::Kind::kDense;
   p.k_parts = 1;
-  const int64_t strips = int4::strips(n), fitting = kMostScratch / (kStripRows * (2 * k + 4 * m));
+  const int64_t strips = int4::strips(n), fitting = kMostDenseScratch / (kStripRows * (2 * k + 4 * m));
   const int64_t at_most = max_of(kLeastStrips, fitting / kLeastStrips * kLeastStrips);
   const int64_t passes = ceil_div(strips, at_most);
   p.strips = min_of(strips, ceil_div(ceil_div(strips, passes), kLeastStrips) * kLeastStrips);
-  const int64_t rows = (kMostScratch / (p.strips * kStripRows) - 2 * k) / 4;
+  const int64_t rows = (kMostDenseScratch / (p.strips * kStripRows) - 2 * k) / 4;
   if (rows < min_of(m, kLeastRows)) return p;
   const int64_t row_passes = ceil_div(m, rows);
   p.rows = ceil_div(m, row_passes);

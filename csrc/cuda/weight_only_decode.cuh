@@ -36,8 +36,8 @@
 //   shared memory      1024 s (codes in and out) + 128 M (x in) + 1024 for each 8 of M (x out): at s = 4 between 2.6
 //                      (M = 1) and 5 times (M = 24) the bytes of the codes. At 14 bytes of codes a cycle, 3 TB/s over
 //                      132 x 1.7 GHz, that is 36 to 70 of the 128 bytes that a cycle can move
-//   issue slots        bfloat16 on sm_90a (bench/results/SLOTS.md): 296 for s = 4 and 184 for s = 2 (M <= 8), 331 and
-//                      203 (M <= 16), 367 and 225 (M <= 24). Of the 184, 88 make fragments of the codes and 8
+//   issue slots        bfloat16 on sm_90a (bench/results/SLOTS.md): 296 for s = 4 and 185 for s = 2 (M <= 8), 331 and
+//                      208 (M <= 16), 367 and 225 (M <= 24). Of the 185, 88 make fragments of the codes and 8
 //                      multiply; at 4 a cycle they are 46 cycles where the bytes from DRAM take 81, and 74 at 62 %
 //   in flight          (stages - 1) x 8 x 512 s bytes of codes: 112 KB at 8 stages of 4 strips (sm_90, M <= 8), 48 KB
 //                      at 4 (sm_80; sm_90, M > 16), 32 KB at 3 (99 KB of shared memory)

@@ -19,7 +19,7 @@
 //            +---------------+---------------+
 //
 // Budget of a stage, 32 / 64 / 128 tokens (bfloat16 on sm_90a, groups of 128; bench/results/SLOTS.md):
-//   issue slots        1404 / 1672 / 2656 of 8 warps: 351 / 418 / 664 cycles at 4 a cycle
+//   issue slots        1308 / 1692 / 2708 of 8 warps: 327 / 423 / 677 cycles at 4 a cycle
 //   tensor cores       206 / 413 / 826 cycles at the 62 % of their rate that mma.sync reaches
 //   shared memory      408 / 696 / 792 cycles: with one strip a warp, each of 8 warps reads all tokens
 //   from DRAM          4 KB of codes, 325 cycles of a multiprocessor's share

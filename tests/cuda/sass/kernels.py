@@ -292,6 +292,7 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
     rf"pack_kernel<{_BOOL}>": _pack,
     rf"finish_kernel<{_T}, {_INT}>": _finish,
     r"gather_kernel<\w+>": lambda: _once("256 elements of a warp", 8, 1, 1024),
+    r"split_kernel": lambda: _once("256 elements of a warp", 8, 3, 2560),
     r"int8_gemm_add_kernel": lambda: _once("128 sums of a warp, of two blocks", 2, 1, 0),
     r"int4_int8_add_kernel": lambda: _once("128 sums of a warp", 8, 1, 0),
     r"int4_int8_gather_kernel": lambda: _once("256 elements of a warp", 8, 1, 512),
