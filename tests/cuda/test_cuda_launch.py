@@ -80,7 +80,7 @@ def row_call(name: str) -> Callable[[], Any]:
     """A call of this overload that runs a kernel."""
     op, _, overload = name.partition(".")
     operator = getattr(getattr(torch.ops.qops_emu, op), overload)
-    arguments = valid_calls(name, 1)[0].arguments
+    arguments = next(valid_calls(name, 1)).arguments
     return lambda: operator(**arguments)
 
 
@@ -192,15 +192,20 @@ def test_all_tensors_have_to_be_on_one_gpu(runtime, name):
     op, _, overload = name.partition(".")
     operator = getattr(getattr(torch.ops.qops_emu, op), overload)
     seen = 0
-    calls = [call.arguments for call in valid_calls(name, 60)]
-    if op.startswith(("int4", "int8")):  # packed as on a GPU, float16 or bfloat16, zeros not
+
+    def fits(given: dict[str, Any]) -> bool:  # packed as on a GPU, float16 or bfloat16, zeros not
+        if not op.startswith(("int4", "int8")):
+            return True
         block = 64 * (8 if op.startswith("int4") else 16)
-        calls = [given for given in calls if "packed" not in given or given["packed"].shape[-1] % block == 0]
-        calls = [given for given in calls if op != "int4_gemm" or given["x"].dtype != torch.float32]
-        zeros = (None, torch.uint8, torch.float32)
-        calls = [given for given in calls if getattr(given.get("zeros"), "dtype", None) in zeros]
-        calls = [given for given in calls if getattr(given.get("scales"), "dtype", None) != torch.int8]
-    for call in calls[:3]:
+        return (
+            ("packed" not in given or given["packed"].shape[-1] % block == 0)
+            and (op != "int4_gemm" or given["x"].dtype != torch.float32)
+            and getattr(given.get("zeros"), "dtype", None) in (None, torch.uint8, torch.float32)
+            and getattr(given.get("scales"), "dtype", None) != torch.int8
+        )
+
+    calls = (call.arguments for call in valid_calls(name, 60) if fits(call.arguments))
+    for call in itertools.islice(calls, 3):
         arguments = {arg: t.clone() if isinstance(t, torch.Tensor) else t for arg, t in call.items()}
         tensors = {arg: t for arg, t in arguments.items() if isinstance(t, torch.Tensor)}
         for arg, tensor in tensors.items() if len(tensors) > 1 else ():

@@ -353,7 +353,9 @@ _building = threading.local()
 def _without_storage(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
     if not getattr(_building, "skeleton", False):
         return None
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    empty: Any = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    empty._is_hf_initialized = True  # else Transformers draws its numbers: on this device none, but in Python
+    return empty
 
 
 # Once, and for good: torch's hooks are those of the process, and one that comes or goes breaks the loop over them in

@@ -9,6 +9,7 @@ import functools
 import importlib
 import itertools
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,20 +53,29 @@ def tensor_arguments(operator: Any, *, written: bool | None = None) -> list[str]
     ]
 
 
+_found: defaultdict[str, list[Call]] = defaultdict(list)  # by overload, in the order in which they are drawn
+
+
+def valid_calls(name: str, count: int) -> Iterator[Call]:
+    """At most so many valid calls of one overload, always the same ones: on the CPU, of small tensors with elements."""
+    found = _found[name]
+    for index in range(count):
+        while len(found) <= index:
+            next(_draws(name.partition(".")[0]))
+        yield found[index]
+
+
 @functools.cache
-def valid_calls(name: str, count: int) -> list[Call]:
-    """As many valid calls of one overload, on the CPU and of small tensors with elements."""
-    return list(itertools.islice(_valid_calls(name), count))
-
-
-def _valid_calls(name: str) -> Iterator[Call]:
-    rng = random.Random(name)
-    op = name.partition(".")[0]
+def _draws(op: str) -> Iterator[None]:
+    """Each step adds one to those of an overload: what is drawn for one serves the others."""
+    rng = random.Random(op)
     while True:
         call = STRATEGIES[op](Sampler(rng.randint))
-        fits = all(not t.is_meta and t.numel() > 0 and max(t.shape, default=1) < HUGE for _, t in call.tensors())
-        if fits and not call.faults and call.name == name:
-            yield call
+        if not call.faults and all(
+            not t.is_meta and t.numel() > 0 and max(t.shape, default=1) < HUGE for _, t in call.tensors()
+        ):
+            _found[call.name].append(call)
+            yield
 
 
 # On a GPU weights are packed in another way, which only their own tests know.
