@@ -264,7 +264,7 @@ class Waste:
 
 WASTE = (
     Waste(r"RowShape<\d+, 0, false>|^rotary_kernel<\w+, false>", "", "", 9, "rows that begin anywhere, one by one"),
-    Waste("^(int4_int8_)?gather_kernel|^int8_gemm_copy_kernel", "global", "", 9, "likewise"),
+    Waste("^(int4_int8_)?gather_kernel|^(split|int8_gemm_copy)_kernel", "global", "", 9, "likewise"),
     Waste(
         "_kernel<float",
         "",
@@ -279,6 +279,13 @@ WASTE = (
         r"< weight_only_gemm\.cuh",
         2.5,
         "sums, once a tile: 32 bytes a lane",
+    ),
+    Waste(
+        "^(int8_)?decode_kernel",
+        "global",
+        r"^elements\.cuh.* < weight_only_gemm\.cuh",
+        2,
+        "sums of float32 activations: 32 bytes a lane, its second access takes the rest of a sector",
     ),
     Waste(
         "^(int8_)?decode_kernel",
