@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qops
 from qops.models import quantize_model
-from qops.nn import Int4Int8Linear, Int4Linear
+from qops.nn import Int4Int8Linear, Int4Linear, Int8WeightOnlyLinear
 from qops.testing import assert_bitwise, generator
 from tests.support.cuda.cuda_backend import gpu
+from tests.support.models.gguf_files import llama_file
 from tests.support.models.layerwise import assert_layers_accurate, hidden_states
 
 VOCAB = 96
@@ -63,3 +65,24 @@ def test_every_layer_of_a_w4a8_model_has_the_bits_of_the_cpu(backend):
         if backend.device == "cpu":  # a GPU's attention is torch's own
             for index, (a, b) in enumerate(zip(got, want, strict=True)):
                 assert_bitwise(a, b, f"{tokens} tokens, layer {index}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("weights", "output"), [("Q8_0", "Q8_0"), ("Q5_1", "Q4_1")])
+def test_a_file_with_weights_of_8_bits_runs_on_a_gpu(backend, tmp_path, weights, output, dtype):
+    """Its output layer computes in float32, whatever the others do."""
+    path = llama_file(weights=weights, table="Q8_0", output=output).write(tmp_path / "model.gguf")
+    here = qops.load_model(path, dtype)
+    prompts = [torch.arange(2 * tokens).view(2, tokens) * 7 % here.config.vocab_size for tokens in (3, 20)]
+    wanted = [here(ids).logits for ids in prompts]
+    with gpu(backend):
+        there = qops.load_model(path, dtype, device=backend.device)
+        assert there.qops_fusion.not_fused is None and "in float32" in there.qops_fusion.proof, there.qops_fusion
+        kinds = {type(module) for module in there.modules()}
+        assert Int8WeightOnlyLinear in kinds and there.lm_head.float32_output
+        for ids, want in zip(map(backend.on_device, prompts), wanted, strict=True):
+            assert_layers_accurate(there, ids)
+            got = there(ids).logits.cpu()
+            assert got.dtype == torch.float32
+            error = (got - want).norm(dim=-1) / want.norm(dim=-1)
+            assert error.max() < (2e-5 if dtype == torch.float32 else 4e-2), error
