@@ -40,7 +40,10 @@ STYLES = (("hf", 0.0), ("fp32", 1.0))
 # (N, K, G): one strip of rows and more, odd and even multiples of 8, blocks of 8 to 128 columns, tails of K.
 WEIGHTS = ((8, 8, 8), (40, 144, 48), (48, 320, 32), (16, 520, 520))
 # A GPU adds in another order, or packs in another layout.
-OWN_BITS_ON_A_GPU = ("int4_gemm", "int4_pack", "int4_unpack", "int8_pack", "int8_unpack")
+OWN_BITS_ON_A_GPU = (
+    *("int4_gemm", "int8_weight_only_gemm"),
+    *("int4_pack", "int4_unpack", "int8_pack", "int8_unpack"),
+)
 
 Results = tuple[Tensor, ...]
 

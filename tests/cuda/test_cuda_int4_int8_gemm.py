@@ -46,7 +46,7 @@ PLANS = {
     (20, 264, 2304, 2, 89): (64, True, True),
     (150, 24, 576, 2, 80): (128, False, True),
     (150, 24, 2304, 8, 90): (128, True, False),
-    (150, 136, 2304, 3, 90): (128, True, True),
+    (150, 136, 2304, 3, 80): (128, True, True),
 }
 SCALE, ZERO_POINT = torch.tensor([0.37]), torch.tensor([-5], dtype=torch.int32)
 

@@ -76,6 +76,12 @@ def int4_int8_gemm(m: int, n: int, k: int, act_order: bool = False) -> Callable[
     return lambda: torch.ops.qops_emu.int4_int8_gemm(q, torch.ones(m), *weight)
 
 
+def int8_weight_only_gemm(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Tensor]:
+    packed = torch.ops.qops_emu.int8_pack(torch.ones(n, k, dtype=torch.int8))
+    scales, x = torch.ones(-(-n // 16), k // 64, 16), random_activations(m, k, dtype=dtype, seed=m)
+    return lambda: torch.ops.qops_emu.int8_weight_only_gemm(x, packed, scales, None, None, None, n, 64)
+
+
 def row_call(name: str) -> Callable[[], Any]:
     """A call of this overload that runs a kernel."""
     op, _, overload = name.partition(".")
@@ -98,9 +104,12 @@ def weight_calls() -> dict[str, Callable[[], Any]]:
         "int4_gemm decode, K shared": int4_gemm(3, 24, 8192),
         "int4_gemm tiled": int4_gemm(40, 136, 576, torch.float16),
         "int4_gemm tiled, K shared": int4_gemm(28, 136, 2304, torch.float16, act_order=True),
-        "int4_gemm dense": int4_gemm(300, 144, 384, act_order=True),
+        "int4_gemm of float32": int4_gemm(3, 40, 576, torch.float32),
+        "int4_gemm dense": int4_gemm(300, 144, 576, act_order=True),
         "int4_int8_gemm": int4_int8_gemm(40, 136, 576),
         "int4_int8_gemm, K shared": int4_int8_gemm(5, 40, 4608, act_order=True),
+        "int8_weight_only_gemm": int8_weight_only_gemm(40, 136, 576),
+        "int8_weight_only_gemm, K shared": int8_weight_only_gemm(3, 24, 8192),
         "int8_pack": lambda: ops.int8_pack(torch.ones(40, 64, dtype=torch.int8)),
         "int8_unpack": lambda: ops.int8_unpack(packed8, 40),
         "int8_gemm": int8_gemm(40, 136, 200),
@@ -108,7 +117,7 @@ def weight_calls() -> dict[str, Callable[[], Any]]:
     }
 
 
-WITH_SCRATCH = ("K shared", "dense")
+WITH_SCRATCH = ("K shared", "float32", "dense")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +167,7 @@ def test_plans_are_those_of_the_gpu_of_the_tensors(runtime):
     runtime.configure(1, 2, "", 90, 7)
     for arch, is_dense in ((89, False), (90, True)):  # cuBLAS is for GPUs that have wgmma
         runtime.place_tensors(arch, 1)
-        wide = recorded(runtime, int4_gemm(300, 144, 384))
+        wide = recorded(runtime, int4_gemm(300, 144, 576))
         assert any(line.startswith("mm ") for line in wide) == is_dense, arch
 
 
@@ -167,14 +176,15 @@ def test_the_operator_that_multiplies_for_the_dense_plan_is_torchs(runtime):
     wanted = "aten::mm.dtype_out(Tensor self, Tensor mat2, ScalarType out_dtype, *, Tensor(a!) out) -> Tensor(a!)"
     assert str(torch.ops.aten.mm.dtype_out._schema) == wanted
     runtime.configure(1, 2, "", 90, 1)
-    record = recorded(runtime, int4_gemm(300, 144, 384))
-    assert [line for line in record if line.startswith("mm ")] == ["mm 300 144 384"]
+    record = recorded(runtime, int4_gemm(300, 144, 576))
+    assert [line for line in record if line.startswith("mm ")] == ["mm 300 144 576"]
 
 
 GEMMS_AND_WEIGHTS = (
     "int4_gemm",
     "int4_int8_gemm",
     "int8_gemm",
+    "int8_weight_only_gemm",
     "int4_pack",
     "int4_unpack",
     "int4_dequantize",
@@ -299,7 +309,7 @@ def test_a_limit_is_set_once_by_all_threads(runtime):
 def test_scratch_lives_until_the_last_launch(runtime, calls):
     """What is let go of holds NaN from then on, so that a kernel which still reads it has no chance in other tests."""
     with_scratch = [name for name in calls if name.endswith(WITH_SCRATCH)]
-    assert len(with_scratch) == 5
+    assert len(with_scratch) == 7
     for name in with_scratch:
         runtime.configure(1, 2, "", 90, 1 if name.endswith("dense") else 132)
         record = [line.split()[0] for line in recorded(runtime, calls[name])]

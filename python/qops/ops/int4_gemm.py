@@ -98,13 +98,14 @@ def int4_gemm(
         ``total = fma(o', sum of x in the group, total)`` with ``o' = s * (8 - zf)`` or ``fma(s, 8, o)``. K is cut into
         8 contiguous slices of whole blocks of 64 columns, slice i from block ``blocks * i // 8`` on; a group that a cut
         divides has a part on either side. The totals of the slices are added left to right, then the bias. So on
-        one type of GPU a row has the same bits for every M, position, grid and stream. A row of float32 is three rows of
-        bfloat16 of 8 bits each, whose results before the bias are added, the smallest first. An index of ``perm`` that
-        is out of range gives NaN; NaN and infinity in x spread as in a product of matrices.
+        one type of GPU a row has the same bits for every M, position, grid and stream. A row of float32 is three of
+        bfloat16, 8 bits each, whose results before the bias are added, the smallest first. An index of ``perm`` that is
+        out of range gives NaN; NaN and infinity in x spread as in a product of matrices.
         One route rounds more, for bfloat16 x of many rows on GPUs of compute capability 9.x and 10.x, unless
-        ``batch_invariant``: where ``plan_weight_only_gemm`` (csrc/cuda/weight_only_config.h) expects it to be faster, the exact
-        weights are rounded to float32 and to bfloat16 (:func:`qops.int4_dequantize`) and cuBLAS multiplies them with x,
-        into float32 sums. (float16 cannot hold every weight.)
+        ``batch_invariant``: where ``plan_weight_only_gemm`` (csrc/cuda/weight_only_config.h) expects it to be faster,
+        the exact weights are rounded to float32 and to bfloat16 (:func:`qops.int4_dequantize`) and cuBLAS multiplies
+        them with x, into float32 sums, as many columns at a time as 128 MB of scratch hold: not a share of what is
+        free, as a call has the same bits in every run. (float16 cannot hold every weight.)
         ``residual``, ``silu_mul`` and ``out_scale`` give, bit for bit, what the separate operators give: y is rounded
         to the dtype of ``x`` before each of them.
         With ``activation="int8"`` the result is, bit for bit, that of :func:`qops.int4_int8_gemm` for

@@ -53,8 +53,8 @@ def int8_weight_only_gemm(
         has the same bits for every M. An index of ``perm`` that is out of range gives NaN.
 
     Raises:
-        ValueError: shapes or strides do not fit; the weight mixes gate and up; a ``perm`` index is out of range (on a GPU
-            nobody looks at it); ``out`` overlaps an input.
+        ValueError: shapes or strides do not fit; the weight mixes gate and up; a ``perm`` index is out of range (on a
+            GPU nobody looks at it); ``out`` overlaps an input.
         RuntimeError: a dtype or device without a kernel; the weight is not packed; an input requires grad while grad
             mode is on.
 
