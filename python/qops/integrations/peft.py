@@ -73,9 +73,10 @@ def prepare_for_adapters(model: Any) -> Any:
         in training a norm is computed by torch from float32, rounded where the contract of that operator rounds.
 
     Raises:
-        ValueError: the model has no qops parts, or is none of Transformers'; a merged product has hooks; adapters of
-            the model that it was made from would be wrong in silence: :func:`qops.quantize_model` folded smoothing into
-            its weights, or :func:`qops.save_model` wrote gate and up in the act-order of down. It is then unchanged.
+        ValueError: the model has no qops parts, is none of Transformers', or is around the one that was fused; a merged
+            product has hooks, or a fused part another forward; adapters of the model that it was made from would be
+            wrong in silence: :func:`qops.quantize_model` folded smoothing into its weights, or :func:`qops.save_model`
+            wrote gate and up in the act-order of down. It is then unchanged.
         RuntimeError: parts of it are offloaded.
 
     What PEFT then refuses on a quantised linear, by a ValueError before it changes the model: variants and
@@ -91,10 +92,6 @@ def prepare_for_adapters(model: Any) -> Any:
     require_replaced(model, _CALLER)
     if (why := changed(model)) is not None:
         raise ValueError(f"{_CALLER}: model must be one that adapters of the model it was made from fit, but {why}")
-    merged = {name: module for name, module in model.named_modules() if isinstance(module, MergedLinear)}
-    for name, module in merged.items():
-        if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
-            raise ValueError(f"{_CALLER}: {name} must have no hooks, as its parts become linears of their own")
     if is_fused(model):
         _unfuse(model)
     for module in model.modules():
@@ -105,6 +102,9 @@ def prepare_for_adapters(model: Any) -> Any:
         elif type(module) is RMSNorm:
             module.int8 = None
             module.__class__ = AdaptableRMSNorm
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if hasattr(quantizer, "trains_adapters"):  # of `qops.integrations.transformers`
+        quantizer.trains_adapters = True
     return model
 
 
@@ -113,10 +113,18 @@ def prepare_for_adapters(model: Any) -> Any:
 
 def _unfuse(model: Any) -> None:
     """Makes the layers of a model Transformers' own, around the linears and norms that they have."""
+    if "qops_fusion" not in vars(model):
+        raise ValueError(f"{_CALLER}: model must be the one that was fused, got a {type(model).__name__} around it")
+    forget_recording(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (DecoderLayer, Attention, MLP, MergedLinear)) and "forward" in vars(module):
+            raise ValueError(f"{_CALLER}: {name} must have no forward of its owner's, nor hooks of accelerate")
+        merged = module.modules() if isinstance(module, MergedLinear) else ()
+        if any(part._forward_hooks or part._forward_pre_hooks for part in merged):
+            raise ValueError(f"{_CALLER}: {name} must have no hooks, as its parts become linears of their own")
     decoder, twin = model.model, skeleton(type(model), model.config, model.dtype)
-    forget_recording(decoder)
     for index, layer in enumerate(decoder.layers):
-        theirs = _theirs(layer, twin.model.layers[index])
+        theirs = _theirs(layer, twin.model.layers[layer.self_attn.layer_idx])
         for module in theirs.modules():
             module._is_hf_initialized = True  # Transformers is to initialise nothing anew
             if vars(module).get("config") is twin.config:
