@@ -340,6 +340,16 @@ def test_state_of_a_prepared_model(tmp_path):
         ours.AdaptableNothing  # noqa: B018
 
 
+def test_a_prepared_model_follows_its_config():
+    model, _ = twins()
+    assert {id(module.config) for module in model.modules() if "config" in vars(module)} == {id(model.config)}
+    wanted = model(IDS).logits
+    model.set_attn_implementation("eager")
+    found = model(IDS, output_attentions=True)
+    assert_near(found.logits, wanted)
+    assert len(found.attentions) == 2 and all(weights is not None for weights in found.attentions)
+
+
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
@@ -528,10 +538,18 @@ def test_modules_to_save_are_dense():
     assert_same_gradients(model, twin)
 
 
-def test_other_kinds_of_adapters_are_refused_by_peft():
+@pytest.mark.parametrize("kind", ["LoHa", "IA3", "LNTuning"])
+def test_other_kinds_of_adapters_are_refused(kind):
     model, _ = twins()
-    with pytest.raises(TypeError, match="not supported"):
-        peft.get_peft_model(model, peft.LoHaConfig(target_modules=["q_proj"]))
+    more = {"feedforward_modules": []} if kind == "IA3" else {}
+    with pytest.raises(ValueError, match=r"o_proj, which is quantised, must be plain LoRA, got peft_type="):
+        peft.get_peft_model(model, getattr(peft, f"{kind}Config")(target_modules=["lm_head", "o_proj"], **more))
+    assert type(model.lm_head) is nn.Linear
+    # A norm has its weight as ever.
+    if kind == "LNTuning":
+        model = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["input_layernorm"]))
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        assert len(gradients(model)) == 2 and all(grad.abs().max() > 0 for grad in gradients(model).values())
 
 
 def test_models_that_cannot_be_prepared(tmp_path):
@@ -544,6 +562,7 @@ def test_models_that_cannot_be_prepared(tmp_path):
         with pytest.raises(ValueError, match=caller + said):
             prepare_for_adapters(wrong)
     model = quantize_model(small_model("llama"), prove=False)
+    states = model(IDS, output_hidden_states=True).hidden_states
     handle = model.model.layers[1].self_attn.qkv_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=caller + r"model\.layers\.1\.self_attn\.qkv_proj must have no hooks"):
         prepare_for_adapters(model)
@@ -559,6 +578,7 @@ def test_models_that_cannot_be_prepared(tmp_path):
     ):
         prepare_for_adapters(around)
     assert is_fused(model)
+    assert len(model(IDS, output_hidden_states=True).hidden_states) == len(states)
     seen = []
     for name in ("self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj", "input_layernorm"):
         part = model.model.layers[0].get_submodule(name)

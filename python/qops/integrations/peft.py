@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear as DenseLoraLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -79,10 +79,10 @@ def prepare_for_adapters(model: Any) -> Any:
             wrote gate and up in the act-order of down. It is then unchanged.
         RuntimeError: parts of it are offloaded.
 
-    What PEFT then refuses on a quantised linear, by a ValueError before it changes the model: variants and
-    initialisations that read or change its weight (DoRA, PiSSA, OLoRA, LoftQ, ...), `modules_to_save`, and targets in
-    a model that was not prepared. Merging (`merge_adapter`, `merge_and_unload`) is a RuntimeError: codes of 4 or 8
-    bits have no room for it. `unload` gives the prepared model back.
+    What PEFT then refuses on a quantised linear, by a ValueError before it changes the model: other adapters than LoRA,
+    variants and initialisations that read or change its weight (DoRA, PiSSA, OLoRA, LoftQ, ...), `modules_to_save`, and
+    targets in a model that was not prepared. Merging (`merge_adapter`, `merge_and_unload`) is a RuntimeError: codes of
+    4 or 8 bits have no room for it. `unload` gives the prepared model back.
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
@@ -115,7 +115,6 @@ def _unfuse(model: Any) -> None:
     """Makes the layers of a model Transformers' own, around the linears and norms that they have."""
     if "qops_fusion" not in vars(model):
         raise ValueError(f"{_CALLER}: model must be the one that was fused, got a {type(model).__name__} around it")
-    forget_recording(model)
     for name, module in model.named_modules():
         if isinstance(module, (DecoderLayer, Attention, MLP, MergedLinear)) and "forward" in vars(module):
             raise ValueError(f"{_CALLER}: {name} must have no forward of its owner's, nor hooks of accelerate")
@@ -123,6 +122,7 @@ def _unfuse(model: Any) -> None:
         if any(part._forward_hooks or part._forward_pre_hooks for part in merged):
             raise ValueError(f"{_CALLER}: {name} must have no hooks, as its parts become linears of their own")
     decoder, twin = model.model, skeleton(type(model), model.config, model.dtype)
+    forget_recording(decoder)
     for index, layer in enumerate(decoder.layers):
         theirs = _theirs(layer, twin.model.layers[layer.self_attn.layer_idx])
         for module in theirs.modules():
@@ -277,8 +277,10 @@ def _all_linears(model: Any) -> set[str]:
     return found
 
 
-def _not_plain(config: LoraConfig) -> list[str]:
-    """The settings by which adapters are more than two products beside a linear."""
+def _not_plain(config: Any) -> list[str]:
+    """The settings by which adapters are something else than two products beside a linear."""
+    if config.peft_type != PeftType.LORA:
+        return [f"peft_type={config.peft_type.value}"]
     variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
     found = [name for name in variants if getattr(config, name)]
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
@@ -309,7 +311,7 @@ def _require_adaptable(tuner: Any, model: Any, config: Any) -> None:
                 f"{caller}: {name} must be prepared for adapters, got a part of {type(places[name]).__name__}; "
                 f"{_CALLER}(model) does it"
             )
-        if isinstance(config, LoraConfig) and (settings := _not_plain(config)):
+        if settings := _not_plain(config):
             raise ValueError(
                 f"{caller}: adapters on {name}, which is quantised, must be plain LoRA, got {', '.join(settings)}"
             )
