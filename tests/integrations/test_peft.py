@@ -350,6 +350,17 @@ def test_a_prepared_model_follows_its_config():
     assert len(found.attentions) == 2 and all(weights is not None for weights in found.attentions)
 
 
+def test_what_its_owner_has_set_stays():
+    source = small_model("llama")
+    usual = source(IDS).logits
+    source.model.layers[1].self_attn.scaling = 1.5
+    source.model.layers[0].mlp.act_fn = nn.Tanh()
+    model = quantize_model(source, prove=False)
+    fused = model(IDS).logits
+    assert_far(fused, usual)
+    assert_near(prepare_for_adapters(model)(IDS).logits, fused)
+
+
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
