@@ -43,6 +43,7 @@ MODULES = (
     "qops.models",
     "qops.formats",
     *_FORMATS,
+    "qops.integrations.peft",
     "qops.integrations.transformers",
     "qops.testing",
 )

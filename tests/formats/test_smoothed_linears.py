@@ -126,4 +126,8 @@ def test_factors_follow_columns_that_are_stored_in_act_order():
     linear = Int4SmoothedLinear(down, pre_quant_scale=factors())
     x = torch.randn(3, 32, generator=random)
     wanted = linear(qops.silu_mul(gate(x), up(x)))
-    assert torch.allclose(MLP(gate, up, linear)(x), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    mlp = MLP(gate, up, linear)
+    assert torch.allclose(mlp(x), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    again = mlp.split()["down_proj"]
+    assert torch.equal(again.pre_quant_scale, linear.pre_quant_scale)
+    assert torch.equal(again.dense_weight(torch.float32), linear.dense_weight(torch.float32))

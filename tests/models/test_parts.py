@@ -86,10 +86,16 @@ def test_a_merged_mlp_is_that_of_its_halves(act_order):
     down = Int4Linear(qops.Int4Weight.from_canonical(**canonical, kind="symmetric", perm=perm))
     x = torch.randn(5, 64, generator=rng)
     apart = MLP(Int4Linear.from_linear(gate, 32), Int4Linear.from_linear(up, 32), copy.deepcopy(down))
-    whole = MLP.of_merged(Int4Linear.from_linear(merged, 32), down)
+    given = Int4Linear.from_linear(merged, 32)
+    state = copy.deepcopy(given.state_dict())
+    whole = MLP.of_merged(given, down)
     assert whole.activates_in_gemm and whole.reordered == act_order
     assert_bitwise(whole(x), apart(x))
     assert "gate_up_proj.weight.qweight" in whole.state_dict()
+    parts = whole.split()
+    assert not parts["gate_up_proj"].weight.mixed_gate_up
+    for linear, wanted in ((parts["gate_up_proj"], state), (parts["down_proj"], down.state_dict())):
+        assert all(torch.equal(tensor, wanted[key]) for key, tensor in linear.state_dict().items())
 
 
 def test_gate_and_up_that_strips_cannot_mix_are_multiplied_after_the_product():

@@ -308,6 +308,17 @@ def test_mlp_takes_downs_act_order_from_the_rows_of_gate_and_up(gate, up, act):
     else:
         assert_bitwise(mlp(x), gathered)
     assert not MLP(gate, up, mlp.down_proj, act).reordered
+    assert_parts(mlp, {"gate_proj": gate, "up_proj": up, "down_proj": down})
+
+
+def assert_parts(mlp: MLP, given: dict[str, nn.Module]) -> None:
+    """`split` gives back what the MLP was made of."""
+    parts = mlp.split()
+    assert parts.keys() == given.keys()
+    for name, linear in given.items():
+        found, wanted = parts[name].state_dict(), linear.state_dict()
+        assert type(parts[name]) is type(linear) and found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
 
 
 GATES = {

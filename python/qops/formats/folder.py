@@ -105,6 +105,7 @@ class Folder:
         self.dtype: torch.dtype = self.config.dtype
         self.fuses: bool = settings["fused"]
         self._cast: dict[str, str] = settings["cast"]
+        self._changed: str | None = settings.get("changed")
         self._read: set[str] = set()
         self._kinds: dict[str, str] = settings["weights"]
         self._tensors = TensorFiles(folder)
@@ -128,6 +129,8 @@ class Folder:
         cast = settings.get("cast")
         if not isinstance(cast, dict) or not all(hasattr(torch, str(dtype)) for dtype in cast.values()):
             raise ValueError(f"{path}: cast must map names to dtypes, got {cast!r}")
+        if not isinstance(settings.get("changed"), str | None):
+            raise ValueError(f"{path}: changed must be a reason or be left out, got {settings['changed']!r}")
         kinds = settings.get("weights")
         if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
             raise ValueError(f"{path}: weights must map names to kinds, got {kinds!r}")
@@ -193,7 +196,7 @@ class Folder:
         return self._tensors.read(name)
 
     def finish(self, model: Any) -> None:
-        """Casts what was cast when the model was saved, too."""
+        """Casts what was cast when the model was saved, too, and says what was said of it."""
         left = sorted(self._tensors.specs.keys() - self._read)
         if left:
             raise ValueError(
@@ -206,3 +209,5 @@ class Folder:
             if module is None or module._buffers.get(key) is None:
                 raise ValueError(f"{self.path / 'config.json'}: cast names {name}, which is no buffer of the model")
             module._buffers[key] = module._buffers[key].to(getattr(torch, dtype))
+        if self._changed is not None:
+            model.qops_changed = self._changed

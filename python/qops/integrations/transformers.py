@@ -162,6 +162,8 @@ class QopsQuantizer(HfQuantizer):
     """What Transformers asks while it loads; nothing for users."""
 
     quantization_config: QopsConfig
+    trains_adapters = False
+    """Whether its model was prepared for them."""
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         _device(device_map)
@@ -239,7 +241,7 @@ class QopsQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return self.trains_adapters
 
     @property
     def is_compileable(self) -> bool:

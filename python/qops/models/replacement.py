@@ -453,6 +453,14 @@ def require_replaced(model: Any, caller: str) -> None:
         )
 
 
+def changed(model: Any) -> str | None:
+    """Why adapters of the model that this one was made from do not fit it: linears read, or give, something else."""
+    smoothed = getattr(model.__dict__.get("quantization_report"), "smoothed", None)
+    if smoothed:
+        return f"smoothing divides what {next(iter(smoothed))} reads or gives"
+    return model.__dict__.get("qops_changed")
+
+
 def is_fused(model: Any) -> bool:
     """Whether a part of its layers is."""
     return any(isinstance(module, MergingModule) for module in model.modules())

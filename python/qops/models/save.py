@@ -16,8 +16,8 @@ from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, replace_files, ten
 from qops.formats.folders.compressed import compressed, settings_of
 from qops.formats.folders.config import transformers_class
 from qops.models.load import require_restorable, skeleton
-from qops.models.replacement import entries, is_fused, kind_of, require_replaced
-from qops.nn import QuantizedLinear
+from qops.models.replacement import changed, entries, is_fused, kind_of, require_replaced
+from qops.nn import MLP, QuantizedLinear
 from qops.weights.state import QuantizedWeight
 
 __all__ = ["save_model"]
@@ -94,12 +94,16 @@ def _qops(model: Any, twin: Any, weights: Weights) -> tuple[dict[str, torch.Tens
         if isinstance(owner, QuantizedLinear):
             module = name.removesuffix(".weight")
             tensors |= {f"{module}.{key}": tensor for key, tensor in owner.activations().items()}
+    why = changed(model)
+    if why is None and any(isinstance(module, MLP) and module.reordered for module in model.modules()):
+        why = "gate and up were saved in the act-order of down"
     return tensors, {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "fused": is_fused(model),
         "weights": {name.removesuffix(".weight"): kind_of(owner) for name, (_, owner) in weights.items()},
         "cast": _cast_buffers(model),
+        **({} if why is None else {"changed": why}),
     }
 
 

@@ -123,6 +123,17 @@ class QuantizedLinear(Offloadable):
         """
         return self.around(self.weight.in_stored_order(), self.bias)
 
+    def in_act_order(self, perm: torch.Tensor) -> Self:
+        """A linear that gathers its x, of which this one takes `x[perm]`; inverse of `in_stored_order`.
+
+        Args:
+            perm: int32 [K].
+
+        Returns:
+            A linear of the same class, whose weight has this ``perm``.
+        """
+        return self.around(self.weight.in_act_order(perm), self.bias)
+
     def activations(self) -> dict[str, torch.Tensor]:
         """What the input is quantised with besides the weight: the tensors of `static_input` that there are, by name.
 

@@ -113,6 +113,9 @@ class MLP(MergingModule):
         ValueError: K or I differ.
     """
 
+    order: torch.Tensor
+    """int32 [I], the act-order that down had; only where it had one."""
+
     def __init__(
         self,
         gate_proj: nn.Module,
@@ -157,6 +160,7 @@ class MLP(MergingModule):
             raise ValueError(f"MLP: gate and up must have the I = {down_proj.in_features} outputs of down, got {sizes}")
         self.reordered = isinstance(down_proj, QuantizedLinear) and down_proj.weight.act_order
         if self.reordered:
+            self.register_buffer("order", down_proj.weight.perm, persistent=False)
             order = down_proj.weight.perm.long()
             rows = order if len(gate_up) > 1 else torch.cat((order, order + len(order)))
             gate_up = {name: _with_rows(linear, rows) for name, linear in gate_up.items()}
@@ -195,6 +199,26 @@ class MLP(MergingModule):
             else:
                 hidden = silu_mul(hidden)
         return into_stream(self.down_proj, hidden, residual)
+
+    def split(self) -> dict[str, nn.Module]:
+        """The linears that it was made of, each as it was.
+
+        Returns:
+            name -> linear. What was merged, mixed or reordered is copied out, and not packed where it was merged.
+        """
+        gate_up: Any = self.gate_up_proj
+        down: Any = self.down_proj
+        parts: dict[str, Any] = gate_up.split() if isinstance(gate_up, MergedLinear) else {"gate_up_proj": gate_up}
+        if self.reordered:
+            back = self.order.long().argsort()
+            rows = back if len(parts) > 1 else torch.cat((back, back + len(back)))
+            parts = {name: _with_rows(linear, rows) for name, linear in parts.items()}
+            down = down.in_act_order(self.order)
+        elif len(parts) == 1 and self.activates_in_gemm:
+            whole = parts["gate_up_proj"]
+            (weight,) = whole.weight.split([whole.out_features])
+            parts = {"gate_up_proj": whole.around(weight, whole.bias)}
+        return {**parts, "down_proj": down}
 
     def extra_repr(self) -> str:
         notes = {

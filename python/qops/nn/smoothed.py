@@ -45,6 +45,19 @@ class _Smoothed(QuantizedLinear):
         linear.pre_quant_scale = self.pre_quant_scale[self.weight.perm.long()]
         return linear
 
+    def in_act_order(self, perm: torch.Tensor) -> Self:
+        """As of every linear; the factors go where their columns come from.
+
+        Args:
+            perm: as there.
+
+        Returns:
+            A linear of the same class, whose weight has this ``perm``.
+        """
+        linear = super().in_act_order(perm)
+        linear.pre_quant_scale = self.pre_quant_scale[perm.long().argsort()]
+        return linear
+
     def _smooth(self, x: torch.Tensor) -> torch.Tensor:
         scale: Any = self._buffers["pre_quant_scale"]
         return (x * scale).to(x.dtype)

@@ -311,6 +311,19 @@ class QuantizedWeight(WeightSpec):
         tensors.pop("perm", None)
         return self._from_tensors(tensors, {**self._config_of_rows(), "act_order": False}, self.is_packed)
 
+    @torch.no_grad()
+    def in_act_order(self, perm: Tensor) -> Self:
+        """A weight that gathers an x of which the columns of this one are `x[perm]`; inverse of `in_stored_order`.
+
+        Args:
+            perm: int32 ``[K]``, as in ``from_canonical``.
+
+        Returns:
+            A weight packed where this one is; it may share memory with this one where that is canonical.
+        """
+        tensors = {**self.canonical(), "perm": perm}
+        return self._from_tensors(tensors, {**self._config_of_rows(), "act_order": True}, self.is_packed)
+
     def extra_repr(self) -> str:
         form = "packed" if self.is_packed else "offloaded" if self.is_offloaded else "canonical"
         config = ", ".join(f"{key}={value}" for key, value in self._config().items())
