@@ -4,8 +4,7 @@
 // fragment's columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, and those of x do, too: the product is a sum over them. So a
 // lane reads 8 bytes of x, and no byte of a word changes its order.
 //   float16    bytes of q + 128 in the mantissa of 1024, less 1152: 5 instructions for 4 codes
-//   bfloat16   has 7 bits there, and the exponent's lowest bit is the next one: 128 + (q & 127), less 128 or, where q
-//   is
+//   bfloat16   has 7 bits there, and the next one is the exponent's lowest: 128 + (q & 127), less 128 or, where q is
 //              negative, 256: 8 instructions for 4 codes
 #pragma once
 

@@ -3,8 +3,8 @@
 //
 // Bytes and operations of a stage of a warp (64 columns, M tokens): 2048 bytes of codes from DRAM, 128 M of x from L2,
 // as many as the codes at M = 16; 128 (float16: 80) instructions make fragments of the codes, 8 or 16 multiply. At 14
-// bytes a cycle the codes of a block's 8 warps take 1170 cycles, at 4 instructions a cycle the loops of all warps 400
-// to 500.
+// bytes a cycle the codes of a block's 8 warps take 1170 cycles, at 4 instructions a cycle their loops 520 (M <= 8) and
+// 570.
 #include "cuda/int8_codes.cuh"
 #include "cuda/weight_only_decode.cuh"
 
