@@ -39,7 +39,7 @@ PLANS = {
     (16, 200, 576, 3, 80): (DECODE, 16, False, False),
     (13, 24, 16128, 132, 80): (DECODE, 16, True, False),
     (24, 200, 576, 3, 90): (DECODE, 24, False, False),
-    (17, 24, 4608, 132, 90): (DECODE, 24, True, False),
+    (17, 24, 4608, 132, 80): (DECODE, 24, True, False),
     (28, 264, 576, 1, 90): (TILED, 32, False, True),
     (27, 136, 2304, 132, 89): (TILED, 32, True, False),
     (40, 264, 576, 2, 80): (TILED, 64, False, True),
