@@ -51,7 +51,7 @@ _DEV = (
 )
 DEV = ((sys.executable, "-c", _DEV),)
 EMULATED = ((sys.executable, "-c", _TOOLS + "c.build_emulated_operators()"),)
-GEMM_ON_CUDA = _tests("cuda_int4_gemm", "cuda_int8_gemm", "cuda_int4_weights")
+GEMM_ON_CUDA = _tests("cuda_int4_gemm", "cuda_int8_gemm", "cuda_int8_weight_only_gemm", "cuda_int4_weights")
 # The first that fits.
 SELECTIONS = (
     Selection("python/qops/models/decoder.py", _tests("proof", "generate", "hooks", "nn_inputs", "model", "families")),
