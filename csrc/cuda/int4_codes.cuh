@@ -15,7 +15,6 @@ struct Int4Codes {
   static constexpr uint32_t kBase = kIsHalf<T> ? 0x64006400u : 0x43004300u;
 
   // Scales and zeros of a lane's two rows of a strip, for one group.
-  template <bool kOffset>
   struct Rows : PairedScales {
     static constexpr bool kHasZeroPoints = true;
     uint32_t zero[2];  // what is subtracted
@@ -53,7 +52,6 @@ struct Int4Codes {
   }
 
   // The codes of one step of a lane as its A fragment.
-  template <class Rows>
   static QOPS_DEVICE void dequantise(const uint32_t (&raw)[4], int step, const Rows& rows, uint32_t (&a)[4]) {
     constexpr int kAndOr = 0xea;  // (a & b) | c
     const uint32_t word = raw[step];

@@ -18,7 +18,6 @@ struct Int8Codes {
   static constexpr int kBits = 8, kBlockBytes = int8::kBlockBytes;
 
   // Scales and offsets of a lane's two rows of a strip, for one group; all 16 stand as the rows do.
-  template <bool kOffset>
   struct Rows {
     static constexpr bool kHasZeroPoints = false;
     float scale[2];
@@ -56,7 +55,6 @@ struct Int8Codes {
   }
 
   // The codes of one step of a lane as its A fragment. raw: of an even step and the next one, each with rows g, g + 8.
-  template <class Rows>
   static QOPS_DEVICE void dequantise(const uint32_t (&raw)[4], int step, const Rows&, uint32_t (&a)[4]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {

@@ -216,7 +216,7 @@ struct WarpSums {
   float total[kStrips][kTiles][4];
   float part[kStrips][kTiles][4];
   float x_sum[kTiles][4];
-  typename Codes::template Rows<kOffset> rows[kStrips];
+  typename Codes::Rows rows[kStrips];
 
   // Once.
   QOPS_DEVICE void begin() {

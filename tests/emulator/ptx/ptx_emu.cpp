@@ -235,13 +235,15 @@ void cp_async_commit(Site at) { copies_commit(at); }
 
 void cp_async_wait_all(Site at) { copies_wait_all(at); }
 
-// --- matrices --------------------------------------------------------------------------------------------------------
+// --- words in shared memory ------------------------------------------------------------------------------------------
 
 void ld_shared(uint32_t (&d)[2], uint32_t shared, Site at) {
   const uint8_t* source = shared_pointer(shared, sizeof(d), sizeof(d), "ld.shared.v2", at);
   if constexpr (kTraced) trace::access(source, sizeof(d), trace::Access::kRead, "ld.shared.v2", at);
   std::memcpy(d, source, sizeof(d));
 }
+
+// --- matrices --------------------------------------------------------------------------------------------------------
 
 void ldmatrix_x1(uint32_t (&d)[1], uint32_t shared, Site at) { load_matrix<1, false>("ldmatrix.x1", d, shared, at); }
 void ldmatrix_x2(uint32_t (&d)[2], uint32_t shared, Site at) { load_matrix<2, false>("ldmatrix.x2", d, shared, at); }
