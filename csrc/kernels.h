@@ -243,11 +243,11 @@ struct EpilogueParams {
   QOPS_ALWAYS_INLINE bool is_plain() const { return epilogue == Epilogue::kNone && residual == nullptr; }
 };
 
-// sums = x @ w.T in float32, of bfloat16 x [M, K], rows `x_stride` apart, and contiguous w [N, K]: the library's
-// product that whoever calls the kernels has at hand.
+// sums = x @ w.T in float32, of x [M, K] of 16-bit `dtype`, rows `x_stride` apart, and contiguous w [N, K] of the same:
+// the library's product that whoever calls the kernels has at hand.
 struct DenseProduct {
-  using Run = void (*)(void* context, const void* x, int64_t x_stride, const void* w, float* sums, int64_t m, int64_t n,
-                       int64_t k);
+  using Run = void (*)(void* context, DType dtype, const void* x, int64_t x_stride, const void* w, float* sums,
+                       int64_t m, int64_t n, int64_t k);
   Run run;
   void* context;
 };

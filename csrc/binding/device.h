@@ -95,16 +95,17 @@ template <class Params>
 #if defined(QOPS_CUDA)
 // DenseProduct by torch; `context` is the device. Results of float32 keep cuBLAS from adding the parts of a split K in
 // bfloat16, which torch allows it by default.
-inline void dense_product(void* context, const void* x, int64_t x_stride, const void* w, float* sums, int64_t m,
-                          int64_t n, int64_t k) {
+inline void dense_product(void* context, DType dtype, const void* x, int64_t x_stride, const void* w, float* sums,
+                          int64_t m, int64_t n, int64_t k) {
   const auto& device = *static_cast<const torch::stable::Device*>(context);
   const auto matrix = [&](const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
-                          ScalarType dtype) {
+                          ScalarType type) {
     return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, device,
-                                    dtype);
+                                    type);
   };
-  const Tensor a = matrix(x, m, k, x_stride, 1, ScalarType::BFloat16);
-  const Tensor b = matrix(w, k, n, 1, k, ScalarType::BFloat16);
+  const ScalarType type = dtype == DType::kFloat16 ? ScalarType::Half : ScalarType::BFloat16;
+  const Tensor a = matrix(x, m, k, x_stride, 1, type);
+  const Tensor b = matrix(w, k, n, 1, k, type);
   const Tensor c = matrix(sums, m, n, n, 1, ScalarType::Float);
   using torch::stable::detail::from;
   std::array<StableIValue, 4> stack{from(a), from(b), from(ScalarType::Float), from(c)};

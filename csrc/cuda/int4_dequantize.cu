@@ -5,6 +5,7 @@
 // between, shared memory gathers a lane's pairs of columns into the 16 bytes that a store takes. Counted in sm_90a's
 // machine code: 11 instructions a weight where one scale serves all 64 columns, 20 in groups of 16; an H100 has issue
 // slots for 25 in the time that the bytes take at 3 TB/s.
+#include "cuda/dense_weights.cuh"
 #include "cuda/row.cuh"
 #include "int4_layout.h"
 
@@ -59,6 +60,14 @@ struct Coefficients {
       added = load_pair(static_cast<const float*>(p.zeros) + at);
     }
   }
+
+  QOPS_DEVICE void multiply(const Pair& factor) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      scale.v[half] = scale.v[half] * factor.v[half];
+      added.v[half] = added.v[half] * factor.v[half];
+    }
+  }
 };
 
 // 2^23 has an ulp of 1, so the code goes into its mantissa; the difference is exact. A conversion takes four times as
@@ -72,9 +81,11 @@ QOPS_DEVICE void store_pair(T* p, float a, float b) {
   *reinterpret_cast<uint32_t*>(p) = to_bits(narrow<T>(a)) | to_bits(narrow<T>(b)) << 16;
 }
 
-template <class T>
+// kByRows: times the factor of the row.
+template <class T, bool kByRows>
 __global__ void __launch_bounds__(kMaxThreads, 4)
-    dequantize_kernel(const __grid_constant__ Int4DequantizeParams p, const uint32_t steps_of_group) {
+    dequantize_kernel(const __grid_constant__ Int4DequantizeParams p, const uint32_t steps_of_group,
+                      const float* factors) {
   // A row of a block, and 16 bytes (32 for float32): 8 rows of pairs of elements lie in different banks.
   constexpr int kPitch = int4::kBlockColumns + 8;
   constexpr int kPieces = static_cast<int>(sizeof(T)) * int4::kBlockColumns / 16;  // of 16 bytes, in a row
@@ -96,12 +107,15 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     const uint4 four = reinterpret_cast<const uint4*>(p.packed)[(strip * blocks + block) * kWarp + lane];
     const uint32_t words[int4::kSteps] = {four.x, four.y, four.z, four.w};
     Coefficients c;
+    Pair factor;
+    if constexpr (kByRows) factor = {{factors[strip * kStripRows + g], factors[strip * kStripRows + g + 8]}};
 #pragma unroll
     for (int step = 0; step < int4::kSteps; ++step) {
       if (step == 0 || !one_group) {
         // Padding takes the last group's scale; nobody reads it.
         const int64_t group = (first_step + step) / steps_of_group;
         c.load(p, (strip * groups + (group < groups ? group : groups - 1)) * kStripRows + int4::scale_place(g));
+        if constexpr (kByRows) c.multiply(factor);
       }
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
@@ -130,9 +144,43 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   }
 }
 
-}  // namespace
+// Bound by memory: a warp reads the scales, and zeros, of one strip in whole lines, which are 1 / (2 G) of the bytes
+// that dequantize_kernel writes. Four lanes share a pair of rows.
+__global__ void __launch_bounds__(kMaxThreads)
+    row_factor_kernel(const __grid_constant__ Int4DequantizeParams p, float* factors) {
+  constexpr int kLanesOfPair = 4;
+  const int64_t strip = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (strip >= int4::strips(p.n)) return;  // a whole warp
+  const int lane = threadIdx.x % kWarp, g = lane % 8;
+  const int64_t groups = p.k / p.group_size;
+  Pair largest = {{0.0f, 0.0f}};
+  for (int64_t group = lane / 8; group < groups; group += kLanesOfPair) {
+    Coefficients c;
+    c.load(p, (strip * groups + group) * kStripRows + int4::scale_place(g));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float code = fmaxf(fabsf(c.subtracted.v[half]), fabsf(15.0f - c.subtracted.v[half]));
+      // Of a scale that is no number the whole row is none, whatever its factor.
+      largest.v[half] = fmaxf(largest.v[half], fmaf(fabsf(c.scale.v[half]), code, fabsf(c.added.v[half])));
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int distance = 8; distance < kWarp; distance *= 2) {
+      largest.v[half] = fmaxf(largest.v[half], __shfl_xor_sync(kAllLanes, largest.v[half], distance));
+    }
+    // 2^(14 - e) of a number in [2^e, 2^(e + 1)), by the bits of its exponent. The least of them, of infinity, is
+    // 2^-114.
+    const int exponent = min(2 * 127 + 14 - static_cast<int>(__float_as_uint(largest.v[half]) >> 23), 127 + 126);
+    if (lane < 8) {
+      factors[strip * kStripRows + half * 8 + g] = __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+    }
+  }
+}
 
-Status int4_dequantize(const Int4DequantizeParams& p, const Queue& queue) {
+template <class T, bool kByRows>
+Status launch_dequantize(const Int4DequantizeParams& p, const float* factors, const Queue& queue) {
   const int64_t strips = int4::strips(p.n), blocks = int4::blocks(p.k);
   if (strips == 0 || blocks == 0) return Status::kOk;  // no groups to divide by
   // A step lies in one group: sizes are multiples of 16, or there is one group of all columns.
@@ -141,9 +189,25 @@ Status int4_dequantize(const Int4DequantizeParams& p, const Queue& queue) {
   constexpr int64_t kMaxGridY = 65535;
   const dim3 grid(static_cast<unsigned>((blocks + kWarps - 1) / kWarps),
                   static_cast<unsigned>(rows_of_blocks < kMaxGridY ? rows_of_blocks : kMaxGridY));
-  return with_element(p.dtype, [&](auto element) {
-    return launch(&dequantize_kernel<decltype(element)>, grid, dim3(kMaxThreads), 0, queue, p, steps_of_group);
-  });
+  return launch(&dequantize_kernel<T, kByRows>, grid, dim3(kMaxThreads), 0, queue, p, steps_of_group, factors);
+}
+
+}  // namespace
+
+Status int4_dequantize(const Int4DequantizeParams& p, const Queue& queue) {
+  return with_element(p.dtype,
+                      [&](auto element) { return launch_dequantize<decltype(element), false>(p, nullptr, queue); });
+}
+
+Status int4_dequantize_by_rows(const Int4DequantizeParams& p, const float* factors, const Queue& queue) {
+  return launch_dequantize<__half, true>(p, factors, queue);
+}
+
+Status int4_row_factors(const Int4DequantizeParams& p, float* factors, const Queue& queue) {
+  const int64_t strips = int4::strips(p.n);
+  if (strips == 0 || p.k == 0) return Status::kOk;
+  return launch(&row_factor_kernel, dim3(static_cast<unsigned>((strips + kWarps - 1) / kWarps)), dim3(kMaxThreads), 0,
+                queue, p, factors);
 }
 
 }  // namespace qops::cuda

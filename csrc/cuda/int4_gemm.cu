@@ -6,6 +6,7 @@
 // bytes, or where they have several strides and are many: 4 M K bytes of traffic in L2 and one more launch.
 // Rows of float32 become three of bfloat16 each, whose sums are added at the end: three times the rows, two launches
 // more, and all the bits of x. For a few rows, which reading the weights bounds, that is next to nothing.
+#include "cuda/dense_weights.cuh"
 #include "cuda/weight_only_gemm.cuh"
 
 namespace qops::cuda {
@@ -68,12 +69,13 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 // Sums that another kernel has left, [slices][rows][columns]: of y's rows from `row0` and columns from `column0` on, or
-// of the tiles that blocks share, one below the other.
+// of the tiles that blocks share, one below the other. `factors`: what the weights of each column were multiplied by.
 struct Sums {
   const float* at;
   int64_t rows, columns;
   int64_t row0, column0;
   bool of_tiles;
+  const float* factors;
 };
 
 // Adds slices left to right and makes y of them. Where the product is ours it begins before that has ended.
@@ -100,6 +102,12 @@ __global__ void __launch_bounds__(kMaxThreads)
       load<true>(first + slice * from.rows * from.columns, kVector, more);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) sums[e] = sums[e] + more[e];
+    }
+    if constexpr (kIsHalf<T> && kCount == 1) {
+      Vector factors;
+      load<true>(from.factors + column + (at - n), kVector, factors);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) sums[e] = sums[e] * inverse_factor(factors[e]);
     }
   });
 }
@@ -135,8 +143,7 @@ GemmPlan plan_of(const WeightOnlyGemmParams& p, int64_t rows, int bits) {
   thread_local PlanCache plans;
   const Gpu gpu = current_gpu();
   if (gpu.multiprocessors == 0) return {};
-  // float16 cannot hold every weight, and a sum that it made infinite would be wrong.
-  const bool may_round = p.dtype == DType::kBFloat16 && !p.batch_invariant;
+  const bool may_round = p.dtype != DType::kFloat32 && !p.batch_invariant;
   return plans({bits, rows, p.n, p.k, p.group_size, p.kind, may_round, gpu});
 }
 
@@ -145,7 +152,8 @@ bool is_empty(const WeightOnlyGemmParams& p) { return p.x_rows.count == 0 || p.n
 // Blocks of 64 columns and groups are counted in 32 bits.
 constexpr int64_t kMaxColumns = int64_t{1} << 34;
 
-// Some strips at a time: weights as numbers; and some rows at a time, their product with x, and y of its sums.
+// Some strips at a time: weights as numbers; and some rows at a time, their product with x, and y of its sums. float16
+// cannot hold every weight: there, each row is multiplied by a power of two, and its sums are divided by it.
 Status multiply_dense(const WeightOnlyJob& job, const Queue& queue) {
   const WeightOnlyGemmParams& p = job.p;
   const int64_t strips = int4::strips(p.n), groups = p.k / p.group_size, m = p.x_rows.count;
@@ -154,25 +162,33 @@ Status multiply_dense(const WeightOnlyJob& job, const Queue& queue) {
   };
   const int64_t scale_bytes = p.scale_dtype == DType::kFloat32 ? 4 : 2;
   const int64_t zero_bytes = p.kind == WeightKind::kZeroPoint ? 1 : 4;
+  const bool is_half = p.dtype == DType::kFloat16;
+  float* const w = job.sums + job.plan.strips * kStripRows * job.plan.rows;
+  float* const factors = is_half ? w + job.plan.strips * kStripRows * p.k / 2 : nullptr;
   for (int64_t strip = 0; strip < strips; strip += job.plan.strips) {
     const int64_t row0 = strip * kStripRows, rows = min_of(job.plan.strips * kStripRows, p.n - row0);
-    Int4DequantizeParams w{};
-    w.packed = at(p.packed, strip * int4::strip_bytes(p.k));
-    w.scales = at(p.scales, row0 * groups * scale_bytes);
-    w.zeros = at(p.zeros, row0 * groups * zero_bytes);
-    w.w = job.sums + job.plan.strips * kStripRows * job.plan.rows;
-    w.dtype = p.dtype;
-    w.scale_dtype = p.scale_dtype;
-    w.kind = p.kind;
-    w.n = rows;
-    w.k = p.k;
-    w.group_size = p.group_size;
-    if (const Status status = int4_dequantize(w, queue); status != Status::kOk) return status;
+    Int4DequantizeParams weights{};
+    weights.packed = at(p.packed, strip * int4::strip_bytes(p.k));
+    weights.scales = at(p.scales, row0 * groups * scale_bytes);
+    weights.zeros = at(p.zeros, row0 * groups * zero_bytes);
+    weights.w = w;
+    weights.dtype = p.dtype;
+    weights.scale_dtype = p.scale_dtype;
+    weights.kind = p.kind;
+    weights.n = rows;
+    weights.k = p.k;
+    weights.group_size = p.group_size;
+    Status status = is_half ? int4_row_factors(weights, factors, queue) : Status::kOk;
+    if (status != Status::kOk) return status;
+    status = is_half ? int4_dequantize_by_rows(weights, factors, queue) : int4_dequantize(weights, queue);
+    if (status != Status::kOk) return status;
     for (int64_t first = 0; first < m; first += job.plan.rows) {
       const int64_t count = min_of(job.plan.rows, m - first);
-      p.product.run(p.product.context, at(p.x, first * p.x_rows.stride[0] * 2), p.x_rows.stride[0], w.w, job.sums,
-                    count, rows, p.k);
-      const Status status = launch_finish<__nv_bfloat16, 1>(job, {job.sums, count, rows, first, row0, false}, queue);
+      p.product.run(p.product.context, p.dtype, at(p.x, first * p.x_rows.stride[0] * 2), p.x_rows.stride[0], w,
+                    job.sums, count, rows, p.k);
+      const Sums sums{job.sums, count, rows, first, row0, false, factors};
+      status =
+          with_16_bits(p.dtype, [&](auto element) { return launch_finish<decltype(element), 1>(job, sums, queue); });
       if (status != Status::kOk) return status;
     }
   }
@@ -188,7 +204,7 @@ Status multiply(const WeightOnlyJob& job, const WeightOnlyKernels& kernels, cons
   const int64_t rows = is_decode ? job.p.x_rows.count : (plan.tiles() - plan.whole) * plan.live;
   const int64_t columns = is_decode ? int4::strips(job.p.n) * kStripRows : kTileRows;
   return with_16_bits(job.p.dtype, [&](auto element) {
-    return launch_finish<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode},
+    return launch_finish<decltype(element), kSlices>(job, {job.sums, rows, columns, 0, 0, !is_decode, nullptr},
                                                      Dependent{queue.stream});
   });
 }
@@ -231,7 +247,7 @@ Status multiply_float32(const WeightOnlyJob& whole, const WeightOnlyKernels& ker
         {product, plan_of(p, kParts * rows, kernels.bits), {}, reinterpret_cast<float*>(parts + room.parts_bytes)},
         kernels, queue);
     if (status != Status::kOk) return status;
-    const Sums sums{reinterpret_cast<const float*>(scratch), rows, p.n, first, 0, false};
+    const Sums sums{reinterpret_cast<const float*>(scratch), rows, p.n, first, 0, false, nullptr};
     status = launch_finish<float, kParts>(whole, sums, queue);
     if (status != Status::kOk) return status;
   }

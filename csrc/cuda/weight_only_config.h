@@ -152,9 +152,9 @@ struct GemmPlan {
   }
 
   // float32 sums between two kernels: [slice][M][S * 16] (decode), [slice][tile][live][128] of the tiles that blocks
-  // share (tiled); or weights [strips * 16][K] and sums [rows][strips * 16] (dense).
+  // share (tiled); or weights [strips * 16][K], sums [rows][strips * 16] and a factor of each column of these (dense).
   constexpr int64_t scratch_bytes(int64_t m, int64_t n, int64_t k) const {
-    if (kind == Kind::kDense) return strips * kStripRows * (2 * k + 4 * rows);
+    if (kind == Kind::kDense) return strips * kStripRows * (2 * k + 4 * rows + 4);
     if (k_parts == 1) return 0;
     return 4 * kSlices *
            (kind == Kind::kDecode ? m * int4::strips(n) * kStripRows : (tiles() - whole) * live * kTileRows);
@@ -286,11 +286,11 @@ constexpr GemmPlan dense(int64_t m, int64_t n, int64_t k, Gpu gpu) {
   GemmPlan p{};
   p.kind = GemmPlan::Kind::kDense;
   p.k_parts = 1;
-  const int64_t strips = int4::strips(n), fitting = kMostDenseScratch / (kStripRows * (2 * k + 4 * m));
+  const int64_t strips = int4::strips(n), fitting = kMostDenseScratch / (kStripRows * (2 * k + 4 * m + 4));
   const int64_t at_most = max_of(kLeastStrips, fitting / kLeastStrips * kLeastStrips);
   const int64_t passes = ceil_div(strips, at_most);
   p.strips = min_of(strips, ceil_div(ceil_div(strips, passes), kLeastStrips) * kLeastStrips);
-  const int64_t rows = (kMostDenseScratch / (p.strips * kStripRows) - 2 * k) / 4;
+  const int64_t rows = (kMostDenseScratch / (p.strips * kStripRows) - 2 * k) / 4 - 1;
   if (rows < min_of(m, kLeastRows)) return p;
   const int64_t row_passes = ceil_div(m, rows);
   p.rows = ceil_div(m, row_passes);

@@ -270,7 +270,17 @@ def weight_only_bound(
     x32 = x.dtype == torch.float32
     fixed_point = 2.0**-31 if x32 else 1.001 * 2.0**-16
     x = x.double().abs()
-    rounding = 0.0 if rounded_to is None else x @ rounding_bound(weight.dequantize().cpu(), rounded_to).T
+    rounding: Tensor | float = 0.0
+    if rounded_to is not None:
+        w = weight.dequantize().cpu().double()
+        error = rounding_bound(w, rounded_to)
+        if rounded_to == torch.float16:  # each row times a power of two that takes `largest` to 2^14 or more
+            z = torch.full_like(scales, 8) if zeros is None else zeros.double()
+            largest = scales.abs() * torch.maximum(z.abs(), (15 - z).abs())
+            if weight.kind == "offset":
+                largest = 15 * scales.abs() + z.abs()
+            error = 2.0**-11 * w.abs() + 2.0**-39 * largest.amax(-1, keepdim=True)
+        rounding = x @ error.T
     if "perm" in canonical:
         x = x[..., canonical["perm"].long()]
     sums = x @ magnitude.T + (0 if bias is None else bias.double().abs())

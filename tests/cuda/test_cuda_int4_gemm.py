@@ -101,32 +101,38 @@ def test_every_kernel(emulated, emulator, dtype, kind):
 def assert_rounded_weight(y: Tensor, x: Tensor, w: qops.Int4Weight, bias: Tensor | None) -> None:
     """One rounding away from the product with the weight that int4_dequantize gives on a CPU."""
     weight = (w.packed, w.scales, w.zeros, w.out_features, w.group_size, KINDS.index(w.kind))
-    rounded = torch.ops.qops.int4_dequantize(*weight, torch.bfloat16)
-    exact = (x if w.perm is None else x[:, w.perm.long()]).float() @ rounded.float().T
+    if x.dtype == torch.bfloat16:
+        rounded = torch.ops.qops.int4_dequantize(*weight, torch.bfloat16).float()
+    else:
+        exact = torch.ops.qops.int4_dequantize(*weight, torch.float32)
+        factors = 2 ** (14 - torch.frexp(exact.abs().amax(1, keepdim=True))[1])
+        rounded = (exact * factors).half().float() / factors
+    exact = (x if w.perm is None else x[:, w.perm.long()]).float() @ rounded.T
     exact = exact if bias is None else exact + bias
-    one_rounding, order_of_sums = 2**-8 * exact.abs(), 1e-6 * float(exact.abs().max())
+    one_rounding, order_of_sums = torch.finfo(x.dtype).eps * exact.abs(), 1e-6 * float(exact.abs().max())
     assert bool(((y.float() - exact).abs() <= one_rounding + order_of_sums).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_rows_through_cublas(emulated, emulator, kind):
-    """Weights are rounded to bfloat16; what comes after the product is the same."""
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows_through_cublas(emulated, emulator, dtype, kind):
+    """Weights are rounded to the dtype of x; what comes after the product is the same."""
     configure(emulated, multiprocessors=1)
     shapes = ((300, 144, 576, 64), (300, 48, 336, 112))
     for index, ((m, n, k, group_size), scale_dtype) in enumerate(itertools.product(shapes, SCALE_DTYPES)):
         plan = plan_of(m, n, k, group_size, kind, 1, 90, may_round=True)
         assert (plan.kind, plan.strips, plan.rows) == (DENSE, n // 16, m)
         w, here = pair(emulator, n, k, group_size, kind, act_order=index % 2 == 0, scale_dtype=scale_dtype, seed=n)
-        wide = random_activations(m, k + 24, dtype=torch.bfloat16, seed=index)
+        wide = random_activations(m, k + 24, dtype=dtype, seed=index)
         x = wide[:, 8 : k + 8].clone()
         bias = torch.randn(n, generator=generator(1))
         y = call(emulator, x, w, bias)
         assert_rounded_weight(y, x, here, bias)
-        assert_right(y, x, here, bias, rounded_to=torch.bfloat16)
+        assert_right(y, x, here, bias, rounded_to=dtype)
         assert_bitwise(call(emulator, wide[:, 8 : k + 8], w, bias), y, "columns of a wider tensor")
         if index % 3:
             continue
-        residual = random_activations(m, n, dtype=torch.bfloat16, seed=5)
+        residual = random_activations(m, n, dtype=dtype, seed=5)
         assert_bitwise(call(emulator, x, w, bias, residual=residual), y + residual, "residual")
         scale = torch.tensor([0.37])
         assert_bitwise(call(emulator, x, w, bias, out_scale=scale), qops.quantize_int8_static(y, scale), "int8")
@@ -149,6 +155,33 @@ def test_more_rows_than_scratch_holds(emulated, emulator):
     assert_rounded_weight(call(emulator, x, w), x, here, None)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_float16_cannot_hold_through_cublas(emulated, emulator, kind):
+    """Rows of weights of 1e-30 and of 1e30, from tiny to large in one row, of zeros, and of no numbers."""
+    configure(emulated, multiprocessors=1)
+    m, n, k, group_size = 300, 144, 576, 64
+    assert plan_of(m, n, k, group_size, kind, 1, 90, may_round=True).kind == DENSE
+    tensors, _ = random_int4(n, k, group_size, kind, scale_dtype=torch.float32, seed=3)
+    scales = tensors["scales"]
+    # No sums of about 65504: they may become infinity, or not.
+    sizes = torch.cat((torch.logspace(-30, -4, n // 2), torch.logspace(16, 30, n // 2)))[:, None].repeat(1, k // 64)
+    sizes[::3] = torch.logspace(-14, -2, k // group_size)
+    sizes[5] = 0
+    tensors["scales"] = scales * sizes
+    if kind == "offset":
+        tensors["zeros"] = tensors["zeros"] * sizes
+    with gpu(emulator):
+        w = made_there(emulator, tensors, kind)
+    here = qops.Int4Weight.from_canonical(**tensors, kind=kind)
+    x = random_activations(m, k, dtype=torch.float16, seed=1)
+    bound = weight_only_bound(x, here, gpu=True, rounded_to=torch.float16)
+    assert_within(call(emulator, x, w), int4_gemm_ref(x, here), bound)
+    for bad in (float("nan"), float("inf")):
+        w.scales[0, 2, 14] = bad  # of row 7
+        y = call(emulator, x, w)
+        assert not y[:, 7].isfinite().any() and y[:, :7].isfinite().all()
+
+
 def test_batch_invariant_has_a_plan_of_its_own(emulated, emulator):
     """Of two calls that differ in it alone, one after the other in both orders."""
     configure(emulated, multiprocessors=1)
@@ -163,12 +196,13 @@ def test_batch_invariant_has_a_plan_of_its_own(emulated, emulator):
 
 
 def test_what_keeps_cublas_away(emulated, emulator):
-    """batch_invariant, float16 and GPUs without wgmma: a row then has one result for every M."""
+    """batch_invariant and GPUs without wgmma: a row then has one result for every M."""
     m, n, k = 300, 144, 576
     w, _ = pair(emulator, n, k, 64, "symmetric")
     for dtype, arch, more in (
         (torch.bfloat16, 90, {"batch_invariant": True}),
-        (torch.float16, 90, {}),
+        (torch.float16, 90, {"batch_invariant": True}),
+        (torch.float16, 80, {}),
         (torch.bfloat16, 80, {}),
     ):
         configure(emulated, multiprocessors=1, arch=arch)

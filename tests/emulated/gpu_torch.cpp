@@ -167,8 +167,9 @@ AOTITorchError __wrap_torch_call_dispatcher(const char* op, const char* overload
   const Tensor a = to<Tensor>(stack[0]), b = to<Tensor>(stack[1]);
   const Tensor sums = to<Tensor>(stack[3]);
   if (to<ScalarType>(stack[2]) != ScalarType::Float || sums.scalar_type() != ScalarType::Float ||
-      a.scalar_type() != ScalarType::BFloat16 || b.scalar_type() != ScalarType::BFloat16) {
-    emu::fault(emu::Site(), "aten::mm.dtype_out: only bfloat16 into float32 is known");
+      a.scalar_type() != b.scalar_type() ||
+      (a.scalar_type() != ScalarType::BFloat16 && a.scalar_type() != ScalarType::Half)) {
+    emu::fault(emu::Site(), "aten::mm.dtype_out: only 16-bit floats of one type into float32 are known");
   }
   emu::record("mm " + std::to_string(a.size(0)) + " " + std::to_string(b.size(1)) + " " + std::to_string(a.size(1)));
   std::array<StableIValue, 3> exact{from(torch::stable::to(a, ScalarType::Float)),

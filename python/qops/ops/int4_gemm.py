@@ -72,7 +72,7 @@ def int4_gemm(
         silu_mul: True exactly where ``weight.mixed_gate_up`` is (:meth:`qops.Int4Weight.mix_gate_up`).
         out_scale: float32, one element, positive and finite.
         out_zero_point: int32, one element in -128 ... 127; default 0.
-        batch_invariant: one canonical order of summation for every M. That is so but for bfloat16 and many rows on some
+        batch_invariant: one canonical order of summation for every M. That is so but for 16-bit x of many rows on some
             GPUs (see below), and so with ``activation="int8"``.
         activation: ``"int8"`` rounds the rows of x to 8 bits (W4A8): faster, and another contract.
         rule: of :func:`qops.quantize_int8`, with ``activation="int8"``.
@@ -101,11 +101,15 @@ def int4_gemm(
         one type of GPU a row has the same bits for every M, position, grid and stream. A row of float32 is three of
         bfloat16, 8 bits each, whose results before the bias are added, the smallest first. An index of ``perm`` that is
         out of range gives NaN; NaN and infinity in x spread as in a product of matrices.
-        One route rounds more, for bfloat16 x of many rows on GPUs of compute capability 9.x and 10.x, unless
+        One route rounds more, for 16-bit x of many rows on GPUs of compute capability 9.x and 10.x, unless
         ``batch_invariant``: where ``plan_weight_only_gemm`` (csrc/cuda/weight_only_config.h) expects it to be faster,
-        the exact weights are rounded to float32 and to bfloat16 (:func:`qops.int4_dequantize`) and cuBLAS multiplies
-        them with x, into float32 sums, as many columns at a time as 128 MB of scratch hold: not a share of what is
-        free, as a call has the same bits in every run. (float16 cannot hold every weight.)
+        the exact weights are rounded to float32 and to the dtype of x (:func:`qops.int4_dequantize`) and cuBLAS
+        multiplies them with x, into float32 sums, as many columns at a time as 128 MB of scratch hold: not a share of
+        what is free, as a call has the same bits in every run. float16 cannot hold every weight: there, each row of
+        the weight is first multiplied by the power of two that takes the largest number of its scales and zeros into
+        [2^14, 2^15), and its sums are divided by it. No weight overflows, and one is off by at most 2^-11 of itself
+        and 2^-39 of that largest one. (While ``torch.backends.cuda.matmul.allow_fp16_accumulation`` is set, cuBLAS
+        has no such product and torch raises; ``batch_invariant=True`` does not ask for one.)
         ``residual``, ``silu_mul`` and ``out_scale`` give, bit for bit, what the separate operators give: y is rounded
         to the dtype of ``x`` before each of them.
         With ``activation="int8"`` the result is, bit for bit, that of :func:`qops.int4_int8_gemm` for
@@ -354,11 +358,10 @@ def int4_int8_gemm_exact(
 
 
 def cases_of_int4_gemm(run: Run) -> None:
-    from qops._check_cases import ROWS, epilogues, int4_cases, moved
+    from qops._check_cases import ROWS, epilogues, int4_cases, int4_weight, moved
     from qops._numerics import FLOAT_DTYPES, weight_only_bound
 
-    dtypes = [dtype for dtype in FLOAT_DTYPES if not run.gpu or dtype != torch.float32]
-    for w, dtype, index in int4_cases(run, dtypes):
+    for w, dtype, index in int4_cases(run, FLOAT_DTYPES):
         n, k = w.out_features, w.in_features
         x = run.random(ROWS[-1], k, dtype=dtype)
         bias = run.random(n, dtype=FLOAT_DTYPES[index % 3], outliers=False) if index % 2 else None
@@ -374,6 +377,14 @@ def cases_of_int4_gemm(run: Run) -> None:
                 run.within(product(run.there(x[:m]), batch_invariant=False), ref[:m], bound[:m])
         mixed = partial(product, weight=moved(run, w, mixed=True)) if n % 16 == 0 else None
         epilogues(run, product, mixed, y, x)
+    # The least that goes through cuBLAS on an H100 and a B200.
+    m, n, k, g = 1024, 256, 1024, 128
+    for dtype, kind in ((torch.float16, "zero_point"), (torch.bfloat16, "offset")) if run.gpu else ():
+        run.begin(dtype, f"M = {m}, N = {n}, K = {k}, G = {g}", kind)
+        w, x = int4_weight(run, n, k, g, kind, torch.float16, False), run.random(m, k, dtype=dtype)
+        y = int4_gemm(run.there(x), moved(run, w))
+        run.keep(y)
+        run.within(y, int4_gemm_ref(x, w), weight_only_bound(x, w, gpu=True, rounded_to=dtype))
 
 
 def cases_of_int4_int8_gemm(run: Run) -> None:

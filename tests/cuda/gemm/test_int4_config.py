@@ -62,7 +62,7 @@ def test_every_shape_has_a_plan_that_fits():
         if plan.kind == DENSE:
             assert may_round and gpu.arch == 90 and m > 24 and k > 0, question
             assert 1 <= plan.strips <= strips and 1 <= plan.rows <= m, question
-            assert plan.scratch_bytes == plan.strips * 16 * (2 * k + 4 * plan.rows), question
+            assert plan.scratch_bytes == plan.strips * 16 * (2 * k + 4 * plan.rows + 4), question
             assert plan.rows == m or plan.strips <= 8, question
             continue
         assert 2 <= plan.stages <= 10 and plan.k_parts in (1, 2, 4, 8), question

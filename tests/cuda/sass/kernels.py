@@ -251,7 +251,7 @@ def _once(unit: str, loads: int, stores: int, dram: float, in_loop: bool = False
     return [Work(unit, ((1, goal),), in_loop=in_loop, dram=dram)]
 
 
-def _dequantize(element: str) -> list[Work]:
+def _dequantize(element: str, _: str) -> list[Work]:
     stores = 2 * _bytes(element)
     return _once("16 x 64 weights of a warp", 2, stores, 512 + 1024 * _bytes(element), in_loop=True)
 
@@ -287,11 +287,12 @@ _TABLE: dict[str, Callable[..., list[Work]]] = {
     rf"qk_norm_rotary_kernel<{_T}, {_SHAPE}>": _heads,
     rf"heads_kernel<{_T}, {_INT}, {_BOOL}>": _small_heads,
     rf"rotary_kernel<{_T}, {_BOOL}>": _rotary,
-    rf"dequantize_kernel<{_T}>": _dequantize,
+    rf"dequantize_kernel<{_T}, {_BOOL}>": _dequantize,
     rf"int8_pack_kernel<{_BOOL}>": _int8_pack,
     rf"pack_kernel<{_BOOL}>": _pack,
     rf"finish_kernel<{_T}, {_INT}>": _finish,
     r"gather_kernel<\w+>": lambda: _once("256 elements of a warp", 8, 1, 1024),
+    r"row_factor_kernel": lambda: _once("4 groups of the 16 rows of a warp", 1, 0, 256, in_loop=True),
     r"split_kernel": lambda: _once("256 elements of a warp", 8, 3, 2560),
     r"int8_gemm_add_kernel": lambda: _once("128 sums of a warp, of two blocks", 2, 1, 0),
     r"int4_int8_add_kernel": lambda: _once("128 sums of a warp", 8, 1, 0),
@@ -315,7 +316,7 @@ SHOWN = (
     "silu_mul_kernel<bf16, RowShape<128, 4, true>",
     "heads_kernel<bf16, 16, false>",
     "rotary_kernel<bf16, true>",
-    "dequantize_kernel<bf16>",
+    "dequantize_kernel<bf16, false>",
 )
 
 
