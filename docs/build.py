@@ -44,7 +44,9 @@ MODULES = (
     "qops.formats",
     *_FORMATS,
     "qops.integrations.peft",
+    "qops.integrations.serving",
     "qops.integrations.transformers",
+    "qops.integrations.triton_model",
     "qops.testing",
 )
 # Title -> where what stands under it is defined; whatever is public, without a list of it.

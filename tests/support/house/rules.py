@@ -240,7 +240,7 @@ CONFINED = {
         "system calls",
     ),
     r"<<<": (NOWHERE, "kernel launches by syntax"),
-    r"<Python\.h>": (r"csrc/binding/registration(_cuda)?\.cpp", "Python"),
+    r"<Python\.h>": (r"csrc/binding/python\.h", "Python"),
     _OUTPUT: (r"csrc/binding/plan\.cpp", "output and exits"),
 }
 
