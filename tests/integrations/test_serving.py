@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import qops
 from qops.integrations import serving
@@ -342,7 +343,12 @@ def test_continuous_batching_generates_what_generate_does(family):
     model = small_model(family)
     settings = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": -1, "pad_token_id": 0}
     config = type(model.generation_config)(**settings)
-    found = model.generate_batch(inputs=[list(prompt) for prompt in PROMPTS], generation_config=config)
+    # By default the cache takes most of the memory that there is.
+    few = ContinuousBatchingConfig(block_size=16, num_blocks=16, max_batch_tokens=64)
+    prompts = [list(prompt) for prompt in PROMPTS]
+    with torch.inference_mode(False), torch.no_grad():  # as users have it: its thread has its own mode
+        found = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=few)
+    assert [output.error for output in found.values() if output.error] == []
     by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in found.values()}
     assert len(by_prompt) == len(PROMPTS)
     for prompt in PROMPTS:
@@ -350,11 +356,12 @@ def test_continuous_batching_generates_what_generate_does(family):
         assert by_prompt[tuple(prompt)] == want, prompt
 
 
+PAGED = ("--continuous-batching", "--cb-block-size", "16", "--cb-num-blocks", "16", "--cb-max-batch-tokens", "64")
 CLI = "import qops.integrations.transformers, transformers.cli.transformers as cli; cli.main()"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--continuous-batching",)], ids=str)
+@pytest.mark.parametrize("more", [(), PAGED], ids=str)
 def test_transformers_serve_answers_from_a_qops_folder(tmp_path, more):
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package)
