@@ -505,13 +505,6 @@ def test_what_activations_are_quantised_with_is_looked_at_before(tmp_path, key, 
         open_checkpoint(written.write(tmp_path))
 
 
-def test_a_mixture_of_experts_is_refused_by_name(tmp_path):
-    written = write_as(*folders.gptq())
-    written.config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 2}
-    with pytest.raises(ValueError, match=r"mixtures of experts are not supported: tensor .* is missing"):
-        load_model(written.write(tmp_path))
-
-
 def test_a_folder_is_not_called_by_its_parts(tmp_path):
     path = write_as(*folders.gptq()).write(tmp_path / "model")
     for name in (SINGLE, "config.json"):

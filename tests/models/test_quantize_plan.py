@@ -40,33 +40,6 @@ def accounted(parameters, report):
     return [name for name in parameters if not {name, name.rpartition(".")[0]} & known]
 
 
-# Mixtures of experts -------------------------------------------------------------------------------------------------
-
-EXPERTS = {
-    "Mixtral": {"num_local_experts": 4},
-    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 16},
-    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
-}
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("prefix", EXPERTS)
-def test_the_report_names_experts_that_stay_dense(prefix, scheme):
-    source = tiny(prefix, **EXPERTS[prefix])
-    parameters = {name: parameter.nbytes for name, parameter in source.named_parameters()}
-    experts = {name: size for name, size in parameters.items() if ".experts." in name and name.count("experts") == 1}
-    assert any(parameter.dim() == 3 for name, parameter in source.named_parameters() if name in experts)
-    model = quantize_model(source, scheme)
-    report = model.quantization_report
-    assert accounted(parameters, report) == []
-    for name, size in experts.items():
-        assert "Experts, which is neither a linear nor an RMSNorm" in report.kept[name]
-        assert report.kept_bytes[name] == size
-    assert f"({sum(experts.values()) / 1e6:.1f} MB)" in str(report)
-    assert torch.isfinite(model(IDS).logits).all()
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "phi3"])
 @pytest.mark.parametrize("skip_default", [True, False])
 def test_every_parameter_is_in_the_report(family, skip_default):

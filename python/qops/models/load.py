@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from qops.formats._transformers import require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
 from qops.formats.folders.config import model_without_storage
 from qops.formats.open import open_checkpoint
+from qops.models.experts import Experts, expand_experts, names_of_experts
 from qops.models.replacement import (
     FusionPlan,
     Norms,
@@ -141,6 +143,7 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """
     require_replaced(model, "qops.models.dense_model")
     dense = skeleton(type(model), model.config, dtype)
+    expand_experts(dense, only=names_of_experts(model).__contains__)
     held = list(entries(model))
     require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
     state = {name: _dense(value, owner, dtype) for name, value, owner in held}
@@ -222,14 +225,31 @@ def build_model(
         raise ValueError(f"{checkpoint.path}: {error}") from error
 
 
+# Of producers that do not say which columns of gpt-oss' experts they call gate_proj.
+_UNCLEAR = ("gptq", "awq")
+
+
 def _build_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool, model: Any
 ) -> Any:
+    if getattr(checkpoint.config, "model_type", "") == "gpt_oss" and getattr(checkpoint, "method", "") in _UNCLEAR:
+        raise ValueError(
+            f"{checkpoint.path}: gate_proj and up_proj of gpt-oss' experts mean halves of interleaved columns in "
+            f"files of some producers, and gate and up in those of others; of {checkpoint.method} no reader can tell"
+        )
+
+    def are_apart(experts: str) -> bool:
+        """Whether the checkpoint has them one by one, and not as the stacks of Transformers' own module."""
+        return not checkpoint.holds(f"{experts}.gate_up_proj")
+
     if model is None:
         found = model_without_storage(checkpoint.path, checkpoint.config, len(checkpoint.names))
+        expand_experts(found, only=are_apart)
         require_fit(checkpoint, found)
         model = skeleton(type(found), checkpoint.config, dtype)
+        expand_experts(model, only=are_apart)
     else:
+        expand_experts(model, only=are_apart)
         require_fit(checkpoint, model)
 
     def fetch(name: str, module: Any) -> Weight:
@@ -313,7 +333,18 @@ def _build_model(
             if bias is not None:
                 output.bias = frozen(bias.to(dtype))
 
-    _assign(model, lambda name: _rounded(name, checkpoint.tensor(name), dtype))
+    routers = {name for name, module in model.named_modules() if isinstance(module, Experts)}
+    routers = {name.rpartition(".")[0] for name in routers}
+
+    def dense(name: str) -> torch.Tensor:
+        module = name.removesuffix(".weight")
+        # Some producers quantise routers too, which are no linears in Transformers.
+        if module != name and module.rpartition(".")[0] in routers and checkpoint.linear(module) is not None:
+            weight: Any = checkpoint.weight(module)
+            return weight.dequantize(_dtype_of(model, name, dtype))
+        return _rounded(name, checkpoint.tensor(name), _dtype_of(model, name, dtype))
+
+    _assign(model, dense)
     model = freeze(packed(model)).to(device)
     checkpoint.finish(model)
     if checkpoint.generation_config is not None:
@@ -326,9 +357,7 @@ def require_fit(checkpoint: Checkpoint, model: Any) -> None:
     ties, wanted = model.all_tied_weights_keys, model.state_dict()
     missing = [name for name in wanted if not checkpoint.holds(name) and not checkpoint.holds(ties.get(name, name))]
     if missing:
-        experts = any(".experts." in name for name in missing)
-        said = "mixtures of experts are not supported: " if experts else ""
-        raise ValueError(f"{checkpoint.path}: {said}tensor {missing[0]} is missing")
+        raise ValueError(f"{checkpoint.path}: tensor {missing[0]} is missing")
     for name, tensor in wanted.items():
         if checkpoint.holds(name) and (found := list(checkpoint.describe(name).shape)) != list(tensor.shape):
             raise ValueError(f"{checkpoint.path}: {name} must have shape {list(tensor.shape)}, got {found}")
@@ -389,6 +418,12 @@ def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
         if largest.isfinite() and largest > torch.finfo(dtype).max:
             raise ValueError(f"{name} must fit in float16, got {largest.item():g}: dtype=torch.bfloat16 holds it")
     return rounded
+
+
+def _dtype_of(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """That of a dense tensor in a model of a dtype: some routers stay in float32, as in Transformers."""
+    kept = model._keep_in_fp32_modules_strict or ()
+    return torch.float32 if any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept) else dtype
 
 
 def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qops.formats._transformers import require_transformers
+from qops.models.experts import expand_experts
 from qops.models.replacement import (
     FusionPlan,
     Norms,
@@ -134,7 +135,16 @@ def quantize_model(
         RuntimeError: the model is on a device without kernels; it is then unchanged.
     """
     require_transformers("qops.quantize_model")
-    plan = _plan(model, scheme, skip, skip_default, fuse, smoothing)
+    caller = "qops.quantize_model"
+    _modules(caller, model)
+    stacks = expand_experts(model, prove)
+    try:
+        plan = _plan(model, scheme, skip, skip_default, fuse, smoothing)
+    except BaseException:
+        for name, module in stacks.items():
+            model.set_submodule(name, module)
+        raise
+    stacks.clear()
     bytes_before, passes_before = weight_bytes(model), passes_per_layer(model) if count_passes else None
 
     def linear(name: str, module: nn.Linear, logits: bool = False) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qops.formats._transformers import require_transformers
+from qops.models.experts import merge_experts, names_of_experts
 from qops.nn import Int8Embedding, MergedLinear, MergingModule, QuantizedLinear, RMSNorm, frozen
 from qops.nn.hooks import forget_recording, is_watched
 from qops.nn.smoothed import neutral_input
@@ -320,6 +321,7 @@ def replace_parts(
             warn_not_fused(model, not_fused)
     if not_fused is not None or known is None:
         replace_one_by_one("")
+        merge_experts(model)
         return Fusion(not_fused, proof, {})
 
     from qops.models.decoder import fuse
@@ -336,6 +338,7 @@ def replace_parts(
             return new(f"{prefix}.{name}", layer.get_submodule(name))
 
         replace_one_by_one(prefix, [f"{prefix}.{name}" for name in known.names(layer, index)])
+        merge_experts(layer)
         decoder.layers[index] = packed(fuse(layer, part, known, index))
     if type(decoder.layers) is nn.ModuleList:
         decoder.layers = take_hooks(Layers(decoder.layers), decoder.layers)
@@ -463,7 +466,11 @@ def changed(model: Any) -> str | None:
 
 def is_fused(model: Any) -> bool:
     """Whether a part of its layers is."""
-    return any(isinstance(module, MergingModule) for module in model.modules())
+    experts = tuple(f"{name}." for name in names_of_experts(model))
+    return any(
+        isinstance(module, MergingModule) and not (experts and name.startswith(experts))
+        for name, module in model.named_modules()
+    )
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:

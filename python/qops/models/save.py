@@ -15,6 +15,7 @@ from torch import nn
 from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, replace_files, tensors_of, write_tensors
 from qops.formats.folders.compressed import compressed, settings_of
 from qops.formats.folders.config import transformers_class
+from qops.models.experts import expand_experts, names_of_experts
 from qops.models.load import require_restorable, skeleton
 from qops.models.replacement import changed, entries, is_fused, kind_of, require_replaced
 from qops.nn import MLP, QuantizedLinear
@@ -63,6 +64,7 @@ def save_model(
         raise ValueError(f"{_CALLER}: model must be of a class of transformers, got {type(model)}")
     held = list(entries(model))
     twin = skeleton(type(model), model.config, model.dtype)
+    expand_experts(twin, only=names_of_experts(model).__contains__)
     require_restorable(_CALLER, model, twin, {name for name, _, _ in held})
     tensors = {name: value for name, value, _ in held if isinstance(value, torch.Tensor)}
     weights = {name: (value, owner) for name, value, owner in held if not isinstance(value, torch.Tensor)}

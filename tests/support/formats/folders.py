@@ -67,10 +67,12 @@ def write_as(
     family: str = "llama",
     but: tuple[str, ...] = ("lm_head",),
     dtype: torch.dtype = torch.float16,
+    prepare: Callable[[Any], Any] = lambda model: None,
     **changes: Any,
 ) -> Written:
     """Every linear of a model of the family, but some, in a format; the others, norms and tables in ``dtype``."""
     model = random_model(family, **changes)
+    prepare(model)
     random = torch.Generator().manual_seed(5)
     tensors: dict[str, Tensor] = {}
     quantised = {name for name, part in model.named_modules() if type(part) is nn.Linear and name not in but}

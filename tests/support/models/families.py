@@ -46,11 +46,22 @@ PARTLY = {
 }
 OTHER = {"glm": ("Glm", "GlmConfig", {"head_dim": 16})}
 FAMILIES = FUSED | PARTLY | OTHER
+SHARED = {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "n_routed_experts": 4}
+RANKS = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": 32}
+# Mixtures of experts, those above among them.
+MIXTURES = {name: PARTLY[name] for name in ("mixtral", "qwen3_moe")} | {
+    "deepseek_v2": ("DeepseekV2", "DeepseekV2Config", {"num_key_value_heads": 4, **SHARED, **EXPERTS, **RANKS}),
+    "deepseek_v3": ("DeepseekV3", "DeepseekV3Config", {"num_key_value_heads": 4, **SHARED, **EXPERTS, **RANKS}),
+    "glm4_moe": ("Glm4Moe", "Glm4MoeConfig", {"head_dim": 16, **SHARED, **EXPERTS}),
+    "gpt_oss": ("GptOss", "GptOssConfig", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOW}),
+    "olmoe": ("Olmoe", "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2Moe", "Qwen2MoeConfig", {"num_experts": 4, "shared_expert_intermediate_size": 64, **EXPERTS}),
+}
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(7))
 
 
 def random_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
-    prefix, config, differences = FAMILIES[family]
+    prefix, config, differences = (FAMILIES | MIXTURES)[family]
     torch.manual_seed(seed)
     config = getattr(transformers, config)(**(SIZES | differences | changes))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -101,6 +101,9 @@ def linear_shapes(folder: Path, tensors: int) -> dict[str, tuple[int, int]]:
     """
     from torch import nn
 
+    from qops.models.experts import expand_experts
+
     model = model_without_storage(folder, read_config(folder), tensors)
+    expand_experts(model)
     linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return {name: (module.out_features, module.in_features) for name, module in linears}

@@ -7,6 +7,7 @@ file names from outside, so it is held to the folder, and to what the shards hol
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,9 @@ class TensorFiles:
     Args:
         folder: with `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
+    Experts that are named as Mixtral's first release named them (`block_sparse_moe.experts.0.w1`), and their router,
+    have the names of all other families here (`mlp.experts.0.gate_proj`).
+
     Attributes:
         names: of the files.
         specs: shape and dtype of each.
@@ -93,7 +97,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, str]] = {}
         self.names: set[str] = set()
         self.specs: dict[str, Spec] = {}
         self.metadata: dict[str, str] = {}
@@ -134,8 +138,11 @@ class TensorFiles:
             said = f"tensor {missing[0]} is missing" if missing else f"tensor {extra[0]} is not in {INDEX}"
             raise ValueError(f"{path}: {said}")
         for name in sorted(names):
-            self.specs[name] = read_spec(path, file, name)
-            self._files[name] = file
+            here = _renamed(name)
+            if here in self.specs:
+                raise ValueError(f"{path}: tensor {name} is there twice, as {here} too")
+            self.specs[here] = read_spec(path, file, name)
+            self._files[here] = file, name
         self.metadata |= file.metadata() or {}
 
     def read(self, name: str) -> torch.Tensor:
@@ -152,9 +159,19 @@ class TensorFiles:
         if name not in self.specs:
             raise ValueError(f"{self.folder}: tensor {name} is missing")
         try:
-            return self._files[name].get_tensor(name)
+            file, stored = self._files[name]
+            return file.get_tensor(stored)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.folder}: tensor {name}: {error}") from error
+
+
+_EXPERT = re.compile(r"\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.")
+_LINEARS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def _renamed(name: str) -> str:
+    name = _EXPERT.sub(lambda found: f".mlp.experts.{found[1]}.{_LINEARS[found[2]]}.", name)
+    return name.replace(".block_sparse_moe.gate.", ".mlp.gate.")
 
 
 def tensors_by_module(specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:

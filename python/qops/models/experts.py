@@ -1,0 +1,252 @@
+"""Experts of Transformers' mixtures as linears of their own, which are quantised, read and saved like all others.
+
+Transformers holds the experts of a layer as stacks [E, N, K] in a module of their own. Here that module becomes an
+:class:`Experts` with a child for each, named by its number: views of the stacks first, quantised linears later. Router
+and block stay Transformers' own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from qops.nn import MLP, QuantizedLinear
+from qops.nn.activations import frozen
+
+__all__ = ["Expert", "Experts", "expand_experts", "merge_experts"]
+
+
+class ClampedSwiGLU:
+    """Of gpt-oss: ``(min(max(up, -limit), limit) + 1) * g * sigmoid(alpha * g)`` with ``g = min(gate, limit)``."""
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        self.alpha, self.limit = alpha, limit
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+class Expert(nn.Module):
+    """``down(act(gate(x)) * up(x))``, three linears; with a :class:`ClampedSwiGLU` ``down(act(gate(x), up(x)))``.
+
+    Args:
+        gate_proj, up_proj: linears K -> I.
+        down_proj: linear I -> N.
+        act: the activation.
+    """
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, act: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.__dict__["act"] = act  # no part of each expert: Transformers' module has one for all
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The formula of the class.
+
+        Args:
+            x: [rows, K].
+
+        Returns:
+            [rows, N].
+        """
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        hidden = self.act(gate, up) if isinstance(self.act, ClampedSwiGLU) else self.act(gate) * up
+        return self.down_proj(hidden)
+
+
+class Experts(nn.Module):
+    """The experts of a layer, in the place of Transformers' module.
+
+    A token's result is ``R(sum over e of float32(w_e) * float32(y_e))``, added in float32 in ascending e and rounded
+    once to the dtype of x: it depends neither on the other tokens nor, where an expert's linears give a row the same
+    bits for every M, on how many there are. Transformers' own ways round each addition or add in the order of columns.
+    An index outside 0 ... E - 1 contributes nothing.
+
+    Args:
+        experts: :class:`Expert` or :class:`qops.nn.MLP`, in their order.
+    """
+
+    def __init__(self, experts: list[nn.Module]) -> None:
+        super().__init__()
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of the experts that are chosen for each token.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: integers [T, k].
+            top_k_weights: [T, k].
+
+        Returns:
+            [T, H] in the dtype of ``hidden_states``.
+        """
+        sums = torch.zeros_like(hidden_states, dtype=torch.float32)
+        order = torch.argsort(top_k_index.reshape(-1), stable=True)
+        tokens, weights = order // top_k_index.shape[-1], top_k_weights.reshape(-1)[order].float()
+        numbers, counts = torch.unique_consecutive(top_k_index.reshape(-1)[order], return_counts=True)
+        end = 0
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            start, end = end, end + count
+            expert = self._modules.get(str(number))
+            if expert is not None:
+                rows = tokens[start:end]
+                sums.index_add_(0, rows, expert(hidden_states[rows]).float() * weights[start:end, None])
+        return sums.to(hidden_states.dtype)
+
+
+# Expanding -----------------------------------------------------------------------------------------------------------
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model that hold stacks of experts, by name."""
+    for name, module in model.named_modules():
+        stacks = [module._parameters.get(key) for key in ("gate_up_proj", "down_proj")]
+        if all(stack is not None and stack.dim() == 3 for stack in stacks):
+            yield name, module
+
+
+def why_not(module: Any) -> str | None:
+    """Why a module with stacks is not one whose forward is known; None if it is."""
+    name = type(module).__name__
+    parameters = list(inspect.signature(module.forward).parameters)
+    known = (["hidden_states", "top_k_index", "top_k_weights"], ["hidden_states", "router_indices", "routing_weights"])
+    if parameters not in known:
+        return f"{name} takes {', '.join(parameters)}"
+    if not getattr(module, "has_gate", True):
+        return f"{name} has experts without a gate"
+    if getattr(module, "has_post_expert_norm", False):
+        return f"{name} norms what experts give"
+    odd = {key for key in module._parameters if key.removesuffix("_bias") not in ("gate_up_proj", "down_proj")}
+    if odd or module._buffers:
+        return f"{name} has {', '.join(sorted(odd | module._buffers.keys()))} besides its experts"
+    clamps = isinstance(getattr(module, "alpha", None), float) and isinstance(getattr(module, "limit", None), float)
+    if not clamps and not isinstance(getattr(module, "act_fn", None), nn.Module):
+        return f"the activation of {name} is not known"
+    return None
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = frozen(weight)
+    if bias is not None:
+        linear.bias = frozen(bias)
+    return linear
+
+
+def _expanded(module: Any) -> Experts:
+    transposed, concatenated = getattr(module, "is_transposed", False), getattr(module, "is_concatenated", True)
+    act = module.act_fn if "act_fn" in module._modules else ClampedSwiGLU(module.alpha, module.limit)
+    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
+    biases = [module._parameters.get(f"{key}_bias") for key in ("gate_up_proj", "down_proj")]
+    if transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    half = gate_up.shape[1] // 2
+    parts = (slice(0, half), slice(half, None)) if concatenated else (slice(0, None, 2), slice(1, None, 2))
+    found: list[nn.Module] = []
+    for number in range(gate_up.shape[0]):
+        of_both = None if biases[0] is None else biases[0].detach()[number]
+        of_down = None if biases[1] is None else biases[1].detach()[number]
+        gate, up = (_linear(gate_up[number, part], None if of_both is None else of_both[part]) for part in parts)
+        found.append(Expert(gate, up, _linear(down[number], of_down), act))
+    return Experts(found)
+
+
+def _difference(module: Any, ours: Experts) -> float:
+    """Of both on the same rows, by the size of Transformers' result."""
+    weight = module.gate_up_proj
+    rng = torch.Generator().manual_seed(0)
+    k, experts = min(3, len(ours)), len(ours)
+    x = torch.randn(5, weight.shape[1 if getattr(module, "is_transposed", False) else 2], generator=rng)
+    index = torch.stack([torch.randperm(experts, generator=rng)[:k] for _ in range(len(x))])
+    shares = torch.rand(len(x), k, generator=rng)
+    given = (x.to(weight), index.to(weight.device), shares.to(weight))
+    theirs, result = type(module).forward(module, *given).double(), ours(*given).double()
+    return float((theirs - result).norm() / theirs.norm().clamp(min=1e-30))
+
+
+def expand_experts(
+    model: nn.Module, prove: bool = True, only: Callable[[str], bool] = lambda name: True
+) -> dict[str, nn.Module]:
+    """Puts :class:`Experts` of views in the place of every stack of experts whose forward is known, and agrees.
+
+    Args:
+        model: of Transformers; on the meta device nothing is run.
+        prove: whether the first of each kind is run against Transformers' own module.
+        only: those of these names.
+
+    Returns:
+        What stood there, by name: `model.set_submodule` of it undoes this.
+    """
+    before: dict[str, nn.Module] = {}
+    proven: dict[tuple[type, torch.dtype], str | None] = {}
+    for name, module in [(name, module) for name, module in experts_of(model) if only(name)]:
+        reason = why_not(module)
+        if reason is None:
+            ours = _expanded(module)
+            kind = (type(module), module.gate_up_proj.dtype)
+            if prove and not module.gate_up_proj.is_meta:
+                if kind not in proven:
+                    off = _difference(module, ours)
+                    bound = 1e-5 if kind[1] == torch.float32 else 0.03
+                    proven[kind] = None if off <= bound else f"differs by {off:.2g} from its linears one by one"
+                reason = proven[kind]
+        if reason is not None:
+            warnings.warn(f"qops: {name} stays Transformers' own and dense: {reason}", stacklevel=3)
+            continue
+        before[name] = module
+        model.set_submodule(name, ours)
+    return before
+
+
+def names_of_experts(model: nn.Module) -> set[str]:
+    """Of the modules that :func:`expand_experts` has put into a model."""
+    return {name for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def merge_experts(module: nn.Module) -> None:
+    """Gate and up of each quantised expert become one product, with SiLU-mul where that is the activation."""
+    for part in list(module.modules()):
+        if not isinstance(part, Experts):
+            continue
+        for number, expert in list(part._modules.items()):
+            if isinstance(expert, Expert) and isinstance(expert.gate_proj, QuantizedLinear):
+                part._modules[number] = _merged(expert)
+
+
+class ClampedMLP(MLP):
+    """:class:`qops.nn.MLP` with a :class:`ClampedSwiGLU` of gate and up."""
+
+    def forward(self, x: Any, residual: torch.Tensor | None = None) -> Any:
+        """See :class:`Expert`.
+
+        Args:
+            x: [rows, K].
+            residual: None.
+
+        Returns:
+            [rows, N].
+        """
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        act: Any = self.act
+        return self.down_proj(act(gate, up))
+
+
+def _merged(expert: Expert) -> nn.Module:
+    linears = (expert.gate_proj, expert.up_proj, expert.down_proj)
+    if isinstance(expert.act, ClampedSwiGLU):
+        return ClampedMLP(*linears, act=expert.act)  # type: ignore[arg-type]
+    is_silu = isinstance(expert.act, nn.SiLU) or type(expert.act).__name__ == "SiLUActivation"
+    return MLP(*linears, act=None if is_silu else expert.act)
