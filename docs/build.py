@@ -44,6 +44,7 @@ MODULES = (
     "qops.formats",
     *_FORMATS,
     "qops.integrations.peft",
+    "qops.integrations.tensor_parallel",
     "qops.integrations.transformers",
     "qops.testing",
 )
