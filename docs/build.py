@@ -45,6 +45,7 @@ MODULES = (
     *_FORMATS,
     "qops.integrations.peft",
     "qops.integrations.serving",
+    "qops.integrations.tensor_parallel",
     "qops.integrations.transformers",
     "qops.integrations.triton_model",
     "qops.testing",
