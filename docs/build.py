@@ -45,6 +45,7 @@ MODULES = (
     *_FORMATS,
     "qops.integrations.peft",
     "qops.integrations.transformers",
+    "qops.integrations.vllm",
     "qops.testing",
 )
 # Title -> where what stands under it is defined; whatever is public, without a list of it.
