@@ -60,7 +60,7 @@ def take_columns(weight: QuantizedWeight, start: int, stop: int) -> tuple[Quanti
     codes, perm, group_size = _codes(weight, parts["qweight"]), parts.get("perm"), weight.group_size
     if perm is None:
         size = math.gcd(group_size, start, stop - start)
-        if size % _SMALLEST_GROUP:
+        if size % _SMALLEST_GROUP and size != stop - start:
             raise ValueError(
                 f"columns {start} ... {stop - 1} of K = {weight.in_features} must be whole groups, or be cut at a "
                 f"multiple of {_SMALLEST_GROUP}, got groups of {group_size}"
