@@ -28,7 +28,7 @@ from tests.support.formats import folders
 from tests.support.formats.checkpoints import checkpoint
 from tests.support.formats.folders import Written, write_as
 from tests.support.models.families import VOCAB
-from tests.support.models.vllm_engine import ENVIRONMENT, ROOT, run_engines
+from tests.support.models.vllm_engine import ROOT, environment_of, run_engines
 
 pytest.importorskip("vllm")
 
@@ -151,9 +151,16 @@ def require_near(found: dict[str, Any], logprobs: Tensor, tolerance: float) -> N
     assert (got - logprobs).abs().max() <= tolerance
 
 
-# 1e-7 before a tie makes another code of 1/127 of a row's largest element.
-def tolerance_of(rounded: Any) -> float:
-    return 1e-4 if rounded is None else 0.02
+def require_those_of(found: dict[str, Any], make: Callable[[], Written], rounded: Any, processes: int = 1) -> None:
+    """The log-probabilities of the twin, in float32: to 1e-4 where activations are dense. Where they are rounded, 1e-7
+    before a tie makes another code of 1/127 of a row's largest element, of which a few tokens have one; what does not
+    round, or by another rule, is as far off in all."""
+    if rounded is None:
+        require_near(found, wanted(make(), None), 1e-4)
+        return
+    got, right = torch.tensor(found["logprobs"]), wanted(make(), rounded, processes)
+    require_near(found, right, 0.1)
+    assert (got - right).abs().mean() <= 0.15 * (got - wanted(make(), None)).abs().mean()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,7 +191,7 @@ def by_method(tmp_path_factory) -> dict[str, Any]:
 def test_a_checkpoint_of_each_layout_runs_on_qops(by_method, name):
     writer, _, scheme, rounded = BY_METHOD[name]
     require_ours(by_method[name], scheme)
-    require_near(by_method[name], wanted(written_as(writer), rounded), tolerance_of(rounded))
+    require_those_of(by_method[name], lambda: written_as(writer), rounded)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +210,7 @@ def in_parallel(tmp_path_factory) -> dict[str, Any]:
 def test_two_processes_have_a_part_each(in_parallel, name):
     writer, family, _, rounded = IN_PARALLEL[name]
     require_ours(in_parallel[name], "int8_compressed_tensors" if name == "w8a8" else "int4", processes=2)
-    require_near(in_parallel[name], wanted(written_as(writer, family), rounded, 2), tolerance_of(rounded))
+    require_those_of(in_parallel[name], lambda: written_as(writer, family), rounded, processes=2)
     padding = [worker["model.layers.0.mlp.down_proj"]["padding"] for worker in in_parallel[name]["workers"]]
     assert all(padding) == ("act-order" in name)
 
@@ -227,7 +234,10 @@ def by_kernel(tmp_path_factory) -> dict[str, Any]:
 def test_vllm_itself_has_qops_kernels_where_its_own_are_disabled(by_kernel, name):
     writer, scheme, rounded = BY_KERNEL[name]
     require_ours(by_kernel[name], scheme)
-    require_near(by_kernel[name], wanted(written_as(writer), rounded), 0.02)
+    if rounded is None:  # in float16, as vLLM's own methods ask for
+        require_near(by_kernel[name], wanted(written_as(writer), None), 0.02)
+    else:
+        require_those_of(by_kernel[name], lambda: written_as(writer), rounded)
 
 
 # What is refused, and what a broken plugin would look like -----------------------------------------------------------
@@ -295,7 +305,7 @@ def test_compiled(tmp_path):
     run = {"model": str(written_as(writer).write(tmp_path / "it")), "dtype": "float32", "enforce_eager": False}
     (found,) = run_engines([run], IDS.tolist(), tmp_path, IN_PROCESS)
     require_ours(found, "int4")
-    require_near(found, wanted(written_as(writer), None), 1e-4)
+    require_those_of(found, lambda: written_as(writer), None)
 
 
 # What producers have recorded ----------------------------------------------------------------------------------------
@@ -348,10 +358,9 @@ def server(folder: Path, *arguments: str) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--max-model-len", "64", "--enforce-eager", *arguments]
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     with (
         (folder / "log").open("w") as log,
-        subprocess.Popen(command, stdout=log, stderr=log, env=environment) as run,
+        subprocess.Popen(command, stdout=log, stderr=log, env=environment_of({})) as run,
     ):
         try:
             address, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
@@ -386,6 +395,16 @@ def test_the_server_answers(tmp_path):
     for _ in range(6):
         tokens.append(int(written.model(torch.tensor([tokens])).logits[0, -1].argmax()))
     assert text.split() == [f"w{token}" for token in tokens[len(prompt) :]]
+
+
+def test_the_example_of_the_page(tmp_path):
+    page = (ROOT / "docs/vllm.md").read_text()
+    _, _, rest = page.partition("```python\n")
+    (tmp_path / "example.txt").write_text(rest.partition("```")[0])
+    code = "import doctest, sys; f, n = doctest.testfile(sys.argv[1], False); sys.exit(f or n < 9)"
+    command = [sys.executable, "-c", code, str(tmp_path / "example.txt")]
+    done = subprocess.run(command, env=environment_of({}), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 # Registration --------------------------------------------------------------------------------------------------------

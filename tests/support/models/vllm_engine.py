@@ -48,6 +48,11 @@ class Inspected:
         return found
 
 
+def environment_of(more: dict[str, str]) -> dict[str, str]:
+    """Of a process that imports what this one does."""
+    return {**os.environ, **ENVIRONMENT, **more, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+
+
 def run_engine(arguments: dict[str, Any], ids: list[list[int]]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
@@ -78,9 +83,9 @@ def run_engines(
     asked, out = folder / "runs.json", folder / "out.json"
     asked.write_text(json.dumps({"runs": runs, "ids": ids}))
     command = [sys.executable, "-m", "tests.support.models.vllm_engine", str(asked), str(out)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **ENVIRONMENT, **(environment or {}), "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, env=environment_of(environment or {}), capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads(out.read_text())
 
