@@ -133,7 +133,8 @@ class QopsConfig(QuantizationConfig):
         if len(quantized) != len(stored):
             dense = [name for name, each in zip(names, stored, strict=True) if each is None]
             raise ValueError(f"{self.name}: {', '.join(dense)} must be quantised, as the others of {prefix} are")
-        return QopsLinearMethod(prefix, names, [self._chosen(each) for each in quantized])
+        dtypes = {key: spec.dtype for name in names for key, spec in self.specs[name].items()}
+        return QopsLinearMethod(prefix, names, [self._chosen(each) for each in quantized], dtypes)
 
     def _members(self, prefix: str) -> list[str]:
         """The modules of the checkpoint that one of vLLM is."""
@@ -187,7 +188,6 @@ class _Loading:
         self.keys = sorted({key for _, stored in chosen for key in (*stored.keys, *stored.input_keys)})
         self.tensors: list[dict[str, Tensor]] = [{} for _ in names]
         self.parts: dict[int, tuple[QuantizedLinear, int]] = {}
-        self.first: dict[int, int] = {}
 
     def take(self, key: str, parameter: nn.Parameter, tensor: Tensor, *shard: Any, **named: Any) -> None:
         """A tensor of one module; `shard` says, in vLLM's words, which."""
@@ -259,10 +259,17 @@ class QopsLinearMethod(LinearMethodBase):
         prefix: its name.
         names: of the modules of the checkpoint that it is.
         chosen: for each what multiplies with it, and how it is stored.
+        dtypes: of their tensors, by the last parts of the names.
     """
 
-    def __init__(self, prefix: str, names: list[str], chosen: list[tuple[type[QuantizedLinear], Stored]]):
-        self.prefix, self.names, self.chosen = prefix, names, chosen
+    def __init__(
+        self,
+        prefix: str,
+        names: list[str],
+        chosen: list[tuple[type[QuantizedLinear], Stored]],
+        dtypes: Mapping[str, torch.dtype],
+    ):
+        self.prefix, self.names, self.chosen, self.dtypes = prefix, names, chosen, dtypes
 
     def create_weights(
         self,
@@ -277,8 +284,8 @@ class QopsLinearMethod(LinearMethodBase):
         sizes = sum(output_partition_sizes), input_size_per_partition, input_size
         loading = _Loading(self.prefix, self.names, self.chosen, extra_weight_attrs["weight_loader"], sizes)
         for key in loading.keys:
-            # Empty: what is loaded is cut by qops, in a form that no parameter of vLLM has.
-            placeholder: Any = nn.Parameter(torch.empty(0, dtype=torch.int8), requires_grad=False)
+            # Empty: what is loaded is cut by qops, in a form that no parameter of vLLM has. Of another dtype vLLM warns.
+            placeholder: Any = nn.Parameter(torch.empty(0, dtype=self.dtypes[key]), requires_grad=False)
             placeholder.weight_loader = partial(loading.take, key)
             layer.register_parameter(key, placeholder)
         layer.qops_loading = loading
