@@ -222,7 +222,7 @@ class _Loading:
         places = self._numbers(self.rows, weight.out_features, "output_dim", shard, named)
         there = places.nonzero().flatten()
         first, count = int(there[0]), len(there)
-        if not torch.equal(there, torch.arange(first, first + count)):
+        if not torch.equal(there, torch.arange(first, first + count, device="cpu")):
             raise ValueError("its rows must be neighbours in vLLM's layer")
         weight, padding = take_rows(weight, places[there] - 1), 0
         if self.columns != self.input_size:
@@ -284,7 +284,7 @@ class QopsLinearMethod(LinearMethodBase):
         sizes = sum(output_partition_sizes), input_size_per_partition, input_size
         loading = _Loading(self.prefix, self.names, self.chosen, extra_weight_attrs["weight_loader"], sizes)
         for key in loading.keys:
-            # Empty: what is loaded is cut by qops, in a form that no parameter of vLLM has. Of another dtype vLLM warns.
+            # Empty: what is loaded is cut by qops, in a form that no parameter of vLLM has. vLLM warns of other dtypes.
             placeholder: Any = nn.Parameter(torch.empty(0, dtype=self.dtypes[key]), requires_grad=False)
             placeholder.weight_loader = partial(loading.take, key)
             layer.register_parameter(key, placeholder)
