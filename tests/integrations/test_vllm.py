@@ -85,6 +85,7 @@ BY_METHOD: dict[str, tuple[Any, str | None, str, Callable[[Tensor], Tensor] | No
     "gptq of 8 bits": (folders.gptq(bits=8), "qops", "int8_weight_only", None),
     "awq": (folders.awq(), "qops", "int4", None),
     "awq gemv": (folders.awq("gemv"), "qops", "int4", None),
+    "awq gemv_fast": (folders.awq("gemv_fast"), "qops", "int4", None),
     "compressed-tensors": (folders.compressed_tensors(), "qops", "int4", None),
     "compressed-tensors with zero points": (folders.compressed_tensors(symmetric=False), "qops", "int4", None),
     "w8a8": (DYNAMIC, "qops", "int8_compressed_tensors", per_token("compressed-tensors")),
