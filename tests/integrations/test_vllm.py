@@ -154,14 +154,15 @@ def require_near(found: dict[str, Any], logprobs: Tensor, tolerance: float) -> N
 
 def require_those_of(found: dict[str, Any], make: Callable[[], Written], rounded: Any, processes: int = 1) -> None:
     """The log-probabilities of the twin, in float32: to 1e-4 where activations are dense. Where they are rounded, 1e-7
-    before a tie makes another code of 1/127 of a row's largest element, of which a few tokens have one; what does not
-    round, or by another rule, is as far off in all."""
+    before a tie makes another code of 1/127 of a row's largest element, which the tokens behind it see; the others are
+    the twin's, and none is that of a twin that does not round."""
     if rounded is None:
         require_near(found, wanted(make(), None), 1e-4)
         return
     got, right = torch.tensor(found["logprobs"]), wanted(make(), rounded, processes)
-    require_near(found, right, 0.1)
-    assert (got - right).abs().mean() <= 0.15 * (got - wanted(make(), None)).abs().mean()
+    require_near(found, right, 0.2)
+    assert (got - right).abs().amax(-1).min() <= 1e-4
+    assert (got - wanted(make(), None)).abs().amax(-1).min() > 1e-3
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -404,7 +405,8 @@ def test_the_example_of_the_page(tmp_path):
     (tmp_path / "example.txt").write_text(rest.partition("```")[0])
     code = "import doctest, sys; f, n = doctest.testfile(sys.argv[1], False); sys.exit(f or n < 9)"
     command = [sys.executable, "-c", code, str(tmp_path / "example.txt")]
-    done = subprocess.run(command, env=environment_of({}), capture_output=True, text=True, timeout=600, check=False)
+    environment = environment_of({"VLLM_LOGGING_LEVEL": "CRITICAL"})  # to stdout, which the example is compared with
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
