@@ -48,6 +48,7 @@ MODULES = (
     "qops.integrations.tensor_parallel",
     "qops.integrations.transformers",
     "qops.integrations.triton_model",
+    "qops.integrations.vllm",
     "qops.testing",
 )
 # Title -> where what stands under it is defined; whatever is public, without a list of it.
