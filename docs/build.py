@@ -44,6 +44,7 @@ MODULES = (
     "qops.formats",
     *_FORMATS,
     "qops.integrations.peft",
+    "qops.integrations.torchao",
     "qops.integrations.transformers",
     "qops.testing",
 )
