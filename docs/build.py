@@ -43,6 +43,7 @@ MODULES = (
     "qops.models",
     "qops.formats",
     *_FORMATS,
+    "qops.integrations.kernels",
     "qops.integrations.peft",
     "qops.integrations.torchao",
     "qops.integrations.transformers",

@@ -6,7 +6,6 @@ On a CPU and on a tiny random model, each in an environment that has the package
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from qops.testing import assert_bitwise
 from tests.support.house.pages import python_blocks
 from tests.support.models.families import IDS, VOCAB, random_model
 
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # as the page says
 SAMPLES = torch.randint(3, VOCAB, (16, 32), generator=torch.Generator().manual_seed(1))
 
 
@@ -72,7 +70,8 @@ def test_llm_compressor(tmp_path, recipe, operator):
 
 
 @needs("gptqmodel")
-def test_gptqmodel(tmp_path):
+def test_gptqmodel(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # as the page says
     folder = run(2, tmp_path)
     from gptqmodel import BACKEND, GPTQModel
 

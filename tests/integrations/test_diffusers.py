@@ -13,6 +13,7 @@ from qops import Int4
 from qops.models import quantize_linears
 from qops.nn import QuantizedLinear, dense_linear
 from qops.testing import assert_bitwise, generator
+from tests.support.house.pages import run_examples
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -141,3 +142,7 @@ def test_in_half_precision(name, dtype):
     assert found.dtype == dtype
     assert (found - exact).abs().max() <= 2 * theirs + 2**-8 * exact.abs().max()
     assert_bitwise(model(**inputs).sample, found)
+
+
+def test_the_page():
+    assert run_examples("diffusers.md") > 5

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import qops
 from qops.integrations import kernels as ours
 from qops.testing import assert_bitwise, generator
+from tests.support.house.pages import run_examples
 from tests.support.models.families import IDS, random_model
 
 kernels = pytest.importorskip("kernels")
@@ -118,3 +119,7 @@ def test_transformers_own_config_has_no_cpu(repository):
     config = KernelConfig({"RMSNorm": {"cpu": f"{repository}:RMSNorm"}}, use_local_kernel=True)
     with pytest.raises(ValueError, match=r"devices in .* are supported, got: cpu"):
         random_model("llama").set_use_kernels(True, config)
+
+
+def test_the_page():
+    assert run_examples("kernels.md") > 5

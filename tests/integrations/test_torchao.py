@@ -15,6 +15,7 @@ from qops.integrations import torchao as ours
 from qops.nn import Int4Int8Linear, Int4Linear, Int8Linear, Int8TorchaoLinear, Int8WeightOnlyLinear, QuantizedLinear
 from qops.testing import assert_bitwise, generator
 from tests.support.formats import package_folders
+from tests.support.house.pages import run_examples
 from tests.support.models.families import IDS, random_model
 
 quantization = pytest.importorskip("torchao.quantization")
@@ -199,3 +200,7 @@ def test_transformers_loader_is_refused(tmp_path):
     random_model("llama").save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="conversion of the weights"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(ours.config("int4")))
+
+
+def test_the_page():
+    assert run_examples("torchao.md") > 5

@@ -71,7 +71,8 @@ def test_a_model_counts_like_its_dense_twin(scheme, fuse):
     """Fused or not: hooks, of which the counter sets some, make decoder layers run their parts one by one."""
     model = qops.quantize_model(random_model("llama"), scheme, fuse=fuse, prove=False)
     found, dense = counted(model, IDS), counted(dense_model(model), IDS)
-    found.pop("aten.bmm", None)  # of the tables of rotary embedding, which a fused model makes in one product
+    for counts in (found, dense):  # tables of rotary embedding: releases of Transformers and fused models differ
+        counts.pop("aten.bmm", None)
     assert any(operator.startswith("qops.int") for operator in found)
     assert sum(found.values()) == sum(dense.values()) and set(dense) <= {"aten.mm", "aten.addmm"}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 from pathlib import Path
 
+import torch
+
 from tests.support.house.rules import fenced_blocks
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
@@ -21,7 +23,8 @@ def run_examples(page: str) -> int:
     for block in python_blocks(page):
         report: list[str] = []
         test = doctest.DocTestParser().get_doctest(block, {}, page, page, 0)
-        result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
+        with torch.inference_mode(False), torch.enable_grad():  # as readers have it
+            result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
         assert result.failed == 0, "".join(report)
         attempted += result.attempted
     return attempted
