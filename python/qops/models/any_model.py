@@ -95,7 +95,8 @@ def quantize_linears(model: Any, scheme: Asked = "int4", skip: tuple[str, ...] =
         for place in places[name]:
             model.set_submodule(place, new)
     model.eval().requires_grad_(False)
-    model.quantization_report = QuantizationReport(
+    quantised: Any = model
+    quantised.quantization_report = QuantizationReport(
         scheme=str(choice),
         architecture=type(model).__name__,
         not_fused="of another library than Transformers",
@@ -110,7 +111,7 @@ def quantize_linears(model: Any, scheme: Asked = "int4", skip: tuple[str, ...] =
         passes_before=None,
         passes_after=None,
     )
-    return model
+    return quantised
 
 
 def _bytes(module: nn.Module) -> int:

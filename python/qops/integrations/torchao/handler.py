@@ -34,7 +34,7 @@ class QopsConfig(AOBaseConfig):
 
 
 @register_quantize_module_handler(QopsConfig)
-def _transform(module: nn.Module, config: QopsConfig) -> nn.Module:
+def _transform(module: Any, config: QopsConfig) -> nn.Module:
     _refuse_the_loader_of_transformers()
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.Linear) and hasattr(weight, "tensor_data_names"):
