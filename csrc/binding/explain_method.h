@@ -1,5 +1,7 @@
-// qops.explain() as each module has it. Included after Python.h, by the modules alone.
+// qops.explain() as each module has it.
 #pragma once
+
+#include "binding/python.h"
 
 #include <exception>
 #include <string>

@@ -1,6 +1,5 @@
 // The schemas of the operators, and the module that Python imports. Each binding registers its own functions.
-#define Py_LIMITED_API 0x030a0000
-#include <Python.h>
+#include "binding/python.h"  // before all others
 
 #include "binding/checks.h"
 #include "binding/explain_method.h"

@@ -1,6 +1,5 @@
 // The module with the CUDA kernels, as Python sees it.
-#define Py_LIMITED_API 0x030a0000
-#include <Python.h>
+#include "binding/python.h"
 
 #include "binding/explain_method.h"
 

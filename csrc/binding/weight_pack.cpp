@@ -57,6 +57,12 @@ Tensor unpack(const Checker& check, const Tensor& packed, int64_t out_features, 
 
 void check_layout(const Tensor&, std::string_view layout) {
   constexpr Checker check("check_layout");
+#if !defined(QOPS_CUDA)
+  // Exported models call this. Where Python has loaded the module, it has refused these already.
+  for (const char* error : {cpu::isa_error(), log_error()}) {
+    if (error != nullptr) throw std::invalid_argument(std::string("qops: ") + error);
+  }
+#endif
   if (layout != device::kLayout) {
     check.refuse("layout",
                  "be '" + std::string(device::kLayout) + "', as weights are packed on this device by this build",

@@ -128,6 +128,7 @@ GOOD_PYTHON = {
     "python/qops/nn.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
     "python/qops/formats/gguf/file.py": "import numpy",
     "python/qops/integrations/vllm.py": "from qops.integrations import transformers",
+    "python/qops/integrations/parallel/styles.py": "from qops.integrations.parallel import linears",
     "python/qops/check.py": "from qops._numerics import generator",
     "bench/reporting/stats.py": "import numpy as np\nfrom bench.reporting.records import LIMIT",
     "bench/problems/rotary.py": "from bench.harness import compare\nfrom qops.testing import generator",

@@ -72,6 +72,7 @@ def test_llm_compressor(tmp_path, recipe, operator):
 @needs("gptqmodel")
 def test_gptqmodel(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # as the page says
+    monkeypatch.chdir(tmp_path)  # it writes a log where it stands
     folder = run(2, tmp_path)
     from gptqmodel import BACKEND, GPTQModel
 
