@@ -43,10 +43,14 @@ MODULES = (
     "qops.models",
     "qops.formats",
     *_FORMATS,
+    "qops.integrations.kernels",
     "qops.integrations.peft",
     "qops.integrations.serving",
+    "qops.integrations.tensor_parallel",
+    "qops.integrations.torchao",
     "qops.integrations.transformers",
     "qops.integrations.triton_model",
+    "qops.integrations.vllm",
     "qops.testing",
 )
 # Title -> where what stands under it is defined; whatever is public, without a list of it.

@@ -112,3 +112,12 @@ def test_architecture_names_files_that_exist():
     assert rules.files_named("csrc/<op>_*.cu (`tests/a/`), python/b.py.") == {"csrc/*_*.cu", "tests/a/", "python/b.py"}
     named = rules.files_named((ROOT / "docs/architecture.md").read_text())
     assert len(named) > 30 and not [path for path in named if not any(ROOT.glob(path.rstrip("/")))]
+
+
+def test_commands_of_the_compatibility_page_name_tests_that_exist():
+    text = (ROOT / "docs/compatibility.md").read_text()
+    commands = re.findall(r"`pytest ([^`]+)`", text)
+    named = [path for command in commands for path in re.split(r" -[km] ", command)[0].split()]
+    assert len(named) > 15 and not [path for path in named if not (ROOT / path).exists()]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert all("pytest" in shown or "not tried" in what for _, what, shown in rows)

@@ -144,10 +144,19 @@ def test_what_the_reader_would_not_follow_is_refused(folder, arguments, message)
         from_pretrained(folder, **arguments)
 
 
-def test_several_processes_are_refused(folder):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tp_size": 2}, "distributed_config must be an argument of from_pretrained"),
+        ({"fsdp_size": 2}, "distributed_config must have nothing but tp_size and tp_plan=.*got {.*'fsdp_size': 2"),
+        ({"tp_size": 2, "tp_plan": {"lm_head": "colwise"}}, "distributed_config must have nothing but tp_size"),
+        ({"tp_size": 2, "tp_plan": {}}, "distributed_config must have nothing but tp_size"),
+    ],
+)
+def test_what_several_processes_are_not_for_is_refused(folder, settings, message):
     config = config_for(folder)
-    config.distributed_config = DistributedConfig(tp_size=2)
-    with pytest.raises(ValueError, match="distributed_config must be None"):
+    config.distributed_config = DistributedConfig(**settings)
+    with pytest.raises(ValueError, match=message):
         from_pretrained(folder, config=config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import sys
 import warnings
 
 MINIMUM = (5, 17)
@@ -26,6 +27,16 @@ def require_transformers(caller: str) -> None:
         raise ImportError(f"{caller}: {wanted} is needed, got {found}: pip install 'qops[demo]'")
     if release > NEWEST_TESTED:
         _warn_newer(found)
+
+
+def refuse_zero_init(caller: str) -> None:
+    """Raises RuntimeError inside `deepspeed.zero.Init`, which takes away the parameters that a reader is to fill."""
+    zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if getattr(zero, "zero_init_context", 0):
+        raise RuntimeError(
+            f"{caller}: no model can be made inside deepspeed.zero.Init; "
+            "make it before, deepspeed.initialize(model=model, ...) partitions it"
+        )
 
 
 @functools.cache

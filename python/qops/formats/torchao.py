@@ -206,7 +206,7 @@ def _constructor(name: str, subclass: str, attributes: Mapping[str, Any], tensor
 
 _PREFIX = "_weight_"
 _KINDS = {"Int8Tensor": "symmetric", "IntxUnpackedToInt8Tensor": "zero_point", "Int4Tensor": "offset"}
-_ROWS = {"_type": "PerRow", "_data": {"dim": -1}}
+_ROWS = ("PerRow", {"dim": -1})
 
 
 class Torchao:
@@ -248,7 +248,7 @@ class Torchao:
         require_specs(specs, wanted)
         if columns % groups:
             raise ValueError(f"_weight_scale must have one scale for each group of K = {columns} columns, got {scale}")
-        linear = _linear(subclass, attributes)
+        linear = linear_of(subclass, attributes)
         if linear is Int8TorchaoLinear and groups != 1:
             raise ValueError(f"weights with 8-bit activations must have one scale per row, got _weight_scale {scale}")
         return Stored(
@@ -264,8 +264,8 @@ class Torchao:
         )
 
 
-def _linear(subclass: str, attributes: Mapping[str, Any]) -> type[QuantizedLinear]:
-    """What multiplies, by what the attributes say of the activations."""
+def linear_of(subclass: str, attributes: Mapping[str, Any]) -> type[QuantizedLinear]:
+    """What multiplies, by what the attributes, as a file has them, say of the activations."""
     if subclass != "Int8Tensor":
         said = attributes.get("activation_quantization")
         if said is not None:
@@ -275,7 +275,8 @@ def _linear(subclass: str, attributes: Mapping[str, Any]) -> type[QuantizedLinea
     if said is None:
         return Int8WeightOnlyLinear
     how = said["_data"]
-    by_rows = how["granularity"] == _ROWS and not how.get("reduce_range")
+    granularity = how["granularity"]
+    by_rows = (granularity["_type"], granularity["_data"]) == _ROWS and not how.get("reduce_range")
     if not by_rows or how["mapping_type"]["_data"] != "SYMMETRIC":
         raise ValueError(f"act_quant_kwargs must say symmetric, by rows and with the whole range, got {how}")
     return Int8TorchaoLinear

@@ -8,6 +8,9 @@ that is quantised already, by whomever, is read to the bit::
     AutoModelForCausalLM.from_pretrained(dense, quantization_config=QopsConfig("int4"))
     AutoModelForCausalLM.from_pretrained(folder, config=config_for(folder))
 
+With ``tp_plan="auto"``, and `torchrun`, each process keeps its part of either
+(:func:`qops.integrations.tensor_parallel.parallelize`).
+
 The second gives the model of :func:`qops.load_model`: class, config, dtype, device and generation config come from
 Transformers, the files are read by qops. Transformers' loader would rename, cast and initialise tensors by rules that
 change from release to release.
@@ -16,10 +19,12 @@ change from release to release.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -184,11 +189,10 @@ class QopsQuantizer(HfQuantizer):
         use_kernels: bool = False,
         **kwargs: Any,
     ) -> Any:
-        for name in ("distributed_config", "fusion_config"):
-            if getattr(model.config, name, None) is not None:
-                raise ValueError(
-                    f"{name} must be None with quantization method qops, got {getattr(model.config, name)}"
-                )
+        if getattr(model.config, "fusion_config", None) is not None:
+            raise ValueError(
+                f"fusion_config must be None with quantization method qops, got {model.config.fusion_config}"
+            )
         if use_kernels:
             raise ValueError("use_kernels must be False with QopsConfig: its layers have kernels of qops")
         self.device = _device(device_map)
@@ -201,6 +205,9 @@ class QopsQuantizer(HfQuantizer):
             model._buffers.clear()
             model.all_tied_weights_keys = {}
             model._keys_to_ignore_on_load_unexpected = {""}
+        self.marker = _keep_whole_while_loading(model)
+        if self.marker is not None:
+            model.add_module(_MARKER, self.marker)
         return model
 
     def _checkpoint(self, model: Any, files: list[str] | None) -> Folder | PretrainedFolder:
@@ -221,8 +228,11 @@ class QopsQuantizer(HfQuantizer):
         return checkpoint
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model._modules.pop(_MARKER, None)
+        marker = vars(self).pop("marker")
         if not self.pre_quantized:
-            return quantize_model(model, **self.quantization_config.asked)
+            asked = self.quantization_config.asked
+            return _shared_out(quantize_model(model, **asked), marker, asked["prove"])
         checkpoint = self.checkpoint
         del self.model, self.checkpoint
         fresh = vars(skeleton(type(model), model.config, model.config.dtype))
@@ -234,7 +244,7 @@ class QopsQuantizer(HfQuantizer):
         build_model(checkpoint, model.config.dtype, self.device, prove, model)
         if generation_config is not None:
             model.generation_config = generation_config
-        return model
+        return _shared_out(model, marker, prove)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -246,6 +256,72 @@ class QopsQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+# Tensor parallel -----------------------------------------------------------------------------------------------------
+
+_STYLE = "qops"
+_MARKER = "qops_shards"
+
+
+class _Marker(nn.Module):
+    """The one module of a model that the plan of Transformers names while the model is loaded."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        vars(self).update(model=model, plan=model._tp_plan, mesh=None)
+
+
+class _Whole:
+    """A parallel style by which Transformers shards nothing, as qops does so when the weights are there."""
+
+    def install_forward(self, module: Any, mesh: Any) -> Any:
+        module.mesh = mesh
+        # A plan that names all of the model, so that no weight is reported as forgotten.
+        names = {re.sub(r"\d+", "*", name.rpartition(".")[0]) for name in module.model.state_dict()}
+        module.model._tp_plan = dict.fromkeys(names, _STYLE)
+        return module
+
+
+def _keep_whole_while_loading(model: Any) -> _Marker | None:
+    """Where a model is to be loaded with `tp_plan="auto"` and several processes, puts another plan in its plan's place.
+
+    Returns:
+        What learns the mesh, and has to be added to the model.
+    """
+    config = getattr(model.config, "distributed_config", None)
+    if config is None:
+        return None
+    said = {key: value for key, value in vars(config).items() if value not in (None, False, 1)}
+    others = {key: value for key, value in said.items() if key not in ("tp_size", "ep_implementation")}
+    if others.pop("tp_plan", "auto") != "auto" or others:
+        raise ValueError(
+            'distributed_config must have nothing but tp_size and tp_plan="auto" with quantization method qops, '
+            f"got {said}"
+        )
+    if "tp_size" not in said:
+        return None
+    from transformers.distributed import tensor_parallel
+
+    styles: Any = vars(tensor_parallel)["ALL_PARALLEL_STYLES"]  # which newer releases define elsewhere
+    styles.register(_STYLE, _Whole())
+    marker = _Marker(model)
+    model._tp_plan = {_MARKER: _STYLE}
+    return marker
+
+
+def _shared_out(model: Any, marker: _Marker | None, prove: bool) -> Any:
+    if marker is None:
+        return model
+    if marker.mesh is None:
+        raise ValueError("distributed_config must be an argument of from_pretrained, got one in the config alone")
+    from qops.integrations.tensor_parallel import parallelize
+
+    model._tp_plan = marker.plan
+    return parallelize(model, marker.mesh, prove=prove)
+
+
+# Devices -------------------------------------------------------------------------------------------------------------
 
 
 def _device(device_map: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Whole language models of Transformers on qops operators: load, quantise, save, compare."""
+"""Whole language models of Transformers on qops operators: load, quantise, save, compare; linears of other models."""
 
 from qops.formats.open import load_tokenizer
+from qops.models.any_model import quantize_linears
 from qops.models.load import dense_model, load_model
 from qops.models.quantize import QuantizationReport, quantize_model
 from qops.models.save import save_model
@@ -16,6 +17,7 @@ __all__ = [
     "dense_model",
     "load_model",
     "load_tokenizer",
+    "quantize_linears",
     "quantize_model",
     "save_model",
     "smoothing_scales",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qops.formats._transformers import require_transformers
+from qops.formats._transformers import refuse_zero_init, require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
 from qops.formats.folders.config import model_without_storage
 from qops.formats.open import open_checkpoint
@@ -96,9 +96,11 @@ def load_model(
         ImportError: Transformers >= 5.17 (or, for GGUF, the gguf package) is missing.
         FileNotFoundError: nothing is at `path`.
         ValueError: the checkpoint is malformed or of a kind that is not supported.
-        RuntimeError: a linear has no kernel on `device`; no weight has been read then.
+        RuntimeError: a linear has no kernel on `device`, or the call stands inside `deepspeed.zero.Init`; no weight has
+            been read then.
     """
     require_transformers("qops.load_model")
+    refuse_zero_init("qops.load_model")
     checkpoint = open_checkpoint(path, zero_add=zero_add, symmetric=symmetric)
     with _counted(checkpoint, progress) as reader:
         return build_model(reader, dtype or checkpoint.dtype, device, prove)

@@ -285,12 +285,7 @@ def _plan(
     caller = "qops.quantize_model"
     modules = _modules(caller, model)
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    if isinstance(skip, str) or not isinstance(skip, Sequence) or not all(isinstance(name, str) for name in skip):
-        got = f"the string {skip!r}" if isinstance(skip, str) else repr(skip)
-        raise ValueError(f"{caller}: skip must be a tuple of names, got {got}")
-    for pattern in skip:
-        if not any(matches(pattern, name) for name in linears):
-            raise ValueError(f"{caller}: skip must name linears of the model, {pattern!r} names none")
+    check_skip(caller, skip, linears)
     choice, norms = choose(caller, scheme, tuple(linears)), Norms()
     if smoothing is not None and not any(one.linear.quantizes_input for one in choice.schemes):
         raise ValueError(f"{caller}: smoothing must be None with {str(choice)!r}, which leaves activations as they are")
@@ -300,7 +295,7 @@ def _plan(
     heads = _heads(model, modules) if skip_default else {}
     asked = {name for name in heads if choice.names(name)}
     elsewhere = {name: heads[name] for name in heads if name not in asked}
-    elsewhere |= _adapters(modules) | _read_by_owner(modules)
+    elsewhere |= _adapters(modules) | read_by_owner(modules)
     seen = {name for name, module in modules.items() if name in linears or looks_like_norm(module)}
     for name, module in modules.items():
         if name not in seen:
@@ -311,7 +306,7 @@ def _plan(
             chosen = choice.scheme_of(name)
             reason = "its scheme is None, or there is none for it" if chosen is None else None
             if chosen is not None:
-                _check_quantizable(name, linears[name], chosen)
+                check_quantizable(f"{caller}: {name}", linears[name], chosen)
                 plan.linears[name] = chosen
         if reason is not None:
             plan.keep(name, reason, sum(parameter.nbytes for parameter in module.parameters()))
@@ -391,7 +386,7 @@ def _adapters(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return kept
 
 
-def _read_by_owner(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+def read_by_owner(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Linears whose weight another module reads as a tensor, by its source, instead of calling them."""
     kept: dict[str, str] = {}
     # RWKV rescales the weights of its blocks.
@@ -442,9 +437,24 @@ def _classes(module: str) -> dict[str, str]:
     return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in classes}
 
 
+def check_skip(caller: str, skip: Any, linears: Mapping[str, nn.Linear]) -> None:
+    """Raises where `skip` is no tuple of patterns of linears."""
+    if isinstance(skip, str) or not isinstance(skip, Sequence) or not all(isinstance(name, str) for name in skip):
+        got = f"the string {skip!r}" if isinstance(skip, str) else repr(skip)
+        raise ValueError(f"{caller}: skip must be a tuple of names, got {got}")
+    for pattern in skip:
+        if not any(matches(pattern, name) for name in linears):
+            raise ValueError(f"{caller}: skip must name linears of the model, {pattern!r} names none")
+
+
 def _unquantizable(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str | None:
     if any(matches(pattern, name) for pattern in skip):
         return "skipped"
+    return unquantizable(linear)
+
+
+def unquantizable(linear: nn.Linear) -> str | None:
+    """Why a linear cannot be quantised, by whatever scheme; None if it can."""
     if (reason := odd_linear(linear)) is not None:
         return reason
     if linear.weight.dtype not in DTYPES:
@@ -456,13 +466,13 @@ def _unquantizable(name: str, linear: nn.Linear, skip: tuple[str, ...]) -> str |
     return None
 
 
-def _check_quantizable(name: str, linear: nn.Linear, scheme: Scheme) -> None:
+def check_quantizable(where: str, linear: nn.Linear, scheme: Scheme) -> None:
     """Raises what quantising would raise, before any layer is replaced."""
     if linear.weight.is_meta:
-        raise ValueError(f"qops.quantize_model: {name}: weight must have data, got a tensor on the meta device")
-    resolve_group_size(f"qops.quantize_model: {name}", linear.in_features, scheme._group_size(linear.in_features))
+        raise ValueError(f"{where}: weight must have data, got a tensor on the meta device")
+    resolve_group_size(where, linear.in_features, scheme._group_size(linear.in_features))
     if not linear.weight.isfinite().all():
-        raise ValueError(f"qops.quantize_model: {name}: weight must be finite, got NaN or infinity")
+        raise ValueError(f"{where}: weight must be finite, got NaN or infinity")
 
 
 # Counting ------------------------------------------------------------------------------------------------------------

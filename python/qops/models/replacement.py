@@ -448,6 +448,9 @@ def require_replaced(model: Any, caller: str) -> None:
     require_transformers(caller)
     if not is_replaced(model):
         raise ValueError(f"{caller}: model must come from qops.load_model or qops.quantize_model")
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantizedLinear, nn.Linear)) and "ranks" in vars(module):
+            raise ValueError(f"{caller}: model must be whole, {name} has the shard of {vars(module)['ranks']}")
     weights = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     if any(weight.is_offloaded for weight in weights) or any(parameter.is_meta for parameter in model.parameters()):
         raise RuntimeError(

@@ -126,6 +126,8 @@ class Int8WeightOnly(Scheme):
 NAMED: dict[str, Scheme] = {scheme.linear.scheme: scheme for scheme in (Int4(), W4A8(), Int8(), Int8WeightOnly())}
 """The schemes that have a name: with their default settings."""
 
+_OR_ELSE = "a scheme such as qops.Int4(group_size=64), or a mapping of patterns to schemes"
+
 Asked = str | Scheme | Mapping[str, str | Scheme | None]
 """How a caller says what becomes of the linears."""
 
@@ -186,13 +188,14 @@ def choose(caller: str, asked: Asked, linears: Sequence[str]) -> Choice:
     return Choice(patterns)
 
 
-def _scheme(caller: str, label: str, asked: Any) -> Scheme:
+def scheme_of(caller: str, asked: Any) -> Scheme:
+    """The one scheme that was asked for, or an error that says what could be."""
+    return _scheme(caller, "scheme", asked, "or a scheme such as qops.Int4(group_size=64)")
+
+
+def _scheme(caller: str, label: str, asked: Any, or_else: str = _OR_ELSE) -> Scheme:
     if isinstance(asked, str) and asked in NAMED:
         return NAMED[asked]
     if isinstance(asked, Scheme) and type(asked) is not Scheme:
         return asked
-    names = ", ".join(map(repr, NAMED))
-    raise ValueError(
-        f"{caller}: {label} must be one of {names}, a scheme such as qops.Int4(group_size=64), "
-        f"or a mapping of patterns to schemes, got {asked!r}"
-    )
+    raise ValueError(f"{caller}: {label} must be one of {', '.join(map(repr, NAMED))}, {or_else}, got {asked!r}")

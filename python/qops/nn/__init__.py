@@ -4,6 +4,7 @@ Every weight is a :class:`qops.Int4Weight` or :class:`qops.Int8Weight` submodule
 `<linear>.weight.qweight`, `<linear>.weight.scales`, ... Modules are for inference: parameters are frozen.
 """
 
+import qops.nn.flops  # noqa: F401  (tells torch's counter of operations of the operators)
 from qops.nn.activations import Int8Rows, frozen
 from qops.nn.embedding import Int8Embedding
 from qops.nn.int4_int8 import Int4Int8Linear

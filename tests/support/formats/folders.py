@@ -75,7 +75,8 @@ def write_as(
     prepare(model)
     random = torch.Generator().manual_seed(5)
     tensors: dict[str, Tensor] = {}
-    quantised = {name for name, part in model.named_modules() if type(part) is nn.Linear and name not in but}
+    # In the order of the model, so that a seed gives the same codes in each process.
+    quantised = [name for name, part in model.named_modules() if type(part) is nn.Linear and name not in but]
     for name in quantised:
         linear = model.get_submodule(name)
         stored, exact = encode(linear, random)

@@ -11,7 +11,7 @@ FILES = {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path 
 CPP = {p: text for p, text in FILES.items() if p.startswith("csrc/") and not p.endswith(("CMakeLists.txt", ".cmake"))}
 PYTHON = {path: text for path, text in FILES.items() if path.endswith(".py")}
 README, CONTRIBUTING = FILES["README.md"], FILES["CONTRIBUTING.md"]
-PAGES = ("README.md", "docs/operators.md", "docs/peft.md", "docs/serving.md")
+PAGES = ("README.md", "docs/operators.md", "docs/peft.md", "docs/serving.md", "docs/tensor_parallel.md")
 BINDING = {path: text for path, text in CPP.items() if path.startswith("csrc/binding/")}
 SCHEMAS = rules.schemas(CPP["csrc/binding/schemas.h"])
 OPS = sorted({rules.op_name(schema) for schema in SCHEMAS})
