@@ -22,7 +22,7 @@ from qops.nn import Int4Linear, QuantizedLinear, RMSNorm
 from qops.testing import assert_bitwise, generator
 from tests.support.formats import folders
 from tests.support.formats.folders import write_as
-from tests.support.models.families import FAMILIES, FUSED, IDS, random_model
+from tests.support.models.families import FAMILIES, FUSED, IDS, MIXTURES, random_model
 
 peft = pytest.importorskip("peft", minversion="0.20")
 hotswap = pytest.importorskip("peft.utils.hotswap")
@@ -120,8 +120,8 @@ def test_each_family(family):
     model, twin = twins(family=family)
     assert not is_fused(model)
     names = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
-    # Those names are also experts', which PEFT wants to have adapters of their own.
-    targets = sorted(names - ({"gate_proj", "up_proj", "down_proj"} if family == "qwen3_moe" else set()))
+    # Those names are also experts', which the dense twin holds as stacks.
+    targets = sorted(names - ({"gate_proj", "up_proj", "down_proj"} if family in MIXTURES else set()))
     model, twin = adapted(model, settings(*targets)), adapted(twin, settings(*targets))
     assert_near(model(IDS).logits, twin(IDS).logits)
     states, wanted = (one(IDS, output_hidden_states=True).hidden_states for one in (model, twin))

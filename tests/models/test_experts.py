@@ -15,8 +15,8 @@ from torch import nn
 import qops
 from qops import load_model, quantize_model, save_model
 from qops.models import dense_model
-from qops.models.experts import Expert, Experts, expand_experts
 from qops.nn import MLP, Int4Linear, Int8WeightOnlyLinear
+from qops.nn.experts import Expert, Experts, expand_experts
 from qops.testing import assert_bitwise, generator
 from tests.support.formats import folders
 from tests.support.formats.folders import write_as

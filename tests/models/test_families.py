@@ -36,7 +36,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int4_layer_by_layer(family, dtype):
-    ours = quantize_model(random_model(family, dtype=dtype), qops.Int4(16))
+    # Of the first Mixtral two experts are so near to a tie that bfloat16 decides which one a token takes.
+    ours = quantize_model(random_model(family, seed=int(family == "mixtral"), dtype=dtype), qops.Int4(16))
     report = ours.quantization_report
     assert (report.not_fused is None, report.own == {}) == (family not in OTHER, family not in PARTLY)
     assert_layers_accurate(ours, IDS)

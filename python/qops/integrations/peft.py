@@ -32,6 +32,7 @@ from qops.models.decoder import Attention, DecoderLayer
 from qops.models.load import skeleton
 from qops.models.replacement import changed, is_fused, packed, require_replaced, take_hooks
 from qops.nn import MLP, MergedLinear, QuantizedLinear, RMSNorm
+from qops.nn.experts import separate_experts
 from qops.nn.hooks import forget_recording
 from qops.nn.linears import LINEARS
 from qops.weights.state import QuantizedWeight
@@ -94,6 +95,8 @@ def prepare_for_adapters(model: Any) -> Any:
         raise ValueError(f"{_CALLER}: model must be one that adapters of the model it was made from fit, but {why}")
     if is_fused(model):
         _unfuse(model)
+    separate_experts(model)
+    packed(model)
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and not isinstance(module, AdaptableLinear):
             marker = torch.empty(0, dtype=model.dtype, device=module.weight.device)

@@ -36,7 +36,7 @@ from qops.formats.folders.config import read_config
 from qops.formats.folders.pretrained import PretrainedFolder, read_settings
 from qops.formats.folders.stored import Options
 from qops.formats.open import local_path, open_folder
-from qops.models.load import build_model, require_fit, skeleton
+from qops.models.load import build_model, expand_for, require_fit, skeleton
 from qops.models.quantize import quantize_model
 from qops.models.schemes import Asked, choose
 from qops.models.smoothing import Scales
@@ -222,6 +222,7 @@ class QopsQuantizer(HfQuantizer):
         if type(model).__name__ != wanted:
             raise ValueError(f"{folder}: the class of the model must be {wanted}, got {type(model).__name__}")
         try:
+            expand_for(checkpoint, model)
             require_fit(checkpoint, model)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error

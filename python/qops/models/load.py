@@ -17,7 +17,6 @@ from qops.formats._transformers import refuse_zero_init, require_transformers
 from qops.formats.checkpoint import Checkpoint, Weight
 from qops.formats.folders.config import model_without_storage
 from qops.formats.open import open_checkpoint
-from qops.models.experts import Experts, expand_experts, names_of_experts
 from qops.models.replacement import (
     FusionPlan,
     Norms,
@@ -39,6 +38,7 @@ from qops.models.replacement import (
     without_autocast,
 )
 from qops.nn import MergedLinear, QuantizedLinear, dense_linear, frozen
+from qops.nn.experts import Experts, collapse_experts, expand_experts, names_of_experts
 from qops.weights.state import QuantizedWeight
 
 __all__ = ["dense_model", "load_model"]
@@ -145,12 +145,13 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """
     require_replaced(model, "qops.models.dense_model")
     dense = skeleton(type(model), model.config, dtype)
-    expand_experts(dense, only=names_of_experts(model).__contains__)
+    stacks = expand_experts(dense, only=names_of_experts(model).__contains__)
     held = list(entries(model))
     require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
     state = {name: _dense(value, owner, dtype) for name, value, owner in held}
     _tie_what_is_tied(dense, frozenset(state).__contains__)
     _assign(dense, state.pop)
+    collapse_experts(dense, stacks)
     if is_fused(model):
         # The instance in use, not a new one from the config: it may carry its owner's frequencies.
         rotary = model.model.rotary_emb
@@ -234,24 +235,21 @@ _UNCLEAR = ("gptq", "awq")
 def _build_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device, prove: bool, model: Any
 ) -> Any:
-    if getattr(checkpoint.config, "model_type", "") == "gpt_oss" and getattr(checkpoint, "method", "") in _UNCLEAR:
+    method = getattr(checkpoint, "method", "")
+    if method in _UNCLEAR and getattr(checkpoint.config, "model_type", "") == "gpt_oss":
         raise ValueError(
             f"{checkpoint.path}: gate_proj and up_proj of gpt-oss' experts mean halves of interleaved columns in "
-            f"files of some producers, and gate and up in those of others; of {checkpoint.method} no reader can tell"
+            f"files of some producers, and gate and up in those of others; of {method} no reader can tell"
         )
-
-    def are_apart(experts: str) -> bool:
-        """Whether the checkpoint has them one by one, and not as the stacks of Transformers' own module."""
-        return not checkpoint.holds(f"{experts}.gate_up_proj")
 
     if model is None:
         found = model_without_storage(checkpoint.path, checkpoint.config, len(checkpoint.names))
-        expand_experts(found, only=are_apart)
+        expand_for(checkpoint, found)
         require_fit(checkpoint, found)
         model = skeleton(type(found), checkpoint.config, dtype)
-        expand_experts(model, only=are_apart)
+        expand_for(checkpoint, model)
     else:
-        expand_experts(model, only=are_apart)
+        expand_for(checkpoint, model)
         require_fit(checkpoint, model)
 
     def fetch(name: str, module: Any) -> Weight:
@@ -352,6 +350,11 @@ def _build_model(
     if checkpoint.generation_config is not None:
         model.generation_config = checkpoint.generation_config
     return model
+
+
+def expand_for(checkpoint: Checkpoint, model: Any) -> None:
+    """Makes linears of a skeleton's experts, where a checkpoint has not the stacks of Transformers' own module."""
+    expand_experts(model, only=lambda experts: not checkpoint.holds(f"{experts}.gate_up_proj"))
 
 
 def require_fit(checkpoint: Checkpoint, model: Any) -> None:

@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qops.formats._transformers import require_transformers
-from qops.models.experts import expand_experts
 from qops.models.replacement import (
     FusionPlan,
     Norms,
@@ -38,6 +37,7 @@ from qops.models.replacement import (
 from qops.models.schemes import Asked, Choice, Scheme, choose, matches
 from qops.models.smoothing import Scales, Smoothing, plan_smoothing
 from qops.nn import Int8Embedding, Int8Linear, MergedLinear, QuantizedLinear, RMSNorm
+from qops.nn.experts import expand_experts
 from qops.weights.requirements import resolve_group_size
 
 __all__ = ["QuantizationReport", "quantize_model"]
@@ -80,7 +80,10 @@ def quantize_model(
     and v as one GEMM, gate and up with SiLU-mul as another, the residual addition inside a GEMM (of Gemma 2 and 3
     inside a norm), norms of q and k and rotary in place and, with "int8" and "w4a8", norms that emit 8-bit activations.
     Attention, MLP and residual additions are fused each where it is known: Mixtral and Qwen3-MoE keep their own MLP,
-    Granite its own additions, OLMo 2 all but its MLP. In other models, and in parts that are not fused, the linears and
+    Granite its own additions, OLMo 2 all but its MLP. Experts of mixtures are linears of their own here, three for each,
+    with names such as `model.layers.0.mlp.experts.7.down_proj` (:class:`qops.nn.Experts`); router and block stay
+    Transformers' own, and experts whose module is not known, or computes something else in a comparison, stay dense,
+    with a warning. In other models, and in parts that are not fused, the linears and
     RMSNorms are replaced one by one. What became of every part stands in `model.quantization_report`,
     a :class:`qops.models.QuantizationReport`.
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from qops.formats._transformers import require_transformers
-from qops.models.experts import merge_experts, names_of_experts
 from qops.nn import Int8Embedding, MergedLinear, MergingModule, QuantizedLinear, RMSNorm, frozen
+from qops.nn.experts import merge_experts, names_of_experts
 from qops.nn.hooks import forget_recording, is_watched
 from qops.nn.smoothed import neutral_input
 from qops.ops import rms_norm

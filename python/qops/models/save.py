@@ -15,10 +15,10 @@ from torch import nn
 from qops.formats.folder import FORMAT_VERSION, QUANT_METHOD, replace_files, tensors_of, write_tensors
 from qops.formats.folders.compressed import compressed, settings_of
 from qops.formats.folders.config import transformers_class
-from qops.models.experts import expand_experts, names_of_experts
 from qops.models.load import require_restorable, skeleton
 from qops.models.replacement import changed, entries, is_fused, kind_of, require_replaced
 from qops.nn import MLP, QuantizedLinear
+from qops.nn.experts import expand_experts, names_of_experts
 from qops.weights.state import QuantizedWeight
 
 __all__ = ["save_model"]

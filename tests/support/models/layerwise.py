@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qops.models import dense_model
+from qops.nn.experts import expand_experts
 from qops.testing import assert_accurate
 
 
@@ -15,6 +16,12 @@ def exact_model(ours: Any) -> Any:
     exact = dense_model(ours, torch.float32).double()
     # The faster products of Transformers over experts take no float64.
     exact.config._experts_implementation = "eager"
+    return exact
+
+
+def of_linears(exact: Any) -> Any:
+    """With experts whose linears can be hooked."""
+    expand_experts(exact)
     return exact
 
 
@@ -50,7 +57,7 @@ def int8_layer_errors(ours: Any, ids: torch.Tensor, quantize_activations: bool) 
         quantize_activations: whether the float64 model rounds the inputs of the int8 linears as ours does.
     """
     got = hidden_states(ours, ids)
-    reference = exact_model(ours)
+    reference = of_linears(exact_model(ours))
     if quantize_activations:
         replaced = ours.quantization_report.replaced
         for name, module in reference.named_modules():

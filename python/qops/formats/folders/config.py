@@ -101,7 +101,7 @@ def linear_shapes(folder: Path, tensors: int) -> dict[str, tuple[int, int]]:
     """
     from torch import nn
 
-    from qops.models.experts import expand_experts
+    from qops.nn.experts import expand_experts
 
     model = model_without_storage(folder, read_config(folder), tensors)
     expand_experts(model)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from qops.nn import MLP, QuantizedLinear
 from qops.nn.activations import frozen
+from qops.nn.linears import QuantizedLinear
+from qops.nn.mlp import MLP
 
 __all__ = ["Expert", "Experts", "expand_experts", "merge_experts"]
 
@@ -40,6 +41,8 @@ class Expert(nn.Module):
         down_proj: linear I -> N.
         act: the activation.
     """
+
+    act: Any
 
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, act: Any) -> None:
         super().__init__()
@@ -191,8 +194,9 @@ def expand_experts(
         What stood there, by name: `model.set_submodule` of it undoes this.
     """
     before: dict[str, nn.Module] = {}
-    proven: dict[tuple[type, torch.dtype], str | None] = {}
-    for name, module in [(name, module) for name, module in experts_of(model) if only(name)]:
+    proven: dict[Any, str | None] = {}
+    found: list[tuple[str, Any]] = [(name, module) for name, module in experts_of(model) if only(name)]
+    for name, module in found:
         reason = why_not(module)
         if reason is None:
             ours = _expanded(module)
@@ -211,6 +215,37 @@ def expand_experts(
     return before
 
 
+def collapse_experts(model: nn.Module, stacks: dict[str, nn.Module]) -> None:
+    """Undoes :func:`expand_experts` with what the linears hold now.
+
+    Args:
+        model: whose experts are dense linears.
+        stacks: what :func:`expand_experts` has given for it; takes their weights.
+    """
+    for name, module in stacks.items():
+        experts: Any = model.get_submodule(name)
+        both = [[expert.gate_proj, expert.up_proj] for expert in experts.children()]
+        tensors = {
+            "gate_up_proj": [_side_by_side(module, [linear.weight for linear in pair]) for pair in both],
+            "down_proj": [expert.down_proj.weight for expert in experts.children()],
+        }
+        if getattr(module, "is_transposed", False):
+            tensors = {key: [tensor.T for tensor in each] for key, each in tensors.items()}
+        if "gate_up_proj_bias" in module._parameters:
+            tensors["gate_up_proj_bias"] = [_side_by_side(module, [linear.bias for linear in pair]) for pair in both]
+            tensors["down_proj_bias"] = [expert.down_proj.bias for expert in experts.children()]
+        for key, each in tensors.items():
+            setattr(module, key, frozen(torch.stack(each)))
+        model.set_submodule(name, module)
+
+
+def _side_by_side(module: Any, gate_up: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of gate and up as the stack has them."""
+    if getattr(module, "is_concatenated", True):
+        return torch.cat(gate_up)
+    return torch.stack(gate_up, dim=1).flatten(0, 1)
+
+
 def names_of_experts(model: nn.Module) -> set[str]:
     """Of the modules that :func:`expand_experts` has put into a model."""
     return {name for name, module in model.named_modules() if isinstance(module, Experts)}
@@ -224,6 +259,20 @@ def merge_experts(module: nn.Module) -> None:
         for number, expert in list(part._modules.items()):
             if isinstance(expert, Expert) and isinstance(expert.gate_proj, QuantizedLinear):
                 part._modules[number] = _merged(expert)
+
+
+def separate_experts(module: nn.Module) -> None:
+    """Undoes :func:`merge_experts`; weights that were merged are copied out and not packed."""
+    for part in list(module.modules()):
+        if isinstance(part, Experts):
+            for number, expert in list(part._modules.items()):
+                if isinstance(expert, MLP):
+                    linears, act = expert.split(), cast(Any, expert.act) or nn.SiLU()
+                    gate, up, down = (linears[name] for name in _NAMES)
+                    part._modules[number] = Expert(gate, up, down, act)
+
+
+_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 class ClampedMLP(MLP):
@@ -245,8 +294,7 @@ class ClampedMLP(MLP):
 
 
 def _merged(expert: Expert) -> nn.Module:
-    linears = (expert.gate_proj, expert.up_proj, expert.down_proj)
-    if isinstance(expert.act, ClampedSwiGLU):
-        return ClampedMLP(*linears, act=expert.act)  # type: ignore[arg-type]
-    is_silu = isinstance(expert.act, nn.SiLU) or type(expert.act).__name__ == "SiLUActivation"
-    return MLP(*linears, act=None if is_silu else expert.act)
+    act: Any = expert.act
+    is_silu = isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
+    kind: Any = ClampedMLP if isinstance(act, ClampedSwiGLU) else MLP
+    return kind(expert.gate_proj, expert.up_proj, expert.down_proj, act=None if is_silu else act)
