@@ -180,6 +180,7 @@ def test_a_package_runs_in_a_program_without_python(package, tmp_path):
     """docs/serving, built and run."""
     cmake = cuda_tools.cmake()
     configure = [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={cuda_tools.ninja()}"]
     for command in (["-S", str(ROOT / "docs/serving"), "-B", str(tmp_path), *configure], ["--build", str(tmp_path)]):
         done = subprocess.run([cmake, *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

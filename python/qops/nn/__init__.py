@@ -7,7 +7,7 @@ Every weight is a :class:`qops.Int4Weight` or :class:`qops.Int8Weight` submodule
 import qops.nn.flops  # noqa: F401  (tells torch's counter of operations of the operators)
 from qops.nn.activations import Int8Rows, frozen
 from qops.nn.embedding import Int8Embedding
-from qops.nn.experts import Expert, Experts
+from qops.nn.experts import ClampedSwiGLU, Expert, Experts
 from qops.nn.int4_int8 import Int4Int8Linear
 from qops.nn.linears import (
     Int4Linear,
@@ -28,6 +28,7 @@ from qops.nn.smoothed import Int4SmoothedLinear, Int8StaticSmoothedLinear
 
 __all__ = [
     "MLP",
+    "ClampedSwiGLU",
     "Expert",
     "Experts",
     "Int4Int8Linear",

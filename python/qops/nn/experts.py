@@ -19,11 +19,17 @@ from qops.nn.activations import frozen
 from qops.nn.linears import QuantizedLinear
 from qops.nn.mlp import MLP
 
-__all__ = ["Expert", "Experts", "expand_experts", "merge_experts"]
+__all__ = ["ClampedSwiGLU", "Expert", "Experts"]
 
 
 class ClampedSwiGLU:
-    """Of gpt-oss: ``(min(max(up, -limit), limit) + 1) * g * sigmoid(alpha * g)`` with ``g = min(gate, limit)``."""
+    """The activation of gpt-oss: ``(min(max(up, -limit), limit) + 1) * g * sigmoid(alpha * g)``, ``g = min(gate, limit)``,
+    each step rounded to the dtype of gate and up, as in Transformers.
+
+    Args:
+        alpha: of the sigmoid.
+        limit: of both.
+    """
 
     def __init__(self, alpha: float, limit: float) -> None:
         self.alpha, self.limit = alpha, limit

@@ -7,7 +7,7 @@ runs the same program::
     model = parallelize(qops.load_model(path), mesh)
 
 or shards the linears of a model of its own, by torch's `parallelize_module` and the two styles of this module. Once it
-is imported, the raw operators take DTensors as well (:mod:`qops.integrations.tensor_parallel.dtensor`).
+is imported, the raw operators take DTensors as well.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from qops.integrations.tensor_parallel.linears import Ranks, shard_inputs, shard
 
 
 class ColumnParallel(ParallelStyle):
-    """Each rank has some rows of w, and gives those columns of the output: :class:`ColwiseParallel` of torch.
+    """Each rank has some rows of w, and gives those columns of the output: ``ColwiseParallel`` of torch.
 
     For quantised linears of :mod:`qops.nn` and for nn.Linear, whose weight becomes that of the rank, in place. A
     quantised linear gives the bits that one rank gives: on a CPU always, on a GPU where its bits do not depend on N
@@ -47,7 +47,7 @@ class ColumnParallel(ParallelStyle):
 
 
 class RowParallel(ParallelStyle):
-    """Each rank has some columns of w, and the products of all ranks are added up: :class:`RowwiseParallel` of torch.
+    """Each rank has some columns of w, and the products of all ranks are added up: ``RowwiseParallel`` of torch.
 
     For quantised linears of :mod:`qops.nn` and for nn.Linear, whose weight becomes that of the rank, in place. The bias
     is whole on each rank, and added once.
