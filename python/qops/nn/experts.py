@@ -23,8 +23,9 @@ __all__ = ["ClampedSwiGLU", "Expert", "Experts"]
 
 
 class ClampedSwiGLU:
-    """The activation of gpt-oss: ``(min(max(up, -limit), limit) + 1) * g * sigmoid(alpha * g)``, ``g = min(gate, limit)``,
-    each step rounded to the dtype of gate and up, as in Transformers.
+    """Of gpt-oss: ``(min(max(up, -limit), limit) + 1) * g * sigmoid(alpha * g)`` with ``g = min(gate, limit)``.
+
+    Each step is rounded to the dtype of gate and up, as in Transformers.
 
     Args:
         alpha: of the sigmoid.
