@@ -80,8 +80,8 @@ def quantize_model(
     and v as one GEMM, gate and up with SiLU-mul as another, the residual addition inside a GEMM (of Gemma 2 and 3
     inside a norm), norms of q and k and rotary in place and, with "int8" and "w4a8", norms that emit 8-bit activations.
     Attention, MLP and residual additions are fused each where it is known: Mixtral and Qwen3-MoE keep their own MLP,
-    Granite its own additions, OLMo 2 all but its MLP. Experts of mixtures are linears of their own here, three for each,
-    with names such as `model.layers.0.mlp.experts.7.down_proj` (:class:`qops.nn.Experts`); router and block stay
+    Granite its own additions, OLMo 2 all but its MLP. Experts of mixtures are linears of their own here, three for
+    each, with names such as `model.layers.0.mlp.experts.7.down_proj` (:class:`qops.nn.Experts`); router and block stay
     Transformers' own, and experts whose module is not known, or computes something else in a comparison, stay dense,
     with a warning. In other models, and in parts that are not fused, the linears and
     RMSNorms are replaced one by one. What became of every part stands in `model.quantization_report`,
