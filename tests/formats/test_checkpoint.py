@@ -19,6 +19,7 @@ from qops.formats.gguf.file import GGUFFile
 from qops.models import dense_model
 from qops.models.load import build_model
 from qops.nn import Int4Linear, Int8Linear, QuantizedLinear
+from qops.nn.experts import expand_experts
 from qops.nn.linears import LINEARS
 from qops.testing import assert_bitwise
 from tests.support.models.families import FAMILIES, IDS, random_model
@@ -88,7 +89,9 @@ class Memory:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reader_of_any_architecture_builds_what_quantize_model_makes(family):
-    reader: Checkpoint = (memory := Memory(random_model(family)))
+    source = random_model(family)
+    expand_experts(source)
+    reader: Checkpoint = (memory := Memory(source))
     model = build_model(reader, torch.float32, "cpu")
     wanted = qops.quantize_model(random_model(family), qops.Int4(16))
     assert model.qops_fusion == wanted.qops_fusion
