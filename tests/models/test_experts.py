@@ -82,6 +82,52 @@ def test_experts_that_differ_stay_dense_and_are_named(family, monkeypatch):
     assert {f"{name}.down_proj" for name in stacks} <= quantised.quantization_report.kept.keys()
 
 
+def clamped_model() -> Any:
+    """Of experts that clamp what they multiply; rows of its layers reach the limit."""
+    sizes = {"n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    sizes |= {"q_lora_rank": 32, "head_dim": 32, "qk_rope_head_dim": 16, "o_groups": 2, "o_lora_rank": 32}
+    sizes |= {"index_n_heads": 2, "index_head_dim": 16}
+    config = transformers.DeepseekV4Config(**(SIZES | sizes))
+    return transformers.DeepseekV4ForCausalLM._from_config(config).eval()
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV4Config"), reason="a newer Transformers has it")
+def test_experts_that_clamp_stay_dense_and_are_named():
+    model = clamped_model()
+    with pytest.warns(UserWarning, match="dense: DeepseekV4Experts has an activation of its own$"):
+        assert expand_experts(model) == {}
+
+
+def test_large_rows_are_compared_too(monkeypatch):
+    """An activation that differs for large elements alone."""
+    model = random_model("qwen3_moe")
+    kind = type(next(iter(stacks_of(model).values())))
+    theirs = kind.forward
+
+    @functools.wraps(theirs)
+    def other(self: Any, x: torch.Tensor, *a: Any) -> torch.Tensor:
+        return theirs(self, x.clamp(-9, 9), *a)
+
+    monkeypatch.setattr(kind, "forward", other)
+    with pytest.warns(UserWarning, match="own and dense: differs by"):
+        assert expand_experts(model) == {}
+
+
+def test_weights_that_are_not_finite_are_an_error():
+    model = random_model("qwen3_moe")
+    stacks = stacks_of(model)
+    next(iter(stacks.values())).gate_up_proj.data[3, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"mlp\.experts\.3\.gate_proj: weight must be finite"):
+        quantize_model(model, qops.Int4(16))
+    assert stacks_of(model) == stacks and experts_of(model) == {}
+
+
+def test_mixtures_are_not_exported():
+    export_logits = pytest.importorskip("qops.integrations.serving").export_logits
+    with pytest.raises(Exception, match="a mixture of experts cannot be exported"):
+        export_logits(quantize_model(random_model("qwen3_moe")))
+
+
 def test_experts_of_another_kind_stay_dense_and_are_named():
     sizes = {"intermediate_size_mlp": 96, "num_local_experts": 2, "head_dim": 16, "vocab_size": 72}
     config = transformers.Llama4TextConfig(**(SIZES | sizes))

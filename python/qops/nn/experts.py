@@ -103,6 +103,10 @@ class Experts(nn.Module):
         Returns:
             [T, H] in the dtype of ``hidden_states``.
         """
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "qops.nn.Experts: a mixture of experts cannot be exported: which are multiplied depends on the tokens"
+            )
         sums = torch.zeros_like(hidden_states, dtype=torch.float32)
         order = torch.argsort(top_k_index.reshape(-1), stable=True)
         tokens, weights = order // top_k_index.shape[-1], top_k_weights.reshape(-1)[order].float()
@@ -142,8 +146,15 @@ def why_not(module: Any) -> str | None:
     odd = {key for key in module._parameters if key.removesuffix("_bias") not in ("gate_up_proj", "down_proj")}
     if odd or module._buffers:
         return f"{name} has {', '.join(sorted(odd | module._buffers.keys()))} besides its experts"
+    # Of Transformers' decorator where a class has none of its own.
+    gate = getattr(type(module), "_apply_gate", None)
+    is_own = gate is not None and gate.__qualname__.startswith(f"{name}.")
     clamps = isinstance(getattr(module, "alpha", None), float) and isinstance(getattr(module, "limit", None), float)
-    if not clamps and not isinstance(getattr(module, "act_fn", None), nn.Module):
+    if isinstance(getattr(module, "act_fn", None), nn.Module):
+        limits = [key for key in vars(module) if "limit" in key and getattr(module, key) is not None]
+        if is_own or limits:
+            return f"{name} has an activation of its own"
+    elif not clamps:
         return f"the activation of {name} is not known"
     return None
 
@@ -174,17 +185,28 @@ def _expanded(module: Any) -> Experts:
     return Experts(found)
 
 
-def _difference(module: Any, ours: Experts) -> float:
-    """Of both on the same rows, by the size of Transformers' result."""
+def _difference(module: Any, ours: Experts, scale: float) -> float:
+    """Of both on the same rows, of elements of about `scale`, by the size of Transformers' result."""
     weight = module.gate_up_proj
     rng = torch.Generator().manual_seed(0)
     k, experts = min(3, len(ours)), len(ours)
-    x = torch.randn(5, weight.shape[1 if getattr(module, "is_transposed", False) else 2], generator=rng)
+    x = torch.randn(5, weight.shape[1 if getattr(module, "is_transposed", False) else 2], generator=rng) * scale
     index = torch.stack([torch.randperm(experts, generator=rng)[:k] for _ in range(len(x))])
     shares = torch.rand(len(x), k, generator=rng)
     given = (x.to(weight), index.to(weight.device), shares.to(weight))
-    theirs, result = type(module).forward(module, *given).double(), ours(*given).double()
+    with torch.no_grad():
+        theirs, result = type(module).forward(module, *given).double(), ours(*given).double()
     return float((theirs - result).norm() / theirs.norm().clamp(min=1e-30))
+
+
+def _agrees(module: Any, ours: Experts) -> str | None:
+    """Why experts one by one are not what their module computes; None if they are."""
+    bound = 1e-5 if module.gate_up_proj.dtype == torch.float32 else 0.03
+    # Large rows reach what clamps.
+    for scale in (1.0, 30.0):
+        if not (off := _difference(module, ours, scale)) <= bound:
+            return f"differs by {off:.2g} from its linears one by one"
+    return None
 
 
 def expand_experts(
@@ -207,12 +229,16 @@ def expand_experts(
         reason = why_not(module)
         if reason is None:
             ours = _expanded(module)
-            kind = (type(module), module.gate_up_proj.dtype)
-            if prove and not module.gate_up_proj.is_meta:
+            settings = sorted(
+                (key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str))
+            )
+            act = type(getattr(module, "act_fn", None))
+            kind = (type(module), module.gate_up_proj.dtype, act, tuple(settings))
+            # What is not finite is refused by name when it is quantised.
+            is_finite = all(parameter.is_meta or bool(parameter.isfinite().all()) for parameter in module.parameters())
+            if prove and is_finite and not module.gate_up_proj.is_meta:
                 if kind not in proven:
-                    off = _difference(module, ours)
-                    bound = 1e-5 if kind[1] == torch.float32 else 0.03
-                    proven[kind] = None if off <= bound else f"differs by {off:.2g} from its linears one by one"
+                    proven[kind] = _agrees(module, ours)
                 reason = proven[kind]
         if reason is not None:
             warnings.warn(f"qops: {name} stays Transformers' own and dense: {reason}", stacklevel=3)

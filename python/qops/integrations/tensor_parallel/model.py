@@ -124,7 +124,7 @@ class _FusedMlp:
         else:
             shards = {"gate_up_proj": outputs_of(gate_up, ranks.share, 2 * [self.intermediate])}
         shard_inputs(CALLER, f"{self.name}.down_proj", down, ranks, splits=False)
-        make: Any = MLP if len(shards) == 2 else MLP.of_merged
+        make: Any = type(old) if len(shards) == 2 else type(old).of_merged
         new = make(*shards.values(), down, old.act)
         take_hooks(new.gate_up_proj, gate_up)
         setattr(self.owner, self.name.rpartition(".")[2], take_hooks(new, old).train(old.training))
