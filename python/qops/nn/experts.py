@@ -102,6 +102,9 @@ class Experts(nn.Module):
 
         Returns:
             [T, H] in the dtype of ``hidden_states``.
+
+        Raises:
+            RuntimeError: under `torch.export`.
         """
         if torch.compiler.is_exporting():
             raise RuntimeError(
