@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qops.nn.activations import frozen
-from qops.nn.linears import QuantizedLinear
+from qops.nn.linears import QuantizedLinear, dense_linear
 from qops.nn.mlp import MLP
 
 __all__ = ["ClampedSwiGLU", "Expert", "Experts"]
@@ -162,14 +162,6 @@ def why_not(module: Any) -> str | None:
     return None
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = frozen(weight)
-    if bias is not None:
-        linear.bias = frozen(bias)
-    return linear
-
-
 def _expanded(module: Any) -> Experts:
     transposed, concatenated = getattr(module, "is_transposed", False), getattr(module, "is_concatenated", True)
     act = module.act_fn if "act_fn" in module._modules else ClampedSwiGLU(module.alpha, module.limit)
@@ -183,8 +175,8 @@ def _expanded(module: Any) -> Experts:
     for number in range(gate_up.shape[0]):
         of_both = None if biases[0] is None else biases[0].detach()[number]
         of_down = None if biases[1] is None else biases[1].detach()[number]
-        gate, up = (_linear(gate_up[number, part], None if of_both is None else of_both[part]) for part in parts)
-        found.append(Expert(gate, up, _linear(down[number], of_down), act))
+        gate, up = (dense_linear(gate_up[number, part], None if of_both is None else of_both[part]) for part in parts)
+        found.append(Expert(gate, up, dense_linear(down[number], of_down), act))
     return Experts(found)
 
 
@@ -237,12 +229,11 @@ def expand_experts(
             )
             act = type(getattr(module, "act_fn", None))
             kind = (type(module), module.gate_up_proj.dtype, act, tuple(settings))
-            # What is not finite is refused by name when it is quantised.
-            is_finite = all(parameter.is_meta or bool(parameter.isfinite().all()) for parameter in module.parameters())
-            if prove and is_finite and not module.gate_up_proj.is_meta:
-                if kind not in proven:
+            if prove and not module.gate_up_proj.is_meta:
+                # What is not finite is refused by name when it is quantised.
+                if kind not in proven and all(bool(stack.isfinite().all()) for stack in module.parameters()):
                     proven[kind] = _agrees(module, ours)
-                reason = proven[kind]
+                reason = proven.get(kind)
         if reason is not None:
             warnings.warn(f"qops: {name} stays Transformers' own and dense: {reason}", stacklevel=3)
             continue
