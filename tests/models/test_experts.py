@@ -305,6 +305,24 @@ def test_names_of_mixtrals_first_release(tmp_path, kind):
     assert relative(model(IDS).logits, found.model(IDS).logits) < 2e-5
 
 
+def test_a_checkpoint_of_experts_that_differ_is_not_loaded(tmp_path, monkeypatch):
+    """The proof needs no weights: it is made before any is read."""
+    path = written("qwen3_moe", "gptq").write(tmp_path)
+    kind = type(next(iter(stacks_of(random_model("qwen3_moe")).values())))
+    theirs = kind.forward
+
+    @functools.wraps(theirs)
+    def other(*a: Any) -> torch.Tensor:
+        return 1.01 * theirs(*a)
+
+    monkeypatch.setattr(kind, "forward", other)
+    with (
+        pytest.warns(UserWarning, match="differs by"),
+        pytest.raises(ValueError, match=r"experts\.gate_up_proj is missing"),
+    ):
+        load_model(path)
+
+
 def test_a_missing_expert_is_named(tmp_path):
     found = written("qwen3_moe", "gptq")
     gone = "model.layers.2.mlp.experts.3.up_proj"

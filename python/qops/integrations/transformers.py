@@ -222,7 +222,7 @@ class QopsQuantizer(HfQuantizer):
         if type(model).__name__ != wanted:
             raise ValueError(f"{folder}: the class of the model must be {wanted}, got {type(model).__name__}")
         try:
-            expand_for(checkpoint, model)
+            expand_for(checkpoint, model, False)
             require_fit(checkpoint, model)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error

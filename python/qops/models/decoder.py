@@ -42,7 +42,7 @@ from qops.models.rotary_tables import Shared, shared_of
 from qops.nn import MLP, MergedLinear, MergingModule, RMSNorm
 from qops.nn.hooks import is_watched, newest_hook
 from qops.nn.linears import into_stream
-from qops.nn.mlp import rows_rule
+from qops.nn.mlp import is_silu, rows_rule
 from qops.nn.offload import Offloadable
 from qops.ops import decode_attention, qk_norm_rotary_, rotary, rotary_
 from qops.weights.noticed import Noticed
@@ -363,7 +363,7 @@ def fused_mlp(original: Any, part: Part) -> MLP:
     linears = [part(f"mlp.{name}") for name in (*_architecture_of(original).gate_up, "down_proj")]
     act = getattr(original, "act_fn", None) or original.activation_fn
     make: Any = MLP if len(linears) == 3 else MLP.of_merged
-    return make(*linears, None if _is_silu(act) else act)
+    return make(*linears, None if is_silu(act) else act)
 
 
 _is_compiling = torch.compiler.is_compiling
@@ -560,12 +560,6 @@ def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
             stacklevel=3,
         )
         kwargs.setdefault("cache", kwargs.pop("past_key_values"))
-
-
-def _is_silu(act: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """By what it computes: Transformers and its kernel hubs have several classes for it."""
-    x = torch.linspace(-8, 8, 65)
-    return torch.equal(act(x), F.silu(x))
 
 
 @functools.cache

@@ -38,7 +38,7 @@ from qops.models.replacement import (
     without_autocast,
 )
 from qops.nn import MergedLinear, QuantizedLinear, dense_linear, frozen
-from qops.nn.experts import Experts, collapse_experts, expand_experts, names_of_experts
+from qops.nn.experts import collapse_experts, expand_experts, names_of_experts
 from qops.weights.state import QuantizedWeight
 
 __all__ = ["dense_model", "load_model"]
@@ -145,7 +145,7 @@ def dense_model(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
     """
     require_replaced(model, "qops.models.dense_model")
     dense = skeleton(type(model), model.config, dtype)
-    stacks = expand_experts(dense, only=names_of_experts(model).__contains__)
+    stacks = expand_experts(dense, prove=False, only=names_of_experts(model).__contains__)
     held = list(entries(model))
     require_restorable("qops.models.dense_model", model, dense, {name for name, _, _ in held})
     state = {name: _dense(value, owner, dtype) for name, value, owner in held}
@@ -244,12 +244,12 @@ def _build_model(
 
     if model is None:
         found = model_without_storage(checkpoint.path, checkpoint.config, len(checkpoint.names))
-        expand_for(checkpoint, found)
+        expand_for(checkpoint, found, prove)
         require_fit(checkpoint, found)
         model = skeleton(type(found), checkpoint.config, dtype)
-        expand_for(checkpoint, model)
+        expand_for(checkpoint, model, prove)
     else:
-        expand_for(checkpoint, model)
+        expand_for(checkpoint, model, prove)
         require_fit(checkpoint, model)
 
     def fetch(name: str, module: Any) -> Weight:
@@ -333,8 +333,7 @@ def _build_model(
             if bias is not None:
                 output.bias = frozen(bias.to(dtype))
 
-    routers = {name for name, module in model.named_modules() if isinstance(module, Experts)}
-    routers = {name.rpartition(".")[0] for name in routers}
+    routers = {name.rpartition(".")[0] for name in names_of_experts(model)}
 
     def dense(name: str) -> torch.Tensor:
         module = name.removesuffix(".weight")
@@ -352,9 +351,9 @@ def _build_model(
     return model
 
 
-def expand_for(checkpoint: Checkpoint, model: Any) -> None:
+def expand_for(checkpoint: Checkpoint, model: Any, prove: bool) -> None:
     """Makes linears of a skeleton's experts, where a checkpoint has not the stacks of Transformers' own module."""
-    expand_experts(model, only=lambda experts: not checkpoint.holds(f"{experts}.gate_up_proj"))
+    expand_experts(model, prove, lambda experts: not checkpoint.holds(f"{experts}.gate_up_proj"))
 
 
 def require_fit(checkpoint: Checkpoint, model: Any) -> None:

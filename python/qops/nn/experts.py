@@ -7,6 +7,7 @@ and block stay Transformers' own.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import nn
 
 from qops.nn.activations import frozen
 from qops.nn.linears import QuantizedLinear, dense_linear
-from qops.nn.mlp import MLP
+from qops.nn.mlp import MLP, is_silu
 
 __all__ = ["ClampedSwiGLU", "Expert", "Experts"]
 
@@ -180,26 +181,35 @@ def _expanded(module: Any) -> Experts:
     return Experts(found)
 
 
-def _difference(module: Any, ours: Experts, scale: float) -> float:
-    """Of both on the same rows, of elements of about `scale`, by the size of Transformers' result."""
-    weight = module.gate_up_proj
+def _small(module: Any) -> Any:
+    """The same module around small random stacks in float32, wherever its own are."""
     rng = torch.Generator().manual_seed(0)
-    k, experts = min(3, len(ours)), len(ours)
-    x = torch.randn(5, weight.shape[1 if getattr(module, "is_transposed", False) else 2], generator=rng) * scale
-    index = torch.stack([torch.randperm(experts, generator=rng)[:k] for _ in range(len(x))])
-    shares = torch.rand(len(x), k, generator=rng)
-    given = (x.to(weight), index.to(weight.device), shares.to(weight))
-    with torch.no_grad():
-        theirs, result = type(module).forward(module, *given).double(), ours(*given).double()
-    return float((theirs - result).norm() / theirs.norm().clamp(min=1e-30))
+    columns, width = 32, 16
+    sizes = {"gate_up_proj": (2 * width, columns), "down_proj": (columns, width)}
+    small = copy.copy(module)
+    small._parameters = {}
+    for key, stack in module._parameters.items():
+        rows, k = sizes[key.removesuffix("_bias")]
+        shape = (
+            (rows,) if key.endswith("_bias") else (k, rows) if getattr(module, "is_transposed", False) else (rows, k)
+        )
+        small._parameters[key] = frozen(0.3 * torch.randn(stack.shape[0], *shape, generator=rng, device="cpu"))
+    return small
 
 
-def _agrees(module: Any, ours: Experts) -> str | None:
+def _differs(module: Any) -> str | None:
     """Why experts one by one are not what their module computes; None if they are."""
-    bound = 1e-5 if module.gate_up_proj.dtype == torch.float32 else 0.03
-    # Large rows reach what clamps.
-    for scale in (1.0, 30.0):
-        if not (off := _difference(module, ours, scale)) <= bound:
+    small = _small(module)
+    ours, rng = _expanded(small), torch.Generator().manual_seed(1)
+    k = min(3, len(ours))
+    index = torch.stack([torch.randperm(len(ours), generator=rng, device="cpu")[:k] for _ in range(5)])
+    columns = small.down_proj.shape[2 if getattr(module, "is_transposed", False) else 1]
+    x, shares = (torch.randn(5, size, generator=rng, device="cpu") for size in (columns, k))
+    for scale in (1.0, 30.0):  # large rows reach what clamps
+        with torch.no_grad():
+            theirs = type(module).forward(small, scale * x, index, shares).double()
+            off = float((theirs - ours(scale * x, index, shares)).norm() / theirs.norm())
+        if not off <= 1e-5:
             return f"differs by {off:.2g} from its linears one by one"
     return None
 
@@ -210,8 +220,8 @@ def expand_experts(
     """Puts :class:`Experts` of views in the place of every stack of experts whose forward is known, and agrees.
 
     Args:
-        model: of Transformers; on the meta device nothing is run.
-        prove: whether the first of each kind is run against Transformers' own module.
+        model: of Transformers, on any device.
+        prove: whether one of each kind is run against Transformers' own module first, around small stacks.
         only: those of these names.
 
     Returns:
@@ -223,22 +233,19 @@ def expand_experts(
     for name, module in found:
         reason = why_not(module)
         if reason is None:
-            ours = _expanded(module)
             settings = sorted(
                 (key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str))
             )
             act = type(getattr(module, "act_fn", None))
-            kind = (type(module), module.gate_up_proj.dtype, act, tuple(settings))
-            if prove and not module.gate_up_proj.is_meta:
-                # What is not finite is refused by name when it is quantised.
-                if kind not in proven and all(bool(stack.isfinite().all()) for stack in module.parameters()):
-                    proven[kind] = _agrees(module, ours)
-                reason = proven.get(kind)
+            kind = (type(module), act, tuple(settings))
+            if prove and kind not in proven:
+                proven[kind] = _differs(module)
+            reason = proven.get(kind)
         if reason is not None:
             warnings.warn(f"qops: {name} stays Transformers' own and dense: {reason}", stacklevel=3)
             continue
         before[name] = module
-        model.set_submodule(name, ours)
+        model.set_submodule(name, _expanded(module))
     return before
 
 
@@ -322,6 +329,6 @@ class ClampedMLP(MLP):
 
 def _merged(expert: Expert) -> nn.Module:
     act: Any = expert.act
-    is_silu = isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
     kind: Any = ClampedMLP if isinstance(act, ClampedSwiGLU) else MLP
-    return kind(expert.gate_proj, expert.up_proj, expert.down_proj, act=None if is_silu else act)
+    is_plain = kind is MLP and is_silu(act)
+    return kind(expert.gate_proj, expert.up_proj, expert.down_proj, None if is_plain else act)

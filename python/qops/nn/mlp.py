@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from qops.nn.activations import Int8Rows
 from qops.nn.linears import QuantizedLinear, dense_linear, into_stream
@@ -226,6 +227,12 @@ class MLP(MergingModule):
             "rows of gate and up in the act-order of down": self.reordered,
         }
         return ", ".join(note for note, holds in notes.items() if holds)
+
+
+def is_silu(act: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """By what it computes: Transformers and its kernel hubs have several classes for it."""
+    x = torch.linspace(-8, 8, 65)
+    return torch.equal(act(x), F.silu(x))
 
 
 def rows_rule(linear: Any) -> str | None:
