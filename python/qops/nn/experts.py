@@ -330,5 +330,5 @@ class ClampedMLP(MLP):
 def _merged(expert: Expert) -> nn.Module:
     act: Any = expert.act
     kind: Any = ClampedMLP if isinstance(act, ClampedSwiGLU) else MLP
-    is_plain = kind is MLP and is_silu(act)
+    is_plain = not isinstance(act, ClampedSwiGLU) and is_silu(act)
     return kind(expert.gate_proj, expert.up_proj, expert.down_proj, None if is_plain else act)
